@@ -1,0 +1,113 @@
+"""Durations of kernels from a handful of coefficients, each with a source in the profile.
+
+A GEMM takes its FLOPs at a share of the dense peak, or its bytes, whichever is longer; K is padded by the
+prologue and epilogue of a tile, and the last wave of tiles is half empty on average. Flash attention takes
+its FLOPs at a share that falls for short sequences. All else takes its memory traffic at a share of the
+memory bandwidth by operator class, faster while the tensors fit the last-level cache.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+
+from spsim.hardware import AttentionCurve, HardwareProfile
+from spsim.units import MIB, US_PER_S
+from spsim.work import FlashAttention, Gemm, MemoryBound, Work
+
+MAIN_GRADIENT_BYTES = 8
+"""Read and write of one fp32 main gradient."""
+
+
+class ComputeCost:
+    """Durations on one device in one precision."""
+
+    def __init__(self, profile: HardwareProfile, dtype: str) -> None:
+        self.profile = profile
+        self.dtype = dtype
+        self.coefficients = profile.coefficients
+        self.peak = profile.peak(dtype)
+        self.duration = lru_cache(maxsize=65536)(self._duration)
+
+    @cached_property
+    def _overhead(self) -> float:
+        return self.coefficients.kernel_overhead_us.value / US_PER_S
+
+    @cached_property
+    def _cache_bytes(self) -> float:
+        return self.profile.datasheet.memory.l2_mib.value * MIB
+
+    def _duration(self, work: Work) -> float:
+        match work:
+            case Gemm():
+                return self.gemm_time(work)
+            case FlashAttention():
+                return self.attention_time(work)
+            case MemoryBound():
+                return self._overhead + self.memory_time(work)
+
+    def gemm_time(self, work: Gemm) -> float:
+        """overhead + max(FLOP time, memory time) + the exposed part of the gradient accumulation.
+
+        FLOP time = flops x (1 + pad / K) x (1 + tail x units / tiles) / (peak x fraction): `tail` waves of
+        tiles are lost at the end, of `units` tiles each (facts and held-out errors: docs/model.md).
+        """
+        gemm = self.coefficients.gemm
+        rate = self.peak * gemm.fraction[self.dtype].value
+        if work.accumulated:
+            rate *= gemm.weight_gradient_rate.value
+        tiles = work.batch * work.m * work.n / (gemm.tile_m.value * gemm.tile_n.value)
+        tail = gemm.tail_waves.value * self.profile.datasheet.compute_units.value / tiles
+        flop_time = work.flops * (1 + gemm.k_pad.value / work.k) * (1 + tail) / rate
+        memory_time = work.bytes_moved / self._bandwidth("elementwise")
+        epilogue = gemm.accumulation_exposed.value * MAIN_GRADIENT_BYTES * work.accumulated / self.profile.memory_bandwidth
+        return self._overhead + max(flop_time, memory_time) + epilogue
+
+    def attention_time(self, work: FlashAttention) -> float:
+        """overhead + max(flops / (peak x fraction x n / (n + half_tokens)), memory time), n the shorter side."""
+        curves = self.coefficients.attention
+        masks = curves.forward if work.direction == "forward" else curves.backward
+        fraction, half_tokens = _at_head_dim(masks.causal if work.causal else masks.full, work.head_dim)
+        tokens = min(work.queries, work.keys)
+        rate = self.peak * fraction * tokens / (tokens + half_tokens)
+        memory_time = work.bytes_moved / self._bandwidth("elementwise")
+        return self._overhead + max(work.flops / rate, memory_time)
+
+    def memory_time(self, work: MemoryBound) -> float:
+        """Bytes over the class's share of the bandwidth; at the cache's rate up to half the cache, between
+        the two up to the whole.
+        """
+        total = work.bytes_moved
+        memory = total / self._bandwidth(work.operator_class)
+        cache = min(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * 1e9))
+        beyond = min(1.0, max(0.0, 2 * total / self._cache_bytes - 1))
+        return cache + beyond * (memory - cache)
+
+    def _bandwidth(self, operator_class: str) -> float:
+        return self.profile.memory_bandwidth * self.coefficients.memory_bound[operator_class].value  # type: ignore[index]
+
+    def coefficients_of(self, work: Work) -> tuple[str, ...]:
+        """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""
+        paths = ("kernel_overhead_us",)
+        match work:
+            case Gemm():
+                names = (f"fraction.{self.dtype}", "k_pad", "tile_m", "tile_n", "tail_waves")
+                gradient = ("weight_gradient_rate", "accumulation_exposed") if work.accumulated else ()
+                paths += tuple(f"gemm.{name}" for name in names + gradient) + ("memory_bound.elementwise",)
+            case FlashAttention():
+                mask = "causal" if work.causal else "full"
+                paths += (f"attention.{work.direction}.{mask}", "memory_bound.elementwise")
+            case MemoryBound():
+                paths += (f"memory_bound.{work.operator_class}", "l2_bandwidth_gb_per_s")
+        return paths
+
+
+def _at_head_dim(curves: dict[str, AttentionCurve], head_dim: int) -> tuple[float, float]:
+    """Fraction and half-length at a head size: linear between the measured sizes, constant beyond."""
+    known = sorted((int(size), curve) for size, curve in curves.items())
+    below = max((item for item in known if item[0] <= head_dim), default=known[0], key=lambda item: item[0])
+    above = min((item for item in known if item[0] >= head_dim), default=known[-1], key=lambda item: item[0])
+    weight = (head_dim - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+    return (
+        below[1].fraction.value + weight * (above[1].fraction.value - below[1].fraction.value),
+        below[1].half_tokens.value + weight * (above[1].half_tokens.value - below[1].half_tokens.value),
+    )

@@ -1,0 +1,334 @@
+"""Hardware profiles: what a GPU, its node and its fabric can do, each number with its source.
+
+A profile is a TOML file of three blocks. `datasheet` holds the vendor's figures (dense peaks, reported
+memory, links). `calibrated` and `assumed` hold coefficients of one schema, `Coefficients`: a coefficient
+stands in exactly one of them, so that a result can list which assumed values it used. Units are in the
+names. A GB is 1e9 bytes, a GiB 2**30; peaks are dense.
+
+Collective curves store what was measured, in the convention of nccl-tests: the message is the whole array
+(the per-rank buffer for all-to-all and send-receive), the bus bandwidth is the bytes one rank sends over
+the time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spsim.errors import InputError, first_problem
+from spsim.resources import profiles_directory, read_toml
+
+Direction = Literal["forward", "backward"]
+CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
+MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout"]
+
+PEAK_IDENTITY_TOLERANCE = 0.01
+"""Largest relative gap between a 16-bit peak and units x FLOP per clock x clock; a sparse peak is off by 2."""
+
+
+class Table(BaseModel):
+    """A table of a profile: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Provenance(Table):
+    """Where a number comes from."""
+
+    source: Annotated[str, Field(min_length=3)]
+    """A key of the profile's `sources`, or the citation itself."""
+    fitted_on: tuple[str, ...] = ()
+    """Ids of the measured cases that the value was fitted on; empty for a value measured by itself."""
+    held_out_error_percent: float | None = None
+    flagged: bool = False
+    """True where a calibration missed its error limit for this class."""
+
+
+class Quantity(Provenance):
+    """A positive number and its source; the unit is in the name of the field that holds it."""
+
+    value: Annotated[float, Field(gt=0)]
+
+
+class Fraction(Provenance):
+    """A number in (0, 1] and its source."""
+
+    value: Annotated[float, Field(gt=0, le=1)]
+
+
+class NonNegative(Provenance):
+    """A number of at least 0 and its source."""
+
+    value: Annotated[float, Field(ge=0)]
+
+
+class Level(Table):
+    """One level of the topology, inner to outer."""
+
+    name: str
+    kind: Literal["switch", "full_mesh", "ring", "pcie_tree", "shared_memory", "fat_tree"]
+    gpus: Annotated[int, Field(ge=1)] | None = None
+    """GPUs that the level joins; none for a fabric without a limit."""
+    links_per_gpu: Quantity
+    link_gb_per_s: Quantity
+    """Per link and direction."""
+    in_network_reduction: tuple[CollectiveName, ...] = ()
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second and direction of one GPU at this level."""
+        return self.links_per_gpu.value * self.link_gb_per_s.value * 1e9
+
+
+class DeviceMemory(Table):
+    """Memory of one device. The capacity that counts is what the driver reports, not the label."""
+
+    label_gb: Quantity
+    reported_mib: Quantity
+    bandwidth_gb_per_s: Quantity
+    l2_mib: Quantity
+
+
+class Datasheet(Table):
+    """The vendor's figures of one device and its topology."""
+
+    device: str
+    compute_units: Quantity
+    flop_per_clock_per_unit: Quantity
+    """16-bit dense matrix FLOP; for a CPU, of its widest type."""
+    clock_tensor_mhz: Quantity
+    clock_vector_mhz: Quantity
+    peak_tflops: dict[str, Quantity]
+    """Dense matrix peak by data type; `fp32` is the vector peak."""
+    memory: DeviceMemory
+    topology: Annotated[tuple[Level, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _peak_is_dense(self) -> Self:
+        """Peak = units x FLOP per clock and unit x clock; catches sparse peaks and wrong clocks."""
+        peak = self.peak_tflops.get("bf16") or self.peak_tflops.get("fp16") or self.peak_tflops.get("fp32")
+        if peak is None:
+            raise ValueError("peak_tflops names none of bf16, fp16, fp32; give the dense peak of one")
+        product = self.compute_units.value * self.flop_per_clock_per_unit.value * self.clock_tensor_mhz.value / 1e6
+        if abs(peak.value / product - 1) > PEAK_IDENTITY_TOLERANCE:
+            raise ValueError(
+                f"peak {peak.value:g} TFLOP/s is not compute units x FLOP per clock x clock = {product:.1f}; "
+                "give the dense peak and the clock it is stated for"
+            )
+        return self
+
+
+class GemmCoefficients(Table):
+    """Matrix products: see `compute_cost.gemm_time`."""
+
+    fraction: dict[str, Fraction]
+    """Share of the dense peak that full tiles reach, by data type."""
+    k_pad: NonNegative
+    """Elements added to K for the prologue and epilogue of a tile."""
+    tile_m: Quantity
+    tile_n: Quantity
+    tail_waves: NonNegative
+    """Mean part of a wave of tiles lost at the end; ceil(x) - x averages one half."""
+    weight_gradient_rate: Fraction
+    """Rate of the weight-gradient product relative to forward."""
+    accumulation_exposed: NonNegative
+    """Share of the read and write of fp32 main gradients that the product does not hide."""
+
+
+class AttentionCurve(Table):
+    """Flash attention of one head size, direction and masking."""
+
+    fraction: Fraction
+    """Share of the dense peak at long sequences; a causal kernel is charged half the square."""
+    half_tokens: NonNegative
+    """Sequence length at which half of that share is reached."""
+
+
+class AttentionMasks(Table):
+    """Curves by head size (a decimal number as key)."""
+
+    causal: Annotated[dict[str, AttentionCurve], Field(min_length=1)]
+    full: Annotated[dict[str, AttentionCurve], Field(min_length=1)]
+
+
+class AttentionCoefficients(Table):
+    """Flash attention curves, by direction, masking and head size."""
+
+    forward: AttentionMasks
+    backward: AttentionMasks
+
+
+class CollectiveCurve(Provenance):
+    """Measured bus bandwidth of one collective and algorithm over the message size."""
+
+    algorithm: Literal["ring", "nvls", "pairwise", "send_receive"]
+    ranks: Annotated[int, Field(ge=2)]
+    """Ranks in the measurement."""
+    min_ranks: Annotated[int, Field(ge=2)] = 2
+    """The library picks the algorithm from this many ranks."""
+    latency_us: Annotated[float, Field(gt=0)]
+    """Time of the smallest messages at `ranks` ranks: the small-message tier."""
+    step_latency_us: Annotated[float, Field(ge=0)]
+    """Change of that time per step of the algorithm."""
+    points: Annotated[tuple[tuple[float, float], ...], Field(min_length=1)]
+    """(message bytes, bus bandwidth in GB/s), sizes increasing."""
+
+    @model_validator(mode="after")
+    def _points_increase(self) -> Self:
+        sizes = [size for size, _ in self.points]
+        if any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)) or sizes[0] <= 0:
+            raise ValueError("points: message sizes must be positive and increase; sort them")
+        if any(bandwidth <= 0 for _, bandwidth in self.points):
+            raise ValueError("points: every bus bandwidth must be above 0 GB/s; remove the others")
+        return self
+
+
+class MemoryCoefficients(Table):
+    """Memory that the framework takes beside tensors."""
+
+    context_mib: NonNegative
+    communicator_mib: NonNegative
+    """Buffers of one communicator (process group)."""
+    reserve_mib: NonNegative
+    """Reported memory that a process cannot allocate, and allocator slack."""
+
+
+class Coefficients(Table):
+    """Everything that a calibration fits; one value per profile."""
+
+    gemm: GemmCoefficients
+    attention: AttentionCoefficients
+    memory_bound: dict[MemoryBoundClass, Fraction]
+    """Share of the memory bandwidth by operator class."""
+    l2_bandwidth_gb_per_s: Quantity
+    """Rate of kernels whose tensors stay in the last-level cache."""
+    kernel_overhead_us: NonNegative
+    """Start of one kernel in a busy stream."""
+    collectives: dict[str, dict[CollectiveName, tuple[CollectiveCurve, ...]]]
+    """Curves by topology level and collective."""
+    overlap_slowdown: NonNegative
+    """Share of its rate that compute loses while a collective holds units of the device."""
+    memory: MemoryCoefficients
+
+    @model_validator(mode="after")
+    def _slowdown_below_one(self) -> Self:
+        if self.overlap_slowdown.value >= 1:
+            raise ValueError(f"overlap_slowdown {self.overlap_slowdown.value:g} must be below 1; it is a lost share")
+        return self
+
+
+class HardwareProfile(Table):
+    """A profile as the simulator uses it: the datasheet and one merged set of coefficients."""
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(min_length=1)]
+    description: str
+    as_of: str
+    provenance: dict[str, str] = {}
+    """Versions, clocks, dates and hosts of a calibration."""
+    sources: dict[str, str]
+    datasheet: Datasheet
+    coefficients: Coefficients
+    assumed: frozenset[str] = frozenset()
+    """Dotted paths of the coefficients that come from the `assumed` block."""
+    fitted_on: frozenset[str] = frozenset()
+    """Ids of the measured cases that any coefficient was fitted on."""
+
+    @model_validator(mode="after")
+    def _levels_have_curves(self) -> Self:
+        unknown = set(self.coefficients.collectives) - {level.name for level in self.datasheet.topology}
+        if unknown:
+            raise ValueError(f"collectives name the level {min(unknown)!r}, which the topology does not have")
+        return self
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes per second of the device memory."""
+        return self.datasheet.memory.bandwidth_gb_per_s.value * 1e9
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs joined by the innermost level."""
+        return self.datasheet.topology[0].gpus or 1
+
+    def peak(self, dtype: str) -> float:
+        """Dense peak FLOP/s of a data type; `InputError` when the device does not have it."""
+        try:
+            return self.datasheet.peak_tflops[dtype].value * 1e12
+        except KeyError:
+            have = ", ".join(self.datasheet.peak_tflops)
+            raise InputError(
+                f"precision {dtype!r}: {self.datasheet.device} has no such peak; choose one of {have}"
+            ) from None
+
+
+def profile_names() -> list[str]:
+    """Names of the shipped profiles, sorted."""
+    return sorted(path.stem for path in profiles_directory().glob("*.toml"))
+
+
+def load_profile(name_or_path: str | Path) -> HardwareProfile:
+    """The profile of a shipped name or of a TOML file; `InputError` lists what there is."""
+    text = str(name_or_path)
+    path = Path(text) if text.endswith(".toml") else profiles_directory() / f"{text}.toml"
+    if not text.endswith(".toml") and text not in profile_names():
+        raise InputError(
+            f"unknown hardware {text!r}; use one of {', '.join(profile_names())}, or the path of a .toml profile"
+        )
+    return _load(path)
+
+
+@cache
+def _load(path: Path) -> HardwareProfile:
+    return parse_profile(read_toml(path), str(path))
+
+
+def parse_profile(data: dict[str, Any], where: str) -> HardwareProfile:
+    """A profile from its TOML tables; `where` names the file in messages."""
+    tables = dict(data)
+    blocks = {kind: tables.pop(kind, {}) for kind in ("calibrated", "assumed")}
+    for kind, block in blocks.items():
+        if not isinstance(block, dict):
+            raise InputError(f"{where}: {kind}: must be a table of coefficients")
+    tables["coefficients"] = _merge(blocks["calibrated"], blocks["assumed"], where)
+    tables["assumed"] = frozenset(_leaf_paths(blocks["assumed"]))
+    tables["fitted_on"] = frozenset(_fitted(blocks))
+    try:
+        return HardwareProfile.model_validate(tables)
+    except ValidationError as error:
+        raise first_problem(error, where) from None
+
+
+def _is_leaf(value: Any) -> bool:
+    return not isinstance(value, dict) or "source" in value or "value" in value
+
+
+def _merge(calibrated: dict[str, Any], assumed: dict[str, Any], where: str, path: str = "") -> dict[str, Any]:
+    merged = dict(calibrated)
+    for key, value in assumed.items():
+        here = f"{path}{key}"
+        if key not in merged:
+            merged[key] = value
+        elif _is_leaf(value) or _is_leaf(merged[key]):
+            raise InputError(f"{where}: {here}: stands in both calibrated and assumed; keep one")
+        else:
+            merged[key] = _merge(merged[key], value, where, f"{here}.")
+    return merged
+
+
+def _leaf_paths(block: dict[str, Any], path: str = "") -> list[str]:
+    paths: list[str] = []
+    for key, value in block.items():
+        paths += [f"{path}{key}"] if _is_leaf(value) else _leaf_paths(value, f"{path}{key}.")
+    return paths
+
+
+def _fitted(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return list(value.get("fitted_on", ())) + [case for item in value.values() for case in _fitted(item)]
+    if isinstance(value, list):
+        return [case for item in value for case in _fitted(item)]
+    return []

@@ -1,0 +1,172 @@
+"""The scenario: the only place where hardware, model, plan and workload are checked together."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from spsim.configuration import Configuration
+from spsim.errors import InputError
+from spsim.hardware import HardwareProfile, load_profile
+from spsim.model import Model, load_model
+from spsim.plan import Plan, parse_plan
+from spsim.resources import read_toml
+from spsim.workload import Workload
+
+
+class Scenario(Configuration):
+    """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
+
+    hardware: HardwareProfile
+    model: Model
+    plan: Plan = Plan()
+    workload: Workload
+    nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    """Nodes to use; as many as the plan needs unless given."""
+
+    @field_validator("hardware", mode="before")
+    @classmethod
+    def _load_hardware(cls, value: Any) -> Any:
+        return load_profile(value) if isinstance(value, str | Path) else value
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _load_model(cls, value: Any) -> Any:
+        return load_model(value) if isinstance(value, str | Path) else _from_table(Model, value)
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _load_plan(cls, value: Any) -> Any:
+        return parse_plan(value) if isinstance(value, str) else _from_table(Plan, value)
+
+    @field_validator("workload", mode="before")
+    @classmethod
+    def _load_workload(cls, value: Any) -> Any:
+        return _from_table(Workload, value)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for check in (_check_scope, _check_heads, _check_widths, _check_sequence, _check_batch, _check_nodes):
+            check(self)
+        self.hardware.peak(self.workload.precision)
+        return self
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of a step over all replicas."""
+        return self.workload.global_batch or self.workload.micro_batch * self.plan.dp
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that one replica accumulates in a step."""
+        return self.global_batch // (self.workload.micro_batch * self.plan.dp)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Settings without effect, said once."""
+        notes = []
+        if self.plan.sequence_parallel and self.plan.tp == 1:
+            notes.append("sequence_parallel has no effect with tp = 1")
+        return tuple(notes)
+
+
+def _from_table(kind: type[BaseModel], value: Any) -> Any:
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def _check_scope(scenario: Scenario) -> None:
+    plan, workload = scenario.plan, scenario.workload
+    sharded = plan.ulysses * plan.ring > 1 or (plan.sequence_parallel and plan.tp > 1)
+    if workload.phase == "decode" and sharded:
+        raise InputError(
+            f"plan: {plan.label} with phase 'decode': one new token has no sequence to shard; "
+            "use tp without sequence_parallel, ulysses or ring"
+        )
+    pending = {
+        f"phase = {workload.phase!r}": workload.phase != "training",
+        f"precision = {workload.precision!r}": workload.precision == "fp8",
+        f"pp = {plan.pp}": plan.pp > 1,
+        f"virtual_pp = {plan.virtual_pp}": plan.virtual_pp > 1,
+        f"dp = {plan.dp}": plan.dp > 1,
+        f"zero = {plan.zero}": plan.zero > 1,
+        "tp_overlap": plan.tp_overlap and plan.tp > 1,
+    }
+    for setting, used in pending.items():
+        if used:
+            raise InputError(f"{setting}: not simulated yet; leave it at its default")
+
+
+def _check_heads(scenario: Scenario) -> None:
+    model, plan = scenario.model, scenario.plan
+    degree = plan.tp * plan.ulysses
+    if model.heads % degree:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
+            f"use a divisor of it, such as {math.gcd(model.heads, degree)}"
+        )
+    if model.kv_heads % degree and degree % model.kv_heads:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
+            f"use {model.kv_heads} or a divisor of it"
+        )
+    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind == "p2p":
+        raise InputError(
+            "plan: ring_kind = 'p2p' needs attention = 'flash', since an unfused softmax mixes all keys; "
+            "use flash attention or ring_kind = 'all_gather'"
+        )
+
+
+def _check_widths(scenario: Scenario) -> None:
+    model, plan = scenario.model, scenario.plan
+    if model.ffn_hidden % plan.tp:
+        raise InputError(
+            f"plan: tp = {plan.tp} does not divide ffn_hidden = {model.ffn_hidden}; "
+            f"use a divisor of it, such as {math.gcd(model.ffn_hidden, plan.tp)}"
+        )
+
+
+def _check_sequence(scenario: Scenario) -> None:
+    plan, seq_len = scenario.plan, scenario.workload.seq_len
+    zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and scenario.model.causal else 1
+    unit = plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
+    if seq_len % unit:
+        below, above = seq_len // unit * unit, -(-seq_len // unit) * unit
+        near = f"{below} or {above}" if below else f"{above}"
+        raise InputError(
+            f"workload: seq_len = {seq_len} is not divisible by {unit}, the product of the sequence shards "
+            f"(x 2 for a zigzag ring); use {near}"
+        )
+
+
+def _check_batch(scenario: Scenario) -> None:
+    workload, plan = scenario.workload, scenario.plan
+    unit = workload.micro_batch * plan.dp
+    if scenario.global_batch % unit:
+        raise InputError(
+            f"workload: global_batch = {workload.global_batch} is not divisible by micro_batch x dp = {unit}; "
+            f"use a multiple of {unit}"
+        )
+
+
+def _check_nodes(scenario: Scenario) -> None:
+    plan, per_node = scenario.plan, scenario.hardware.gpus_per_node
+    needed = -(-plan.gpus // per_node)
+    if scenario.nodes is not None and scenario.nodes < needed:
+        raise InputError(
+            f"nodes = {scenario.nodes}: the plan needs {plan.gpus} GPUs, {needed} nodes of {per_node}; "
+            f"use at least {needed} or smaller degrees"
+        )
+    if plan.tp * plan.ulysses * plan.ring > per_node:
+        raise InputError(
+            f"plan: tp x ulysses x ring = {plan.tp * plan.ulysses * plan.ring} spans several nodes of {per_node} "
+            f"GPUs on {scenario.hardware.name}: not simulated yet; use at most {per_node}"
+        )
+
+
+def load_scenario(path: Path) -> Scenario:
+    """The scenario of a case file: `hardware`, `model`, `[plan]` and `[workload]`, TOML."""
+    return Scenario(**read_toml(path))

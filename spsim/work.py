@@ -1,0 +1,66 @@
+"""What one kernel does: FLOPs and bytes, without a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """`batch` products of an m x k by a k x n matrix."""
+
+    m: int
+    n: int
+    k: int
+    batch: int
+    bytes_moved: int
+    """Operands and result, each once."""
+    accumulated: int = 0
+    """Elements of an fp32 main gradient that the epilogue reads and writes; above 0 for weight gradients."""
+
+    @property
+    def flops(self) -> int:
+        """A multiplication and an addition per m, n, k and batch."""
+        return 2 * self.m * self.n * self.k * self.batch
+
+
+@dataclass(frozen=True, slots=True)
+class FlashAttention:
+    """Attention in one kernel, scores never in memory (Dao et al. 2022)."""
+
+    direction: Literal["forward", "backward"]
+    batch: int
+    heads: int
+    head_dim: int
+    queries: int
+    keys: int
+    pairs: int
+    """Query-key pairs that are computed, per head and sequence: half the square under a causal mask."""
+    causal: bool
+    """The kernel masks a triangle, which changes its efficiency."""
+    bytes_moved: int
+
+    @property
+    def flops(self) -> int:
+        """Two products forward; backward recomputes one and has four more: 2.5 times (Dao 2023, section 4.1)."""
+        forward = 4 * self.batch * self.heads * self.head_dim * self.pairs
+        return forward if self.direction == "forward" else forward * 5 // 2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBound:
+    """A kernel that takes the time of its memory traffic."""
+
+    operator_class: MemoryBoundClass
+    bytes_moved: int
+
+    @property
+    def flops(self) -> int:
+        """Not counted, as in the published model FLOPs."""
+        return 0
+
+
+Work = Gemm | FlashAttention | MemoryBound
