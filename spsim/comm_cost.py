@@ -13,7 +13,6 @@ reduction (NVLS) and send-receive 1 (Thakur et al. 2005; NCCL).
 from __future__ import annotations
 
 from bisect import bisect_right
-from functools import lru_cache
 
 from spsim.errors import InputError
 from spsim.hardware import CollectiveCurve, HardwareProfile
@@ -70,22 +69,23 @@ class CommCost:
 
     def __init__(self, profile: HardwareProfile) -> None:
         self.profile = profile
-        self.duration = lru_cache(maxsize=65536)(self._duration)
+        self.level = profile.datasheet.topology[0].name
+        self.overhead = profile.coefficients.collective_overhead_us.value / US_PER_S
+        table = profile.coefficients.collectives.get(self.level, {})
+        self.curves = {name: [CurveTime(curve, name) for curve in curves] for name, curves in table.items()}
 
-    def _curves(self, level: str, collective: Collective, ranks: int) -> list[CurveTime]:
-        table = self.profile.coefficients.collectives.get(level, {}).get(collective, ())
-        curves = [CurveTime(curve, collective) for curve in table if ranks >= curve.min_ranks]
+    def duration(self, collective: Collective, message: int, ranks: int) -> float:
+        """Seconds of a collective among `ranks` ranks of one node, started from a framework.
+
+        Raises `InputError` where the profile has no curve for it.
+        """
+        curves = [c for c in self.curves.get(collective, ()) if ranks >= c.curve.min_ranks]
         if not curves:
             raise InputError(
-                f"hardware {self.profile.name}: no {collective} curve for {ranks} ranks on level {level!r}; add one"
+                f"hardware {self.profile.name}: no {collective} curve for {ranks} ranks on level {self.level!r}; add one"
             )
-        return curves
-
-    def _duration(self, collective: Collective, message: int, ranks: int) -> float:
-        """Seconds of a collective among `ranks` ranks of one node."""
-        level = self.profile.datasheet.topology[0].name
-        return min(curve(message, ranks) for curve in self._curves(level, collective, ranks))
+        return self.overhead + min(curve(message, ranks) for curve in curves)
 
     def coefficients_of(self, collective: Collective) -> tuple[str, ...]:
         """Dotted path of the curves behind a duration."""
-        return (f"collectives.{self.profile.datasheet.topology[0].name}.{collective}",)
+        return (f"collectives.{self.level}.{collective}", "collective_overhead_us")

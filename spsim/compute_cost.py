@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 
-from spsim.hardware import AttentionCurve, HardwareProfile
+from spsim.hardware import AttentionCurve, Fraction, HardwareProfile
 from spsim.units import MIB, US_PER_S
-from spsim.work import FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
 
 MAIN_GRADIENT_BYTES = 8
 """Read and write of one fp32 main gradient."""
@@ -82,8 +82,9 @@ class ComputeCost:
         beyond = min(1.0, max(0.0, 2 * total / self._cache_bytes - 1))
         return cache + beyond * (memory - cache)
 
-    def _bandwidth(self, operator_class: str) -> float:
-        return self.profile.memory_bandwidth * self.coefficients.memory_bound[operator_class].value  # type: ignore[index]
+    def _bandwidth(self, operator_class: MemoryBoundClass) -> float:
+        fraction: Fraction = getattr(self.coefficients.memory_bound, operator_class)
+        return self.profile.memory_bandwidth * fraction.value
 
     def coefficients_of(self, work: Work) -> tuple[str, ...]:
         """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""

@@ -12,6 +12,7 @@ the time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +24,6 @@ from spsim.resources import profiles_directory, read_toml
 
 Direction = Literal["forward", "backward"]
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
-MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout"]
 
 PEAK_IDENTITY_TOLERANCE = 0.01
 """Largest relative gap between a 16-bit peak and units x FLOP per clock x clock; a sparse peak is off by 2."""
@@ -35,11 +35,15 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Number = Annotated[float, Field(strict=True)]
+HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+
+
 class Provenance(Table):
     """Where a number comes from."""
 
     source: Annotated[str, Field(min_length=3)]
-    """A key of the profile's `sources`, or the citation itself."""
+    """A key of the profile's `sources`."""
     fitted_on: tuple[str, ...] = ()
     """Ids of the measured cases that the value was fitted on; empty for a value measured by itself."""
     held_out_error_percent: float | None = None
@@ -50,19 +54,19 @@ class Provenance(Table):
 class Quantity(Provenance):
     """A positive number and its source; the unit is in the name of the field that holds it."""
 
-    value: Annotated[float, Field(gt=0)]
+    value: Annotated[Number, Field(gt=0)]
 
 
 class Fraction(Provenance):
     """A number in (0, 1] and its source."""
 
-    value: Annotated[float, Field(gt=0, le=1)]
+    value: Annotated[Number, Field(gt=0, le=1)]
 
 
 class NonNegative(Provenance):
     """A number of at least 0 and its source."""
 
-    value: Annotated[float, Field(ge=0)]
+    value: Annotated[Number, Field(ge=0)]
 
 
 class Level(Table):
@@ -109,9 +113,12 @@ class Datasheet(Table):
     @model_validator(mode="after")
     def _peak_is_dense(self) -> Self:
         """Peak = units x FLOP per clock and unit x clock; catches sparse peaks and wrong clocks."""
-        peak = self.peak_tflops.get("bf16") or self.peak_tflops.get("fp16") or self.peak_tflops.get("fp32")
+        peaks = self.peak_tflops
+        peak = peaks.get("bf16") or peaks.get("fp16") or peaks.get("fp32")
         if peak is None:
             raise ValueError("peak_tflops names none of bf16, fp16, fp32; give the dense peak of one")
+        if "fp8" in peaks and peaks["fp8"].value > 2 * peak.value * (1 + PEAK_IDENTITY_TOLERANCE):
+            raise ValueError(f"fp8 peak {peaks['fp8'].value:g} is over twice the 16-bit peak; give the dense peak")
         product = self.compute_units.value * self.flop_per_clock_per_unit.value * self.clock_tensor_mhz.value / 1e6
         if abs(peak.value / product - 1) > PEAK_IDENTITY_TOLERANCE:
             raise ValueError(
@@ -150,8 +157,8 @@ class AttentionCurve(Table):
 class AttentionMasks(Table):
     """Curves by head size (a decimal number as key)."""
 
-    causal: Annotated[dict[str, AttentionCurve], Field(min_length=1)]
-    full: Annotated[dict[str, AttentionCurve], Field(min_length=1)]
+    causal: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
+    full: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
 
 
 class AttentionCoefficients(Table):
@@ -159,6 +166,15 @@ class AttentionCoefficients(Table):
 
     forward: AttentionMasks
     backward: AttentionMasks
+
+
+class MemoryBoundFractions(Table):
+    """Share of the memory bandwidth by operator class."""
+
+    elementwise: Fraction
+    norm: Fraction
+    softmax: Fraction
+    dropout: Fraction
 
 
 class CollectiveCurve(Provenance):
@@ -201,14 +217,16 @@ class Coefficients(Table):
 
     gemm: GemmCoefficients
     attention: AttentionCoefficients
-    memory_bound: dict[MemoryBoundClass, Fraction]
-    """Share of the memory bandwidth by operator class."""
+    memory_bound: MemoryBoundFractions
     l2_bandwidth_gb_per_s: Quantity
     """Rate of kernels whose tensors stay in the last-level cache."""
     kernel_overhead_us: NonNegative
     """Start of one kernel in a busy stream."""
-    collectives: dict[str, dict[CollectiveName, tuple[CollectiveCurve, ...]]]
+    collectives: dict[str, dict[CollectiveName, Annotated[tuple[CollectiveCurve, ...], Field(min_length=1)]]]
     """Curves by topology level and collective."""
+    collective_overhead_us: NonNegative
+    """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
+    the compute stream and the communication stream, both ways."""
     overlap_slowdown: NonNegative
     """Share of its rate that compute loses while a collective holds units of the device."""
     memory: MemoryCoefficients
@@ -238,10 +256,24 @@ class HardwareProfile(Table):
     """Ids of the measured cases that any coefficient was fitted on."""
 
     @model_validator(mode="after")
-    def _levels_have_curves(self) -> Self:
-        unknown = set(self.coefficients.collectives) - {level.name for level in self.datasheet.topology}
-        if unknown:
-            raise ValueError(f"collectives name the level {min(unknown)!r}, which the topology does not have")
+    def _curves_belong_to_levels(self) -> Self:
+        levels = {level.name: level for level in self.datasheet.topology}
+        if len(levels) < len(self.datasheet.topology):
+            raise ValueError("topology: two levels have the same name; rename one")
+        for name, table in self.coefficients.collectives.items():
+            if name not in levels:
+                raise ValueError(f"collectives name the level {name!r}, which the topology does not have")
+            for collective, curves in table.items():
+                for curve in curves:
+                    _check_curve(levels[name], collective, curve)
+        return self
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> Self:
+        for table in (self.datasheet, self.coefficients):
+            for source in _sources(table.model_dump()):
+                if source not in self.sources:
+                    raise ValueError(f"source {source!r} is not in [sources]; add the citation there")
         return self
 
     @property
@@ -263,6 +295,20 @@ class HardwareProfile(Table):
             raise InputError(
                 f"precision {dtype!r}: {self.datasheet.device} has no such peak; choose one of {have}"
             ) from None
+
+
+def _check_curve(level: Level, collective: str, curve: CollectiveCurve) -> None:
+    """A curve in the network reduces where the level can; any other stays below the link's bandwidth."""
+    if curve.algorithm == "nvls":
+        if collective not in level.in_network_reduction:
+            raise ValueError(f"level {level.name!r} has no in-network {collective}, but an nvls curve; remove one")
+        return
+    fastest = max(bandwidth for _, bandwidth in curve.points)
+    if fastest * 1e9 > level.bandwidth:
+        raise ValueError(
+            f"collectives.{level.name}.{collective}: bus bandwidth {fastest:g} GB/s is above the link's "
+            f"{level.bandwidth / 1e9:g} GB/s; check the unit"
+        )
 
 
 def profile_names() -> list[str]:
@@ -289,6 +335,9 @@ def _load(path: Path) -> HardwareProfile:
 def parse_profile(data: dict[str, Any], where: str) -> HardwareProfile:
     """A profile from its TOML tables; `where` names the file in messages."""
     tables = dict(data)
+    for derived in ("coefficients", "fitted_on"):
+        if derived in tables:
+            raise InputError(f"{where}: {derived}: unknown key; put coefficients under calibrated or assumed")
     blocks = {kind: tables.pop(kind, {}) for kind in ("calibrated", "assumed")}
     for kind, block in blocks.items():
         if not isinstance(block, dict):
@@ -324,6 +373,17 @@ def _leaf_paths(block: dict[str, Any], path: str = "") -> list[str]:
     for key, value in block.items():
         paths += [f"{path}{key}"] if _is_leaf(value) else _leaf_paths(value, f"{path}{key}.")
     return paths
+
+
+def _sources(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("source"), str):
+            yield value["source"]
+        for item in value.values():
+            yield from _sources(item)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _sources(item)
 
 
 def _fitted(value: Any) -> list[str]:

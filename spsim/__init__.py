@@ -1,0 +1,22 @@
+"""spsim: a discrete-event simulator of multi-GPU sequence parallelism for transformers."""
+
+from spsim.errors import InputError
+from spsim.hardware import HardwareProfile, load_profile
+from spsim.model import Model, load_model
+from spsim.plan import Plan
+from spsim.scenario import Scenario
+from spsim.simulation import Result, simulate
+from spsim.workload import Workload
+
+__all__ = [
+    "HardwareProfile",
+    "InputError",
+    "Model",
+    "Plan",
+    "Result",
+    "Scenario",
+    "Workload",
+    "load_model",
+    "load_profile",
+    "simulate",
+]

@@ -1,0 +1,322 @@
+"""The one public entry: a scenario in, a result out."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spsim import metrics
+from spsim.comm_cost import CommCost
+from spsim.compiler import compile_program
+from spsim.compute_cost import ComputeCost
+from spsim.engine import run
+from spsim.flops import layer_flops
+from spsim.hardware import HardwareProfile
+from spsim.kernels import Kernels
+from spsim.lowering import lower_ring
+from spsim.memory import StaticMemory, capacity, outside_tensors, static_memory
+from spsim.model import Model
+from spsim.operators import Operator, operator_splits
+from spsim.placement import Mesh, mesh_of, split_rules
+from spsim.plan import Plan
+from spsim.program import Communication, Compute, Program
+from spsim.scenario import Scenario
+from spsim.schedule import build_schedule
+from spsim.trace import Trace
+from spsim.transformer import transformer_layer
+from spsim.units import GIB, seconds
+from spsim.workload import Workload
+
+SCOPE = "layers"
+"""What a step contains so far: the transformer layers of one pipeline stage."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
+
+    scenario: Scenario
+    program: Program
+    trace: Trace
+    static: StaticMemory
+    events: int
+    folded: bool
+    reasons: tuple[str, ...]
+    assumed: tuple[str, ...]
+
+    # Times
+
+    @cached_property
+    def step_time_s(self) -> float:
+        """All layers and micro-batches, and the synchronisation of weight gradients."""
+        return seconds(self.trace.end_ps)
+
+    @cached_property
+    def layer_forward_s(self) -> float:
+        """One layer and micro-batch, from its start to the end of its slowest rank."""
+        return seconds(metrics.layer_window(self.trace, "forward"))
+
+    @cached_property
+    def layer_backward_s(self) -> float:
+        """The same of its backward pass, recomputation included."""
+        return seconds(metrics.layer_window(self.trace, "backward"))
+
+    @cached_property
+    def exposed_comm_s(self) -> float:
+        """Communication that no kernel hides, on the rank with most of it; weight synchronisation apart."""
+        return seconds(max(metrics.exposed_communication(self.trace).values()))
+
+    @cached_property
+    def weight_sync_s(self) -> float:
+        """Synchronisation of weight gradients at the end of the step."""
+        return seconds(metrics.weight_sync(self.trace))
+
+    # Rates
+
+    def _rate(self, flops_per_layer: int) -> float:
+        """FLOP/s per GPU for FLOPs counted per layer and micro-batch."""
+        scenario = self.scenario
+        total = flops_per_layer * scenario.model.layers * scenario.num_micro_batches
+        return total / self.step_time_s / scenario.plan.gpus
+
+    @property
+    def _peak(self) -> float:
+        return self.scenario.hardware.peak(self.scenario.workload.precision)
+
+    @property
+    def tflops_per_gpu(self) -> float:
+        """Model TFLOP/s of one GPU, full square of attention, recomputation not counted."""
+        return self._rate(layer_flops(self.scenario.model, self.scenario.workload).training()) / 1e12
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation by the published formula (full square)."""
+        return self.tflops_per_gpu * 1e12 / self._peak
+
+    @property
+    def mfu_causal(self) -> float:
+        """The same, counting the half of the square that a causal mask leaves."""
+        flops = layer_flops(self.scenario.model, self.scenario.workload, causal=True)
+        return self._rate(flops.training()) / self._peak
+
+    @property
+    def hfu(self) -> float:
+        """Hardware FLOPs utilisation: what is recomputed counts, full square."""
+        flops = layer_flops(self.scenario.model, self.scenario.workload)
+        return self._rate(flops.executed(self.scenario.plan)) / self._peak
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Tokens of a step over its time and GPUs."""
+        tokens = self.scenario.global_batch * self.scenario.workload.seq_len
+        return tokens / self.step_time_s / self.scenario.plan.gpus
+
+    # Memory
+
+    @cached_property
+    def peak(self) -> metrics.Peak:
+        """The fullest rank, when, and by which task."""
+        return metrics.peak_memory(self.trace, self.static.total)
+
+    @property
+    def peak_memory_gib(self) -> float:
+        """What the allocator's peak counter would report on the fullest rank."""
+        return self.peak.bytes / GIB
+
+    @property
+    def peak_operator(self) -> str:
+        """The operator whose allocation makes the peak."""
+        return self._task_name(self.peak.task)
+
+    def _task_name(self, task: int | None) -> str:
+        if task is None:
+            return "weights, gradients and optimizer state"
+        info = self.trace.tasks[task]
+        where = f" of layer {info.layer}" if info.layer is not None else ""
+        return f"{info.name} ({info.part}){where}"
+
+    @property
+    def _outside(self) -> int:
+        return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
+
+    @property
+    def device_memory_gib(self) -> float:
+        """Peak with context, communicator buffers and reserve."""
+        return (self.peak.bytes + self._outside) / GIB
+
+    @property
+    def capacity_gib(self) -> float:
+        """Memory that the driver reports."""
+        return capacity(self.scenario.hardware) / GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device memory suffices."""
+        return self.device_memory_gib <= self.capacity_gib
+
+    @property
+    def out_of_memory_at(self) -> str | None:
+        """The operator at which memory runs out, if it does."""
+        limit = capacity(self.scenario.hardware) - self._outside
+        if self.fits:
+            return None
+        if self.static.total > limit:
+            return self._task_name(None)
+        return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, limit))
+
+    @property
+    def activation_bytes_per_layer(self) -> int:
+        """What one layer keeps for one micro-batch on the fullest rank, masks included."""
+        return self.program.saved_bytes("activation", "mask")
+
+    @property
+    def statistics_bytes_per_layer(self) -> int:
+        """Norm statistics and log-sum-exp kept beside them."""
+        return self.program.saved_bytes("norm statistics", "log-sum-exp")
+
+    # Communication
+
+    @cached_property
+    def collectives_per_layer(self) -> dict[str, dict[str, int]]:
+        """Number of collectives of one layer and micro-batch, by pass and kind."""
+        phases = {"forward": self.program.forward, "backward": self.program.backward}
+        return {
+            phase: dict(sorted(Counter(s.collective for s in steps if isinstance(s, Communication)).items()))
+            for phase, steps in phases.items()
+        }
+
+    @cached_property
+    def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
+        """Bytes that one GPU sends in a step, by kind of collective."""
+        total: dict[str, int] = defaultdict(int)
+        for info in self.trace.tasks:
+            if info.collective:
+                total[info.collective] += info.sent_bytes
+        return dict(sorted(total.items()))
+
+    # Tables and pictures
+
+    @cached_property
+    def spans(self) -> pd.DataFrame:
+        """One row per span and rank; see `metrics.spans_frame`."""
+        return metrics.spans_frame(self.trace)
+
+    @cached_property
+    def memory_curve(self) -> pd.DataFrame:
+        """Memory by category over time; see `metrics.memory_frame`."""
+        return metrics.memory_frame(self.trace, self.static.by_category())
+
+    @cached_property
+    def operators(self) -> pd.DataFrame:
+        """Time of the first rank by operator; see `metrics.operators_frame`."""
+        return metrics.operators_frame(self.trace)
+
+    def plot_timeline(self, path: str | Path, **options: Any) -> None:
+        """Draw the lanes of the ranks; see `plots.plot_timeline`."""
+        from spsim import plots
+
+        plots.save(plots.plot_timeline(self, **options), Path(path))
+
+    def plot_memory(self, path: str | Path, **options: Any) -> None:
+        """Draw memory by category over time; see `plots.plot_memory`."""
+        from spsim import plots
+
+        plots.save(plots.plot_memory(self, **options), Path(path))
+
+    def to_chrome_trace(self, path: str | Path) -> None:
+        """Write a trace for Perfetto or chrome://tracing; see `export.chrome_trace`."""
+        from spsim import export
+
+        export.write_chrome_trace(self, Path(path))
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `run --json`."""
+        names = (
+            "step_time_s", "layer_forward_s", "layer_backward_s", "exposed_comm_s", "weight_sync_s", "mfu",
+            "mfu_causal", "hfu", "tflops_per_gpu", "tokens_per_s_per_gpu", "peak_memory_gib", "device_memory_gib",
+            "capacity_gib", "fits", "peak_operator", "out_of_memory_at", "activation_bytes_per_layer",
+            "statistics_bytes_per_layer", "comm_bytes_per_gpu_by_op", "collectives_per_layer",
+        )  # fmt: skip
+        scenario = self.scenario
+        return {
+            "scope": SCOPE,
+            "hardware": scenario.hardware.name,
+            "model": scenario.model.name,
+            "plan": scenario.plan.model_dump(),
+            "workload": scenario.workload.model_dump(),
+            "gpus": scenario.plan.gpus,
+            **{name: getattr(self, name) for name in names},
+            "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
+            "assumed": list(self.assumed),
+            "notes": list(scenario.notes),
+        }
+
+
+def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
+    """Simulate a scenario. `fold` simulates identical ranks once; the result is the same without.
+
+    Raises `InputError` where the hardware profile lacks a curve that the plan needs.
+    """
+    plan, hardware = scenario.plan, scenario.hardware
+    mesh = mesh_of(plan)
+    program = layer_program(scenario.model, plan, scenario.workload)
+    compute, comm = ComputeCost(hardware, scenario.workload.precision), CommCost(hardware)
+    schedule = build_schedule(
+        program, plan, mesh, layers=scenario.model.layers, micro_batches=scenario.num_micro_batches,
+        compute_duration=compute.duration, comm_duration=comm.duration, fold=fold,
+    )  # fmt: skip
+    spans, changes = run(schedule.programs, slowdown=hardware.coefficients.overlap_slowdown.value)
+    return Result(
+        scenario=scenario,
+        program=program,
+        trace=Trace(spans, changes, schedule.infos, schedule.copies, schedule.groups),
+        static=static_memory(program.parameters * scenario.model.layers, plan),
+        events=len(spans),
+        folded=len(schedule.copies) < mesh.ranks,
+        reasons=_folding_reasons(len(schedule.copies), mesh, fold),
+        assumed=_assumed_inputs(hardware, program, compute, comm),
+    )
+
+
+def _folding_reasons(simulated: int, mesh: Mesh, fold: bool) -> tuple[str, ...]:
+    if not fold:
+        return ("folding of ranks was switched off",)
+    if simulated == mesh.ranks:
+        return ("one rank",) if simulated == 1 else ("every rank does different work",)
+    differ = "all ranks are identical" if simulated == 1 else "ranks differ by their position on the ring"
+    return (f"{simulated} of {mesh.ranks} ranks simulated: {differ}", "layers are simulated one by one")
+
+
+@lru_cache(maxsize=256)
+def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The program of one layer, ring attention lowered to its exchange where the plan says p2p."""
+    operators = transformer_layer(model, workload)
+    mesh = mesh_of(plan)
+    program = compile_program(operators, plan, mesh, causal=model.causal)
+    if plan.ring == 1 or plan.ring_kind != "p2p":
+        return program
+    attention = _core_attention(operators)
+    kernels = Kernels(attention, operator_splits(attention, split_rules(plan), mesh), mesh)
+    return lower_ring(program, plan, mesh, kernels, causal=model.causal)
+
+
+def _core_attention(operators: tuple[Operator, ...]) -> Operator:
+    return next(op for op in operators if op.kind == "attention")
+
+
+def _assumed_inputs(
+    hardware: HardwareProfile, program: Program, compute: ComputeCost, comm: CommCost
+) -> tuple[str, ...]:
+    """Assumed coefficients that a duration of this program came from."""
+    used = {"memory"}
+    for step in program.steps:
+        if isinstance(step, Compute):
+            used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
+        else:
+            used |= {*comm.coefficients_of(step.collective), "overlap_slowdown"}
+    return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
