@@ -6,17 +6,21 @@ from spsim.model import Model, load_model
 from spsim.plan import Plan
 from spsim.scenario import Scenario
 from spsim.simulation import Result, simulate
+from spsim.sweeps import Experiment, Point, sweep
 from spsim.workload import Workload
 
 __all__ = [
+    "Experiment",
     "HardwareProfile",
     "InputError",
     "Model",
     "Plan",
+    "Point",
     "Result",
     "Scenario",
     "Workload",
     "load_model",
     "load_profile",
     "simulate",
+    "sweep",
 ]

@@ -82,9 +82,10 @@ class Operator:
 
     @property
     def contracted(self) -> frozenset[str]:
-        """Dimensions on the left and not on the right."""
+        """Dimensions on the left and not on the right, along which the operator is linear."""
         left = {dim for operand in self.inputs for dim in operand.subscript}
-        return frozenset(left - {dim for operand in self.outputs for dim in operand.subscript})
+        right = {dim for operand in self.outputs for dim in operand.subscript}
+        return frozenset(left - right - self.mixes)
 
     @property
     def activations(self) -> tuple[Operand, ...]:
@@ -103,9 +104,9 @@ class Operator:
 
     @property
     def subscripts(self) -> str:
-        """The einsum form, for people."""
-        sides = (", ".join(" ".join(o.subscript) for o in side) for side in (self.inputs, self.results))
-        return " -> ".join(sides)
+        """The einsum form, for people: operands of equal dimensions are named once."""
+        sides = (dict.fromkeys(" ".join(o.subscript) for o in side) for side in (self.inputs, self.results))
+        return " -> ".join(", ".join(side) for side in sides)
 
     def split(self, rule: SplitRule) -> str | None:
         """The dimension along which a rule splits this operator: the first that it has and does not mix."""

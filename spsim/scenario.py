@@ -50,8 +50,8 @@ class Scenario(Configuration):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for check in (_check_scope, _check_heads, _check_widths, _check_sequence, _check_batch, _check_nodes):
-            check(self)
+        check_shapes(self.model, self.plan, self.workload)
+        _check_nodes(self)
         self.hardware.peak(self.workload.precision)
         return self
 
@@ -78,8 +78,13 @@ def _from_table(kind: type[BaseModel], value: Any) -> Any:
     return kind(**value) if isinstance(value, dict) else value
 
 
-def _check_scope(scenario: Scenario) -> None:
-    plan, workload = scenario.plan, scenario.workload
+def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
+    """The rules between model, plan and workload, whatever the hardware; `InputError` names the first broken."""
+    for check in (_check_scope, _check_heads, _check_widths, _check_sequence, _check_batch):
+        check(model, plan, workload)
+
+
+def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
     sharded = plan.ulysses * plan.ring > 1 or (plan.sequence_parallel and plan.tp > 1)
     if workload.phase == "decode" and sharded:
         raise InputError(
@@ -100,8 +105,7 @@ def _check_scope(scenario: Scenario) -> None:
             raise InputError(f"{setting}: not simulated yet; leave it at its default")
 
 
-def _check_heads(scenario: Scenario) -> None:
-    model, plan = scenario.model, scenario.plan
+def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
     degree = plan.tp * plan.ulysses
     if model.heads % degree:
         raise InputError(
@@ -120,8 +124,7 @@ def _check_heads(scenario: Scenario) -> None:
         )
 
 
-def _check_widths(scenario: Scenario) -> None:
-    model, plan = scenario.model, scenario.plan
+def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
     if model.ffn_hidden % plan.tp:
         raise InputError(
             f"plan: tp = {plan.tp} does not divide ffn_hidden = {model.ffn_hidden}; "
@@ -129,9 +132,9 @@ def _check_widths(scenario: Scenario) -> None:
         )
 
 
-def _check_sequence(scenario: Scenario) -> None:
-    plan, seq_len = scenario.plan, scenario.workload.seq_len
-    zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and scenario.model.causal else 1
+def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:
+    seq_len = workload.seq_len
+    zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
     unit = plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
     if seq_len % unit:
         below, above = seq_len // unit * unit, -(-seq_len // unit) * unit
@@ -142,10 +145,9 @@ def _check_sequence(scenario: Scenario) -> None:
         )
 
 
-def _check_batch(scenario: Scenario) -> None:
-    workload, plan = scenario.workload, scenario.plan
+def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
     unit = workload.micro_batch * plan.dp
-    if scenario.global_batch % unit:
+    if workload.global_batch is not None and workload.global_batch % unit:
         raise InputError(
             f"workload: global_batch = {workload.global_batch} is not divisible by micro_batch x dp = {unit}; "
             f"use a multiple of {unit}"

@@ -1,0 +1,6 @@
+"""`python -m spsim`."""
+
+from spsim.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Runs an experiment file: rows, figures, tables and a manifest in one directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from spsim import plots
+from spsim.errors import InputError
+from spsim.resources import read_text
+from spsim.sweeps import Experiment, Point, RowFile, manifest, run_points, write_text
+
+
+def load_experiment(path: Path) -> Experiment:
+    """The experiment that `build()` of a Python file returns; importing the file runs nothing."""
+    read_text(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: is not a Python file; give an experiment file ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"{path}: line {place.lineno}: {type(error).__name__}: {error}") from None
+    build = getattr(module, "build", None)
+    experiment = build() if callable(build) else None
+    if not isinstance(experiment, Experiment):
+        raise InputError(f"{path}: must define build() that returns a spsim.Experiment")
+    return experiment
+
+
+def run_experiment(
+    experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console
+) -> pd.DataFrame:
+    """Compute the rows, then write the CSV, the figures and the manifest, and print the tables."""
+    points = experiment.selection(quick=quick)
+    console.print(f"{experiment.title}: {len(points)} configurations", soft_wrap=True)
+    frame = _compute(points, directory, executor, console)
+    write_text(directory / f"{experiment.name}.csv", frame.drop(columns="key").to_csv(index=False))
+    write_text(directory / "manifest.json", json.dumps(manifest(experiment, points), indent=1))
+    failed = frame[frame["error"] != ""]
+    good = frame[frame["error"] == ""]
+    if not good.empty:
+        for name, figure in experiment.figures(good).items():
+            plots.save(figure, directory / name)
+        for table in experiment.tables(good):
+            console.print(table, soft_wrap=isinstance(table, str))
+    for reason, count in failed["error"].value_counts().items():
+        console.print(f"{count} configurations failed: {reason}", soft_wrap=True)
+    console.print(f"written to {directory}: {', '.join(sorted(p.name for p in directory.iterdir()))}", soft_wrap=True)
+    return frame
+
+
+class _Rate(ProgressColumn):
+    """Configurations per second."""
+
+    def render(self, task: Task) -> Text:
+        """Empty until the first is finished."""
+        return Text(f"{task.speed:.0f} per s" if task.speed else "")
+
+
+def _compute(points: Sequence[Point], directory: Path, executor: Executor | None, console: Console) -> pd.DataFrame:
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
+        TimeRemainingColumn(), console=console, transient=not console.is_terminal,
+    )  # fmt: skip
+    with progress:
+        task = progress.add_task("simulating", total=len(points))
+        file = RowFile(directory / "rows.jsonl")
+        return run_points(points, file, executor, lambda finished: progress.update(task, completed=finished))

@@ -1,0 +1,19 @@
+"""Pictures of results and sweeps: functions of their records and tables, and the only user of matplotlib.
+
+Every function returns a `matplotlib.figure.Figure` that no backend knows; `save` writes it.
+"""
+
+from spsim.plots.figure import save
+from spsim.plots.memory import plot_memory, plot_memory_curves
+from spsim.plots.sweep import plot_layer_times, plot_peak_memory
+from spsim.plots.timeline import plot_timeline, plot_timelines
+
+__all__ = [
+    "plot_layer_times",
+    "plot_memory",
+    "plot_memory_curves",
+    "plot_peak_memory",
+    "plot_timeline",
+    "plot_timelines",
+    "save",
+]

@@ -1,0 +1,110 @@
+"""What all pictures share: colours, a layout in inches, the width of a text, and writing to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
+
+from spsim.errors import InputError
+from spsim.export import whole_file
+from spsim.simulation import Result
+
+WIDTH = 13.33
+"""Inches of a 16:9 slide."""
+POINTS = 72
+"""Points of an inch."""
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE, LABEL_SIZE = 14.0, 10.0, 9.0, 7.5
+
+# "Bright" of Paul Tol's schemes (SRON/EPS/TN/09-002, 2021): distinct under every colour blindness.
+COLOURS = {
+    "gemm": "#4477AA",
+    "attention": "#AA3377",
+    "norm": "#228833",
+    "softmax": "#CCBB44",
+    "dropout": "#66CCEE",
+    "elementwise": "#BBBBBB",
+    "communication": "#EE6677",
+}
+WAITING = "#FADADD"
+OTHER = "#F0F0F0"
+MUTED = "#666666"
+SERIES = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#333333", "#BBBBBB")
+
+FORMATS = (".png", ".svg")
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write PNG or SVG, as the suffix says; the same figure gives the same bytes."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise InputError(
+            f"cannot write {str(path)!r}: a picture is a .png or .svg file; change the suffix {path.suffix!r}"
+        )
+    undated = {"Date": None} if suffix == ".svg" else None
+    with whole_file(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "spsim"}):
+        figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=undated)
+
+
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches, with two spines and small ticks."""
+    across, up = figure.get_size_inches()
+    axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=SMALL_SIZE, color=MUTED)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def add_title(figure: Figure, title: str, subtitle: str, left: float) -> None:
+    """Title and subtitle at the top, from `left` inches on."""
+    across, up = figure.get_size_inches()
+    figure.text(left / across, 1 - 0.14 / up, title, size=TITLE_SIZE, weight="bold", va="top")
+    figure.text(left / across, 1 - 0.45 / up, subtitle, size=TEXT_SIZE, color=MUTED, va="top")
+
+
+def describe(result: Result) -> str:
+    """Model, plan and hardware of a result, for titles."""
+    scenario = result.scenario
+    return f"{scenario.model.name}, {scenario.plan.label}, {scenario.hardware.name}"
+
+
+def describe_workload(result: Result) -> str:
+    """Sequence, micro-batch, recomputation and ring cut, for subtitles."""
+    workload, plan = result.scenario.workload, result.scenario.plan
+    parts = [f"sequence {workload.seq_len:,}", f"micro-batch {workload.micro_batch}"]
+    parts += [f"{plan.ring_cut} ring"] if plan.ring > 1 else []
+    parts += [f"{plan.recompute} recompute"] if plan.recompute != "none" else []
+    return " · ".join(parts)
+
+
+def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, float]:
+    """Width and height in points of lines of text."""
+    font = FontProperties(size=size, weight="bold" if bold else "normal")
+    lines = text.split("\n")
+    widths = [TextToPath().get_text_width_height_descent(line, font, ismath=False)[0] for line in lines]
+    return max(widths), 1.2 * size * len(lines)
+
+
+def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
+    """The first text that fits a box in points, with its rotation; upright texts first."""
+    margin = 3.0
+    for rotation in (0, 90):
+        for text in options:
+            across, up = text_size(text, size)[:: -1 if rotation else 1]
+            if across + margin <= width and up + margin / 3 <= height:
+                return text, rotation
+    return None
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever reads better on a colour (relative luminance of BT.709)."""
+    red, green, blue = to_rgb(colour)
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5 else "black"

@@ -1,0 +1,424 @@
+"""Timelines of one layer: a lane per stream and rank, a bar per kernel and collective.
+
+The time between the passes of the layer, in which other layers run, is cut out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from spsim.errors import InputError
+from spsim.export import lane_order
+from spsim.metrics import COMPUTE_LANE, phase_of
+from spsim.plots.figure import (
+    COLOURS,
+    LABEL_SIZE,
+    MUTED,
+    OTHER,
+    POINTS,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    WAITING,
+    WIDTH,
+    add_title,
+    axes_at,
+    describe,
+    describe_workload,
+    fitting,
+    ink_on,
+)
+from spsim.simulation import Result
+from spsim.trace import Span, TaskInfo, Trace
+from spsim.units import PS_PER_MS, PS_PER_US
+
+PHASES = ("forward", "backward")
+LEFT, RIGHT, BOTTOM, TOP, HEADER = 1.35, 0.3, 0.95, 0.75, 0.55
+"""Inches around the lanes: labels, title, legend, and the line above each panel."""
+RANK_GAP = 0.3
+BAR = 0.84
+HATCH = "////"
+SHORT = {
+    "all_reduce": "AR",
+    "all_gather": "AG",
+    "reduce_scatter": "RS",
+    "all_to_all": "A2A",
+    "send_receive": "P2P",
+}
+
+
+def plot_timeline(
+    result: Result,
+    *,
+    ranks: Sequence[int] | None = None,
+    layer: int = 0,
+    micro_batch: int = 0,
+    phases: Sequence[str] = PHASES,
+    title: str | None = None,
+) -> Figure:
+    """Lanes of the ranks of one result during one layer; of identical ranks one is drawn unless named."""
+    view = _view(result, layer, micro_batch, phases, ranks)
+    figure = _draw([("", view)])
+    add_title(figure, title or f"{describe(result)}: layer {layer}", _subtitle(view), 0.25)
+    return figure
+
+
+def plot_timelines(
+    results: Mapping[str, Result],
+    *,
+    layer: int = 0,
+    micro_batch: int = 0,
+    phases: Sequence[str] = PHASES,
+    title: str | None = None,
+) -> Figure:
+    """One rank of each plan, the one with most computation, on one time axis, with the total times."""
+    views = {name: _busiest_view(result, layer, micro_batch, phases) for name, result in results.items()}
+    reference, first = next(iter(views.items()))
+    headers = [
+        (f"{name}: {_total(view)}{_difference(view, first, reference)}", view) for name, view in views.items()
+    ]
+    figure = _draw(headers)
+    scenario = first.result.scenario
+    add_title(
+        figure,
+        title or f"{scenario.model.name}, {scenario.hardware.name}: layer {layer} under {len(views)} plans",
+        " · ".join([describe_workload(first.result), "one rank of each plan", *_cut(views.values())]),
+        0.25,
+    )
+    return figure
+
+
+# What is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """One pass of the layer over all ranks: when it ran, and where its start is drawn."""
+
+    phase: str
+    start_ps: int
+    end_ps: int
+    drawn_ps: int
+
+    def place(self, time_ps: int) -> int:
+        return min(max(time_ps, self.start_ps), self.end_ps) - self.start_ps + self.drawn_ps
+
+    @property
+    def length_ps(self) -> int:
+        return self.end_ps - self.start_ps
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The windows of a layer, the ranks shown, and their spans by window."""
+
+    result: Result
+    windows: list[_Window]
+    parts: list[str]
+    rows: list[tuple[int, str]]
+    own: dict[str, list[tuple[int, Span]]]
+    """Spans of the layer by phase, each with the rank that it is shown for."""
+    others: dict[str, list[tuple[int, Span]]]
+    """Spans of other layers during the same window."""
+
+    @property
+    def length_ps(self) -> int:
+        return sum(window.length_ps for window in self.windows)
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(dict.fromkeys(rank for rank, _ in self.rows))
+
+
+def resolved_parts(tasks: Sequence[TaskInfo]) -> list[str]:
+    """The part of every task; an addition among forward or recomputed tasks belongs to these.
+
+    Ring attention merges the outputs of its steps in the forward pass as well.
+    """
+    extent: dict[tuple[int | None, int | None, str], tuple[int, int]] = {}
+    for index, info in enumerate(tasks):
+        key = (info.layer, info.micro_batch, info.part)
+        extent[key] = (extent.get(key, (index, index))[0], index)
+
+    def resolve(index: int, info: TaskInfo) -> str:
+        for part in ("forward", "recompute") if info.part == "accumulate" else ():
+            first, last = extent.get((info.layer, info.micro_batch, part), (0, -1))
+            if first < index < last:
+                return part
+        return info.part
+
+    return [resolve(index, info) for index, info in enumerate(tasks)]
+
+
+def _view(
+    result: Result, layer: int, micro_batch: int, phases: Sequence[str], ranks: Sequence[int] | None
+) -> _View:
+    trace = result.trace
+    parts = resolved_parts(trace.tasks)
+    shown = _simulated(trace, _distinct_ranks(trace) if ranks is None else ranks)
+    windows: list[_Window] = []
+    own, others = {}, {}
+    for phase in phases:
+        wanted = {
+            index
+            for index, info in enumerate(trace.tasks)
+            if phase_of(parts[index]) == phase and info.layer in (layer, None) and info.micro_batch in (micro_batch, None)
+        }
+        window = _window(trace, phase, wanted, sum(w.length_ps for w in windows), layer, micro_batch)
+        windows.append(window)
+        inside = [
+            (rank, s) for rank, source in shown.items() for s in trace.spans if s.rank == source and _meets(s, window)
+        ]
+        own[phase] = [(rank, span) for rank, span in inside if span.task in wanted]
+        others[phase] = [(rank, span) for rank, span in inside if span.task not in wanted]
+    used = {(rank, span.lane) for spans in own.values() for rank, span in spans}
+    rows = [(rank, lane) for rank in shown for lane in lane_order(trace) if (rank, lane) in used]
+    return _View(result, windows, parts, rows, own, others)
+
+
+def _window(trace: Trace, phase: str, wanted: set[int], drawn: int, layer: int, micro_batch: int) -> _Window:
+    spans = [span for span in trace.spans if span.task in wanted]
+    if not spans:
+        known = sorted({phase_of(part) for part in resolved_parts(trace.tasks)})
+        raise InputError(
+            f"timeline: nothing runs in phase {phase!r} of layer {layer} and micro-batch {micro_batch}; "
+            f"use phases of {', '.join(known)} and a layer and micro-batch of the scenario"
+        )
+    return _Window(phase, min(s.posted_ps for s in spans), max(s.end_ps for s in spans), drawn)
+
+
+def _meets(span: Span, window: _Window) -> bool:
+    """Whether a span is seen in a window; a kernel without duration is one that the rank did not run."""
+    return span.posted_ps < span.end_ps and span.posted_ps < window.end_ps and span.end_ps > window.start_ps
+
+
+def _distinct_ranks(trace: Trace) -> list[int]:
+    """The first of each set of ranks with the same spans."""
+    spans: dict[int, list[tuple[int, ...]]] = {rank: [] for rank in trace.copies}
+    for span in sorted(trace.spans, key=lambda s: s.task):
+        spans[span.rank].append((span.task, *span[3:]))
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    return [rank for rank, own in spans.items() if first.setdefault(tuple(own), rank) == rank]
+
+
+def _simulated(trace: Trace, ranks: Iterable[int]) -> dict[int, int]:
+    """Rank -> the rank that was simulated for it."""
+    source = {copy: rank for rank, copies in trace.copies.items() for copy in copies}
+    unknown = [rank for rank in ranks if rank not in source]
+    if unknown:
+        raise InputError(f"ranks: {unknown[0]} is not a rank of the plan; use 0 to {max(source)}")
+    return {rank: source[rank] for rank in ranks}
+
+
+def _busiest_view(result: Result, layer: int, micro_batch: int, phases: Sequence[str]) -> _View:
+    """The view of the rank that computes longest; the others wait for it."""
+
+    def busy(rank: int) -> int:
+        return sum(s.end_ps - s.start_ps for s in result.trace.spans if s.rank == rank and s.lane == COMPUTE_LANE)
+
+    return _view(result, layer, micro_batch, phases, [max(result.trace.copies, key=busy)])
+
+
+# Words
+
+
+def _time(ps: int) -> str:
+    return f"{ps / PS_PER_MS:.2f} ms" if ps >= PS_PER_MS else f"{ps / PS_PER_US:.1f} µs"
+
+
+def _total(view: _View) -> str:
+    passes = " + ".join(f"{w.phase.replace('_', ' ')} {_time(w.length_ps)}" for w in view.windows)
+    return f"{passes} = {_time(view.length_ps)}" if len(view.windows) > 1 else passes
+
+
+def _difference(view: _View, first: _View, reference: str) -> str:
+    if view is first:
+        return ""
+    return f"  ({100 * (view.length_ps / first.length_ps - 1):+.1f} % against {reference})"
+
+
+def _subtitle(view: _View) -> str:
+    return " · ".join([describe_workload(view.result), _who(view), _total(view), *_cut([view])])
+
+
+def _who(view: _View) -> str:
+    """Which ranks are shown, and how many look the same."""
+    trace = view.result.trace
+    total, shown = sum(map(len, trace.copies.values())), len(view.ranks)
+    if shown == total:
+        return f"{total} ranks" if total > 1 else "one GPU"
+    if len(_distinct_ranks(trace)) == 1:
+        return f"{total} identical ranks, {'one' if shown == 1 else shown} shown"
+    return f"{shown} of {total} ranks shown"
+
+
+def _cut(views: Iterable[_View]) -> list[str]:
+    """What the axis leaves out between the passes."""
+    gaps = [b.start_ps - a.end_ps for view in views for a, b in zip(view.windows, view.windows[1:], strict=False)]
+    return ["time of other layers cut out between passes"] if any(gap > 0 for gap in gaps) else []
+
+
+def _labels(info: TaskInfo, part: str) -> tuple[str, ...]:
+    """Texts for a bar, the most telling first."""
+    if info.collective:
+        name = info.collective.replace("_", "-")
+        target = info.name.replace("_", " ")
+        return (f"{name} for {target}", f"{name}\nfor {target}", name, name.replace("-", "-\n", 1), SHORT[info.collective])
+    name = info.name.replace("_", " ")
+    name = f"{name} {part}" if part in ("dgrad", "wgrad") else name
+    return (name, name.replace(" ", "\n"))
+
+
+# Drawing
+
+
+@dataclass(slots=True)
+class _Bars:
+    """Bars of one look, collected so that each look is one container with one entry in the legend."""
+
+    rows: list[float] = field(default_factory=list)
+    lefts: list[float] = field(default_factory=list)
+    widths: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Panel:
+    """The lanes of one view on axes of their own."""
+
+    view: _View
+    axes: Axes
+    scale: int
+    """Picoseconds of one unit of the axis."""
+    points_per_ps: float
+    row_points: float
+    bars: dict[str, _Bars] = field(default_factory=dict)
+
+    def draw(self) -> None:
+        positions = _positions(self.view.rows)
+        for window in self.view.windows:
+            for rank, span in self.view.others[window.phase]:
+                if (rank, span.lane) in positions:
+                    self._add("other layers", positions[rank, span.lane], window, span.posted_ps, span.end_ps)
+            for rank, span in self.view.own[window.phase]:
+                self._span(positions[rank, span.lane], window, span)
+        for look, bars in self.bars.items():
+            self.axes.barh(
+                bars.rows, bars.widths, BAR, bars.lefts, label=look, linewidth=0.3, **_look(look)
+            )  # fmt: skip
+        self._lanes(positions)
+        self._phases()
+
+    def _add(self, look: str, row: float, window: _Window, start: int, end: int) -> None:
+        left, right = window.place(start), window.place(end)
+        bars = self.bars.setdefault(look, _Bars())
+        bars.rows.append(row)
+        bars.lefts.append(left / self.scale)
+        bars.widths.append((right - left) / self.scale)
+
+    def _span(self, row: float, window: _Window, span: Span) -> None:
+        info, part = self.view.result.trace.tasks[span.task], self.view.parts[span.task]
+        if span.start_ps > span.posted_ps:
+            self._add("waiting for peers", row, window, span.posted_ps, span.start_ps)
+        look = info.operator_class + (", recomputed" if part == "recompute" else "")
+        self._add(look, row, window, span.start_ps, span.end_ps)
+        width = (span.end_ps - span.start_ps) * self.points_per_ps
+        found = fitting(_labels(info, part), width, self.row_points * BAR, LABEL_SIZE)
+        if found:
+            middle = window.place((span.start_ps + span.end_ps) // 2) / self.scale
+            self._text(middle, row, *found, look)
+
+    def _text(self, x: float, row: float, text: str, rotation: int, look: str) -> None:
+        style = _look(look)
+        # Hatching runs through the letters unless they stand on the plain colour.
+        box = {"facecolor": style["color"], "edgecolor": "none", "pad": 0.6} if "hatch" in style else None
+        self.axes.text(
+            x, row, text, rotation=rotation, size=LABEL_SIZE, ha="center", va="center", linespacing=1.0,
+            color=ink_on(style["color"]), bbox=box,
+        )  # fmt: skip
+
+    def _lanes(self, positions: dict[tuple[int, str], float]) -> None:
+        several = len(self.view.ranks) > 1
+        names = [f"rank {rank}  {lane}" if several and lane == COMPUTE_LANE else lane for rank, lane in positions]
+        self.axes.set_yticks(list(positions.values()), names, size=SMALL_SIZE)
+        self.axes.set_ylim(_height(self.view.rows) - 0.5, -0.5)
+        self.axes.tick_params(axis="y", length=0)
+        self.axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+
+    def _phases(self) -> None:
+        """Names of the passes where there is room, and lines between them."""
+        for window in self.view.windows:
+            left = window.drawn_ps / self.scale
+            if window.drawn_ps:
+                self.axes.axvline(left, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
+            name = f"{window.phase.replace('_', ' ')} {_time(window.length_ps)}"
+            if fitting([name], window.length_ps * self.points_per_ps, POINTS, SMALL_SIZE) == (name, 0):
+                self.axes.annotate(
+                    name, (left + window.length_ps / self.scale / 2, 1), (0, 4), xycoords=("data", "axes fraction"),
+                    textcoords="offset points", ha="center", size=SMALL_SIZE, color=MUTED, annotation_clip=False,
+                )  # fmt: skip
+
+
+def _look(look: str) -> dict[str, str]:
+    """Colour and hatch of a look."""
+    plain = {"other layers": OTHER, "waiting for peers": WAITING}
+    name, _, recomputed = look.partition(", ")
+    style = {"color": plain.get(name) or COLOURS[name], "edgecolor": "white"}
+    return style | {"hatch": HATCH} if recomputed else style
+
+
+def _positions(rows: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
+    """Row -> its height from the top; ranks stand apart."""
+    positions: dict[tuple[int, str], float] = {}
+    previous, here = None, 0.0
+    for rank, lane in rows:
+        here += RANK_GAP if previous is not None and rank != previous else 0.0
+        positions[rank, lane] = here
+        previous, here = rank, here + 1
+    return positions
+
+
+def _height(rows: list[tuple[int, str]]) -> float:
+    return max(_positions(rows).values()) + 1
+
+
+def _draw(panels: Sequence[tuple[str, _View]]) -> Figure:
+    """Panels from top to bottom on one time axis, the legend below."""
+    row = 0.6 if sum(len(view.rows) for _, view in panels) <= 6 else 0.4
+    heights = [_height(view.rows) * row for _, view in panels]
+    figure = Figure(figsize=(WIDTH, BOTTOM + TOP + sum(heights) + HEADER * len(panels)))
+    limit = max(view.length_ps for _, view in panels)
+    scale, unit = (PS_PER_MS, "ms") if limit >= PS_PER_MS else (PS_PER_US, "µs")
+    width = WIDTH - LEFT - RIGHT
+    top = float(figure.get_figheight()) - TOP
+    for (header, view), height in zip(panels, heights, strict=True):
+        top -= HEADER + height
+        axes = axes_at(figure, LEFT, top, width, height)
+        _Panel(view, axes, scale, width * POINTS / limit, row * POINTS).draw()
+        axes.set_xlim(0, limit / scale)
+        axes.annotate(
+            header, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", size=TEXT_SIZE, weight="bold"
+        )
+        axes.tick_params(axis="x", labelbottom=top < BOTTOM + 0.01)
+    figure.axes[-1].set_xlabel(f"time since the start of the layer ({unit})", size=SMALL_SIZE)
+    _legend(figure)
+    return figure
+
+
+def _legend(figure: Figure) -> None:
+    """One entry per look, below the axes."""
+    found = {str(container.get_label()) for axes in figure.axes for container in axes.containers}
+    classes = [name for name in COLOURS if name in found or f"{name}, recomputed" in found]
+    entries = [Patch(facecolor=COLOURS[name], label=name) for name in classes]
+    if any(name.endswith("recomputed") for name in found):
+        entries.append(Patch(facecolor=MUTED, edgecolor="white", hatch=HATCH, label="recomputed"))
+    for name, colour in (("waiting for peers", WAITING), ("other layers", OTHER)):
+        if name in found:
+            entries.append(Patch(facecolor=colour, label=name))
+    figure.legend(
+        handles=entries, loc="lower center", ncols=len(entries), fontsize=SMALL_SIZE, frameon=False,
+        handlelength=1.4, columnspacing=1.6, borderaxespad=0.4,
+    )  # fmt: skip

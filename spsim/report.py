@@ -1,0 +1,213 @@
+"""Tables and sentences for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+
+from spsim.explanation import Explanation, InsertedCommunication, OperatorExplanation
+from spsim.hardware import load_profile, profile_names
+from spsim.model import PRESETS
+from spsim.simulation import SCOPE, Result
+from spsim.units import GIB, MIB
+from spsim.validation import Comparison, Errors, Validation
+
+SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
+
+
+def table(title: str, columns: Sequence[str], *, numbers: Iterable[str] = ()) -> Table:
+    """An empty table; the columns in `numbers` are right-aligned and never wrapped."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    right = set(numbers)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+    return made
+
+
+def summary(result: Result) -> Table:
+    """The figures of one run."""
+    scenario = result.scenario
+    title = (
+        f"{scenario.model.name} on {scenario.hardware.name}: {scenario.plan.label}, {scenario.plan.gpus} GPUs, "
+        f"sequence {scenario.workload.seq_len}, micro-batch {scenario.workload.micro_batch}"
+    )
+    made = table(title, ["quantity", "value", "of"], numbers=["value"])
+    for row in _summary_rows(result):
+        made.add_row(*row)
+    return made
+
+
+def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
+    counts = result.collectives_per_layer
+    layers, micro_batches = result.scenario.model.layers, result.scenario.num_micro_batches
+    yield "step time", _time(result.step_time_s), f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[SCOPE]}"
+    yield "layer forward", _time(result.layer_forward_s), _counts(counts["forward"])
+    yield "layer backward", _time(result.layer_backward_s), _counts(counts["backward"])
+    yield "exposed communication", _time(result.exposed_comm_s), "of the step, not hidden by any kernel"
+    yield "weight synchronisation", _time(result.weight_sync_s), "of the step, at its end"
+    yield "MFU", f"{100 * result.mfu:.1f} %", f"full square; causal half {100 * result.mfu_causal:.1f} %, HFU {100 * result.hfu:.1f} %"
+    yield "throughput", f"{result.tokens_per_s_per_gpu:,.0f} tokens/s/GPU", f"{result.tflops_per_gpu:.0f} TFLOP/s/GPU"
+    yield "peak memory", f"{result.peak_memory_gib:.2f} GiB", f"at {result.peak_operator}"
+    yield "device memory", f"{result.device_memory_gib:.2f} GiB", _fit(result)
+    yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB", "activations and masks of one micro-batch"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3f} s"
+    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _counts(collectives: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name.replace('_', '-')}" for name, n in collectives.items()) or "no communication"
+
+
+def _fit(result: Result) -> str:
+    if result.fits:
+        return f"fits: {result.capacity_gib:.1f} GiB reported by the driver"
+    over = result.device_memory_gib - result.capacity_gib
+    return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {result.out_of_memory_at}"
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader of the figures must know: notes, assumed inputs."""
+    lines = [f"note: {note}" for note in result.scenario.notes]
+    if result.assumed:
+        lines.append(f"assumed inputs used ({len(result.assumed)}): {', '.join(result.assumed)}")
+    return lines
+
+
+def operator_table(result: Result, rows: int = 12) -> Table:
+    """The operators that take most of the time of the first rank."""
+    made = table(
+        "Time of the first rank by operator", ["operator", "part", "class", "lane", "time", "share of step", "calls"],
+        numbers=["time", "share of step", "calls"],
+    )  # fmt: skip
+    for row in result.operators.head(rows).itertuples():
+        share = row.time_ms / 1e3 / result.step_time_s
+        made.add_row(
+            row.operator, row.part, row.operator_class, row.lane, f"{row.time_ms:.3f} ms", f"{100 * share:.1f} %",
+            str(row.calls),
+        )  # fmt: skip
+    return made
+
+
+# explain
+
+
+def explanation_table(explanation: Explanation, label: str) -> Table:
+    """The operator table: does sequence parallelism apply, and what does the plan make of it?"""
+    made = table(
+        f"{explanation.model}, {label}: which operators may run on a sequence shard?",
+        ["operator", "dimensions", "may it?", "why", "placed", "GFLOP", "MiB", "kept, MiB", "communication"],
+        numbers=["GFLOP", "MiB", "kept, MiB"],
+    )
+    for column in (0, 1, 2, 4, 8):
+        made.columns[column].no_wrap = True
+    for row in explanation.operators:
+        made.add_row(
+            row.operator, row.subscripts, APPLIES_SHORT.get(row.applies, row.applies), row.why, _placed(row), f"{row.flops / 1e9:.1f}" if row.flops else "–",
+            f"{row.bytes_moved / MIB:.1f}", f"{row.saved_bytes_without / MIB:.1f} → {row.saved_bytes_with / MIB:.1f}",
+            "\n".join(_communication(item) for item in row.communication) or "–",
+        )  # fmt: skip
+    made.caption = (
+        f"May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. Kept for backward: {explanation.without} → "
+        f"{explanation.with_}. Dimensions: s sequence, j key positions, b micro-batch, h hidden, a heads, d head size, "
+        "f MLP width, g gate. AR all-reduce, AG all-gather, RS reduce-scatter, A2A all-to-all, SR send-receive"
+    )
+    made.caption_justify = "left"
+    return made
+
+
+APPLIES_SHORT = {"with position offset": "offset"}
+PART_SHORT = {"forward": "fwd", "backward": "bwd", "recompute": "recomp."}
+COLLECTIVE_SHORT = {
+    "all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS", "all_to_all": "A2A", "send_receive": "SR"
+}  # fmt: skip
+
+
+def _communication(item: InsertedCommunication) -> str:
+    purpose = {"input": "", "regather": " again", "gradient": " of gradient"}[item.purpose]
+    count = f"{item.count} " if item.count > 1 else ""
+    return f"{PART_SHORT[item.part]} {count}{COLLECTIVE_SHORT[item.collective]} {item.axis}{purpose}"
+
+
+def _placed(row: OperatorExplanation) -> str:
+    return "\n".join(f"{axis}: {dim or 'whole'}" for axis, dim in row.placed.items()) or "whole"
+
+
+def saving_lines(explanation: Explanation) -> list[str]:
+    """The saving in words, for the norms and dropouts and for the layer."""
+    return [
+        f"{name}: {saving['without_bytes'] / MIB:.1f} MiB kept with {explanation.without}, "
+        f"{saving['with_bytes'] / MIB:.1f} MiB with {explanation.with_}: {saving['saving_percent']:.1f} % less"
+        for name, saving in explanation.parts.items()
+    ]
+
+
+# validate
+
+
+def comparison_table(cases: Sequence[Comparison]) -> Table:
+    """Measured against predicted, a row a case."""
+    columns = ["case", "metric", "measured", "predicted", "error", "note"]
+    made = table("Measured against predicted", columns, numbers=["measured", "predicted", "error"])
+    for case in cases:
+        made.add_row(
+            case.case_id, case.metric, f"{case.measured:.4g}",
+            "–" if case.predicted is None else f"{case.predicted:.4g}",
+            "–" if case.error_percent is None else f"{case.error_percent:+.1f} %",
+            "fitted on" if case.fitted else "",
+        )  # fmt: skip
+    return made
+
+
+def error_table(title: str, families: dict[str, Errors]) -> Table:
+    """Errors by family."""
+    columns = ["family", "rows", "mean", "90th percentile", "largest"]
+    made = table(title, columns, numbers=columns[1:])
+    for name, errors in families.items():
+        figures = (errors.mean_abs_error_percent, errors.p90_abs_error_percent, errors.max_abs_error_percent)
+        made.add_row(name, str(errors.n), *(f"{figure:.1f} %" for figure in figures))
+    return made
+
+
+def skipped_lines(validation: Validation) -> list[str]:
+    """Rows that were not predicted, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for case in validation.cases:
+        if case.skipped is not None:
+            reasons.setdefault(case.skipped, []).append(f"{case.case_id} ({case.metric})")
+    return [f"skipped, {reason}: {len(cases)} rows, such as {cases[0]}" for reason, cases in reasons.items()]
+
+
+# list
+
+
+def hardware_table() -> Table:
+    """The shipped profiles."""
+    columns = ["profile", "device", "16-bit TFLOP/s", "memory GiB", "GB/s", "node", "assumed"]
+    made = table("Hardware profiles", columns, numbers=columns[2:5])
+    for name in profile_names():
+        profile = load_profile(name)
+        sheet = profile.datasheet
+        peak = sheet.peak_tflops.get("bf16") or next(iter(sheet.peak_tflops.values()))
+        made.add_row(
+            name, sheet.device, f"{peak.value:g}", f"{sheet.memory.reported_mib.value * MIB / GIB:.1f}",
+            f"{sheet.memory.bandwidth_gb_per_s.value:g}",
+            ", ".join(f"{level.name} × {level.gpus or 'any'}" for level in sheet.topology),
+            f"{len(profile.assumed)} coefficients",
+        )  # fmt: skip
+    return made
+
+
+def model_table() -> Table:
+    """The model presets."""
+    columns = ["model", "parameters", "layers", "hidden", "MLP width", "heads", "KV heads", "vocabulary", "attention"]
+    made = table("Models", columns, numbers=columns[1:8])
+    for model in PRESETS.values():
+        sizes = (model.layers, model.hidden, model.ffn_hidden, model.heads, model.kv_heads, model.vocab)
+        made.add_row(model.name, f"{model.parameters / 1e9:.2f} B", *(str(size) for size in sizes), model.attention)
+    return made

@@ -1,0 +1,221 @@
+"""Sweeps: many configurations, one row each, and experiments that turn rows into figures and tables.
+
+A row is written the moment it is known. A configuration that cannot be simulated is a row with its reason;
+an interrupted sweep keeps its rows, and running it again computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from spsim.errors import InputError
+from spsim.metrics import compute_by_class
+from spsim.scenario import Scenario
+from spsim.simulation import SCOPE, Result, simulate
+from spsim.units import PS_PER_MS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OPERATOR_CLASSES = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
+
+Labels = Mapping[str, str | int | float | bool]
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One configuration: the settings of a `Scenario`, and columns to add to its row."""
+
+    settings: Settings
+    labels: Labels = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Identity of the point: its resolved inputs and the version of the program that computes it."""
+        text = json.dumps([_plain(self.settings), dict(self.labels), program_fingerprint()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question: its configurations, and the figures and tables that answer it."""
+
+    name: str
+    title: str
+    points: Sequence[Point]
+    quick: Sequence[Point] = ()
+    """A small selection for `--quick`; every fourth point unless given."""
+    figures: Callable[[pd.DataFrame], Mapping[str, Figure]] = lambda frame: {}
+    """File name -> figure, from the rows."""
+    tables: Callable[[pd.DataFrame], Iterable[Any]] = lambda frame: ()
+    """What to print, from the rows: text or rich tables."""
+
+    def selection(self, *, quick: bool) -> Sequence[Point]:
+        """The points to compute."""
+        return (self.quick or self.points[::4]) if quick else self.points
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+@cache
+def program_fingerprint() -> str:
+    """Hash of the package's sources and profiles: rows of another program are not resumed from."""
+    from spsim.resources import profiles_directory
+
+    files = [*Path(__file__).parent.glob("**/*.py"), *profiles_directory().glob("*.toml")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("spsim")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def row(point: Point) -> dict[str, Any]:
+    """The row of one configuration; one that breaks a rule has its reason in `error` and no numbers."""
+    try:
+        result = simulate(Scenario(**point.settings))
+    except InputError as error:
+        return {"key": point.key, **point.labels, "error": str(error)}
+    return {"key": point.key, **point.labels, **measures(result), "error": ""}
+
+
+def measures(result: Result) -> dict[str, Any]:
+    """The columns of a result; times are of one layer and micro-batch unless the name says otherwise."""
+    scenario = result.scenario
+    instances = scenario.model.layers * scenario.num_micro_batches
+    compute = compute_by_class(result.trace, next(iter(result.trace.copies)))
+    return {
+        "model": scenario.model.name,
+        "hardware": scenario.hardware.name,
+        "strategy": scenario.plan.label,
+        "seq_len": scenario.workload.seq_len,
+        "micro_batch": scenario.workload.micro_batch,
+        "gpus": scenario.plan.gpus,
+        "scope": SCOPE,
+        "layers": scenario.model.layers,
+        "layer_time_ms": (result.layer_forward_s + result.layer_backward_s) * 1e3,
+        "layer_forward_ms": result.layer_forward_s * 1e3,
+        "layer_backward_ms": result.layer_backward_s * 1e3,
+        "exposed_comm_ms": result.exposed_comm_s * 1e3 / instances,
+        **{f"{name}_ms": compute.get(name, 0) / PS_PER_MS / instances for name in OPERATOR_CLASSES},
+        "step_time_ms": result.step_time_s * 1e3,
+        "weight_sync_ms": result.weight_sync_s * 1e3,
+        "mfu": result.mfu,
+        "tokens_per_s_per_gpu": result.tokens_per_s_per_gpu,
+        "activation_mib_per_layer": result.activation_bytes_per_layer / 2**20,
+        "peak_memory_gib": result.peak_memory_gib,
+        "device_memory_gib": result.device_memory_gib,
+        "capacity_gib": result.capacity_gib,
+        "fits": result.fits,
+        "peak_operator": result.peak_operator,
+        "out_of_memory_at": result.out_of_memory_at or "",
+    }
+
+
+def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:
+    """One row per configuration, in the order of the grid; failures with their reason in `error`."""
+    points = [point if isinstance(point, Point) else Point(point) for point in grid]
+    rows = {finished["key"]: finished for finished in rows_of(points, executor)}
+    return pd.DataFrame([rows[point.key] for point in points])
+
+
+def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[dict[str, Any]]:
+    """Rows as they are finished, in any order when an executor computes them."""
+    if executor is None:
+        yield from map(row, points)
+        return
+    futures = [executor.submit(row, point) for point in points]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+class RowFile:
+    """Rows on disk, one JSON document a line: a row that was cut short is computed again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Finished rows by key."""
+        rows = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            try:
+                finished = json.loads(line)
+                rows[finished["key"]] = finished
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        return rows
+
+    def start(self, kept: Iterable[Mapping[str, Any]]) -> None:
+        """Rewrite the file with the rows that are kept, which also drops a line that was cut short."""
+        text = "".join(f"{json.dumps(finished)}\n" for finished in kept)
+        write_text(self.path, text)
+
+    def append(self, finished: Mapping[str, Any]) -> None:
+        """Add one row and see it on disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(finished)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def run_points(
+    points: Sequence[Point], file: RowFile, executor: Executor | None, progress: Callable[[int], None]
+) -> pd.DataFrame:
+    """Compute what the file does not have; `progress` is told how many rows are finished."""
+    finished = {key: r for key, r in file.read().items() if key in {point.key for point in points}}
+    file.start(finished.values())
+    progress(len(finished))
+    for new in rows_of([point for point in points if point.key not in finished], executor):
+        finished[new["key"]] = new
+        file.append(new)
+        progress(len(finished))
+    return pd.DataFrame([finished[point.key] for point in points if point.key in finished])
+
+
+def manifest(experiment: Experiment, points: Sequence[Point]) -> dict[str, Any]:
+    """What a directory of results was made from."""
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "spsim": package_version(),
+        "program": program_fingerprint(),
+        "packages": {name: version(name) for name in ("numpy", "pandas", "simpy", "pydantic")},
+        "points": [{"key": p.key, "labels": dict(p.labels), "settings": _plain(p.settings)} for p in points],
+    }

@@ -1,0 +1,417 @@
+"""The engine against timelines worked by hand and against an independent tick-by-tick replay."""
+
+import subprocess
+import sys
+from collections import Counter, deque
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spsim.engine import Allocation, DeadlockError, Meeting, Task, run
+
+COMM_LANES = ("compute", "net", "link")
+
+
+def times(programs, slowdown=0.0):
+    """{(rank, task): (posted, start, end)} of a run."""
+    spans, _ = run(programs, slowdown=slowdown)
+    return {(span.rank, span.task): (span.posted_ps, span.start_ps, span.end_ps) for span in spans}
+
+
+def meeting(task, ranks):
+    """The rendezvous of one collective."""
+    return (Meeting((task,), ranks),)
+
+
+def exchange(task, rank, ranks):
+    """The two edges of a ring exchange: to the next rank and from the previous one."""
+    edges = dict.fromkeys([(rank, (rank + 1) % ranks), ((rank - 1) % ranks, rank)])
+    return tuple(Meeting((task, *edge), len(set(edge))) for edge in edges)
+
+
+# ------------------------------------------------------------ worked by hand
+
+
+def test_a_lane_runs_its_tasks_in_order():
+    """3, 4 and 5 ps one after the other: 0-3, 3-7, 7-12."""
+    tasks = [Task(0, "compute", 3), Task(1, "compute", 4), Task(2, "compute", 5)]
+    assert [end for *_, end in times({0: tasks}).values()] == [3, 7, 12]
+
+
+def test_lanes_without_dependencies_run_side_by_side():
+    """10 ps on each of two lanes take 10 ps."""
+    assert times({0: [Task(0, "compute", 10), Task(1, "net", 10)]}) == {
+        (0, 0): (0, 0, 10),
+        (0, 1): (0, 0, 10),
+    }
+
+
+def test_dependencies_across_lanes():
+    """c0 0-10; n1 needs c0: 10-14; c2 needs nothing: 10-12; c3 needs n1: 14-15; n4 needs c2: 14-16."""
+    tasks = [
+        Task(0, "compute", 10),
+        Task(1, "net", 4, needs=(0,)),
+        Task(2, "compute", 2),
+        Task(3, "compute", 1, needs=(1,)),
+        Task(4, "net", 2, needs=(2,)),
+    ]
+    ends = {task: (posted, end) for (_, task), (posted, _, end) in times({0: tasks}).items()}
+    assert ends == {0: (0, 10), 1: (10, 14), 2: (10, 12), 3: (14, 15), 4: (14, 16)}
+
+
+def test_a_waiting_task_blocks_its_lane():
+    """In-order lanes: n1 waits for c0 until 10, and n2, which needs nothing, stands behind it: 14-15."""
+    tasks = [Task(0, "compute", 10), Task(1, "net", 4, needs=(0,)), Task(2, "net", 1)]
+    assert times({0: tasks})[0, 2] == (14, 14, 15)
+
+
+def test_a_collective_waits_for_the_slowest():
+    """Ranks compute 5, 9 and 7; the all-reduce of 4 runs 9-13 on all, posted when each was ready."""
+    programs = {
+        rank: [Task(0, "compute", work), Task(1, "net", 4, needs=(0,), meetings=meeting(1, 3))]
+        for rank, work in enumerate((5, 9, 7))
+    }
+    found = times(programs)
+    assert [found[rank, 1] for rank in range(3)] == [(5, 9, 13), (9, 9, 13), (7, 9, 13)]
+
+
+def test_an_exchange_waits_for_its_neighbours_only():
+    """Four ranks ready at 1, 2, 3 and 20: rank 1 meets 0 and 2 and starts at 3; the others meet rank 3."""
+    programs = {
+        rank: [Task(0, "compute", work), Task(1, "net", 5, needs=(0,), meetings=exchange(1, rank, 4))]
+        for rank, work in enumerate((1, 2, 3, 20))
+    }
+    found = times(programs)
+    assert [found[rank, 1][1:] for rank in range(4)] == [(20, 25), (3, 8), (20, 25), (20, 25)]
+
+
+def test_two_ranks_exchange_over_one_pair_of_edges():
+    """With two ranks both edges join the same pair: 7 and 4 ready, 7-9."""
+    programs = {
+        rank: [Task(0, "compute", work), Task(1, "net", 2, needs=(0,), meetings=exchange(1, rank, 2))]
+        for rank, work in enumerate((7, 4))
+    }
+    assert [times(programs)[rank, 1] for rank in range(2)] == [(7, 7, 9), (4, 7, 9)]
+
+
+def test_compute_is_slowed_while_a_collective_runs():
+    """Slowdown 1/4. 100 ps of work from 0; a collective holds 20-60 and costs 10 ps of work: end at 110."""
+    tasks = [Task(0, "net", 20), Task(1, "net", 40, meetings=meeting(1, 1)), Task(2, "compute", 100)]
+    assert times({0: tasks}, 0.25)[0, 2] == (0, 0, 110)
+
+
+def test_compute_is_slowed_while_a_collective_waits():
+    """Rank 0 posts at 0 and waits for rank 1 until 40; the transfer ends at 50. Slowdown 1/2: of the first
+    50 ps rank 0 does 25 of its 60, the other 35 undisturbed: end at 85.
+    """
+    programs = {
+        0: [Task(0, "net", 10, meetings=meeting(0, 2)), Task(1, "compute", 60)],
+        1: [Task(1, "compute", 40), Task(0, "net", 10, needs=(1,), meetings=meeting(0, 2))],
+    }
+    found = times(programs, 0.5)
+    assert found[0, 0] == found[0, 0][:1] + (40, 50) == (0, 40, 50)
+    assert found[0, 1] == (0, 0, 85)
+    assert found[1, 1] == (0, 0, 40)
+
+
+def test_two_collectives_at_once_slow_compute_once():
+    """They hold 0-10 and 8-15 (4 ps of work at half rate come first): compute loses half of 15 ps, so 20 ps
+    of work end at 27.5, rounded up.
+    """
+    tasks = [
+        Task(0, "net", 10, meetings=meeting(0, 1)),
+        Task(1, "link", 4),
+        Task(2, "link", 7, meetings=meeting(2, 1)),
+        Task(3, "compute", 20),
+    ]
+    assert times({0: tasks}, 0.5)[0, 3] == (0, 0, 28)
+
+
+def test_contention_ends_with_the_kernel():
+    """A kernel that ends inside the collective: 30 ps at rate 3/4 take 40."""
+    tasks = [Task(0, "net", 1000, meetings=meeting(0, 1)), Task(1, "compute", 30), Task(2, "compute", 3)]
+    assert [end for (_, task), (*_, end) in times({0: tasks}, 0.25).items() if task] == [40, 44]
+
+
+def test_a_collective_is_not_slowed():
+    """Only compute loses its rate: two collectives in a row take their durations."""
+    tasks = [Task(0, "net", 7, meetings=meeting(0, 1)), Task(1, "net", 9, meetings=meeting(1, 1))]
+    assert times({0: tasks}, 0.9)[0, 1] == (7, 7, 16)
+
+
+def test_contention_stays_on_its_rank():
+    """Rank 1 has no communication: its 100 ps stay 100 while rank 0 is slowed to half."""
+    programs = {
+        0: [Task(0, "net", 500, meetings=meeting(0, 1)), Task(1, "compute", 100)],
+        1: [Task(1, "compute", 100)],
+    }
+    found = times(programs, 0.5)
+    assert (found[0, 1][2], found[1, 1][2]) == (200, 100)
+
+
+def test_zero_durations_take_no_time():
+    """A chain over two lanes and a rendezvous, all of duration 0, ends at 0 on both ranks."""
+    programs = {
+        rank: [
+            Task(0, "compute", 0),
+            Task(1, "net", 0, needs=(0,), meetings=meeting(1, 2)),
+            Task(2, "compute", 0, needs=(1,)),
+        ]
+        for rank in range(2)
+    }
+    assert set(times(programs, 0.5).values()) == {(0, 0, 0)}
+
+
+# ------------------------------------------------------------ memory
+
+
+def test_memory_is_freed_after_the_last_reader():
+    """Buffer 7 (100 bytes) is written 0-5, read until 8 and until 14; buffer 8 (30) has no reader: 5-8."""
+    tasks = [
+        Task(0, "compute", 5, allocates=(Allocation(7, 100, "activations", "x"),)),
+        Task(1, "compute", 3, allocates=(Allocation(8, 30, "temporary", "y"),), reads=(7,)),
+        Task(2, "net", 6, needs=(1,), reads=(7,)),
+    ]
+    _, changes = run({0: tasks}, slowdown=0.0)
+    assert [(c.time_ps, c.bytes, c.tensor, c.task) for c in changes] == [
+        (0, 100, "x", 0),
+        (5, 30, "y", 1),
+        (8, -30, "y", 1),
+        (14, -100, "x", 2),
+    ]
+
+
+def test_a_buffer_lives_until_the_slower_of_two_lanes():
+    """Read on compute until 10 and on the other lane until 25: freed at 25 by the other lane's task."""
+    tasks = [
+        Task(0, "compute", 1, allocates=(Allocation(1, 64, "temporary", "x"),)),
+        Task(1, "net", 24, needs=(0,), reads=(1,)),
+        Task(2, "compute", 9, reads=(1,)),
+    ]
+    _, changes = run({0: tasks}, slowdown=0.0)
+    assert [(c.time_ps, c.bytes, c.task) for c in changes] == [(0, 64, 0), (25, -64, 1)]
+
+
+def test_a_waiting_collective_holds_its_buffer():
+    """Memory is taken when the collective is posted (3), not when its peer comes (20)."""
+    programs = {
+        rank: [
+            Task(0, "compute", work),
+            Task(
+                1,
+                "net",
+                5,
+                needs=(0,),
+                meetings=meeting(1, 2),
+                allocates=(Allocation(1, 8, "temporary", "x"),),
+            ),
+        ]
+        for rank, work in enumerate((3, 20))
+    }
+    _, changes = run(programs, slowdown=0.0)
+    assert sorted((c.rank, c.time_ps, c.bytes) for c in changes) == [
+        (0, 3, 8),
+        (0, 25, -8),
+        (1, 20, 8),
+        (1, 25, -8),
+    ]
+
+
+# ------------------------------------------------------------ deadlock
+
+
+def test_deadlock_of_two_lanes_is_named():
+    """Each lane waits for the second task of the other; both waiting heads are named."""
+    tasks = [
+        Task(0, "compute", 1, needs=(3,)),
+        Task(1, "compute", 1),
+        Task(2, "net", 1, needs=(1,)),
+        Task(3, "net", 1),
+    ]
+    with pytest.raises(DeadlockError, match="deadlock") as caught:
+        run({0: tasks}, slowdown=0.0)
+    assert "task 0 on lane compute of rank 0" in str(caught.value)
+    assert "task 2 on lane net of rank 0" in str(caught.value)
+    assert "task 1 " not in str(caught.value)
+
+
+def test_collectives_in_opposite_order_deadlock():
+    """Rank 0 posts A then B, rank 1 posts B then A on one lane: both wait for ever."""
+    first, second = (Task(i, "net", 1, meetings=meeting(i, 2)) for i in (0, 1))
+    with pytest.raises(DeadlockError, match=r"task 0 on lane net of rank 0.*task 1 on lane net of rank 1"):
+        run({0: [first, second], 1: [second, first]}, slowdown=0.0)
+
+
+def test_a_peer_that_never_comes_is_a_deadlock():
+    """Rank 1 ends after 5 ps without posting: rank 0 alone is named."""
+    programs = {0: [Task(0, "net", 1, meetings=meeting(0, 2))], 1: [Task(1, "compute", 5)]}
+    with pytest.raises(DeadlockError) as caught:
+        run(programs, slowdown=0.0)
+    assert "rank 0" in str(caught.value)
+    assert "rank 1" not in str(caught.value)
+
+
+# ------------------------------------------------------------ the oracle
+
+
+def replay(programs, slowdown):
+    """The engine's rules stepped tick by tick in plain Python, with exact fractions; a few lines, no events."""
+    queues = {(r, lane): deque() for r, tasks in programs.items() for lane in {t.lane for t in tasks}}
+    for rank, tasks in programs.items():
+        for task in tasks:
+            queues[rank, task.lane].append(task)
+    posted, start, end, done, arrived, now = {}, {}, {}, {}, Counter(), 0
+    while any(queues.values()):
+        settled = False
+        while not settled:  # all that happens at this instant
+            settled = True
+            for (rank, _), queue in queues.items():
+                task = queue[0] if queue else None
+                key = task and (rank, task.id)
+                if task is None:
+                    continue
+                if key not in posted:
+                    if all((rank, need) in end for need in task.needs):
+                        posted[key], settled = now, False
+                        arrived.update(m.key for m in task.meetings)
+                elif key not in start:
+                    if all(arrived[m.key] == m.parties for m in task.meetings):
+                        start[key], done[key], settled = now, Fraction(0), False
+                elif done[key] >= task.duration_ps:
+                    end[key], settled = now, False
+                    queue.popleft()
+        heads = [(rank, queue[0]) for (rank, _), queue in queues.items() if queue]
+        held = {rank for rank, task in heads if task.meetings and (rank, task.id) in posted}
+        for rank, task in heads:
+            if (rank, task.id) in start:
+                done[rank, task.id] += 1 - slowdown if rank in held and not task.meetings else 1
+        now += 1
+        assert now < 10_000, "the replay does not end"
+    return {key: (posted[key], start[key], end[key]) for key in end}
+
+
+@st.composite
+def random_programs(draw):
+    """2-4 ranks, 2-3 lanes, needs on earlier tasks of any lane, collectives of random ranks, exchanges.
+
+    Ids increase on every lane and needs point backwards, so the lowest unfinished id can always proceed.
+    """
+    num_ranks = draw(st.integers(2, 4))
+    lanes = COMM_LANES[: draw(st.integers(2, 3))]
+    programs = {rank: [] for rank in range(num_ranks)}
+    for task in range(draw(st.integers(1, 9))):
+        kind = draw(st.sampled_from(["compute", "compute", "collective", "exchange"]))
+        members = range(num_ranks)
+        if kind == "collective":
+            members = draw(st.sets(st.integers(0, num_ranks - 1), min_size=1))
+        lane = "compute" if kind == "compute" else draw(st.sampled_from(lanes[1:]))
+        duration = draw(st.integers(0, 9))
+        for rank in members:
+            earlier = [other.id for other in programs[rank]]
+            needs = tuple(sorted(draw(st.sets(st.sampled_from(earlier), max_size=2)))) if earlier else ()
+            own = draw(st.integers(0, 9)) if kind == "compute" else duration
+            meetings = {
+                "compute": (),
+                "collective": meeting(task, len(members)),
+                "exchange": exchange(task, rank, num_ranks),
+            }[kind]
+            programs[rank].append(Task(task, lane, own, needs, meetings))
+    return programs
+
+
+SLOWDOWNS = st.sampled_from(["0", "0.15", "0.25", "0.5", "0.9"])
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(random_programs(), SLOWDOWNS)
+def test_engine_equals_the_replay(programs, slowdown):
+    """Spans are equal, task by task, to the tick-by-tick replay."""
+    assert times(programs, float(slowdown)) == replay(programs, Fraction(slowdown))
+
+
+def test_the_replay_agrees_with_the_hand_worked_contention():
+    """The oracle itself on the example above that was worked by hand."""
+    tasks = [Task(0, "net", 20), Task(1, "net", 40, meetings=meeting(1, 1)), Task(2, "compute", 100)]
+    assert replay({0: tasks}, Fraction(1, 4))[0, 2] == (0, 0, 110)
+
+
+# ------------------------------------------------------------ properties
+
+
+def changed(programs, change):
+    """The programs with every task passed through `change(rank, task)`."""
+    return {rank: [change(rank, task) for task in tasks] for rank, tasks in programs.items()}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(random_programs(), st.data())
+def test_a_shorter_task_delays_nothing(programs, data):
+    """Without contention every end is a maximum of sums of durations, which cannot grow as one shrinks."""
+    tasks = [(rank, task.id) for rank, tasks in programs.items() for task in tasks]
+    chosen, cut = data.draw(st.sampled_from(tasks)), data.draw(st.integers(1, 9))
+
+    def shorten(rank, task):
+        duration = max(0, task.duration_ps - cut) if (rank, task.id) == chosen else task.duration_ps
+        return Task(task.id, task.lane, duration, task.needs, task.meetings)
+
+    before, after = times(programs), times(changed(programs, shorten))
+    assert all(after[key][2] <= before[key][2] for key in before)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(random_programs())
+def test_another_lane_delays_nothing(programs):
+    """Moving the odd tasks of a lane to a lane of their own only drops constraints of order."""
+
+    def move(rank, task):
+        lane = f"{task.lane} 2" if task.id % 2 and task.lane != "compute" else task.lane
+        return Task(task.id, lane, task.duration_ps, task.needs, task.meetings)
+
+    before, after = times(programs), times(changed(programs, move))
+    assert all(after[key][2] <= before[key][2] for key in before)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(random_programs(), SLOWDOWNS)
+def test_the_order_in_which_ranks_are_given_does_not_matter(programs, slowdown):
+    """Ties between ranks and between lanes are no ties: no time depends on who is looked at first."""
+    turned = {rank: programs[rank] for rank in reversed(programs)}
+    assert times(turned, float(slowdown)) == times(programs, float(slowdown))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(random_programs(), SLOWDOWNS)
+def test_a_lane_apart_changes_nothing(programs, slowdown):
+    """A third lane without communication, that nothing depends on, leaves all other spans as they are."""
+    extra = [Task(1000 + i, "apart", 3) for i in range(4)]
+    more = {rank: [*extra, *tasks] for rank, tasks in programs.items()}
+    found = times(more, float(slowdown))
+    assert {key: found[key] for key in found if key[1] < 1000} == times(programs, float(slowdown))
+
+
+HASH_OF_A_STEP = """
+import hashlib, spsim
+scenario = spsim.Scenario(
+    hardware="dgx-h100", model=spsim.Model(layers=2, hidden=512, heads=8, vocab=512, dropout=0.1),
+    plan="tp=2,sequence_parallel,ulysses=2,ring=2,recompute=selective", workload=spsim.Workload(seq_len=512))
+trace = spsim.simulate(scenario, fold=False).trace
+print(hashlib.sha256(repr((list(trace.spans), list(trace.memory))).encode()).hexdigest())
+"""
+
+
+def test_same_input_same_bytes_in_two_processes():
+    """Spans and memory changes, in their order, are equal in processes with different hash seeds."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", HASH_OF_A_STEP],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 64
