@@ -123,7 +123,7 @@ class _RingLowering:
         """A merge or an addition: two operands read and one written, on the positions that computed a block."""
         kernel = MemoryBound("elementwise", 3 * size)
         work: tuple[Work | None, ...] = tuple(kernel if here else None for here in active)
-        self._add(replace(compute, kind="elementwise", part="accumulate", work=work, reads=reads, writes=writes))
+        self._add(replace(compute, kind="elementwise", work=work, reads=reads, writes=writes))
 
     def _work(self, compute: Compute, step: int) -> tuple[Work | None, ...]:
         base = compute.work[0]

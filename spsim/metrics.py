@@ -21,11 +21,7 @@ def phase_of(part: str) -> str:
 
 
 def layer_window(trace: Trace, phase: str, *, layer: int = 0, micro_batch: int = 0) -> int:
-    """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass.
-
-    Additions of a forward pass that lowers attention count to the pass that contains them: the window is
-    of the tasks between the first and the last of the phase.
-    """
+    """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass."""
     spans = [s for s in trace.spans if _belongs(trace, s, phase, layer, micro_batch)]
     return max(s.end_ps for s in spans) - min(s.posted_ps for s in spans) if spans else 0
 

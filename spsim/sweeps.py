@@ -101,7 +101,7 @@ def row(point: Point) -> dict[str, Any]:
         result = simulate(Scenario(**point.settings))
     except InputError as error:
         return {"key": point.key, **point.labels, "error": str(error)}
-    return {"key": point.key, **point.labels, **measures(result), "error": ""}
+    return {"key": point.key, **point.labels, **measures(result), **point.labels, "error": ""}
 
 
 def measures(result: Result) -> dict[str, Any]:

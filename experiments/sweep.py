@@ -1,0 +1,133 @@
+"""What does sequence parallelism buy on one node of eight GPUs, in time and in memory?
+
+TP only, Megatron TP+SP, Ulysses and ring attention, sequence lengths from 2K to 128K, on A100 and H100
+nodes, for gpt-22b and llama-3-8b: four layers of each, flash attention, one sequence a step. About 5
+seconds on two cores. Expect TP+SP to need the least memory of the plans that shard weights and to gain a
+few percent on A100; Ulysses and ring to be fastest once weights are small against activations, at the
+price of whole weights on every GPU.
+
+    python -m spsim experiments/sweep.py [--out results] [--jobs N] [--quick]
+"""
+
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import spsim
+from spsim import plots, report
+
+LAYERS = 4
+MODELS = ("gpt-22b", "llama-3-8b")
+HARDWARE = ("dgx-a100-80gb", "dgx-h100")
+SEQ_LENS = tuple(1024 * 2**power for power in range(1, 8))
+STRATEGIES = {
+    "TP only": spsim.Plan(tp=8),
+    "TP+SP": spsim.Plan(tp=8, sequence_parallel=True),
+    "Ulysses": spsim.Plan(ulysses=8),
+    "Ring": spsim.Plan(ring=8),
+}
+NOTE = f"{LAYERS} layers, 8 GPUs, micro-batch 1, flash attention"
+SHOWN = {"model": "gpt-22b", "hardware": "dgx-a100-80gb", "seq_len": 8192}
+"""The configuration whose timelines and memory curves are drawn."""
+
+
+def model(name: str) -> spsim.Model:
+    """A preset cut to four layers, with flash attention."""
+    return spsim.load_model(name).model_copy(update={"layers": LAYERS, "attention": "flash"})
+
+
+def settings(name: str, hardware: str, seq_len: int, plan: spsim.Plan) -> dict[str, object]:
+    """The settings of one scenario."""
+    return {"hardware": hardware, "model": model(name), "plan": plan, "workload": spsim.Workload(seq_len=seq_len)}
+
+
+def points() -> Iterator[spsim.Point]:
+    """Every configuration; its labels are columns of its row even when it fails."""
+    for name in MODELS:
+        for hardware in HARDWARE:
+            for seq_len in SEQ_LENS:
+                for strategy, plan in STRATEGIES.items():
+                    labels = {"model": name, "hardware": hardware, "strategy": strategy, "seq_len": seq_len}
+                    yield spsim.Point(settings(name, hardware, seq_len, plan), labels)
+
+
+def quick_points() -> list[spsim.Point]:
+    """Two sequence lengths."""
+    return [point for point in points() if point.labels["seq_len"] in (SEQ_LENS[0], SEQ_LENS[3])]
+
+
+def figures(frame: pd.DataFrame) -> Mapping[str, Figure]:
+    """Time per layer, peak memory, and the plans of one configuration beside each other."""
+    results = {
+        strategy: spsim.simulate(
+            spsim.Scenario(**settings(SHOWN["model"], SHOWN["hardware"], SHOWN["seq_len"], plan))
+        )
+        for strategy, plan in STRATEGIES.items()
+    }
+    where = f"{SHOWN['model']} on {SHOWN['hardware']}, sequence {SHOWN['seq_len']}"
+    pair = {name: results[name] for name in ("TP only", "TP+SP")}
+    return {
+        "layer_times.png": plots.plot_layer_times(frame, note=NOTE),
+        "peak_memory.png": plots.plot_peak_memory(frame, note=NOTE),
+        "timelines_tp_sp.png": plots.plot_timelines(pair, title=f"One layer: {where}"),
+        "memory_curves.png": plots.plot_memory_curves(results, title=f"Memory over a step: {where}, {NOTE}"),
+    }
+
+
+def tables(frame: pd.DataFrame) -> Iterator[Table | str]:
+    """Which strategy wins where, in time and in memory, in words."""
+    made = report.table(
+        f"Which strategy wins where? ({NOTE})",
+        ["model", "hardware", "sequence", "fastest", "least memory", "TP+SP against TP only"],
+        numbers=["sequence"],
+    )
+    for (name, hardware, seq_len), group in frame.groupby(["model", "hardware", "seq_len"], sort=False):
+        rows = {row.strategy: row for row in group.itertuples()}
+        made.add_row(name, hardware, f"{seq_len // 1024}K", fastest(rows), leanest(rows), against_tp(rows))
+    yield made
+
+
+def fastest(rows: Mapping[str, object]) -> str:
+    """The fastest plan that fits, and its lead over the next; the fastest of all if none fits."""
+    fitting = {name: row for name, row in rows.items() if row.fits}
+    ranked = sorted((fitting or rows).items(), key=lambda item: item[1].layer_time_ms)
+    name, row = ranked[0]
+    text = f"{name}, {row.layer_time_ms:.2f} ms a layer"
+    if len(ranked) > 1:
+        other, next_row = ranked[1]
+        text += f", {percent(row.layer_time_ms, next_row.layer_time_ms)} {other}"
+    missing = [other for other in rows if other not in fitting]
+    return text + (f" ({', '.join(missing)} out of memory)" if missing else "")
+
+
+def leanest(rows: Mapping[str, object]) -> str:
+    """The plan with the lowest peak, and its saving over TP only."""
+    name, row = min(rows.items(), key=lambda item: item[1].device_memory_gib)
+    return f"{name}, {row.device_memory_gib:.1f} GiB"
+
+
+def against_tp(rows: Mapping[str, object]) -> str:
+    """Time and memory of TP+SP relative to TP only."""
+    tp, sp = rows["TP only"], rows["TP+SP"]
+    less = 100 * (1 - sp.activation_mib_per_layer / tp.activation_mib_per_layer)
+    return f"{percent(sp.layer_time_ms, tp.layer_time_ms)} it, {less:.0f} % less kept per layer"
+
+
+def percent(mine: float, other: float) -> str:
+    """How much faster or slower, in words."""
+    change = 100 * (other / mine - 1) if mine < other else 100 * (mine / other - 1)
+    return f"{change:.1f} % {'faster' if mine < other else 'slower'} than"
+
+
+def build() -> spsim.Experiment:
+    """The experiment; nothing runs before it is asked for."""
+    return spsim.Experiment(
+        name="sweep",
+        title="What sequence parallelism buys on a node of eight GPUs",
+        points=tuple(points()),
+        quick=tuple(quick_points()),
+        figures=figures,
+        tables=tables,
+    )

@@ -1,0 +1,251 @@
+"""A user's mistake is one line that names the value, the rule and the fix, with exit status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spsim.cli import main
+
+RUN = ["run", "--model", "gpt-22b", "--hardware", "dgx-a100-80gb", "--seq-len", "2048"]
+CASE = """
+hardware = "dgx-a100-80gb"
+[model]
+layers = 2
+hidden = 1024
+heads = 16
+vocab = 1000
+[plan]
+tp = 8
+[workload]
+seq_len = 2048
+"""
+
+
+def command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one command line."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The single line of a refused command."""
+    status, out, err = command(arguments, capsys)
+    assert status == 2, (status, out, err)
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def with_plan(plan: str) -> list[str]:
+    return [*RUN, "--plan", plan]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--model", "gpt-3", "--hardware", "dgx-h100", "--seq-len", "8"], ["gpt-3", "gpt-22b"]),
+        (["run", "--model", "gpt-22b", "--hardware", "dgx-x", "--seq-len", "8"], ["dgx-x", "dgx-h100"]),
+        (["run", "--model", "gpt-22b", "--hardware", "dgx-h100"], ["--seq-len", "missing"]),
+        (["run", "--model", "config.json", "--hardware", "dgx-h100", "--seq-len", "8"], ["not simulated yet"]),
+        ([*RUN, "--micro-batch", "0"], ["micro_batch", "0"]),
+        ([*RUN, "--micro-batch", "-1"], ["micro_batch", "-1"]),
+        ([*RUN, "--micro-batch", "1.5"], ["--micro-batch"]),
+        ([*RUN[:-1], "0"], ["seq_len", "0"]),
+        ([*RUN[:-1], "99999999999"], ["seq_len", "99999999999"]),
+        ([*RUN[:-1], "many"], ["--seq-len"]),
+        ([*RUN, "--micro-batch", "4", "--global-batch", "6"], ["global_batch = 6", "4"]),
+        ([*RUN, "--precision", "int3"], ["precision", "int3", "bf16"]),
+        ([*RUN, "--precision", "fp8"], ["fp8", "not simulated yet"]),
+        ([*RUN, "--phase", "decode", "--plan", "tp=8,sequence_parallel"], ["decode", "no sequence to shard"]),
+        ([*RUN, "--phase", "decode", "--plan", "ulysses=8"], ["decode", "no sequence to shard"]),
+        ([*RUN, "--phase", "prefill"], ["prefill", "not simulated yet"]),
+        (with_plan("tp=0"), ["tp", "0"]),
+        (with_plan("tp=-8"), ["tp", "-8"]),
+        (with_plan("tp=nan"), ["tp", "nan"]),
+        (with_plan("tp=2.0"), ["tp", "2.0"]),
+        (with_plan("tp=eight"), ["tp", "eight"]),
+        (with_plan("tp=true"), ["tp", "True"]),
+        (with_plan("tp=8,tp=4"), ["tp", "twice"]),
+        (with_plan("=8"), ["=8"]),
+        (with_plan("tp="), ["tp="]),
+        (with_plan("tensor=8"), ["tensor", "unknown key"]),
+        (with_plan("tp=3"), ["tp x ulysses = 3", "heads = 64"]),
+        (with_plan("sequence_parallel=maybe"), ["sequence_parallel", "maybe"]),
+        (with_plan("recompute=most"), ["recompute", "most", "selective"]),
+        (with_plan("ring=8"), ["unfused", "flash"]),
+        (with_plan("tp=8,ulysses=2"), ["several nodes", "not simulated yet"]),
+        (with_plan("pp=2"), ["pp = 2", "not simulated yet"]),
+        (with_plan("dp=2"), ["dp = 2", "not simulated yet"]),
+        (with_plan("zero=3"), ["zero = 3", "not simulated yet"]),
+        (with_plan("zero=4"), ["zero", "4"]),
+        (["run", "--model", "gpt-22b", "--hardware", "dgx-h100", "--seq-len", "2050", "--plan", "ulysses=8"],
+         ["2050", "2048 or 2056"]),
+        (["run", "--model", "llama-3-8b", "--hardware", "dgx-h100", "--seq-len", "2056", "--plan", "ring=8"],
+         ["2056", "16", "2048 or 2064"]),
+        (["run", "--model", "llama-3-8b", "--hardware", "dgx-h100", "--seq-len", "1", "--plan", "ulysses=8"],
+         ["seq_len = 1", "use 8"]),
+        (["explain", "--model", "nobody"], ["nobody"]),
+        (["explain", "--model", "gpt-22b", "--plan", "tp=7"], ["7", "heads"]),
+        (["explain"], ["--model"]),
+        (["list", "gpus"], ["gpus"]),
+        (["simulate"], ["simulate"]),
+        (["run", "--frobnicate"], ["--frobnicate"]),
+        (["missing.py"], ["missing.py", "no such file"]),
+        (["validate", "missing.csv"], ["missing.csv", "no such file"]),
+        (["run", "missing.toml"], ["missing.toml", "no such file"]),
+    ],
+)  # fmt: skip
+def test_refused(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(arguments, capsys)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("layers = 2", "layers = 0", ["layers", "0"]),
+        ("layers = 2", "layers = 100000", ["layers", "100000"]),
+        ("layers = 2", 'layers = "two"', ["layers", "two"]),
+        ("layers = 2", "layers = 2.5", ["layers", "2.5"]),
+        ("layers = 2", "layers = true", ["layers", "True"]),
+        ("hidden = 1024", "hidden = 1000", ["1000", "heads 16"]),
+        ("hidden = 1024", "", ["hidden", "missing"]),
+        ("heads = 16", "heads = 16\nkv_heads = 3", ["kv_heads 3", "16"]),
+        ("heads = 16", "heads = 16\nkv_heads = 32", ["kv_heads 32"]),
+        ("vocab = 1000", "vocab = 1000\ndropout = 1.0", ["dropout", "1.0"]),
+        ("vocab = 1000", "vocab = 1000\ndropout = nan", ["dropout", "nan"]),
+        ("vocab = 1000", "vocab = 1000\nffn_hidden = 100", ["100", "tp"]),
+        ("vocab = 1000", "vocab = 1000\nexperts = 8", ["experts", "unknown key"]),
+        ("vocab = 1000", "vocab = 1000\ngated_mlp = true", ["ffn_hidden", "missing"]),
+        ("tp = 8", "tp = 8\nsp = true", ["sp", "unknown key"]),
+        ("[workload]", "[load]", ["workload", "missing"]),
+        ("seq_len = 2048", "", ["seq_len", "missing"]),
+        ("seq_len = 2048", "seq_len = inf", ["seq_len", "inf"]),
+        ("[plan]", "[plan", ["not valid TOML", "line"]),
+        ('hardware = "dgx-a100-80gb"', "hardware = 8", ["hardware"]),
+    ],
+)
+def test_case_file_refused(
+    old: str, new: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "case.toml"
+    path.write_text(CASE.replace(old, new))
+    line = refused(["run", str(path), "--out", str(tmp_path / "out")], capsys)
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_binary_directory_and_empty_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    assert "not a text file" in refused(["run", str(binary)], capsys)
+    assert "directory" in refused(["run", str(tmp_path)], capsys)
+    empty = tmp_path / "empty.toml"
+    empty.write_text("")
+    assert "hardware" in refused(["run", str(empty)], capsys)
+
+
+def test_case_and_options_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "case.toml"
+    path.write_text(CASE)
+    assert "both" in refused(["run", str(path), "--model", "gpt-22b"], capsys)
+
+
+def test_profile_with_a_wrong_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`gbps` is ambiguous and no key of the schema."""
+    from spsim.resources import profiles_directory
+
+    text = (profiles_directory() / "dgx-h100.toml").read_text()
+    path = tmp_path / "wrong.toml"
+    path.write_text(text.replace("bandwidth_gb_per_s = { value = 3350", "bandwidth_gbps = { value = 3350"))
+    line = refused(["run", "--model", "gpt-22b", "--hardware", str(path), "--seq-len", "2048"], capsys)
+    assert "bandwidth_gb" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def build(:\n", ["SyntaxError"]),
+        ("raise RuntimeError('broken')\n", ["RuntimeError", "broken"]),
+        ("x = 1\n", ["build()"]),
+        ("def build():\n    return 3\n", ["Experiment"]),
+    ],
+)
+def test_experiment_file_refused(
+    text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    line = refused([str(path), "--out", str(tmp_path / "results")], capsys)
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["column"]),
+        ("case_id,family\nx,y\n", ["column", "hardware"]),
+    ],
+)
+def test_measured_file_refused(
+    text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "measured.csv"
+    path.write_text(text)
+    line = refused(["validate", str(path)], capsys)
+    for word in words:
+        assert word in line
+
+
+def test_measured_value_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from spsim.resources import measured_cases
+
+    header, first, *_ = measured_cases().read_text().splitlines()
+    columns = header.split(",")
+    cells = first.split(",")
+    cells[columns.index("tp")] = "eight"
+    path = tmp_path / "measured.csv"
+    path.write_text("\n".join([header, ",".join(cells)]))
+    line = refused(["validate", str(path)], capsys)
+    assert "line 2" in line
+    assert "tp" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*RUN, "--json"],
+        [*with_plan("tp=8,sequence_parallel"), "--micro-batch", "4", "--global-batch", "8", "--json"],
+        [*with_plan("tp=1,sequence_parallel"), "--json"],
+        [*with_plan("ring=8,ring_kind=all_gather"), "--json"],
+        ["run", "--model", "llama-3-8b", "--hardware", "dgx-h100", "--seq-len", "2048", "--plan", "ring=8", "--json"],
+        ["run", "--model", "llama-3-8b", "--hardware", "cpu-2", "--seq-len", "128", "--plan", "tp=2", "--json"],
+        ["explain", "--model", "gpt-22b", "--plan", "tp=8", "--json"],
+        ["list", "hardware"],
+        ["validate", "--json"],
+    ],
+)  # fmt: skip
+def test_accepted(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = command(arguments, capsys)
+    assert (status, err) == (0, "")
+    assert out
+
+
+def test_the_installed_entry_point_says_the_same() -> None:
+    """The real process: one line on stderr, nothing on stdout, status 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "spsim", *with_plan("tp=3")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
