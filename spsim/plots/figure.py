@@ -95,11 +95,11 @@ def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, flo
 
 def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
     """The first text that fits a box in points, with its rotation; upright texts first."""
-    margin = 3.0
+    margin = 5.0
     for rotation in (0, 90):
         for text in options:
             across, up = text_size(text, size)[:: -1 if rotation else 1]
-            if across + margin <= width and up + margin / 3 <= height:
+            if across + margin <= width and up + margin / 5 <= height:
                 return text, rotation
     return None
 

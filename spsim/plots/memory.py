@@ -1,3 +1,177 @@
 """Memory over time: by category for one rank, or in total for several plans."""
-def plot_memory(): ...
-def plot_memory_curves(): ...
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spsim.errors import InputError
+from spsim.plots.figure import (
+    MUTED,
+    SERIES,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    WIDTH,
+    add_title,
+    axes_at,
+    describe,
+    describe_workload,
+)
+from spsim.simulation import Result
+from spsim.units import PS_PER_MS, PS_PER_US, US_PER_S
+
+MS_PER_US = PS_PER_US / PS_PER_MS
+CATEGORIES = {
+    "weights": "#4477AA",
+    "gradients": "#66CCEE",
+    "optimizer": "#BBBBBB",
+    "activations": "#CCBB44",
+    "communication buffers": "#EE6677",
+    "temporary": "#AA3377",
+}
+HEIGHT = 5.6
+LEFT, RIGHT, BOTTOM, TOP = 0.85, 2.9, 0.65, 0.95
+"""Inches around the axes; the legend and the capacity stand on the right."""
+HEADROOM = 1.25
+NEAR = 1.6
+"""Up to this multiple of the peak the capacity is drawn as a line, beyond it is named."""
+STYLES = ("-", "--", "-.", ":")
+
+
+def plot_memory(result: Result, *, rank: int | None = None, title: str | None = None) -> Figure:
+    """Memory of one rank by category, the fullest unless named, with its peak and the capacity."""
+    rank = result.peak.rank if rank is None else rank
+    alone = _alone(result, rank)
+    curve = _settled(alone)
+    figure, axes = _figure(curve["time_ms"].iloc[-1])
+    sizes = {name: curve[_column(name)] for name in CATEGORIES}
+    peak = curve.loc[curve["total_gib"].idxmax()]
+    labels = [f"{name}  {peak[_column(name)]:.2f} GiB" for name in sizes]
+    axes.stackplot(
+        curve["time_ms"], *sizes.values(), labels=labels, colors=list(CATEGORIES.values()), step="post", linewidth=0
+    )
+    _limits(axes, alone.peak_memory_gib, _usable(alone), alone.capacity_gib)
+    _mark_peak(axes, alone, curve["time_ms"].iloc[-1])
+    handles, names = axes.get_legend_handles_labels()
+    _legend(axes, handles[::-1], names[::-1], "at the peak")
+    add_title(figure, title or f"{describe(result)}: memory of rank {rank}", _subtitle(alone), 0.25)
+    return figure
+
+
+def plot_memory_curves(results: Mapping[str, Result], *, title: str | None = None) -> Figure:
+    """Total memory of the fullest rank of each plan on one time axis, with the capacity."""
+    curves = {name: _settled(_alone(result, result.peak.rank)) for name, result in results.items()}
+    figure, axes = _figure(max(curve["time_ms"].iloc[-1] for curve in curves.values()))
+    for index, (name, curve) in enumerate(curves.items()):
+        peak = results[name].peak_memory_gib
+        axes.step(
+            curve["time_ms"], curve["total_gib"], where="post", label=f"{name}  {peak:.2f} GiB", linewidth=1.6,
+            color=SERIES[index % len(SERIES)], linestyle=STYLES[index // len(SERIES) % len(STYLES)],
+        )  # fmt: skip
+    first = next(iter(results.values()))
+    peak = max(result.peak_memory_gib for result in results.values())
+    _limits(axes, peak, min(map(_usable, results.values())), min(r.capacity_gib for r in results.values()))
+    _legend(axes, *axes.get_legend_handles_labels(), "plan and its peak")
+    default = f"{first.scenario.model.name}, {first.scenario.hardware.name}: memory over a step"
+    add_title(figure, title or default, f"{_layers(first)} · fullest rank of each plan", 0.25)
+    return figure
+
+
+# What is drawn
+
+
+def _alone(result: Result, rank: int) -> Result:
+    """The same result as if only one rank had been simulated."""
+    trace = result.trace
+    for simulated, copies in trace.copies.items():
+        if rank in copies:
+            return replace(result, trace=replace(trace, copies={simulated: (simulated,)}))
+    last = max(copy for copies in trace.copies.values() for copy in copies)
+    raise InputError(f"rank: {rank} is not a rank of the plan; use 0 to {last}")
+
+
+def _settled(result: Result) -> pd.DataFrame:
+    """The curve with one row per moment, up to the end of the step."""
+    curve = result.memory_curve.drop_duplicates("time_us", keep="last")
+    end = curve.iloc[[-1]].assign(time_us=result.step_time_s * US_PER_S)
+    curve = pd.concat([curve, end], ignore_index=True)
+    return curve.assign(time_ms=curve["time_us"] * MS_PER_US)
+
+
+def _column(category: str) -> str:
+    return f"{category.replace(' ', '_')}_gib"
+
+
+def _usable(result: Result) -> float:
+    """What tensors may take: the capacity without context, communicators and reserve."""
+    return result.capacity_gib - (result.device_memory_gib - result.peak_memory_gib)
+
+
+def _layers(result: Result) -> str:
+    count = result.scenario.model.layers
+    return f"{count} layer{'s' if count > 1 else ''} · {describe_workload(result)}"
+
+
+def _subtitle(result: Result) -> str:
+    fits = "fits" if result.fits else f"does not fit: out of memory at {result.out_of_memory_at}"
+    return f"{_layers(result)} · {fits}"
+
+
+# Drawing
+
+
+def _figure(end_ms: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP)
+    axes.set_xlim(0, end_ms)
+    axes.set_xlabel("time in the step (ms)", size=TEXT_SIZE)
+    axes.set_ylabel("memory of tensors (GiB)", size=TEXT_SIZE)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+    return figure, axes
+
+
+def _limits(axes: Axes, peak: float, usable: float, capacity: float) -> None:
+    """Draw the capacity where the curve comes near it; otherwise say how far above it lies."""
+    if usable > NEAR * peak:
+        axes.set_ylim(0, HEADROOM * peak)
+        _beside(axes, f"↑ usable {usable:.1f} GiB, {usable / peak:.0f}× the peak\n   capacity {capacity:.1f} GiB", 1, "top")
+        return
+    axes.set_ylim(0, HEADROOM * max(peak, capacity))
+    upper = axes.get_ylim()[1]
+    for value, style in ((usable, (0, (4, 2))), (capacity, "-")):
+        axes.axhline(value, color="black", linewidth=1.2, linestyle=style)
+    _beside(axes, f"capacity {capacity:.1f} GiB", capacity / upper, "bottom")
+    _beside(axes, f"usable {usable:.1f} GiB (dashed)", usable / upper, "top")
+
+
+def _beside(axes: Axes, text: str, height: float, alignment: str) -> None:
+    """Text on the right of the axes, at a fraction of their height."""
+    axes.annotate(
+        text, (1, height), (8, 0), xycoords="axes fraction", textcoords="offset points", size=SMALL_SIZE,
+        va=alignment, annotation_clip=False,
+    )  # fmt: skip
+
+
+def _mark_peak(axes: Axes, result: Result, end_ms: float) -> None:
+    """A dot on the peak, and its operator in the free space above."""
+    time, size = result.peak.time_ps / PS_PER_MS, result.peak_memory_gib
+    early = time < end_ms / 2
+    axes.plot(time, size, "o", color="black", markersize=5, clip_on=False, label="_peak")
+    axes.annotate(
+        f"peak {size:.2f} GiB: {result.peak_operator}", (time, size), (0.02 if early else 0.98, 0.96),
+        textcoords="axes fraction", ha="left" if early else "right", va="top", size=TEXT_SIZE, weight="bold",
+        arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.8, "shrinkB": 3},
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+    )  # fmt: skip
+
+
+def _legend(axes: Axes, handles: list, names: list[str], title: str) -> None:  # type: ignore[type-arg]
+    legend = axes.legend(
+        handles, names, loc="lower left", bbox_to_anchor=(1.005, -0.02), frameon=False, fontsize=SMALL_SIZE,
+        title=title, alignment="left", handlelength=1.6,
+    )  # fmt: skip
+    legend.get_title().set(fontsize=SMALL_SIZE, color=MUTED)

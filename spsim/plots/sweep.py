@@ -1,3 +1,208 @@
-"""x"""
-def plot_layer_times(): ...
-def plot_peak_memory(): ...
+"""Pictures of a sweep: time of a layer by operator class, and peak memory, over sequence length.
+
+The columns are those of `sweeps.measures`; a panel is one model on one hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from spsim.plots.figure import (
+    COLOURS,
+    LABEL_SIZE,
+    MUTED,
+    SERIES,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    WIDTH,
+    add_title,
+    axes_at,
+    text_size,
+)
+from spsim.units import KIB
+
+EXPOSED = "exposed communication"
+WAITING = "waiting"
+STACK = {name: COLOURS[name] for name in COLOURS if name != "communication"} | {
+    EXPOSED: COLOURS["communication"],
+    WAITING: "#FADADD",
+}
+"""Part of a bar -> colour, from the bottom up."""
+MARKERS = "osD^vPX*"
+LEFT, RIGHT, TOP, BOTTOM, GAP = 0.8, 0.25, 1.0, 0.85, 0.6
+PANEL = 2.4
+"""Inches of a panel of bars."""
+BAR_INCHES, BETWEEN = 0.27, 0.7
+"""Inches of a bar, and the space between groups in bars."""
+SQUARE = 3.7
+LEGEND = 1.9
+POINTS = 72
+
+
+def plot_layer_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
+    """Forward and backward time of one layer per 1K tokens: a bar per strategy, grouped by sequence length."""
+    panels = list(_panels(frame))
+    strategies = list(dict.fromkeys(frame["strategy"]))
+    under = max(text_size(name, LABEL_SIZE, bold=True)[0] for name in strategies) / POINTS + 0.3
+    groups = max(group["seq_len"].nunique() for _, group in panels)
+    width = max(WIDTH, LEFT + RIGHT + BAR_INCHES * groups * (len(strategies) + BETWEEN))
+    figure = Figure(figsize=(width, TOP + BOTTOM + len(panels) * (PANEL + under + GAP)))
+    top = float(figure.get_figheight()) - TOP
+    for name, group in panels:
+        top -= GAP + PANEL
+        axes = axes_at(figure, LEFT, top, width - LEFT - RIGHT, PANEL)
+        _bars(axes, group, strategies, under)
+        axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
+        top -= under
+    _bar_legend(figure)
+    subtitle = "forward + backward of one layer, ms per 1K tokens of the sequence · bold: fastest plan that fits"
+    add_title(figure, "Time of a layer by strategy", _with(note, subtitle), 0.25)
+    return figure
+
+
+def plot_peak_memory(frame: pd.DataFrame, *, note: str = "") -> Figure:
+    """Peak device memory over sequence length, a line per strategy, with the capacity."""
+    panels = list(_panels(frame))
+    strategies = list(dict.fromkeys(frame["strategy"]))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, TOP + rows * (SQUARE + GAP + 0.15)))
+    across = (WIDTH - LEFT - LEGEND) / columns
+    for index, (name, group) in enumerate(panels):
+        bottom = float(figure.get_figheight()) - TOP - (index // columns + 1) * (SQUARE + GAP + 0.15) + GAP
+        axes = axes_at(figure, LEFT + index % columns * across, bottom, across - LEFT, SQUARE - 0.2)
+        _lines(axes, group, strategies)
+        axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
+    _line_legend(figure, strategies)
+    subtitle = "fullest GPU, with context, communicators and reserve"
+    add_title(figure, "Peak memory by strategy", _with(note, subtitle), 0.25)
+    return figure
+
+
+def _with(note: str, text: str) -> str:
+    return f"{note} · {text}" if note else text
+
+
+def _panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Title and rows of each model on each hardware, in order of appearance."""
+    for key, group in frame.groupby(["model", "hardware"], sort=False):
+        yield " on ".join(map(str, key)), group
+
+
+def _sequence(tokens: float) -> str:
+    return f"{tokens / KIB:g}K" if tokens >= KIB else f"{tokens:g}"
+
+
+# Layer times
+
+
+def _bars(axes: Axes, group: pd.DataFrame, strategies: list[str], under: float) -> None:
+    """Stacked bars with the strategy under each and the sequence length under each group."""
+    lengths = sorted(group["seq_len"].unique())
+    pitch = len(strategies) + BETWEEN
+    bars = group.assign(
+        x=group["seq_len"].map(lengths.index) * pitch + group["strategy"].map(strategies.index),
+        scale=KIB / group["seq_len"],
+    )
+    bottom = np.zeros(len(bars))
+    for name, sizes in _stack(bars).items():
+        heights = (sizes * bars["scale"]).to_numpy()
+        axes.bar(bars["x"], heights, 0.86, bottom, color=STACK[name], label=name, edgecolor="white", linewidth=0.3)
+        bottom += heights
+    out = ~bars["fits"].astype(bool).to_numpy()
+    axes.plot(bars["x"][out], bottom[out], "x", color="black", markersize=5, clip_on=False)
+    axes.set_ylim(0, 1.08 * np.nanmax(bottom))
+    axes.set_xlim(-0.9, len(lengths) * pitch - BETWEEN - 0.1)
+    axes.set_ylabel("ms per 1K tokens", size=SMALL_SIZE)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+    _name_bars(axes, bars)
+    for index, length in enumerate(lengths):
+        axes.annotate(
+            _sequence(length), (index * pitch + (len(strategies) - 1) / 2, 0), (0, -POINTS * under + 2),
+            xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", size=SMALL_SIZE, weight="bold",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def _stack(bars: pd.DataFrame) -> dict[str, pd.Series]:
+    """Milliseconds of each part of a bar, whose sum is the time of the layer."""
+    parts = {name: bars[f"{name}_ms"] for name in STACK if f"{name}_ms" in bars}
+    parts[EXPOSED] = bars["exposed_comm_ms"]
+    known = sum(part.fillna(0) for part in parts.values())
+    parts[WAITING] = (bars["layer_time_ms"] - known).clip(lower=0)
+    return {name: part.fillna(0) for name, part in parts.items() if part.max() > 0}
+
+
+def _name_bars(axes: Axes, bars: pd.DataFrame) -> None:
+    """Strategies under their bars; the fastest that fits of each length in bold."""
+    fitting = bars[bars["fits"].astype(bool)]
+    fastest = set(fitting.loc[fitting.groupby("seq_len")["layer_time_ms"].idxmin(), "x"])
+    axes.set_xticks(list(bars["x"]), list(bars["strategy"]), rotation=90, size=LABEL_SIZE)
+    axes.tick_params(axis="x", length=0)
+    for x, label in zip(bars["x"], axes.get_xticklabels(), strict=True):
+        label.set_weight("bold" if x in fastest else "normal")
+
+
+def _bar_legend(figure: Figure) -> None:
+    found = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    entries = {name: found[name] for name in STACK if name in found}
+    entries["does not fit in memory"] = Line2D([], [], color="black", marker="x", linestyle="none", markersize=5)
+    figure.legend(
+        entries.values(), entries.keys(), loc="lower center", ncols=len(entries), frameon=False, fontsize=SMALL_SIZE,
+        handlelength=1.4, columnspacing=1.6,
+    )  # fmt: skip
+
+
+# Peak memory
+
+
+def _lines(axes: Axes, group: pd.DataFrame, strategies: list[str]) -> None:
+    """Lines on doubly logarithmic axes; markers of configurations that do not fit are hollow."""
+    for strategy, rows in group.groupby("strategy", sort=False):
+        style = _style(strategies.index(str(strategy)))
+        rows = rows.sort_values("seq_len")
+        axes.plot(rows["seq_len"], rows["device_memory_gib"], color=style["color"], linewidth=1.4)
+        for fits in (True, False):
+            points = rows[rows["fits"].astype(bool) == fits]
+            fill = style["color"] if fits else "white"
+            axes.plot(points["seq_len"], points["device_memory_gib"], linestyle="none", markerfacecolor=fill, **style)
+    capacity = group["capacity_gib"].max()
+    axes.axhline(capacity, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
+    axes.annotate(
+        f"capacity {capacity:.1f} GiB", (0, capacity), (4, 3), xycoords=("axes fraction", "data"),
+        textcoords="offset points", size=SMALL_SIZE,
+    )  # fmt: skip
+    _scales(axes, sorted(group["seq_len"].unique()))
+
+
+def _scales(axes: Axes, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(lengths, [_sequence(length) for length in lengths])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("sequence length", size=SMALL_SIZE)
+    axes.set_ylabel("device memory (GiB)", size=SMALL_SIZE)
+    axes.grid(color="#E5E5E5", linewidth=0.6)
+
+
+def _style(index: int) -> dict[str, str]:
+    return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _line_legend(figure: Figure, strategies: list[str]) -> None:
+    handles = [Line2D([], [], label=name, **_style(index)) for index, name in enumerate(strategies)]
+    hollow = {"marker": "o", "markerfacecolor": "white", "color": MUTED, "linestyle": "none"}
+    handles.append(Line2D([], [], label="does not fit", **hollow))
+    width = float(figure.get_figwidth())
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=((width - LEGEND - LEFT + 0.2) / width, 0.82), frameon=False,
+        fontsize=SMALL_SIZE,
+    )  # fmt: skip

@@ -38,7 +38,9 @@ from spsim.units import PS_PER_MS, PS_PER_US
 
 PHASES = ("forward", "backward")
 LEFT, RIGHT, BOTTOM, TOP, HEADER = 1.35, 0.3, 0.95, 0.75, 0.55
-"""Inches around the lanes: labels, title, legend, and the line above each panel."""
+"""Inches around the lanes: labels, margin, legend, title, and the lines above each panel."""
+ONE_LINE = 0.3
+"""Inches above a panel without a name of its own."""
 RANK_GAP = 0.3
 BAR = 0.84
 HATCH = "////"
@@ -79,7 +81,7 @@ def plot_timelines(
     views = {name: _busiest_view(result, layer, micro_batch, phases) for name, result in results.items()}
     reference, first = next(iter(views.items()))
     headers = [
-        (f"{name}: {_total(view)}{_difference(view, first, reference)}", view) for name, view in views.items()
+        (f"{name}: {_time(view.length_ps)}{_difference(view, first, reference)}", view) for name, view in views.items()
     ]
     figure = _draw(headers)
     scenario = first.result.scenario
@@ -118,7 +120,6 @@ class _View:
 
     result: Result
     windows: list[_Window]
-    parts: list[str]
     rows: list[tuple[int, str]]
     own: dict[str, list[tuple[int, Span]]]
     """Spans of the layer by phase, each with the rank that it is shown for."""
@@ -134,31 +135,10 @@ class _View:
         return list(dict.fromkeys(rank for rank, _ in self.rows))
 
 
-def resolved_parts(tasks: Sequence[TaskInfo]) -> list[str]:
-    """The part of every task; an addition among forward or recomputed tasks belongs to these.
-
-    Ring attention merges the outputs of its steps in the forward pass as well.
-    """
-    extent: dict[tuple[int | None, int | None, str], tuple[int, int]] = {}
-    for index, info in enumerate(tasks):
-        key = (info.layer, info.micro_batch, info.part)
-        extent[key] = (extent.get(key, (index, index))[0], index)
-
-    def resolve(index: int, info: TaskInfo) -> str:
-        for part in ("forward", "recompute") if info.part == "accumulate" else ():
-            first, last = extent.get((info.layer, info.micro_batch, part), (0, -1))
-            if first < index < last:
-                return part
-        return info.part
-
-    return [resolve(index, info) for index, info in enumerate(tasks)]
-
-
 def _view(
     result: Result, layer: int, micro_batch: int, phases: Sequence[str], ranks: Sequence[int] | None
 ) -> _View:
     trace = result.trace
-    parts = resolved_parts(trace.tasks)
     shown = _simulated(trace, _distinct_ranks(trace) if ranks is None else ranks)
     windows: list[_Window] = []
     own, others = {}, {}
@@ -166,7 +146,7 @@ def _view(
         wanted = {
             index
             for index, info in enumerate(trace.tasks)
-            if phase_of(parts[index]) == phase and info.layer in (layer, None) and info.micro_batch in (micro_batch, None)
+            if phase_of(info.part) == phase and info.layer in (layer, None) and info.micro_batch in (micro_batch, None)
         }
         window = _window(trace, phase, wanted, sum(w.length_ps for w in windows), layer, micro_batch)
         windows.append(window)
@@ -177,13 +157,13 @@ def _view(
         others[phase] = [(rank, span) for rank, span in inside if span.task not in wanted]
     used = {(rank, span.lane) for spans in own.values() for rank, span in spans}
     rows = [(rank, lane) for rank in shown for lane in lane_order(trace) if (rank, lane) in used]
-    return _View(result, windows, parts, rows, own, others)
+    return _View(result, windows, rows, own, others)
 
 
 def _window(trace: Trace, phase: str, wanted: set[int], drawn: int, layer: int, micro_batch: int) -> _Window:
     spans = [span for span in trace.spans if span.task in wanted]
     if not spans:
-        known = sorted({phase_of(part) for part in resolved_parts(trace.tasks)})
+        known = sorted({phase_of(info.part) for info in trace.tasks})
         raise InputError(
             f"timeline: nothing runs in phase {phase!r} of layer {layer} and micro-batch {micro_batch}; "
             f"use phases of {', '.join(known)} and a layer and micro-batch of the scenario"
@@ -236,9 +216,19 @@ def _total(view: _View) -> str:
 
 
 def _difference(view: _View, first: _View, reference: str) -> str:
+    """Change of the total and of each pass against the first plan."""
     if view is first:
         return ""
-    return f"  ({100 * (view.length_ps / first.length_ps - 1):+.1f} % against {reference})"
+    passes = [
+        f"{mine.phase.replace('_', ' ')} {_percent(mine, theirs)}"
+        for mine, theirs in zip(view.windows, first.windows, strict=True)
+    ]
+    details = f": {', '.join(passes)}" if len(passes) > 1 else ""
+    return f"   {_percent(view, first)} against {reference}{details}"
+
+
+def _percent(mine: _View | _Window, other: _View | _Window) -> str:
+    return f"{100 * (mine.length_ps / other.length_ps - 1):+.1f} %".replace("-", "−")
 
 
 def _subtitle(view: _View) -> str:
@@ -262,14 +252,13 @@ def _cut(views: Iterable[_View]) -> list[str]:
     return ["time of other layers cut out between passes"] if any(gap > 0 for gap in gaps) else []
 
 
-def _labels(info: TaskInfo, part: str) -> tuple[str, ...]:
+def _labels(info: TaskInfo) -> tuple[str, ...]:
     """Texts for a bar, the most telling first."""
     if info.collective:
         name = info.collective.replace("_", "-")
-        target = info.name.replace("_", " ")
-        return (f"{name} for {target}", f"{name}\nfor {target}", name, name.replace("-", "-\n", 1), SHORT[info.collective])
+        return (name, name.replace("-", "-\n", 1), SHORT[info.collective])
     name = info.name.replace("_", " ")
-    name = f"{name} {part}" if part in ("dgrad", "wgrad") else name
+    name = f"{name} {info.part}" if info.part in ("dgrad", "wgrad") else name
     return (name, name.replace(" ", "\n"))
 
 
@@ -320,13 +309,13 @@ class _Panel:
         bars.widths.append((right - left) / self.scale)
 
     def _span(self, row: float, window: _Window, span: Span) -> None:
-        info, part = self.view.result.trace.tasks[span.task], self.view.parts[span.task]
+        info = self.view.result.trace.tasks[span.task]
         if span.start_ps > span.posted_ps:
             self._add("waiting for peers", row, window, span.posted_ps, span.start_ps)
-        look = info.operator_class + (", recomputed" if part == "recompute" else "")
+        look = info.operator_class + (", recomputed" if info.part == "recompute" else "")
         self._add(look, row, window, span.start_ps, span.end_ps)
         width = (span.end_ps - span.start_ps) * self.points_per_ps
-        found = fitting(_labels(info, part), width, self.row_points * BAR, LABEL_SIZE)
+        found = fitting(_labels(info), width, self.row_points * BAR, LABEL_SIZE)
         if found:
             middle = window.place((span.start_ps + span.end_ps) // 2) / self.scale
             self._text(middle, row, *found, look)
@@ -389,13 +378,14 @@ def _draw(panels: Sequence[tuple[str, _View]]) -> Figure:
     """Panels from top to bottom on one time axis, the legend below."""
     row = 0.6 if sum(len(view.rows) for _, view in panels) <= 6 else 0.4
     heights = [_height(view.rows) * row for _, view in panels]
-    figure = Figure(figsize=(WIDTH, BOTTOM + TOP + sum(heights) + HEADER * len(panels)))
+    above = HEADER if panels[0][0] else ONE_LINE
+    figure = Figure(figsize=(WIDTH, BOTTOM + TOP + sum(heights) + above * len(panels)))
     limit = max(view.length_ps for _, view in panels)
     scale, unit = (PS_PER_MS, "ms") if limit >= PS_PER_MS else (PS_PER_US, "µs")
     width = WIDTH - LEFT - RIGHT
     top = float(figure.get_figheight()) - TOP
     for (header, view), height in zip(panels, heights, strict=True):
-        top -= HEADER + height
+        top -= above + height
         axes = axes_at(figure, LEFT, top, width, height)
         _Panel(view, axes, scale, width * POINTS / limit, row * POINTS).draw()
         axes.set_xlim(0, limit / scale)
@@ -403,16 +393,19 @@ def _draw(panels: Sequence[tuple[str, _View]]) -> Figure:
             header, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", size=TEXT_SIZE, weight="bold"
         )
         axes.tick_params(axis="x", labelbottom=top < BOTTOM + 0.01)
-    figure.axes[-1].set_xlabel(f"time since the start of the layer ({unit})", size=SMALL_SIZE)
-    _legend(figure)
+    figure.axes[-1].set_xlabel(f"time in the layer ({unit})", size=SMALL_SIZE)
+    _legend(figure, {view.result.trace.tasks[s.task] for _, view in panels for own in view.own.values() for _, s in own})
     return figure
 
 
-def _legend(figure: Figure) -> None:
-    """One entry per look, below the axes."""
+def _legend(figure: Figure, tasks: Iterable[TaskInfo]) -> None:
+    """One entry per look, below the axes, and the collectives in full."""
     found = {str(container.get_label()) for axes in figure.axes for container in axes.containers}
     classes = [name for name in COLOURS if name in found or f"{name}, recomputed" in found]
-    entries = [Patch(facecolor=COLOURS[name], label=name) for name in classes]
+    kinds = {info.collective for info in tasks}
+    names = ", ".join(f"{short} {kind.replace('_', '-')}" for kind, short in SHORT.items() if kind in kinds)
+    full = {"communication": f"communication: {names}"}
+    entries = [Patch(facecolor=COLOURS[name], label=full.get(name, name)) for name in classes]
     if any(name.endswith("recomputed") for name in found):
         entries.append(Patch(facecolor=MUTED, edgecolor="white", hatch=HATCH, label="recomputed"))
     for name, colour in (("waiting for peers", WAITING), ("other layers", OTHER)):

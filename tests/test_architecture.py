@@ -1,0 +1,103 @@
+"""The order of modules, the fences around heavy packages, and the size of functions."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import spsim
+
+PACKAGE = Path(spsim.__file__).parent
+ORDER = (
+    "errors", "units", "configuration", "resources", "hardware", "model", "plan", "workload", "scenario", "placement",
+    "operators", "transformer", "work", "kernels", "program", "compiler", "lowering", "flops", "memory", "compute_cost",
+    "comm_cost", "trace", "engine", "schedule", "metrics", "simulation", "export", "plots", "sweeps", "explanation",
+    "validation", "report", "experiments", "cli", "__main__",
+)  # fmt: skip
+FENCES = {"simpy": {"engine"}, "matplotlib": {"plots"}, "rich": {"report", "experiments", "cli"}, "typer": {"cli"}}
+LAZY = {"simulation": {"plots", "export"}, "sweeps": {"matplotlib"}}
+"""What may be imported inside a function or for types only, so that `import spsim` stays light."""
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """(name of the top module, file) of the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        name = relative.parts[0] if len(relative.parts) > 1 else path.stem
+        if name not in ("__init__", "hardware_profiles", "data"):
+            yield name, path
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a syntax tree imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "spsim":
+                yield from (f"spsim.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def names_imported(path: Path) -> Iterator[tuple[str, bool]]:
+    """(dotted name, whether at the top level of the module) of each import."""
+    tree = ast.parse(path.read_text())
+    top = {name for node in tree.body for name in imports(node) if not isinstance(node, ast.If | ast.FunctionDef | ast.ClassDef)}
+    for name in set(imports(tree)):
+        yield name, name in top
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name for name, _ in modules()} == set(ORDER)
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
+def test_a_module_imports_only_modules_above_it(name: str, path: Path) -> None:
+    for imported, at_top in names_imported(path):
+        if not imported.startswith("spsim."):
+            continue
+        target = imported.split(".")[1]
+        if target == name or (not at_top and target in LAZY.get(name, ())):
+            continue
+        assert ORDER.index(target) < ORDER.index(name), f"{name} imports {target}, which stands below it"
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
+def test_heavy_packages_stay_behind_their_fence(name: str, path: Path) -> None:
+    for imported, at_top in names_imported(path):
+        root = imported.split(".")[0]
+        assert root not in ("torch", "scipy"), f"{name} imports {root}"
+        if root in FENCES and name not in FENCES[root]:
+            assert not at_top
+            assert root in LAZY.get(name, ()), f"{name} imports {root}"
+
+
+def test_import_spsim_is_light() -> None:
+    """Neither torch nor matplotlib is loaded by the package or by its command line."""
+    code = "import sys, spsim, spsim.cli; print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_function_shares_its_name_with_a_module() -> None:
+    for name in spsim.__all__:
+        assert name not in ORDER, f"spsim.{name} is also a module"
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
+def test_sizes(name: str, path: Path) -> None:
+    """Files of at most 400 lines, functions of at most 50."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 50, f"{path.name}: {node.name} is too long"
+
+
+def test_public_names_are_documented() -> None:
+    for name in spsim.__all__:
+        assert getattr(spsim, name).__doc__, name

@@ -1,0 +1,90 @@
+"""Predictions against published measurements, with the limits that the README states."""
+
+import json
+
+import pytest
+
+from spsim.cli import main
+from spsim.simulation import Result, simulate
+from spsim.validation import MeasuredCase, Validation, load_cases, validate
+
+
+@pytest.fixture(scope="module")
+def validation() -> Validation:
+    """All shipped cases, predicted once."""
+    return validate(load_cases())
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, MeasuredCase]:
+    """Cases by id; rows of one id differ in the metric only."""
+    return {case.case_id: case for case in load_cases()}
+
+
+def errors(validation: Validation, family: str) -> list[float]:
+    return [abs(c.error_percent) for c in validation.cases if c.family == family and c.error_percent is not None]
+
+
+def test_22b_layer_on_a100(validation: Validation) -> None:
+    """Korthikanti et al. 2022, Table 4: five variants of the 22B layer, forward and backward."""
+    found = errors(validation, "kort22_t4")
+    assert len(found) == 10
+    assert sum(found) / len(found) <= 5
+    assert max(found) <= 10
+
+
+def test_sequence_parallelism_gains_in_the_forward_pass_only(cases: dict[str, MeasuredCase]) -> None:
+    """Measured: 7.7 ms to 7.2 ms forward (6.5 %), backward unchanged within 1 %."""
+    tp, sp = (simulate(cases[f"kort22_t4_22B_{name}"].scenario()) for name in ("base_none", "sp"))
+    assert 4 <= 100 * (1 - sp.layer_forward_s / tp.layer_forward_s) <= 9
+    assert abs(sp.layer_backward_s / tp.layer_backward_s - 1) < 0.03
+
+
+def test_175b_layer_on_h100(validation: Validation, cases: dict[str, MeasuredCase]) -> None:
+    """One Transformer Engine layer in eager mode, wall clock with launches and a sync: within 15 %."""
+    assert max(errors(validation, "fuser")) <= 15
+    tp, sp = (simulate(cases[f"fuser3546_{name}"].scenario()) for name in ("tp", "sp"))
+    assert 0.98 <= sp.layer_forward_s / tp.layer_forward_s <= 1.12
+    assert_a_third_of_the_activations(tp, sp)
+
+
+def assert_a_third_of_the_activations(tp: Result, sp: Result) -> None:
+    """34/t against 10 + 24/t at t = 8: 4.25 of 13."""
+    assert sp.activation_bytes_per_layer / tp.activation_bytes_per_layer == pytest.approx(4.25 / 13)
+
+
+def test_nothing_was_fitted_on_more_than_one_case(validation: Validation) -> None:
+    fitted = {case.case_id for case in validation.cases if case.fitted}
+    assert len([case_id for case_id in fitted if case_id.startswith("kort22_t4")]) <= 1
+    assert not [case_id for case_id in fitted if case_id.startswith("fuser")]
+
+
+def test_no_case_is_known_by_name_in_the_package() -> None:
+    """No prediction may depend on which case it is."""
+    from tests.test_architecture import modules
+
+    labels = {case.case_id for case in load_cases()} | {case.family for case in load_cases()}
+    for _, path in modules():
+        assert not [label for label in labels if label in path.read_text()], path
+
+
+def test_rows_that_cannot_be_predicted_have_a_reason(validation: Validation) -> None:
+    for case in validation.cases:
+        assert (case.predicted is None) == (case.skipped is not None)
+    assert {c.metric for c in validation.cases if c.skipped is None} == {"layer_forward_ms", "layer_backward_ms"}
+
+
+def test_json_document(capsys: pytest.CaptureFixture[str], validation: Validation) -> None:
+    """The contract of `validate --json`, with the errors recomputed here."""
+    with pytest.raises(SystemExit):
+        main(["validate", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["cases"]) == len(validation.cases)
+    predicted = [case for case in document["cases"] if case["skipped"] is None]
+    for case in predicted:
+        assert case["error_percent"] == pytest.approx(100 * (case["predicted"] / case["measured"] - 1))
+    family = document["families"]["kort22_t4"]
+    found = sorted(abs(case["error_percent"]) for case in predicted if case["family"] == "kort22_t4")
+    assert family["n"] == len(found)
+    assert family["mean_abs_error_percent"] == pytest.approx(sum(found) / len(found))
+    assert family["max_abs_error_percent"] == pytest.approx(found[-1])
