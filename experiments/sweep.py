@@ -40,7 +40,12 @@ def model(name: str) -> spsim.Model:
 
 def settings(name: str, hardware: str, seq_len: int, plan: spsim.Plan) -> dict[str, object]:
     """The settings of one scenario."""
-    return {"hardware": hardware, "model": model(name), "plan": plan, "workload": spsim.Workload(seq_len=seq_len)}
+    return {
+        "hardware": hardware,
+        "model": model(name),
+        "plan": plan,
+        "workload": spsim.Workload(seq_len=seq_len),
+    }
 
 
 def points() -> Iterator[spsim.Point]:
@@ -61,9 +66,7 @@ def quick_points() -> list[spsim.Point]:
 def figures(frame: pd.DataFrame) -> Mapping[str, Figure]:
     """Time per layer, peak memory, and the plans of one configuration beside each other."""
     results = {
-        strategy: spsim.simulate(
-            spsim.Scenario(**settings(SHOWN["model"], SHOWN["hardware"], SHOWN["seq_len"], plan))
-        )
+        strategy: spsim.simulate(spsim.Scenario(**settings(SHOWN["model"], SHOWN["hardware"], SHOWN["seq_len"], plan)))
         for strategy, plan in STRATEGIES.items()
     }
     where = f"{SHOWN['model']} on {SHOWN['hardware']}, sequence {SHOWN['seq_len']}"

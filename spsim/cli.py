@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -60,7 +60,9 @@ GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", help="S
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="bf16, fp16 or fp8.")]
 PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
+]
 
 
 @app.command()
@@ -107,9 +109,9 @@ def _scenario(
         if given:
             raise InputError(f"run: both a case file and {given[0]} are given; use one of them")
         return load_scenario(case)
-    for name, value in {"--model": model, "--hardware": hardware, "--seq-len": workload.get("seq_len")}.items():
-        if value is None:
-            raise InputError(f"run: {name} is missing; give a case file, or at least --model, --hardware and --seq-len")
+    if model is None or hardware is None or "seq_len" not in workload:
+        missing = "--model" if model is None else "--hardware" if hardware is None else "--seq-len"
+        raise InputError(f"run: {missing} is missing; give a case file, or at least --model, --hardware and --seq-len")
     return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload)
 
 
@@ -176,7 +178,7 @@ def validate(
         console.print(line, soft_wrap=True)
 
 
-class Listing(str, Enum):
+class Listing(StrEnum):
     """What can be listed."""
 
     hardware = "hardware"

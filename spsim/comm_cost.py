@@ -82,7 +82,8 @@ class CommCost:
         curves = [c for c in self.curves.get(collective, ()) if ranks >= c.curve.min_ranks]
         if not curves:
             raise InputError(
-                f"hardware {self.profile.name}: no {collective} curve for {ranks} ranks on level {self.level!r}; add one"
+                f"hardware {self.profile.name}: level {self.level!r} has no {collective} curve for {ranks} ranks; "
+                "add one to the profile"
             )
         return self.overhead + min(curve(message, ranks) for curve in curves)
 

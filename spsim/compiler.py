@@ -37,7 +37,19 @@ from spsim.placement import (
     split_rules,
 )
 from spsim.plan import Plan
-from spsim.program import Buffer, Category, Communication, Compute, Part, Phase, Program, Purpose, Saved, Step, WeightSync
+from spsim.program import (
+    Buffer,
+    Category,
+    Communication,
+    Compute,
+    Part,
+    Phase,
+    Program,
+    Purpose,
+    Saved,
+    Step,
+    WeightSync,
+)
 from spsim.work import MemoryBound, Work
 
 Key = tuple[str, Layout, str]
@@ -128,7 +140,12 @@ class _Compiler:
         return self.num_steps - 1
 
     def _compute(
-        self, op: Operator, part: Part, work: tuple[Work, ...], reads: Iterable[Buffer], writes: Iterable[Buffer]
+        self,
+        op: Operator,
+        part: Part,
+        work: tuple[Work, ...],
+        reads: Iterable[Buffer],
+        writes: Iterable[Buffer],
     ) -> None:
         read_ids = tuple(dict.fromkeys(buffer.id for buffer in reads))
         kind = "elementwise" if part == "accumulate" else op.kind
@@ -153,7 +170,9 @@ class _Compiler:
         )  # fmt: skip
         return buffer
 
-    def _fetch(self, tensor: Tensor, source: Layout, target: Layout, generation: str, purpose: Purpose, op: str) -> Buffer:
+    def _fetch(
+        self, tensor: Tensor, source: Layout, target: Layout, generation: str, purpose: Purpose, op: str
+    ) -> Buffer:
         """The buffer of a tensor in a layout; each redistribution happens once per (tensor, target layout)."""
         for step in redistribute(source, target, self.mesh):
             key = (tensor.name, step.target, generation)
@@ -363,9 +382,7 @@ def _categorise(program: Program) -> Program:
     forward = tuple(
         replace(
             step,
-            writes=tuple(
-                name(b, b.id in kept or (b.id == program.output.id and output_kept)) for b in step.writes
-            ),
+            writes=tuple(name(b, b.id in kept or (b.id == program.output.id and output_kept)) for b in step.writes),
         )
         for step in program.forward
     )

@@ -59,7 +59,9 @@ class ComputeCost:
         tail = gemm.tail_waves.value * self.profile.datasheet.compute_units.value / tiles
         flop_time = work.flops * (1 + gemm.k_pad.value / work.k) * (1 + tail) / rate
         memory_time = work.bytes_moved / self._bandwidth("elementwise")
-        epilogue = gemm.accumulation_exposed.value * MAIN_GRADIENT_BYTES * work.accumulated / self.profile.memory_bandwidth
+        epilogue = (
+            gemm.accumulation_exposed.value * MAIN_GRADIENT_BYTES * work.accumulated / self.profile.memory_bandwidth
+        )
         return self._overhead + max(flop_time, memory_time) + epilogue
 
     def attention_time(self, work: FlashAttention) -> float:
@@ -88,12 +90,12 @@ class ComputeCost:
 
     def coefficients_of(self, work: Work) -> tuple[str, ...]:
         """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""
-        paths = ("kernel_overhead_us",)
+        paths: tuple[str, ...] = ("kernel_overhead_us",)
         match work:
             case Gemm():
                 names = (f"fraction.{self.dtype}", "k_pad", "tile_m", "tile_n", "tail_waves")
                 gradient = ("weight_gradient_rate", "accumulation_exposed") if work.accumulated else ()
-                paths += tuple(f"gemm.{name}" for name in names + gradient) + ("memory_bound.elementwise",)
+                paths += ("memory_bound.elementwise", *(f"gemm.{name}" for name in names + gradient))
             case FlashAttention():
                 mask = "causal" if work.causal else "full"
                 paths += (f"attention.{work.direction}.{mask}", "memory_bound.elementwise")

@@ -10,7 +10,7 @@ collective holds part of the device, also while it waits for its peers.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class DeadlockError(RuntimeError):
 class _Rank:
     """State of one rank: finished tasks, contention, memory."""
 
-    def __init__(self, env: simpy.Environment, rank: int, tasks: Sequence[Task]) -> None:
+    def __init__(self, env: Any, rank: int, tasks: Sequence[Task]) -> None:
         self.env = env
         self.rank = rank
         self.lanes: dict[str, list[Task]] = {}
@@ -99,8 +99,8 @@ class _Rank:
 class _Run:
     """One run: the ranks, the open rendezvous, and what is recorded."""
 
-    def __init__(self, programs: dict[int, Sequence[Task]], slowdown_ppm: int) -> None:
-        self.env = simpy.Environment()
+    def __init__(self, programs: Mapping[int, Sequence[Task]], slowdown_ppm: int) -> None:
+        self.env: Any = simpy.Environment()  # simpy's clock is int | float, ours is int
         self.slowdown = slowdown_ppm
         self.ranks = [_Rank(self.env, rank, tasks) for rank, tasks in programs.items()]
         self.met: dict[tuple[int, ...], simpy.Event] = {}
@@ -115,7 +115,9 @@ class _Run:
                 self.env.process(self._lane(rank, lane, tasks))
         self.env.run()
         if self.waiting:
-            names = ", ".join(f"task {task.id} on lane {lane} of rank {rank}" for (rank, lane), task in self.waiting.items())
+            names = ", ".join(
+                f"task {task.id} on lane {lane} of rank {rank}" for (rank, lane), task in self.waiting.items()
+            )
             raise DeadlockError(f"deadlock: {names} wait for tasks that never end")
 
     def _lane(self, rank: _Rank, lane: str, tasks: list[Task]) -> Generator[simpy.Event, Any, None]:
@@ -170,7 +172,7 @@ class _Run:
             event = self.met[meeting.key]
             if not event.triggered:
                 yield event
-        start = self.env.now
+        start: int = self.env.now
         rank.held_until = max(rank.held_until, start + task.duration_ps)
         yield self.env.timeout(task.duration_ps)
         rank.withdraw()
@@ -194,12 +196,10 @@ class _Run:
                 self._record(rank, task, allocation, -allocation.bytes)
 
     def _record(self, rank: _Rank, task: Task, allocation: Allocation, size: int) -> None:
-        self.memory.append(
-            MemoryChange(self.env.now, rank.rank, size, allocation.category, allocation.tensor, task.id)
-        )
+        self.memory.append(MemoryChange(self.env.now, rank.rank, size, allocation.category, allocation.tensor, task.id))
 
 
-def run(programs: dict[int, Sequence[Task]], *, slowdown: float) -> tuple[list[Span], list[MemoryChange]]:
+def run(programs: Mapping[int, Sequence[Task]], *, slowdown: float) -> tuple[list[Span], list[MemoryChange]]:
     """Run the tasks of each rank to the end; `slowdown` is the share of its rate that compute loses.
 
     Raises `DeadlockError` when tasks wait for each other or for a peer that never comes.

@@ -89,7 +89,10 @@ def applies_alone(operator: Operator) -> tuple[Applies, str]:
     if any(o.tensor.kind == "constant" and "s" in o.subscript for o in operator.inputs):
         return "with position offset", "per position, given its place in the whole sequence"
     if "j" in operator.extents:
-        return "yes", f"per query{'; mixes its keys, so not on a shard of keys' if 'j' in operator.mixes else ''}"
+        return (
+            "yes",
+            f"per query{'; mixes its keys, so not on a shard of keys' if 'j' in operator.mixes else ''}",
+        )
     details = [f"mixes {_names(operator.mixes)}"] if operator.mixes else []
     details += [f"contracts {_names(operator.contracted)}"] if operator.contracted else []
     return "yes", "; ".join(["per position", *details])
@@ -162,7 +165,9 @@ def _communication(program: Program, op: Operator) -> list[InsertedCommunication
 
 
 def _savings(
-    rows: tuple[OperatorExplanation, ...], operators: tuple[Operator, ...], splits: Mapping[str, Mapping[Any, str | None]]
+    rows: tuple[OperatorExplanation, ...],
+    operators: tuple[Operator, ...],
+    splits: Mapping[str, Mapping[Any, str | None]],
 ) -> dict[str, dict[str, float]]:
     """Saved bytes of the norms and dropouts around the blocks, of the rest, and of the layer."""
     kinds = {op.name: op.kind for op in operators}

@@ -167,9 +167,7 @@ def _points(spans: list[Span]) -> list[int]:
     return points
 
 
-def _flow(
-    identifier: int, info: TaskInfo, chain: tuple[int, ...], points: list[int], thread: int
-) -> Iterator[Event]:
+def _flow(identifier: int, info: TaskInfo, chain: tuple[int, ...], points: list[int], thread: int) -> Iterator[Event]:
     last = len(chain) - 1
     for place, (rank, time) in enumerate(zip(chain, points, strict=True)):
         phase = "s" if place == 0 else "f" if place == last else "t"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -195,7 +196,7 @@ class CollectiveCurve(Provenance):
     @model_validator(mode="after")
     def _points_increase(self) -> Self:
         sizes = [size for size, _ in self.points]
-        if any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)) or sizes[0] <= 0:
+        if any(b <= a for a, b in pairwise(sizes)) or sizes[0] <= 0:
             raise ValueError("points: message sizes must be positive and increase; sort them")
         if any(bandwidth <= 0 for _, bandwidth in self.points):
             raise ValueError("points: every bus bandwidth must be above 0 GB/s; remove the others")

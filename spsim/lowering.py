@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from spsim.kernels import Kernels
 from spsim.placement import Mesh
 from spsim.plan import Plan
-from spsim.program import Buffer, Communication, Compute, Phase, Program, Purpose, Step
-from spsim.work import FlashAttention, MemoryBound, Work
+from spsim.program import Buffer, Category, Communication, Compute, Phase, Program, Purpose, Step
+from spsim.work import Direction, FlashAttention, MemoryBound, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class _RingLowering:
 
     def _buffer(self, tensor: str, size: int, alias_of: int | None = None, *, received: bool = False) -> Buffer:
         self.num_buffers += 1
-        category = "communication buffers" if received else "temporary"
+        category: Category = "communication buffers" if received else "temporary"
         return Buffer(self.num_buffers - 1, tensor, size, category, alias_of)
 
     def _add(self, step: Step) -> None:
@@ -105,7 +105,13 @@ class _RingLowering:
         self.num_steps += 1
 
     def _exchange(
-        self, tensor: str, size: int, reads: tuple[int, ...], purpose: Purpose, phase: Phase, after: tuple[int, ...]
+        self,
+        tensor: str,
+        size: int,
+        reads: tuple[int, ...],
+        purpose: Purpose,
+        phase: Phase,
+        after: tuple[int, ...],
     ) -> tuple[int, ...]:
         """Send to the next rank and receive from the previous one; returns what arrived."""
         received = self._buffer(tensor, size, received=True)
@@ -118,7 +124,12 @@ class _RingLowering:
         return (received.id,)
 
     def _elementwise(
-        self, compute: Compute, size: int, reads: tuple[int, ...], writes: tuple[Buffer, ...], active: Sequence[bool]
+        self,
+        compute: Compute,
+        size: int,
+        reads: tuple[int, ...],
+        writes: tuple[Buffer, ...],
+        active: Sequence[bool],
     ) -> None:
         """A merge or an addition: two operands read and one written, on the positions that computed a block."""
         kernel = MemoryBound("elementwise", 3 * size)
@@ -129,11 +140,12 @@ class _RingLowering:
         base = compute.work[0]
         assert isinstance(base, FlashAttention)
         blocks = ring_blocks(base.queries, self.degree, step, causal=self.causal, cut=self.cut)
-        return tuple(
-            block
-            and self.kernels.attention_block(base.direction, block.queries, block.keys, block.pairs, causal=block.causal)
-            for block in blocks
-        )
+        return tuple(self._block_work(base.direction, block) for block in blocks)
+
+    def _block_work(self, direction: Direction, block: RingBlock | None) -> FlashAttention | None:
+        if block is None:
+            return None
+        return self.kernels.attention_block(direction, block.queries, block.keys, block.pairs, causal=block.causal)
 
     # The two passes
 

@@ -41,7 +41,9 @@ def static_memory(parameters: int, plan: Plan) -> StaticMemory:
     """Weights, gradients and optimizer state of `parameters` on one rank."""
     shards = plan.dp * plan.ulysses * plan.ring if plan.zero_stage else 1
     return StaticMemory(
-        WEIGHT_BYTES * parameters, MAIN_GRADIENT_BYTES * parameters, -(-OPTIMIZER_BYTES * parameters // shards)
+        WEIGHT_BYTES * parameters,
+        MAIN_GRADIENT_BYTES * parameters,
+        -(-OPTIMIZER_BYTES * parameters // shards),
     )
 
 

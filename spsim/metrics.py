@@ -148,7 +148,9 @@ def memory_frame(trace: Trace, static: dict[str, int]) -> pd.DataFrame:
     operator whose task changed it.
     """
     frames = [_rank_memory(trace, rank, static) for rank in trace.copies]
-    parts = [frame.assign(rank=copy) for rank, frame in zip(trace.copies, frames, strict=True) for copy in trace.copies[rank]]
+    parts = [
+        frame.assign(rank=copy) for rank, frame in zip(trace.copies, frames, strict=True) for copy in trace.copies[rank]
+    ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

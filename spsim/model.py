@@ -17,25 +17,29 @@ from spsim.resources import read_toml
 Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
+_DERIVED: Any = Field(default=None)
+"""Follows from other fields unless given; see `Model._fill_defaults`."""
+
+
 class Model(Configuration):
     """A decoder-only transformer; every layer is the same."""
 
     name: str = "custom"
     layers: Annotated[int, Field(ge=1, le=10_000)]
     hidden: Size
-    ffn_hidden: Size
+    ffn_hidden: Size = _DERIVED
     """Width of the MLP; 4 x hidden unless given, and required for a gated MLP."""
     heads: Annotated[int, Field(ge=1, le=2**16)]
-    kv_heads: Annotated[int, Field(ge=1, le=2**16)]
-    head_dim: Annotated[int, Field(ge=1, le=2**14)]
+    kv_heads: Annotated[int, Field(ge=1, le=2**16)] = _DERIVED
+    head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
     vocab: Size
     gated_mlp: bool = False
-    norm: Literal["layernorm", "rmsnorm"]
-    positions: Literal["learned", "rope", "none"]
+    norm: Literal["layernorm", "rmsnorm"] = _DERIVED
+    positions: Literal["learned", "rope", "none"] = _DERIVED
     max_positions: Size = 2048
     """Rows of the learned position table."""
-    bias: bool
-    tied_embeddings: bool
+    bias: bool = _DERIVED
+    tied_embeddings: bool = _DERIVED
     attention: Literal["flash", "unfused"] = "flash"
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -57,6 +61,8 @@ class Model(Configuration):
             filled.setdefault("kv_heads", heads)
         if isinstance(hidden, int) and not gated:
             filled.setdefault("ffn_hidden", 4 * hidden)
+        if gated and "ffn_hidden" not in filled:
+            raise ValueError("ffn_hidden is missing; a gated MLP needs it")
         if "head_dim" not in filled and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             if hidden % heads:
                 raise ValueError(f"hidden {hidden} is not divisible by heads {heads}; change one or give head_dim")
@@ -90,9 +96,7 @@ class Model(Configuration):
 
 
 def _gpt(name: str, layers: int, hidden: int, heads: int) -> Model:
-    return Model(
-        name=name, layers=layers, hidden=hidden, heads=heads, vocab=51200, attention="unfused", dropout=0.1
-    )
+    return Model(name=name, layers=layers, hidden=hidden, heads=heads, vocab=51200, attention="unfused", dropout=0.1)
 
 
 def _llama(name: str, layers: int, hidden: int, ffn_hidden: int, heads: int, kv_heads: int, vocab: int) -> Model:

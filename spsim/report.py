@@ -42,16 +42,32 @@ def summary(result: Result) -> Table:
 def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     counts = result.collectives_per_layer
     layers, micro_batches = result.scenario.model.layers, result.scenario.num_micro_batches
-    yield "step time", _time(result.step_time_s), f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[SCOPE]}"
+    yield (
+        "step time",
+        _time(result.step_time_s),
+        f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[SCOPE]}",
+    )
     yield "layer forward", _time(result.layer_forward_s), _counts(counts["forward"])
     yield "layer backward", _time(result.layer_backward_s), _counts(counts["backward"])
     yield "exposed communication", _time(result.exposed_comm_s), "of the step, not hidden by any kernel"
     yield "weight synchronisation", _time(result.weight_sync_s), "of the step, at its end"
-    yield "MFU", f"{100 * result.mfu:.1f} %", f"full square; causal half {100 * result.mfu_causal:.1f} %, HFU {100 * result.hfu:.1f} %"
-    yield "throughput", f"{result.tokens_per_s_per_gpu:,.0f} tokens/s/GPU", f"{result.tflops_per_gpu:.0f} TFLOP/s/GPU"
+    yield (
+        "MFU",
+        f"{100 * result.mfu:.1f} %",
+        f"full square; causal half {100 * result.mfu_causal:.1f} %, HFU {100 * result.hfu:.1f} %",
+    )
+    yield (
+        "throughput",
+        f"{result.tokens_per_s_per_gpu:,.0f} tokens/s/GPU",
+        f"{result.tflops_per_gpu:.0f} TFLOP/s/GPU",
+    )
     yield "peak memory", f"{result.peak_memory_gib:.2f} GiB", f"at {result.peak_operator}"
     yield "device memory", f"{result.device_memory_gib:.2f} GiB", _fit(result)
-    yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB", "activations and masks of one micro-batch"
+    yield (
+        "kept per layer",
+        f"{result.activation_bytes_per_layer / MIB:.1f} MiB",
+        "activations and masks of one micro-batch",
+    )
 
 
 def _time(seconds: float) -> str:
@@ -85,11 +101,11 @@ def operator_table(result: Result, rows: int = 12) -> Table:
         "Time of the first rank by operator", ["operator", "part", "class", "lane", "time", "share of step", "calls"],
         numbers=["time", "share of step", "calls"],
     )  # fmt: skip
-    for row in result.operators.head(rows).itertuples():
-        share = row.time_ms / 1e3 / result.step_time_s
+    for row in result.operators.head(rows).to_dict("records"):
+        share = row["time_ms"] / 1e3 / result.step_time_s
         made.add_row(
-            row.operator, row.part, row.operator_class, row.lane, f"{row.time_ms:.3f} ms", f"{100 * share:.1f} %",
-            str(row.calls),
+            row["operator"], row["part"], row["operator_class"], row["lane"], f"{row['time_ms']:.3f} ms",
+            f"{100 * share:.1f} %", str(row["calls"]),
         )  # fmt: skip
     return made
 
@@ -113,9 +129,10 @@ def explanation_table(explanation: Explanation, label: str) -> Table:
             "\n".join(_communication(item) for item in row.communication) or "–",
         )  # fmt: skip
     made.caption = (
-        f"May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. Kept for backward: {explanation.without} → "
-        f"{explanation.with_}. Dimensions: s sequence, j key positions, b micro-batch, h hidden, a heads, d head size, "
-        "f MLP width, g gate. AR all-reduce, AG all-gather, RS reduce-scatter, A2A all-to-all, SR send-receive"
+        "May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. Kept for "
+        f"backward: {explanation.without} → {explanation.with_}. Dimensions: s sequence, j key positions, "
+        "b micro-batch, h hidden, a heads, d head size, f MLP width, g gate. AR all-reduce, AG all-gather, "
+        "RS reduce-scatter, A2A all-to-all, SR send-receive"
     )
     made.caption_justify = "left"
     return made
@@ -205,7 +222,17 @@ def hardware_table() -> Table:
 
 def model_table() -> Table:
     """The model presets."""
-    columns = ["model", "parameters", "layers", "hidden", "MLP width", "heads", "KV heads", "vocabulary", "attention"]
+    columns = [
+        "model",
+        "parameters",
+        "layers",
+        "hidden",
+        "MLP width",
+        "heads",
+        "KV heads",
+        "vocabulary",
+        "attention",
+    ]
     made = table("Models", columns, numbers=columns[1:8])
     for model in PRESETS.values():
         sizes = (model.layers, model.hidden, model.ffn_hidden, model.heads, model.kv_heads, model.vocab)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -17,16 +18,30 @@ from spsim.plan import Plan, parse_plan
 from spsim.resources import read_toml
 from spsim.workload import Workload
 
+_SINGLE_GPU = Plan()
+
 
 class Scenario(Configuration):
     """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
 
     hardware: HardwareProfile
     model: Model
-    plan: Plan = Plan()
+    plan: Plan
     workload: Workload
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Nodes to use; as many as the plan needs unless given."""
+
+    def __init__(
+        self,
+        *,
+        hardware: HardwareProfile | str | Path,
+        model: Model | Mapping[str, Any] | str | Path,
+        plan: Plan | Mapping[str, Any] | str = _SINGLE_GPU,
+        workload: Workload | Mapping[str, Any],
+        nodes: int | None = None,
+    ) -> None:
+        """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
+        super().__init__(hardware=hardware, model=model, plan=plan, workload=workload, nodes=nodes)
 
     @field_validator("hardware", mode="before")
     @classmethod
@@ -75,7 +90,7 @@ class Scenario(Configuration):
 
 
 def _from_table(kind: type[BaseModel], value: Any) -> Any:
-    return kind(**value) if isinstance(value, dict) else value
+    return kind(**value) if isinstance(value, Mapping) else value
 
 
 def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
@@ -171,4 +186,11 @@ def _check_nodes(scenario: Scenario) -> None:
 
 def load_scenario(path: Path) -> Scenario:
     """The scenario of a case file: `hardware`, `model`, `[plan]` and `[workload]`, TOML."""
-    return Scenario(**read_toml(path))
+    tables = read_toml(path)
+    for name in ("hardware", "model", "workload"):
+        if name not in tables:
+            raise InputError(f"{path}: {name} is missing; give hardware = ..., [model], [plan] and [workload]")
+    for name in tables:
+        if name not in Scenario.model_fields:
+            raise InputError(f"{path}: {name}: unknown key; remove it or correct its spelling")
+    return Scenario(**tables)

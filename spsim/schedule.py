@@ -18,7 +18,7 @@ below says when communication is issued and whether the next kernel waits for it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spsim.engine import Allocation, Meeting, Task
@@ -42,7 +42,7 @@ CommDuration = Callable[[Collective, int, int], float]
 class Schedule:
     """Tasks of each simulated rank, what each task is, and which ranks a simulated one stands for."""
 
-    programs: dict[int, Sequence[Task]]
+    programs: Mapping[int, Sequence[Task]]
     infos: list[TaskInfo]
     copies: dict[int, tuple[int, ...]]
     groups: dict[str, dict[int, tuple[int, ...]]]
@@ -100,7 +100,12 @@ def build_schedule(
 
 class _Builder:
     def __init__(
-        self, program: Program, plan: Plan, layers: int, compute_duration: ComputeDuration, comm_duration: CommDuration
+        self,
+        program: Program,
+        plan: Plan,
+        layers: int,
+        compute_duration: ComputeDuration,
+        comm_duration: CommDuration,
     ) -> None:
         self.program = program
         self.plan = plan
@@ -177,7 +182,8 @@ class _Builder:
 
     def _issue_communication(self, item: _Item, step: Communication, needs: set[int]) -> int:
         serial = step.axis == "tp" and step.purpose != "input" and not self.plan.tp_backward_overlap
-        if self.stream.last_compute is not None and (serial or step.purpose == "regather" and step.axis == "tp"):
+        before_dgrad = step.axis == "tp" and step.purpose == "regather"
+        if self.stream.last_compute is not None and (serial or before_dgrad):
             needs = needs | {self.stream.last_compute}
         item.lane, item.axes, item.needs = step.axis, (step.axis,), tuple(sorted(needs))
         task = self.stream.add(item)

@@ -28,7 +28,12 @@ class _Layer:
         self.operators: list[Operator] = []
 
     def tensor(
-        self, name: str, dims: str, kind: TensorKind = "activation", itemsize: int = ACTIVATION_BYTES, heads: int = 0
+        self,
+        name: str,
+        dims: str,
+        kind: TensorKind = "activation",
+        itemsize: int = ACTIVATION_BYTES,
+        heads: int = 0,
     ) -> Tensor:
         """A tensor whose sizes follow from its dimensions; `heads` overrides the number of heads (K and V)."""
         names = tuple(dims.split())
@@ -113,18 +118,20 @@ class _Layer:
     def unfused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Core attention as QK^T, scaled and masked softmax, dropout and AV, the scores in memory."""
         scores = self.tensor("scores", "b a s j")
-        self.add(
-            "qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k]
-        )
+        self.add("qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
-        self.add(
-            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights], mixes="j", saves=[weights]
-        )
+        self.add("softmax", "softmax", "b a s j -> b a s j", [scores], [weights], mixes="j", saves=[weights])
         if self.model.dropout:
             weights = self.dropout("attention_dropout", weights)
         context = self.tensor("context", "s b a d")
         self.add(
-            "av", "gemm", "b a s j, j b a d -> s b a d", [weights, v], [context], saves=[weights, v], owns_gather=[v]
+            "av",
+            "gemm",
+            "b a s j, j b a d -> s b a d",
+            [weights, v],
+            [context],
+            saves=[weights, v],
+            owns_gather=[v],
         )
         return context
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Direction = Literal["forward", "backward"]
 MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout"]
 
 
@@ -31,7 +32,7 @@ class Gemm:
 class FlashAttention:
     """Attention in one kernel, scores never in memory (Dao et al. 2022)."""
 
-    direction: Literal["forward", "backward"]
+    direction: Direction
     batch: int
     heads: int
     head_dim: int

@@ -10,7 +10,7 @@ input 8S, fc2 input 8S, two masks 2S; of 5A: softmax output 2A, dropped probabil
 from dataclasses import dataclass, replace
 
 import pytest
-from cases import program, result
+from tests.cases import program, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

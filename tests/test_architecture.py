@@ -17,7 +17,12 @@ ORDER = (
     "comm_cost", "trace", "engine", "schedule", "metrics", "simulation", "export", "plots", "sweeps", "explanation",
     "validation", "report", "experiments", "cli", "__main__",
 )  # fmt: skip
-FENCES = {"simpy": {"engine"}, "matplotlib": {"plots"}, "rich": {"report", "experiments", "cli"}, "typer": {"cli"}}
+FENCES = {
+    "simpy": {"engine"},
+    "matplotlib": {"plots"},
+    "rich": {"report", "experiments", "cli"},
+    "typer": {"cli"},
+}
 LAZY = {"simulation": {"plots", "export"}, "sweeps": {"matplotlib"}}
 """What may be imported inside a function or for types only, so that `import spsim` stays light."""
 
@@ -46,7 +51,12 @@ def imports(tree: ast.AST) -> Iterator[str]:
 def names_imported(path: Path) -> Iterator[tuple[str, bool]]:
     """(dotted name, whether at the top level of the module) of each import."""
     tree = ast.parse(path.read_text())
-    top = {name for node in tree.body for name in imports(node) if not isinstance(node, ast.If | ast.FunctionDef | ast.ClassDef)}
+    top = {
+        name
+        for node in tree.body
+        for name in imports(node)
+        if not isinstance(node, ast.If | ast.FunctionDef | ast.ClassDef)
+    }
     for name in set(imports(tree)):
         yield name, name in top
 

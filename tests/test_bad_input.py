@@ -197,9 +197,7 @@ def test_experiment_file_refused(
         ("case_id,family\nx,y\n", ["column", "hardware"]),
     ],
 )
-def test_measured_file_refused(
-    text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_measured_file_refused(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "measured.csv"
     path.write_text(text)
     line = refused(["validate", str(path)], capsys)

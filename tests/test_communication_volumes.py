@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
-from cases import model, program, result, scenario
+from tests.cases import model, program, result, scenario
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,9 +159,7 @@ def cases(draw, tp=(1,), ulysses=(1,), ring=(1,)):
 
     The micro-batch is a multiple of 8, so that whole bytes are sent whatever the degrees.
     """
-    t, u, r = draw(
-        st.sampled_from([(t, u, r) for t in tp for u in ulysses for r in ring if t * u * r <= 8])
-    )
+    t, u, r = draw(st.sampled_from([(t, u, r) for t in tp for u in ulysses for r in ring if t * u * r <= 8]))
     heads = t * u * draw(st.integers(1, 4))
     fits = [k for k in range(1, heads + 1) if heads % k == 0 and (k % (t * u) == 0 or (t * u) % k == 0)]
     s = 2 * t * u * r * draw(st.integers(1, 8))
@@ -258,7 +256,11 @@ def compiled(degrees, plan):
 @pytest.mark.parametrize("option", ["", ",recompute=selective", ",recompute=full"])
 def test_usp_of_one_ring_rank_is_ulysses(option):
     """With ring 1, whatever the options of the ring, the program is that of Ulysses."""
-    plans = [f"ulysses=4,ring_kind={kind},ring_cut={cut}{option}" for kind in ("p2p", "all_gather") for cut in ("zigzag", "contiguous")]
+    plans = [
+        f"ulysses=4,ring_kind={kind},ring_cut={cut}{option}"
+        for kind in ("p2p", "all_gather")
+        for cut in ("zigzag", "contiguous")
+    ]
     assert len({program(plan) for plan in plans}) == 1
     assert compiled({"ring": 1, "ulysses": 4}, Plan(ulysses=4)) == compiled({"ulysses": 4}, Plan(ulysses=4))
 

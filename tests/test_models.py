@@ -39,8 +39,19 @@ def test_gpt_parameters_follow_the_published_formula(model: Model) -> None:
 def test_defaults_of_the_two_families() -> None:
     gpt = Model(layers=2, hidden=64, heads=4, vocab=100)
     llama = Model(layers=2, hidden=64, heads=4, vocab=100, gated_mlp=True, ffn_hidden=96)
-    assert (gpt.norm, gpt.positions, gpt.bias, gpt.tied_embeddings, gpt.ffn_hidden) == ("layernorm", "learned", True, True, 256)
-    assert (llama.norm, llama.positions, llama.bias, llama.tied_embeddings) == ("rmsnorm", "rope", False, False)
+    assert (gpt.norm, gpt.positions, gpt.bias, gpt.tied_embeddings, gpt.ffn_hidden) == (
+        "layernorm",
+        "learned",
+        True,
+        True,
+        256,
+    )
+    assert (llama.norm, llama.positions, llama.bias, llama.tied_embeddings) == (
+        "rmsnorm",
+        "rope",
+        False,
+        False,
+    )
     assert (gpt.kv_heads, gpt.head_dim, gpt.attention, gpt.dropout) == (4, 16, "flash", 0.0)
 
 

@@ -71,7 +71,10 @@ def test_no_case_is_known_by_name_in_the_package() -> None:
 def test_rows_that_cannot_be_predicted_have_a_reason(validation: Validation) -> None:
     for case in validation.cases:
         assert (case.predicted is None) == (case.skipped is not None)
-    assert {c.metric for c in validation.cases if c.skipped is None} == {"layer_forward_ms", "layer_backward_ms"}
+    assert {c.metric for c in validation.cases if c.skipped is None} == {
+        "layer_forward_ms",
+        "layer_backward_ms",
+    }
 
 
 def test_json_document(capsys: pytest.CaptureFixture[str], validation: Validation) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -34,6 +35,7 @@ COLOURS = {
 }
 WAITING = "#FADADD"
 OTHER = "#F0F0F0"
+GRID = "#E5E5E5"
 MUTED = "#666666"
 SERIES = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#333333", "#BBBBBB")
 
@@ -49,7 +51,7 @@ def save(figure: Figure, path: str | Path) -> None:
             f"cannot write {str(path)!r}: a picture is a .png or .svg file; change the suffix {path.suffix!r}"
         )
     undated = {"Date": None} if suffix == ".svg" else None
-    with whole_file(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "spsim"}):
+    with whole_file(path) as temporary, mpl.rc_context({"svg.hashsalt": "spsim"}):
         figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=undated)
 
 
@@ -63,11 +65,17 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
     return axes
 
 
-def add_title(figure: Figure, title: str, subtitle: str, left: float) -> None:
-    """Title and subtitle at the top, from `left` inches on."""
+def add_title(figure: Figure, title: str, subtitle: str) -> None:
+    """Title and subtitle at the top left, smaller where they would not fit."""
     across, up = figure.get_size_inches()
-    figure.text(left / across, 1 - 0.14 / up, title, size=TITLE_SIZE, weight="bold", va="top")
-    figure.text(left / across, 1 - 0.45 / up, subtitle, size=TEXT_SIZE, color=MUTED, va="top")
+    left = 0.25
+    lines = ((title, TITLE_SIZE, 0.14, "bold", "black"), (subtitle, TEXT_SIZE, 0.45, "normal", MUTED))
+    for text, size, down, weight, colour in lines:
+        width, _ = text_size(text, size, bold=weight == "bold")
+        fit = min(1.0, (across - 2 * left) * POINTS / width) if width else 1.0
+        figure.text(
+            left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top"
+        )  # fmt: skip
 
 
 def describe(result: Result) -> str:
@@ -102,6 +110,14 @@ def fitting(options: Sequence[str], width: float, height: float, size: float) ->
             if across + margin <= width and up + margin / 5 <= height:
                 return text, rotation
     return None
+
+
+def add_legend(figure: Figure, entries: Sequence[Artist]) -> None:
+    """One line of entries, each with its label, below everything else."""
+    figure.legend(
+        handles=list(entries), loc="lower center", ncols=len(entries), fontsize=SMALL_SIZE, frameon=False,
+        handlelength=1.4, columnspacing=1.6, borderaxespad=0.4,
+    )  # fmt: skip
 
 
 def ink_on(colour: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spsim.errors import InputError
 from spsim.plots.figure import (
+    GRID,
     MUTED,
     SERIES,
     SMALL_SIZE,
@@ -22,9 +24,8 @@ from spsim.plots.figure import (
     describe_workload,
 )
 from spsim.simulation import Result
-from spsim.units import PS_PER_MS, PS_PER_US, US_PER_S
+from spsim.units import MS_PER_S, PS_PER_MS, PS_PER_US, US_PER_S
 
-MS_PER_US = PS_PER_US / PS_PER_MS
 CATEGORIES = {
     "weights": "#4477AA",
     "gradients": "#66CCEE",
@@ -47,37 +48,37 @@ def plot_memory(result: Result, *, rank: int | None = None, title: str | None = 
     rank = result.peak.rank if rank is None else rank
     alone = _alone(result, rank)
     curve = _settled(alone)
-    figure, axes = _figure(curve["time_ms"].iloc[-1])
+    figure, axes = _figure(alone.step_time_s * MS_PER_S)
     sizes = {name: curve[_column(name)] for name in CATEGORIES}
-    peak = curve.loc[curve["total_gib"].idxmax()]
-    labels = [f"{name}  {peak[_column(name)]:.2f} GiB" for name in sizes]
-    axes.stackplot(
-        curve["time_ms"], *sizes.values(), labels=labels, colors=list(CATEGORIES.values()), step="post", linewidth=0
-    )
-    _limits(axes, alone.peak_memory_gib, _usable(alone), alone.capacity_gib)
-    _mark_peak(axes, alone, curve["time_ms"].iloc[-1])
-    handles, names = axes.get_legend_handles_labels()
-    _legend(axes, handles[::-1], names[::-1], "at the peak")
-    add_title(figure, title or f"{describe(result)}: memory of rank {rank}", _subtitle(alone), 0.25)
+    peak = int(curve["total_gib"].argmax())
+    areas = axes.stackplot(
+        curve["time_ms"], *sizes.values(), colors=list(CATEGORIES.values()), step="post", linewidth=0,
+        labels=[f"{name}  {size.iloc[peak]:.2f} GiB" for name, size in sizes.items()],
+    )  # fmt: skip
+    low = _limits(axes, alone.peak_memory_gib, _usable(alone), alone.capacity_gib)
+    _mark_peak(axes, alone)
+    _legend(axes, areas[::-1], "at the peak", above=low)
+    add_title(figure, title or f"{describe(result)}: memory of rank {rank}", _subtitle(alone))
     return figure
 
 
 def plot_memory_curves(results: Mapping[str, Result], *, title: str | None = None) -> Figure:
     """Total memory of the fullest rank of each plan on one time axis, with the capacity."""
     curves = {name: _settled(_alone(result, result.peak.rank)) for name, result in results.items()}
-    figure, axes = _figure(max(curve["time_ms"].iloc[-1] for curve in curves.values()))
+    figure, axes = _figure(max(result.step_time_s for result in results.values()) * MS_PER_S)
     for index, (name, curve) in enumerate(curves.items()):
-        peak = results[name].peak_memory_gib
         axes.step(
-            curve["time_ms"], curve["total_gib"], where="post", label=f"{name}  {peak:.2f} GiB", linewidth=1.6,
+            curve["time_ms"], curve["total_gib"], where="post", linewidth=1.6,
+            label=f"{name}  {results[name].peak_memory_gib:.2f} GiB",
             color=SERIES[index % len(SERIES)], linestyle=STYLES[index // len(SERIES) % len(STYLES)],
         )  # fmt: skip
-    first = next(iter(results.values()))
+    handles = list(axes.lines)
     peak = max(result.peak_memory_gib for result in results.values())
-    _limits(axes, peak, min(map(_usable, results.values())), min(r.capacity_gib for r in results.values()))
-    _legend(axes, *axes.get_legend_handles_labels(), "plan and its peak")
+    low = _limits(axes, peak, min(map(_usable, results.values())), min(r.capacity_gib for r in results.values()))
+    _legend(axes, handles, "plan and its peak", above=low)
+    first = next(iter(results.values()))
     default = f"{first.scenario.model.name}, {first.scenario.hardware.name}: memory over a step"
-    add_title(figure, title or default, f"{_layers(first)} · fullest rank of each plan", 0.25)
+    add_title(figure, title or default, f"{_layers(first)} · fullest rank of each plan")
     return figure
 
 
@@ -99,7 +100,7 @@ def _settled(result: Result) -> pd.DataFrame:
     curve = result.memory_curve.drop_duplicates("time_us", keep="last")
     end = curve.iloc[[-1]].assign(time_us=result.step_time_s * US_PER_S)
     curve = pd.concat([curve, end], ignore_index=True)
-    return curve.assign(time_ms=curve["time_us"] * MS_PER_US)
+    return curve.assign(time_ms=curve["time_us"] * PS_PER_US / PS_PER_MS)
 
 
 def _column(category: str) -> str:
@@ -130,22 +131,27 @@ def _figure(end_ms: float) -> tuple[Figure, Axes]:
     axes.set_xlim(0, end_ms)
     axes.set_xlabel("time in the step (ms)", size=TEXT_SIZE)
     axes.set_ylabel("memory of tensors (GiB)", size=TEXT_SIZE)
-    axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     return figure, axes
 
 
-def _limits(axes: Axes, peak: float, usable: float, capacity: float) -> None:
-    """Draw the capacity where the curve comes near it; otherwise say how far above it lies."""
+def _limits(axes: Axes, peak: float, usable: float, capacity: float) -> bool:
+    """Draw the capacity where the curve comes near it; otherwise say how far above it lies.
+
+    True if the words about it stand in the lower half.
+    """
     if usable > NEAR * peak:
         axes.set_ylim(0, HEADROOM * peak)
-        _beside(axes, f"↑ usable {usable:.1f} GiB, {usable / peak:.0f}× the peak\n   capacity {capacity:.1f} GiB", 1, "top")
-        return
-    axes.set_ylim(0, HEADROOM * max(peak, capacity))
-    upper = axes.get_ylim()[1]
-    for value, style in ((usable, (0, (4, 2))), (capacity, "-")):
-        axes.axhline(value, color="black", linewidth=1.2, linestyle=style)
+        words = f"↑ usable {usable:.1f} GiB, {usable / peak:.0f}× the peak\n   capacity {capacity:.1f} GiB"
+        _beside(axes, words, 1, "top")
+        return False
+    upper = HEADROOM * max(peak, capacity)
+    axes.set_ylim(0, upper)
+    axes.axhline(usable, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
+    axes.axhline(capacity, color="black", linewidth=1.2)
     _beside(axes, f"capacity {capacity:.1f} GiB", capacity / upper, "bottom")
     _beside(axes, f"usable {usable:.1f} GiB (dashed)", usable / upper, "top")
+    return usable < upper / 2
 
 
 def _beside(axes: Axes, text: str, height: float, alignment: str) -> None:
@@ -156,11 +162,11 @@ def _beside(axes: Axes, text: str, height: float, alignment: str) -> None:
     )  # fmt: skip
 
 
-def _mark_peak(axes: Axes, result: Result, end_ms: float) -> None:
+def _mark_peak(axes: Axes, result: Result) -> None:
     """A dot on the peak, and its operator in the free space above."""
     time, size = result.peak.time_ps / PS_PER_MS, result.peak_memory_gib
-    early = time < end_ms / 2
-    axes.plot(time, size, "o", color="black", markersize=5, clip_on=False, label="_peak")
+    early = time < result.step_time_s * MS_PER_S / 2
+    axes.plot(time, size, "o", color="black", markersize=5, clip_on=False)
     axes.annotate(
         f"peak {size:.2f} GiB: {result.peak_operator}", (time, size), (0.02 if early else 0.98, 0.96),
         textcoords="axes fraction", ha="left" if early else "right", va="top", size=TEXT_SIZE, weight="bold",
@@ -169,9 +175,11 @@ def _mark_peak(axes: Axes, result: Result, end_ms: float) -> None:
     )  # fmt: skip
 
 
-def _legend(axes: Axes, handles: list, names: list[str], title: str) -> None:  # type: ignore[type-arg]
+def _legend(axes: Axes, handles: Sequence[Artist | tuple[Artist, ...]], title: str, *, above: bool) -> None:
+    """Entries with labels on the right of the axes, at the top or the bottom."""
+    place, corner = ("upper left", (1.005, 1.02)) if above else ("lower left", (1.005, -0.02))
     legend = axes.legend(
-        handles, names, loc="lower left", bbox_to_anchor=(1.005, -0.02), frameon=False, fontsize=SMALL_SIZE,
-        title=title, alignment="left", handlelength=1.6,
+        handles=handles, loc=place, bbox_to_anchor=corner, frameon=False, fontsize=SMALL_SIZE, title=title,
+        alignment="left", handlelength=1.6,
     )  # fmt: skip
     legend.get_title().set(fontsize=SMALL_SIZE, color=MUTED)

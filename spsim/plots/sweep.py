@@ -6,22 +6,29 @@ The columns are those of `sweeps.measures`; a panel is one model on one hardware
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from spsim.plots.figure import (
     COLOURS,
+    GRID,
     LABEL_SIZE,
     MUTED,
+    POINTS,
     SERIES,
     SMALL_SIZE,
     TEXT_SIZE,
+    WAITING,
     WIDTH,
+    add_legend,
     add_title,
     axes_at,
     text_size,
@@ -29,21 +36,20 @@ from spsim.plots.figure import (
 from spsim.units import KIB
 
 EXPOSED = "exposed communication"
-WAITING = "waiting"
+NOT_RUNNING = "waiting"
 STACK = {name: COLOURS[name] for name in COLOURS if name != "communication"} | {
     EXPOSED: COLOURS["communication"],
-    WAITING: "#FADADD",
+    NOT_RUNNING: WAITING,
 }
 """Part of a bar -> colour, from the bottom up."""
 MARKERS = "osD^vPX*"
-LEFT, RIGHT, TOP, BOTTOM, GAP = 0.8, 0.25, 1.0, 0.85, 0.6
+LEFT, RIGHT, TOP, BOTTOM, GAP = 0.8, 0.25, 0.65, 0.6, 0.55
 PANEL = 2.4
 """Inches of a panel of bars."""
 BAR_INCHES, BETWEEN = 0.27, 0.7
 """Inches of a bar, and the space between groups in bars."""
 SQUARE = 3.7
-LEGEND = 1.9
-POINTS = 72
+HOLLOW = "hollow: does not fit"
 
 
 def plot_layer_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
@@ -61,9 +67,9 @@ def plot_layer_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
         _bars(axes, group, strategies, under)
         axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
         top -= under
-    _bar_legend(figure)
+    _bar_legend(figure, out=not frame["fits"].astype(bool).all())
     subtitle = "forward + backward of one layer, ms per 1K tokens of the sequence · bold: fastest plan that fits"
-    add_title(figure, "Time of a layer by strategy", _with(note, subtitle), 0.25)
+    add_title(figure, "Time of a layer by strategy", _with(note, subtitle))
     return figure
 
 
@@ -72,17 +78,17 @@ def plot_peak_memory(frame: pd.DataFrame, *, note: str = "") -> Figure:
     panels = list(_panels(frame))
     strategies = list(dict.fromkeys(frame["strategy"]))
     columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDTH, TOP + rows * (SQUARE + GAP + 0.15)))
-    across = (WIDTH - LEFT - LEGEND) / columns
+    legend = max(text_size(name, SMALL_SIZE)[0] for name in [*strategies, HOLLOW]) / POINTS + 0.75
+    across, down = (WIDTH - legend) / columns, SQUARE + GAP
+    figure = Figure(figsize=(WIDTH, TOP + -(-len(panels) // columns) * down + 0.1))
     for index, (name, group) in enumerate(panels):
-        bottom = float(figure.get_figheight()) - TOP - (index // columns + 1) * (SQUARE + GAP + 0.15) + GAP
-        axes = axes_at(figure, LEFT + index % columns * across, bottom, across - LEFT, SQUARE - 0.2)
+        bottom = float(figure.get_figheight()) - TOP - (index // columns + 1) * down + GAP
+        axes = axes_at(figure, LEFT + index % columns * across, bottom, across - LEFT, SQUARE - GAP)
         _lines(axes, group, strategies)
         axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
-    _line_legend(figure, strategies)
+    _line_legend(figure, strategies, WIDTH - legend + 0.05, out=not frame["fits"].astype(bool).all())
     subtitle = "fullest GPU, with context, communicators and reserve"
-    add_title(figure, "Peak memory by strategy", _with(note, subtitle), 0.25)
+    add_title(figure, "Peak memory by strategy", _with(note, subtitle))
     return figure
 
 
@@ -121,7 +127,7 @@ def _bars(axes: Axes, group: pd.DataFrame, strategies: list[str], under: float) 
     axes.set_ylim(0, 1.08 * np.nanmax(bottom))
     axes.set_xlim(-0.9, len(lengths) * pitch - BETWEEN - 0.1)
     axes.set_ylabel("ms per 1K tokens", size=SMALL_SIZE)
-    axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     _name_bars(axes, bars)
     for index, length in enumerate(lengths):
         axes.annotate(
@@ -136,7 +142,7 @@ def _stack(bars: pd.DataFrame) -> dict[str, pd.Series]:
     parts = {name: bars[f"{name}_ms"] for name in STACK if f"{name}_ms" in bars}
     parts[EXPOSED] = bars["exposed_comm_ms"]
     known = sum(part.fillna(0) for part in parts.values())
-    parts[WAITING] = (bars["layer_time_ms"] - known).clip(lower=0)
+    parts[NOT_RUNNING] = (bars["layer_time_ms"] - known).clip(lower=0)
     return {name: part.fillna(0) for name, part in parts.items() if part.max() > 0}
 
 
@@ -147,17 +153,18 @@ def _name_bars(axes: Axes, bars: pd.DataFrame) -> None:
     axes.set_xticks(list(bars["x"]), list(bars["strategy"]), rotation=90, size=LABEL_SIZE)
     axes.tick_params(axis="x", length=0)
     for x, label in zip(bars["x"], axes.get_xticklabels(), strict=True):
-        label.set_weight("bold" if x in fastest else "normal")
+        label.set_fontweight("bold" if x in fastest else "normal")
 
 
-def _bar_legend(figure: Figure) -> None:
-    found = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    entries = {name: found[name] for name in STACK if name in found}
-    entries["does not fit in memory"] = Line2D([], [], color="black", marker="x", linestyle="none", markersize=5)
-    figure.legend(
-        entries.values(), entries.keys(), loc="lower center", ncols=len(entries), frameon=False, fontsize=SMALL_SIZE,
-        handlelength=1.4, columnspacing=1.6,
-    )  # fmt: skip
+def _bar_legend(figure: Figure, out: bool) -> None:
+    """One entry per part of a bar, and the cross if any configuration has one."""
+    found = {str(container.get_label()) for axes in figure.axes for container in axes.containers}
+    entries: list[Artist] = [Patch(facecolor=STACK[name], label=name) for name in STACK if name in found]
+    if out:
+        entries.append(
+            Line2D([], [], color="black", marker="x", linestyle="none", markersize=5, label="does not fit in memory")
+        )
+    add_legend(figure, entries)
 
 
 # Peak memory
@@ -190,19 +197,20 @@ def _scales(axes: Axes, lengths: list[int]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("sequence length", size=SMALL_SIZE)
     axes.set_ylabel("device memory (GiB)", size=SMALL_SIZE)
-    axes.grid(color="#E5E5E5", linewidth=0.6)
+    axes.grid(color=GRID, linewidth=0.6)
 
 
-def _style(index: int) -> dict[str, str]:
+def _style(index: int) -> dict[str, Any]:
     return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _line_legend(figure: Figure, strategies: list[str]) -> None:
+def _line_legend(figure: Figure, strategies: list[str], left: float, out: bool) -> None:
     handles = [Line2D([], [], label=name, **_style(index)) for index, name in enumerate(strategies)]
-    hollow = {"marker": "o", "markerfacecolor": "white", "color": MUTED, "linestyle": "none"}
-    handles.append(Line2D([], [], label="does not fit", **hollow))
-    width = float(figure.get_figwidth())
+    if out:
+        hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "color": MUTED, "linestyle": "none"}
+        handles.append(Line2D([], [], label=HOLLOW, **hollow))
+    across, up = figure.get_size_inches()
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=((width - LEGEND - LEFT + 0.2) / width, 0.82), frameon=False,
+        handles=handles, loc="upper left", bbox_to_anchor=(left / across, 1 - (TOP + 0.5) / up), frameon=False,
         fontsize=SMALL_SIZE,
     )  # fmt: skip

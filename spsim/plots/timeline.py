@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from spsim.errors import InputError
-from spsim.export import lane_order
-from spsim.metrics import COMPUTE_LANE, phase_of
+from spsim.metrics import COMPUTE_LANE
 from spsim.plots.figure import (
     COLOURS,
+    GRID,
     LABEL_SIZE,
     MUTED,
     OTHER,
@@ -25,6 +25,7 @@ from spsim.plots.figure import (
     TEXT_SIZE,
     WAITING,
     WIDTH,
+    add_legend,
     add_title,
     axes_at,
     describe,
@@ -32,8 +33,9 @@ from spsim.plots.figure import (
     fitting,
     ink_on,
 )
+from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
 from spsim.simulation import Result
-from spsim.trace import Span, TaskInfo, Trace
+from spsim.trace import Span, TaskInfo
 from spsim.units import PS_PER_MS, PS_PER_US
 
 PHASES = ("forward", "backward")
@@ -63,9 +65,9 @@ def plot_timeline(
     title: str | None = None,
 ) -> Figure:
     """Lanes of the ranks of one result during one layer; of identical ranks one is drawn unless named."""
-    view = _view(result, layer, micro_batch, phases, ranks)
+    view = layer_view(result, layer, micro_batch, phases, ranks)
     figure = _draw([("", view)])
-    add_title(figure, title or f"{describe(result)}: layer {layer}", _subtitle(view), 0.25)
+    add_title(figure, title or f"{describe(result)}: layer {layer}", _subtitle(view))
     return figure
 
 
@@ -78,7 +80,7 @@ def plot_timelines(
     title: str | None = None,
 ) -> Figure:
     """One rank of each plan, the one with most computation, on one time axis, with the total times."""
-    views = {name: _busiest_view(result, layer, micro_batch, phases) for name, result in results.items()}
+    views = {name: busiest_view(result, layer, micro_batch, phases) for name, result in results.items()}
     reference, first = next(iter(views.items()))
     headers = [
         (f"{name}: {_time(view.length_ps)}{_difference(view, first, reference)}", view) for name, view in views.items()
@@ -89,118 +91,8 @@ def plot_timelines(
         figure,
         title or f"{scenario.model.name}, {scenario.hardware.name}: layer {layer} under {len(views)} plans",
         " · ".join([describe_workload(first.result), "one rank of each plan", *_cut(views.values())]),
-        0.25,
     )
     return figure
-
-
-# What is drawn
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """One pass of the layer over all ranks: when it ran, and where its start is drawn."""
-
-    phase: str
-    start_ps: int
-    end_ps: int
-    drawn_ps: int
-
-    def place(self, time_ps: int) -> int:
-        return min(max(time_ps, self.start_ps), self.end_ps) - self.start_ps + self.drawn_ps
-
-    @property
-    def length_ps(self) -> int:
-        return self.end_ps - self.start_ps
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """The windows of a layer, the ranks shown, and their spans by window."""
-
-    result: Result
-    windows: list[_Window]
-    rows: list[tuple[int, str]]
-    own: dict[str, list[tuple[int, Span]]]
-    """Spans of the layer by phase, each with the rank that it is shown for."""
-    others: dict[str, list[tuple[int, Span]]]
-    """Spans of other layers during the same window."""
-
-    @property
-    def length_ps(self) -> int:
-        return sum(window.length_ps for window in self.windows)
-
-    @property
-    def ranks(self) -> list[int]:
-        return list(dict.fromkeys(rank for rank, _ in self.rows))
-
-
-def _view(
-    result: Result, layer: int, micro_batch: int, phases: Sequence[str], ranks: Sequence[int] | None
-) -> _View:
-    trace = result.trace
-    shown = _simulated(trace, _distinct_ranks(trace) if ranks is None else ranks)
-    windows: list[_Window] = []
-    own, others = {}, {}
-    for phase in phases:
-        wanted = {
-            index
-            for index, info in enumerate(trace.tasks)
-            if phase_of(info.part) == phase and info.layer in (layer, None) and info.micro_batch in (micro_batch, None)
-        }
-        window = _window(trace, phase, wanted, sum(w.length_ps for w in windows), layer, micro_batch)
-        windows.append(window)
-        inside = [
-            (rank, s) for rank, source in shown.items() for s in trace.spans if s.rank == source and _meets(s, window)
-        ]
-        own[phase] = [(rank, span) for rank, span in inside if span.task in wanted]
-        others[phase] = [(rank, span) for rank, span in inside if span.task not in wanted]
-    used = {(rank, span.lane) for spans in own.values() for rank, span in spans}
-    rows = [(rank, lane) for rank in shown for lane in lane_order(trace) if (rank, lane) in used]
-    return _View(result, windows, rows, own, others)
-
-
-def _window(trace: Trace, phase: str, wanted: set[int], drawn: int, layer: int, micro_batch: int) -> _Window:
-    spans = [span for span in trace.spans if span.task in wanted]
-    if not spans:
-        known = sorted({phase_of(info.part) for info in trace.tasks})
-        raise InputError(
-            f"timeline: nothing runs in phase {phase!r} of layer {layer} and micro-batch {micro_batch}; "
-            f"use phases of {', '.join(known)} and a layer and micro-batch of the scenario"
-        )
-    return _Window(phase, min(s.posted_ps for s in spans), max(s.end_ps for s in spans), drawn)
-
-
-def _meets(span: Span, window: _Window) -> bool:
-    """Whether a span is seen in a window; a kernel without duration is one that the rank did not run."""
-    return span.posted_ps < span.end_ps and span.posted_ps < window.end_ps and span.end_ps > window.start_ps
-
-
-def _distinct_ranks(trace: Trace) -> list[int]:
-    """The first of each set of ranks with the same spans."""
-    spans: dict[int, list[tuple[int, ...]]] = {rank: [] for rank in trace.copies}
-    for span in sorted(trace.spans, key=lambda s: s.task):
-        spans[span.rank].append((span.task, *span[3:]))
-    first: dict[tuple[tuple[int, ...], ...], int] = {}
-    return [rank for rank, own in spans.items() if first.setdefault(tuple(own), rank) == rank]
-
-
-def _simulated(trace: Trace, ranks: Iterable[int]) -> dict[int, int]:
-    """Rank -> the rank that was simulated for it."""
-    source = {copy: rank for rank, copies in trace.copies.items() for copy in copies}
-    unknown = [rank for rank in ranks if rank not in source]
-    if unknown:
-        raise InputError(f"ranks: {unknown[0]} is not a rank of the plan; use 0 to {max(source)}")
-    return {rank: source[rank] for rank in ranks}
-
-
-def _busiest_view(result: Result, layer: int, micro_batch: int, phases: Sequence[str]) -> _View:
-    """The view of the rank that computes longest; the others wait for it."""
-
-    def busy(rank: int) -> int:
-        return sum(s.end_ps - s.start_ps for s in result.trace.spans if s.rank == rank and s.lane == COMPUTE_LANE)
-
-    return _view(result, layer, micro_batch, phases, [max(result.trace.copies, key=busy)])
 
 
 # Words
@@ -210,12 +102,12 @@ def _time(ps: int) -> str:
     return f"{ps / PS_PER_MS:.2f} ms" if ps >= PS_PER_MS else f"{ps / PS_PER_US:.1f} µs"
 
 
-def _total(view: _View) -> str:
+def _total(view: View) -> str:
     passes = " + ".join(f"{w.phase.replace('_', ' ')} {_time(w.length_ps)}" for w in view.windows)
     return f"{passes} = {_time(view.length_ps)}" if len(view.windows) > 1 else passes
 
 
-def _difference(view: _View, first: _View, reference: str) -> str:
+def _difference(view: View, first: View, reference: str) -> str:
     """Change of the total and of each pass against the first plan."""
     if view is first:
         return ""
@@ -227,26 +119,26 @@ def _difference(view: _View, first: _View, reference: str) -> str:
     return f"   {_percent(view, first)} against {reference}{details}"
 
 
-def _percent(mine: _View | _Window, other: _View | _Window) -> str:
+def _percent(mine: View | Window, other: View | Window) -> str:
     return f"{100 * (mine.length_ps / other.length_ps - 1):+.1f} %".replace("-", "−")
 
 
-def _subtitle(view: _View) -> str:
+def _subtitle(view: View) -> str:
     return " · ".join([describe_workload(view.result), _who(view), _total(view), *_cut([view])])
 
 
-def _who(view: _View) -> str:
+def _who(view: View) -> str:
     """Which ranks are shown, and how many look the same."""
     trace = view.result.trace
     total, shown = sum(map(len, trace.copies.values())), len(view.ranks)
     if shown == total:
         return f"{total} ranks" if total > 1 else "one GPU"
-    if len(_distinct_ranks(trace)) == 1:
+    if len(distinct_ranks(trace)) == 1:
         return f"{total} identical ranks, {'one' if shown == 1 else shown} shown"
     return f"{shown} of {total} ranks shown"
 
 
-def _cut(views: Iterable[_View]) -> list[str]:
+def _cut(views: Iterable[View]) -> list[str]:
     """What the axis leaves out between the passes."""
     gaps = [b.start_ps - a.end_ps for view in views for a, b in zip(view.windows, view.windows[1:], strict=False)]
     return ["time of other layers cut out between passes"] if any(gap > 0 for gap in gaps) else []
@@ -278,7 +170,7 @@ class _Bars:
 class _Panel:
     """The lanes of one view on axes of their own."""
 
-    view: _View
+    view: View
     axes: Axes
     scale: int
     """Picoseconds of one unit of the axis."""
@@ -301,14 +193,14 @@ class _Panel:
         self._lanes(positions)
         self._phases()
 
-    def _add(self, look: str, row: float, window: _Window, start: int, end: int) -> None:
+    def _add(self, look: str, row: float, window: Window, start: int, end: int) -> None:
         left, right = window.place(start), window.place(end)
         bars = self.bars.setdefault(look, _Bars())
         bars.rows.append(row)
         bars.lefts.append(left / self.scale)
         bars.widths.append((right - left) / self.scale)
 
-    def _span(self, row: float, window: _Window, span: Span) -> None:
+    def _span(self, row: float, window: Window, span: Span) -> None:
         info = self.view.result.trace.tasks[span.task]
         if span.start_ps > span.posted_ps:
             self._add("waiting for peers", row, window, span.posted_ps, span.start_ps)
@@ -335,7 +227,7 @@ class _Panel:
         self.axes.set_yticks(list(positions.values()), names, size=SMALL_SIZE)
         self.axes.set_ylim(_height(self.view.rows) - 0.5, -0.5)
         self.axes.tick_params(axis="y", length=0)
-        self.axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        self.axes.grid(axis="x", color=GRID, linewidth=0.6)
 
     def _phases(self) -> None:
         """Names of the passes where there is room, and lines between them."""
@@ -351,7 +243,7 @@ class _Panel:
                 )  # fmt: skip
 
 
-def _look(look: str) -> dict[str, str]:
+def _look(look: str) -> dict[str, Any]:
     """Colour and hatch of a look."""
     plain = {"other layers": OTHER, "waiting for peers": WAITING}
     name, _, recomputed = look.partition(", ")
@@ -374,7 +266,7 @@ def _height(rows: list[tuple[int, str]]) -> float:
     return max(_positions(rows).values()) + 1
 
 
-def _draw(panels: Sequence[tuple[str, _View]]) -> Figure:
+def _draw(panels: Sequence[tuple[str, View]]) -> Figure:
     """Panels from top to bottom on one time axis, the legend below."""
     row = 0.6 if sum(len(view.rows) for _, view in panels) <= 6 else 0.4
     heights = [_height(view.rows) * row for _, view in panels]
@@ -394,7 +286,9 @@ def _draw(panels: Sequence[tuple[str, _View]]) -> Figure:
         )
         axes.tick_params(axis="x", labelbottom=top < BOTTOM + 0.01)
     figure.axes[-1].set_xlabel(f"time in the layer ({unit})", size=SMALL_SIZE)
-    _legend(figure, {view.result.trace.tasks[s.task] for _, view in panels for own in view.own.values() for _, s in own})
+    _legend(
+        figure, {view.result.trace.tasks[s.task] for _, view in panels for own in view.own.values() for _, s in own}
+    )
     return figure
 
 
@@ -411,7 +305,4 @@ def _legend(figure: Figure, tasks: Iterable[TaskInfo]) -> None:
     for name, colour in (("waiting for peers", WAITING), ("other layers", OTHER)):
         if name in found:
             entries.append(Patch(facecolor=colour, label=name))
-    figure.legend(
-        handles=entries, loc="lower center", ncols=len(entries), fontsize=SMALL_SIZE, frameon=False,
-        handlelength=1.4, columnspacing=1.6, borderaxespad=0.4,
-    )  # fmt: skip
+    add_legend(figure, entries)

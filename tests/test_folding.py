@@ -1,0 +1,142 @@
+"""Simulating identical ranks once gives, bit for bit, what simulating all of them gives; and ranks that differ
+differ as the cut of the ring says.
+"""
+
+from collections import defaultdict
+from fractions import Fraction
+
+import pytest
+from pandas.testing import assert_frame_equal
+
+from spsim.program import Compute
+from spsim.work import FlashAttention
+from tests.cases import H100, program, result
+
+UNFUSED = {"attention": "unfused", "dropout": 0.1}
+GQA = {"gated_mlp": True, "ffn_hidden": 704, "kv_heads": 2}
+
+# plan, changes of the model, ranks simulated.
+CASES = [
+    ("tp=4", {}, 1),
+    ("tp=8", UNFUSED, 1),
+    ("tp=4,sequence_parallel", {}, 1),
+    ("tp=4,sequence_parallel,recompute=selective", UNFUSED, 1),
+    ("tp=4,sequence_parallel,recompute=full", {}, 1),
+    ("tp=4,sequence_parallel,tp_backward_overlap=false", {}, 1),
+    ("tp=4,sequence_parallel,keep_gathered", GQA, 1),
+    ("tp=8", GQA, 1),
+    ("ulysses=4", {}, 1),
+    ("ulysses=8,distributed_optimizer", GQA, 1),
+    ("ulysses=4,recompute=selective", UNFUSED, 1),
+    ("ring=4", {}, 1),
+    ("ring=4,recompute=full", GQA, 1),
+    ("ring=4,ring_kind=all_gather", UNFUSED, 1),
+    ("ring=4,ring_kind=all_gather", {}, 1),
+    ("ring=4,ring_cut=contiguous", {"causal": False}, 1),
+    ("ring=2,ring_cut=contiguous", {}, 2),
+    ("ring=4,ring_cut=contiguous", {}, 4),
+    ("ring=8,ring_cut=contiguous", GQA, 8),
+    ("ring=4,ring_cut=contiguous,recompute=full", {}, 4),
+    ("ring=4,ring_cut=contiguous,ring_kind=all_gather", {}, 4),
+    ("ulysses=2,ring=4", {}, 1),
+    ("ulysses=2,ring=4,ring_cut=contiguous", {}, 4),
+    ("tp=2,ring=4,ring_cut=contiguous,recompute=selective", {}, 4),
+    ("tp=2,sequence_parallel,ulysses=2,ring=2", {}, 1),
+    ("tp=2,sequence_parallel,ulysses=2,ring=2,ring_cut=contiguous", {}, 2),
+    ("tp=2,sequence_parallel,ulysses=2,ring=2,ring_cut=contiguous,ring_kind=all_gather", GQA, 2),
+    ("tp=2,sequence_parallel,ulysses=2,ring=2,recompute=full", GQA, 1),
+]
+
+
+@pytest.mark.parametrize("hardware", ["dgx-a100-80gb", H100])
+@pytest.mark.parametrize(("plan", "changes", "simulated"), CASES)
+def test_folded_equals_unfolded(plan, changes, simulated, hardware):
+    """Spans of every rank, memory of every rank, and the document: equal without any tolerance."""
+    settings = {"hardware": hardware, "global_batch": 2, **changes}
+    folded, unfolded = (result(plan, fold=fold, **settings) for fold in (True, False))
+    assert len(folded.trace.copies) == simulated
+    assert len(unfolded.trace.copies) == unfolded.scenario.plan.gpus
+    assert folded.folded == (simulated < unfolded.scenario.plan.gpus)
+    assert_frame_equal(folded.spans, unfolded.spans, check_exact=True)
+    by_rank = [found.memory_curve.sort_values("rank", kind="stable", ignore_index=True) for found in (folded, unfolded)]
+    assert_frame_equal(*by_rank, check_exact=True)
+    documents = [{k: v for k, v in found.to_json().items() if k != "engine"} for found in (folded, unfolded)]
+    assert documents[0] == documents[1]
+
+
+def test_every_rank_has_its_rows():
+    """One simulated rank stands for eight in both tables."""
+    found = result("tp=2,sequence_parallel,ulysses=2,ring=2")
+    assert found.trace.copies == {0: tuple(range(8))}
+    assert set(found.spans["rank"]) == set(found.memory_curve["rank"]) == set(range(8))
+    assert len(found.spans) == 8 * len(found.trace.spans)
+
+
+def test_the_result_says_that_it_folded_and_why():
+    """Reasons are part of the document."""
+    assert "identical" in result("tp=8").to_json()["engine"]["reasons"][0]
+    assert "ring" in result("tp=2,ring=4,ring_cut=contiguous").to_json()["engine"]["reasons"][0]
+    assert result("tp=8", fold=False).to_json()["engine"] == {
+        "events": result("tp=8", fold=False).events,
+        "folded": False,
+        "reasons": ["folding of ranks was switched off"],
+    }
+
+
+# ------------------------------------------------------------ the cut of the ring
+
+
+def attention_flops(plan, degree, **changes):
+    """Attention FLOPs of each ring position, forward and backward."""
+    totals = defaultdict(int)
+    for step in program(plan, **changes).steps:
+        if isinstance(step, Compute) and any(isinstance(work, FlashAttention) for work in step.work):
+            for rank in range(degree):
+                work = step.work[rank if len(step.work) > 1 else 0]
+                totals[rank] += work.flops if work else 0
+    return [totals[rank] for rank in range(degree)]
+
+
+@pytest.mark.parametrize("kind", ["p2p", "all_gather"])
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_contiguous_ranks_do_odd_multiples_of_work(degree, kind):
+    """Rank r attends to r whole chunks and half of its own: (2r + 1)/P of the mean; the last (2P - 1)/P."""
+    flops = attention_flops(f"ring={degree},ring_cut=contiguous,ring_kind={kind}", degree)
+    mean = Fraction(sum(flops), degree)
+    assert [work / mean for work in flops] == [Fraction(2 * r + 1, degree) for r in range(degree)]
+
+
+@pytest.mark.parametrize("kind", ["p2p", "all_gather"])
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_zigzag_ranks_do_the_same_work(degree, kind):
+    """All equal, and together the same as contiguous ranks: half of the square."""
+    zigzag = attention_flops(f"ring={degree},ring_kind={kind}", degree)
+    contiguous = attention_flops(f"ring={degree},ring_cut=contiguous,ring_kind={kind}", degree)
+    assert len(set(zigzag)) == 1
+    assert sum(zigzag) == sum(contiguous) == sum(attention_flops("", 1))
+
+
+def attention_time(found):
+    """Seconds of core attention of each rank, in order."""
+    rows = found.spans[found.spans["operator_class"] == "attention"]
+    return list(rows.groupby("rank")["duration_us"].sum())
+
+
+LONG = {"seq_len": 65536, "layers": 1, "hidden": 1024}
+
+
+def test_the_timeline_shows_the_imbalance():
+    """At 64 Ki tokens kernels are long: the last of four ranks needs 7/4 of the mean time, the first 1/4."""
+    times = attention_time(result("ring=4,ring_cut=contiguous", **LONG))
+    mean = sum(times) / 4
+    assert [time / mean for time in times] == pytest.approx([0.25, 0.75, 1.25, 1.75], rel=0.05)
+    assert len(set(attention_time(result("ring=4", **LONG)))) == 1
+
+
+def test_an_unbalanced_ring_is_slower():
+    """The slowest rank sets the pace, all ranks end together, and those with less work wait."""
+    zigzag, contiguous = (result(f"ring=4,ring_cut={cut}", **LONG) for cut in ("zigzag", "contiguous"))
+    assert contiguous.layer_forward_s > 1.3 * zigzag.layer_forward_s
+    assert contiguous.exposed_comm_s > 10 * zigzag.exposed_comm_s
+    ends = contiguous.spans.groupby("rank")["end_us"].max()
+    assert ends.nunique() == 1
