@@ -123,6 +123,10 @@ class _RingLowering:
         )  # fmt: skip
         return (received.id,)
 
+    def _last_kernel(self) -> tuple[int, ...]:
+        """The kernel before the attention: a message is issued when a step starts, the first with the first."""
+        return tuple(step.id for step in self.steps if isinstance(step, Compute))[-1:]
+
     def _elementwise(
         self,
         compute: Compute,
@@ -156,7 +160,7 @@ class _RingLowering:
         keys, size = self._local_keys(gathers)
         queries = tuple(b for b in compute.reads if b not in {w.id for g in gathers for w in g.writes})
         phase: Phase = "recompute" if compute.part == "recompute" else "forward"
-        previous: tuple[int, ...] = ()
+        previous = self._last_kernel()
         for step in range(self.degree):
             arriving = keys
             if step < self.degree - 1:
@@ -179,7 +183,7 @@ class _RingLowering:
         running = self._buffer(query_gradient.tensor, query_gradient.bytes)
         keys, size = self._local_keys(gathers)
         others = tuple(b for b in compute.reads if b not in {w.id for g in gathers for w in g.writes})
-        previous: tuple[int, ...] = ()
+        previous = self._last_kernel()
         own: tuple[int, ...] = ()
         circulating: tuple[int, ...] = ()
         for step in range(self.degree):

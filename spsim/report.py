@@ -124,7 +124,8 @@ def explanation_table(explanation: Explanation, label: str) -> Table:
         made.columns[column].no_wrap = True
     for row in explanation.operators:
         made.add_row(
-            row.operator, row.subscripts, APPLIES_SHORT.get(row.applies, row.applies), row.why, _placed(row), f"{row.flops / 1e9:.1f}" if row.flops else "–",
+            row.operator, row.subscripts, APPLIES_SHORT.get(row.applies, row.applies), row.why, _placed(row),
+            f"{row.flops / 1e9:.1f}" if row.flops else "–",
             f"{row.bytes_moved / MIB:.1f}", f"{row.saved_bytes_without / MIB:.1f} → {row.saved_bytes_with / MIB:.1f}",
             "\n".join(_communication(item) for item in row.communication) or "–",
         )  # fmt: skip

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, InstanceOf, field_validator, model_validator
 
 from spsim.configuration import Configuration
 from spsim.errors import InputError
@@ -24,10 +24,10 @@ _SINGLE_GPU = Plan()
 class Scenario(Configuration):
     """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
 
-    hardware: HardwareProfile
-    model: Model
-    plan: Plan
-    workload: Workload
+    hardware: InstanceOf[HardwareProfile]
+    model: InstanceOf[Model]
+    plan: InstanceOf[Plan]
+    workload: InstanceOf[Workload]
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Nodes to use; as many as the plan needs unless given."""
 

@@ -7,10 +7,11 @@ below says when communication is issued and whether the next kernel waits for it
 |---|---|---|---|
 | tp, input | tp | when its tensor is ready | yes |
 | tp, regather | tp | before the data gradient of its operator; only the weight gradient reads it | no |
+| ring, regather of all K and V | ring | before the backward pass of core attention, which reads it | no |
 | tp, gradient | tp | when its tensor is ready: behind the weight gradient of a column-parallel linear | no |
 | tp, regather and gradient without `tp_backward_overlap` | tp | in program order | yes |
 | ulysses, all | ulysses | when its tensor is ready | yes |
-| ring, all | ring | when its tensor is ready; a message of the ring when a step starts | no |
+| ring, other | ring | when its tensor is ready; K and V of the next step when a step starts | no |
 | weight, group of ulysses and ring | dp | end of the step, coalesced | yes |
 | weight, tp | tp | end of the step, coalesced | yes |
 """
@@ -182,8 +183,8 @@ class _Builder:
 
     def _issue_communication(self, item: _Item, step: Communication, needs: set[int]) -> int:
         serial = step.axis == "tp" and step.purpose != "input" and not self.plan.tp_backward_overlap
-        before_dgrad = step.axis == "tp" and step.purpose == "regather"
-        if self.stream.last_compute is not None and (serial or before_dgrad):
+        regather = step.purpose == "regather" and not step.issued_after
+        if self.stream.last_compute is not None and (serial or regather):
             needs = needs | {self.stream.last_compute}
         item.lane, item.axes, item.needs = step.axis, (step.axis,), tuple(sorted(needs))
         task = self.stream.add(item)

@@ -10,9 +10,10 @@ input 8S, fc2 input 8S, two masks 2S; of 5A: softmax output 2A, dropped probabil
 from dataclasses import dataclass, replace
 
 import pytest
-from tests.cases import program, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.cases import program, result
 
 GPT = {"attention": "unfused", "dropout": 0.1}
 FLASH = {"attention": "flash", "dropout": 0.1}

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
-from tests.cases import model, program, result, scenario
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from spsim.placement import Mesh
 from spsim.plan import Plan
 from spsim.program import Communication
 from spsim.transformer import transformer_layer
+from tests.cases import model, program, result, scenario
 
 random_shapes = settings(max_examples=60, deadline=None, derandomize=True)
 SHORT = {
@@ -106,6 +106,17 @@ def test_the_result_counts_the_same(plan):
     spans = found.spans[found.spans["part"] != "weight_sync"]
     ran = Counter(name for name in spans["collective"] if name)
     assert ran == {name: 3 * 2 * 4 * count for name, count in reported.items()}
+
+
+@pytest.mark.parametrize("plan", ["ring=4", "tp=2,sequence_parallel,ring=2"])
+def test_keeping_gathered_inputs_leaves_a_ring_as_it_is(plan):
+    """The option is about the inputs of linears: K and V circulate, nothing of them was gathered to keep."""
+    kept, plain = (program(f"{plan}{option}") for option in (",keep_gathered", ""))
+
+    def ring(layer):
+        return [(c.collective, c.purpose, c.sent_bytes) for c in communications(layer.steps) if c.axis == "ring"]
+
+    assert ring(kept) == ring(plain)
 
 
 # ------------------------------------------------------------ bytes
@@ -299,7 +310,6 @@ def test_degree_one_is_the_single_gpu(plan, recompute):
 # ------------------------------------------------------------ weight gradients
 
 
-ALL = "norm1_weight norm1_bias qkv projection_weight residual1_bias norm2_weight norm2_bias fc1 fc2 residual2_bias"
 NORMS_AND_ROW_BIASES = {
     "norm1_weight",
     "norm1_bias",

@@ -139,4 +139,4 @@ def test_an_unbalanced_ring_is_slower():
     assert contiguous.layer_forward_s > 1.3 * zigzag.layer_forward_s
     assert contiguous.exposed_comm_s > 10 * zigzag.exposed_comm_s
     ends = contiguous.spans.groupby("rank")["end_us"].max()
-    assert ends.nunique() == 1
+    assert ends.min() == ends.max()

@@ -135,7 +135,7 @@ MIRROR = {
     "all_to_all": "all_to_all",
     None: "all_gather",
 }
-SHORT = {axis: 2 for axis in AXES}
+SHORT = dict.fromkeys(AXES, 2)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

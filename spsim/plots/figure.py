@@ -21,6 +21,8 @@ WIDTH = 13.33
 """Inches of a 16:9 slide."""
 POINTS = 72
 """Points of an inch."""
+MARGIN = 5.0
+"""Points left free before and after a text in a box; hinted letters are wider than their outlines."""
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE, LABEL_SIZE = 14.0, 10.0, 9.0, 7.5
 
 # "Bright" of Paul Tol's schemes (SRON/EPS/TN/09-002, 2021): distinct under every colour blindness.
@@ -33,6 +35,8 @@ COLOURS = {
     "elementwise": "#BBBBBB",
     "communication": "#EE6677",
 }
+LEGEND_KEY = 36.0
+"""Points of a legend entry beside its text."""
 WAITING = "#FADADD"
 OTHER = "#F0F0F0"
 GRID = "#E5E5E5"
@@ -103,20 +107,22 @@ def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, flo
 
 def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
     """The first text that fits a box in points, with its rotation; upright texts first."""
-    margin = 5.0
     for rotation in (0, 90):
         for text in options:
-            across, up = text_size(text, size)[:: -1 if rotation else 1]
-            if across + margin <= width and up + margin / 5 <= height:
+            along, across = text_size(text, size)
+            box = (width, height) if rotation == 0 else (height, width)
+            if along + MARGIN <= box[0] and across + 1 <= box[1]:
                 return text, rotation
     return None
 
 
 def add_legend(figure: Figure, entries: Sequence[Artist]) -> None:
-    """One line of entries, each with its label, below everything else."""
+    """Entries with their labels below everything else, in one line or as many as they need."""
+    widths = [text_size(str(entry.get_label()), SMALL_SIZE)[0] + LEGEND_KEY for entry in entries]
+    lines = -(-sum(widths) // (float(figure.get_figwidth()) * POINTS))
     figure.legend(
-        handles=list(entries), loc="lower center", ncols=len(entries), fontsize=SMALL_SIZE, frameon=False,
-        handlelength=1.4, columnspacing=1.6, borderaxespad=0.4,
+        handles=list(entries), loc="lower center", ncols=-int(-len(entries) // lines), fontsize=SMALL_SIZE,
+        frameon=False, handlelength=1.4, columnspacing=1.6, borderaxespad=0.4,
     )  # fmt: skip
 
 

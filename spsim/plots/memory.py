@@ -14,6 +14,7 @@ from spsim.errors import InputError
 from spsim.plots.figure import (
     GRID,
     MUTED,
+    POINTS,
     SERIES,
     SMALL_SIZE,
     TEXT_SIZE,
@@ -22,6 +23,7 @@ from spsim.plots.figure import (
     axes_at,
     describe,
     describe_workload,
+    text_size,
 )
 from spsim.simulation import Result
 from spsim.units import MS_PER_S, PS_PER_MS, PS_PER_US, US_PER_S
@@ -35,8 +37,10 @@ CATEGORIES = {
     "temporary": "#AA3377",
 }
 HEIGHT = 5.6
-LEFT, RIGHT, BOTTOM, TOP = 0.85, 2.9, 0.65, 0.95
-"""Inches around the axes; the legend and the capacity stand on the right."""
+LEFT, BOTTOM, TOP = 0.85, 0.65, 0.95
+"""Inches around the axes."""
+RIGHT, KEY = 2.4, 0.65
+"""Inches on the right, for the capacity at least, and beside the names of the legend."""
 HEADROOM = 1.25
 NEAR = 1.6
 """Up to this multiple of the peak the capacity is drawn as a line, beyond it is named."""
@@ -48,16 +52,16 @@ def plot_memory(result: Result, *, rank: int | None = None, title: str | None = 
     rank = result.peak.rank if rank is None else rank
     alone = _alone(result, rank)
     curve = _settled(alone)
-    figure, axes = _figure(alone.step_time_s * MS_PER_S)
     sizes = {name: curve[_column(name)] for name in CATEGORIES}
     peak = int(curve["total_gib"].argmax())
+    labels = [f"{name}  {size.iloc[peak]:.2f} GiB" for name, size in sizes.items()]
+    figure, axes = _figure(alone.step_time_s * MS_PER_S, labels)
     areas = axes.stackplot(
-        curve["time_ms"], *sizes.values(), colors=list(CATEGORIES.values()), step="post", linewidth=0,
-        labels=[f"{name}  {size.iloc[peak]:.2f} GiB" for name, size in sizes.items()],
+        curve["time_ms"], *sizes.values(), labels=labels, colors=list(CATEGORIES.values()), step="post", linewidth=0
     )  # fmt: skip
     low = _limits(axes, alone.peak_memory_gib, _usable(alone), alone.capacity_gib)
     _mark_peak(axes, alone)
-    _legend(axes, areas[::-1], "at the peak", above=low)
+    _legend(axes, list(reversed(areas)), "at the peak", above=low)
     add_title(figure, title or f"{describe(result)}: memory of rank {rank}", _subtitle(alone))
     return figure
 
@@ -65,11 +69,12 @@ def plot_memory(result: Result, *, rank: int | None = None, title: str | None = 
 def plot_memory_curves(results: Mapping[str, Result], *, title: str | None = None) -> Figure:
     """Total memory of the fullest rank of each plan on one time axis, with the capacity."""
     curves = {name: _settled(_alone(result, result.peak.rank)) for name, result in results.items()}
-    figure, axes = _figure(max(result.step_time_s for result in results.values()) * MS_PER_S)
+    labels = {name: f"{name}  {result.peak_memory_gib:.2f} GiB" for name, result in results.items()}
+    end = max(result.step_time_s for result in results.values()) * MS_PER_S
+    figure, axes = _figure(end, list(labels.values()))
     for index, (name, curve) in enumerate(curves.items()):
         axes.step(
-            curve["time_ms"], curve["total_gib"], where="post", linewidth=1.6,
-            label=f"{name}  {results[name].peak_memory_gib:.2f} GiB",
+            curve["time_ms"], curve["total_gib"], where="post", linewidth=1.6, label=labels[name],
             color=SERIES[index % len(SERIES)], linestyle=STYLES[index // len(SERIES) % len(STYLES)],
         )  # fmt: skip
     handles = list(axes.lines)
@@ -125,9 +130,11 @@ def _subtitle(result: Result) -> str:
 # Drawing
 
 
-def _figure(end_ms: float) -> tuple[Figure, Axes]:
+def _figure(end_ms: float, names: Sequence[str]) -> tuple[Figure, Axes]:
+    """Axes over the step, with room on the right for a legend of the given names."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
-    axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP)
+    right = max(RIGHT, max(text_size(name, SMALL_SIZE)[0] for name in names) / POINTS + KEY)
+    axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - right, HEIGHT - BOTTOM - TOP)
     axes.set_xlim(0, end_ms)
     axes.set_xlabel("time in the step (ms)", size=TEXT_SIZE)
     axes.set_ylabel("memory of tensors (GiB)", size=TEXT_SIZE)
@@ -175,11 +182,11 @@ def _mark_peak(axes: Axes, result: Result) -> None:
     )  # fmt: skip
 
 
-def _legend(axes: Axes, handles: Sequence[Artist | tuple[Artist, ...]], title: str, *, above: bool) -> None:
+def _legend(axes: Axes, handles: Sequence[Artist], title: str, *, above: bool) -> None:
     """Entries with labels on the right of the axes, at the top or the bottom."""
-    place, corner = ("upper left", (1.005, 1.02)) if above else ("lower left", (1.005, -0.02))
     legend = axes.legend(
-        handles=handles, loc=place, bbox_to_anchor=corner, frameon=False, fontsize=SMALL_SIZE, title=title,
+        handles=handles, loc="upper left" if above else "lower left",
+        bbox_to_anchor=(1.005, 1.02 if above else -0.02), frameon=False, fontsize=SMALL_SIZE, title=title,
         alignment="left", handlelength=1.6,
     )  # fmt: skip
     legend.get_title().set(fontsize=SMALL_SIZE, color=MUTED)

@@ -268,7 +268,7 @@ def _height(rows: list[tuple[int, str]]) -> float:
 
 def _draw(panels: Sequence[tuple[str, View]]) -> Figure:
     """Panels from top to bottom on one time axis, the legend below."""
-    row = 0.6 if sum(len(view.rows) for _, view in panels) <= 6 else 0.4
+    row = 0.68 if sum(len(view.rows) for _, view in panels) <= 6 else 0.4
     heights = [_height(view.rows) * row for _, view in panels]
     above = HEADER if panels[0][0] else ONE_LINE
     figure = Figure(figsize=(WIDTH, BOTTOM + TOP + sum(heights) + above * len(panels)))

@@ -22,10 +22,12 @@ class Window:
     drawn_ps: int
 
     def place(self, time_ps: int) -> int:
+        """Where a time is drawn, from the start of the first window; times outside stand at the edge."""
         return min(max(time_ps, self.start_ps), self.end_ps) - self.start_ps + self.drawn_ps
 
     @property
     def length_ps(self) -> int:
+        """From the first task posted to the last end."""
         return self.end_ps - self.start_ps
 
 
@@ -43,27 +45,26 @@ class View:
 
     @property
     def length_ps(self) -> int:
+        """All windows together."""
         return sum(window.length_ps for window in self.windows)
 
     @property
     def ranks(self) -> list[int]:
+        """Ranks from top to bottom."""
         return list(dict.fromkeys(rank for rank, _ in self.rows))
 
 
 def layer_view(
     result: Result, layer: int, micro_batch: int, phases: Sequence[str], ranks: Sequence[int] | None
 ) -> View:
+    """The view of some ranks, or of the distinct ones, in the given phases of one layer."""
     trace = result.trace
     shown = _simulated(trace, distinct_ranks(trace) if ranks is None else ranks)
     windows: list[Window] = []
     own, others = {}, {}
     for phase in phases:
-        wanted = {
-            index
-            for index, info in enumerate(trace.tasks)
-            if phase_of(info.part) == phase and info.layer in (layer, None) and info.micro_batch in (micro_batch, None)
-        }
-        window = _window(trace, phase, wanted, sum(w.length_ps for w in windows), layer, micro_batch)
+        wanted = _tasks(trace, phase, layer, micro_batch)
+        window = _window(trace, wanted, sum(w.length_ps for w in windows), phase)
         windows.append(window)
         inside = [
             (rank, s) for rank, source in shown.items() for s in trace.spans if s.rank == source and _meets(s, window)
@@ -75,14 +76,24 @@ def layer_view(
     return View(result, windows, rows, own, others)
 
 
-def _window(trace: Trace, phase: str, wanted: set[int], drawn: int, layer: int, micro_batch: int) -> Window:
-    spans = [span for span in trace.spans if span.task in wanted]
-    if not spans:
-        known = sorted({phase_of(info.part) for info in trace.tasks})
+def _tasks(trace: Trace, phase: str, layer: int, micro_batch: int) -> set[int]:
+    """Tasks of a phase; those that belong to no layer count to every one."""
+    found = {
+        index
+        for index, info in enumerate(trace.tasks)
+        if phase_of(info.part) == phase and info.layer in (layer, None) and info.micro_batch in (micro_batch, None)
+    }
+    if not found:
+        known = ", ".join(sorted({phase_of(info.part) for info in trace.tasks}))
         raise InputError(
             f"timeline: nothing runs in phase {phase!r} of layer {layer} and micro-batch {micro_batch}; "
-            f"use phases of {', '.join(known)} and a layer and micro-batch of the scenario"
+            f"use phases of {known} and a layer and micro-batch of the scenario"
         )
+    return found
+
+
+def _window(trace: Trace, tasks: set[int], drawn: int, phase: str) -> Window:
+    spans = [span for span in trace.spans if span.task in tasks]
     return Window(phase, min(s.posted_ps for s in spans), max(s.end_ps for s in spans), drawn)
 
 
@@ -112,7 +123,8 @@ def _simulated(trace: Trace, ranks: Iterable[int]) -> dict[int, int]:
 def busiest_view(result: Result, layer: int, micro_batch: int, phases: Sequence[str]) -> View:
     """The view of the rank that computes longest; the others wait for it."""
 
-    def busy(rank: int) -> int:
-        return sum(s.end_ps - s.start_ps for s in result.trace.spans if s.rank == rank and s.lane == COMPUTE_LANE)
-
-    return layer_view(result, layer, micro_batch, phases, [max(result.trace.copies, key=busy)])
+    busy = dict.fromkeys(result.trace.copies, 0)
+    for span in result.trace.spans:
+        if span.lane == COMPUTE_LANE:
+            busy[span.rank] += span.end_ps - span.start_ps
+    return layer_view(result, layer, micro_batch, phases, [max(busy, key=busy.__getitem__)])

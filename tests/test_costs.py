@@ -1,0 +1,376 @@
+"""Durations of collectives and kernels against formulas worked by hand, and the work of a ring by counting."""
+
+from copy import deepcopy
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spsim import simulate
+from spsim.comm_cost import CommCost, CurveTime
+from spsim.compute_cost import ComputeCost
+from spsim.errors import InputError
+from spsim.hardware import CollectiveCurve, load_profile, parse_profile, profile_names
+from spsim.lowering import ring_blocks
+from spsim.resources import profiles_directory, read_toml
+from spsim.work import FlashAttention, Gemm, MemoryBound
+from tests.cases import A100, H100, scenario
+
+US = 1e-6
+COLLECTIVES = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
+
+
+def profile(change, name=A100):
+    """A shipped profile with its TOML tables passed through `change`."""
+    tables = deepcopy(read_toml(profiles_directory() / f"{name}.toml"))
+    change(tables)
+    return parse_profile(tables, "profile")
+
+
+def curve(name="all_gather", **changes):
+    """10 us among 4 ranks and 2 us a step; 4 MB at 100 GB/s, 8 MB at 150 GB/s."""
+    fields = {
+        "algorithm": "ring",
+        "ranks": 4,
+        "latency_us": 10.0,
+        "step_latency_us": 2.0,
+        "source": "by hand",
+        "points": ((4e6, 100.0), (8e6, 150.0)),
+    }
+    return CurveTime(CollectiveCurve(**{**fields, **changes}), name)
+
+
+# ------------------------------------------------------------ collectives
+
+
+# At 4 ranks 3/4 of an all-gather is on the wire: 3 MB in 30 us and 6 MB in 40 us, 20 and 30 beyond the latency.
+@pytest.mark.parametrize(
+    ("megabytes", "ranks", "microseconds"),
+    [
+        (4, 4, 30),  # measured
+        (8, 4, 40),  # measured
+        (6, 4, 35),  # half way between
+        (2, 4, 20),  # half way to the smallest
+        (0, 4, 10),  # the latency
+        (12, 4, 60),  # 3 MB more on the wire at 150 GB/s: 20 us more
+        (6, 2, 6 + 20),  # one step: 10 - 2 x 2; 3 MB on the wire
+        (24 / 7, 8, 18 + 20),  # seven steps: 10 + 4 x 2; 3 MB on the wire
+    ],
+)
+def test_a_curve_by_hand(megabytes, ranks, microseconds):
+    """Latency by steps, transfer by bytes on the wire, linear in between."""
+    assert curve()(round(megabytes * 1e6), ranks) == pytest.approx(microseconds * US, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name", "steps"),
+    [
+        ("ring", "all_reduce", {2: 2, 4: 6, 8: 14}),
+        ("ring", "all_gather", {2: 1, 4: 3, 8: 7}),
+        ("ring", "reduce_scatter", {2: 1, 4: 3, 8: 7}),
+        ("pairwise", "all_to_all", {2: 1, 4: 3, 8: 7}),
+        ("nvls", "all_reduce", {2: 1, 4: 1, 8: 1}),
+        ("send_receive", "send_receive", {2: 1, 4: 1, 8: 1}),
+    ],
+)
+def test_latency_changes_by_the_steps_of_the_algorithm(algorithm, name, steps):
+    """Measured among 4 ranks, 50 us; each step more or less is 2 us."""
+    found = curve(name, algorithm=algorithm, latency_us=50.0)
+    for ranks, count in steps.items():
+        assert found(0, ranks) == pytest.approx((50 + 2 * (count - steps[4])) * US)
+
+
+def test_latency_is_never_negative():
+    """Six steps of 5 us less than 10 us measured are 0, not -20."""
+    assert curve("all_reduce", step_latency_us=5.0)(0, 2) == 0.0
+
+
+def test_points_faster_than_the_latency_make_a_flat_tier():
+    """At 1 and 2 MB the measured 7.5 us are below the latency of 10: the tier is flat, then the curve rises."""
+    found = curve(points=((1e6, 100.0), (2e6, 200.0), (4e6, 100.0)))
+    assert found(500_000, 4) == found(1_000_000, 4) == found(2_000_000, 4) == pytest.approx(10 * US)
+    assert found(4_000_000, 4) == pytest.approx(30 * US)
+
+
+def wire_share(name, ranks):
+    """Bytes on the wire of one rank over the message (nccl-tests, PERFORMANCE.md)."""
+    factor = {"all_reduce": 2, "send_receive": Fraction(ranks, ranks - 1)}.get(name, 1)
+    return factor * Fraction(ranks - 1, ranks)
+
+
+@pytest.mark.parametrize("hardware", profile_names())
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_measured_points_are_reproduced(hardware, name):
+    """At its own ranks a curve gives back each measured time, the latency where that is more, and the time
+    of a smaller message where that was measured slower. Within the whole bytes of the wire.
+    """
+    cost = CommCost(load_profile(hardware))
+    for measured in cost.curves[name]:
+        slowest = measured.curve.latency_us * US
+        for message, bandwidth in measured.curve.points:
+            time = float(wire_share(name, measured.curve.ranks)) * message / (bandwidth * 1e9)
+            slowest = max(slowest, time)
+            assert measured(int(message), measured.curve.ranks) == pytest.approx(slowest, rel=1e-5)
+
+
+def test_a_duration_adds_the_start_of_a_collective():
+    """8.4 us from a framework on A100; one curve: 42.5 us of latency at 8 ranks."""
+    cost = CommCost(load_profile(A100))
+    assert cost.duration("all_reduce", 0, 8) == pytest.approx((8.4 + 42.5) * US)
+    assert cost.duration("all_reduce", 0, 2) == pytest.approx((8.4 + 42.5 - 12 * 2.7) * US)
+
+
+def test_in_network_reduction_serves_large_groups_and_all_reduce_only():
+    """H100: from 6 ranks on the faster of ring and NVLS, below that the ring; 1 GiB at 469.67 GB/s."""
+    cost = CommCost(load_profile(H100))
+    ring, nvls = cost.curves["all_reduce"]
+    for ranks in (2, 4, 5):
+        assert cost.duration("all_reduce", 2**30, ranks) == cost.overhead + ring(2**30, ranks)
+    for ranks in (6, 8):
+        assert cost.duration("all_reduce", 2**30, ranks) == cost.overhead + nvls(2**30, ranks)
+        assert nvls(2**30, ranks) < ring(2**30, ranks)
+    assert cost.duration("all_reduce", 2**30, 8) - cost.overhead == pytest.approx(2**30 * 1.75 / 469.67e9, rel=1e-5)
+    others = [c.curve.algorithm for name in COLLECTIVES[1:] for c in cost.curves[name]]
+    assert "nvls" not in others
+
+
+def test_a_missing_curve_is_the_users_to_add():
+    """The error names the profile, the collective, the ranks and the level."""
+
+    def remove(tables):
+        del tables["assumed"]["collectives"]["nvlink"]["all_to_all"]
+
+    with pytest.raises(InputError, match=r"dgx-a100-80gb.*'nvlink'.*no all_to_all curve for 4 ranks"):
+        CommCost(profile(remove)).duration("all_to_all", 1024, 4)
+
+
+SIZES = st.integers(0, 2**36)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.sampled_from([A100, H100]), st.sampled_from(COLLECTIVES), SIZES, SIZES, st.integers(2, 8))
+def test_a_larger_message_takes_no_less(hardware, name, first, second, ranks):
+    """For every shipped curve and number of ranks."""
+    cost = CommCost(load_profile(hardware))
+    small, large = sorted((first, second))
+    assert 0 < cost.duration(name, small, ranks) <= cost.duration(name, large, ranks)
+
+
+def faster(factor):
+    """Tables with every curve and link `factor` times as fast, and no contention for the device."""
+
+    def change(tables):
+        for level in tables["datasheet"]["topology"]:
+            level["link_gb_per_s"]["value"] *= factor
+        for block in ("calibrated", "assumed"):
+            for operations in tables[block].get("collectives", {}).values():
+                for curves in operations.values():
+                    for item in curves:
+                        item["points"] = [[size, bandwidth * factor] for size, bandwidth in item["points"]]
+        tables["assumed"]["overlap_slowdown"]["value"] = 0.0
+
+    return change
+
+
+PLANS = ["tp=8", "tp=4,sequence_parallel", "ulysses=4", "ring=4", "ring=4,ring_cut=contiguous", "tp=2,ulysses=2,ring=2"]
+
+
+@pytest.mark.parametrize("hardware", [A100, H100])
+@pytest.mark.parametrize("plan", PLANS)
+def test_more_bandwidth_is_never_slower(plan, hardware):
+    """Without contention a step is a longest path: shorter messages cannot lengthen it."""
+    settings = {"seq_len": 8192, "hidden": 2048, "heads": 16}
+    times = [
+        simulate(scenario(plan, hardware=profile(faster(factor), hardware), **settings)).step_time_s
+        for factor in (1.0, 1.2, 2.0, 10.0)
+    ]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
+
+
+# ------------------------------------------------------------ kernels
+
+
+def a100():
+    """Compute cost on A100 in bf16: 312 TFLOP/s, 2039 GB/s, 108 units, 4 us to start a kernel."""
+    return ComputeCost(load_profile(A100), "bf16")
+
+
+def test_a_square_product_by_hand():
+    """4096^3: 137.44 GFLOP, K padded by 128 (x 1.03125), 512 tiles of 256 x 128 and half of 108 lost (x
+    1.10547), at 0.834 of 312 TFLOP/s: 602.143 us, and 4 us to start.
+    """
+    work = Gemm(4096, 4096, 4096, 1, bytes_moved=3 * 2 * 4096**2)
+    assert work.flops == 137_438_953_472
+    assert a100().duration(work) == pytest.approx(606.143 * US, rel=1e-6)
+
+
+def test_a_thin_product_by_hand():
+    """16 x 4096 x 4096 fills 2 tiles, so that half a wave of 108 costs x 28: 59.576 us; its 33.8 MB only 19.9."""
+    work = Gemm(16, 4096, 4096, 1, bytes_moved=2 * (2 * 16 * 4096 + 4096**2))
+    assert a100().duration(work) == pytest.approx(63.576 * US, rel=1e-5)
+
+
+def test_a_product_bound_by_memory():
+    """2 GB at 0.834 of 2039 GB/s take 1176.1 us, more than the 602 us of its FLOPs."""
+    work = Gemm(4096, 4096, 4096, 1, bytes_moved=2 * 10**9)
+    assert a100().duration(work) == pytest.approx(1180.1 * US, rel=1e-4)
+
+
+def test_a_weight_gradient_by_hand():
+    """6144 x 6144 over 8192 tokens at 0.955 of the rate: 2646.22 us; half of 8 bytes x 6144^2 at 2039 GB/s
+    stay exposed: 74.05 us.
+    """
+    work = Gemm(6144, 6144, 8192, 1, bytes_moved=1, accumulated=6144**2)
+    assert a100().duration(work) == pytest.approx((4 + 2646.2237 + 74.0534) * US, rel=1e-6)
+
+
+def test_a_batched_product_fills_the_device_with_all_of_its_tiles():
+    """32 products of 512 x 512 have 256 tiles: the tail is 1 + 54/256, not 1 + 54/8 of one product."""
+    one, batch = Gemm(512, 512, 512, 1, 1), Gemm(512, 512, 512, 32, 1)
+    ratio = (a100().gemm_time(batch) - 4 * US) / (a100().gemm_time(one) - 4 * US)
+    assert ratio == pytest.approx(32 * (1 + 54 / 256) / (1 + 54 / 8))
+
+
+def flash(head_dim=128, tokens=4096, direction="forward", *, keys=None, causal=True):
+    """16 heads over `tokens` queries and as many keys."""
+    keys = keys or tokens
+    pairs = tokens * keys // 2 if causal else tokens * keys
+    return FlashAttention(direction, 1, 16, head_dim, tokens, keys, pairs, causal, bytes_moved=1)
+
+
+def test_flash_attention_by_hand():
+    """4 x 16 x 128 FLOPs for each of 4096^2/2 pairs: 68.72 GFLOP; 0.6792 of 312 TFLOP/s x 4096 / (4096 + 313).
+
+    Backward: 2.5 times the FLOPs, 0.5995 and 545 tokens.
+    """
+    forward, backward = flash(), flash(direction="backward")
+    assert (forward.flops, backward.flops) == (68_719_476_736, 171_798_691_840)
+    expected = 68_719_476_736 / (312e12 * 0.6792 * 4096 / 4409)
+    assert a100().duration(forward) == pytest.approx(4 * US + expected, rel=1e-9)
+    expected = 171_798_691_840 / (312e12 * 0.5995 * 4096 / 4641)
+    assert a100().duration(backward) == pytest.approx(4 * US + expected, rel=1e-9)
+
+
+def test_short_sequences_reach_half_of_the_rate():
+    """At `half_tokens` (313) the rate is half of that of very long ones; the shorter side counts."""
+    cost = a100()
+
+    def rate(work):
+        return work.flops / (cost.attention_time(work) - 4 * US)
+
+    assert rate(flash(tokens=313)) == pytest.approx(312e12 * 0.6792 / 2)
+    assert rate(flash(tokens=2**20)) == pytest.approx(312e12 * 0.6792, rel=1e-3)
+    assert rate(flash(tokens=2**20, keys=313)) == pytest.approx(312e12 * 0.6792 / 2)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fraction", "half_tokens"),
+    [
+        (64, 0.5994, 322),
+        (128, 0.6792, 313),
+        (96, (0.5994 + 0.6792) / 2, 317.5),  # half way
+        (80, 0.75 * 0.5994 + 0.25 * 0.6792, 0.75 * 322 + 0.25 * 313),
+        (32, 0.5994, 322),  # constant below
+        (256, 0.6792, 313),  # constant above
+    ],
+)
+def test_head_sizes_are_interpolated(head_dim, fraction, half_tokens):
+    """Measured at 64 and 128."""
+    work = flash(head_dim)
+    expected = work.flops / (312e12 * fraction * 4096 / (4096 + half_tokens))
+    assert a100().attention_time(work) == pytest.approx(4 * US + expected, rel=1e-9)
+
+
+def test_attention_bound_by_memory():
+    """1.7005 GB of traffic at 0.834 of 2039 GB/s take a millisecond."""
+    work = FlashAttention("forward", 1, 1, 128, 512, 512, 1, False, bytes_moved=1_700_526_000)
+    assert a100().attention_time(work) == pytest.approx(1004 * US, rel=1e-6)
+
+
+MIB = 2**20
+CLASSES = {"elementwise": 0.834, "norm": 0.70, "softmax": 0.71, "dropout": 0.71}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_memory_bound_tiers_by_hand(name):
+    """A100: up to half of the 40 MiB cache 3900 GB/s, from the whole on the class's share of 2039 GB/s, and
+    half way between, at 30 MiB, the mean of the two.
+    """
+    cache, memory = 3900e9, 2039e9 * CLASSES[name]
+    expected = {
+        10 * MIB: 10 * MIB / cache,
+        20 * MIB: 20 * MIB / cache,
+        30 * MIB: 30 * MIB * (1 / cache + 1 / memory) / 2,
+        40 * MIB: 40 * MIB / memory,
+        4000 * MIB: 4000 * MIB / memory,
+    }
+    for size, time in expected.items():
+        assert a100().duration(MemoryBound(name, size)) == pytest.approx(4 * US + time, rel=1e-9)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(profile_names()),
+    st.sampled_from(sorted(CLASSES)),
+    st.integers(0, 200 * MIB),
+    st.integers(0, 2**16),
+)
+def test_memory_bound_time_is_monotone_and_continuous(hardware, name, size, more):
+    """A few bytes more take a little more, never less: at most 4 times what they would at memory speed."""
+    cost = ComputeCost(load_profile(hardware), "bf16")
+    less, longer = (cost.memory_time(MemoryBound(name, n)) for n in (size, size + more))
+    at_memory_speed = more / cost._bandwidth(name)
+    assert less <= longer <= less + 4 * at_memory_speed + 1e-15
+
+
+# ------------------------------------------------------------ the ring
+
+
+def causal_pairs(queries, keys):
+    """Pairs that a causal mask leaves between two sets of positions, the diagonal counted half."""
+    return sum(Fraction(1 if key < query else 0) for query in queries for key in keys) + Fraction(
+        len(set(queries) & set(keys)), 2
+    )
+
+
+def owned(rank, degree, tokens, cut):
+    """Positions of a rank: one stretch, or half-chunks r and 2P - 1 - r."""
+    if cut == "contiguous":
+        return list(range(rank * tokens, (rank + 1) * tokens))
+    half = tokens // 2
+    return [chunk * half + i for chunk in (rank, 2 * degree - 1 - rank) for i in range(half)]
+
+
+@pytest.mark.parametrize("cut", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("degree", [2, 3, 4, 5, 8])
+def test_ring_blocks_count_the_pairs_of_the_mask(degree, cut):
+    """Every step of every rank, counted position by position: the keys at step i are those of rank r - i."""
+    tokens = 4
+    for step in range(degree):
+        blocks = ring_blocks(tokens, degree, step, causal=True, cut=cut)
+        for rank in range(degree):
+            block = blocks[rank if len(blocks) > 1 else 0]
+            keys = owned((rank - step) % degree, degree, tokens, cut)
+            assert causal_pairs(owned(rank, degree, tokens, cut), keys) == (block.pairs if block else 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(2, 64), st.integers(1, 500), st.sampled_from(["zigzag", "contiguous"]), st.booleans())
+def test_ring_shares_sum_to_half_the_square(degree, half, cut, causal):
+    """All ranks and steps together: half of (P x tokens)^2 under a causal mask, the whole of it without."""
+    tokens, total = 2 * half, 0
+    for step in range(degree):
+        blocks = ring_blocks(tokens, degree, step, causal=causal, cut=cut)
+        pairs = [block.pairs if block else 0 for block in blocks]
+        total += sum(pairs) if len(pairs) == degree else degree * pairs[0]
+    assert total * (2 if causal else 1) == (degree * tokens) ** 2
+
+
+@pytest.mark.parametrize("cut", ["zigzag", "contiguous"])
+def test_a_block_fits_its_kernel(cut):
+    """No kernel computes more pairs than its queries times its keys; a masked one computes half."""
+    for step in range(4):
+        for block in filter(None, ring_blocks(8, 4, step, causal=True, cut=cut)):
+            assert block.pairs * (2 if block.causal else 1) == block.queries * block.keys
