@@ -10,6 +10,7 @@ price of whole weights on every GPU.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -29,6 +30,9 @@ STRATEGIES = {
     "Ring": spsim.Plan(ring=8),
 }
 NOTE = f"{LAYERS} layers, 8 GPUs, micro-batch 1, flash attention"
+Rows = Mapping[str, Mapping[str, Any]]
+"""Strategy -> its row."""
+
 SHOWN = {"model": "gpt-22b", "hardware": "dgx-a100-80gb", "seq_len": 8192}
 """The configuration whose timelines and memory curves are drawn."""
 
@@ -83,45 +87,51 @@ def tables(frame: pd.DataFrame) -> Iterator[Table | str]:
     """Which strategy wins where, in time and in memory, in words."""
     made = report.table(
         f"Which strategy wins where? ({NOTE})",
-        ["model", "hardware", "sequence", "fastest", "least memory", "TP+SP against TP only"],
-        numbers=["sequence"],
+        ["model", "hardware", "tokens", "fastest layer", "fastest step", "least memory", "TP+SP against TP only"],
+        numbers=["tokens"],
     )
     for (name, hardware, seq_len), group in frame.groupby(["model", "hardware", "seq_len"], sort=False):
-        rows = {row.strategy: row for row in group.itertuples()}
-        made.add_row(name, hardware, f"{seq_len // 1024}K", fastest(rows), leanest(rows), against_tp(rows))
+        rows = group.set_index("strategy").to_dict("index")
+        made.add_row(
+            name, hardware, f"{seq_len // 1024}K", fastest(rows, "layer_time_ms"), fastest(rows, "step_time_ms"),
+            leanest(rows), against_tp(rows),
+        )  # fmt: skip
     yield made
+    yield (
+        "Layer: forward and backward of one layer. Step: all layers, then the synchronisation of weight gradients, "
+        "which Ulysses and ring need for every weight. Memory: of the device, with context and communicator buffers; "
+        "kept: activations that one layer keeps for its backward pass."
+    )
 
 
-def fastest(rows: Mapping[str, object]) -> str:
+def fastest(rows: Rows, time: str) -> str:
     """The fastest plan that fits, and its lead over the next; the fastest of all if none fits."""
-    fitting = {name: row for name, row in rows.items() if row.fits}
-    ranked = sorted((fitting or rows).items(), key=lambda item: item[1].layer_time_ms)
-    name, row = ranked[0]
-    text = f"{name}, {row.layer_time_ms:.2f} ms a layer"
-    if len(ranked) > 1:
-        other, next_row = ranked[1]
-        text += f", {percent(row.layer_time_ms, next_row.layer_time_ms)} {other}"
-    missing = [other for other in rows if other not in fitting]
+    fitting = [name for name, row in rows.items() if row["fits"]]
+    ranked = sorted(fitting or rows, key=lambda name: rows[name][time])
+    first, *others = ranked
+    text = f"{first}: {rows[first][time]:.2f} ms"
+    if others:
+        text += f", {change(rows[first][time], rows[others[0]][time])} vs {others[0]}"
+    missing = [name for name in rows if name not in fitting]
     return text + (f" ({', '.join(missing)} out of memory)" if missing else "")
 
 
-def leanest(rows: Mapping[str, object]) -> str:
-    """The plan with the lowest peak, and its saving over TP only."""
-    name, row = min(rows.items(), key=lambda item: item[1].device_memory_gib)
-    return f"{name}, {row.device_memory_gib:.1f} GiB"
+def leanest(rows: Rows) -> str:
+    """The plan that needs the least memory."""
+    name = min(rows, key=lambda name: rows[name]["device_memory_gib"])
+    return f"{name}, {rows[name]['device_memory_gib']:.1f} GiB"
 
 
-def against_tp(rows: Mapping[str, object]) -> str:
-    """Time and memory of TP+SP relative to TP only."""
+def against_tp(rows: Rows) -> str:
+    """Time and kept activations of TP+SP relative to TP only."""
     tp, sp = rows["TP only"], rows["TP+SP"]
-    less = 100 * (1 - sp.activation_mib_per_layer / tp.activation_mib_per_layer)
-    return f"{percent(sp.layer_time_ms, tp.layer_time_ms)} it, {less:.0f} % less kept per layer"
+    kept = change(sp["activation_mib_per_layer"], tp["activation_mib_per_layer"])
+    return f"layer {change(sp['layer_time_ms'], tp['layer_time_ms'])}, kept {kept}"
 
 
-def percent(mine: float, other: float) -> str:
-    """How much faster or slower, in words."""
-    change = 100 * (other / mine - 1) if mine < other else 100 * (mine / other - 1)
-    return f"{change:.1f} % {'faster' if mine < other else 'slower'} than"
+def change(mine: float, other: float) -> str:
+    """Relative change with its sign."""
+    return f"{100 * (mine / other - 1):+.1f} %".replace("-", "−")
 
 
 def build() -> spsim.Experiment:

@@ -1,7 +1,6 @@
 """Small scenarios for the tests: one place that fills in what a test does not care about."""
 
-from spsim import Model, Plan, Scenario, Workload, simulate
-from spsim.plan import parse_plan
+from spsim import Model, Scenario, Workload, simulate
 from spsim.simulation import layer_program
 
 A100 = "dgx-a100-80gb"
@@ -32,8 +31,3 @@ def program(plan="", *, seq_len=256, micro_batch=1, **model_changes):
     """The compiled layer of a small scenario, after the checks of `Scenario`."""
     checked = scenario(plan, seq_len=seq_len, micro_batch=micro_batch, **model_changes)
     return layer_program(checked.model, checked.plan, checked.workload)
-
-
-def as_plan(plan):
-    """A plan from an object or text."""
-    return plan if isinstance(plan, Plan) else parse_plan(plan)

@@ -348,6 +348,14 @@ def test_bars_add_up_to_the_layer_time_per_1k_tokens():
     assert sorted(tops.values()) == pytest.approx(sorted(expected))
 
 
+@pytest.mark.parametrize(("share", "drawn"), [(0.2, True), (1e-4, False)])
+def test_time_without_a_cause_is_drawn_as_waiting_unless_it_is_rounding(share, drawn):
+    frame = sweep_frame()
+    frame["layer_time_ms"] *= 1 + share
+    labels = {container.get_label() for axes in plots.plot_layer_times(frame).axes for container in axes.containers}
+    assert ("waiting" in labels) == drawn
+
+
 def test_the_fastest_plan_that_fits_is_bold_and_the_others_are_crossed():
     frame = sweep_frame(lengths=(2048, 131072))
     axes = plots.plot_layer_times(frame).axes[0]

@@ -149,7 +149,7 @@ def _limits(axes: Axes, peak: float, usable: float, capacity: float) -> bool:
     """
     if usable > NEAR * peak:
         axes.set_ylim(0, HEADROOM * peak)
-        words = f"↑ usable {usable:.1f} GiB, {usable / peak:.0f}× the peak\n   capacity {capacity:.1f} GiB"
+        words = f"↑ usable {usable:.1f} GiB, {usable / peak:.1f}× the peak\n   capacity {capacity:.1f} GiB"
         _beside(axes, words, 1, "top")
         return False
     upper = HEADROOM * max(peak, capacity)

@@ -37,6 +37,8 @@ from spsim.units import KIB
 
 EXPOSED = "exposed communication"
 NOT_RUNNING = "waiting"
+NOTICEABLE = 1e-3
+"""Share of a layer below which waiting is rounding: columns are means over layers, the layer time is of one."""
 STACK = {name: COLOURS[name] for name in COLOURS if name != "communication"} | {
     EXPOSED: COLOURS["communication"],
     NOT_RUNNING: WAITING,
@@ -142,7 +144,8 @@ def _stack(bars: pd.DataFrame) -> dict[str, pd.Series]:
     parts = {name: bars[f"{name}_ms"] for name in STACK if f"{name}_ms" in bars}
     parts[EXPOSED] = bars["exposed_comm_ms"]
     known = sum(part.fillna(0) for part in parts.values())
-    parts[NOT_RUNNING] = (bars["layer_time_ms"] - known).clip(lower=0)
+    rest = bars["layer_time_ms"] - known
+    parts[NOT_RUNNING] = rest.where(rest > NOTICEABLE * bars["layer_time_ms"], 0.0)
     return {name: part.fillna(0) for name, part in parts.items() if part.max() > 0}
 
 

@@ -1,0 +1,111 @@
+"""README and experiments do what they say: commands are run, code is executed, figures are recomputed."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spsim
+from spsim.cli import main
+from spsim.validation import load_cases, validate
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def readme_commands() -> list[str]:
+    """The spsim commands of the README, without the two that install."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line.removeprefix("python -m spsim ") for line in lines if line.startswith("python -m spsim ")]
+
+
+def test_the_two_commands_stand_in_the_readme() -> None:
+    commands = [block.strip() for block in blocks("sh")]
+    assert commands[0] == "python -m pip install -e . && python -m spsim experiments/sweep.py"
+    assert commands[1] == 'python -m pip install -e ".[test]" && python -m pytest'
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_readme_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(line))
+    assert stop.value.code == 0
+
+
+def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_readme_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "case.toml"
+    path.write_text(blocks("toml")[0])
+    with pytest.raises(SystemExit):
+        main(["run", str(path), "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert (document["model"], document["plan"]["recompute"]) == ("gpt-22b", "selective")
+
+
+def test_readme_errors_are_the_current_ones() -> None:
+    families = validate(load_cases()).families
+    for family in ("kort22_t4", "fuser"):
+        found = families[family]
+        figures = f"| {found.n} | {found.mean_abs_error_percent:.1f} % | {found.max_abs_error_percent:.1f} % |"
+        assert figures in README
+
+
+def test_links_of_the_readme_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_experiment_in_quick_size(path: Path, tmp_path: Path) -> None:
+    """Real process: it ends well, and leaves the CSV, the figures and the manifest."""
+    done = subprocess.run(
+        [sys.executable, "-m", "spsim", str(path), "--quick", "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / path.stem
+    assert json.loads((directory / "manifest.json").read_text())["experiment"] == path.stem
+    assert (directory / f"{path.stem}.csv").exists()
+    assert not list(directory.glob(".*"))
+
+
+def test_sweep_csv_has_the_promised_columns(tmp_path: Path) -> None:
+    import pandas as pd
+
+    with pytest.raises(SystemExit):
+        main([str(ROOT / "experiments" / "sweep.py"), "--quick", "--out", str(tmp_path)])
+    frame = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
+    promised = "model hardware strategy seq_len layer_time_ms exposed_comm_ms weight_sync_ms peak_memory_gib fits"
+    assert set(promised.split()) <= set(frame.columns)
+    assert set(frame["strategy"]) == {"TP only", "TP+SP", "Ulysses", "Ring"}
+
+
+def test_importing_an_experiment_runs_nothing(tmp_path: Path) -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='experiment')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "experiments" / "sweep.py")],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_package_version_is_in_the_changelog() -> None:
+    assert "Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+    assert spsim.__doc__
