@@ -201,7 +201,8 @@ class _Compiler:
     def _saved_layout(self, op: Operator, operand: Operand) -> Layout:
         """The layout that the operator consumes; before its trailing all-gathers where it owns the gather."""
         target = input_layout(operand, self.splits[op.name])
-        if operand in op.outputs or operand.tensor.name not in op.owns_gather or self.plan.keep_gathered:
+        keeps = self.plan.keep_gathered and not op.mixes_positions
+        if operand in op.outputs or operand.tensor.name not in op.owns_gather or keeps:
             return target if operand in op.inputs else self.produced[operand.tensor.name]
         steps = redistribute(self.produced[operand.tensor.name], target, self.mesh)
         while steps and steps[-1].collective == "all_gather":

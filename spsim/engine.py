@@ -145,38 +145,41 @@ class _Run:
         """Work through the duration; time lost to contention is known only as it happens, so look again."""
         env, start, held_before = self.env, self.env.now, rank.held()
         while True:
-            lost = -(-(rank.held() - held_before) * self.slowdown // PPM)
-            remaining = task.duration_ps + lost - (env.now - start)
+            elapsed, held = env.now - start, rank.held() - held_before
+            remaining = (task.duration_ps - elapsed) * PPM + held * self.slowdown
             if remaining <= 0:
                 return
             yield env.timeout(self._earliest_end(rank, remaining))
 
     def _earliest_end(self, rank: _Rank, remaining: int) -> int:
-        """Time until `remaining` could be done if no further communication were posted: never too long."""
+        """Picoseconds until `remaining` millionths of a picosecond of work can be done: never too long, since
+        a communication whose peers have met holds the device until a known time, and any other may end now.
+        """
         window = rank.held_until - self.env.now if rank.posted else 0
-        if window <= 0 or not self.slowdown:
-            return remaining
-        contended = remaining * PPM // (PPM - self.slowdown)
-        return contended if contended <= window else max(remaining, remaining + window * self.slowdown // PPM)
+        if window <= 0:
+            return _ceil(remaining, PPM)
+        rate = PPM - self.slowdown
+        contended = _ceil(remaining, rate)
+        return contended if contended <= window else window + _ceil(remaining - window * rate, PPM)
 
     def _communicate(self, rank: _Rank, task: Task) -> Generator[simpy.Event, Any, int]:
-        """Meet the peers, then take the duration from the last meeting on."""
+        """Meet the peers; a transfer takes the duration from its meeting on, and the last one ends the task."""
         rank.post()
         for meeting in task.meetings:
             arrived = self.arrived.get(meeting.key, 0) + 1
             self.arrived[meeting.key] = arrived
             event = self.met.setdefault(meeting.key, self.env.event())
             if arrived == meeting.parties:
-                event.succeed()
+                event.succeed(self.env.now)
+        met: list[int] = []
         for meeting in task.meetings:
             event = self.met[meeting.key]
-            if not event.triggered:
-                yield event
-        start: int = self.env.now
-        rank.held_until = max(rank.held_until, start + task.duration_ps)
-        yield self.env.timeout(task.duration_ps)
+            met.append(event.value if event.triggered else (yield event))
+        end = max(met) + task.duration_ps
+        rank.held_until = max(rank.held_until, end)
+        yield self.env.timeout(end - self.env.now)
         rank.withdraw()
-        return start
+        return min(met)
 
     def _allocate(self, rank: _Rank, task: Task) -> None:
         for allocation in task.allocates:
@@ -207,3 +210,7 @@ def run(programs: Mapping[int, Sequence[Task]], *, slowdown: float) -> tuple[lis
     simulation = _Run(programs, round(slowdown * PPM))
     simulation.start()
     return simulation.spans, simulation.memory
+
+
+def _ceil(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

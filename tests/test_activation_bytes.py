@@ -340,3 +340,22 @@ def test_the_engine_holds_what_the_formulas_say(plan, name, recompute):
     categories = ("activation", "mask", "norm statistics", "log-sum-exp")
     expected = LAYERS * found.program.saved_bytes(*categories)
     assert held_after_forward(found) == dict.fromkeys(range(found.scenario.plan.gpus), expected)
+
+
+@pytest.mark.parametrize(
+    "plan", ["tp=4", "tp=4,sequence_parallel", "ulysses=4", "ring=4,ring_kind=all_gather", "ring=4"]
+)
+def test_what_a_collective_writes(plan):
+    """An all-reduce works in place; the others write what arrives: a gather the whole array, a scatter its
+    P-th part, an all-to-all and a message as much as they send out of.
+    """
+    found = result(plan)
+    tasks = found.trace.tasks
+    written = dict.fromkeys((i for i, task in enumerate(tasks) if task.purpose not in ("", "weight")), 0)
+    for change in found.trace.memory:
+        if change.rank == 0 and change.bytes > 0 and change.task in written:
+            written[change.task] += change.bytes
+    parts = {"all_reduce": 0, "all_gather": 4, "reduce_scatter": 1, "all_to_all": 4, "send_receive": 4}
+    assert written
+    for task, size in written.items():
+        assert 4 * size == parts[tasks[task].collective] * tasks[task].message_bytes

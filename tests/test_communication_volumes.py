@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim.compiler import compile_program
+from spsim.operators import Operand, Operator, Tensor, parse
 from spsim.placement import Mesh
 from spsim.plan import Plan
 from spsim.program import Communication
@@ -117,6 +118,62 @@ def test_keeping_gathered_inputs_leaves_a_ring_as_it_is(plan):
         return [(c.collective, c.purpose, c.sent_bytes) for c in communications(layer.steps) if c.axis == "ring"]
 
     assert ring(kept) == ring(plain)
+
+
+def operator(name, kind, signature, inputs, outputs, *, mixes=(), saves=(), owns_gather=()):
+    """An operator from its einsum form."""
+    left, right = parse(signature)
+    return Operator(
+        name=name,
+        kind=kind,
+        inputs=tuple(map(Operand, inputs, left)),
+        outputs=tuple(map(Operand, outputs, right)),
+        mixes=frozenset(mixes),
+        saves=tuple(tensor.name for tensor in saves),
+        owns_gather=frozenset(tensor.name for tensor in owns_gather),
+    )
+
+
+def gate_and_up_apart():
+    """A norm read by two column-parallel linears, their product, and a row-parallel linear added to the input."""
+    sizes = {"s": 8, "b": 1, "h": 16, "f": 32}
+
+    def tensor(name, dims, kind="activation"):
+        return Tensor(name, tuple(dims.split()), tuple(sizes[dim] for dim in dims.split()), 2, kind)
+
+    x, normed, out, y = (tensor(name, "s b h") for name in ("x", "normed", "out", "y"))
+    gate, up, product = (tensor(name, "s b f") for name in ("gate", "up", "product"))
+    scale, down = tensor("scale", "h", "weight"), tensor("down_weight", "f h", "weight")
+    first, second = (tensor(name, "h f", "weight") for name in ("gate_weight", "up_weight"))
+    owned = {"saves": [normed], "owns_gather": [normed]}
+    return [
+        operator("norm", "norm", "s b h, h -> s b h", [x, scale], [normed], mixes="h", saves=[x]),
+        operator("gate", "gemm", "s b h, h f -> s b f", [normed, first], [gate], **owned),
+        operator("up", "gemm", "s b h, h f -> s b f", [normed, second], [up], **owned),
+        operator("multiply", "elementwise", "s b f, s b f -> s b f", [gate, up], [product], saves=[gate, up]),
+        operator("down", "gemm", "s b f, f h -> s b h", [product, down], [out], saves=[product]),
+        operator("add", "elementwise", "s b h, s b h -> s b h", [out, x], [y]),
+    ]
+
+
+def test_consumers_share_a_gather_and_their_gradients_one_scatter():
+    """Two linears read one norm: one gather forward, one re-gather, and the two partial gradients are summed
+    before one reduce-scatter. The row-parallel linear brings a reduce-scatter and, in backward, a gather.
+    """
+    plan, mesh = Plan(tp=4, sequence_parallel=True), Mesh({"tp": 4})
+    layer = compile_program(gate_and_up_apart(), plan, mesh, causal=True)
+    found = [Counter(step.collective for step in communications(side)) for side in (layer.forward, layer.backward)]
+    assert found == [counts("1 AG 1 RS"), counts("2 AG 1 RS")]
+    sums = [step for step in layer.backward if step.part == "accumulate"]
+    assert len(sums) == 2  # of the two linears, and of the residual: n consumers cost n - 1 additions
+    assert layer.saved_bytes("activation") == 2 * (2 * 8 * 16 + 3 * 8 * 32) // 4  # x and the norm, gate, up, product
+
+
+def test_consumers_share_an_all_reduce():
+    """Under tp alone: one all-reduce for the output forward, one for the summed gradients backward."""
+    layer = compile_program(gate_and_up_apart(), Plan(tp=4), Mesh({"tp": 4}), causal=True)
+    found = [Counter(step.collective for step in communications(side)) for side in (layer.forward, layer.backward)]
+    assert found == [counts("1 AR"), counts("1 AR")]
 
 
 # ------------------------------------------------------------ bytes
