@@ -13,9 +13,10 @@ from spsim.compute_cost import ComputeCost
 from spsim.errors import InputError
 from spsim.hardware import CollectiveCurve, load_profile, parse_profile, profile_names
 from spsim.lowering import ring_blocks
+from spsim.program import Compute
 from spsim.resources import profiles_directory, read_toml
 from spsim.work import FlashAttention, Gemm, MemoryBound
-from tests.cases import A100, H100, scenario
+from tests.cases import A100, H100, program, scenario
 
 US = 1e-6
 COLLECTIVES = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
@@ -323,6 +324,78 @@ def test_memory_bound_time_is_monotone_and_continuous(hardware, name, size, more
     less, longer = (cost.memory_time(MemoryBound(name, n)) for n in (size, size + more))
     at_memory_speed = more / cost._bandwidth(name)
     assert less <= longer <= less + 4 * at_memory_speed + 1e-15
+
+
+# ------------------------------------------------------------ the kernels of a layer
+
+
+def kernels(plan, kind, **changes):
+    """(part, work) of the kernels of one kind in a compiled layer, first ring position."""
+    steps = [step for step in program(plan, **changes).steps if isinstance(step, Compute)]
+    return [(step.part, step.work[0]) for step in steps if isinstance(step.work[0], kind)]
+
+
+SPLIT = ["", "tp=4", "tp=4,sequence_parallel", "ulysses=4", "ring=4", "tp=2,ulysses=2,ring=2"]
+
+
+@pytest.mark.parametrize("plan", SPLIT)
+def test_products_of_a_layer_by_the_published_formula(plan):
+    """24 s b h^2 FLOPs forward, twice that backward, shared by the ranks; unfused attention adds 4 s^2 b h."""
+    ranks = scenario(plan).plan.gpus
+    linear, square = 24 * 256 * 3 * 256**2, 4 * 256**2 * 3 * 256
+    for attention in ("flash", "unfused") if "ring" not in plan else ("flash",):
+        found = {"forward": 0, "dgrad": 0, "wgrad": 0}
+        for part, work in kernels(plan, Gemm, micro_batch=3, attention=attention):
+            found[part] += work.flops
+        scores = square if attention == "unfused" else 0
+        assert found["forward"] * ranks == linear + scores
+        assert found["dgrad"] * ranks == linear + 2 * scores
+        assert found["wgrad"] * ranks == linear
+
+
+@pytest.mark.parametrize("plan", SPLIT)
+def test_attention_flops_by_the_published_formula(plan):
+    """Causal flash attention: 2 s^2 b h forward, 2.5 times that backward, shared by the ranks."""
+    ranks = scenario(plan).plan.gpus
+    found = {"forward": 0, "backward": 0}
+    for part, work in kernels(plan, FlashAttention, micro_batch=3):
+        found[part] += work.flops
+    assert found["forward"] * ranks == 2 * 256**2 * 3 * 256
+    assert found["backward"] * ranks == 5 * 256**2 * 3 * 256
+
+
+@pytest.mark.parametrize("plan", SPLIT)
+def test_weight_gradients_accumulate_every_matrix_once(plan):
+    """12 h^2 elements over tp, on every rank of the sequence axes."""
+    accumulated = sum(work.accumulated for _, work in kernels(plan, Gemm))
+    assert accumulated * scenario(plan).plan.tp == 12 * 256**2
+
+
+def test_traffic_of_attention():
+    """Forward reads q, k, v and writes the output, 8 s b h bytes; backward moves each and its gradient, 16."""
+    found = {part: work.bytes_moved for part, work in kernels("", FlashAttention)}
+    assert found == {"forward": 8 * 256 * 256, "backward": 16 * 256 * 256}
+
+
+def test_traffic_of_norms_and_residuals():
+    """In units of one activation, 2 s b h bytes: a norm reads one and writes one; backward it reads the
+    gradient and its input and writes a gradient. A residual reads two and writes one. Weights and statistics
+    (4 h and 8 s b bytes) are small beside. Without dropout a residual has no gradient kernel but the sum of
+    the gradient for its bias, with dropout it also reads gradient and mask and writes a gradient: 2.5 more.
+    """
+    unit = 2 * 256 * 256
+
+    def traffic(operator, part, dropout):
+        steps = program("", dropout=dropout).steps
+        found = [s for s in steps if isinstance(s, Compute) and (s.operator, s.part) == (operator, part)]
+        return sum(step.work[0].bytes_moved for step in found) / unit
+
+    assert traffic("norm1", "forward", 0.0) == pytest.approx(2, rel=0.03)
+    assert traffic("norm1", "backward", 0.0) == pytest.approx(3, rel=0.03)
+    assert traffic("residual1", "forward", 0.0) == pytest.approx(3, rel=0.03)
+    assert traffic("residual1", "forward", 0.1) == pytest.approx(3.5, rel=0.03)
+    assert traffic("residual1", "backward", 0.0) == pytest.approx(1, rel=0.03)
+    assert traffic("residual1", "backward", 0.1) == pytest.approx(3.5, rel=0.03)
 
 
 # ------------------------------------------------------------ the ring

@@ -78,13 +78,15 @@ def test_a_collective_waits_for_the_slowest():
 
 
 def test_an_exchange_waits_for_its_neighbours_only():
-    """Four ranks ready at 1, 2, 3 and 20: rank 1 meets 0 and 2 and starts at 3; the others meet rank 3."""
+    """Four ranks ready at 1, 2, 3 and 20. Transfers start when both ends are ready: 0-1 at 2, 1-2 at 3, 2-3 and
+    3-0 at 20. A rank's exchange spans both of its own: rank 1 ends 5 ps after 3, the neighbours of 3 after 20.
+    """
     programs = {
         rank: [Task(0, "compute", work), Task(1, "net", 5, needs=(0,), meetings=exchange(1, rank, 4))]
         for rank, work in enumerate((1, 2, 3, 20))
     }
     found = times(programs)
-    assert [found[rank, 1][1:] for rank in range(4)] == [(20, 25), (3, 8), (20, 25), (20, 25)]
+    assert [found[rank, 1][1:] for rank in range(4)] == [(2, 25), (2, 8), (3, 25), (20, 25)]
 
 
 def test_two_ranks_exchange_over_one_pair_of_edges():
@@ -269,7 +271,10 @@ def test_a_peer_that_never_comes_is_a_deadlock():
 
 
 class Replay:
-    """The engine's rules stepped tick by tick in plain Python, with exact fractions; no events, no clock ahead."""
+    """The engine's rules stepped tick by tick in plain Python, with exact fractions and no events.
+
+    A communication starts at the first of its rendezvous, and its duration runs from the last.
+    """
 
     def __init__(self, programs, slowdown):
         self.queues = {(rank, task.lane): deque() for rank, tasks in programs.items() for task in tasks}
@@ -279,8 +284,12 @@ class Replay:
         self.rate = 1 - slowdown
         self.posted, self.start, self.end, self.done, self.arrived = {}, {}, {}, {}, Counter()
 
+    def complete(self, meeting):
+        """Whether all parties of a rendezvous are there."""
+        return self.arrived[meeting.key] == meeting.parties
+
     def move(self, rank, queue, now):
-        """Post, start or end the head of a lane; whether it could."""
+        """Post, start, set off or end the head of a lane; whether it could."""
         task, key = queue[0], (rank, queue[0].id)
         if key not in self.posted:
             if any((rank, need) not in self.end for need in task.needs):
@@ -288,9 +297,13 @@ class Replay:
             self.posted[key] = now
             self.arrived.update(meeting.key for meeting in task.meetings)
         elif key not in self.start:
-            if any(self.arrived[meeting.key] < meeting.parties for meeting in task.meetings):
+            if task.meetings and not any(map(self.complete, task.meetings)):
                 return False
-            self.start[key], self.done[key] = now, Fraction(0)
+            self.start[key] = now
+        elif key not in self.done:
+            if not all(map(self.complete, task.meetings)):
+                return False
+            self.done[key] = Fraction(0)
         elif self.done[key] >= task.duration_ps:
             self.end[key] = now
             queue.popleft()
@@ -303,7 +316,7 @@ class Replay:
         heads = [(rank, queue[0]) for (rank, _), queue in self.queues.items() if queue]
         held = {rank for rank, task in heads if task.meetings and (rank, task.id) in self.posted}
         for rank, task in heads:
-            if (rank, task.id) in self.start:
+            if (rank, task.id) in self.done:
                 self.done[rank, task.id] += self.rate if rank in held and not task.meetings else 1
 
     def times(self):
