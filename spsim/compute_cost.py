@@ -8,11 +8,16 @@ memory bandwidth by operator class, faster while the tensors fit the last-level 
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from spsim.hardware import AttentionCurve, Fraction, HardwareProfile
+import numpy as np
+import numpy.typing as npt
+
+from spsim.hardware import Fraction, HardwareProfile
 from spsim.units import MIB, US_PER_S
-from spsim.work import FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
+from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
+
+Seconds = float | npt.NDArray[np.float64]
 
 MAIN_GRADIENT_BYTES = 8
 """Read and write of one fp32 main gradient."""
@@ -26,7 +31,7 @@ class ComputeCost:
         self.dtype = dtype
         self.coefficients = profile.coefficients
         self.peak = profile.peak(dtype)
-        self.duration = lru_cache(maxsize=65536)(self._duration)
+        self._attention_curves: dict[tuple[Direction, bool, int], tuple[float, float]] = {}
 
     @cached_property
     def _overhead(self) -> float:
@@ -36,7 +41,8 @@ class ComputeCost:
     def _cache_bytes(self) -> float:
         return self.profile.datasheet.memory.l2_mib.value * MIB
 
-    def _duration(self, work: Work) -> float:
+    def duration(self, work: Work) -> Seconds:
+        """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""
         match work:
             case Gemm():
                 return self.gemm_time(work)
@@ -45,7 +51,7 @@ class ComputeCost:
             case MemoryBound():
                 return self._overhead + self.memory_time(work)
 
-    def gemm_time(self, work: Gemm) -> float:
+    def gemm_time(self, work: Gemm) -> Seconds:
         """overhead + max(FLOP time, memory time) + the exposed part of the gradient accumulation.
 
         FLOP time = flops x (1 + pad / K) x (1 + tail x units / tiles) / (peak x fraction): `tail` waves of
@@ -53,8 +59,7 @@ class ComputeCost:
         """
         gemm = self.coefficients.gemm
         rate = self.peak * gemm.fraction[self.dtype].value
-        if work.accumulated:
-            rate *= gemm.weight_gradient_rate.value
+        rate *= np.where(np.asarray(work.accumulated) > 0, gemm.weight_gradient_rate.value, 1.0)
         tiles = work.batch * work.m * work.n / (gemm.tile_m.value * gemm.tile_n.value)
         tail = gemm.tail_waves.value * self.profile.datasheet.compute_units.value / tiles
         flop_time = work.flops * (1 + gemm.k_pad.value / work.k) * (1 + tail) / rate
@@ -62,26 +67,36 @@ class ComputeCost:
         epilogue = (
             gemm.accumulation_exposed.value * MAIN_GRADIENT_BYTES * work.accumulated / self.profile.memory_bandwidth
         )
-        return self._overhead + max(flop_time, memory_time) + epilogue
+        return self._overhead + np.maximum(flop_time, memory_time) + epilogue
 
-    def attention_time(self, work: FlashAttention) -> float:
+    def attention_time(self, work: FlashAttention) -> Seconds:
         """overhead + max(flops / (peak x fraction x n / (n + half_tokens)), memory time), n the shorter side."""
-        curves = self.coefficients.attention
-        masks = curves.forward if work.direction == "forward" else curves.backward
-        fraction, half_tokens = _at_head_dim(masks.causal if work.causal else masks.full, work.head_dim)
-        tokens = min(work.queries, work.keys)
+        fraction, half_tokens = self._attention_curve(work.direction, work.causal, work.head_dim)
+        tokens = np.minimum(work.queries, work.keys)
         rate = self.peak * fraction * tokens / (tokens + half_tokens)
         memory_time = work.bytes_moved / self._bandwidth("elementwise")
-        return self._overhead + max(work.flops / rate, memory_time)
+        return self._overhead + np.maximum(work.flops / rate, memory_time)
 
-    def memory_time(self, work: MemoryBound) -> float:
+    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float]:
+        """Fraction and half-length at a head size: linear between the measured sizes, constant beyond."""
+        key = (direction, causal, head_dim)
+        if key not in self._attention_curves:
+            masks = getattr(self.coefficients.attention, direction)
+            curves = masks.causal if causal else masks.full
+            known = sorted((int(size), curve.fraction.value, curve.half_tokens.value) for size, curve in curves.items())
+            sizes, fractions, lengths = zip(*known, strict=True)
+            found = (float(np.interp(head_dim, sizes, column)) for column in (fractions, lengths))
+            self._attention_curves[key] = (next(found), next(found))
+        return self._attention_curves[key]
+
+    def memory_time(self, work: MemoryBound) -> Seconds:
         """Bytes over the class's share of the bandwidth; at the cache's rate up to half the cache, between
         the two up to the whole.
         """
         total = work.bytes_moved
         memory = total / self._bandwidth(work.operator_class)
-        cache = min(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * 1e9))
-        beyond = min(1.0, max(0.0, 2 * total / self._cache_bytes - 1))
+        cache = np.minimum(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * 1e9))
+        beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
         return cache + beyond * (memory - cache)
 
     def _bandwidth(self, operator_class: MemoryBoundClass) -> float:
@@ -103,14 +118,3 @@ class ComputeCost:
                 paths += (f"memory_bound.{work.operator_class}", "l2_bandwidth_gb_per_s")
         return paths
 
-
-def _at_head_dim(curves: dict[str, AttentionCurve], head_dim: int) -> tuple[float, float]:
-    """Fraction and half-length at a head size: linear between the measured sizes, constant beyond."""
-    known = sorted((int(size), curve) for size, curve in curves.items())
-    below = max((item for item in known if item[0] <= head_dim), default=known[0], key=lambda item: item[0])
-    above = min((item for item in known if item[0] >= head_dim), default=known[-1], key=lambda item: item[0])
-    weight = (head_dim - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
-    return (
-        below[1].fraction.value + weight * (above[1].fraction.value - below[1].fraction.value),
-        below[1].half_tokens.value + weight * (above[1].half_tokens.value - below[1].half_tokens.value),
-    )

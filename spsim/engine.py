@@ -1,4 +1,4 @@
-"""The event engine: in-order lanes, rendezvous, contention for the device, memory. The only clock.
+"""The event engine: in-order lanes, rendezvous, contention for the device. The only clock.
 
 It knows tasks with durations, not transformers. Each lane of a rank is one simpy process that walks its
 tasks in order, as a CUDA stream does; a dependency on another lane is an event, and a communication is a
@@ -6,17 +6,22 @@ rendezvous of the ranks that take part. Time is integer picoseconds.
 
 While a communication is posted on a rank, its computation runs at `1 - slowdown` of its rate: the
 collective holds part of the device, also while it waits for its peers.
+
+Kernels that nothing can interrupt are advanced together: a run ends with a kernel that another lane waits
+for, and begins anew with one that waits for another lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import simpy
 
-from spsim.trace import MemoryChange, Span
+from spsim.trace import Span
 
 PPM = 10**6
 
@@ -30,187 +35,226 @@ class Meeting:
 
 
 @dataclass(frozen=True, slots=True)
-class Allocation:
-    """Memory written by a task; it lives until the last of its readers ends."""
-
-    buffer: int
-    bytes: int
-    category: str
-    tensor: str
-
-
-@dataclass(frozen=True, slots=True)
 class Task:
     """One item of a lane. A task with meetings is a communication: its duration starts when all have met."""
 
     id: int
     lane: str
-    duration_ps: int
+    duration_ps: int = 0
+    """Unless a run gives its own durations."""
     needs: tuple[int, ...] = ()
     """Tasks of the same rank that must have ended; those of the same lane are implied by its order."""
     meetings: tuple[Meeting, ...] = ()
-    allocates: tuple[Allocation, ...] = ()
-    reads: tuple[int, ...] = ()
-    """Buffers read; one entry per reading."""
 
 
 class DeadlockError(RuntimeError):
     """No task can proceed; the message names the ones that wait."""
 
 
-class _Rank:
-    """State of one rank: finished tasks, contention, memory."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Consecutive kernels of a lane that are advanced together, or one communication."""
 
-    def __init__(self, env: Any, rank: int, tasks: Sequence[Task]) -> None:
+    tasks: tuple[Task, ...]
+    needs: tuple[int, ...]
+    """Tasks of other lanes that the first one waits for."""
+
+
+class RankProgram:
+    """The tasks of one rank, sorted into lanes; made once for many runs with different durations."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+        self.lane_of = {task.id: task.lane for task in tasks}
+        self.awaited = frozenset(n for task in tasks for n in task.needs if self.lane_of[n] != task.lane)
+
+    @cached_property
+    def lanes(self) -> dict[str, list[_Run]]:
+        """Runs of each lane, in order."""
+        lanes: dict[str, list[list[Task]]] = {}
+        for task in self.tasks:
+            runs = lanes.setdefault(task.lane, [])
+            alone = not runs or task.meetings or runs[-1][-1].meetings or self._foreign(task)
+            if alone or runs[-1][-1].id in self.awaited:
+                runs.append([])
+            runs[-1].append(task)
+        return {lane: [_Run(tuple(run), self._foreign(run[0])) for run in runs] for lane, runs in lanes.items()}
+
+    def _foreign(self, task: Task) -> tuple[int, ...]:
+        return tuple(need for need in task.needs if self.lane_of[need] != task.lane)
+
+
+class _Rank:
+    """State of one rank: what has ended, and when communications held the device."""
+
+    __slots__ = (
+        "durations", "ended", "env", "held_since", "held_until", "holds", "num_posts", "posted", "program", "rank"
+    )  # fmt: skip
+
+    def __init__(self, env: Any, rank: int, program: RankProgram, durations: Sequence[int] | None) -> None:
         self.env = env
         self.rank = rank
-        self.lanes: dict[str, list[Task]] = {}
-        self.lane_of: dict[int, str] = {}
-        for task in tasks:
-            self.lanes.setdefault(task.lane, []).append(task)
-            self.lane_of[task.id] = task.lane
-        awaited = {need for task in tasks for need in task.needs if self.lane_of[need] != task.lane}
-        self.ended: dict[int, simpy.Event] = {need: env.event() for need in awaited}
-        self.readers: dict[int, int] = {}
-        for task in tasks:
-            for buffer in task.reads:
-                self.readers[buffer] = self.readers.get(buffer, 0) + 1
-        self.live: dict[int, Allocation] = {}
+        self.program = program
+        self.ended: dict[int, simpy.Event] = {need: env.event() for need in program.awaited}
+        self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
         self.posted = 0
+        self.num_posts = 0
         self.held_since = 0
-        self.held_total = 0
         self.held_until = 0
-
-    def held(self) -> int:
-        """Time so far during which a communication was posted."""
-        return self.held_total + (self.env.now - self.held_since if self.posted else 0)
+        self.holds: list[tuple[int, int]] = []
 
     def post(self) -> None:
         if not self.posted:
             self.held_since = self.env.now
         self.posted += 1
+        self.num_posts += 1
 
     def withdraw(self) -> None:
         self.posted -= 1
         if not self.posted:
-            self.held_total += self.env.now - self.held_since
+            self.holds.append((self.held_since, self.env.now))
+
+    def known_holds(self, since: int) -> list[tuple[int, int]]:
+        """When the device has been held from `since` on, and will be as far as is known now: a communication
+        whose peers have met holds until a known time, and any other may end this moment.
+        """
+        known = [hold for hold in self.holds if hold[1] > since] if self.holds else []
+        if self.posted:
+            known.append((self.held_since, max(self.held_until, self.env.now)))
+        return known
 
 
-class _Run:
+class _Simulation:
     """One run: the ranks, the open rendezvous, and what is recorded."""
 
-    def __init__(self, programs: Mapping[int, Sequence[Task]], slowdown_ppm: int) -> None:
+    def __init__(self, slowdown_ppm: int) -> None:
         self.env: Any = simpy.Environment()  # simpy's clock is int | float, ours is int
         self.slowdown = slowdown_ppm
-        self.ranks = [_Rank(self.env, rank, tasks) for rank, tasks in programs.items()]
         self.met: dict[tuple[int, ...], simpy.Event] = {}
         self.arrived: dict[tuple[int, ...], int] = {}
         self.spans: list[Span] = []
-        self.memory: list[MemoryChange] = []
         self.waiting: dict[tuple[int, str], Task] = {}
 
-    def start(self) -> None:
-        for rank in self.ranks:
-            for lane, tasks in rank.lanes.items():
-                self.env.process(self._lane(rank, lane, tasks))
+    def add(self, rank: _Rank, start: int) -> None:
+        for lane, runs in rank.program.lanes.items():
+            self.env.process(self._lane(rank, lane, runs, start))
+
+    def finish(self) -> None:
         self.env.run()
         if self.waiting:
-            names = ", ".join(
-                f"task {task.id} on lane {lane} of rank {rank}" for (rank, lane), task in self.waiting.items()
-            )
-            raise DeadlockError(f"deadlock: {names} wait for tasks that never end")
+            places = (f"task {task.id} on lane {lane} of rank {rank}" for (rank, lane), task in self.waiting.items())
+            raise DeadlockError(f"deadlock: {', '.join(places)} wait for tasks that never end")
 
-    def _lane(self, rank: _Rank, lane: str, tasks: list[Task]) -> Generator[simpy.Event, Any, None]:
+    def _lane(self, rank: _Rank, lane: str, runs: list[_Run], start: int) -> Generator[simpy.Event, Any, None]:
         place = (rank.rank, lane)
-        for task in tasks:
-            self.waiting[place] = task
-            for need in task.needs:
-                event = rank.ended.get(need)
-                if event is not None and not event.triggered and rank.lane_of[need] != lane:
+        if start:
+            yield self.env.timeout(start)
+        for run in runs:
+            self.waiting[place] = run.tasks[0]
+            for need in run.needs:
+                event = rank.ended[need]
+                if not event.triggered:
                     yield event
-            posted = self.env.now
-            self._allocate(rank, task)
-            start = posted
-            if task.meetings:
-                start = yield from self._communicate(rank, task)
+            if run.tasks[0].meetings:
+                yield from self._communicate(rank, run.tasks[0])
             else:
-                yield from self._compute(rank, task)
-            self.spans.append(Span(rank.rank, lane, task.id, posted, start, self.env.now))
-            self._release(rank, task)
-            if task.id in rank.ended:
-                rank.ended[task.id].succeed()
+                yield from self._compute(rank, run.tasks)
+            last = run.tasks[-1].id
+            if last in rank.ended:
+                rank.ended[last].succeed()
         self.waiting.pop(place, None)
 
-    def _compute(self, rank: _Rank, task: Task) -> Generator[simpy.Event, Any, None]:
-        """Work through the duration; time lost to contention is known only as it happens, so look again."""
-        env, start, held_before = self.env, self.env.now, rank.held()
-        while True:
-            elapsed, held = env.now - start, rank.held() - held_before
-            remaining = (task.duration_ps - elapsed) * PPM + held * self.slowdown
-            if remaining <= 0:
-                return
-            yield env.timeout(self._earliest_end(rank, remaining))
+    def _compute(self, rank: _Rank, tasks: tuple[Task, ...]) -> Generator[simpy.Event, Any, None]:
+        """Work through a run; time lost to contention is known only as it happens, so look again at its end."""
+        env, start = self.env, self.env.now
+        durations = [rank.durations[task.id] for task in tasks]
+        undisturbed = False
+        while not undisturbed:
+            ends = self._ends(rank, start, durations)
+            if ends[-1] <= env.now:
+                break
+            free, posts = not rank.posted, rank.num_posts
+            yield env.timeout(ends[-1] - env.now)
+            undisturbed = free and rank.num_posts == posts
+        begin = start
+        for task, end in zip(tasks, ends, strict=True):
+            self.spans.append(Span(rank.rank, task.lane, task.id, begin, begin, end))
+            begin = end
 
-    def _earliest_end(self, rank: _Rank, remaining: int) -> int:
-        """Picoseconds until `remaining` millionths of a picosecond of work can be done: never too long, since
-        a communication whose peers have met holds the device until a known time, and any other may end now.
-        """
-        window = rank.held_until - self.env.now if rank.posted else 0
-        if window <= 0:
-            return _ceil(remaining, PPM)
-        rate = PPM - self.slowdown
-        contended = _ceil(remaining, rate)
-        return contended if contended <= window else window + _ceil(remaining - window * rate, PPM)
+    def _ends(self, rank: _Rank, start: int, durations: list[int]) -> list[int]:
+        """When each kernel of a run ends if nothing more is posted: never too late."""
+        holds = rank.known_holds(start) if self.slowdown else []
+        if not holds:
+            return list(accumulate(durations, initial=start))[1:]
+        ends = []
+        now = start
+        for duration in durations:
+            now = _work_through(now, duration * PPM, holds, PPM - self.slowdown)
+            ends.append(now)
+        return ends
 
-    def _communicate(self, rank: _Rank, task: Task) -> Generator[simpy.Event, Any, int]:
+    def _communicate(self, rank: _Rank, task: Task) -> Generator[simpy.Event, Any, None]:
         """Meet the peers; a transfer takes the duration from its meeting on, and the last one ends the task."""
+        env, posted, duration = self.env, self.env.now, rank.durations[task.id]
         rank.post()
-        for meeting in task.meetings:
-            arrived = self.arrived.get(meeting.key, 0) + 1
-            self.arrived[meeting.key] = arrived
-            event = self.met.setdefault(meeting.key, self.env.event())
-            if arrived == meeting.parties:
-                event.succeed(self.env.now)
         met: list[int] = []
         for meeting in task.meetings:
-            event = self.met[meeting.key]
-            met.append(event.value if event.triggered else (yield event))
-        end = max(met) + task.duration_ps
+            self._arrive(meeting)
+        for meeting in task.meetings:
+            event = self.met.get(meeting.key)
+            met.append(posted if event is None else event.value if event.triggered else (yield event))
+        end = max(met) + duration
         rank.held_until = max(rank.held_until, end)
-        yield self.env.timeout(end - self.env.now)
+        yield env.timeout(end - env.now)
         rank.withdraw()
-        return min(met)
+        self.spans.append(Span(rank.rank, task.lane, task.id, posted, min(met), end))
 
-    def _allocate(self, rank: _Rank, task: Task) -> None:
-        for allocation in task.allocates:
-            rank.live[allocation.buffer] = allocation
-            self._record(rank, task, allocation, allocation.bytes)
-
-    def _release(self, rank: _Rank, task: Task) -> None:
-        """Free what nobody will read any more: buffers read for the last time, and results without readers."""
-        for buffer in task.reads:
-            rank.readers[buffer] -= 1
-            if not rank.readers[buffer] and buffer in rank.live:
-                allocation = rank.live.pop(buffer)
-                self._record(rank, task, allocation, -allocation.bytes)
-        for allocation in task.allocates:
-            if not rank.readers.get(allocation.buffer) and allocation.buffer in rank.live:
-                del rank.live[allocation.buffer]
-                self._record(rank, task, allocation, -allocation.bytes)
-
-    def _record(self, rank: _Rank, task: Task, allocation: Allocation, size: int) -> None:
-        self.memory.append(MemoryChange(self.env.now, rank.rank, size, allocation.category, allocation.tensor, task.id))
+    def _arrive(self, meeting: Meeting) -> None:
+        """Count an arrival; a meeting of one needs no event."""
+        if meeting.parties == 1:
+            return
+        arrived = self.arrived.get(meeting.key, 0) + 1
+        self.arrived[meeting.key] = arrived
+        event = self.met.setdefault(meeting.key, self.env.event())
+        if arrived == meeting.parties:
+            event.succeed(self.env.now)
 
 
-def run(programs: Mapping[int, Sequence[Task]], *, slowdown: float) -> tuple[list[Span], list[MemoryChange]]:
+def _work_through(now: int, remaining: int, holds: list[tuple[int, int]], rate: int) -> int:
+    """The first picosecond in which `remaining` millionths of a picosecond of work, begun at `now`, are done,
+    at full rate outside the holds and at `rate` millionths inside them.
+    """
+    for begin, end in holds:
+        if end <= now:
+            continue
+        if begin > now:
+            if remaining <= (begin - now) * PPM:
+                break
+            remaining -= (begin - now) * PPM
+            now = begin
+        if remaining <= (end - now) * rate:
+            return now - (-remaining // rate)
+        remaining -= (end - now) * rate
+        now = end
+    return now - (-remaining // PPM)
+
+
+def run(
+    programs: Mapping[int, RankProgram | Sequence[Task]],
+    *,
+    slowdown: float,
+    durations: Mapping[int, Sequence[int]] | None = None,
+    starts: Mapping[int, int] | None = None,
+) -> list[Span]:
     """Run the tasks of each rank to the end; `slowdown` is the share of its rate that compute loses.
 
-    Raises `DeadlockError` when tasks wait for each other or for a peer that never comes.
+    `durations` (by task) and `starts` are given per rank, in picoseconds. Raises `DeadlockError` when tasks
+    wait for each other or for a peer that never comes.
     """
-    simulation = _Run(programs, round(slowdown * PPM))
-    simulation.start()
-    return simulation.spans, simulation.memory
-
-
-def _ceil(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
+    simulation = _Simulation(round(slowdown * PPM))
+    for number, program in programs.items():
+        prepared = program if isinstance(program, RankProgram) else RankProgram(program)
+        rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None)
+        simulation.add(rank, starts[number] if starts else 0)
+    simulation.finish()
+    return simulation.spans

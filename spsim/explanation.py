@@ -17,7 +17,7 @@ from spsim.operators import Operator, operator_splits
 from spsim.placement import mesh_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Compute, Program
-from spsim.simulation import layer_program
+from spsim.layer import layer_program
 from spsim.transformer import transformer_layer
 from spsim.workload import Workload
 

@@ -277,6 +277,10 @@ class HardwareProfile(Table):
                     raise ValueError(f"source {source!r} is not in [sources]; add the citation there")
         return self
 
+    def __hash__(self) -> int:
+        """By identity: profiles are loaded once and never change."""
+        return id(self)
+
     @property
     def memory_bandwidth(self) -> float:
         """Bytes per second of the device memory."""
@@ -321,7 +325,7 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     """The profile of a shipped name or of a TOML file; `InputError` lists what there is."""
     text = str(name_or_path)
     path = Path(text) if text.endswith(".toml") else profiles_directory() / f"{text}.toml"
-    if not text.endswith(".toml") and text not in profile_names():
+    if not text.endswith(".toml") and not path.is_file():
         raise InputError(
             f"unknown hardware {text!r}; use one of {', '.join(profile_names())}, or the path of a .toml profile"
         )

@@ -120,25 +120,25 @@ class Kernels:
         queries, keys = self.sizes["s"], self.sizes["j"]
         degree = next((self.mesh.degree("ring") for axis, dim in self.splits if axis == "ring" and dim == "s"), 1)
         if not causal:
-            return (self.attention_block(direction, queries, keys, queries * keys, causal=False),)
+            return (self.attention_block(direction, queries, keys, 2 * queries * keys, causal=False),)
         if degree == 1 or ring_cut == "zigzag":
-            return (self.attention_block(direction, queries, keys, queries * keys // 2, causal=True),)
+            return (self.attention_block(direction, queries, keys, queries * keys, causal=True),)
         return tuple(
-            self.attention_block(direction, queries, keys, queries * queries * (2 * rank + 1) // 2, causal=True)
+            self.attention_block(direction, queries, keys, queries * queries * (2 * rank + 1), causal=True)
             for rank in range(degree)
         )
 
     def attention_block(
-        self, direction: Direction, queries: int, keys: int, pairs: int, *, causal: bool
+        self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool
     ) -> FlashAttention:
-        """One flash kernel of `queries` x `keys`, of which `pairs` are computed."""
+        """One flash kernel of `queries` x `keys`, of which half of `twice_pairs` pairs are computed."""
         width = self.sizes["d"] * self.sizes["b"]
         heads, kv_heads = self.sizes["a"], self._local_kv_heads()
         rows = 2 * queries * heads + 2 * keys * kv_heads
         passes = 1 if direction == "forward" else 2
         return FlashAttention(
             direction=direction,
-            batch=self.sizes["b"], heads=heads, head_dim=self.sizes["d"], queries=queries, keys=keys, pairs=pairs,
+            batch=self.sizes["b"], heads=heads, head_dim=self.sizes["d"], queries=queries, keys=keys, twice_pairs=twice_pairs,
             causal=causal, bytes_moved=passes * rows * width * self.operator.inputs[0].tensor.itemsize,
         )  # fmt: skip
 

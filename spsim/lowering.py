@@ -19,11 +19,11 @@ from spsim.work import Direction, FlashAttention, MemoryBound, Work
 
 @dataclass(frozen=True, slots=True)
 class RingBlock:
-    """One step of the ring: queries and keys of the kernel and the pairs that it computes."""
+    """One step of the ring: queries and keys of the kernel and the twice the pairs that it computes."""
 
     queries: int
     keys: int
-    pairs: int
+    twice_pairs: int
     causal: bool
 
 
@@ -33,14 +33,14 @@ def ring_blocks(tokens: int, degree: int, step: int, *, causal: bool, cut: str) 
     `tokens` is the local sequence length; a zigzag rank owns half-chunks r and 2P - 1 - r, so that every
     step computes half of its square. A contiguous rank has nothing to do while the keys are of a later one.
     """
-    whole = RingBlock(tokens, tokens, tokens * tokens, causal=False)
-    diagonal = RingBlock(tokens, tokens, tokens * tokens // 2, causal=True)
+    whole = RingBlock(tokens, tokens, 2 * tokens * tokens, causal=False)
+    diagonal = RingBlock(tokens, tokens, tokens * tokens, causal=True)
     if not causal:
         return (whole,)
     if step == 0:
         return (diagonal,)
     if cut == "zigzag":
-        return (RingBlock(tokens, tokens // 2, tokens * tokens // 2, causal=False),)
+        return (RingBlock(tokens, tokens // 2, tokens * tokens, causal=False),)
     return tuple(whole if step <= position else None for position in range(degree))
 
 
@@ -149,7 +149,7 @@ class _RingLowering:
     def _block_work(self, direction: Direction, block: RingBlock | None) -> FlashAttention | None:
         if block is None:
             return None
-        return self.kernels.attention_block(direction, block.queries, block.keys, block.pairs, causal=block.causal)
+        return self.kernels.attention_block(direction, block.queries, block.keys, block.twice_pairs, causal=block.causal)
 
     # The two passes
 

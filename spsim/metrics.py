@@ -1,14 +1,18 @@
-"""Numbers and tables from a trace: pure functions of its records."""
+"""Numbers and tables from a trace: pure functions of its records.
+
+A trace is made of pieces, many of which share a recording, so sums are over recordings and their number.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from spsim.trace import MemoryChange, Span, Trace
+from spsim.trace import Phase, Recording, Span, Trace
 from spsim.units import GIB, PS_PER_S, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
@@ -20,15 +24,16 @@ def phase_of(part: str) -> str:
     return "backward" if part in BACKWARD_PARTS else part
 
 
-def layer_window(trace: Trace, phase: str, *, layer: int = 0, micro_batch: int = 0) -> int:
+def layer_window(trace: Trace, phase: Phase, *, layer: int = 0, micro_batch: int = 0) -> int:
     """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass."""
-    spans = [s for s in trace.spans if _belongs(trace, s, phase, layer, micro_batch)]
-    return max(s.end_ps for s in spans) - min(s.posted_ps for s in spans) if spans else 0
+    for stretch in trace.stretches:
+        if stretch.phase == phase and stretch.micro_batch == micro_batch and layer in stretch.layers:
+            return _window(stretch.recording)
+    return 0
 
 
-def _belongs(trace: Trace, span: Span, phase: str, layer: int, micro_batch: int) -> bool:
-    info = trace.tasks[span.task]
-    return info.layer == layer and info.micro_batch == micro_batch and phase_of(info.part) == phase
+def _window(recording: Recording) -> int:
+    return max(s.end_ps for s in recording.spans) - min(s.posted_ps for s in recording.spans)
 
 
 def _union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -47,37 +52,37 @@ def _length(intervals: Iterable[tuple[int, int]]) -> int:
 
 def exposed(spans: Sequence[Span]) -> int:
     """Picoseconds of one rank during which communication is posted and no kernel runs."""
-    compute = _union((s.start_ps, s.end_ps) for s in spans if s.lane == COMPUTE_LANE)
-    busy = _union([*compute, *((s.posted_ps, s.end_ps) for s in spans if s.lane != COMPUTE_LANE)])
-    return _length(busy) - _length(compute)
+    compute = [(s.start_ps, s.end_ps) for s in spans if s.lane == COMPUTE_LANE]
+    communication = [(s.posted_ps, s.end_ps) for s in spans if s.lane != COMPUTE_LANE]
+    return _length(_union([*compute, *communication])) - _length(_union(compute))
 
 
-def exposed_communication(trace: Trace, purposes: Iterable[str] | None = None) -> dict[int, int]:
+def exposed_communication(trace: Trace) -> dict[int, int]:
     """Exposed communication of each simulated rank, weight synchronisation apart."""
-    result = {}
-    for rank in trace.copies:
-        spans = [s for s in trace.spans if s.rank == rank and trace.tasks[s.task].part != "weight_sync"]
-        if purposes is not None:
-            keep = set(purposes)
-            spans = [s for s in spans if s.lane == COMPUTE_LANE or trace.tasks[s.task].purpose in keep]
-        result[rank] = exposed(spans)
-    return result
+    totals = dict.fromkeys(trace.copies, 0)
+    for recording, (phase, count) in trace.recordings.items():
+        if phase == "weight_sync":
+            continue
+        for rank in totals:
+            totals[rank] += count * exposed(recording.by_rank[rank])
+    return totals
 
 
 def weight_sync(trace: Trace) -> int:
     """Picoseconds of the synchronisation of weight gradients at the end of the step."""
-    spans = [s for s in trace.spans if trace.tasks[s.task].part == "weight_sync"]
-    return max(s.end_ps for s in spans) - min(s.posted_ps for s in spans) if spans else 0
+    return sum(_window(recording) for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     """Picoseconds of the compute lane of one rank by operator class."""
-    totals: dict[str, int] = {}
-    for span in trace.spans:
-        if span.rank == rank and span.lane == COMPUTE_LANE:
-            name = trace.tasks[span.task].operator_class
-            totals[name] = totals.get(name, 0) + span.end_ps - span.start_ps
-    return totals
+    totals: Counter[str] = Counter()
+    for recording, (phase, count) in trace.recordings.items():
+        if phase == "weight_sync":
+            continue
+        for span in recording.by_rank[rank]:
+            if span.lane == COMPUTE_LANE:
+                totals[recording.labels[span.task].operator_class] += count * (span.end_ps - span.start_ps)
+    return dict(totals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,30 +101,68 @@ def peak_memory(trace: Trace, static: int) -> Peak:
 
     At equal times memory is freed before it is allocated, so that the order of events does not matter.
     """
-    peaks = [_peak_of(rank, _in_order(trace.memory, rank), static) for rank in trace.copies]
-    return max(peaks, key=lambda peak: peak.bytes)
+    return max((_peak_of(trace, rank, static) for rank in trace.copies), key=lambda peak: peak.bytes)
 
 
-def _in_order(changes: Sequence[MemoryChange], rank: int) -> list[MemoryChange]:
-    return sorted((c for c in changes if c.rank == rank), key=lambda c: (c.time_ps, c.bytes > 0))
+def _peak_of(trace: Trace, rank: int, static: int) -> Peak:
+    """Walks the stretches; what a recording adds at most, and in all, is found once. In a stretch of layers
+    that keep something the last one is the fullest, otherwise the first.
+    """
+    highest = {recording: _highest(recording, rank) for recording in trace.recordings}
+    peak, base = Peak(rank, static, 0, None), static
+    for stretch in trace.stretches:
+        recording = stretch.recording
+        most, time, task, total = highest[recording]
+        further = len(stretch.layers) - 1
+        base += 0 if stretch.brings is None else recording.sizes[stretch.brings]
+        fullest = further if total > 0 else 0
+        if base + fullest * total + most > peak.bytes:
+            when = stretch.shift_ps + fullest * stretch.advance_ps + time
+            by = stretch.first_task + fullest * len(recording.labels) + task
+            peak = Peak(rank, base + fullest * total + most, when, by)
+        base += (further + 1) * total - (0 if stretch.drops is None else recording.sizes[stretch.drops])
+    return peak
 
 
-def _peak_of(rank: int, changes: list[MemoryChange], static: int) -> Peak:
-    if not changes:
-        return Peak(rank, static, 0, None)
-    totals = np.cumsum([change.bytes for change in changes])
-    index = int(np.argmax(totals))
-    return Peak(rank, static + int(totals[index]), changes[index].time_ps, changes[index].task)
+def _highest(recording: Recording, rank: int) -> tuple[int, int, int, int]:
+    """The highest running sum of a recording, when and by which task it is reached, and the sum of all.
+
+    What an outermost pass brings is there from its first task on; what it drops goes with its last.
+    """
+    total = highest = time = task = 0
+    for when, size, by, _ in sorted(recording.changes(rank), key=_frees_first):
+        total += size
+        if total > highest:
+            highest, time, task = total, when, by
+    return highest, time, task, total
+
+
+def _frees_first(change: tuple[int, int, int, int]) -> tuple[int, bool]:
+    return change[0], change[1] > 0
 
 
 def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
     """The first task whose allocation takes a rank above `limit` bytes."""
-    total = static
-    for change in _in_order(trace.memory, rank):
-        total += change.bytes
-        if total > limit:
-            return change.task
+    base = static
+    highest = {recording: _highest(recording, rank) for recording in trace.recordings}
+    for piece in trace.pieces:
+        recording = piece.recording
+        base += 0 if piece.brings is None else recording.sizes[piece.brings]
+        most, _, _, total = highest[recording]
+        if base + most > limit:
+            return piece.first_task + _first_above(recording, rank, limit - base)
+        base += total - (0 if piece.drops is None else recording.sizes[piece.drops])
     return None
+
+
+def _first_above(recording: Recording, rank: int, room: int) -> int:
+    """The first task of a recording whose allocation needs more than `room`."""
+    total = 0
+    for _, size, task, _ in sorted(recording.changes(rank), key=_frees_first):
+        total += size
+        if total > room:
+            return task
+    return 0
 
 
 def spans_frame(trace: Trace) -> pd.DataFrame:
@@ -155,7 +198,7 @@ def memory_frame(trace: Trace, static: dict[str, int]) -> pd.DataFrame:
 
 
 def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFrame:
-    changes = _in_order(trace.memory, rank)
+    changes = sorted((c for c in trace.memory if c.rank == rank), key=lambda c: (c.time_ps, c.bytes > 0))
     frame = pd.DataFrame(
         {
             "rank": rank,

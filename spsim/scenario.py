@@ -147,10 +147,15 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
+def sequence_unit(model: Model, plan: Plan) -> int:
+    """What must divide the sequence length: the product of the sequence shards, twice for a zigzag ring."""
+    zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
+    return plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
+
+
 def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:
     seq_len = workload.seq_len
-    zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
-    unit = plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
+    unit = sequence_unit(model, plan)
     if seq_len % unit:
         below, above = seq_len // unit * unit, -(-seq_len // unit) * unit
         near = f"{below} or {above}" if below else f"{above}"

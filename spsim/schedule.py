@@ -2,6 +2,7 @@
 
 Overlap is not modelled, it follows: lanes are in order, a task waits for the data it reads, and the policy
 below says when communication is issued and whether the next kernel waits for it although no data says so.
+Nothing is issued before the pass of the layer that it belongs to is reached.
 
 | axis, purpose | lane | issued | next kernel waits |
 |---|---|---|---|
@@ -19,225 +20,230 @@ below says when communication is issued and whether the next kernel waits for it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from spsim.engine import Allocation, Meeting, Task
+from spsim.engine import Meeting, RankProgram, Task
 from spsim.placement import Axis, Collective, Mesh, sent_bytes
 from spsim.plan import Plan
 from spsim.program import Buffer, Communication, Compute, Program, Step
-from spsim.trace import TaskInfo
-from spsim.units import picoseconds
-from spsim.work import Work
+from spsim.trace import BufferUse, Phase, TaskInfo
 
 COMPUTE_LANE = "compute"
 GRADIENT_BYTES = 4
 """Main gradients are fp32."""
 PARAMETER_BYTES = 2
 
-ComputeDuration = Callable[[Work], float]
-CommDuration = Callable[[Collective, int, int], float]
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A task of all ranks, by its place in a pass; ranks differ in the duration and the peers only."""
+
+    lane: str
+    axes: tuple[Axis, ...] = ()
+    exchange: bool = False
+    """Meets the neighbours on a ring instead of the whole group."""
+    needs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The forward or backward pass of one layer, or the synchronisation of weight gradients."""
+
+    phase: Phase
+    steps: tuple[Step, ...]
+    items: tuple[Item, ...]
+    buffers: tuple[BufferUse, ...] = ()
+    ids: tuple[int, ...] = ()
+    """Of each buffer, in the program."""
+    entry: int | None = None
+    """Index of the buffer that the neighbouring layer hands over; the outermost gets it from outside."""
+    result: int | None = None
+    """Index of the buffer that is handed on; nobody outside the outermost layer keeps it."""
+    labels: tuple[TaskInfo, ...] = ()
+    """What each task is, without sizes and without a layer."""
+
+    @cached_property
+    def last_kernel(self) -> int | None:
+        """The last task of the compute lane; lanes are in order, so that it is the last to end."""
+        kernels = [index for index, item in enumerate(self.items) if item.lane == COMPUTE_LANE]
+        return kernels[-1] if kernels else None
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """Tasks of each simulated rank, what each task is, and which ranks a simulated one stands for."""
+class Sync:
+    """One coalesced collective over the gradients (or updated parameters) of many weights."""
 
-    programs: Mapping[int, Sequence[Task]]
-    infos: list[TaskInfo]
-    copies: dict[int, tuple[int, ...]]
-    groups: dict[str, dict[int, tuple[int, ...]]]
+    axes: tuple[Axis, ...]
+    ranks: int
+    collective: Collective
+    itemsize: int
+    weights: tuple[int, ...]
+    """Indices into `Program.weight_sync`."""
 
-
-@dataclass(slots=True)
-class _Item:
-    """A task of all ranks: what differs between ranks is the duration and the peers."""
-
-    info: TaskInfo
-    lane: str
-    durations: tuple[int, ...]
-    """One, or one per ring position."""
-    axes: tuple[Axis, ...] = ()
-    needs: tuple[int, ...] = ()
-    allocates: tuple[Allocation, ...] = ()
-    reads: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class _Stream:
-    """The items so far, in issue order, with what the next kernel must wait for."""
-
-    items: list[_Item] = field(default_factory=list)
-    last_compute: int | None = None
-    blocking: list[int] = field(default_factory=list)
-    writer: dict[int, int] = field(default_factory=dict)
-    root: dict[int, int] = field(default_factory=dict)
-
-    def add(self, item: _Item) -> int:
-        self.items.append(item)
-        return len(self.items) - 1
-
-
-def build_schedule(
-    program: Program,
-    plan: Plan,
-    mesh: Mesh,
-    *,
-    layers: int,
-    micro_batches: int,
-    compute_duration: ComputeDuration,
-    comm_duration: CommDuration,
-    fold: bool = True,
-) -> Schedule:
-    """All layers and micro-batches on one pipeline stage: forward and backward of each micro-batch in turn,
-    then the synchronisation of weight gradients. `fold` simulates identical ranks once.
-    """
-    builder = _Builder(program, plan, layers, compute_duration, comm_duration)
-    for micro_batch in range(micro_batches):
-        builder.add_micro_batch(micro_batch)
-    builder.add_weight_sync()
-    return _place(builder.stream.items, mesh, fold)
-
-
-class _Builder:
-    def __init__(
-        self,
-        program: Program,
-        plan: Plan,
-        layers: int,
-        compute_duration: ComputeDuration,
-        comm_duration: CommDuration,
-    ) -> None:
-        self.program = program
-        self.plan = plan
-        self.layers = layers
-        self.compute_duration = compute_duration
-        self.comm_duration = comm_duration
-        self.stream = _Stream()
-        buffers = [b.id for step in program.steps for b in step.writes]
-        self.num_buffers = 1 + max([*buffers, program.input.id, program.output_gradient.id])
-        self.durations = {step.id: self._durations(step) for step in program.steps}
-
-    def _durations(self, step: Step) -> tuple[int, ...]:
-        if isinstance(step, Compute):
-            return tuple(picoseconds(self.compute_duration(work)) if work else 0 for work in step.work)
-        return (picoseconds(self.comm_duration(step.collective, step.message_bytes, step.ranks)),)
-
-    # Instances of the layer
-
-    def add_micro_batch(self, micro_batch: int) -> None:
-        for layer in range(self.layers):
-            self._add_steps(self.program.forward, layer, micro_batch, self.program.input)
-        for layer in reversed(range(self.layers)):
-            self._add_steps(self.program.backward, layer, micro_batch, self.program.output_gradient)
-
-    def _buffer(self, local: int, layer: int, micro_batch: int) -> int:
-        """A buffer of one instance; a layer's input is the output of the layer below, and so for gradients."""
-        program = self.program
-        if local == program.input.id and layer > 0:
-            return self._buffer(program.output.id, layer - 1, micro_batch)
-        if local == program.output_gradient.id and layer < self.layers - 1:
-            return self._buffer(program.input_gradient.id, layer + 1, micro_batch)
-        return (micro_batch * self.layers + layer) * self.num_buffers + local
-
-    def _add_steps(self, steps: Sequence[Step], layer: int, micro_batch: int, entry: Buffer) -> None:
-        """One pass of one layer; the first step brings the buffer that the layers outside would have written."""
-        outermost = self._buffer(entry.id, layer, micro_batch)
-        brought = () if outermost in self.stream.root else (entry,)
-        first = len(self.stream.items)
-        task_of: dict[int, int] = {}
-        for step in steps:
-            writes = brought + step.writes if len(self.stream.items) == first else step.writes
-            allocates = tuple(filter(None, (self._allocate(b, layer, micro_batch) for b in writes)))
-            reads = [self._buffer(buffer, layer, micro_batch) for buffer in step.reads]
-            needs = {self.stream.writer[buffer] for buffer in reads if buffer in self.stream.writer}
-            item = _Item(
-                info=_info(step, layer, micro_batch), lane=COMPUTE_LANE, durations=self.durations[step.id],
-                allocates=allocates, reads=tuple(self.stream.root[buffer] for buffer in reads),
-            )  # fmt: skip
-            if isinstance(step, Communication):
-                needs |= {task_of[step_id] for step_id in step.issued_after}
-                task = self._issue_communication(item, step, needs)
-            else:
-                task = self._issue_compute(item, needs)
-            task_of[step.id] = task
-            for buffer in step.writes:
-                self.stream.writer[self._buffer(buffer.id, layer, micro_batch)] = task
-
-    def _allocate(self, buffer: Buffer, layer: int, micro_batch: int) -> Allocation | None:
-        here = self._buffer(buffer.id, layer, micro_batch)
-        if buffer.alias_of is not None:
-            self.stream.root[here] = self.stream.root[self._buffer(buffer.alias_of, layer, micro_batch)]
-            return None
-        self.stream.root[here] = here
-        return Allocation(here, buffer.bytes, buffer.category, buffer.tensor)
-
-    # The policy table
-
-    def _issue_compute(self, item: _Item, needs: set[int]) -> int:
-        stream = self.stream
-        item.needs = tuple(sorted(needs | set(stream.blocking)))
-        stream.blocking.clear()
-        stream.last_compute = stream.add(item)
-        return stream.last_compute
-
-    def _issue_communication(self, item: _Item, step: Communication, needs: set[int]) -> int:
-        serial = step.axis == "tp" and step.purpose != "input" and not self.plan.tp_backward_overlap
-        regather = step.purpose == "regather" and not step.issued_after
-        if self.stream.last_compute is not None and (serial or regather):
-            needs = needs | {self.stream.last_compute}
-        item.lane, item.axes, item.needs = step.axis, (step.axis,), tuple(sorted(needs))
-        task = self.stream.add(item)
-        if serial or step.axis == "ulysses" or (step.axis == "tp" and step.purpose == "input"):
-            self.stream.blocking.append(task)
-        return task
-
-    # Weight gradients
-
-    def add_weight_sync(self) -> None:
-        """One coalesced message per group at the end of the step: first the data-like axes, then tp."""
-        elements: dict[tuple[tuple[Axis, ...], int], int] = defaultdict(int)
-        for sync in self.program.weight_sync:
-            elements[sync.axes, sync.ranks] += sync.elements * self.layers
-        for (axes, ranks), total in sorted(elements.items(), key=lambda item: "tp" in item[0][0]):
-            for collective, itemsize in self._sync_collectives(axes):
-                self._add_sync(axes, ranks, collective, total * itemsize)
-
-    def _sync_collectives(self, axes: tuple[Axis, ...]) -> list[tuple[Collective, int]]:
-        """All-reduce; with sharded optimizer state a reduce-scatter, then the updated parameters gathered."""
-        if self.plan.zero_stage and axes != ("tp",):
-            return [("reduce_scatter", GRADIENT_BYTES), ("all_gather", PARAMETER_BYTES)]
-        return [("all_reduce", GRADIENT_BYTES)]
-
-    def _add_sync(self, axes: tuple[Axis, ...], ranks: int, collective: Collective, message: int) -> None:
-        info = TaskInfo(
-            "weight gradients" if collective != "all_gather" else "parameters", "communication", "weight_sync",
-            purpose="weight", collective=collective, axis=" × ".join(axes), message_bytes=message,
-            sent_bytes=sent_bytes(collective, message, ranks),
+    def info(self, message: int) -> TaskInfo:
+        """What its task is."""
+        name = "parameters" if self.collective == "all_gather" else "weight gradients"
+        return TaskInfo(
+            name, "communication", "weight_sync", purpose="weight", collective=self.collective,
+            axis=" × ".join(self.axes), message_bytes=message,
+            sent_bytes=sent_bytes(self.collective, message, self.ranks),
         )  # fmt: skip
-        duration = picoseconds(self.comm_duration(collective, message, ranks))
-        previous = len(self.stream.items) - 1
-        last = {index for index in (self.stream.last_compute, previous) if index is not None and index >= 0}
-        lane = "tp" if axes == ("tp",) else "dp"
-        self.stream.add(_Item(info, lane, (duration,), axes, tuple(sorted(last))))
 
 
-def _info(step: Step, layer: int, micro_batch: int) -> TaskInfo:
-    if isinstance(step, Compute):
-        flops = sum(work.flops for work in step.work if work) // len(step.work)
-        return TaskInfo(step.operator, step.kind, step.part, layer=layer, micro_batch=micro_batch, flops=flops)
-    return TaskInfo(
-        step.operator, "communication", step.part, step.purpose, layer, micro_batch, step.collective, step.axis,
-        step.message_bytes, step.sent_bytes,
+@dataclass(frozen=True, slots=True)
+class LayerSchedule:
+    """The passes of a layer and the synchronisation, with the programs of the simulated ranks."""
+
+    forward: Pass
+    backward: Pass
+    sync: Pass
+    syncs: tuple[Sync, ...]
+    ring_positions: Mapping[int, int]
+    """Simulated rank -> its position on the ring, which says which entry of a kernel's work is its own."""
+    copies: Mapping[int, tuple[int, ...]]
+    groups: Mapping[str, Mapping[int, tuple[int, ...]]]
+    programs: Mapping[Phase, Mapping[int, RankProgram]]
+
+
+def schedule_layer(program: Program, plan: Plan, mesh: Mesh, *, fold: bool) -> LayerSchedule:
+    """The passes of a layer under a plan; `fold` simulates identical ranks once."""
+    roots = _roots(program)
+    read_later = {roots[buffer] for step in program.backward for buffer in step.reads}
+    forward = _pass("forward", program.forward, plan, roots, (program.input,), read_later, program.output)
+    inherited = _inherited(program, roots)
+    backward = _pass("backward", program.backward, plan, roots, inherited, set(), program.input_gradient)
+    syncs = tuple(_syncs(program, plan))
+    chain = tuple(
+        Item("tp" if sync.axes == ("tp",) else "dp", sync.axes, needs=(index - 1,) if index else ())
+        for index, sync in enumerate(syncs)
+    )
+    return _place(forward, backward, Pass("weight_sync", (), chain, labels=tuple(sync.info(0) for sync in syncs)), syncs, mesh, fold)
+
+
+def _pass(
+    phase: Phase,
+    steps: tuple[Step, ...],
+    plan: Plan,
+    roots: dict[int, int],
+    inherited: Sequence[Buffer],
+    read_later: set[int],
+    result: Buffer,
+) -> Pass:
+    """A pass whose first inherited buffer is its entry."""
+    handed_on = roots[result.id]
+    uses = _buffer_uses(steps, roots, inherited, read_later | {handed_on})
+    place = list(uses).index(handed_on)
+    return Pass(
+        phase, steps, _items(steps, plan), tuple(uses.values()), tuple(uses), 0, place, tuple(map(_label, steps))
     )  # fmt: skip
+
+
+# Issue order
+
+
+def _items(steps: Sequence[Step], plan: Plan) -> tuple[Item, ...]:
+    """The policy table: each step with its lane and what it waits for."""
+    items: list[Item] = []
+    place = {step.id: index for index, step in enumerate(steps)}
+    writer: dict[int, int] = {}
+    last_kernel: int | None = None
+    blocking: set[int] = set()
+    for index, step in enumerate(steps):
+        needs = {writer[buffer] for buffer in step.reads if buffer in writer}
+        if isinstance(step, Compute):
+            items.append(Item(COMPUTE_LANE, needs=tuple(sorted(needs | blocking))))
+            blocking, last_kernel = set(), index
+        else:
+            needs |= {place[other] for other in step.issued_after}
+            if last_kernel is not None and _in_program_order(step, plan):
+                needs.add(last_kernel)
+            exchange = step.collective == "send_receive"
+            items.append(Item(step.axis, (step.axis,), exchange, tuple(sorted(needs))))
+            if _blocks(step, plan):
+                blocking.add(index)
+        writer |= {buffer.id: index for buffer in step.writes}
+    assert not blocking, "a pass ends with a kernel, so that the next one finds its lanes free"
+    return tuple(items)
+
+
+def _serial(step: Communication, plan: Plan) -> bool:
+    return step.axis == "tp" and step.purpose != "input" and not plan.tp_backward_overlap
+
+
+def _in_program_order(step: Communication, plan: Plan) -> bool:
+    """Issued after the kernel before it, whatever it reads."""
+    return _serial(step, plan) or (step.purpose == "regather" and not step.issued_after)
+
+
+def _blocks(step: Communication, plan: Plan) -> bool:
+    return _serial(step, plan) or step.axis == "ulysses" or (step.axis == "tp" and step.purpose == "input")
+
+
+# Buffers
+
+
+def _roots(program: Program) -> dict[int, int]:
+    """Buffer -> the buffer whose memory it is."""
+    roots = {program.input.id: program.input.id, program.output_gradient.id: program.output_gradient.id}
+    for step in program.steps:
+        for buffer in step.writes:
+            roots[buffer.id] = buffer.id if buffer.alias_of is None else roots[buffer.alias_of]
+    return roots
+
+
+def _inherited(program: Program, roots: dict[int, int]) -> tuple[Buffer, ...]:
+    """What the backward pass finds: its gradient, and what it reads of the forward pass."""
+    own = {buffer.id for step in program.backward for buffer in step.writes} | {program.output_gradient.id}
+    wanted = {roots[buffer] for step in program.backward for buffer in step.reads} - own
+    known = {b.id: b for b in (program.input, *(b for step in program.forward for b in step.writes))}
+    return (program.output_gradient, *(known[buffer] for buffer in sorted(wanted)))
+
+
+def _buffer_uses(
+    steps: Sequence[Step], roots: dict[int, int], inherited: Sequence[Buffer], outlives: set[int]
+) -> dict[int, BufferUse]:
+    """Buffers of a pass by their number in the program, the inherited ones first."""
+    readers: dict[int, list[int]] = defaultdict(list)
+    for index, step in enumerate(steps):
+        for buffer in step.reads:
+            readers[roots[buffer]].append(index)
+    written = [(b, i) for i, step in enumerate(steps) for b in step.writes if b.alias_of is None]
+    found: list[tuple[Buffer, int | None]] = [*((buffer, None) for buffer in inherited), *written]
+    return {
+        b.id: BufferUse(b.tensor, b.category, writer, tuple(readers[b.id]), b.id in outlives) for b, writer in found
+    }
+
+
+# Weight gradients
+
+
+def _syncs(program: Program, plan: Plan) -> Iterator[Sync]:
+    """One coalesced message per group: first the data-like axes, then tp. With sharded optimizer state a
+    reduce-scatter, then the updated parameters gathered.
+    """
+    members: dict[tuple[tuple[Axis, ...], int], list[int]] = defaultdict(list)
+    for index, sync in enumerate(program.weight_sync):
+        members[sync.axes, sync.ranks].append(index)
+    for (axes, ranks), weights in sorted(members.items(), key=lambda item: "tp" in item[0][0]):
+        all_reduce = Sync(axes, ranks, "all_reduce", GRADIENT_BYTES, tuple(weights))
+        if plan.zero_stage and axes != ("tp",):
+            yield replace(all_reduce, collective="reduce_scatter")
+            yield replace(all_reduce, collective="all_gather", itemsize=PARAMETER_BYTES)
+        else:
+            yield all_reduce
 
 
 # Ranks
 
 
-def _place(items: list[_Item], mesh: Mesh, fold: bool) -> Schedule:
-    """The tasks of each rank; ranks with the same durations are one class, simulated once."""
-    differ = any(len(item.durations) > 1 for item in items)
+def _place(
+    forward: Pass, backward: Pass, sync: Pass, syncs: tuple[Sync, ...], mesh: Mesh, fold: bool
+) -> LayerSchedule:
+    """Ranks whose kernels differ by the position on the ring are one class per position, others one in all."""
+    kernels = [step for p in (forward, backward) for step in p.steps if isinstance(step, Compute)]
+    differ = any(len(step.work) > 1 for step in kernels)
     ring = [mesh.coordinate(rank, "ring") for rank in range(mesh.ranks)]
     representative = list(range(mesh.ranks))
     if fold:
@@ -247,20 +253,15 @@ def _place(items: list[_Item], mesh: Mesh, fold: bool) -> Schedule:
     for rank, simulated in enumerate(representative):
         copies[simulated].append(rank)
     peers = _Peers(mesh, representative)
-    programs = {
-        rank: [
-            Task(
-                id=index, lane=item.lane, duration_ps=item.durations[ring[rank] if len(item.durations) > 1 else 0],
-                needs=item.needs, meetings=peers.meetings(index, rank, item), allocates=item.allocates,
-                reads=item.reads,
-            )
-            for index, item in enumerate(items)
-        ]
-        for rank in copies
-    }  # fmt: skip
-    axes = {item.axes for item in items if item.axes}
-    groups = {" × ".join(a): {rank: mesh.group(rank, a) for rank in range(mesh.ranks)} for a in sorted(axes)}
-    return Schedule(programs, [item.info for item in items], {r: tuple(c) for r, c in copies.items()}, groups)
+    programs = {p.phase: {rank: peers.program(p.items, rank) for rank in copies} for p in (forward, backward, sync)}
+    axes = {item.axes for p in (forward, backward, sync) for item in p.items if item.axes}
+    return LayerSchedule(
+        forward, backward, sync, syncs,
+        ring_positions={rank: ring[rank] for rank in copies},
+        copies={rank: tuple(ranks) for rank, ranks in copies.items()},
+        groups={" × ".join(a): {rank: mesh.group(rank, a) for rank in range(mesh.ranks)} for a in sorted(axes)},
+        programs=programs,
+    )  # fmt: skip
 
 
 class _Peers:
@@ -269,23 +270,47 @@ class _Peers:
     def __init__(self, mesh: Mesh, representative: list[int]) -> None:
         self.mesh = mesh
         self.representative = representative
-        self.cache: dict[tuple[int, tuple[Axis, ...]], tuple[int, ...]] = {}
+        self.groups: dict[tuple[int, tuple[Axis, ...]], tuple[int, ...]] = {}
 
-    def group(self, rank: int, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    def program(self, items: Sequence[Item], rank: int) -> RankProgram:
+        """The tasks of one rank in one pass."""
+        return RankProgram(
+            [
+                Task(index, item.lane, needs=item.needs, meetings=self._meetings(index, rank, item))
+                for index, item in enumerate(items)
+            ]
+        )
+
+    def _group(self, rank: int, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         """Ranks of the group, each replaced by the one that is simulated for it, in order of the axis."""
-        if (rank, axes) not in self.cache:
+        if (rank, axes) not in self.groups:
             members = self.mesh.group(rank, axes)
-            self.cache[rank, axes] = tuple(self.representative[member] for member in members)
-        return self.cache[rank, axes]
+            self.groups[rank, axes] = tuple(self.representative[member] for member in members)
+        return self.groups[rank, axes]
 
-    def meetings(self, task: int, rank: int, item: _Item) -> tuple[Meeting, ...]:
+    def _meetings(self, task: int, rank: int, item: Item) -> tuple[Meeting, ...]:
         """A collective meets its whole group; an exchange meets the next rank and the previous one."""
         if not item.axes:
             return ()
-        group = self.group(rank, item.axes)
-        if item.info.collective != "send_receive":
+        group = self._group(rank, item.axes)
+        if not item.exchange:
             members = sorted(set(group))
             return (Meeting((task, members[0]), len(members)),)
         here = group.index(rank)
         edges = [(rank, group[(here + 1) % len(group)]), (group[here - 1], rank)]
         return tuple(Meeting((task, *edge), len(set(edge))) for edge in dict.fromkeys(edges))
+
+
+def _label(step: Step) -> TaskInfo:
+    return replace(task_info(step), message_bytes=0, sent_bytes=0, flops=0)
+
+
+def task_info(step: Step, layer: int | None = None, micro_batch: int | None = None) -> TaskInfo:
+    """What the task of a step is."""
+    if isinstance(step, Compute):
+        flops = sum(work.flops for work in step.work if work) // len(step.work)
+        return TaskInfo(step.operator, step.kind, step.part, layer=layer, micro_batch=micro_batch, flops=flops)
+    return TaskInfo(
+        step.operator, "communication", step.part, step.purpose, layer, micro_batch, step.collective, step.axis,
+        step.message_bytes, step.sent_bytes,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,25 +13,20 @@ import pandas as pd
 
 from spsim import metrics
 from spsim.comm_cost import CommCost
-from spsim.compiler import compile_program
 from spsim.compute_cost import ComputeCost
-from spsim.engine import run
 from spsim.flops import layer_flops
+from spsim.folding import Step, run_step
 from spsim.hardware import HardwareProfile
-from spsim.kernels import Kernels
-from spsim.lowering import lower_ring
+from spsim.layer import PreparedLayer, layer_program, prepared_layer
 from spsim.memory import StaticMemory, capacity, outside_tensors, static_memory
-from spsim.model import Model
-from spsim.operators import Operator, operator_splits
-from spsim.placement import Mesh, mesh_of, split_rules
-from spsim.plan import Plan
+from spsim.operators import TensorKind
+from spsim.placement import mesh_of
 from spsim.program import Communication, Compute, Program
 from spsim.scenario import Scenario
-from spsim.schedule import build_schedule
-from spsim.trace import Trace
-from spsim.transformer import transformer_layer
+from spsim.schedule import task_info
+from spsim.template import Numbers
+from spsim.trace import TaskInfo, Trace
 from spsim.units import GIB, seconds
-from spsim.workload import Workload
 
 SCOPE = "layers"
 """What a step contains so far: the transformer layers of one pipeline stage."""
@@ -41,13 +37,23 @@ class Result:
     """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
 
     scenario: Scenario
-    program: Program
+    numbers: Numbers
     trace: Trace
     static: StaticMemory
     events: int
+    """Tasks that went through the engine."""
     folded: bool
     reasons: tuple[str, ...]
-    assumed: tuple[str, ...]
+
+    @cached_property
+    def program(self) -> Program:
+        """One layer under the plan."""
+        return layer_program(self.scenario.model, self.scenario.plan, self.scenario.workload)
+
+    @cached_property
+    def assumed(self) -> tuple[str, ...]:
+        """Assumed coefficients that a duration of this run came from."""
+        return _assumed_inputs(self.scenario, self.program)
 
     # Times
 
@@ -91,12 +97,16 @@ class Result:
     @property
     def tflops_per_gpu(self) -> float:
         """Model TFLOP/s of one GPU, full square of attention, recomputation not counted."""
-        return self._rate(layer_flops(self.scenario.model, self.scenario.workload).training()) / 1e12
+        return self._model_rate / 1e12
+
+    @cached_property
+    def _model_rate(self) -> float:
+        return self._rate(layer_flops(self.scenario.model, self.scenario.workload).training())
 
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation by the published formula (full square)."""
-        return self.tflops_per_gpu * 1e12 / self._peak
+        return self._model_rate / self._peak
 
     @property
     def mfu_causal(self) -> float:
@@ -123,7 +133,7 @@ class Result:
         """The fullest rank, when, and by which task."""
         return metrics.peak_memory(self.trace, self.static.total)
 
-    @property
+    @cached_property
     def peak_memory_gib(self) -> float:
         """What the allocator's peak counter would report on the fullest rank."""
         return self.peak.bytes / GIB
@@ -136,20 +146,21 @@ class Result:
     def _task_name(self, task: int | None) -> str:
         if task is None:
             return "weights, gradients and optimizer state"
-        info = self.trace.tasks[task]
-        where = f" of layer {info.layer}" if info.layer is not None else ""
-        return f"{info.name} ({info.part}){where}"
+        piece = self.trace.piece_of(task)
+        label = piece.recording.labels[task - piece.first_task]
+        where = f" of layer {piece.layer}" if piece.layer is not None else ""
+        return f"{label.name} ({label.part}){where}"
 
-    @property
+    @cached_property
     def _outside(self) -> int:
         return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
 
-    @property
+    @cached_property
     def device_memory_gib(self) -> float:
         """Peak with context, communicator buffers and reserve."""
         return (self.peak.bytes + self._outside) / GIB
 
-    @property
+    @cached_property
     def capacity_gib(self) -> float:
         """Memory that the driver reports."""
         return capacity(self.scenario.hardware) / GIB
@@ -172,19 +183,24 @@ class Result:
     @property
     def activation_bytes_per_layer(self) -> int:
         """What one layer keeps for one micro-batch on the fullest rank, masks included."""
-        return self.program.saved_bytes("activation", "mask")
+        return self._saved("activation", "mask")
 
     @property
     def statistics_bytes_per_layer(self) -> int:
         """Norm statistics and log-sum-exp kept beside them."""
-        return self.program.saved_bytes("norm statistics", "log-sum-exp")
+        return self._saved("norm statistics", "log-sum-exp")
+
+    def _saved(self, *categories: TensorKind) -> int:
+        kept = zip(self.numbers.template.program.saved, self.numbers.saved, strict=True)
+        return sum(size for saved, size in kept if saved.category in categories)
 
     # Communication
 
     @cached_property
     def collectives_per_layer(self) -> dict[str, dict[str, int]]:
         """Number of collectives of one layer and micro-batch, by pass and kind."""
-        phases = {"forward": self.program.forward, "backward": self.program.backward}
+        program = self.numbers.template.program
+        phases = {"forward": program.forward, "backward": program.backward}
         return {
             phase: dict(sorted(Counter(s.collective for s in steps if isinstance(s, Communication)).items()))
             for phase, steps in phases.items()
@@ -258,61 +274,70 @@ class Result:
 
 
 def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
-    """Simulate a scenario. `fold` simulates identical ranks once; the result is the same without.
+    """Simulate a scenario. `fold` simulates identical ranks and layers once; the result is the same without.
 
     Raises `InputError` where the hardware profile lacks a curve that the plan needs.
     """
     plan, hardware = scenario.plan, scenario.hardware
-    mesh = mesh_of(plan)
-    program = layer_program(scenario.model, plan, scenario.workload)
-    compute, comm = ComputeCost(hardware, scenario.workload.precision), CommCost(hardware)
-    schedule = build_schedule(
-        program, plan, mesh, layers=scenario.model.layers, micro_batches=scenario.num_micro_batches,
-        compute_duration=compute.duration, comm_duration=comm.duration, fold=fold,
-    )  # fmt: skip
-    spans, changes = run(schedule.programs, slowdown=hardware.coefficients.overlap_slowdown.value)
+    layer = prepared_layer(scenario.model, plan, fold)
+    numbers = layer.template.at(scenario.workload)
+    messages = layer.sync_messages(numbers, scenario.model.layers)
+    step = Step(
+        layer.schedule,
+        layer.durations(numbers, *cost_models(hardware, scenario.workload.precision), messages),
+        layer.sizes(numbers),
+        scenario.model.layers,
+        scenario.num_micro_batches,
+        hardware.coefficients.overlap_slowdown.value,
+    )
+    stretches, events, reason = run_step(step, fold=fold)
+    copies = layer.schedule.copies
+    trace = Trace(stretches, copies, lambda trace: _describe(scenario, trace, layer, messages), layer.schedule.groups)
     return Result(
         scenario=scenario,
-        program=program,
-        trace=Trace(spans, changes, schedule.infos, schedule.copies, schedule.groups),
-        static=static_memory(program.parameters * scenario.model.layers, plan),
-        events=len(spans),
-        folded=len(schedule.copies) < mesh.ranks,
-        reasons=_folding_reasons(len(schedule.copies), mesh, fold),
-        assumed=_assumed_inputs(hardware, program, compute, comm),
+        numbers=numbers,
+        trace=trace,
+        static=static_memory(numbers.parameters * scenario.model.layers, plan),
+        events=events,
+        folded=len(copies) < plan.gpus or events < trace.num_spans,
+        reasons=tuple(filter(None, (_rank_folding(len(copies), plan.gpus, fold), reason))),
     )
 
 
-def _folding_reasons(simulated: int, mesh: Mesh, fold: bool) -> tuple[str, ...]:
+def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
     if not fold:
-        return ("folding of ranks was switched off",)
-    if simulated == mesh.ranks:
-        return ("one rank",) if simulated == 1 else ("every rank does different work",)
-    differ = "all ranks are identical" if simulated == 1 else "ranks differ by their position on the ring"
-    return (f"{simulated} of {mesh.ranks} ranks simulated: {differ}", "layers are simulated one by one")
+        return "ranks are not folded: it was switched off"
+    if simulated == ranks:
+        return "" if ranks == 1 else "ranks are not folded: each does different work"
+    differ = "all are identical" if simulated == 1 else "they differ by their position on the ring"
+    return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
-@lru_cache(maxsize=256)
-def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer, ring attention lowered to its exchange where the plan says p2p."""
-    operators = transformer_layer(model, workload)
-    mesh = mesh_of(plan)
-    program = compile_program(operators, plan, mesh, causal=model.causal)
-    if plan.ring == 1 or plan.ring_kind != "p2p":
-        return program
-    attention = _core_attention(operators)
-    kernels = Kernels(attention, operator_splits(attention, split_rules(plan), mesh), mesh)
-    return lower_ring(program, plan, mesh, kernels, causal=model.causal)
+def _describe(
+    scenario: Scenario, trace: Trace, layer: PreparedLayer, messages: Sequence[int]
+) -> list[TaskInfo]:
+    """What each task of a step is, with its sizes."""
+    program = layer_program(scenario.model, scenario.plan, scenario.workload)
+    syncs = [sync.info(message) for sync, message in zip(layer.schedule.syncs, messages, strict=True)]
+    steps = {"forward": program.forward, "backward": program.backward}
+    infos: list[TaskInfo] = []
+    for piece in trace.pieces:
+        if piece.phase == "weight_sync":
+            infos += syncs
+        else:
+            infos += [task_info(step, piece.layer, piece.micro_batch) for step in steps[piece.phase]]
+    return infos
 
 
-def _core_attention(operators: tuple[Operator, ...]) -> Operator:
-    return next(op for op in operators if op.kind == "attention")
+@lru_cache(maxsize=64)
+def cost_models(hardware: HardwareProfile, precision: str) -> tuple[ComputeCost, CommCost]:
+    """Durations of kernels and collectives on a profile."""
+    return ComputeCost(hardware, precision), CommCost(hardware)
 
 
-def _assumed_inputs(
-    hardware: HardwareProfile, program: Program, compute: ComputeCost, comm: CommCost
-) -> tuple[str, ...]:
-    """Assumed coefficients that a duration of this program came from."""
+def _assumed_inputs(scenario: Scenario, program: Program) -> tuple[str, ...]:
+    hardware = scenario.hardware
+    compute, comm = cost_models(hardware, scenario.workload.precision)
     used = {"memory"}
     for step in program.steps:
         if isinstance(step, Compute):

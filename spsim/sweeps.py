@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,14 +34,14 @@ Labels = Mapping[str, str | int | float | bool]
 Settings = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Point:
     """One configuration: the settings of a `Scenario`, and columns to add to its row."""
 
     settings: Settings
     labels: Labels = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Identity of the point: its resolved inputs and the version of the program that computes it."""
         text = json.dumps([_plain(self.settings), dict(self.labels), program_fingerprint()], sort_keys=True)
@@ -100,8 +100,8 @@ def row(point: Point) -> dict[str, Any]:
     try:
         result = simulate(Scenario(**point.settings))
     except InputError as error:
-        return {"key": point.key, **point.labels, "error": str(error)}
-    return {"key": point.key, **point.labels, **measures(result), **point.labels, "error": ""}
+        return {**point.labels, "error": str(error)}
+    return {**point.labels, **measures(result), **point.labels, "error": ""}
 
 
 def measures(result: Result) -> dict[str, Any]:
@@ -138,24 +138,37 @@ def measures(result: Result) -> dict[str, Any]:
 
 
 def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:
-    """One row per configuration, in the order of the grid; failures with their reason in `error`."""
+    """One row per configuration, in the order of the grid; failures with their reason in `error`.
+
+    Any `concurrent.futures.Executor` can compute them; without one they are computed here.
+    """
     points = [point if isinstance(point, Point) else Point(point) for point in grid]
-    rows = {finished["key"]: finished for finished in rows_of(points, executor)}
-    return pd.DataFrame([rows[point.key] for point in points])
+    rows = dict(rows_of(points, executor))
+    return pd.DataFrame([rows[index] for index in range(len(points))])
 
 
-def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[dict[str, Any]]:
-    """Rows as they are finished, in any order when an executor computes them."""
+def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, row) as rows are finished, in any order when an executor computes them."""
     if executor is None:
-        yield from map(row, points)
+        yield from ((index, row(point)) for index, point in enumerate(points))
         return
-    futures = [executor.submit(row, point) for point in points]
+    futures = {
+        executor.submit(_rows, points[start : start + CHUNK]): start for start in range(0, len(points), CHUNK)
+    }
     try:
         for future in as_completed(futures):
-            yield future.result()
+            yield from enumerate(future.result(), futures[future])
     finally:
         for future in futures:
             future.cancel()
+
+
+CHUNK = 32
+"""Configurations that travel to a worker together."""
+
+
+def _rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    return [row(point) for point in points]
 
 
 class RowFile:
@@ -180,12 +193,16 @@ class RowFile:
         text = "".join(f"{json.dumps(finished)}\n" for finished in kept)
         write_text(self.path, text)
 
-    def append(self, finished: Mapping[str, Any]) -> None:
-        """Add one row and see it on disk."""
+    @contextmanager
+    def appending(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Add rows; each is handed to the system at once, so that it outlives the process."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(finished)}\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+            def append(finished: Mapping[str, Any]) -> None:
+                file.write(f"{json.dumps(finished)}\n")
+                file.flush()
+
+            yield append
 
 
 def write_text(path: Path, text: str) -> None:
@@ -202,10 +219,13 @@ def run_points(
     finished = {key: r for key, r in file.read().items() if key in {point.key for point in points}}
     file.start(finished.values())
     progress(len(finished))
-    for new in rows_of([point for point in points if point.key not in finished], executor):
-        finished[new["key"]] = new
-        file.append(new)
-        progress(len(finished))
+    missing = [point for point in points if point.key not in finished]
+    with file.appending() as append:
+        for index, new in rows_of(missing, executor):
+            key = missing[index].key
+            finished[key] = {"key": key, **new}
+            append(finished[key])
+            progress(len(finished))
     return pd.DataFrame([finished[point.key] for point in points if point.key in finished])
 
 

@@ -1,13 +1,21 @@
 """The result of a run, simulated or measured: flat spans and memory changes, in integer picoseconds.
 
-Metrics, plots and exports are functions of these records and of nothing else.
+A trace is a sequence of pieces: one pass of one layer for one micro-batch, or the synchronisation of weight
+gradients. Equal pieces share one recording and differ by a shift in time. Metrics are sums over pieces;
+plots and exports read the spans and memory changes of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
+from typing import Literal, NamedTuple
+
+Phase = Literal["forward", "backward", "weight_sync"]
 
 
 class Span(NamedTuple):
@@ -53,19 +61,184 @@ class TaskInfo:
     flops: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """Spans and memory changes of the simulated ranks; `copies` says which ranks each one stands for."""
+class BufferUse(NamedTuple):
+    """A buffer in a pass: from the task that writes it, or from before, to its last reader, or beyond."""
+
+    tensor: str
+    category: str
+    writer: int | None
+    readers: Sequence[int]
+    outlives: bool
+    """Read by a later pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Spans of one pass, by rank and task; times and tasks count from its own beginning."""
 
     spans: Sequence[Span]
-    memory: Sequence[MemoryChange]
-    tasks: Sequence[TaskInfo]
-    copies: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    labels: Sequence[TaskInfo]
+    """What each task is, whatever its layer and sizes."""
+    buffers: Sequence[BufferUse] = ()
+    sizes: Sequence[int] = ()
+    """Bytes of each buffer."""
+
+    @cached_property
+    def by_rank(self) -> dict[int, Sequence[Span]]:
+        """Spans of each rank, in order of tasks."""
+        return {rank: list(own) for rank, own in groupby(self.spans, key=itemgetter(0))}
+
+    @cached_property
+    def memory(self) -> Sequence[MemoryChange]:
+        """Memory changes of all ranks: a buffer is allocated when its writer is reached, and freed when the
+        last of its readers ends.
+        """
+        return [
+            MemoryChange(time, rank, size, self.buffers[buffer].category, self.buffers[buffer].tensor, task)
+            for rank in self.by_rank
+            for time, size, task, buffer in self.changes(rank)
+        ]
+
+    def changes(self, rank: int) -> list[tuple[int, int, int, int]]:
+        """(time, bytes, task, buffer) of the memory changes of one rank, by buffer."""
+        spans = self.by_rank[rank]
+        found = []
+        for buffer, (use, size) in enumerate(zip(self.buffers, self.sizes, strict=True)):
+            if use.writer is not None:
+                found.append((spans[use.writer].posted_ps, size, use.writer, buffer))
+            if not use.outlives:
+                end, task = self.end_of(rank, buffer)
+                found.append((end, -size, task, buffer))
+        return found
+
+    def end_of(self, rank: int, buffer: int) -> tuple[int, int]:
+        """When the last reader of a buffer ends, and which task that is."""
+        spans, use = self.by_rank[rank], self.buffers[buffer]
+        tasks = use.readers or (use.writer or 0,)
+        return max((spans[task].end_ps, task) for task in tasks) if len(tasks) > 1 else (spans[tasks[0]].end_ps, tasks[0])
+
+
+class Piece(NamedTuple):
+    """One pass of one layer for one micro-batch, or the synchronisation at the end."""
+
+    recording: Recording
+    phase: Phase
+    layer: int | None
+    micro_batch: int | None
+    shift_ps: int
+    first_task: int
+    brings: int | None = None
+    """Buffer that the outermost layer gets from outside, there from the first task on."""
+    drops: int | None = None
+    """Buffer that the outermost layer hands to nobody, freed in this pass."""
+
+    def memory(self) -> Iterator[MemoryChange]:
+        """Memory changes at their place in time."""
+        for change in self._changes():
+            yield change._replace(time_ps=change.time_ps + self.shift_ps, task=change.task + self.first_task)
+
+    def _changes(self) -> Iterator[MemoryChange]:
+        recording = self.recording
+        yield from recording.memory
+        for rank, spans in recording.by_rank.items():
+            if self.brings is not None:
+                yield self._change(rank, self.brings, spans[0].posted_ps, 1, 0)
+            if self.drops is not None:
+                end, task = recording.end_of(rank, self.drops)
+                yield self._change(rank, self.drops, end, -1, task)
+
+    def _change(self, rank: int, buffer: int, time: int, sign: int, task: int) -> MemoryChange:
+        use = self.recording.buffers[buffer]
+        return MemoryChange(time, rank, sign * self.recording.sizes[buffer], use.category, use.tensor, task)
+
+
+class Stretch(NamedTuple):
+    """Equal pieces in a row: the same pass of consecutive layers, each begun when the one before has ended."""
+
+    recording: Recording
+    phase: Phase
+    layers: Sequence[int | None]
+    micro_batch: int | None
+    shift_ps: int
+    advance_ps: int
+    """From one piece to the next."""
+    first_task: int
+    brings: int | None = None
+    """As of a piece, of the first one."""
+    drops: int | None = None
+    """As of a piece, of the last one."""
+
+    def piece(self, index: int) -> Piece:
+        """One of the pieces."""
+        last = len(self.layers) - 1
+        return Piece(
+            self.recording, self.phase, self.layers[index], self.micro_batch, self.shift_ps + index * self.advance_ps,
+            self.first_task + index * len(self.recording.labels),
+            self.brings if index == 0 else None, self.drops if index == last else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All pieces in order of tasks; `copies` says which ranks each simulated one stands for."""
+
+    stretches: Sequence[Stretch]
+    copies: Mapping[int, tuple[int, ...]]
     """Simulated rank -> the identical ranks that it stands for, itself included."""
-    groups: dict[str, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    describe: Callable[[Trace], Sequence[TaskInfo]]
+    """Makes `tasks`, when somebody asks."""
+    groups: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     """Axis -> rank -> the ranks of its group."""
 
+    @cached_property
+    def pieces(self) -> Sequence[Piece]:
+        """Every pass of every layer and micro-batch."""
+        return [stretch.piece(index) for stretch in self.stretches for index in range(len(stretch.layers))]
+
+    @cached_property
+    def tasks(self) -> Sequence[TaskInfo]:
+        """What each task is."""
+        return self.describe(self)
+
+    @cached_property
+    def spans(self) -> Sequence[Span]:
+        """All spans, at their place in time."""
+        return [
+            Span(s.rank, s.lane, s.task + p.first_task, s.posted_ps + p.shift_ps, s.start_ps + p.shift_ps, s.end_ps + p.shift_ps)
+            for p in self.pieces
+            for s in p.recording.spans
+        ]  # fmt: skip
+
+    @cached_property
+    def memory(self) -> Sequence[MemoryChange]:
+        """All memory changes, at their place in time."""
+        return [change for piece in self.pieces for change in piece.memory()]
+
+    @cached_property
+    def recordings(self) -> Mapping[Recording, tuple[Phase, int]]:
+        """Each recording with its phase and the number of pieces that share it."""
+        counts: dict[Recording, tuple[Phase, int]] = {}
+        for stretch in self.stretches:
+            known = counts.get(stretch.recording, (stretch.phase, 0))[1]
+            counts[stretch.recording] = (stretch.phase, known + len(stretch.layers))
+        return counts
+
+    def piece_of(self, task: int) -> Piece:
+        """The piece that a task belongs to."""
+        stretch = self.stretches[bisect_right([s.first_task for s in self.stretches], task) - 1]
+        return stretch.piece((task - stretch.first_task) // len(stretch.recording.labels))
+
     @property
+    def num_spans(self) -> int:
+        """Spans of all pieces."""
+        return sum(count * len(recording.spans) for recording, (_, count) in self.recordings.items())
+
+    @cached_property
     def end_ps(self) -> int:
         """End of the last span."""
-        return max((span.end_ps for span in self.spans), default=0)
+        return max((_end(stretch) for stretch in self.stretches[-2:]), default=0)
+
+
+def _end(stretch: Stretch) -> int:
+    last = stretch.shift_ps + (len(stretch.layers) - 1) * stretch.advance_ps
+    return last + max((span.end_ps for span in stretch.recording.spans), default=0)

@@ -1,4 +1,7 @@
-"""What one kernel does: FLOPs and bytes, without a clock."""
+"""What one kernel does: FLOPs and bytes, without a clock.
+
+Numbers are integers, or arrays of them for many kernels of one sort at once.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ class FlashAttention:
     head_dim: int
     queries: int
     keys: int
-    pairs: int
-    """Query-key pairs that are computed, per head and sequence: half the square under a causal mask."""
+    twice_pairs: int
+    """Twice the query-key pairs that are computed, per head and sequence: the square under a causal mask."""
     causal: bool
     """The kernel masks a triangle, which changes its efficiency."""
     bytes_moved: int
@@ -47,8 +50,8 @@ class FlashAttention:
     @property
     def flops(self) -> int:
         """Two products forward; backward recomputes one and has four more: 2.5 times (Dao 2023, section 4.1)."""
-        forward = 4 * self.batch * self.heads * self.head_dim * self.pairs
-        return forward if self.direction == "forward" else forward * 5 // 2
+        per_pair = 2 if self.direction == "forward" else 5
+        return per_pair * self.batch * self.heads * self.head_dim * self.twice_pairs
 
 
 @dataclass(frozen=True, slots=True)

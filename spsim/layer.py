@@ -1,0 +1,124 @@
+"""One layer under a plan, prepared: all that depends neither on the workload nor on the hardware.
+
+Made once per (model, plan); a simulation then evaluates sizes and durations as arrays and runs the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from spsim.comm_cost import CommCost
+from spsim.compiler import compile_program
+from spsim.compute_cost import ComputeCost
+from spsim.kernels import Kernels
+from spsim.lowering import lower_ring
+from spsim.model import Model
+from spsim.operators import operator_splits
+from spsim.placement import Collective, mesh_of, split_rules
+from spsim.plan import Plan
+from spsim.program import Communication, Program
+from spsim.scenario import sequence_unit
+from spsim.schedule import schedule_layer
+from spsim.template import Numbers, Template
+from spsim.trace import Phase
+from spsim.transformer import transformer_layer
+from spsim.units import PS_PER_S, picoseconds
+from spsim.workload import Workload
+
+PASSES: tuple[Phase, ...] = ("forward", "backward")
+
+
+@lru_cache(maxsize=256)
+def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The program of one layer, ring attention lowered to its exchange where the plan says p2p."""
+    operators = transformer_layer(model, workload)
+    mesh = mesh_of(plan)
+    program = compile_program(operators, plan, mesh, causal=model.causal)
+    if plan.ring == 1 or plan.ring_kind != "p2p":
+        return program
+    attention = next(op for op in operators if op.kind == "attention")
+    kernels = Kernels(attention, operator_splits(attention, split_rules(plan), mesh), mesh)
+    return lower_ring(program, plan, mesh, kernels, causal=model.causal)
+
+
+@lru_cache(maxsize=1024)
+def prepared_layer(model: Model, plan: Plan, fold: bool) -> PreparedLayer:
+    """The layer of a model under a plan; `fold` simulates identical ranks once."""
+    return PreparedLayer(model, plan, fold)
+
+
+class PreparedLayer:
+    """Template, schedule, and where the sizes and durations of each task stand."""
+
+    def __init__(self, model: Model, plan: Plan, fold: bool) -> None:
+        self.template = Template(
+            lambda workload: layer_program.__wrapped__(model, plan, workload), sequence_unit(model, plan)
+        )
+        self.schedule = schedule_layer(self.template.program, plan, mesh_of(plan), fold=fold)
+        self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
+
+    @cached_property
+    def _slots(self) -> dict[Phase, dict[int, npt.NDArray[np.intp]]]:
+        """Phase -> simulated rank -> slot of the duration of each task."""
+        slots = self.template.index.slots
+
+        def of_rank(steps: Sequence[int], position: int) -> npt.NDArray[np.intp]:
+            own = (slots[step] for step in steps)
+            return np.array([s[position] if len(s) > 1 else s[0] for s in own], dtype=np.intp)
+
+        positions = self.schedule.ring_positions
+        passes = {"forward": self.schedule.forward, "backward": self.schedule.backward}
+        return {
+            phase: {rank: of_rank([s.id for s in passes[phase].steps], place) for rank, place in positions.items()}
+            for phase in PASSES
+        }
+
+    @cached_property
+    def _buffer_positions(self) -> dict[Phase, npt.NDArray[np.intp]]:
+        where = self.template.index.buffers
+        passes = {"forward": self.schedule.forward, "backward": self.schedule.backward}
+        return {phase: np.array([where[b] for b in passes[phase].ids], dtype=np.intp) for phase in PASSES}
+
+    @cached_property
+    def _message_positions(self) -> npt.NDArray[np.intp]:
+        where = self.template.index.messages
+        return np.array([where[step.id] for step in self.communications], dtype=np.intp)
+
+    def sizes(self, numbers: Numbers) -> dict[Phase, list[int]]:
+        """Bytes of the buffers of each pass."""
+        sizes: dict[Phase, list[int]] = {phase: numbers.at(where) for phase, where in self._buffer_positions.items()}
+        return {**sizes, "weight_sync": []}
+
+    def sync_messages(self, numbers: Numbers, layers: int) -> list[int]:
+        """Bytes of the messages that synchronise the weight gradients of all layers."""
+        elements = numbers.weight_sync
+        return [layers * s.itemsize * sum(elements[w] for w in s.weights) for s in self.schedule.syncs]
+
+    def durations(
+        self, numbers: Numbers, compute: ComputeCost, comm: CommCost, sync_messages: Sequence[int]
+    ) -> dict[Phase, Mapping[int, list[int]]]:
+        """Picoseconds of each task, by phase and simulated rank."""
+        seconds = np.zeros(self.template.index.num_slots)
+        for group in self.template.groups:
+            seconds[group.slots] = compute.duration(group.work(numbers.floats))
+        known: dict[tuple[Collective, int, int], float] = {}
+        for step, message in zip(self.communications, numbers.at(self._message_positions), strict=True):
+            key = (step.collective, message, step.ranks)
+            if key not in known:
+                known[key] = comm.duration(*key)
+            seconds[self.template.index.slots[step.id][0]] = known[key]
+        ps = np.rint(seconds * PS_PER_S).astype(np.int64)
+        syncs = [
+            picoseconds(comm.duration(sync.collective, message, sync.ranks))
+            for sync, message in zip(self.schedule.syncs, sync_messages, strict=True)
+        ]
+        found: dict[Phase, Mapping[int, list[int]]] = {
+            phase: {rank: ps[slots].tolist() for rank, slots in by_rank.items()}
+            for phase, by_rank in self._slots.items()
+        }
+        return {**found, "weight_sync": dict.fromkeys(self.schedule.copies, syncs)}
+
