@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from spsim import report
+from spsim.comparison import PlanComparison, compare_plans
 from spsim.errors import InputError
 from spsim.explanation import explain as explain_plan
 from spsim.model import load_model
@@ -126,6 +127,53 @@ def _write_outputs(result: Result, out: Path) -> None:
     write_text(out / "result.json", json.dumps(result.to_json(), indent=2))
     for name in ("spans", "memory_curve", "operators"):
         write_text(out / f"{name}.csv", getattr(result, name).to_csv(index=False))
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option("--model", help="Preset or path of a TOML table.")],
+    hardware: Annotated[str, typer.Option("--hardware", help="Profile name or path of a TOML profile.")],
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a sequence.")],
+    plan: Annotated[list[str] | None, typer.Option("--plan", help="Once for each plan, at least twice.")] = None,
+    micro_batch: MicroBatchOption = None,
+    global_batch: GlobalBatchOption = None,
+    precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Directory for pictures and comparison.json.")] = None,
+) -> None:
+    """Two or more plans side by side: where time and memory differ, and why."""
+    workload = {
+        "seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch, "precision": precision
+    }  # fmt: skip
+    workload = {key: value for key, value in workload.items() if value is not None}
+    comparison = compare_plans(plan or [], hardware=hardware, model=model, workload=workload)
+    document = {**comparison.to_json(), "words": report.comparison_lines(comparison)}
+    if out is not None:
+        _write_comparison(comparison, document, out)
+    if as_json:
+        _print_json(document)
+        return
+    console = _console()
+    console.print(report.plans_table(comparison))
+    for pair in comparison.differences:
+        console.print(report.time_table(pair))
+        console.print(report.memory_table(pair))
+    for line in document["words"]:
+        console.print(line, soft_wrap=True)
+    if out is not None:
+        console.print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", soft_wrap=True)
+
+
+def _write_comparison(comparison: PlanComparison, document: dict[str, Any], out: Path) -> None:
+    """Pictures and the document of a comparison."""
+    from spsim import plots
+    from spsim.sweeps import write_text
+
+    _make_directory(out)
+    comparison.plot_waterfalls(out / "waterfall.png")
+    plots.save(plots.plot_timelines(comparison.results), out / "timelines.png")
+    plots.save(plots.plot_memory_curves(comparison.results), out / "memory_curves.png")
+    write_text(out / "comparison.json", json.dumps(document, indent=2))
 
 
 def _make_directory(path: Path) -> None:

@@ -90,7 +90,7 @@ class _Layer:
         heads = {"q": self.model.heads, "k": kv, "v": kv}
         outs = [self.tensor(name, "s b a d", heads=n) for name, n in heads.items()]
         weights = [self.weight(f"{name}_weight", "h a d", heads=n) for name, n in heads.items()]
-        biases = [self.weight(f"{name}_bias", "a d", heads=n) for name, n in heads.items() if self.model.bias]
+        biases = [self.weight(f"{name}_bias", "a d", heads=n) for name, n in heads.items() if self.model.qkv_bias]
         left = ["s b h"] + ["h a d"] * 3 + ["a d"] * len(biases)
         self.add(
             "qkv", "gemm", f"{', '.join(left)} -> s b a d, s b a d, s b a d", [x, *weights, *biases], outs,
@@ -98,8 +98,21 @@ class _Layer:
         )  # fmt: skip
         return outs[0], outs[1], outs[2]
 
+    def head_norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm of each head of q or k (Qwen Team 2025, arXiv:2505.09388, section 2): one weight of [d] for all."""
+        out = self.tensor(f"{x.name}_normed", "s b a d", heads=x.sizes[2])
+        statistics = self.tensor(f"{name}_statistics", "s b a", "norm statistics", itemsize=4, heads=x.sizes[2])
+        self.add(
+            name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics],
+            mixes="d", saves=[x, statistics],
+        )  # fmt: skip
+        return out
+
     def rope(self, name: str, x: Tensor) -> Tensor:
-        """Rotary positions (Su et al. 2021): runs on a shard, given the global positions of its tokens."""
+        """Rotary positions (Su et al. 2021): runs on a shard, given the global positions of its tokens.
+
+        A rotation of a part of the head reads and writes all of it.
+        """
         out = self.tensor(f"{x.name}_rotated", "s b a d", heads=x.sizes[2])
         table = self.tensor("rotations", "s d", "constant")
         self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d")
@@ -135,6 +148,21 @@ class _Layer:
         )
         return context
 
+    def self_attention(self, x: Tensor) -> Tensor:
+        """Projections, norms and rotations of q and k, core attention and the output projection."""
+        q, k, v = self.qkv(x)
+        if self.model.qk_norm:
+            q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
+        if self.model.positions == "rope":
+            q, k = self.rope("rope_q", q), self.rope("rope_k", k)
+        context = (self.flash_attention if self.model.attention == "flash" else self.unfused_attention)(q, k, v)
+        out = self.tensor("projection_out", "s b h")
+        self.add(
+            "projection", "gemm", "s b a d, a d h -> s b h", [context, self.weight("projection_weight", "a d h")],
+            [out], saves=[context], owns_gather=[context],
+        )  # fmt: skip
+        return out
+
     def dropout(self, name: str, x: Tensor) -> Tensor:
         """Dropout with a mask of one byte an element."""
         dims = " ".join(x.dims)
@@ -155,7 +183,7 @@ class _Layer:
         return out
 
     def mlp(self, x: Tensor) -> Tensor:
-        """fc1, activation and fc2; the bias of fc1 is fused into the activation."""
+        """fc1, activation and fc2; the bias of fc1 is fused into the activation, which keeps its input."""
         gated = self.model.gated_mlp
         inner = "s b g f" if gated else "s b f"
         hidden = self.tensor("fc1_out", inner)
@@ -168,7 +196,7 @@ class _Layer:
         left = ", ".join([inner] + [" ".join(b.dims) for b in bias])
         active = self.tensor("activation_out", "s b f")
         self.add(
-            "swiglu" if gated else "gelu", "elementwise", f"{left} -> s b f", [hidden, *bias], [active],
+            self.model.activation, "elementwise", f"{left} -> s b f", [hidden, *bias], [active],
             mixes="g" if gated else "", saves=[hidden],
         )  # fmt: skip
         out = self.tensor("fc2_out", "s b h")
@@ -186,16 +214,7 @@ def transformer_layer(model: Model, workload: Workload) -> tuple[Operator, ...]:
     """The operators of one layer in forward order; the first reads the tensor `layer_input`."""
     layer = _Layer(model, workload)
     x = layer.tensor(LAYER_INPUT, "s b h")
-    q, k, v = layer.qkv(layer.norm("norm1", x))
-    if model.positions == "rope":
-        q, k = layer.rope("rope_q", q), layer.rope("rope_k", k)
-    attention = layer.flash_attention if model.attention == "flash" else layer.unfused_attention
-    context = attention(q, k, v)
-    projected = layer.tensor("projection_out", "s b h")
-    layer.add(
-        "projection", "gemm", "s b a d, a d h -> s b h", [context, layer.weight("projection_weight", "a d h")],
-        [projected], saves=[context], owns_gather=[context],
-    )  # fmt: skip
-    x = layer.residual("residual1", projected, x)
-    layer.residual("residual2", layer.mlp(layer.norm("norm2", x)), x)
+    attended = layer.residual("residual1", layer.self_attention(layer.norm("norm1", x)), x)
+    normed = layer.norm("norm2", x if model.parallel_residual else attended)
+    layer.residual("residual2", layer.mlp(normed), attended)
     return tuple(layer.operators)

@@ -7,13 +7,16 @@ from spsim.plots.figure import save
 from spsim.plots.memory import plot_memory, plot_memory_curves
 from spsim.plots.sweep import plot_layer_times, plot_peak_memory
 from spsim.plots.timeline import plot_timeline, plot_timelines
+from spsim.plots.waterfall import Waterfall, plot_waterfalls
 
 __all__ = [
+    "Waterfall",
     "plot_layer_times",
     "plot_memory",
     "plot_memory_curves",
     "plot_peak_memory",
     "plot_timeline",
     "plot_timelines",
+    "plot_waterfalls",
     "save",
 ]

@@ -1,0 +1,299 @@
+"""Two plans side by side: parts add up to the totals exactly, and say what is known about each strategy."""
+
+import json
+from itertools import combinations
+
+import pytest
+
+from spsim import InputError, plots
+from spsim.cli import main
+from spsim.comparison import (
+    CLASSES,
+    EXPOSED,
+    KERNEL,
+    OTHER,
+    POSTED,
+    RECOMPUTATION,
+    SLOWED,
+    SYNC,
+    TRANSFER,
+    WAITING,
+    Difference,
+    _account,
+    _Activity,
+    compare_plans,
+    grouped,
+)
+from spsim.compute_cost import ComputeCost
+from spsim.metrics import compute_by_class
+from spsim.program import Compute
+from spsim.report import comparison_lines
+from spsim.units import GIB, picoseconds
+from tests.cases import A100, H100
+from tests.test_plots import assert_readable
+
+GPT = {"model": "gpt-22b", "hardware": A100, "workload": {"seq_len": 2048, "micro_batch": 4}}
+LLAMA = {"model": "llama-3-8b", "hardware": H100, "workload": {"seq_len": 32768}}
+GPT_PLANS = (
+    "tp=8", "tp=8,sequence_parallel", "tp=8,recompute=full", "tp=8,sequence_parallel,recompute=selective", "ulysses=8"
+)  # fmt: skip
+LLAMA_PLANS = (
+    "ulysses=8", "ring=8", "ring=8,ring_cut=contiguous", "ring=8,ring_kind=all_gather", "tp=8",
+    "tp=2,ulysses=2,ring=2,sequence_parallel,recompute=full", "",
+)  # fmt: skip
+COMPARISONS = {"gpt": compare_plans(GPT_PLANS, **GPT), "llama": compare_plans(LLAMA_PLANS, **LLAMA)}
+ACCOUNTS = [(name, account) for name, comparison in COMPARISONS.items() for account in comparison.accounts]
+PAIRS = [pair for comparison in COMPARISONS.values() for pair in combinations(comparison.accounts, 2)]
+each_account = pytest.mark.parametrize(
+    "account", [a for _, a in ACCOUNTS], ids=[f"{name} {a.name}" for name, a in ACCOUNTS]
+)
+TP, TP_SP = COMPARISONS["gpt"].accounts[:2]
+
+
+# ------------------------------------------------------------ parts add up
+
+
+@each_account
+def test_parts_add_up_to_the_figures_of_the_result(account):
+    """To the picosecond and the byte."""
+    result = account.result
+    assert sum(account.passes["forward"].values()) == picoseconds(result.layer_forward_s)
+    assert sum(account.passes["backward"].values()) == picoseconds(result.layer_backward_s)
+    assert sum(account.step.values()) == picoseconds(result.step_time_s)
+    assert sum(account.memory.values()) == result.peak_memory_gib * GIB
+    assert min([*account.layer.values(), *account.step.values(), *account.memory.values()]) > 0
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda account: account.name)
+def test_differences_add_up_to_the_difference(before, after):
+    pair, back = Difference(before, after), Difference(after, before)
+    for result, sign in ((pair, 1), (back, -1)):
+        layers = [picoseconds(a.result.layer_forward_s) + picoseconds(a.result.layer_backward_s) for a in pair_of(pair)]
+        assert sum(result.layer.values()) == sign * (layers[1] - layers[0])
+        steps = [picoseconds(a.result.step_time_s) for a in pair_of(pair)]
+        assert sum(result.step.values()) == sign * (steps[1] - steps[0])
+        peaks = [a.result.peak_memory_gib for a in pair_of(pair)]
+        assert sum(result.memory.values()) == sign * (peaks[1] - peaks[0]) * GIB
+
+
+def pair_of(pair):
+    return pair.before, pair.after
+
+
+@each_account
+def test_kernels_of_a_step_take_the_time_of_the_compute_lane(account):
+    """Of the last rank, by `metrics.compute_by_class`: contention and recomputation are only told apart."""
+    kernels = sum(account.step.get(name, 0) for name in (*CLASSES, RECOMPUTATION, SLOWED))
+    trace = account.result.trace
+    assert kernels == max(sum(compute_by_class(trace, rank).values()) for rank in trace.copies)
+
+
+@each_account
+def test_slowed_is_what_kernels_take_beyond_their_uncontended_time(account):
+    """Uncontended durations of a layer are those of the cost model; the engine rounds up, once a kernel."""
+    result = account.result
+    cost = ComputeCost(result.scenario.hardware, result.scenario.workload.precision)
+    kernels = [step for step in result.program.steps if isinstance(step, Compute)]
+    alone = sum(picoseconds(cost.duration(step.work[-1])) for step in kernels if step.work[-1])
+    layers = result.scenario.model.layers
+    measured = sum(account.step.get(name, 0) for name in (*CLASSES, RECOMPUTATION))
+    assert measured == pytest.approx(alone * layers, abs=2 * len(kernels) * layers)
+
+
+@each_account
+def test_exposed_communication_is_that_of_the_result(account):
+    """Transfers and waits; on every plan but a contiguous ring all ranks expose the same."""
+    if "contiguous" in account.text:
+        pytest.skip("ranks differ")
+    parts = grouped(account.step)
+    assert parts.get(EXPOSED, 0) + parts.get(WAITING, 0) == picoseconds(account.result.exposed_comm_s)
+    assert parts.get(SYNC, 0) == picoseconds(account.result.weight_sync_s)
+
+
+def test_each_moment_has_one_part():
+    """Worked by hand: a kernel of which 10 are contended, a wait, one transfer, two at once, then nothing."""
+    activities = [
+        _Activity(-5, 30, KERNEL, "gemm"),
+        _Activity(20, 50, POSTED, WAITING),
+        _Activity(50, 80, TRANSFER, "exposed all-gather"),
+        _Activity(70, 90, TRANSFER, "exposed send-receive"),
+    ]
+    assert _account(activities, 0, 100, slowdown=0.1) == {
+        "gemm": 29, SLOWED: 1, WAITING: 20, "exposed all-gather": 20, "exposed several kinds": 10,
+        "exposed send-receive": 10, "idle": 10,
+    }  # fmt: skip
+
+
+@each_account
+def test_a_layer_counts_its_own_kernels(account):
+    """On the rank that computes longest, whose clock may overlap with that of other layers elsewhere."""
+    spans = account.result.spans
+    kernels = spans[(spans["layer"] == 0).fillna(False) & (spans["lane"] == "compute")]
+    longest = kernels.groupby("rank")["duration_us"].sum().max()
+    parts = sum(amount for name, amount in account.layer.items() if name in (*CLASSES, RECOMPUTATION, SLOWED))
+    assert parts == pytest.approx(longest * 1e6, abs=1)
+    assert (OTHER in account.layer) == ("contiguous" in account.text)
+
+
+# ------------------------------------------------------------ what is known
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan", "same"),
+    [
+        (GPT, "tp=8", "tp=8,ring=1"),
+        (GPT, "tp=8", "tp=8,recompute=none"),
+        (LLAMA, "ring=8", "ring=8,ring_cut=zigzag"),
+        (LLAMA, "", "tp=1"),
+    ],
+)
+def test_an_equivalent_plan_differs_in_nothing(settings, plan, same):
+    comparison = compare_plans([plan, same], **settings)
+    (pair,) = comparison.differences
+    assert not any([*pair.layer.values(), *pair.step.values(), *pair.memory.values()])
+    assert pair.before.name != pair.after.name
+    assert "takes as long as" in comparison_lines(comparison)[0]
+
+
+def test_sequence_parallelism_shrinks_norms_and_elementwise_kernels_by_seven_eighths():
+    """Of GPT's elementwise kernels GeLU is on the MLP's shard in both plans; small norms also fit the cache."""
+    pair = Difference(TP, TP_SP)
+    assert pair.layer["norm"] / TP.layer["norm"] == pytest.approx(-7 / 8, abs=0.03)
+    shared = sum(
+        row["time_ms"] for row in TP.result.operators.to_dict("records") if row["operator"] == "gelu"
+    ) * 1e9 / TP.result.scenario.model.layers  # fmt: skip
+    assert pair.layer["elementwise"] / (TP.layer["elementwise"] - shared) == pytest.approx(-7 / 8, abs=0.05)
+    assert grouped(pair.layer)[EXPOSED] > 0
+    assert pair.layer["exposed all-reduce"] == -TP.layer["exposed all-reduce"]
+    for part in ("softmax", "dropout"):
+        assert pair.layer[part] == 0
+    assert abs(pair.layer["gemm"]) < 1e-6 * TP.layer["gemm"]
+
+
+def test_sequence_parallelism_saves_the_activations_of_the_published_formula():
+    """10 + 24/t against 34/t bytes an element and layer, t = 8 (Korthikanti et al. 2022, table 2)."""
+    model, elements = TP.result.scenario.model, 2048 * 4 * 6144
+    saved = -Difference(TP, TP_SP).memory["activations"]
+    assert saved == pytest.approx(model.layers * elements * (10 - 10 / 8), rel=0.03)
+
+
+def test_full_recomputation_repeats_forward_and_nothing_else():
+    full = COMPARISONS["gpt"].accounts[2]
+    pair = Difference(TP, full)
+    assert sum(pair.layer.values()) == pytest.approx(picoseconds(TP.result.layer_forward_s), rel=1e-9)
+    forward = TP.passes["forward"]
+    assert pair.layer[RECOMPUTATION] == sum(forward.get(name, 0) for name in CLASSES)
+    assert {name for name, change in pair.layer.items() if change} == {RECOMPUTATION, "exposed all-reduce"}
+
+
+def test_a_contiguous_ring_is_read_on_the_rank_that_computes_longest():
+    """The last rank attends to everything, 15/8 of the mean; on a zigzag ring all attend to the mean."""
+    zigzag, contiguous = COMPARISONS["llama"].accounts[1:3]
+    assert contiguous.step["attention"] / zigzag.step["attention"] == pytest.approx(15 / 8, rel=0.2)
+    assert WAITING not in contiguous.step or contiguous.step[WAITING] < 0.01 * sum(contiguous.step.values())
+
+
+# ------------------------------------------------------------ words, pictures, command line
+
+
+def test_words_name_the_winner_and_the_reasons():
+    time, memory, *rest = comparison_lines(COMPARISONS["gpt"])
+    tp, tp_sp = (f"{1e3 * (r.layer_forward_s + r.layer_backward_s):.3f}" for r in (TP.result, TP_SP.result))
+    assert time.startswith("TP8+SP is faster than TP8: ")
+    assert f"takes {tp_sp} instead of {tp} ms" in time
+    assert "Mainly: elementwise −" in time
+    assert "against it: exposed communication +" in time
+    assert memory.startswith("TP8+SP needs less memory: ")
+    assert "Mainly: activations −" in memory
+    assert rest[-1] == "Shortest step: TP8+SP. Lowest peak of memory: TP8, recompute=full."
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_pictures_are_readable(name, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    COMPARISONS[name].plot_waterfalls(tmp_path / "all.png")
+    (figure,) = drawn
+    assert_readable(figure)
+
+
+def test_bars_of_a_waterfall_lead_from_one_total_to_the_other():
+    parts = ({"a": 10.0, "b": 4.0, "c": 1.0}, {"a": 7.0, "b": 9.0, "c": 1.001})
+    fall = plots.Waterfall("Time", "ms", ("A", "B"), parts)
+    (axes,) = plots.plot_waterfalls([fall], title="t", subtitle="s", columns=1).axes
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    assert bars == [pytest.approx(pair) for pair in ((0, 15), (12, 15), (12, 17), (0, 17.001))]
+
+
+def test_a_waterfall_with_long_names_is_readable():
+    parts = ({f"a part with a name of many words, number {i}": 100.0 + i for i in range(9)}, {"other": 905.0})
+    fall = plots.Waterfall("Time", "ms", ("tp=8,sequence_parallel,recompute=selective,ring_cut=zigzag", "B"), parts)
+    assert_readable(plots.plot_waterfalls([fall, fall, fall], title="t" * 300, subtitle="s"))
+
+
+ARGUMENTS = ["compare", "--model", "gpt-22b", "--hardware", A100, "--seq-len", "2048", "--micro-batch", "4"]
+
+
+def status_of(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code
+
+
+def test_json_is_one_document_whose_parts_add_up(capsys, tmp_path):
+    plans = ["--plan", "tp=8", "--plan", "tp=8,sequence_parallel"]
+    assert status_of([*ARGUMENTS, *plans, "--json", "--out", str(tmp_path / "out")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [plan["name"] for plan in document["plans"]] == ["TP8", "TP8+SP"]
+    (pair,) = document["differences"]
+    for key in ("layer_ps", "step_ps", "peak_memory_bytes"):
+        before, after = (sum(plan[key].values()) for plan in document["plans"])
+        total = key.replace("_ps", "_difference_ps").replace("_bytes", "_difference_bytes")
+        assert sum(pair[key].values()) == pair[total] == after - before
+    for plan, account in zip(document["plans"], (TP, TP_SP), strict=True):
+        assert plan["activation_bytes_per_layer"] == account.result.activation_bytes_per_layer
+        assert plan["collectives_per_layer"] == account.result.collectives_per_layer
+        assert plan["comm_bytes_per_gpu_by_op"] == account.result.comm_bytes_per_gpu_by_op
+    assert document["words"] == comparison_lines(compare_plans(plans[1::2], **GPT))
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == document
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert set(written) == {"comparison.json", "waterfall.png", "timelines.png", "memory_curves.png"}
+    assert min(written.values()) > 2000
+
+
+def test_tables_show_plans_parts_and_the_answer(capsys):
+    assert status_of([*ARGUMENTS, "--plan", "tp=8", "--plan", "tp=8,sequence_parallel"]) == 0
+    out = capsys.readouterr().out
+    for words in ("2 all-gather, 2 reduce-scatter", "exposed reduce-scatter", "activations", "TP8+SP is faster"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["at least two", "got 0", "--plan tp=8"]),
+        (["--plan", "tp=8"], ["at least two", "got 1", "--plan tp=8"]),
+        (["--plan", "tp=8", "--plan", "tp=8"], ["'tp=8' is given twice", "change one"]),
+        (["--plan", "tp=8,recompute=full", "--plan", " recompute=full, tp=8"], ["given twice"]),
+        (["--plan", "tp=8", "--plan", "tp=3"], ["--plan 'tp=3'", "heads = 64", "such as"]),
+        (["--plan", "tp=8", "--plan", "tensor=8"], ["tensor=8", "unknown key"]),
+        (["--plan", "tp=8", "--plan", "ring=8"], ["unfused", "flash"]),
+        (["--plan", "tp=8", "--plan", "tp=8,sequence_parallel", "--model", "nobody"], ["nobody"]),
+        (["--plan", "tp=8", "--plan", "tp=4", "--precision", "int3"], ["int3"]),
+        (["--plan", "tp=8", "--plan", "tp=4", "--global-batch", "6"], ["global_batch = 6"]),
+    ],
+)
+def test_refused(arguments, words, capsys, tmp_path):
+    assert status_of([*ARGUMENTS, *arguments, "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    for word in words:
+        assert word in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_interface_refuses_in_the_same_words():
+    with pytest.raises(InputError, match="two plans are needed, got 1"):
+        compare_plans(["tp=8"], **GPT)

@@ -1,0 +1,334 @@
+"""config.json of Hugging Face transformers: published parameter counts, and one line for what is not simulated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spsim import Scenario, Workload, simulate
+from spsim.errors import InputError
+from spsim.model import PRESETS, load_model
+
+# The keys of the released files that say shapes, traits or nothing (rope_theta, torch_dtype, ...).
+LLAMA = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "float16", "rope_scaling": None,
+}  # fmt: skip
+MISTRAL = {
+    "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768,
+    "hidden_act": "silu", "sliding_window": None, "rope_theta": 1000000.0,
+}  # fmt: skip
+QWEN2 = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072,
+    "hidden_act": "silu", "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False,
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "max_position_embeddings": 40960, "hidden_act": "silu", "attention_bias": False, "sliding_window": None,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_ctx": 1024, "n_positions": 1024,
+    "vocab_size": 50257, "activation_function": "gelu_new", "attn_pdrop": 0.1, "resid_pdrop": 0.1,
+}  # fmt: skip
+GPT_NEOX = {
+    "model_type": "gpt_neox", "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
+    "num_attention_heads": 64, "vocab_size": 50432, "max_position_embeddings": 2048, "hidden_act": "gelu_fast",
+    "rotary_pct": 0.25, "tie_word_embeddings": False, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+PHI3 = {
+    "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 131072,
+    "hidden_act": "silu", "sliding_window": 262144, "resid_pdrop": 0.0, "rope_scaling": {"type": "longrope"},
+}  # fmt: skip
+GEMMA = {
+    "model_type": "gemma", "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "vocab_size": 256000,
+    "max_position_embeddings": 8192, "hidden_act": "gelu",
+}  # fmt: skip
+NEMOTRON = {
+    "model_type": "nemotron", "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 32,
+    "num_attention_heads": 48, "num_key_value_heads": 8, "vocab_size": 256000, "max_position_embeddings": 4096,
+    "hidden_act": "relu2", "partial_rotary_factor": 0.5, "norm_eps": 1e-5,
+}  # fmt: skip
+FAMILIES = [LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, PHI3, GEMMA, NEMOTRON]
+FAMILY_NAMES = [config["model_type"] for config in FAMILIES]
+
+
+def written(tmp_path: Path, config: Any, name: str = "config.json") -> Path:
+    """A file with the config: an object, or text as it is."""
+    path = tmp_path / name
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return path
+
+
+def refused(tmp_path: Path, config: Any) -> str:
+    """The line that refuses a config, without the path it begins with."""
+    path = written(tmp_path, config)
+    with pytest.raises(InputError) as caught:
+        load_model(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"{path}: ")
+    return line.removeprefix(f"{path}: ")
+
+
+# ------------------------------------------------------------ parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (LLAMA, 6_738_415_616),
+        (MISTRAL, 7_241_732_096),
+        (QWEN2, 7_615_616_512),
+        (QWEN3, 8_190_735_360),
+        (GPT2, 124_439_808),
+        (GPT_NEOX, 20_554_567_680),
+        (PHI3, 3_821_079_552),
+        (GEMMA, 8_537_680_896),
+        (NEMOTRON, 15_628_775_424),
+    ],
+    ids=FAMILY_NAMES,
+)
+def test_parameters_are_exact(config: dict[str, Any], published: int, tmp_path: Path) -> None:
+    """Sums of the tensors of the released checkpoints: meta-llama/Llama-2-7b-hf, mistralai/Mistral-7B-v0.2,
+    Qwen/Qwen2.5-7B, Qwen/Qwen3-8B, openai-community/gpt2, EleutherAI/gpt-neox-20b,
+    microsoft/Phi-3-mini-128k-instruct, google/gemma-7b. Nemotron-4 15B was not released: by hand it is
+    2 v h + 32 (h (48 + 16) 128 + h h + 2 h f + 4 h) + 2 h, and `test_models` compares that with the paper.
+    """
+    assert load_model(written(tmp_path, config)).parameters == published
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=FAMILY_NAMES)
+def test_the_layer_has_the_parameters_that_the_model_counts(config: dict[str, Any], tmp_path: Path) -> None:
+    """The sum over operators of one layer, against the closed form of `Model`."""
+    found = simulate(
+        Scenario(hardware="dgx-h100", model=written(tmp_path, config), workload=Workload(seq_len=64, micro_batch=1))
+    )
+    assert found.program.parameters == found.scenario.model.layer_parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "preset"),
+    [(LLAMA, "llama-2-7b"), (MISTRAL, "mistral-7b"), (NEMOTRON, "nemotron-4-15b")],
+    ids=["llama", "mistral", "nemotron"],
+)
+def test_a_config_is_the_preset_of_its_model(config: dict[str, Any], preset: str, tmp_path: Path) -> None:
+    """All but the name, and the positions, which are no table under rotary positions."""
+    ignored = {"name", "max_positions"}
+    found = load_model(written(tmp_path, config)).model_dump(exclude=ignored)
+    assert found == PRESETS[preset].model_dump(exclude=ignored)
+
+
+# ------------------------------------------------------------ traits
+
+
+def test_traits_of_the_families(tmp_path: Path) -> None:
+    found = {config["model_type"]: load_model(written(tmp_path, config)) for config in FAMILIES}
+
+    def those(trait: str, value: Any) -> set[str]:
+        return {name for name, model in found.items() if getattr(model, trait) == value}
+
+    assert those("activation", "gelu") == {"gpt2", "gpt_neox"}
+    assert those("activation", "squared_relu") == {"nemotron"}
+    assert those("activation", "geglu") == {"gemma"}
+    assert those("activation", "swiglu") == {"llama", "mistral", "qwen2", "qwen3", "phi3"}
+    assert those("norm", "layernorm") == {"gpt2", "gpt_neox", "nemotron"}
+    assert those("positions", "learned") == {"gpt2"}
+    assert those("positions", "none") == set()
+    assert those("bias", True) == {"gpt2", "gpt_neox"}
+    assert those("qkv_bias", True) == {"gpt2", "gpt_neox", "qwen2"}
+    assert those("qk_norm", True) == {"qwen3"}
+    assert those("parallel_residual", True) == {"gpt_neox"}
+    assert those("tied_embeddings", True) == {"gpt2", "gemma"}
+    assert those("dropout", 0.1) == {"gpt2"}
+    assert those("attention", "flash") == set(found)
+
+
+def test_what_a_file_leaves_out_is_what_the_family_assumes(tmp_path: Path) -> None:
+    """No KV heads: as many as heads; n_inner null: 4 x n_embd; Gemma's head size is 256, Qwen3's 128."""
+    assert load_model(written(tmp_path, LLAMA)).kv_heads == 32
+    assert load_model(written(tmp_path, {**GPT2, "n_inner": None})).ffn_hidden == 3072
+    assert load_model(written(tmp_path, {**GPT2, "n_inner": 1000})).ffn_hidden == 1000
+    assert load_model(written(tmp_path, {**GEMMA, "head_dim": None})).head_dim == 192
+    without = {key: value for key, value in {**GEMMA, "num_attention_heads": 8}.items() if key != "head_dim"}
+    assert load_model(written(tmp_path, {**without, "num_key_value_heads": 8})).head_dim == 256
+    without = {key: value for key, value in {**QWEN3, "hidden_size": 2048}.items() if key != "head_dim"}
+    assert load_model(written(tmp_path, without)).head_dim == 128
+
+
+def test_a_sequential_gpt_neox_and_a_llama_with_biases(tmp_path: Path) -> None:
+    assert not load_model(written(tmp_path, {**GPT_NEOX, "use_parallel_residual": False})).parallel_residual
+    assert load_model(written(tmp_path, {**LLAMA, "attention_bias": True, "mlp_bias": True})).bias
+
+
+def test_a_file_a_directory_and_their_names(tmp_path: Path) -> None:
+    """A config.json is named after its directory, any other file after itself."""
+    directory = tmp_path / "my-llama"
+    directory.mkdir()
+    written(directory, LLAMA)
+    assert load_model(directory).name == load_model(str(directory / "config.json")).name == "my-llama"
+    assert load_model(written(tmp_path, LLAMA, "other.json")).name == "other"
+
+
+# ------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**MISTRAL, "sliding_window": 32768},
+        {**MISTRAL, "sliding_window": 4096, "max_position_embeddings": 4096},
+        {**QWEN2, "use_sliding_window": True, "sliding_window": 131072},
+        {**QWEN3, "layer_types": ["full_attention"] * 36},
+    ],
+)
+def test_a_window_over_the_whole_sequence_is_none(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert load_model(written(tmp_path, changes)).layers in (28, 32, 36)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({**MISTRAL, "sliding_window": 4096}, ["sliding_window 4096", "max_position_embeddings 32768"]),
+        ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, ["sliding_window 4096"]),
+        ({**PHI3, "sliding_window": 2047}, ["sliding_window 2047"]),
+        ({**QWEN2, "use_sliding_window": True}, ["sliding_window 4096", "local attention"]),
+        (
+            {**QWEN3, "use_sliding_window": True, "sliding_window": 4096,
+             "layer_types": ["full_attention", "sliding_attention"] * 18},
+            ["local attention in some layers"],
+        ),
+        ({**QWEN3, "layer_types": ["linear_attention"] * 36}, ["layer_types", "linear_attention"]),
+    ],
+)  # fmt: skip
+def test_a_window_that_bites_is_refused(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    line = refused(tmp_path, config)
+    for word in [*words, "not simulated yet"]:
+        assert word in line
+
+
+# ------------------------------------------------------------ what is not simulated
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({**MISTRAL, "model_type": "mixtral", "num_local_experts": 8}, ["mixture of experts (num_local_experts)"]),
+        ({**QWEN2, "model_type": "qwen2_moe", "num_experts": 60}, ["mixture of experts (num_experts)"]),
+        ({**QWEN3, "model_type": "qwen3_moe", "num_experts": 128}, ["mixture of experts (num_experts)"]),
+        ({**LLAMA, "moe_intermediate_size": 1408}, ["mixture of experts (moe_intermediate_size)"]),
+        ({**LLAMA, "model_type": "deepseek_v2", "n_routed_experts": 64, "kv_lora_rank": 512, "q_lora_rank": None},
+         ["mixture of experts (n_routed_experts)", "latent attention (kv_lora_rank)"]),
+        ({**LLAMA, "model_type": "deepseek_v3", "n_routed_experts": 256, "q_lora_rank": 1536},
+         ["mixture of experts (n_routed_experts)", "latent attention (q_lora_rank)"]),
+        ({**LLAMA, "model_type": "minicpm3", "kv_lora_rank": 256}, ["latent attention (kv_lora_rank)"]),
+        ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, ["quantised weights (quantization_config)"]),
+        ({**GPT2, "add_cross_attention": True}, ["cross attention (add_cross_attention)"]),
+        ({**GEMMA, "model_type": "gemma2"}, ["gemma2", "local and with global attention"]),
+        ({"model_type": "gemma3", "text_config": {}}, ["gemma3", "local and with global attention"]),
+        ({**GEMMA, "model_type": "gemma3_text"}, ["gemma3_text", "local and with global attention"]),
+        ({**LLAMA, "model_type": "mamba2"}, ["model_type 'mamba2'", "gpt_neox", "qwen3"]),
+        ({**LLAMA, "hidden_act": "relu"}, ["activation 'relu'", "silu"]),
+        ({**NEMOTRON, "hidden_act": "silu"}, ["activation 'silu'", "relu2"]),
+        ({**LLAMA, "attention_bias": True}, ["attention_bias", "biases in one of the two"]),
+        ({**QWEN3, "attention_bias": True}, ["attention_bias", "biases in one of the two"]),
+        ({**GPT_NEOX, "attention_bias": False}, ["attention_bias", "biases in one of the two"]),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_is_not_simulated_is_named(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    line = refused(tmp_path, config)
+    for word in [*words, "not simulated yet"]:
+        assert word in line
+
+
+def test_a_key_without_experts_asks_for_nothing(tmp_path: Path) -> None:
+    dense = {**LLAMA, "num_local_experts": 0, "moe_layer_freq": None, "q_lora_rank": None, "is_encoder_decoder": False}
+    assert load_model(written(tmp_path, dense)).parameters == PRESETS["llama-2-7b"].parameters
+
+
+# ------------------------------------------------------------ mistakes
+
+
+REQUIRED = {
+    "llama": "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings",
+    "mistral": "hidden_size num_key_value_heads",
+    "qwen2": "num_key_value_heads",
+    "qwen3": "num_key_value_heads vocab_size",
+    "gpt2": "n_embd n_layer n_head n_positions vocab_size",
+    "gpt_neox": "intermediate_size hidden_act",
+    "phi3": "intermediate_size",
+    "gemma": "num_key_value_heads",
+    "nemotron": "hidden_size",
+}
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=FAMILY_NAMES)
+def test_a_missing_key_is_named(config: dict[str, Any], tmp_path: Path) -> None:
+    for key in REQUIRED[config["model_type"]].split():
+        less = {name: value for name, value in config.items() if name != key}
+        assert refused(tmp_path, less) == f"{key}: required, but missing; add it"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": "4096"}, ["hidden_size", "integer", "'4096'"]),
+        ({"hidden_size": 4096.0}, ["hidden_size", "integer", "4096.0"]),
+        ({"hidden_size": -1}, ["hidden_size", "greater", "-1"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers", "integer", "True"]),
+        ({"num_attention_heads": None}, ["num_attention_heads", "integer"]),
+        ({"vocab_size": [32000]}, ["vocab_size", "integer"]),
+        ({"hidden_act": 3}, ["hidden_act", "string", "3"]),
+        ({"tie_word_embeddings": "no"}, ["tie_word_embeddings", "boolean", "'no'"]),
+        ({"sliding_window": 0}, ["sliding_window", "greater", "0"]),
+        ({"resid_pdrop": 1.0}, ["resid_pdrop", "less", "1.0"]),
+        ({"resid_pdrop": float("nan")}, ["resid_pdrop", "nan"]),
+        ({"layer_types": "full_attention"}, ["layer_types", "list"]),
+        ({"num_key_value_heads": 5}, ["kv_heads 5", "heads 32"]),
+        ({"num_attention_heads": 33}, ["hidden 4096", "heads 33"]),
+        ({"hidden_size": 2**40}, ["hidden", str(2**40)]),
+        ({"model_type": None}, ["model_type", "required", "None"]),
+        ({"model_type": ["llama"]}, ["model_type", "['llama']"]),
+    ],
+)
+def test_a_wrong_value_is_named(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    line = refused(tmp_path, {**LLAMA, **change})
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["not valid JSON"]),
+        ("{'hidden_size': 8}", ["not valid JSON", "line 1"]),
+        ('{"hidden_size": 8,\n "vocab_size"}', ["not valid JSON", "line 2"]),
+        (f'{{"hidden_size": {"9" * 5000}}}', ["not valid JSON"]),
+        ("[]", ["JSON object"]),
+        ('"llama"', ["JSON object"]),
+        ("{}", ["model_type", "required"]),
+    ],
+)
+def test_malformed_json_is_one_line(text: str, words: list[str], tmp_path: Path) -> None:
+    line = refused(tmp_path, text)
+    for word in words:
+        assert word in line
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match=r"absent\.json: no such file"):
+        load_model(tmp_path / "absent.json")
+    with pytest.raises(InputError, match="unknown model"):
+        load_model("x" * 5000)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not a text file"):
+        load_model(tmp_path)
