@@ -58,8 +58,8 @@ class ComputeCost:
         tiles are lost at the end, of `units` tiles each (facts and held-out errors: docs/model.md).
         """
         gemm = self.coefficients.gemm
-        rate = self.peak * gemm.fraction[self.dtype].value
-        rate *= np.where(np.asarray(work.accumulated) > 0, gemm.weight_gradient_rate.value, 1.0)
+        slower = np.where(np.asarray(work.accumulated) > 0, gemm.weight_gradient_rate.value, 1.0)
+        rate = self.peak * gemm.fraction[self.dtype].value * slower
         tiles = work.batch * work.m * work.n / (gemm.tile_m.value * gemm.tile_n.value)
         tail = gemm.tail_waves.value * self.profile.datasheet.compute_units.value / tiles
         flop_time = work.flops * (1 + gemm.k_pad.value / work.k) * (1 + tail) / rate
@@ -67,7 +67,8 @@ class ComputeCost:
         epilogue = (
             gemm.accumulation_exposed.value * MAIN_GRADIENT_BYTES * work.accumulated / self.profile.memory_bandwidth
         )
-        return self._overhead + np.maximum(flop_time, memory_time) + epilogue
+        total: Seconds = self._overhead + np.maximum(flop_time, memory_time) + epilogue
+        return total
 
     def attention_time(self, work: FlashAttention) -> Seconds:
         """overhead + max(flops / (peak x fraction x n / (n + half_tokens)), memory time), n the shorter side."""
@@ -75,7 +76,8 @@ class ComputeCost:
         tokens = np.minimum(work.queries, work.keys)
         rate = self.peak * fraction * tokens / (tokens + half_tokens)
         memory_time = work.bytes_moved / self._bandwidth("elementwise")
-        return self._overhead + np.maximum(work.flops / rate, memory_time)
+        total: Seconds = self._overhead + np.maximum(work.flops / rate, memory_time)
+        return total
 
     def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float]:
         """Fraction and half-length at a head size: linear between the measured sizes, constant beyond."""
@@ -97,7 +99,8 @@ class ComputeCost:
         memory = total / self._bandwidth(work.operator_class)
         cache = np.minimum(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * 1e9))
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
-        return cache + beyond * (memory - cache)
+        time: Seconds = cache + beyond * (memory - cache)
+        return time
 
     def _bandwidth(self, operator_class: MemoryBoundClass) -> float:
         fraction: Fraction = getattr(self.coefficients.memory_bound, operator_class)
@@ -117,4 +120,3 @@ class ComputeCost:
             case MemoryBound():
                 paths += (f"memory_bound.{work.operator_class}", "l2_bandwidth_gb_per_s")
         return paths
-

@@ -197,12 +197,14 @@ class _Simulation:
         """Meet the peers; a transfer takes the duration from its meeting on, and the last one ends the task."""
         env, posted, duration = self.env, self.env.now, rank.durations[task.id]
         rank.post()
-        met: list[int] = []
+        met: list[Any] = []
         for meeting in task.meetings:
             self._arrive(meeting)
         for meeting in task.meetings:
             event = self.met.get(meeting.key)
-            met.append(posted if event is None else event.value if event.triggered else (yield event))
+            if event is not None and not event.triggered:
+                yield event
+            met.append(posted if event is None else event.value)
         end = max(met) + duration
         rank.held_until = max(rank.held_until, end)
         yield env.timeout(end - env.now)

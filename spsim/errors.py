@@ -17,6 +17,8 @@ def first_problem(error: ValidationError, where: str) -> InputError:
     path = ".".join(str(part) for part in problem["loc"])
     value = problem.get("input")
     cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
     text = str(cause) if cause is not None else problem["msg"]
     if problem["type"] == "extra_forbidden":
         text = "unknown key; remove it or correct its spelling"

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from spsim.layer import layer_program
 from spsim.model import Model
 from spsim.operators import Operator, operator_splits
 from spsim.placement import mesh_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Compute, Program
-from spsim.layer import layer_program
 from spsim.transformer import transformer_layer
 from spsim.workload import Workload
 

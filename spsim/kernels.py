@@ -131,14 +131,15 @@ class Kernels:
     def attention_block(
         self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool
     ) -> FlashAttention:
-        """One flash kernel of `queries` x `keys`, of which half of `twice_pairs` pairs are computed."""
+        """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed."""
         width = self.sizes["d"] * self.sizes["b"]
         heads, kv_heads = self.sizes["a"], self._local_kv_heads()
         rows = 2 * queries * heads + 2 * keys * kv_heads
         passes = 1 if direction == "forward" else 2
         return FlashAttention(
             direction=direction,
-            batch=self.sizes["b"], heads=heads, head_dim=self.sizes["d"], queries=queries, keys=keys, twice_pairs=twice_pairs,
+            batch=self.sizes["b"], heads=heads, head_dim=self.sizes["d"], queries=queries, keys=keys,
+            twice_pairs=twice_pairs,
             causal=causal, bytes_moved=passes * rows * width * self.operator.inputs[0].tensor.itemsize,
         )  # fmt: skip
 

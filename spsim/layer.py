@@ -121,4 +121,3 @@ class PreparedLayer:
             for phase, by_rank in self._slots.items()
         }
         return {**found, "weight_sync": dict.fromkeys(self.schedule.copies, syncs)}
-

@@ -149,7 +149,9 @@ class _RingLowering:
     def _block_work(self, direction: Direction, block: RingBlock | None) -> FlashAttention | None:
         if block is None:
             return None
-        return self.kernels.attention_block(direction, block.queries, block.keys, block.twice_pairs, causal=block.causal)
+        return self.kernels.attention_block(
+            direction, block.queries, block.keys, block.twice_pairs, causal=block.causal
+        )
 
     # The two passes
 

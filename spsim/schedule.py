@@ -119,7 +119,14 @@ def schedule_layer(program: Program, plan: Plan, mesh: Mesh, *, fold: bool) -> L
         Item("tp" if sync.axes == ("tp",) else "dp", sync.axes, needs=(index - 1,) if index else ())
         for index, sync in enumerate(syncs)
     )
-    return _place(forward, backward, Pass("weight_sync", (), chain, labels=tuple(sync.info(0) for sync in syncs)), syncs, mesh, fold)
+    return _place(
+        forward,
+        backward,
+        Pass("weight_sync", (), chain, labels=tuple(sync.info(0) for sync in syncs)),
+        syncs,
+        mesh,
+        fold,
+    )
 
 
 def _pass(
@@ -238,9 +245,7 @@ def _syncs(program: Program, plan: Plan) -> Iterator[Sync]:
 # Ranks
 
 
-def _place(
-    forward: Pass, backward: Pass, sync: Pass, syncs: tuple[Sync, ...], mesh: Mesh, fold: bool
-) -> LayerSchedule:
+def _place(forward: Pass, backward: Pass, sync: Pass, syncs: tuple[Sync, ...], mesh: Mesh, fold: bool) -> LayerSchedule:
     """Ranks whose kernels differ by the position on the ring are one class per position, others one in all."""
     kernels = [step for p in (forward, backward) for step in p.steps if isinstance(step, Compute)]
     differ = any(len(step.work) > 1 for step in kernels)

@@ -313,9 +313,7 @@ def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
     return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
-def _describe(
-    scenario: Scenario, trace: Trace, layer: PreparedLayer, messages: Sequence[int]
-) -> list[TaskInfo]:
+def _describe(scenario: Scenario, trace: Trace, layer: PreparedLayer, messages: Sequence[int]) -> list[TaskInfo]:
     """What each task of a step is, with its sizes."""
     program = layer_program(scenario.model, scenario.plan, scenario.workload)
     syncs = [sync.info(message) for sync, message in zip(layer.schedule.syncs, messages, strict=True)]

@@ -152,9 +152,7 @@ def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterat
     if executor is None:
         yield from ((index, row(point)) for index, point in enumerate(points))
         return
-    futures = {
-        executor.submit(_rows, points[start : start + CHUNK]): start for start in range(0, len(points), CHUNK)
-    }
+    futures = {executor.submit(_rows, points[start : start + CHUNK]): start for start in range(0, len(points), CHUNK)}
     try:
         for future in as_completed(futures):
             yield from enumerate(future.result(), futures[future])

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ class KernelGroup:
     """Kernels that differ in their numbers only, so that one formula serves them all as arrays."""
 
     kind: type[Work]
-    constants: dict[str, object]
+    constants: dict[str, Any]
     """What the kernels share, for every workload."""
     numbers: dict[str, npt.NDArray[np.intp]]
     """Field -> where the numbers of each kernel stand in the vector of a program."""
@@ -40,7 +41,8 @@ class KernelGroup:
 
     def work(self, values: npt.NDArray[np.float64]) -> Work:
         """All kernels of the group as one `Work` of arrays."""
-        return self.kind(**self.constants, **{name: values[where] for name, where in self.numbers.items()})
+        numbers: dict[str, Any] = {name: values[where] for name, where in self.numbers.items()}
+        return self.kind(**self.constants, **numbers)
 
 
 class Template:

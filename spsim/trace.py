@@ -115,7 +115,9 @@ class Recording:
         """When the last reader of a buffer ends, and which task that is."""
         spans, use = self.by_rank[rank], self.buffers[buffer]
         tasks = use.readers or (use.writer or 0,)
-        return max((spans[task].end_ps, task) for task in tasks) if len(tasks) > 1 else (spans[tasks[0]].end_ps, tasks[0])
+        return (
+            max((spans[task].end_ps, task) for task in tasks) if len(tasks) > 1 else (spans[tasks[0]].end_ps, tasks[0])
+        )
 
 
 class Piece(NamedTuple):
@@ -131,6 +133,12 @@ class Piece(NamedTuple):
     """Buffer that the outermost layer gets from outside, there from the first task on."""
     drops: int | None = None
     """Buffer that the outermost layer hands to nobody, freed in this pass."""
+
+    def spans(self) -> Iterator[Span]:
+        """Spans at their place in time."""
+        shift, first = self.shift_ps, self.first_task
+        for rank, lane, task, posted, start, end in self.recording.spans:
+            yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
 
     def memory(self) -> Iterator[MemoryChange]:
         """Memory changes at their place in time."""
@@ -203,11 +211,7 @@ class Trace:
     @cached_property
     def spans(self) -> Sequence[Span]:
         """All spans, at their place in time."""
-        return [
-            Span(s.rank, s.lane, s.task + p.first_task, s.posted_ps + p.shift_ps, s.start_ps + p.shift_ps, s.end_ps + p.shift_ps)
-            for p in self.pieces
-            for s in p.recording.spans
-        ]  # fmt: skip
+        return [span for piece in self.pieces for span in piece.spans()]
 
     @cached_property
     def memory(self) -> Sequence[MemoryChange]:

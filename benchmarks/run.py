@@ -1,0 +1,182 @@
+"""How fast is spsim? CPU time, best of several repetitions, figures as ratios within one run.
+
+    python benchmarks/run.py [--peer PATH]
+
+1. Events of the engine per second, without and with contention.
+2. Configurations of a layer-level sweep per second and core, memory and metrics included, by plan; and what
+   folding layers gains, the results being equal.
+3. Scaling in layers and in ranks.
+4. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon): the same configurations there, in
+   the same process, and what both predict for the layer of gpt-22b on A100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import spsim
+from spsim import report
+from spsim.engine import Meeting, Task, run
+from spsim.plan import parse_plan
+from spsim.sweeps import Point, row
+
+PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "ring=8", "ulysses=4,ring=2", "tp=2,sequence_parallel,ring=4")
+REPETITIONS = 5
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """Best CPU time of several repetitions; the machine may be shared, and the best is disturbed least."""
+    times = []
+    for _ in range(REPETITIONS):
+        start = process_time()
+        work()
+        times.append(process_time() - start)
+    return min(times)
+
+
+def engine_table() -> Table:
+    """Tasks per second of the bare engine: a kernel and a collective in turn, on several ranks."""
+    made = report.table(
+        "Engine", ["ranks", "contention", "tasks", "tasks/s", "of the first"], numbers=["tasks", "tasks/s"]
+    )
+    first = None
+    for ranks in (1, 8):
+        for slowdown in (0.0, 0.15):
+            programs = {rank: tasks(rank, ranks, 500) for rank in range(ranks)}
+            seconds = cpu_seconds(lambda programs=programs, slowdown=slowdown: run(programs, slowdown=slowdown))
+            rate = 1000 * ranks / seconds
+            first = first or rate
+            made.add_row(str(ranks), f"{slowdown:.0%}", f"{1000 * ranks}", f"{rate:,.0f}", f"{rate / first:.2f} ×")
+    return made
+
+
+def tasks(rank: int, ranks: int, pairs: int) -> list[Task]:
+    """Kernels that overlap the collective before them."""
+    found = []
+    for index in range(pairs):
+        needs = (2 * index - 2,) if index else ()
+        found.append(Task(2 * index, "compute", 900 + rank))
+        found.append(Task(2 * index + 1, "net", 400, needs, (Meeting((2 * index + 1,), ranks),)))
+    return found
+
+
+def points(plan: str, layers: int = 32) -> list[Point]:
+    """Sequence lengths and micro-batches of llama-3-8b on two profiles."""
+    model = spsim.load_model("llama-3-8b").model_copy(update={"layers": layers})
+    return [
+        Point({"hardware": spsim.load_profile(hardware), "model": model, "plan": parse_plan(plan),
+               "workload": spsim.Workload(seq_len=1024 * length, micro_batch=micro_batch)})
+        for hardware in ("dgx-a100-80gb", "dgx-h100")
+        for length in range(4, 24)
+        for micro_batch in (1, 2)
+    ]  # fmt: skip
+
+
+def rate(work: Callable[[Any], Any], items: Iterable[Any]) -> float:
+    """Items per second of CPU time, once everything that is prepared once is prepared."""
+    items = list(items)
+    for item in items:
+        work(item)
+    return len(items) / cpu_seconds(lambda: [work(item) for item in items])
+
+
+def sweep_table() -> Table:
+    """Rows per second and core: scenario, simulation, memory and metrics."""
+    columns = ["plan", "configurations/s", "of the first", "without folding", "folding gains"]
+    made = report.table("Layer-level sweep, llama-3-8b, 32 layers", columns, numbers=columns[1:])
+    first = None
+    for plan in PLANS:
+        folded = rate(row, points(plan))
+        first = first or folded
+        scenarios = [spsim.Scenario(**point.settings) for point in points(plan)[:3]]
+        unfolded = rate(lambda scenario: spsim.simulate(scenario, fold=False).step_time_s, scenarios)
+        made.add_row(
+            plan, f"{folded:,.0f}", f"{folded / first:.2f} ×", f"{unfolded:,.1f}", f"{folded / unfolded:,.0f} ×"
+        )
+    return made
+
+
+def scaling_table() -> Table:
+    """Time against layers and ranks, relative to the smallest."""
+    made = report.table(
+        "Scaling, tp with sequence parallelism", ["layers", "ranks", "time", "of the first"], numbers=["time"]
+    )
+    first = None
+    for layers, tp in ((1, 8), (8, 8), (32, 8), (96, 8), (32, 2), (32, 4)):
+        seconds = 1 / rate(row, points(f"tp={tp},sequence_parallel", layers)[:40])
+        first = first or seconds
+        made.add_row(str(layers), str(tp), f"{seconds * 1e6:.0f} us", f"{seconds / first:.2f} ×")
+    return made
+
+
+def peer_table(path: Path) -> Table:
+    """Calculon on the gpt-22b layer, with its own A100 system file."""
+    sys.path.insert(0, str(path))
+    from calculon.llm.llm import Llm
+    from calculon.system import System
+
+    description = json.loads((path / "systems" / "a100_80g.json").read_text())
+    description["mem1"]["GiB"] = 200  # it refuses what does not fit; the layer's time is asked for
+    system = System(description)
+    application = Llm.Application(json.loads((path / "models" / "megatron-22B.json").read_text()))
+    example = json.loads((path / "examples" / "3072_t4_p64_d12_mbs4_full.json").read_text())
+    logger = logging.getLogger("peer")
+
+    def calculon(sequence_parallel: bool) -> tuple[float, float]:
+        settings = example | {
+            "num_procs": 8, "tensor_par": 8, "pipeline_par": 1, "data_par": 1, "batch_size": 4, "microbatch_size": 4,
+            "activation_recompute": "none", "optimizer_sharding": False, "pipeline_interleaving": 1,
+            "tensor_par_comm_type": "rs_ag" if sequence_parallel else "ar", "seq_par_ag_redo": sequence_parallel,
+        }  # fmt: skip
+        model = Llm(application, logger)
+        model.compile(system, Llm.Execution.from_json(settings))
+        model.run(system)
+        stats = model.get_stats_json(False)
+        backward = ("block_agrad_time", "block_wgrad_time", "baseblock_agrad_tp_time_exposed")
+        backward += ("baseblock_recomm_time_exposed",)
+        forward = stats["block_fw_time"] + stats["baseblock_fw_tp_time_exposed"]
+        return forward, sum(stats[name] for name in backward)
+
+    def ours(sequence_parallel: bool) -> tuple[float, float]:
+        plan = spsim.Plan(tp=8, sequence_parallel=sequence_parallel)
+        workload = spsim.Workload(seq_len=2048, micro_batch=4)
+        scenario = spsim.Scenario(hardware="dgx-a100-80gb", model="gpt-22b", plan=plan, workload=workload)
+        result = spsim.simulate(scenario)
+        return result.layer_forward_s, result.layer_backward_s
+
+    made = report.table(
+        "Layer of gpt-22b on 8 x A100, micro-batch 4", ["tool", "TP", "TP+SP", "SP gains forward", "configurations/s"]
+    )
+    for name, tool in {"spsim": ours, "Calculon": calculon}.items():
+        tp, sp = tool(False), tool(True)
+        both = [f"{fw * 1e3:.2f} + {bw * 1e3:.2f} ms" for fw, bw in (tp, sp)]
+        speed = rate(tool, [False, True] * 20)
+        made.add_row(name, *both, f"{100 * (1 - sp[0] / tp[0]):+.1f} %", f"{speed:,.0f}")
+    made.caption = "measured (Korthikanti et al. 2022, Table 4): 7.7 + 11.9 ms, 7.2 + 11.8 ms, SP gains 6.5 % forward"
+    return made
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", type=Path, help="checkout of Calculon")
+    arguments = parser.parse_args()
+    console = Console(width=140)
+    for made in (engine_table(), sweep_table(), scaling_table()):
+        console.print(made)
+    if arguments.peer:
+        console.print(peer_table(arguments.peer))
+
+
+if __name__ == "__main__":
+    main()
