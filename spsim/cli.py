@@ -243,7 +243,9 @@ def list_(what: Annotated[Listing, typer.Argument(help="hardware or models")]) -
 def experiment(
     file: Path,
     out: Annotated[Path, typer.Option("--out", help="Directory of results.")] = Path("results"),
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes; by default all cores for a large sweep.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
 ) -> None:
     """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
@@ -252,12 +254,19 @@ def experiment(
     loaded = load_experiment(file)
     directory = out / loaded.name
     _make_directory(directory)
-    with _executor(jobs) as executor:
+    with _executor(jobs, len(loaded.selection(quick=quick))) as executor:
         run_experiment(loaded, directory, executor, quick=quick, console=_console())
 
 
+LARGE_SWEEP = 2000
+"""Configurations from which starting processes pays."""
+
+
 @contextmanager
-def _executor(jobs: int) -> Iterator[Executor | None]:
+def _executor(jobs: int | None, points: int) -> Iterator[Executor | None]:
+    """Processes for a large sweep, unless told how many; none for one job."""
+    if jobs is None:
+        jobs = os.cpu_count() or 1 if points >= LARGE_SWEEP else 1
     if jobs == 1:
         yield None
         return
