@@ -111,7 +111,8 @@ class PreparedLayer:
             if key not in known:
                 known[key] = comm.duration(*key)
             seconds[self.template.index.slots[step.id][0]] = known[key]
-        ps = np.rint(seconds * PS_PER_S).astype(np.int64)
+        ps = np.rint(seconds * PS_PER_S)
+        ps = ps.astype(np.int64) if ps.max() < 2**62 else np.array([int(time) for time in ps], dtype=object)
         syncs = [
             picoseconds(comm.duration(sync.collective, message, sync.ranks))
             for sync, message in zip(self.schedule.syncs, sync_messages, strict=True)

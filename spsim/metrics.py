@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from spsim.trace import Phase, Recording, Span, Trace
-from spsim.units import GIB, PS_PER_S, PS_PER_US
+from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
 COMPUTE_LANE = "compute"
@@ -216,23 +216,20 @@ def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFram
 
 
 def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
-    """Time, calls and FLOPs of one rank by operator and part over the step, longest first."""
-    totals: dict[tuple[str, str, str, str], list[float]] = {}
-    for span in trace.spans:
-        if span.rank != rank:
-            continue
-        info = trace.tasks[span.task]
-        label = f"{info.collective} for {info.name}" if info.collective else info.name
-        entry = totals.setdefault((label, info.part, info.operator_class, span.lane), [0.0, 0.0, 0.0, 0.0])
-        entry[0] += (span.end_ps - span.start_ps) / PS_PER_S
-        entry[1] += 1
-        entry[2] += info.flops
-        entry[3] += info.sent_bytes
+    """Time, calls and FLOPs of one simulated rank by operator and part over the step, longest first."""
+    totals: dict[tuple[str, str, str, str], list[int]] = {}
+    for recording, infos, count in trace.described():
+        for span in recording.by_rank[rank]:
+            info = infos[span.task]
+            label = f"{info.collective} for {info.name}" if info.collective else info.name
+            entry = totals.setdefault((label, info.part, info.operator_class, span.lane), [0, 0, 0, 0])
+            for index, value in enumerate((span.end_ps - span.start_ps, 1, info.flops, info.sent_bytes)):
+                entry[index] += count * value
     rows = [
         {
-            "operator": name, "part": part, "operator_class": kind, "lane": lane, "time_ms": values[0] * 1e3,
-            "calls": int(values[1]), "gflop": values[2] / 1e9, "sent_mib": values[3] / 2**20,
+            "operator": name, "part": part, "operator_class": kind, "lane": lane, "time_ms": time / PS_PER_MS,
+            "calls": calls, "gflop": flops / 1e9, "sent_mib": sent / MIB,
         }
-        for (name, part, kind, lane), values in totals.items()
+        for (name, part, kind, lane), (time, calls, flops, sent) in totals.items()
     ]  # fmt: skip
     return pd.DataFrame(rows).sort_values("time_ms", ascending=False, kind="stable", ignore_index=True)

@@ -105,7 +105,7 @@ def operator_table(result: Result, rows: int = 12) -> Table:
     for row in result.operators.head(rows).to_dict("records"):
         share = row["time_ms"] / 1e3 / result.step_time_s
         made.add_row(
-            row["operator"], row["part"], row["operator_class"], row["lane"], f"{row['time_ms']:.3f} ms",
+            row["operator"], row["part"], row["operator_class"], row["lane"], _time(row["time_ms"] / 1e3),
             f"{100 * share:.1f} %", str(row["calls"]),
         )  # fmt: skip
     return made

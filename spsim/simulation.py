@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from spsim.program import Communication, Compute, Program
 from spsim.scenario import Scenario
 from spsim.schedule import task_info
 from spsim.template import Numbers
-from spsim.trace import TaskInfo, Trace
+from spsim.trace import Piece, TaskInfo, Trace
 from spsim.units import GIB, seconds
 
 SCOPE = "layers"
@@ -210,9 +210,10 @@ class Result:
     def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
         """Bytes that one GPU sends in a step, by kind of collective."""
         total: dict[str, int] = defaultdict(int)
-        for info in self.trace.tasks:
-            if info.collective:
-                total[info.collective] += info.sent_bytes
+        for _, infos, count in self.trace.described():
+            for info in infos:
+                if info.collective:
+                    total[info.collective] += count * info.sent_bytes
         return dict(sorted(total.items()))
 
     # Tables and pictures
@@ -292,7 +293,7 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     )
     stretches, events, reason = run_step(step, fold=fold)
     copies = layer.schedule.copies
-    trace = Trace(stretches, copies, lambda trace: _describe(scenario, trace, layer, messages), layer.schedule.groups)
+    trace = Trace(stretches, copies, partial(_describe, scenario, layer, messages), layer.schedule.groups)
     return Result(
         scenario=scenario,
         numbers=numbers,
@@ -313,18 +314,13 @@ def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
     return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
-def _describe(scenario: Scenario, trace: Trace, layer: PreparedLayer, messages: Sequence[int]) -> list[TaskInfo]:
-    """What each task of a step is, with its sizes."""
+def _describe(scenario: Scenario, layer: PreparedLayer, messages: Sequence[int], piece: Piece) -> list[TaskInfo]:
+    """What each task of a piece is, with its sizes."""
+    if piece.phase == "weight_sync":
+        return [sync.info(message) for sync, message in zip(layer.schedule.syncs, messages, strict=True)]
     program = layer_program(scenario.model, scenario.plan, scenario.workload)
-    syncs = [sync.info(message) for sync, message in zip(layer.schedule.syncs, messages, strict=True)]
-    steps = {"forward": program.forward, "backward": program.backward}
-    infos: list[TaskInfo] = []
-    for piece in trace.pieces:
-        if piece.phase == "weight_sync":
-            infos += syncs
-        else:
-            infos += [task_info(step, piece.layer, piece.micro_batch) for step in steps[piece.phase]]
-    return infos
+    steps = program.forward if piece.phase == "forward" else program.backward
+    return [task_info(step, piece.layer, piece.micro_batch) for step in steps]
 
 
 @lru_cache(maxsize=64)

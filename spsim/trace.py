@@ -193,8 +193,8 @@ class Trace:
     stretches: Sequence[Stretch]
     copies: Mapping[int, tuple[int, ...]]
     """Simulated rank -> the identical ranks that it stands for, itself included."""
-    describe: Callable[[Trace], Sequence[TaskInfo]]
-    """Makes `tasks`, when somebody asks."""
+    describe: Callable[[Piece], Sequence[TaskInfo]]
+    """What each task of a piece is, when somebody asks."""
     groups: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     """Axis -> rank -> the ranks of its group."""
 
@@ -206,7 +206,7 @@ class Trace:
     @cached_property
     def tasks(self) -> Sequence[TaskInfo]:
         """What each task is."""
-        return self.describe(self)
+        return [info for piece in self.pieces for info in self.describe(piece)]
 
     @cached_property
     def spans(self) -> Sequence[Span]:
@@ -226,6 +226,12 @@ class Trace:
             known = counts.get(stretch.recording, (stretch.phase, 0))[1]
             counts[stretch.recording] = (stretch.phase, known + len(stretch.layers))
         return counts
+
+    def described(self) -> Iterator[tuple[Recording, Sequence[TaskInfo], int]]:
+        """Each recording with what its tasks are, by the first piece that shares it, and the number of pieces."""
+        first = {stretch.recording: stretch for stretch in reversed(self.stretches)}
+        for recording, (_, count) in self.recordings.items():
+            yield recording, self.describe(first[recording].piece(0)), count
 
     def piece_of(self, task: int) -> Piece:
         """The piece that a task belongs to."""
