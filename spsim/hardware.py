@@ -183,9 +183,11 @@ class CollectiveCurve(Provenance):
 
     algorithm: Literal["ring", "nvls", "pairwise", "send_receive"]
     ranks: Annotated[int, Field(ge=2)]
-    """Ranks in the measurement."""
+    """Ranks in the measurement; between nodes, one of each node."""
     min_ranks: Annotated[int, Field(ge=2)] = 2
     """The library picks the algorithm from this many ranks."""
+    max_ranks: Annotated[int, Field(ge=2)] | None = None
+    """Largest group that the measurement describes, such as the GPUs of one PCIe switch; none for any."""
     latency_us: Annotated[float, Field(gt=0)]
     """Time of the smallest messages at `ranks` ranks: the small-message tier."""
     step_latency_us: Annotated[float, Field(ge=0)]
@@ -194,7 +196,9 @@ class CollectiveCurve(Provenance):
     """(message bytes, bus bandwidth in GB/s), sizes increasing."""
 
     @model_validator(mode="after")
-    def _points_increase(self) -> Self:
+    def _ranks_and_points(self) -> Self:
+        if self.max_ranks is not None and self.max_ranks < self.ranks:
+            raise ValueError(f"max_ranks {self.max_ranks} is below the {self.ranks} ranks of the measurement; raise it")
         sizes = [size for size, _ in self.points]
         if any(b <= a for a, b in pairwise(sizes)) or sizes[0] <= 0:
             raise ValueError("points: message sizes must be positive and increase; sort them")

@@ -8,6 +8,7 @@ The vocabulary is PyTorch DTensor's: on each axis of the mesh a tensor is `Repli
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -77,6 +78,21 @@ class Mesh:
         fixed = [axis for axis in self.axes if axis not in axes]
         here = [self.coordinate(rank, axis) for axis in fixed]
         return tuple(r for r in range(self.ranks) if [self.coordinate(r, a) for a in fixed] == here)
+
+
+def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | None = None) -> int:
+    """Nodes that a group along `axes` spans, where consecutive ranks fill a node.
+
+    Groups that lie differently may span different numbers; the largest counts, for it paces the step. Where
+    only `ranks` neighbours of a group take part (replicated KV heads), their part of its nodes.
+    """
+    fixed = [axis for axis in mesh.axes if axis not in axes]
+    nodes: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    for rank in range(mesh.ranks):
+        nodes[tuple(mesh.coordinate(rank, axis) for axis in fixed)].add(rank // gpus_per_node)
+    spanned = max(len(found) for found in nodes.values())
+    size = mesh.ranks // len(nodes)
+    return spanned if ranks is None else -(-spanned * ranks // size)
 
 
 def mesh_of(plan: Plan) -> Mesh:

@@ -29,7 +29,7 @@ class Scenario(Configuration):
     plan: InstanceOf[Plan]
     workload: InstanceOf[Workload]
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    """Nodes to use; as many as the plan needs unless given."""
+    """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
 
     def __init__(
         self,
@@ -79,6 +79,11 @@ class Scenario(Configuration):
     def num_micro_batches(self) -> int:
         """Micro-batches that one replica accumulates in a step."""
         return self.global_batch // (self.workload.micro_batch * self.plan.dp)
+
+    @cached_property
+    def gpus_per_node(self) -> int:
+        """GPUs of each node that the plan uses."""
+        return self.plan.gpus // (self.nodes or _fewest_nodes(self))
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -174,19 +179,52 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
+def _fewest_nodes(scenario: Scenario) -> int:
+    """Nodes that hold the plan, each with as many GPUs as the others."""
+    gpus = scenario.plan.gpus
+    return gpus // next(n for n in range(min(gpus, scenario.hardware.gpus_per_node), 0, -1) if gpus % n == 0)
+
+
 def _check_nodes(scenario: Scenario) -> None:
-    plan, per_node = scenario.plan, scenario.hardware.gpus_per_node
-    needed = -(-plan.gpus // per_node)
+    gpus, per_node = scenario.plan.gpus, scenario.hardware.gpus_per_node
+    needed = -(-gpus // per_node)
     if scenario.nodes is not None and scenario.nodes < needed:
         raise InputError(
-            f"nodes = {scenario.nodes}: the plan needs {plan.gpus} GPUs, {needed} nodes of {per_node}; "
+            f"nodes = {scenario.nodes}: the plan needs {gpus} GPUs, {needed} nodes of {per_node}; "
             f"use at least {needed} or smaller degrees"
         )
-    if plan.tp * plan.ulysses * plan.ring > per_node:
+    if scenario.nodes is not None and gpus % scenario.nodes:
         raise InputError(
-            f"plan: tp x ulysses x ring = {plan.tp * plan.ulysses * plan.ring} spans several nodes of {per_node} "
-            f"GPUs on {scenario.hardware.name}: not simulated yet; use at most {per_node}"
+            f"nodes = {scenario.nodes} does not divide the {gpus} GPUs of the plan evenly; "
+            f"use {_fewest_nodes(scenario)} or another divisor"
         )
+    if scenario.gpus_per_node < gpus:
+        _check_levels(scenario)
+        _check_groups(scenario)
+
+
+def _check_levels(scenario: Scenario) -> None:
+    """Plans over several nodes need curves of a level between nodes."""
+    hardware = scenario.hardware
+    measured = [level.name for level in hardware.datasheet.topology[1:2]]
+    if not any(hardware.coefficients.collectives.get(name) for name in measured):
+        raise InputError(
+            f"plan: {scenario.plan.gpus} GPUs span several nodes, but {hardware.name} has no collective curves between "
+            f"nodes; use at most {hardware.gpus_per_node} GPUs of one node, or a profile with such a level"
+        )
+
+
+def _check_groups(scenario: Scenario) -> None:
+    """Every group has as many ranks on each of its nodes as on the others."""
+    plan, per_node = scenario.plan, scenario.gpus_per_node
+    degree = 1
+    for name in ("tp", "ulysses", "ring", "dp"):
+        degree *= getattr(plan, name)
+        if degree % per_node and per_node % degree:
+            raise InputError(
+                f"plan: {name} = {getattr(plan, name)} makes blocks of {degree} ranks, which nodes of {per_node} GPUs "
+                f"cut unevenly; use degrees whose product divides {per_node} or is a multiple of it, or set nodes"
+            )
 
 
 def load_scenario(path: Path) -> Scenario:

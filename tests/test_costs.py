@@ -107,7 +107,7 @@ def test_measured_points_are_reproduced(hardware, name):
     of a smaller message where that was measured slower. Within the whole bytes of the wire.
     """
     cost = CommCost(load_profile(hardware))
-    for measured in cost.curves[name]:
+    for measured in cost.inner.curves[name]:
         slowest = measured.curve.latency_us * US
         for message, bandwidth in measured.curve.points:
             time = float(wire_share(name, measured.curve.ranks)) * message / (bandwidth * 1e9)
@@ -125,14 +125,14 @@ def test_a_duration_adds_the_start_of_a_collective():
 def test_in_network_reduction_serves_large_groups_and_all_reduce_only():
     """H100: from 6 ranks on the faster of ring and NVLS, below that the ring; 1 GiB at 469.67 GB/s."""
     cost = CommCost(load_profile(H100))
-    ring, nvls = cost.curves["all_reduce"]
+    ring, nvls = cost.inner.curves["all_reduce"]
     for ranks in (2, 4, 5):
         assert cost.duration("all_reduce", 2**30, ranks) == cost.overhead + ring(2**30, ranks)
     for ranks in (6, 8):
         assert cost.duration("all_reduce", 2**30, ranks) == cost.overhead + nvls(2**30, ranks)
         assert nvls(2**30, ranks) < ring(2**30, ranks)
     assert cost.duration("all_reduce", 2**30, 8) - cost.overhead == pytest.approx(2**30 * 1.75 / 469.67e9, rel=1e-5)
-    others = [c.curve.algorithm for name in COLLECTIVES[1:] for c in cost.curves[name]]
+    others = [c.curve.algorithm for name in COLLECTIVES[1:] for c in cost.inner.curves[name]]
     assert "nvls" not in others
 
 

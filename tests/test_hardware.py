@@ -9,7 +9,8 @@ from spsim.errors import InputError
 from spsim.hardware import load_profile, parse_profile, profile_names
 from spsim.resources import profiles_directory, read_toml
 
-GPU_PROFILES = ["dgx-a100-80gb", "dgx-h100"]
+GPU_PROFILES = [name for name in profile_names() if name != "cpu-2"]
+NVSWITCH_WITH_NVLS = {"dgx-h100", "dgx-h200", "dgx-b200", "gb200-nvl72"}
 BLOCKS = ("datasheet", "calibrated", "assumed")
 
 
@@ -75,7 +76,10 @@ def wire_factor(operation, ranks):
 
 
 def test_shipped_names():
-    assert set(profile_names()) >= {"cpu-2", "dgx-a100-80gb", "dgx-h100"}
+    assert {
+        "cpu-2", "dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200", "gb200-nvl72",
+        "a100-pcie-8", "h100-pcie-8", "l40s-8", "mi300x-8",
+    } <= set(profile_names())  # fmt: skip
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -133,6 +137,18 @@ def test_tf32_is_half_of_bf16(name):
     assert profile.peak("tf32") == pytest.approx(profile.peak("bf16") / 2, rel=0.001)
 
 
+WITHOUT_FP8 = {"dgx-a100-40gb", "dgx-a100-80gb", "a100-pcie-8"}
+
+
+@pytest.mark.parametrize("name", GPU_PROFILES)
+def test_fp8_is_twice_bf16_where_there_is_any(name):
+    """Ampere has no fp8; pages that give it 624 TFLOP/s mean int8."""
+    peaks = load_profile(name).datasheet.peak_tflops
+    assert ("fp8" not in peaks) == (name in WITHOUT_FP8)
+    if "fp8" in peaks:
+        assert peaks["fp8"].value == pytest.approx(2 * peaks["bf16"].value, rel=0.002)
+
+
 def test_fp8_is_twice_bf16_on_h100_and_missing_on_a100():
     h100 = load_profile("dgx-h100")
     assert h100.peak("fp8") == pytest.approx(2 * h100.peak("bf16"), rel=0.001)
@@ -149,30 +165,100 @@ def test_every_peak_has_a_gemm_fraction(name):
 @pytest.mark.parametrize("name", profile_names())
 def test_reported_memory_is_not_the_label(name):
     memory = load_profile(name).datasheet.memory
-    # A100 reports its label in GiB, 81920 MiB: 7 % more bytes than the label says.
-    assert memory.reported_mib.value * 2**20 != pytest.approx(memory.label_gb.value * 1e9, rel=0.01)
+    # A100 reports its label in GiB, 81920 MiB: 7 % more bytes than the label says; L40S 0.6 % more.
+    assert memory.reported_mib.value * 2**20 != pytest.approx(memory.label_gb.value * 1e9, rel=0.005)
 
 
-@pytest.mark.parametrize(("name", "mib"), [("dgx-a100-80gb", 81920), ("dgx-h100", 81559)])
+REPORTED_MIB = [
+    ("dgx-a100-40gb", 40960), ("dgx-a100-80gb", 81920), ("dgx-h100", 81559), ("dgx-h200", 143771),
+    ("dgx-b200", 183359), ("gb200-nvl72", 189471), ("l40s-8", 46068),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mib"), REPORTED_MIB)
 def test_reported_memory(name, mib):
     assert load_profile(name).datasheet.memory.reported_mib.value == mib
 
 
-LINK_RATES = [("dgx-a100-80gb", 300, 25), ("dgx-h100", 450, 50)]
+LINK_RATES = [
+    ("dgx-a100-40gb", "nvlink", 8, 300, 25),
+    ("dgx-a100-80gb", "nvlink", 8, 300, 25),
+    ("dgx-h100", "nvlink", 8, 450, 50),
+    ("dgx-h200", "nvlink", 8, 450, 50),
+    ("dgx-b200", "nvlink", 8, 900, 50),
+    ("gb200-nvl72", "nvlink", 72, 900, 50),
+    ("mi300x-8", "xgmi", 8, 448, 50),
+    ("a100-pcie-8", "pcie", 8, 31, None),
+    ("l40s-8", "pcie", 8, 31, None),
+    ("h100-pcie-8", "pcie", 8, 63, None),
+]
+"""Profile, inner level, its GPUs, GB/s of one GPU inside and of one adapter, per direction."""
 
 
-@pytest.mark.parametrize(("name", "nvlink", "infiniband"), LINK_RATES)
-def test_link_rates_per_direction(name, nvlink, infiniband):
-    inner, outer = load_profile(name).datasheet.topology
-    assert (inner.name, inner.gpus, inner.bandwidth) == ("nvlink", 8, nvlink * 1e9)
-    assert (outer.name, outer.gpus, outer.bandwidth) == ("infiniband", None, infiniband * 1e9)
-    assert load_profile(name).gpus_per_node == 8
+@pytest.mark.parametrize(("name", "level", "gpus", "inside", "outside"), LINK_RATES)
+def test_link_rates_per_direction(name, level, gpus, inside, outside):
+    inner, *outer = load_profile(name).datasheet.topology
+    assert (inner.name, inner.gpus, inner.bandwidth) == (level, gpus, inside * 1e9)
+    assert load_profile(name).gpus_per_node == gpus
+    found = [(fabric.name, fabric.gpus, fabric.bandwidth) for fabric in outer]
+    assert found == ([("infiniband", None, outside * 1e9)] if outside else [])
+
+
+MEMORY_BANDWIDTHS = {
+    "dgx-a100-40gb": 1555, "dgx-a100-80gb": 2039, "a100-pcie-8": 1935, "dgx-h100": 3350, "dgx-h200": 4800,
+    "h100-pcie-8": 2000, "dgx-b200": 7672, "gb200-nvl72": 8000, "l40s-8": 864, "mi300x-8": 5300,
+}  # fmt: skip
+
+
+def test_memory_bandwidths():
+    found = {name: load_profile(name).datasheet.memory.bandwidth_gb_per_s.value for name in GPU_PROFILES}
+    assert found == MEMORY_BANDWIDTHS
+
+
+def without_sources(value, drop=()):
+    """A table as plain data, without sources and without the keys in `drop`."""
+    if isinstance(value, dict):
+        skip = ("source", "held_out_error_percent", *drop)
+        return {key: without_sources(item, drop) for key, item in value.items() if key not in skip}
+    return [without_sources(item, drop) for item in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "own"),
+    [
+        # H200 takes NVLS from 5 GPUs, which was measured there.
+        ("dgx-h200", "dgx-h100", ("device", "memory", "memory_bound", "min_ranks")),
+        ("dgx-a100-40gb", "dgx-a100-80gb", ("device", "memory", "memory_bound")),
+    ],
+)
+def test_same_device_but_for_its_memory(name, other, own):
+    """H200 is H100 and A100-40 is A100-80 with other HBM; only the share of elementwise kernels was measured again."""
+    mine, base = load_profile(name), load_profile(other)
+    assert without_sources(mine.datasheet.model_dump(), own) == without_sources(base.datasheet.model_dump(), own)
+    assert without_sources(mine.coefficients.model_dump(), own) == without_sources(base.coefficients.model_dump(), own)
+    shares, others = mine.coefficients.memory_bound.model_dump(), base.coefficients.memory_bound.model_dump()
+    differing = {key for key in shares if shares[key]["value"] != others[key]["value"]}
+    assert differing == {"elementwise"}
+    assert mine.memory_bandwidth != base.memory_bandwidth
+
+
+CARRIED = [("dgx-h200", "gemm.fraction.bf16"), ("dgx-b200", "memory_bound.norm"), ("l40s-8", "collectives.pcie")]
+
+
+@pytest.mark.parametrize(("name", "path"), CARRIED)
+def test_carried_values_are_assumed(name, path):
+    assert any(found.startswith(path) for found in load_profile(name).assumed)
+
+
+def test_nothing_is_calibrated_where_nothing_was_measured():
+    """No measurement on L40S was found: every coefficient is assumed."""
+    assert "calibrated" not in tables("l40s-8")
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_nvls_serves_only_all_reduce_and_only_on_h100(name):
+def test_nvls_serves_only_all_reduce_and_only_from_h100_on(name):
     profile = load_profile(name)
-    expected = {("nvlink", "all_reduce")} if name == "dgx-h100" else set()
+    expected = {("nvlink", "all_reduce")} if name in NVSWITCH_WITH_NVLS else set()
     nvls = {(level.name, op) for level, op, curve in curves(profile) if curve.algorithm == "nvls"}
     declared = {(level.name, op) for level in profile.datasheet.topology for op in level.in_network_reduction}
     assert nvls == declared == expected
@@ -249,7 +335,11 @@ def test_attention_curve_meets_published_rates(name, direction, mask, tokens, tf
     assert rate == pytest.approx(tflops, rel=0.05)
 
 
-ASSUMED = [("dgx-a100-80gb", "collectives.nvlink.all_gather"), ("cpu-2", "memory.context_mib")]
+ASSUMED = [
+    ("dgx-a100-80gb", "collectives.nvlink.all_gather"),
+    ("cpu-2", "memory.context_mib"),
+    ("dgx-h200", "collectives.infiniband.all_to_all"),
+]
 
 
 @pytest.mark.parametrize(("name", "path"), ASSUMED)
@@ -390,6 +480,7 @@ RING = "calibrated.collectives.nvlink.all_reduce.0"
         ("latency_us", 0.0, "latency_us"),
         ("latency_s", 1e-5, "latency_s: unknown key"),
         ("ranks", 1, "ranks"),
+        ("max_ranks", 2, "below the 4 ranks"),
     ],
 )
 def test_bad_curve_is_refused(entry, value, expected):
