@@ -58,6 +58,7 @@ PlanOption = Annotated[str | None, typer.Option("--plan", help='For instance "tp
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a sequence.")]
 MicroBatchOption = Annotated[int | None, typer.Option("--micro-batch", help="Sequences of a micro-batch.")]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
+NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to spread the GPUs over; as few as hold them.")]
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="bf16, fp16 or fp8.")]
 PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -77,6 +78,7 @@ def run(
     global_batch: GlobalBatchOption = None,
     precision: PrecisionOption = None,
     phase: PhaseOption = None,
+    nodes: NodesOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
 ) -> None:
@@ -86,7 +88,7 @@ def run(
         "phase": phase,
     }  # fmt: skip
     workload = {key: value for key, value in workload.items() if value is not None}
-    result = simulate(_scenario(case, hardware, model, plan, workload))
+    result = simulate(_scenario(case, hardware, model, plan, workload, nodes))
     if out is not None:
         _write_outputs(result, out)
     if as_json:
@@ -102,9 +104,14 @@ def run(
 
 
 def _scenario(
-    case: Path | None, hardware: str | None, model: str | None, plan: str | None, workload: dict[str, Any]
+    case: Path | None,
+    hardware: str | None,
+    model: str | None,
+    plan: str | None,
+    workload: dict[str, Any],
+    nodes: int | None,
 ) -> Scenario:
-    options = {"--hardware": hardware, "--model": model, "--plan": plan, **workload}
+    options = {"--hardware": hardware, "--model": model, "--plan": plan, "--nodes": nodes, **workload}
     given = [name for name, value in options.items() if value is not None]
     if case is not None:
         if given:
@@ -113,7 +120,7 @@ def _scenario(
     if model is None or hardware is None or "seq_len" not in workload:
         missing = "--model" if model is None else "--hardware" if hardware is None else "--seq-len"
         raise InputError(f"run: {missing} is missing; give a case file, or at least --model, --hardware and --seq-len")
-    return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload)
+    return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload, nodes=nodes)
 
 
 def _write_outputs(result: Result, out: Path) -> None:

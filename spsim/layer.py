@@ -18,7 +18,7 @@ from spsim.kernels import Kernels
 from spsim.lowering import lower_ring
 from spsim.model import Model
 from spsim.operators import operator_splits
-from spsim.placement import Collective, mesh_of, split_rules
+from spsim.placement import Axis, Collective, mesh_of, nodes_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Program
 from spsim.scenario import sequence_unit
@@ -60,6 +60,8 @@ class PreparedLayer:
         )
         self.schedule = schedule_layer(self.template.program, plan, mesh_of(plan), fold=fold)
         self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
+        self.mesh = mesh_of(plan)
+        self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
 
     @cached_property
     def _slots(self) -> dict[Phase, dict[int, npt.NDArray[np.intp]]]:
@@ -98,23 +100,39 @@ class PreparedLayer:
         elements = numbers.weight_sync
         return [layers * s.itemsize * sum(elements[w] for w in s.weights) for s in self.schedule.syncs]
 
+    def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
+        """Nodes that `ranks` neighbours along some axes span."""
+        key = (axes, ranks, gpus_per_node)
+        if key not in self._nodes:
+            self._nodes[key] = nodes_of(self.mesh, axes, gpus_per_node, ranks)
+        return self._nodes[key]
+
     def durations(
-        self, numbers: Numbers, compute: ComputeCost, comm: CommCost, sync_messages: Sequence[int]
+        self,
+        numbers: Numbers,
+        compute: ComputeCost,
+        comm: CommCost,
+        *,
+        gpus_per_node: int,
+        sync_messages: Sequence[int],
     ) -> dict[Phase, Mapping[int, list[int]]]:
         """Picoseconds of each task, by phase and simulated rank."""
         seconds = np.zeros(self.template.index.num_slots)
         for group in self.template.groups:
             seconds[group.slots] = compute.duration(group.work(numbers.floats))
-        known: dict[tuple[Collective, int, int], float] = {}
+        known: dict[tuple[Collective, int, int, int], float] = {}
         for step, message in zip(self.communications, numbers.at(self._message_positions), strict=True):
-            key = (step.collective, message, step.ranks)
+            nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
+            key = (step.collective, message, step.ranks, nodes)
             if key not in known:
                 known[key] = comm.duration(*key)
             seconds[self.template.index.slots[step.id][0]] = known[key]
         ps = np.rint(seconds * PS_PER_S)
         ps = ps.astype(np.int64) if ps.max() < 2**62 else np.array([int(time) for time in ps], dtype=object)
         syncs = [
-            picoseconds(comm.duration(sync.collective, message, sync.ranks))
+            picoseconds(
+                comm.duration(sync.collective, message, sync.ranks, self.nodes(sync.axes, sync.ranks, gpus_per_node))
+            )
             for sync, message in zip(self.schedule.syncs, sync_messages, strict=True)
         ]
         found: dict[Phase, Mapping[int, list[int]]] = {

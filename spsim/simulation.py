@@ -20,7 +20,7 @@ from spsim.hardware import HardwareProfile
 from spsim.layer import PreparedLayer, layer_program, prepared_layer
 from spsim.memory import StaticMemory, capacity, outside_tensors, static_memory
 from spsim.operators import TensorKind
-from spsim.placement import mesh_of
+from spsim.placement import mesh_of, nodes_of
 from spsim.program import Communication, Compute, Program
 from spsim.scenario import Scenario
 from spsim.schedule import task_info
@@ -285,7 +285,12 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     messages = layer.sync_messages(numbers, scenario.model.layers)
     step = Step(
         layer.schedule,
-        layer.durations(numbers, *cost_models(hardware, scenario.workload.precision), messages),
+        layer.durations(
+            numbers,
+            *cost_models(hardware, scenario.workload.precision),
+            gpus_per_node=scenario.gpus_per_node,
+            sync_messages=messages,
+        ),
         layer.sizes(numbers),
         scenario.model.layers,
         scenario.num_micro_batches,
@@ -337,5 +342,6 @@ def _assumed_inputs(scenario: Scenario, program: Program) -> tuple[str, ...]:
         if isinstance(step, Compute):
             used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
         else:
-            used |= {*comm.coefficients_of(step.collective), "overlap_slowdown"}
+            nodes = nodes_of(mesh_of(scenario.plan), (step.axis,), scenario.gpus_per_node, step.ranks)
+            used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
