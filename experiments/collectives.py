@@ -22,7 +22,7 @@ from rich.table import Table
 import spsim
 from spsim import report
 from spsim.comm_cost import CommCost
-from spsim.hardware import load_profile
+from spsim.profiles import load_profile
 
 DATA = Path(__file__).parent / "data" / "collectives.csv"
 OPERATIONS = {

@@ -1,9 +1,10 @@
 """spsim: a discrete-event simulator of multi-GPU sequence parallelism for transformers."""
 
 from spsim.errors import InputError
-from spsim.hardware import HardwareProfile, load_profile
+from spsim.hardware import HardwareProfile
 from spsim.model import Model, load_model
 from spsim.plan import Plan
+from spsim.profiles import load_profile
 from spsim.scenario import Scenario
 from spsim.simulation import Result, simulate
 from spsim.sweeps import Experiment, Point, sweep

@@ -32,9 +32,9 @@ import pandas as pd
 
 from spsim.configuration import parse_options
 from spsim.errors import InputError
-from spsim.hardware import load_profile
 from spsim.metrics import COMPUTE_LANE
 from spsim.model import load_model
+from spsim.profiles import load_profile
 from spsim.scenario import Scenario
 from spsim.simulation import SCOPE, Result, simulate
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US

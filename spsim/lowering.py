@@ -19,7 +19,7 @@ from spsim.work import Direction, FlashAttention, MemoryBound, Work
 
 @dataclass(frozen=True, slots=True)
 class RingBlock:
-    """One step of the ring: queries and keys of the kernel and the twice the pairs that it computes."""
+    """One step of the ring: queries and keys of the kernel and twice the pairs that it computes."""
 
     queries: int
     keys: int

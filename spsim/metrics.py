@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import numpy as np
 import pandas as pd
 
-from spsim.trace import Phase, Recording, Span, Trace
+from spsim.trace import MemoryChange, Phase, Recording, Span, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
@@ -101,7 +102,22 @@ def peak_memory(trace: Trace, static: int) -> Peak:
 
     At equal times memory is freed before it is allocated, so that the order of events does not matter.
     """
-    return max((_peak_of(trace, rank, static) for rank in trace.copies), key=lambda peak: peak.bytes)
+    peak_of = _peak_of_whole if trace.overlapping else _peak_of
+    return max((peak_of(trace, rank, static) for rank in trace.copies), key=lambda peak: peak.bytes)
+
+
+def _whole(trace: Trace, rank: int) -> list[MemoryChange]:
+    """All memory changes of a rank in order of time."""
+    return sorted((c for c in trace.memory if c.rank == rank), key=lambda c: (c.time_ps, c.bytes > 0))
+
+
+def _peak_of_whole(trace: Trace, rank: int, static: int) -> Peak:
+    peak, total = Peak(rank, static, 0, None), static
+    for change in _whole(trace, rank):
+        total += change.bytes
+        if total > peak.bytes:
+            peak = Peak(rank, total, change.time_ps, change.task)
+    return peak
 
 
 def _peak_of(trace: Trace, rank: int, static: int) -> Peak:
@@ -144,6 +160,10 @@ def _frees_first(change: tuple[int, int, int, int]) -> tuple[int, bool]:
 def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
     """The first task whose allocation takes a rank above `limit` bytes."""
     base = static
+    if trace.overlapping:
+        totals = accumulate((change.bytes for change in _whole(trace, rank)), initial=static)
+        above = (c.task for c, total in zip(_whole(trace, rank), islice(totals, 1, None), strict=True) if total > limit)
+        return next(above, None)
     highest = {recording: _highest(recording, rank) for recording in trace.recordings}
     for piece in trace.pieces:
         recording = piece.recording
@@ -198,7 +218,7 @@ def memory_frame(trace: Trace, static: dict[str, int]) -> pd.DataFrame:
 
 
 def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFrame:
-    changes = sorted((c for c in trace.memory if c.rank == rank), key=lambda c: (c.time_ps, c.bytes > 0))
+    changes = _whole(trace, rank)
     frame = pd.DataFrame(
         {
             "rank": rank,

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from spsim.comparison import Difference, PlanAccount, PlanComparison, grouped
 from spsim.explanation import Explanation, InsertedCommunication, OperatorExplanation
-from spsim.hardware import load_profile, profile_names
 from spsim.model import PRESETS
+from spsim.profiles import load_profile, profile_names
 from spsim.simulation import SCOPE, Result
 from spsim.units import GIB, MIB, PS_PER_MS
 from spsim.validation import Comparison, Errors, Validation

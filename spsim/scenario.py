@@ -12,9 +12,10 @@ from pydantic import BaseModel, Field, InstanceOf, field_validator, model_valida
 
 from spsim.configuration import Configuration
 from spsim.errors import InputError
-from spsim.hardware import HardwareProfile, load_profile
+from spsim.hardware import HardwareProfile
 from spsim.model import Model, load_model
 from spsim.plan import Plan, parse_plan
+from spsim.profiles import load_profile
 from spsim.resources import read_toml
 from spsim.workload import Workload
 

@@ -15,7 +15,7 @@ from spsim import metrics
 from spsim.comm_cost import CommCost
 from spsim.compute_cost import ComputeCost
 from spsim.flops import layer_flops
-from spsim.folding import Step, run_step
+from spsim.folding import OUTLASTS, Step, run_step
 from spsim.hardware import HardwareProfile
 from spsim.layer import PreparedLayer, layer_program, prepared_layer
 from spsim.memory import StaticMemory, capacity, outside_tensors, static_memory
@@ -298,7 +298,9 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     )
     stretches, events, reason = run_step(step, fold=fold)
     copies = layer.schedule.copies
-    trace = Trace(stretches, copies, partial(_describe, scenario, layer, messages), layer.schedule.groups)
+    trace = Trace(
+        stretches, copies, partial(_describe, scenario, layer, messages), layer.schedule.groups, reason == OUTLASTS
+    )
     return Result(
         scenario=scenario,
         numbers=numbers,

@@ -124,7 +124,7 @@ def _numbers(program: Program) -> Iterator[int]:
         if isinstance(step, Compute):
             yield from (value for work in step.work if work is not None for value in _sizes(work).values())
         else:
-            yield from (step.message_bytes, step.sent_bytes)
+            yield step.message_bytes
         yield from (buffer.bytes for buffer in step.writes)
     yield from (program.input.bytes, program.output_gradient.bytes)
     yield from (saved.bytes for saved in program.saved)
@@ -167,7 +167,7 @@ def _index(program: Program) -> tuple[Index, list[list[Member]]]:
         if not isinstance(step, Compute):
             messages[step.id] = position
             own.append(slot)
-            position, slot = position + 2, slot + 1
+            position, slot = position + 1, slot + 1
         slots[step.id] = tuple(own)
         for buffer in step.writes:
             buffers[buffer.id] = position

@@ -197,6 +197,8 @@ class Trace:
     """What each task of a piece is, when somebody asks."""
     groups: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     """Axis -> rank -> the ranks of its group."""
+    overlapping: bool = False
+    """Whether pieces overlap on a rank, so that memory must be looked at as a whole."""
 
     @cached_property
     def pieces(self) -> Sequence[Piece]:
@@ -246,7 +248,8 @@ class Trace:
     @cached_property
     def end_ps(self) -> int:
         """End of the last span."""
-        return max((_end(stretch) for stretch in self.stretches[-2:]), default=0)
+        last = self.stretches if self.overlapping else self.stretches[-2:]
+        return max((_end(stretch) for stretch in last), default=0)
 
 
 def _end(stretch: Stretch) -> int:

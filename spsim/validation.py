@@ -18,9 +18,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from spsim.errors import InputError, first_problem
-from spsim.hardware import load_profile
 from spsim.model import Model
 from spsim.plan import Plan
+from spsim.profiles import load_profile
 from spsim.resources import measured_cases, read_text
 from spsim.scenario import Scenario
 from spsim.simulation import Result, simulate

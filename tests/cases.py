@@ -1,7 +1,9 @@
 """Small scenarios for the tests: one place that fills in what a test does not care about."""
 
+from hypothesis import strategies as st
+
 from spsim import Model, Scenario, Workload, simulate
-from spsim.simulation import layer_program
+from spsim.layer import layer_program
 
 A100 = "dgx-a100-80gb"
 H100 = "dgx-h100"
@@ -31,3 +33,43 @@ def program(plan="", *, seq_len=256, micro_batch=1, **model_changes):
     """The compiled layer of a small scenario, after the checks of `Scenario`."""
     checked = scenario(plan, seq_len=seq_len, micro_batch=micro_batch, **model_changes)
     return layer_program(checked.model, checked.plan, checked.workload)
+
+
+DEGREES = [(t, u, r) for t in (1, 2, 4, 8) for u in (1, 2, 4, 8) for r in (1, 2, 4, 8) if t * u * r <= 8]
+FLAGS = ("sequence_parallel", "keep_gathered", "distributed_optimizer")
+
+
+@st.composite
+def random_plans(draw):
+    """(plan, whether attention may be unfused): at most 8 ranks, and every option."""
+    tp, ulysses, ring = draw(st.sampled_from(DEGREES))
+    flags = draw(st.sets(st.sampled_from(FLAGS)))
+    kind = draw(st.sampled_from(["p2p", "all_gather"]))
+    plan = (
+        f"tp={tp},ulysses={ulysses},ring={ring},ring_kind={kind},"
+        f"ring_cut={draw(st.sampled_from(['zigzag', 'contiguous']))},"
+        f"recompute={draw(st.sampled_from(['none', 'selective', 'full']))},"
+        f"tp_backward_overlap={draw(st.sampled_from(['true', 'false']))}," + ",".join(sorted(flags))
+    )
+    return plan, ring == 1 or kind == "all_gather"
+
+
+@st.composite
+def random_scenarios(draw, *, fold, layers, micro_batches):
+    """Arguments of `result`: a random plan of at most 8 ranks, a random small model and sequence."""
+    plan, any_attention = draw(random_plans())
+    return {
+        "plan": plan,
+        "fold": draw(fold),
+        "hardware": draw(st.sampled_from([A100, H100])),
+        "seq_len": draw(st.sampled_from([128, 1024, 4096])),
+        "layers": layers,
+        "global_batch": micro_batches,
+        "heads": 8,
+        "kv_heads": draw(st.sampled_from([1, 2, 4, 8])),
+        "gated_mlp": draw(st.booleans()),
+        "ffn_hidden": 704,
+        "attention": draw(st.sampled_from(["flash", "unfused"] if any_attention else ["flash"])),
+        "dropout": draw(st.sampled_from([0.0, 0.1])),
+        "causal": draw(st.booleans()),
+    }

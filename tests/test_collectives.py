@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from spsim import Plan, Scenario, Workload
 from spsim.comm_cost import CommCost
 from spsim.errors import InputError
-from spsim.hardware import load_profile, profile_names
 from spsim.placement import AXES, Mesh, mesh_of, nodes_of
+from spsim.profiles import load_profile, profile_names
 from tests.cases import H100, model
 from tests.test_costs import COLLECTIVES, US, profile, wire_share
 

@@ -11,8 +11,9 @@ from spsim import simulate
 from spsim.comm_cost import CommCost, CurveTime
 from spsim.compute_cost import ComputeCost
 from spsim.errors import InputError
-from spsim.hardware import CollectiveCurve, load_profile, parse_profile, profile_names
+from spsim.hardware import CollectiveCurve
 from spsim.lowering import ring_blocks
+from spsim.profiles import load_profile, parse_profile, profile_names
 from spsim.program import Compute
 from spsim.resources import profiles_directory, read_toml
 from spsim.work import FlashAttention, Gemm, MemoryBound
@@ -237,8 +238,8 @@ def test_a_batched_product_fills_the_device_with_all_of_its_tiles():
 def flash(head_dim=128, tokens=4096, direction="forward", *, keys=None, causal=True):
     """16 heads over `tokens` queries and as many keys."""
     keys = keys or tokens
-    pairs = tokens * keys // 2 if causal else tokens * keys
-    return FlashAttention(direction, 1, 16, head_dim, tokens, keys, pairs, causal, bytes_moved=1)
+    twice_pairs = tokens * keys if causal else 2 * tokens * keys
+    return FlashAttention(direction, 1, 16, head_dim, tokens, keys, twice_pairs, causal, bytes_moved=1)
 
 
 def test_flash_attention_by_hand():
@@ -426,7 +427,8 @@ def test_ring_blocks_count_the_pairs_of_the_mask(degree, cut):
         for rank in range(degree):
             block = blocks[rank if len(blocks) > 1 else 0]
             keys = owned((rank - step) % degree, degree, tokens, cut)
-            assert causal_pairs(owned(rank, degree, tokens, cut), keys) == (block.pairs if block else 0)
+            pairs = causal_pairs(owned(rank, degree, tokens, cut), keys)
+            assert 2 * pairs == (block.twice_pairs if block else 0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -436,9 +438,9 @@ def test_ring_shares_sum_to_half_the_square(degree, half, cut, causal):
     tokens, total = 2 * half, 0
     for step in range(degree):
         blocks = ring_blocks(tokens, degree, step, causal=causal, cut=cut)
-        pairs = [block.pairs if block else 0 for block in blocks]
-        total += sum(pairs) if len(pairs) == degree else degree * pairs[0]
-    assert total * (2 if causal else 1) == (degree * tokens) ** 2
+        twice = [block.twice_pairs if block else 0 for block in blocks]
+        total += sum(twice) if len(twice) == degree else degree * twice[0]
+    assert total == (1 if causal else 2) * (degree * tokens) ** 2
 
 
 @pytest.mark.parametrize("cut", ["zigzag", "contiguous"])
@@ -446,4 +448,4 @@ def test_a_block_fits_its_kernel(cut):
     """No kernel computes more pairs than its queries times its keys; a masked one computes half."""
     for step in range(4):
         for block in filter(None, ring_blocks(8, 4, step, causal=True, cut=cut)):
-            assert block.pairs * (2 if block.causal else 1) == block.queries * block.keys
+            assert block.twice_pairs == (1 if block.causal else 2) * block.queries * block.keys

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.engine import Allocation, DeadlockError, Meeting, Task, run
+from spsim.engine import DeadlockError, Meeting, RankProgram, Task, run
 
 LANES = ("compute", "net", "link")
 
 
-def times(programs, slowdown=0.0):
-    """{(rank, task): (posted, start, end)} of a run."""
-    spans, _ = run(programs, slowdown=slowdown)
+def times(programs, slowdown=0.0, **settings):
+    """{(rank, task): (posted, start, end)} of a run, which has one span for each task."""
+    spans = run(programs, slowdown=slowdown, **settings)
+    assert len(spans) == sum(len(getattr(program, "tasks", program)) for program in programs.values())
     return {(span.rank, span.task): (span.posted_ps, span.start_ps, span.end_ps) for span in spans}
 
 
@@ -178,59 +179,44 @@ def test_zero_durations_take_no_time():
     assert set(times(programs, 0.5).values()) == {(0, 0, 0)}
 
 
-# ------------------------------------------------------------ memory
-
-
-def test_memory_is_freed_after_the_last_reader():
-    """Buffer 7 (100 bytes) is written 0-5, read until 8 and until 14; buffer 8 (30) has no reader: 5-8."""
+def test_kernels_in_a_row_are_slowed_one_by_one():
+    """Slowdown 1/2, kernels of 4, 3 and 5 ps from 0, a collective of 7 ps posted at 2. 2 + 2 x 2 = 6; 1 ps is
+    held until 9 at half rate, which does 1.5 of 3 ps, the rest by 10.5, so 11; then 5 ps undisturbed: 16.
+    """
     tasks = [
-        Task(0, "compute", 5, allocates=(Allocation(7, 100, "activations", "x"),)),
-        Task(1, "compute", 3, allocates=(Allocation(8, 30, "temporary", "y"),), reads=(7,)),
-        Task(2, "net", 6, needs=(1,), reads=(7,)),
+        *(Task(i, "compute", work) for i, work in enumerate((4, 3, 5))),
+        Task(3, "link", 2),
+        Task(4, "net", 7, needs=(3,), meetings=meeting(4, 1)),
     ]
-    _, changes = run({0: tasks}, slowdown=0.0)
-    assert [(c.time_ps, c.bytes, c.tensor, c.task) for c in changes] == [
-        (0, 100, "x", 0),
-        (5, 30, "y", 1),
-        (8, -30, "y", 1),
-        (14, -100, "x", 2),
-    ]
+    found = times({0: tasks}, 0.5)
+    assert [found[0, i] for i in range(3)] == [(0, 0, 6), (6, 6, 11), (11, 11, 16)]
 
 
-def test_a_buffer_lives_until_the_slower_of_two_lanes():
-    """Read on compute until 10 and on the other lane until 25: freed at 25 by the other lane's task."""
-    tasks = [
-        Task(0, "compute", 1, allocates=(Allocation(1, 64, "temporary", "x"),)),
-        Task(1, "net", 24, needs=(0,), reads=(1,)),
-        Task(2, "compute", 9, reads=(1,)),
-    ]
-    _, changes = run({0: tasks}, slowdown=0.0)
-    assert [(c.time_ps, c.bytes, c.task) for c in changes] == [(0, 64, 0), (25, -64, 1)]
+def test_a_kernel_inside_a_row_releases_who_waits_for_it():
+    """Kernels of 2, 3 and 4 ps: what needs the second is posted at 5, not at the end of the row."""
+    tasks = [*(Task(i, "compute", work) for i, work in enumerate((2, 3, 4))), Task(3, "net", 1, needs=(1,))]
+    assert times({0: tasks}) == {(0, 0): (0, 0, 2), (0, 1): (2, 2, 5), (0, 2): (5, 5, 9), (0, 3): (5, 5, 6)}
 
 
-def test_a_waiting_collective_holds_its_buffer():
-    """Memory is taken when the collective is posted (3), not when its peer comes (20)."""
-    programs = {
-        rank: [
-            Task(0, "compute", work),
-            Task(
-                1,
-                "net",
-                5,
-                needs=(0,),
-                meetings=meeting(1, 2),
-                allocates=(Allocation(1, 8, "temporary", "x"),),
-            ),
-        ]
-        for rank, work in enumerate((3, 20))
+def test_ranks_begin_at_their_starts():
+    """Ranks start at 3 and 10 with 4 ps of work each; the collective of 2 ps meets at 14."""
+    tasks = [Task(0, "compute", 4), Task(1, "net", 2, needs=(0,), meetings=meeting(1, 2)), Task(2, "link", 1)]
+    assert times({0: tasks, 1: tasks}, starts={0: 3, 1: 10}) == {
+        (0, 0): (3, 3, 7),
+        (0, 1): (7, 14, 16),
+        (0, 2): (3, 3, 4),
+        (1, 0): (10, 10, 14),
+        (1, 1): (14, 14, 16),
+        (1, 2): (10, 10, 11),
     }
-    _, changes = run(programs, slowdown=0.0)
-    assert sorted((c.rank, c.time_ps, c.bytes) for c in changes) == [
-        (0, 3, 8),
-        (0, 25, -8),
-        (1, 20, 8),
-        (1, 25, -8),
-    ]
+
+
+def test_a_prepared_program_runs_with_durations_of_each_run():
+    """By rank and task, instead of the tasks' own; nothing is left of the run before."""
+    program = RankProgram([Task(0, "compute", 50), Task(1, "net", 50, needs=(0,), meetings=meeting(1, 2))])
+    for first, second in ((5, 9), (9, 5), (5, 9)):
+        found = times({0: program, 1: program}, durations={0: [first, 4], 1: [second, 4]})
+        assert [found[rank, 1] for rank in range(2)] == [(first, 9, 13), (second, 9, 13)]
 
 
 # ------------------------------------------------------------ deadlock
@@ -273,10 +259,14 @@ def test_a_peer_that_never_comes_is_a_deadlock():
 class Replay:
     """The engine's rules stepped tick by tick in plain Python, with exact fractions and no events.
 
-    A communication starts at the first of its rendezvous, and its duration runs from the last.
+    A communication starts at the first of its rendezvous, and its duration runs from the last. Nothing of a
+    rank is posted before its start.
     """
 
-    def __init__(self, programs, slowdown):
+    def __init__(self, programs, slowdown, durations=None, starts=None):
+        own = {rank: {task.id: task.duration_ps for task in tasks} for rank, tasks in programs.items()}
+        self.durations = durations or own
+        self.starts = starts or dict.fromkeys(programs, 0)
         self.queues = {(rank, task.lane): deque() for rank, tasks in programs.items() for task in tasks}
         for rank, tasks in programs.items():
             for task in tasks:
@@ -292,7 +282,7 @@ class Replay:
         """Post, start, set off or end the head of a lane; whether it could."""
         task, key = queue[0], (rank, queue[0].id)
         if key not in self.posted:
-            if any((rank, need) not in self.end for need in task.needs):
+            if now < self.starts[rank] or any((rank, need) not in self.end for need in task.needs):
                 return False
             self.posted[key] = now
             self.arrived.update(meeting.key for meeting in task.meetings)
@@ -304,7 +294,7 @@ class Replay:
             if not all(map(self.complete, task.meetings)):
                 return False
             self.done[key] = Fraction(0)
-        elif self.done[key] >= task.duration_ps:
+        elif self.done[key] >= self.durations[rank][task.id]:
             self.end[key] = now
             queue.popleft()
         else:
@@ -332,16 +322,22 @@ class Replay:
 
 @st.composite
 def random_programs(draw):
-    """2-4 ranks, 2-3 lanes, needs on earlier tasks of any lane, collectives of random ranks, exchanges.
+    """2-4 ranks, 2-3 lanes, needs on earlier tasks of any lane, rows of kernels, collectives of random ranks,
+    exchanges.
 
     Ids increase on every lane and needs point backwards, so the lowest unfinished id can always proceed.
     """
     num_ranks = draw(st.integers(2, 4))
     lanes = LANES[: draw(st.integers(2, 3))]
     programs = {rank: [] for rank in range(num_ranks)}
-    for task in range(draw(st.integers(1, 9))):
-        kind = draw(st.sampled_from(["compute", "compute", "collective", "exchange"]))
+    for task in range(draw(st.integers(1, 12))):
+        kind = draw(st.sampled_from(["compute", "compute", "row", "row", "collective", "exchange"]))
         members = range(num_ranks)
+        if kind == "row":
+            lane = draw(st.sampled_from(["compute", *lanes]))
+            for rank in members:
+                programs[rank].append(Task(task, lane, draw(st.integers(0, 9))))
+            continue
         if kind == "collective":
             members = draw(st.sets(st.integers(0, num_ranks - 1), min_size=1))
         lane = "compute" if kind == "compute" else draw(st.sampled_from(lanes[1:]))
@@ -367,6 +363,28 @@ SLOWDOWNS = st.sampled_from(["0", "0.15", "0.25", "0.5", "0.9"])
 def test_engine_equals_the_replay(programs, slowdown):
     """Spans are equal, task by task, to the tick-by-tick replay."""
     assert times(programs, float(slowdown)) == Replay(programs, Fraction(slowdown)).times()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(random_programs(), SLOWDOWNS, st.data())
+def test_durations_and_starts_equal_the_replay(programs, slowdown, data):
+    """Prepared programs with durations of their own for a run, and ranks that start apart."""
+    numbers = st.lists(st.integers(0, 9), min_size=12, max_size=12)
+    durations = {rank: data.draw(numbers) for rank in programs}
+    starts = {rank: data.draw(st.integers(0, 20)) for rank in programs}
+    prepared = {rank: RankProgram(tasks) for rank, tasks in programs.items()}
+    for own in (durations, None):
+        found = times(prepared, float(slowdown), durations=own, starts=starts)
+        assert found == Replay(programs, Fraction(slowdown), own, starts).times()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(random_programs(), SLOWDOWNS, st.integers(1, 1000))
+def test_a_common_start_shifts_everything(programs, slowdown, start):
+    """The same spans, all of them later by the start."""
+    shifted = times(programs, float(slowdown), starts=dict.fromkeys(programs, start))
+    found = times(programs, float(slowdown))
+    assert shifted == {key: tuple(time + start for time in span) for key, span in found.items()}
 
 
 def test_the_replay_agrees_with_the_hand_worked_contention():

@@ -6,7 +6,7 @@ from math import nan
 import pytest
 
 from spsim.errors import InputError
-from spsim.hardware import load_profile, parse_profile, profile_names
+from spsim.profiles import load_profile, parse_profile, profile_names
 from spsim.resources import profiles_directory, read_toml
 
 GPU_PROFILES = [name for name in profile_names() if name != "cpu-2"]
