@@ -52,7 +52,7 @@ def with_plan(plan: str) -> list[str]:
         (["run", "--model", "gpt-3", "--hardware", "dgx-h100", "--seq-len", "8"], ["gpt-3", "gpt-22b"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-x", "--seq-len", "8"], ["dgx-x", "dgx-h100"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-h100"], ["--seq-len", "missing"]),
-        (["run", "--model", "config.json", "--hardware", "dgx-h100", "--seq-len", "8"], ["config.json", "no such file"]),
+        (["run", "--model", "config.json", "--hardware", "dgx-h100", "--seq-len", "8"], ["config.json: no such file"]),
         ([*RUN, "--micro-batch", "0"], ["micro_batch", "0"]),
         ([*RUN, "--micro-batch", "-1"], ["micro_batch", "-1"]),
         ([*RUN, "--micro-batch", "1.5"], ["--micro-batch"]),
