@@ -12,10 +12,11 @@ import spsim
 
 PACKAGE = Path(spsim.__file__).parent
 ORDER = (
-    "errors", "units", "configuration", "resources", "huggingface", "hardware", "profiles", "model", "plan", "workload",
-    "scenario", "placement", "operators", "transformer", "work", "kernels", "program", "compiler", "lowering", "template", "flops",
-    "memory", "compute_cost", "comm_cost", "trace", "engine", "schedule", "layer", "folding", "metrics", "simulation",
-    "export", "plots", "sweeps", "explanation", "comparison", "validation", "report", "experiments", "cli", "__main__",
+    "errors", "units", "configuration", "resources", "huggingface", "hardware", "profiles", "model", "plan",
+    "workload", "scenario", "placement", "operators", "transformer", "work", "kernels", "program", "compiler",
+    "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "trace", "engine", "schedule", "layer",
+    "folding", "metrics", "simulation", "export", "plots", "sweeps", "explanation", "comparison", "validation",
+    "report", "experiments", "cli", "__main__",
 )  # fmt: skip
 FENCES = {
     "simpy": {"engine"},
