@@ -51,13 +51,18 @@ class DeadlockError(RuntimeError):
     """No task can proceed; the message names the ones that wait."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Run:
     """Consecutive kernels of a lane that are advanced together, or one communication."""
 
-    tasks: tuple[Task, ...]
-    needs: tuple[int, ...]
-    """Tasks of other lanes that the first one waits for."""
+    __slots__ = ("last", "meetings", "needs", "parties", "tasks")
+
+    def __init__(self, tasks: Sequence[Task], needs: tuple[int, ...]) -> None:
+        self.tasks = tuple(tasks)
+        self.needs = needs
+        """Tasks of other lanes that the first one waits for."""
+        self.last = tasks[-1].id
+        self.meetings = tasks[0].meetings
+        self.parties = max((meeting.parties for meeting in self.meetings), default=0)
 
 
 class RankProgram:
@@ -78,7 +83,7 @@ class RankProgram:
             if alone or runs[-1][-1].id in self.awaited:
                 runs.append([])
             runs[-1].append(task)
-        return {lane: [_Run(tuple(run), self._foreign(run[0])) for run in runs] for lane, runs in lanes.items()}
+        return {lane: [_Run(run, self._foreign(run[0])) for run in runs] for lane, runs in lanes.items()}
 
     def _foreign(self, task: Task) -> tuple[int, ...]:
         return tuple(need for need in task.needs if self.lane_of[need] != task.lane)
@@ -88,7 +93,8 @@ class _Rank:
     """State of one rank: what has ended, and when communications held the device."""
 
     __slots__ = (
-        "durations", "ended", "env", "held_since", "held_until", "holds", "num_posts", "posted", "program", "rank"
+        "durations", "ended", "env", "held_last", "held_since", "held_until", "holds", "num_posts", "posted",
+        "program", "rank",
     )  # fmt: skip
 
     def __init__(self, env: Any, rank: int, program: RankProgram, durations: Sequence[int] | None) -> None:
@@ -101,24 +107,28 @@ class _Rank:
         self.num_posts = 0
         self.held_since = 0
         self.held_until = 0
+        self.held_last = 0
         self.holds: list[tuple[int, int]] = []
 
-    def post(self) -> None:
+    def post(self, now: int) -> None:
+        """A communication takes hold of the device."""
         if not self.posted:
-            self.held_since = self.env.now
+            self.held_since = now
         self.posted += 1
         self.num_posts += 1
 
-    def withdraw(self) -> None:
+    def withdraw(self, now: int) -> None:
+        """A communication ends; the device is free when none is left."""
         self.posted -= 1
         if not self.posted:
-            self.holds.append((self.held_since, self.env.now))
+            self.holds.append((self.held_since, now))
+            self.held_last = now
 
     def known_holds(self, since: int) -> list[tuple[int, int]]:
         """When the device has been held from `since` on, and will be as far as is known now: a communication
         whose peers have met holds until a known time, and any other may end this moment.
         """
-        known = [hold for hold in self.holds if hold[1] > since] if self.holds else []
+        known = [hold for hold in self.holds if hold[1] > since]
         if self.posted:
             known.append((self.held_since, max(self.held_until, self.env.now)))
         return known
@@ -146,69 +156,68 @@ class _Simulation:
             raise DeadlockError(f"deadlock: {', '.join(places)} wait for tasks that never end")
 
     def _lane(self, rank: _Rank, lane: str, runs: list[_Run], start: int) -> Generator[simpy.Event, Any, None]:
-        place = (rank.rank, lane)
+        place, ended = (rank.rank, lane), rank.ended
         if start:
             yield self.env.timeout(start)
         for run in runs:
-            self.waiting[place] = run.tasks[0]
             for need in run.needs:
-                event = rank.ended[need]
-                if not event.triggered:
-                    yield event
-            if run.tasks[0].meetings:
-                yield from self._communicate(rank, run.tasks[0])
+                if not ended[need].triggered:
+                    self.waiting[place] = run.tasks[0]
+                    yield ended[need]
+            if run.meetings:
+                yield from self._communicate(rank, run)
             else:
-                yield from self._compute(rank, run.tasks)
-            last = run.tasks[-1].id
-            if last in rank.ended:
-                rank.ended[last].succeed()
+                yield from self._compute(rank, run)
+            if run.last in ended:
+                ended[run.last].succeed()
         self.waiting.pop(place, None)
 
-    def _compute(self, rank: _Rank, tasks: tuple[Task, ...]) -> Generator[simpy.Event, Any, None]:
+    def _compute(self, rank: _Rank, run: _Run) -> Generator[simpy.Event, Any, None]:
         """Work through a run; time lost to contention is known only as it happens, so look again at its end."""
         env, start = self.env, self.env.now
-        durations = [rank.durations[task.id] for task in tasks]
+        durations = [rank.durations[task.id] for task in run.tasks]
         undisturbed = False
         while not undisturbed:
             ends = self._ends(rank, start, durations)
-            if ends[-1] <= env.now:
+            now, free, posts = env.now, not rank.posted, rank.num_posts
+            if ends[-1] <= now:
                 break
-            free, posts = not rank.posted, rank.num_posts
-            yield env.timeout(ends[-1] - env.now)
+            yield env.timeout(ends[-1] - now)
             undisturbed = free and rank.num_posts == posts
         begin = start
-        for task, end in zip(tasks, ends, strict=True):
+        for task, end in zip(run.tasks, ends, strict=True):
             self.spans.append(Span(rank.rank, task.lane, task.id, begin, begin, end))
             begin = end
 
     def _ends(self, rank: _Rank, start: int, durations: list[int]) -> list[int]:
         """When each kernel of a run ends if nothing more is posted: never too late."""
-        holds = rank.known_holds(start) if self.slowdown else []
-        if not holds:
-            return list(accumulate(durations, initial=start))[1:]
-        ends = []
-        now = start
-        for duration in durations:
-            now = _work_through(now, duration * PPM, holds, PPM - self.slowdown)
-            ends.append(now)
-        return ends
+        if self.slowdown and (rank.posted or rank.held_last > start):
+            holds, rate, ends = rank.known_holds(start), PPM - self.slowdown, []
+            for duration in durations:
+                start = _work_through(start, duration * PPM, holds, rate)
+                ends.append(start)
+            return ends
+        return [start + elapsed for elapsed in accumulate(durations)]
 
-    def _communicate(self, rank: _Rank, task: Task) -> Generator[simpy.Event, Any, None]:
+    def _communicate(self, rank: _Rank, run: _Run) -> Generator[simpy.Event, Any, None]:
         """Meet the peers; a transfer takes the duration from its meeting on, and the last one ends the task."""
-        env, posted, duration = self.env, self.env.now, rank.durations[task.id]
-        rank.post()
-        met: list[Any] = []
-        for meeting in task.meetings:
-            self._arrive(meeting)
-        for meeting in task.meetings:
-            event = self.met.get(meeting.key)
-            if event is not None and not event.triggered:
-                yield event
-            met.append(posted if event is None else event.value)
-        end = max(met) + duration
+        env, task, posted = self.env, run.tasks[0], self.env.now
+        rank.post(posted)
+        met = [posted]
+        if run.parties > 1:
+            for meeting in run.meetings:
+                self._arrive(meeting)
+            met = []
+            for meeting in run.meetings:
+                event = self.met.get(meeting.key)
+                if event is not None and not event.triggered:
+                    self.waiting[rank.rank, task.lane] = task
+                    yield event
+                met.append(posted if event is None else event.value)
+        end = max(met) + rank.durations[task.id]
         rank.held_until = max(rank.held_until, end)
         yield env.timeout(end - env.now)
-        rank.withdraw()
+        rank.withdraw(end)
         self.spans.append(Span(rank.rank, task.lane, task.id, posted, min(met), end))
 
     def _arrive(self, meeting: Meeting) -> None:

@@ -16,6 +16,8 @@ from spsim.plan import Plan
 from spsim.program import Buffer, Category, Communication, Compute, Phase, Program, Purpose, Step
 from spsim.work import Direction, FlashAttention, MemoryBound, Work
 
+FP32_PER_BF16 = 2
+
 
 @dataclass(frozen=True, slots=True)
 class RingBlock:
@@ -130,13 +132,13 @@ class _RingLowering:
     def _elementwise(
         self,
         compute: Compute,
-        size: int,
+        traffic: int,
         reads: tuple[int, ...],
         writes: tuple[Buffer, ...],
         active: Sequence[bool],
     ) -> None:
-        """A merge or an addition: two operands read and one written, on the positions that computed a block."""
-        kernel = MemoryBound("elementwise", 3 * size)
+        """A merge or an addition of so many bytes, on the positions that computed a block."""
+        kernel = MemoryBound("elementwise", traffic)
         work: tuple[Work | None, ...] = tuple(kernel if here else None for here in active)
         self._add(replace(compute, kind="elementwise", work=work, reads=reads, writes=writes))
 
@@ -156,9 +158,11 @@ class _RingLowering:
     # The two passes
 
     def _forward(self, compute: Compute, gathers: list[Communication], _: list[Communication]) -> None:
-        """P attention steps; each after the first merges its output into the running one, in place."""
+        """P attention steps; each after the first merges its output into the running one, which is kept in
+        fp32 and rescaled by the log-sum-exp (the merge of ring-flash-attention and Transformer Engine).
+        """
         context, statistics = compute.writes
-        running = self._buffer(context.tensor, context.bytes)
+        running = self._buffer(context.tensor, FP32_PER_BF16 * context.bytes)
         keys, size = self._local_keys(gathers)
         queries = tuple(b for b in compute.reads if b not in {w.id for g in gathers for w in g.writes})
         phase: Phase = "recompute" if compute.part == "recompute" else "forward"
@@ -174,9 +178,10 @@ class _RingLowering:
             previous = (self.num_steps - 1,)
             if step > 0:
                 last = step == self.degree - 1
-                merged = (replace(context, alias_of=running.id),) if last else ()
+                written = context.bytes if last else running.bytes
+                traffic = running.bytes + output.bytes + written
                 active = [block is not None for block in work]
-                self._elementwise(compute, context.bytes, (running.id, output.id), merged, active)
+                self._elementwise(compute, traffic, (running.id, output.id), (context,) if last else (), active)
             keys = arriving
 
     def _backward(self, compute: Compute, gathers: list[Communication], scatters: list[Communication]) -> None:
@@ -203,11 +208,11 @@ class _RingLowering:
             else:
                 last = step == self.degree - 1
                 summed = (replace(query_gradient, alias_of=running.id),) if last else ()
-                self._elementwise(compute, query_gradient.bytes, (running.id, output.id), summed, active)
+                self._elementwise(compute, 3 * query_gradient.bytes, (running.id, output.id), summed, active)
                 circulating = self._pass_on(compute, size, block, circulating, active)
             keys = arriving
         homes = tuple(buffer for step in scatters for buffer in step.writes)
-        self._elementwise(compute, size, own + circulating, homes, [True])
+        self._elementwise(compute, 3 * size, own + circulating, homes, [True])
 
     def _pass_on(
         self, compute: Compute, size: int, block: Buffer, circulating: tuple[int, ...], active: Sequence[bool]
@@ -216,7 +221,7 @@ class _RingLowering:
         outgoing: tuple[int, ...] = (block.id,)
         if circulating:
             total = self._buffer("key_value gradient", size, alias_of=block.id)
-            self._elementwise(compute, size, (block.id, *circulating), (total,), active)
+            self._elementwise(compute, 3 * size, (block.id, *circulating), (total,), active)
             outgoing = (total.id,)
         return self._exchange("key_value gradient", size, outgoing, "gradient", "backward", ())
 

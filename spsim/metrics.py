@@ -47,15 +47,25 @@ def _union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _length(intervals: Iterable[tuple[int, int]]) -> int:
-    return sum(end - start for start, end in intervals)
-
-
 def exposed(spans: Sequence[Span]) -> int:
-    """Picoseconds of one rank during which communication is posted and no kernel runs."""
-    compute = [(s.start_ps, s.end_ps) for s in spans if s.lane == COMPUTE_LANE]
-    communication = [(s.posted_ps, s.end_ps) for s in spans if s.lane != COMPUTE_LANE]
-    return _length(_union([*compute, *communication])) - _length(_union(compute))
+    """Picoseconds of one rank during which communication is posted and no kernel runs.
+
+    Kernels of a rank follow each other, so what they hide of each stretch of communication adds up.
+    """
+    communication = _union((s.posted_ps, s.end_ps) for s in spans if s.lane != COMPUTE_LANE)
+    total = sum(end - start for start, end in communication)
+    if not communication:
+        return total
+    kernels = sorted((s.start_ps, s.end_ps) for s in spans if s.lane == COMPUTE_LANE)
+    index = 0
+    for start, end in kernels:
+        while index < len(communication) and communication[index][1] <= start:
+            index += 1
+        for begin, stop in communication[index:]:
+            if begin >= end:
+                break
+            total -= min(end, stop) - max(start, begin)
+    return total
 
 
 def exposed_communication(trace: Trace) -> dict[int, int]:

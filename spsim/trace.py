@@ -100,14 +100,17 @@ class Recording:
         ]
 
     def changes(self, rank: int) -> list[tuple[int, int, int, int]]:
-        """(time, bytes, task, buffer) of the memory changes of one rank, by buffer."""
+        """(time, bytes, task, buffer) of the memory changes of one rank, by buffer; none for a buffer that a rank
+        without work writes and frees in the same moment.
+        """
         spans = self.by_rank[rank]
         found = []
         for buffer, (use, size) in enumerate(zip(self.buffers, self.sizes, strict=True)):
-            if use.writer is not None:
-                found.append((spans[use.writer].posted_ps, size, use.writer, buffer))
-            if not use.outlives:
-                end, task = self.end_of(rank, buffer)
+            begin = None if use.writer is None else spans[use.writer].posted_ps
+            end, task = (None, 0) if use.outlives else self.end_of(rank, buffer)
+            if begin is not None and begin != end:
+                found.append((begin, size, use.writer or 0, buffer))
+            if end is not None and begin != end:
                 found.append((end, -size, task, buffer))
         return found
 

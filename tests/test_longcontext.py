@@ -14,28 +14,29 @@ COMPARED = EXPERIMENT["compared"]()
 
 # Table: (agreeing pairs, counted pairs) that are reached at least, and the largest mean error in percent.
 LIMITS = {
-    "a100-128k-32x32": (16, 20, 36),
-    "a100-128k-8x32": (16, 18, 39),
+    "a100-128k-32x32": (18, 20, 36),
+    "a100-128k-8x32": (18, 18, 39),
     "a100-128k-4x32": (12, 12, 49),
     "a100-128k-2x32": (5, 5, 70),
-    "a100-128k-8x128": (16, 19, 14),
-    "a100-128k-64x32-gqa8": (15, 19, 30),
+    "a100-128k-8x128": (17, 19, 14),
+    "a100-128k-64x32-gqa8": (17, 19, 30),
     "a100-32k-32x32": (17, 20, 210),  # also Ulysses: not explained
-    "a100-report-32k-32x128-gqa4": (17, 18, 26),
+    "a100-report-32k-32x128-gqa4": (18, 18, 26),
     "a100-report-128k-32x128-gqa4": (18, 19, 320),  # perhaps forward and backward
-    "l20-128k-32x32": (16, 21, 20),
+    "l20-128k-32x32": (17, 21, 20),
     "l20-128k-32x128-gqa4": (15, 20, 19),
-    "l20-32k-32x128-gqa4": (14, 21, 50),  # all-to-all at a sixth of the assumed rate
+    "l20-32k-32x128-gqa4": (13, 21, 50),  # all-to-all at a sixth of the assumed rate
     "l20-8k-32x128-gqa4": (15, 19, 120),
     "a100-ring-forward": (1, 1, 11.5),
     "a100-ring-both": (1, 1, 8),
-    "h800-ring-forward": (1, 1, 5),
+    "h800-ring-forward": (1, 1, 6),
     "h800-ring-both": (1, 1, 10),
     "a800-7b-64k": (2, 2, 3),
     "a800-7b-30k": (9, 10, 6),
     "a100-8b-longest": (1, 1, 0.1),
 }
-NVLINK = [name for name in LIMITS if name.startswith(("a100-128k", "a100-32k", "a100-report"))]
+LONG = [name for name in LIMITS if "128k" in name and name.startswith("a100") and "2x32" not in name.split("-")]
+"""128K tokens on NVLink; with two heads the host adds as much to either ring."""
 PCIE = [name for name in LIMITS if name.startswith("l20")]
 
 
@@ -76,7 +77,7 @@ def test_agreement_counts_pairs_by_hand():
     assert EXPERIMENT["order"](rows, "predicted") == "b > c > a"
 
 
-@pytest.mark.parametrize("table", NVLINK)
+@pytest.mark.parametrize("table", LONG)
 def test_zigzag_beats_contiguous_by_the_measured_factor(table):
     measured, predicted = rates(table, "measured"), rates(table)
     names = [name for name in measured if "R" in name]
@@ -84,7 +85,7 @@ def test_zigzag_beats_contiguous_by_the_measured_factor(table):
     for name in names:
         other = name.replace("R", "r")
         factor = measured[name] / measured[other]
-        assert predicted[name] / predicted[other] == pytest.approx(factor, rel=0.2 if "128k" in table else 0.25), name
+        assert predicted[name] / predicted[other] == pytest.approx(factor, rel=0.2), name
 
 
 @pytest.mark.parametrize("table", ["a100-128k-32x32", "a100-128k-8x32"])
