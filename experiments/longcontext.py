@@ -36,7 +36,7 @@ REASONS = {
     "a100-128k-8x32": "The measured order; all too fast, since there is no curve for head size 32, which is slower.",
     "a100-128k-4x32": "As above; and 1 to 2 ms a call, whatever the plan: packing, copies and launches.",
     "a100-128k-2x32": "Kernels of 0.8 ms under 1 to 2 ms of packing, copies and launches; in the right order.",
-    "a100-128k-8x128": "Zigzag rings are predicted 4 % ahead of Ulysses and measured up to 13 % behind: merges not fused.",
+    "a100-128k-8x128": "Zigzag rings are predicted 4 % ahead of Ulysses, measured up to 13 % behind: merges not fused.",
     "a100-128k-64x32-gqa8": "Same factor in every plan, that of head size 32; merges decide the first four places.",
     "a100-32k-32x32": "Measured 2.5 to 3.5 times as long as a sixteenth of the 128K rows, Ulysses too: not explained.",
     "a100-report-32k-32x128-gqa4": "The measured order; the long ring is measured 16 % behind: merges not fused.",
