@@ -33,8 +33,11 @@ NOTE = f"{LAYERS} layers, 8 GPUs, micro-batch 1, flash attention"
 Rows = Mapping[str, Mapping[str, Any]]
 """Strategy -> its row."""
 
-SHOWN = {"model": "gpt-22b", "hardware": "dgx-a100-80gb", "seq_len": 8192}
-"""The configuration whose timelines and memory curves are drawn."""
+SHOWN = ("gpt-22b", "dgx-a100-80gb")
+"""Model and hardware whose timelines and memory curves are drawn."""
+TIMELINE_SEQ_LEN = 8192
+MEMORY_SEQ_LEN = 65536
+"""Where activations outweigh the weights of four layers."""
 
 
 def model(name: str) -> spsim.Model:
@@ -69,18 +72,21 @@ def quick_points() -> list[spsim.Point]:
 
 def figures(frame: pd.DataFrame) -> Mapping[str, Figure]:
     """Time per layer, peak memory, and the plans of one configuration beside each other."""
-    results = {
-        strategy: spsim.simulate(spsim.Scenario(**settings(SHOWN["model"], SHOWN["hardware"], SHOWN["seq_len"], plan)))
-        for strategy, plan in STRATEGIES.items()
-    }
-    where = f"{SHOWN['model']} on {SHOWN['hardware']}, sequence {SHOWN['seq_len']}"
-    pair = {name: results[name] for name in ("TP only", "TP+SP")}
+    name, hardware = SHOWN
+    where = f"{name} on {hardware}"
+    pair = {strategy: simulate(TIMELINE_SEQ_LEN, STRATEGIES[strategy]) for strategy in ("TP only", "TP+SP")}
+    curves = {strategy: simulate(MEMORY_SEQ_LEN, plan) for strategy, plan in STRATEGIES.items()}
     return {
         "layer_times.png": plots.plot_layer_times(frame, note=NOTE),
         "peak_memory.png": plots.plot_peak_memory(frame, note=NOTE),
-        "timelines_tp_sp.png": plots.plot_timelines(pair, title=f"One layer: {where}"),
-        "memory_curves.png": plots.plot_memory_curves(results, title=f"Memory over a step: {where}, {NOTE}"),
+        "timelines_tp_sp.png": plots.plot_timelines(pair, title=f"One layer of {where}, 8 GPUs"),
+        "memory_curves.png": plots.plot_memory_curves(curves, title=f"Memory over a step of {where}, 8 GPUs"),
     }
+
+
+def simulate(seq_len: int, plan: spsim.Plan) -> spsim.Result:
+    """One strategy of the configuration that is drawn."""
+    return spsim.simulate(spsim.Scenario(**settings(*SHOWN, seq_len, plan)))
 
 
 def tables(frame: pd.DataFrame) -> Iterator[Table | str]:
