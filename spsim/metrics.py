@@ -48,21 +48,18 @@ def _union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def exposed(spans: Sequence[Span]) -> int:
-    """Picoseconds of one rank during which communication is posted and no kernel runs.
+    """Picoseconds of one rank, spans in order of tasks, during which communication is posted and no kernel runs.
 
     Kernels of a rank follow each other, so what they hide of each stretch of communication adds up.
     """
-    communication = _union((s.posted_ps, s.end_ps) for s in spans if s.lane != COMPUTE_LANE)
-    total = sum(end - start for start, end in communication)
-    if not communication:
-        return total
-    kernels = sorted((s.start_ps, s.end_ps) for s in spans if s.lane == COMPUTE_LANE)
-    index = 0
-    for start, end in kernels:
-        while index < len(communication) and communication[index][1] <= start:
+    kernels = [(s.start_ps, s.end_ps) for s in spans if s.lane == COMPUTE_LANE]
+    total = index = 0
+    for begin, stop in _union((s.posted_ps, s.end_ps) for s in spans if s.lane != COMPUTE_LANE):
+        total += stop - begin
+        while index < len(kernels) and kernels[index][1] <= begin:
             index += 1
-        for begin, stop in communication[index:]:
-            if begin >= end:
+        for start, end in islice(kernels, index, None):
+            if start >= stop:
                 break
             total -= min(end, stop) - max(start, begin)
     return total
@@ -156,15 +153,11 @@ def _highest(recording: Recording, rank: int) -> tuple[int, int, int, int]:
     What an outermost pass brings is there from its first task on; what it drops goes with its last.
     """
     total = highest = time = task = 0
-    for when, size, by, _ in sorted(recording.changes(rank), key=_frees_first):
+    for when, _, size, by, _ in sorted(recording.changes(rank)):
         total += size
         if total > highest:
             highest, time, task = total, when, by
     return highest, time, task, total
-
-
-def _frees_first(change: tuple[int, int, int, int]) -> tuple[int, bool]:
-    return change[0], change[1] > 0
 
 
 def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
@@ -188,7 +181,7 @@ def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
 def _first_above(recording: Recording, rank: int, room: int) -> int:
     """The first task of a recording whose allocation needs more than `room`."""
     total = 0
-    for _, size, task, _ in sorted(recording.changes(rank), key=_frees_first):
+    for _, _, size, task, _ in sorted(recording.changes(rank)):
         total += size
         if total > room:
             return task

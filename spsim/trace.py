@@ -96,12 +96,13 @@ class Recording:
         return [
             MemoryChange(time, rank, size, self.buffers[buffer].category, self.buffers[buffer].tensor, task)
             for rank in self.by_rank
-            for time, size, task, buffer in self.changes(rank)
+            for time, _, size, task, buffer in self.changes(rank)
         ]
 
-    def changes(self, rank: int) -> list[tuple[int, int, int, int]]:
-        """(time, bytes, task, buffer) of the memory changes of one rank, by buffer; none for a buffer that a rank
-        without work writes and frees in the same moment.
+    def changes(self, rank: int) -> list[tuple[int, bool, int, int, int]]:
+        """(time, whether it allocates, bytes, task, buffer) of the memory changes of one rank, by buffer; none
+        for a buffer that a rank without work writes and frees in the same moment. Sorted they are in order of
+        time, what is freed before what is allocated.
         """
         spans = self.by_rank[rank]
         found = []
@@ -109,9 +110,9 @@ class Recording:
             begin = None if use.writer is None else spans[use.writer].posted_ps
             end, task = (None, 0) if use.outlives else self.end_of(rank, buffer)
             if begin is not None and begin != end:
-                found.append((begin, size, use.writer or 0, buffer))
+                found.append((begin, True, size, use.writer or 0, buffer))
             if end is not None and begin != end:
-                found.append((end, -size, task, buffer))
+                found.append((end, False, -size, task, buffer))
         return found
 
     def end_of(self, rank: int, buffer: int) -> tuple[int, int]:
