@@ -13,6 +13,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -38,13 +39,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Discrete-event simulator of multi-GPU sequence parallelism.",
+    help="Discrete-event simulator of multi-GPU sequence parallelism. A Python file instead of a command is run as an "
+    "experiment: spsim experiments/sweep.py [--out DIR] [--jobs N] [--quick].",
 )
 
 
 def _console() -> Console:
     plain = not sys.stdout.isatty()
-    return Console(width=max(MIN_WIDTH, Console().width) if plain else None, highlight=False)
+    return Console(width=max(MIN_WIDTH, Console().width) if plain else None, highlight=False, markup=False)
 
 
 def _print_json(document: Any) -> None:
@@ -100,7 +102,7 @@ def run(
     for line in report.notes(result):
         console.print(line, soft_wrap=True)
     if out is not None:
-        console.print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", soft_wrap=True)
+        console.print(f"written to {out}: {', '.join(sorted(OUTPUTS))}", soft_wrap=True)
 
 
 def _scenario(
@@ -114,6 +116,8 @@ def _scenario(
     options = {"--hardware": hardware, "--model": model, "--plan": plan, "--nodes": nodes, **workload}
     given = [name for name, value in options.items() if value is not None]
     if case is not None:
+        if case == Path():
+            raise InputError("run: the name of the case file is empty; give its path")
         if given:
             raise InputError(f"run: both a case file and {given[0]} are given; use one of them")
         return load_scenario(case)
@@ -123,17 +127,36 @@ def _scenario(
     return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload, nodes=nodes)
 
 
+MAX_RECORDS = 2_000_000
+"""Spans of all ranks that are written out: some hundred megabytes."""
+
+OUTPUTS = ("timeline.png", "memory.png", "trace.json", "result.json", "spans.csv", "memory_curve.csv", "operators.csv")
+
+
 def _write_outputs(result: Result, out: Path) -> None:
-    """Pictures, trace and tables of one run."""
+    """Pictures, trace and tables of one run: all of them, or none."""
     from spsim.sweeps import write_text
 
+    records = result.trace.num_spans * result.scenario.plan.gpus // len(result.trace.copies)
+    if records > MAX_RECORDS:
+        raise InputError(
+            f"run: --out would write {records:,} spans; micro-batches are alike, so use a smaller global_batch, "
+            "or --json for the figures alone"
+        )
     _make_directory(out)
-    result.plot_timeline(out / "timeline.png")
-    result.plot_memory(out / "memory.png")
-    result.to_chrome_trace(out / "trace.json")
-    write_text(out / "result.json", json.dumps(result.to_json(), indent=2))
-    for name in ("spans", "memory_curve", "operators"):
-        write_text(out / f"{name}.csv", getattr(result, name).to_csv(index=False))
+    for name in OUTPUTS:
+        if (out / name).is_dir():
+            raise InputError(f"{out / name}: is a directory, expected a file; give another --out")
+    with TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+        staging = Path(partial)
+        result.plot_timeline(staging / "timeline.png")
+        result.plot_memory(staging / "memory.png")
+        result.to_chrome_trace(staging / "trace.json")
+        write_text(staging / "result.json", json.dumps(result.to_json(), indent=2))
+        for name in ("spans", "memory_curve", "operators"):
+            write_text(staging / f"{name}.csv", getattr(result, name).to_csv(index=False))
+        for name in OUTPUTS:
+            (staging / name).replace(out / name)
 
 
 @app.command()
@@ -184,6 +207,8 @@ def _write_comparison(comparison: PlanComparison, document: dict[str, Any], out:
 
 
 def _make_directory(path: Path) -> None:
+    if path == Path():
+        raise InputError("--out is empty; give a directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -299,12 +324,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _USAGE_ERROR as error:
         _fail(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see spsim --help")
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; finished rows are kept, run again to go on", file=sys.stderr)
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            _interrupted()
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror}; check the path, its rights and the space left")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+INTERRUPTED = 130
+"""Exit status of a command that was interrupted from the keyboard."""
+
+
+def _interrupted() -> NoReturn:
+    print("interrupted; finished rows are kept, run again to go on", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def _fail(message: str) -> NoReturn:

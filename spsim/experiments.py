@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -35,18 +37,30 @@ def load_experiment(path: Path) -> Experiment:
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: is not a Python file; give an experiment file ending in .py")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _users_code(path):
         spec.loader.exec_module(module)
+        build = getattr(module, "build", None)
+        experiment = build() if callable(build) else None
+    if not isinstance(experiment, Experiment):
+        raise InputError(f"{path}: must define build() that returns a spsim.Experiment")
+    if not experiment.points:
+        raise InputError(f"{path}: the experiment has no points; give at least one")
+    if not re.fullmatch(r"[\w-]+", experiment.name):
+        raise InputError(f"{path}: name = {experiment.name!r}: use letters, digits, _ and -, for it names a directory")
+    return experiment
+
+
+@contextmanager
+def _users_code(where: Path) -> Iterator[None]:
+    """What fails in an experiment's own code is one line with its place."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(f"{path}: line {place.lineno}: {type(error).__name__}: {error}") from None
-    build = getattr(module, "build", None)
-    experiment = build() if callable(build) else None
-    if not isinstance(experiment, Experiment):
-        raise InputError(f"{path}: must define build() that returns a spsim.Experiment")
-    return experiment
+        name = place.filename if place.filename != "<frozen importlib._bootstrap_external>" else str(where)
+        raise InputError(f"{name}: line {place.lineno}: {type(error).__name__}: {error}") from None
 
 
 def run_experiment(
@@ -60,14 +74,18 @@ def run_experiment(
     write_text(directory / "manifest.json", json.dumps(manifest(experiment, points), indent=1))
     failed = frame[frame["error"] != ""]
     good = frame[frame["error"] == ""]
+    written = [f"{experiment.name}.csv", "manifest.json", "rows.jsonl"]
     if not good.empty:
-        for name, figure in experiment.figures(good).items():
+        with _users_code(directory):
+            figures, tables = experiment.figures(good), list(experiment.tables(good))
+        for name, figure in figures.items():
             plots.save(figure, directory / name)
-        for table in experiment.tables(good):
+        for table in tables:
             console.print(table, soft_wrap=isinstance(table, str))
+        written += figures
     for reason, count in failed["error"].value_counts().items():
         console.print(f"{count} configurations failed: {reason}", soft_wrap=True)
-    console.print(f"written to {directory}: {', '.join(sorted(p.name for p in directory.iterdir()))}", soft_wrap=True)
+    console.print(f"written to {directory}: {', '.join(sorted(written))}", soft_wrap=True)
     return frame
 
 

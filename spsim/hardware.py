@@ -55,6 +55,18 @@ class Quantity(Provenance):
     value: Annotated[Number, Field(gt=0)]
 
 
+class Bandwidth(Quantity):
+    """GB/s: a value beyond the bounds is in another unit."""
+
+    value: Annotated[Number, Field(ge=0.1, le=1e5)]
+
+
+class Microseconds(Provenance):
+    """Time of a start or a latency: a value beyond the bound is in another unit."""
+
+    value: Annotated[Number, Field(ge=0, le=1e3)]
+
+
 class Fraction(Provenance):
     """A number in (0, 1] and its source."""
 
@@ -75,7 +87,7 @@ class Level(Table):
     gpus: Annotated[int, Field(ge=1)] | None = None
     """GPUs that the level joins; none for a fabric without a limit."""
     links_per_gpu: Quantity
-    link_gb_per_s: Quantity
+    link_gb_per_s: Bandwidth
     """Per link and direction."""
     in_network_reduction: tuple[CollectiveName, ...] = ()
 
@@ -90,7 +102,7 @@ class DeviceMemory(Table):
 
     label_gb: Quantity
     reported_mib: Quantity
-    bandwidth_gb_per_s: Quantity
+    bandwidth_gb_per_s: Bandwidth
     l2_mib: Quantity
 
 
@@ -118,9 +130,11 @@ class Datasheet(Table):
         if "fp8" in peaks and peaks["fp8"].value > 2 * peak.value * (1 + PEAK_IDENTITY_TOLERANCE):
             raise ValueError(f"fp8 peak {peaks['fp8'].value:g} is over twice the 16-bit peak; give the dense peak")
         product = self.compute_units.value * self.flop_per_clock_per_unit.value * self.clock_tensor_mhz.value / 1e6
-        if abs(peak.value / product - 1) > PEAK_IDENTITY_TOLERANCE:
+        highest = max(value.value for name, value in peaks.items() if name in ("fp32", "tf32", "fp16", "bf16"))
+        if abs(peak.value / product - 1) > PEAK_IDENTITY_TOLERANCE or highest > product * (1 + PEAK_IDENTITY_TOLERANCE):
             raise ValueError(
-                f"peak {peak.value:g} TFLOP/s is not compute units x FLOP per clock x clock = {product:.1f}; "
+                f"peak {max(peak.value, highest):g} TFLOP/s is not "
+                f"compute units x FLOP per clock x clock = {product:.1f}; "
                 "give the dense peak and the clock it is stated for"
             )
         return self
@@ -185,7 +199,7 @@ class CollectiveCurve(Provenance):
     """The library picks the algorithm from this many ranks."""
     max_ranks: Annotated[int, Field(ge=2)] | None = None
     """Largest group that the measurement describes, such as the GPUs of one PCIe switch; none for any."""
-    latency_us: Annotated[float, Field(gt=0)]
+    latency_us: Annotated[float, Field(gt=0, le=1e5)]
     """Time of the smallest messages at `ranks` ranks: the small-message tier."""
     step_latency_us: Annotated[float, Field(ge=0)]
     """Change of that time per step of the algorithm."""
@@ -220,13 +234,13 @@ class Coefficients(Table):
     gemm: GemmCoefficients
     attention: AttentionCoefficients
     memory_bound: MemoryBoundFractions
-    l2_bandwidth_gb_per_s: Quantity
+    l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
-    kernel_overhead_us: NonNegative
+    kernel_overhead_us: Microseconds
     """Start of one kernel in a busy stream."""
     collectives: dict[str, dict[CollectiveName, Annotated[tuple[CollectiveCurve, ...], Field(min_length=1)]]]
     """Curves by topology level and collective."""
-    collective_overhead_us: NonNegative
+    collective_overhead_us: Microseconds
     """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
     the compute stream and the communication stream, both ways."""
     overlap_slowdown: NonNegative

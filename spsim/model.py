@@ -175,10 +175,12 @@ def load_model(name_or_path: str | Path) -> Model:
         return PRESETS[text]
     if path.suffix == ".toml":
         table = read_toml(path)
+        if not isinstance(table.get("model", table), dict):
+            raise InputError(f"{text}: model: must be a table of dimensions, not a name; write [model]")
         return Model(**{"name": path.stem, **table.get("model", table)})
     if path.suffix == ".json":
         return _from_config(path)
-    if _is_directory(path):
+    if text and _is_directory(path):
         return _from_config(path / "config.json")
     raise InputError(
         f"unknown model {text!r}; use one of {', '.join(PRESETS)}, or the path of a .toml table or a config.json"

@@ -48,6 +48,12 @@ class Plan(Configuration):
         return max(self.zero, int(self.distributed_optimizer))
 
     @property
+    def text(self) -> str:
+        """The plan as the command line writes it: what differs from one GPU without options."""
+        given = {name: value for name, value in self if value != type(self).model_fields[name].default}
+        return ",".join(name if value is True else f"{name}={value}" for name, value in given.items())
+
+    @property
     def label(self) -> str:
         """Short name for titles and tables, such as `TP8+SP` or `Ulysses 8`."""
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []

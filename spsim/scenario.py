@@ -21,6 +21,9 @@ from spsim.workload import Workload
 
 _SINGLE_GPU = Plan()
 
+MAX_MICRO_BATCHES = 100_000
+"""Of one step; more take seconds and say nothing new."""
+
 
 class Scenario(Configuration):
     """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
@@ -173,6 +176,11 @@ def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:
 
 def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
     unit = workload.micro_batch * plan.dp
+    if workload.global_batch is not None and workload.global_batch // unit > MAX_MICRO_BATCHES:
+        raise InputError(
+            f"workload: global_batch = {workload.global_batch} makes over {MAX_MICRO_BATCHES} micro-batches of "
+            f"micro_batch x dp = {unit}; they are alike, so use a smaller global_batch"
+        )
     if workload.global_batch is not None and workload.global_batch % unit:
         raise InputError(
             f"workload: global_batch = {workload.global_batch} is not divisible by micro_batch x dp = {unit}; "
@@ -230,11 +238,15 @@ def _check_groups(scenario: Scenario) -> None:
 
 def load_scenario(path: Path) -> Scenario:
     """The scenario of a case file: `hardware`, `model`, `[plan]` and `[workload]`, TOML."""
-    tables = read_toml(path)
+    return scenario_from(read_toml(path), str(path))
+
+
+def scenario_from(settings: Mapping[str, Any], where: str) -> Scenario:
+    """A scenario from its settings by name; `where` names their origin in messages."""
     for name in ("hardware", "model", "workload"):
-        if name not in tables:
-            raise InputError(f"{path}: {name} is missing; give hardware = ..., [model], [plan] and [workload]")
-    for name in tables:
+        if name not in settings:
+            raise InputError(f"{where}: {name} is missing; give hardware, model, plan and workload")
+    for name in settings:
         if name not in Scenario.model_fields:
-            raise InputError(f"{path}: {name}: unknown key; remove it or correct its spelling")
-    return Scenario(**tables)
+            raise InputError(f"{where}: {name!r}: unknown key; remove it or correct its spelling")
+    return Scenario(**settings)

@@ -21,7 +21,7 @@ import pandas as pd
 
 from spsim.errors import InputError
 from spsim.metrics import compute_by_class
-from spsim.scenario import Scenario
+from spsim.scenario import scenario_from
 from spsim.simulation import SCOPE, Result, simulate
 from spsim.units import PS_PER_MS
 
@@ -98,7 +98,7 @@ def package_version() -> str:
 def row(point: Point) -> dict[str, Any]:
     """The row of one configuration; one that breaks a rule has its reason in `error` and no numbers."""
     try:
-        result = simulate(Scenario(**point.settings))
+        result = simulate(scenario_from(point.settings, "point"))
     except InputError as error:
         return {**point.labels, "error": str(error)}
     return {**point.labels, **measures(result), **point.labels, "error": ""}
@@ -113,6 +113,7 @@ def measures(result: Result) -> dict[str, Any]:
         "model": scenario.model.name,
         "hardware": scenario.hardware.name,
         "strategy": scenario.plan.label,
+        "plan": scenario.plan.text,
         "seq_len": scenario.workload.seq_len,
         "micro_batch": scenario.workload.micro_batch,
         "gpus": scenario.plan.gpus,
@@ -177,12 +178,18 @@ class RowFile:
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Finished rows by key."""
+        if self.path.is_dir():
+            raise InputError(
+                f"{self.path}: is a directory, expected the rows of a sweep; remove it or give another --out"
+            )
         rows = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
             try:
                 finished = json.loads(line)
-                rows[finished["key"]] = finished
-            except (json.JSONDecodeError, KeyError, TypeError):
+                if "error" in finished:
+                    rows[finished["key"]] = finished
+            except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
                 continue
         return rows
 

@@ -61,6 +61,7 @@ class MeasuredCase(BaseModel):
     pp: int
     virtual_pp: int
     dp: int
+    gpus: int
     distributed_optimizer: bool
     recompute: Literal["none", "selective", "full"]
     precision: Literal["fp16", "bf16", "fp8"]
@@ -77,10 +78,13 @@ class MeasuredCase(BaseModel):
 
     def scenario(self) -> Scenario:
         """The scenario of the row; `InputError` where it cannot be simulated."""
+        plan = Plan(**self._settings(Plan))
+        if plan.gpus != self.gpus:
+            raise InputError(f"gpus = {self.gpus} is not the product of the degrees, {plan.gpus}; correct one")
         return Scenario(
             hardware=load_profile(self.hardware),
             model=Model(name=self.model, **self._settings(Model)),
-            plan=Plan(**self._settings(Plan)),
+            plan=plan,
             workload=Workload(**self._settings(Workload)),
         )
 
