@@ -34,6 +34,13 @@ from spsim.workload import Workload
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""
 
+MAX_RECORDS = 2_000_000
+"""Spans of all ranks that are written out: some hundred megabytes."""
+
+OUTPUTS = ("timeline.png", "memory.png", "trace.json", "result.json", "spans.csv", "memory_curve.csv", "operators.csv")
+
+INTERRUPTED = 130
+"""Exit status of a command that was interrupted from the keyboard."""
 
 app = typer.Typer(
     add_completion=False,
@@ -125,12 +132,6 @@ def _scenario(
         missing = "--model" if model is None else "--hardware" if hardware is None else "--seq-len"
         raise InputError(f"run: {missing} is missing; give a case file, or at least --model, --hardware and --seq-len")
     return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload, nodes=nodes)
-
-
-MAX_RECORDS = 2_000_000
-"""Spans of all ranks that are written out: some hundred megabytes."""
-
-OUTPUTS = ("timeline.png", "memory.png", "trace.json", "result.json", "spans.csv", "memory_curve.csv", "operators.csv")
 
 
 def _write_outputs(result: Result, out: Path) -> None:
@@ -335,10 +336,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror}; check the path, its rights and the space left")
     sys.exit(status if isinstance(status, int) else 0)
-
-
-INTERRUPTED = 130
-"""Exit status of a command that was interrupted from the keyboard."""
 
 
 def _interrupted() -> NoReturn:

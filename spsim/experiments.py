@@ -58,9 +58,12 @@ def _users_code(where: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        name = place.filename if place.filename != "<frozen importlib._bootstrap_external>" else str(where)
-        raise InputError(f"{name}: line {place.lineno}: {type(error).__name__}: {error}") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not re.search(r"site-packages|<frozen", frame.filename)]
+        place = own[-1]
+        line = error.lineno if isinstance(error, SyntaxError) else place.lineno
+        name = place.filename if place.filename != __file__ else where
+        raise InputError(f"{name}: line {line}: {type(error).__name__}: {error}") from None
 
 
 def run_experiment(

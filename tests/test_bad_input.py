@@ -22,6 +22,20 @@ tp = 8
 seq_len = 2048
 """
 
+FAILING_FIGURES = """
+import spsim
+
+SETTINGS = {"model": "gpt-22b", "hardware": "dgx-h100", "plan": "tp=8", "workload": {"seq_len": 2048}}
+
+
+def figures(rows):
+    return rows['absent']
+
+
+def build():
+    return spsim.Experiment(name="mine", title="Mine", points=[spsim.Point(SETTINGS)], figures=figures)
+"""
+
 
 def command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of one command line."""
@@ -128,6 +142,8 @@ def test_refused(arguments: list[str], words: list[str], capsys: pytest.CaptureF
         ("vocab = 1000", "vocab = 1000\ngated_mlp = true", ["ffn_hidden", "missing"]),
         ("tp = 8", "tp = 8\nsp = true", ["sp", "unknown key"]),
         ("[workload]", "[load]", ["workload", "missing"]),
+        ("layers = 2", "layers = " + "[" * 5000, ["nested"]),
+        ("vocab = 1000", 'vocab = 1000\nname = "[/red]"\nffn_hidden = 100', ["100", "tp"]),
         ("seq_len = 2048", "", ["seq_len", "missing"]),
         ("seq_len = 2048", "seq_len = inf", ["seq_len", "inf"]),
         ("[plan]", "[plan", ["not valid TOML", "line"]),
@@ -155,6 +171,46 @@ def test_binary_directory_and_empty_files(tmp_path: Path, capsys: pytest.Capture
     assert "hardware" in refused(["run", str(empty)], capsys)
 
 
+def test_names_in_brackets_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "case.toml"
+    path.write_text(CASE.replace("layers = 2", 'name = "[bold]mine[/bold]"\nlayers = 2'))
+    status, out, err = command(["run", str(path)], capsys)
+    assert (status, err) == (0, "")
+    assert "[bold]mine[/bold]" in out
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "case.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + CASE.encode())
+    assert command(["run", str(path), "--json"], capsys)[0] == 0
+
+
+def test_model_file_whose_model_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.toml"
+    path.write_text('model = "gpt-22b"\n')
+    line = refused(["run", "--model", str(path), "--hardware", "dgx-h100", "--seq-len", "2048"], capsys)
+    assert "table" in line
+
+
+def test_outputs_all_or_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One output that can't be written leaves none behind."""
+    out = tmp_path / "out"
+    (out / "spans.csv").mkdir(parents=True)
+    assert "spans.csv" in refused([*with_plan("tp=8"), "--out", str(out)], capsys)
+    assert [path.name for path in out.iterdir()] == ["spans.csv"]
+
+
+def test_too_many_records_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    line = refused([*with_plan("tp=8"), "--global-batch", "1000", "--out", str(out)], capsys)
+    assert "global_batch" in line
+    assert not out.exists()
+
+
+def test_empty_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--out is empty" in refused([*with_plan("tp=8"), "--out", ""], capsys)
+
+
 def test_case_and_options_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "case.toml"
     path.write_text(CASE)
@@ -175,10 +231,12 @@ def test_profile_with_a_wrong_unit(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("def build(:\n", ["SyntaxError"]),
+        ("def build(:\n", ["line 1", "SyntaxError"]),
         ("raise RuntimeError('broken')\n", ["RuntimeError", "broken"]),
         ("x = 1\n", ["build()"]),
         ("def build():\n    return 3\n", ["Experiment"]),
+        ("def build():\n    return 1 / 0\n", ["line 2", "ZeroDivisionError"]),
+        ("import spsim\ndef build():\n    return spsim.Experiment('e', 'E', [])\n", ["no points"]),
     ],
 )
 def test_experiment_file_refused(
@@ -190,6 +248,28 @@ def test_experiment_file_refused(
     for word in words:
         assert word in line
     assert not (tmp_path / "results").exists()
+
+
+def test_experiment_whose_figures_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows that were simulated stay."""
+    path = tmp_path / "mine.py"
+    path.write_text(FAILING_FIGURES)
+    status, _, err = command([str(path), "--out", str(tmp_path / "results")], capsys)
+    assert status == 2
+    assert "line 8: KeyError" in err
+    assert err.count("\n") == 1
+    assert len((tmp_path / "results" / "mine" / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_damaged_rows_are_simulated_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(FAILING_FIGURES.replace("rows['absent']", "{}"))
+    rows = tmp_path / "mine" / "rows.jsonl"
+    rows.parent.mkdir()
+    rows.write_bytes(b'\xff\xfe\n{"key": "k"}\n[1]\n' + b"[" * 100_000 + b"\n{")
+    with pytest.raises(SystemExit) as stop:
+        main([str(path), "--out", str(tmp_path)])
+    assert stop.value.code == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
