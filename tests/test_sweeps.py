@@ -1,6 +1,9 @@
 """Sweeps keep every finished row, resume, and say why a configuration failed."""
 
 import json
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,6 +90,21 @@ def test_a_row_that_was_cut_short_is_computed_again(tmp_path: Path) -> None:
     run_points(GRID, file, None, lambda finished: None)
     assert len(file.read()) == 4
     assert all(json.loads(line) for line in file.path.read_text().splitlines())
+
+
+def test_kill_of_a_parallel_sweep(tmp_path: Path) -> None:
+    """Finished rows are there, and no worker stays behind: each holds the pipe, so it ends only when all have."""
+    experiment = Path(__file__).parent.parent / "experiments" / "sweep.py"
+    rows = tmp_path / "sweep" / "rows.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-m", "spsim", str(experiment), "--out", str(tmp_path), "--jobs", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        while process.poll() is None and not (rows.exists() and rows.stat().st_size):
+            time.sleep(0.01)
+        process.kill()
+        process.communicate(timeout=60)
+    assert RowFile(rows).read()
 
 
 def test_a_row_of_other_inputs_is_not_resumed_from(tmp_path: Path) -> None:
