@@ -261,6 +261,15 @@ def test_plans_share_one_time_axis_and_state_the_difference():
     assert any(f"{change} against TP" in text for text, _ in drawn_texts(figure))
 
 
+def test_a_subtitle_of_several_plans_names_what_they_share():
+    def subtitle(*names):
+        return " ".join(text for text, _ in drawn_texts(plots.plot_timelines({n: RESULTS[n] for n in names})))
+
+    assert "contiguous ring" in subtitle("contiguous")
+    assert "contiguous ring" not in subtitle("contiguous", "ulysses")
+    assert "sequence 32,768" in subtitle("contiguous", "ulysses")
+
+
 def test_a_comparison_shows_the_rank_that_computes_longest():
     figure = plots.plot_timelines({"contiguous": RESULTS["contiguous"]})
     np.testing.assert_allclose(bars(figure), expected_bars(RESULTS["contiguous"], 0, [7]), atol=2e-6)

@@ -90,7 +90,7 @@ def plot_timelines(
     add_title(
         figure,
         title or f"{scenario.model.name}, {scenario.hardware.name}: layer {layer} under {len(views)} plans",
-        " · ".join([describe_workload(first.result), "one rank of each plan", *_cut(views.values())]),
+        " · ".join([describe_workload(*results.values()), "one rank of each plan", *_cut(views.values())]),
     )
     return figure
 
