@@ -39,8 +39,6 @@ MIN_WIDTH = 160
 MAX_RECORDS = 2_000_000
 """Spans of all ranks that are written out: some hundred megabytes."""
 
-OUTPUTS = ("timeline.png", "memory.png", "trace.json", "result.json", "spans.csv", "memory_curve.csv", "operators.csv")
-
 INTERRUPTED = 130
 """Exit status of a command that was interrupted from the keyboard."""
 
@@ -100,8 +98,7 @@ def run(
     }  # fmt: skip
     workload = {key: value for key, value in workload.items() if value is not None}
     result = simulate(_scenario(case, hardware, model, plan, workload, nodes))
-    if out is not None:
-        _write_outputs(result, out)
+    written = [] if out is None else _write_outputs(result, out)
     if as_json:
         _print_json(result.to_json())
         return
@@ -110,8 +107,7 @@ def run(
     console.print(report.operator_table(result))
     for line in report.notes(result):
         console.print(line, soft_wrap=True)
-    if out is not None:
-        console.print(f"written to {out}: {', '.join(sorted(OUTPUTS))}", soft_wrap=True)
+    _print_written(console, out, written)
 
 
 def _scenario(
@@ -136,30 +132,22 @@ def _scenario(
     return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload, nodes=nodes)
 
 
-def _write_outputs(result: Result, out: Path) -> None:
-    """Pictures, trace and tables of one run: all of them, or none."""
-    from spsim.sweeps import write_text
-
+def _write_outputs(result: Result, out: Path) -> list[str]:
+    """Pictures, trace and tables of one run; the names of the files."""
     records = result.trace.num_spans * result.scenario.plan.gpus // len(result.trace.copies)
     if records > MAX_RECORDS:
         raise InputError(
             f"run: --out would write {records:,} spans; micro-batches are alike, so use a smaller global_batch, "
             "or --json for the figures alone"
         )
-    _make_directory(out)
-    for name in OUTPUTS:
-        if (out / name).is_dir():
-            raise InputError(f"{out / name}: is a directory, expected a file; give another --out")
-    with TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-        staging = Path(partial)
+    with _staging(out) as staging:
         result.plot_timeline(staging / "timeline.png")
         result.plot_memory(staging / "memory.png")
         result.to_chrome_trace(staging / "trace.json")
-        write_text(staging / "result.json", json.dumps(result.to_json(), indent=2))
+        (staging / "result.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
         for name in ("spans", "memory_curve", "operators"):
-            write_text(staging / f"{name}.csv", getattr(result, name).to_csv(index=False))
-        for name in OUTPUTS:
-            (staging / name).replace(out / name)
+            getattr(result, name).to_csv(staging / f"{name}.csv", index=False)
+        return _names(staging)
 
 
 @app.command()
@@ -181,8 +169,7 @@ def compare(
     workload = {key: value for key, value in workload.items() if value is not None}
     comparison = compare_plans(plan or [], hardware=hardware, model=model, workload=workload)
     document = {**comparison.to_json(), "words": report.comparison_lines(comparison)}
-    if out is not None:
-        _write_comparison(comparison, document, out)
+    written = [] if out is None else _write_comparison(comparison, document, out)
     if as_json:
         _print_json(document)
         return
@@ -193,20 +180,42 @@ def compare(
         console.print(report.memory_table(pair))
     for line in document["words"]:
         console.print(line, soft_wrap=True)
-    if out is not None:
-        console.print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", soft_wrap=True)
+    _print_written(console, out, written)
 
 
-def _write_comparison(comparison: PlanComparison, document: dict[str, Any], out: Path) -> None:
-    """Pictures and the document of a comparison."""
+def _write_comparison(comparison: PlanComparison, document: dict[str, Any], out: Path) -> list[str]:
+    """Pictures and the document of a comparison; the names of the files."""
     from spsim import plots
-    from spsim.sweeps import write_text
 
+    with _staging(out) as staging:
+        comparison.plot_waterfalls(staging / "waterfall.png")
+        plots.save(plots.plot_timelines(comparison.results), staging / "timelines.png")
+        plots.save(plots.plot_memory_curves(comparison.results), staging / "memory_curves.png")
+        (staging / "comparison.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+        return _names(staging)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A directory whose files move to `out` at the end: all of them, or none."""
     _make_directory(out)
-    comparison.plot_waterfalls(out / "waterfall.png")
-    plots.save(plots.plot_timelines(comparison.results), out / "timelines.png")
-    plots.save(plots.plot_memory_curves(comparison.results), out / "memory_curves.png")
-    write_text(out / "comparison.json", json.dumps(document, indent=2))
+    with TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+        yield Path(partial)
+        names = _names(Path(partial))
+        for name in names:
+            if (out / name).is_dir():
+                raise InputError(f"{out / name}: is a directory, expected a file; give another --out")
+        for name in names:
+            (Path(partial) / name).replace(out / name)
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def _print_written(console: Console, out: Path | None, names: Sequence[str]) -> None:
+    if names:
+        console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
 
 
 def _make_directory(path: Path) -> None:

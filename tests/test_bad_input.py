@@ -200,6 +200,14 @@ def test_outputs_all_or_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [path.name for path in out.iterdir()] == ["spans.csv"]
 
 
+def test_comparison_outputs_all_or_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (out / "comparison.json").mkdir(parents=True)
+    arguments = ["compare", *RUN[1:], "--plan", "tp=8", "--plan", "ulysses=8", "--out", str(out)]
+    assert "comparison.json" in refused(arguments, capsys)
+    assert [path.name for path in out.iterdir()] == ["comparison.json"]
+
+
 def test_too_many_records_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     line = refused([*with_plan("tp=8"), "--global-batch", "1000", "--out", str(out)], capsys)
