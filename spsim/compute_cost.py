@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.hardware import Fraction, HardwareProfile
+from spsim.memory import MAIN_GRADIENT_BYTES
 from spsim.units import MIB, US_PER_S
 from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
 
 Seconds = float | npt.NDArray[np.float64]
 
-MAIN_GRADIENT_BYTES = 8
-"""Read and write of one fp32 main gradient."""
+ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
+"""Read and write of one main gradient."""
 
 
 class ComputeCost:
@@ -65,7 +66,7 @@ class ComputeCost:
         flop_time = work.flops * (1 + gemm.k_pad.value / work.k) * (1 + tail) / rate
         memory_time = work.bytes_moved / self._bandwidth("elementwise")
         epilogue = (
-            gemm.accumulation_exposed.value * MAIN_GRADIENT_BYTES * work.accumulated / self.profile.memory_bandwidth
+            gemm.accumulation_exposed.value * ACCUMULATION_BYTES * work.accumulated / self.profile.memory_bandwidth
         )
         total: Seconds = self._overhead + np.maximum(flop_time, memory_time) + epilogue
         return total

@@ -16,6 +16,7 @@ from spsim.units import MIB
 
 WEIGHT_BYTES = 2
 MAIN_GRADIENT_BYTES = 4
+"""Gradients are accumulated and reduced in fp32."""
 OPTIMIZER_BYTES = 12
 
 

@@ -25,15 +25,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from spsim.engine import Meeting, RankProgram, Task
+from spsim.memory import MAIN_GRADIENT_BYTES, WEIGHT_BYTES
 from spsim.placement import Axis, Collective, Mesh, sent_bytes
 from spsim.plan import Plan
 from spsim.program import Buffer, Communication, Compute, Program, Step
 from spsim.trace import BufferUse, Phase, TaskInfo
 
 COMPUTE_LANE = "compute"
-GRADIENT_BYTES = 4
-"""Main gradients are fp32."""
-PARAMETER_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +232,10 @@ def _syncs(program: Program, plan: Plan) -> Iterator[Sync]:
     for index, sync in enumerate(program.weight_sync):
         members[sync.axes, sync.ranks].append(index)
     for (axes, ranks), weights in sorted(members.items(), key=lambda item: "tp" in item[0][0]):
-        all_reduce = Sync(axes, ranks, "all_reduce", GRADIENT_BYTES, tuple(weights))
+        all_reduce = Sync(axes, ranks, "all_reduce", MAIN_GRADIENT_BYTES, tuple(weights))
         if plan.zero_stage and axes != ("tp",):
             yield replace(all_reduce, collective="reduce_scatter")
-            yield replace(all_reduce, collective="all_gather", itemsize=PARAMETER_BYTES)
+            yield replace(all_reduce, collective="all_gather", itemsize=WEIGHT_BYTES)
         else:
             yield all_reduce
 
