@@ -23,6 +23,7 @@ import spsim
 from spsim import report
 from spsim.comm_cost import CommCost
 from spsim.profiles import load_profile
+from spsim.units import MIB
 
 DATA = Path(__file__).parent / "data" / "collectives.csv"
 OPERATIONS = {
@@ -111,7 +112,7 @@ def draw(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         found = rows[rows["collective"] == name]
         ratio = found["predicted_us"] / found["time_us"]
         face = [colour if use == "prediction" else "none" for use in found["use"]]
-        axes.scatter(found["message_bytes"] / 2**20, ratio, s=14, facecolors=face, edgecolors=colour, label=name)
+        axes.scatter(found["message_bytes"] / MIB, ratio, s=14, facecolors=face, edgecolors=colour, label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

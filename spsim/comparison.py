@@ -32,11 +32,12 @@ import pandas as pd
 
 from spsim.configuration import parse_options
 from spsim.errors import InputError
-from spsim.metrics import COMPUTE_LANE
 from spsim.model import load_model
+from spsim.operators import OPERATOR_CLASSES
 from spsim.profiles import load_profile
 from spsim.scenario import Scenario
 from spsim.simulation import SCOPE, Result, simulate
+from spsim.trace import COMPUTE_LANE
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
 from spsim.workload import Workload
 
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 Parts = dict[str, int]
 """Picoseconds or bytes by part, in the order in which they are shown; parts of nothing are left out."""
 
-CLASSES = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
 RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
 EXPOSED, SEVERAL = "exposed communication", "exposed several kinds"
 WAITING, IDLE, OTHER = "waiting for peers", "idle", "other layers"
@@ -171,7 +171,7 @@ def _is_exposed(part: str) -> bool:
 def _ordered(parts: Mapping[str, int]) -> Parts:
     """Kernels, what communication adds, and the rest; parts of nothing are left out."""
     exposed = sorted(filter(_is_exposed, parts))
-    known = [*CLASSES, RECOMPUTATION, SLOWED, *exposed, *_LAST]
+    known = [*OPERATOR_CLASSES, RECOMPUTATION, SLOWED, *exposed, *_LAST]
     names = [*(name for name in parts if name not in known), *known]
     return {name: parts[name] for name in names if parts.get(name)}
 

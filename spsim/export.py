@@ -17,12 +17,12 @@ from typing import Any
 from spsim import metrics
 from spsim.errors import InputError
 from spsim.simulation import Result
-from spsim.trace import Span, TaskInfo, Trace
+from spsim.trace import COMPUTE_LANE, Span, TaskInfo, Trace
 from spsim.units import PS_PER_US
 
 Event = dict[str, Any]
 
-LANES = ("compute", "tp", "ulysses", "ring", "dp")
+LANES = (COMPUTE_LANE, "tp", "ulysses", "ring", "dp")
 """Order of the lanes in pictures and traces."""
 
 

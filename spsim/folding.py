@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from spsim.engine import RankProgram, Task, run
-from spsim.schedule import COMPUTE_LANE, LayerSchedule, Pass
-from spsim.trace import Phase, Recording, Span, Stretch
+from spsim.schedule import LayerSchedule, Pass
+from spsim.trace import COMPUTE_LANE, Phase, Recording, Span, Stretch
 
 Durations = Mapping[Phase, Mapping[int, Sequence[int]]]
 """Phase -> simulated rank -> picoseconds of each task of the pass."""

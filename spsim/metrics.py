@@ -13,11 +13,10 @@ from itertools import accumulate, islice
 import numpy as np
 import pandas as pd
 
-from spsim.trace import MemoryChange, Phase, Recording, Span, Trace
+from spsim.trace import COMPUTE_LANE, MemoryChange, Phase, Recording, Span, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
-COMPUTE_LANE = "compute"
 
 
 def phase_of(part: str) -> str:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from spsim.placement import PARTIAL, REPLICATE, Axis, Layout, Mesh, Placement, Shard, SplitRule
 
 TensorKind = Literal["activation", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
 OperatorKind = Literal["gemm", "attention", "norm", "softmax", "dropout", "elementwise"]
+OPERATOR_CLASSES: tuple[OperatorKind, ...] = get_args(OperatorKind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,7 @@ from spsim.memory import MAIN_GRADIENT_BYTES, WEIGHT_BYTES
 from spsim.placement import Axis, Collective, Mesh, sent_bytes
 from spsim.plan import Plan
 from spsim.program import Buffer, Communication, Compute, Program, Step
-from spsim.trace import BufferUse, Phase, TaskInfo
-
-COMPUTE_LANE = "compute"
+from spsim.trace import COMPUTE_LANE, BufferUse, Phase, TaskInfo
 
 
 @dataclass(frozen=True, slots=True)

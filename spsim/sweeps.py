@@ -21,14 +21,14 @@ import pandas as pd
 
 from spsim.errors import InputError
 from spsim.metrics import compute_by_class
+from spsim.operators import OPERATOR_CLASSES
 from spsim.scenario import scenario_from
 from spsim.simulation import SCOPE, Result, simulate
-from spsim.units import PS_PER_MS
+from spsim.units import MIB, PS_PER_MS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OPERATOR_CLASSES = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
 
 Labels = Mapping[str, str | int | float | bool]
 Settings = Mapping[str, Any]
@@ -128,7 +128,7 @@ def measures(result: Result) -> dict[str, Any]:
         "weight_sync_ms": result.weight_sync_s * 1e3,
         "mfu": result.mfu,
         "tokens_per_s_per_gpu": result.tokens_per_s_per_gpu,
-        "activation_mib_per_layer": result.activation_bytes_per_layer / 2**20,
+        "activation_mib_per_layer": result.activation_bytes_per_layer / MIB,
         "peak_memory_gib": result.peak_memory_gib,
         "device_memory_gib": result.device_memory_gib,
         "capacity_gib": result.capacity_gib,
@@ -221,7 +221,8 @@ def run_points(
     points: Sequence[Point], file: RowFile, executor: Executor | None, progress: Callable[[int], None]
 ) -> pd.DataFrame:
     """Compute what the file does not have; `progress` is told how many rows are finished."""
-    finished = {key: r for key, r in file.read().items() if key in {point.key for point in points}}
+    keys = {point.key for point in points}
+    finished = {key: kept for key, kept in file.read().items() if key in keys}
     file.start(finished.values())
     progress(len(finished))
     missing = [point for point in points if point.key not in finished]

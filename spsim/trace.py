@@ -16,6 +16,8 @@ from operator import itemgetter
 from typing import Literal, NamedTuple
 
 Phase = Literal["forward", "backward", "weight_sync"]
+COMPUTE_LANE = "compute"
+"""The lane of kernels; every other lane is communication."""
 
 
 class Span(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from spsim.scenario import Scenario
 from spsim.simulation import Result, simulate
 from spsim.workload import Workload
 
+Results = dict[tuple[str, Model, Plan, Workload], Result]
 Metric = Literal["step_time_s", "layer_forward_ms", "layer_backward_ms", "peak_memory_gib"]
 
 PENDING: frozenset[str] = frozenset({"step_time_s", "peak_memory_gib"})
@@ -153,7 +154,7 @@ def load_cases(path: Path | None = None) -> list[MeasuredCase]:
 
 def validate(cases: Sequence[MeasuredCase]) -> Validation:
     """Predict every case; rows of one configuration share a simulation."""
-    results: dict[Scenario, Result] = {}
+    results: Results = {}
     comparisons = tuple(_compare(case, results) for case in cases)
     return Validation(
         comparisons,
@@ -162,7 +163,7 @@ def validate(cases: Sequence[MeasuredCase]) -> Validation:
     )
 
 
-def _compare(case: MeasuredCase, results: dict[Any, Result]) -> Comparison:
+def _compare(case: MeasuredCase, results: Results) -> Comparison:
     fitted = False
     try:
         if case.metric in PENDING:
@@ -177,7 +178,7 @@ def _compare(case: MeasuredCase, results: dict[Any, Result]) -> Comparison:
     return Comparison(case.case_id, case.family, case.metric, case.measured, predicted, percent, fitted, None)
 
 
-def _result(case: MeasuredCase, results: dict[Any, Result]) -> Result:
+def _result(case: MeasuredCase, results: Results) -> Result:
     scenario = case.scenario()
     key = (scenario.hardware.name, scenario.model, scenario.plan, scenario.workload)
     if key not in results:
@@ -194,7 +195,7 @@ def _predicted(result: Result, metric: str) -> float:
     }[metric]
 
 
-def _errors_by_family(comparisons: Iterator[Comparison] | Any) -> Iterator[tuple[str, Errors]]:
+def _errors_by_family(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, Errors]]:
     errors: dict[str, list[float]] = {}
     for comparison in comparisons:
         if comparison.error_percent is not None:

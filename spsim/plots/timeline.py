@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from spsim.metrics import COMPUTE_LANE
 from spsim.plots.figure import (
     COLOURS,
     GRID,
@@ -35,7 +34,7 @@ from spsim.plots.figure import (
 )
 from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
 from spsim.simulation import Result
-from spsim.trace import Span, TaskInfo
+from spsim.trace import COMPUTE_LANE, Span, TaskInfo
 from spsim.units import PS_PER_MS, PS_PER_US
 
 PHASES = ("forward", "backward")

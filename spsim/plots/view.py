@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from spsim.errors import InputError
 from spsim.export import lane_order
-from spsim.metrics import COMPUTE_LANE, phase_of
+from spsim.metrics import phase_of
 from spsim.simulation import Result
-from spsim.trace import Span, Trace
+from spsim.trace import COMPUTE_LANE, Span, Trace
 
 
 @dataclass(frozen=True, slots=True)
