@@ -1,0 +1,1 @@
+"""Calibration: from timings of real operators and collectives to the coefficients of a profile."""

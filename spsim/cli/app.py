@@ -1,0 +1,95 @@
+"""What all commands share: the application, its options, its console, and the directory of outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from spsim.errors import InputError
+
+MIN_WIDTH = 160
+"""Columns of a table where output is not a terminal: wide enough for the operator table."""
+
+INTERRUPTED = 130
+"""Exit status of a command that was interrupted from the keyboard."""
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Discrete-event simulator of multi-GPU sequence parallelism. A Python file instead of a command is run as an "
+    "experiment: spsim experiments/sweep.py [--out DIR] [--jobs N] [--quick].",
+)
+
+
+def open_console() -> Console:
+    """A console that wraps nothing where output is not a terminal."""
+    plain = not sys.stdout.isatty()
+    return Console(width=max(MIN_WIDTH, Console().width) if plain else None, highlight=False, markup=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(document, indent=2))
+
+
+CaseFile = Annotated[Path | None, typer.Argument(help="A case file (TOML) with hardware, model, plan and workload.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Preset or path of a TOML table.")]
+HardwareOption = Annotated[str | None, typer.Option("--hardware", help="Profile name or path of a TOML profile.")]
+PlanOption = Annotated[str | None, typer.Option("--plan", help='For instance "tp=8,sequence_parallel".')]
+SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a sequence.")]
+MicroBatchOption = Annotated[int | None, typer.Option("--micro-batch", help="Sequences of a micro-batch.")]
+GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
+NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to spread the GPUs over; as few as hold them.")]
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="bf16, fp16 or fp8.")]
+PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
+]
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A directory whose files move to `out` at the end: all of them, or none."""
+    make_directory(out)
+    with TemporaryDirectory(dir=out, prefix=".partial-") as partial:
+        yield Path(partial)
+        names = file_names(Path(partial))
+        for name in names:
+            if (out / name).is_dir():
+                raise InputError(f"{out / name}: is a directory, expected a file; give another --out")
+        for name in names:
+            (Path(partial) / name).replace(out / name)
+
+
+def file_names(directory: Path) -> list[str]:
+    """Names of the files in a directory, sorted."""
+    return sorted(path.name for path in directory.iterdir())
+
+
+def print_written(console: Console, out: Path | None, names: Sequence[str]) -> None:
+    """Say which files were written."""
+    if names:
+        console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory that can be written; `InputError` where that fails."""
+    if path == Path():
+        raise InputError("--out is empty; give a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a directory ({error.strerror}); give another --out") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: is not writable; give another --out")

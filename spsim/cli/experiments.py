@@ -1,0 +1,63 @@
+"""The command behind `spsim FILE.py`: an experiment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Annotated
+
+import typer
+
+from spsim.cli.app import app, make_directory, open_console
+
+
+@app.command(hidden=True)
+def experiment(
+    file: Path,
+    out: Annotated[Path, typer.Option("--out", help="Directory of results.")] = Path("results"),
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes; by default all cores for a large sweep.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
+) -> None:
+    """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
+    from spsim.experiments import load_experiment, run_experiment
+
+    loaded = load_experiment(file)
+    directory = out / loaded.name
+    make_directory(directory)
+    with _executor(jobs, len(loaded.selection(quick=quick))) as executor:
+        run_experiment(loaded, directory, executor, quick=quick, console=open_console())
+
+
+LARGE_SWEEP = 2000
+"""Configurations from which starting processes pays."""
+
+
+@contextmanager
+def _executor(jobs: int | None, points: int) -> Iterator[Executor | None]:
+    """Processes for a large sweep, unless told how many; none for one job."""
+    if jobs is None:
+        jobs = os.cpu_count() or 1 if points >= LARGE_SWEEP else 1
+    if jobs == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(jobs, initializer=_end_with_parent) as pool:
+        yield pool
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed sweep ends too: it waits on a queue whose other end it holds itself."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
