@@ -27,6 +27,7 @@ from spsim.placement import Collective, sent_bytes
 from spsim.units import GB, MIB, US_PER_S
 
 CHUNKED = ("all_reduce", "all_gather", "reduce_scatter")
+"""Collectives that pass data on from rank to rank, chunk by chunk."""
 
 TREE_CHUNKS = 4
 """Fewest chunks that a tree cuts an adapter's part into (NCCL `src/enqueue.cc`: it halves the chunk below that)."""
@@ -182,7 +183,8 @@ class CommCost:
         """Rings through all ranks, one per adapter.
 
         Long messages keep all hops of both levels busy, and the slower level paces. A block of a short one
-        goes round hop by hop, each of which stores it, or the first chunk of it, before it sends it on.
+        goes round hop by hop, each of which stores it, or the first chunk of it, before it sends it on; a hop
+        between nodes takes no less than one inside, for the same kernels drive it.
         """
         per_node = ranks // nodes
         wire = sent_bytes(collective, message, ranks)
@@ -193,8 +195,9 @@ class CommCost:
                 start = min(inside.start, across.start)
                 latency = inside.latency(ranks - nodes + 1) + across.latency(nodes) - start
                 busy = latency + max(inside.transfer(wire, per_node), across.transfer(wire / per_node, nodes))
-                hops = inside.steps(ranks - nodes + 1) * inside.step(block)
-                hops += across.steps(nodes) * across.step(block / per_node)
+                hop = inside.step(block)
+                between = max(hop, across.step(block / per_node))
+                hops = inside.steps(ranks - nodes + 1) * hop + across.steps(nodes) * between
                 times.append(max(busy, start + hops))
         return min(times)
 
@@ -239,5 +242,5 @@ class CommCost:
         names = [f"collectives.{self.inner.name}.{collective}", "collective_overhead_us"]
         if nodes > 1 and self.outer is not None:
             names.append(f"collectives.{self.outer.name}.{collective}")
-            names += ["adapter_chunk_mib"] if self.chunk and collective in CHUNKED else []
+            names += ["adapter_chunk_mib"] if collective in CHUNKED else []
         return tuple(names)
