@@ -9,9 +9,9 @@ From 1 GiB on expect 2 % within a node, 4 % with up to four GPUs of each node an
 
 - Two tables are of AWS, whose fabric (EFA) takes 20 us a hop where InfiniBand takes 4.2; that is put in. The
   smallest all-reduce on two nodes of eight H100 is then 66 us against 63-66 measured, and on InfiniBand 34
-  against 39. Four B200 nodes still take 1.3 times as long at 64-256 MiB and 2.5 times at 1 MiB.
-- All-gather and reduce-scatter on ten nodes of eight H100 take 1.2 to 1.8 times the prediction from 32 to 512
-  MiB, and on 32 nodes 1.5 times at 2 GiB (a single iteration). Beyond the time on the wire each of the 79 steps
+  against 39. Four B200 nodes still take 1.3 times as long at 64-256 MiB and 2.2 times at 1 MiB.
+- All-gather and reduce-scatter on ten nodes of eight H100 take 1.1 to 1.6 times the prediction from 32 to 512
+  MiB, and on 32 nodes 1.4 times at 2 GiB (a single iteration). Beyond the time on the wire each of the 79 steps
   costs 6-9 us up to 128 MiB, and 13-16 us above: probably NCCL's change to its Simple protocol, for which its
   own tables have 14 us a step between nodes. Steps on one node, from which the prediction is made, cost 3-7 us.
 - That cluster of ten also stays 17 % below its adapters at 16 GiB, which eight nodes elsewhere do not.
@@ -22,8 +22,9 @@ From 1 GiB on expect 2 % within a node, 4 % with up to four GPUs of each node an
 - The nodes of `h100-2x4-lambda` and `h100-2x8-lambda` all-reduce 134 GB/s with four adapters each and 117 with
   eight, though one and two reach 49 and 98: these virtual machines do not add up their adapters.
 - The pair of DGX H100 is noisy between 8 KiB and 128 MiB: 16 KiB on all GPUs take 967 us out of place, 50 in place.
-- 20 racks of GB200 take twice the predicted time at every size; two racks do not. Why is not known. It would be
-  so if about 9 of the 72 adapters of a rack took part.
+- 20 racks of GB200 take 2.1 to 2.5 times the prediction, two racks do not. The measured times are 4.6 ms + M / 215
+  GB/s, and the 2878 steps of a ring at the 1.5 us measured on one node are 4.4 ms, so the library may have taken
+  the ring, which alone would err 24 %; the scripts of these runs say to try NCCL_ALGO=NVLSTREE too.
 
     python -m spsim experiments/collectives.py [--out results] [--quick]
 """
