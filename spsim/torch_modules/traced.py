@@ -12,11 +12,16 @@ import pandas as pd
 
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
+from spsim.operators import Operator
 from spsim.plan import Plan, parse_plan
 from spsim.profiles import load_profile
 from spsim.program import Program
 from spsim.torch_modules.costs import bytes_moved, operator_class
+from spsim.torch_modules.emission import operators_of
+from spsim.torch_modules.graph import Graph
+from spsim.torch_modules.reading import read_graph
 from spsim.torch_modules.single import single_gpu_program
+from spsim.torch_modules.splitting import split_program
 from spsim.torch_modules.tape import Call, Tape
 from spsim.torch_modules.timing import TracedResult, simulate_program
 
@@ -92,7 +97,22 @@ class TracedModule:
         return self._programs[plan]
 
     def _compile(self, plan: Plan) -> Program:
-        return single_gpu_program(self.tape)
+        if plan.gpus == 1 and plan.recompute == "none":
+            return single_gpu_program(self.tape)
+        wanted = any(gradient is not None for gradient in self.tape.input_gradients)
+        return split_program(self.layer, plan, causal=self._graph.causal, input_gradient=wanted)
+
+    @cached_property
+    def _graph(self) -> Graph:
+        return read_graph(self.tape)
+
+    @cached_property
+    def layer(self) -> tuple[Operator, ...]:
+        """The forward pass as operators with named dimensions, which a plan splits.
+
+        Raises `InputError` that names the first operator without a rule.
+        """
+        return operators_of(self._graph)
 
     def simulate(self, hardware: HardwareProfile | str | Path, plan: Plan | str = "") -> TracedResult:
         """One forward and backward pass of the module on a hardware profile under a plan.
