@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-FLASH_HEAD_SIZES = range(8, 257)
-"""Head sizes of the flash kernel, which pads to a multiple of 8 (aten/src/ATen/native/transformers/cuda)."""
+FLASH_LARGEST = 256
+"""Head size of the flash kernel at most."""
+FLASH_MULTIPLE = 8
+"""Head sizes in between are padded."""
 
 
 @contextmanager
@@ -44,19 +46,32 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Flash where the arguments allow it, then the memory-efficient kernel, then products and a softmax."""
-    backends = torch.backends.cuda
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    fits = query.dim() == 4 and query.shape[-1] == value.shape[-1] and query.shape[-1] in FLASH_HEAD_SIZES
-    if backends.flash_sdp_enabled() and half and fits and attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    if backends.mem_efficient_sdp_enabled() and query.dim() == 4 and not enable_gqa:
-        bias = _additive(attn_mask, query, key)
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, query.requires_grad or key.requires_grad, dropout_p, is_causal, scale=scale
+    if _fits_flash(query, value) and attn_mask is None:
+        size = query.shape[-1]
+        padded = (torch.nn.functional.pad(x, (0, -size % FLASH_MULTIPLE)) if size % FLASH_MULTIPLE else x
+                  for x in (query, key, value))  # fmt: skip
+        out: Tensor = aten._scaled_dot_product_flash_attention(
+            *padded, dropout_p, is_causal, scale=size**-0.5 if scale is None else scale
         )[0]
-    return aten._scaled_dot_product_attention_math(
+        return out[..., :size] if size % FLASH_MULTIPLE else out
+    if torch.backends.cuda.mem_efficient_sdp_enabled() and query.dim() == 4 and not enable_gqa:
+        gradient = any(x.requires_grad for x in (query, key, value))
+        bias = _additive(attn_mask, query, key)
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, gradient, dropout_p, is_causal, scale=scale
+        )[0]
+        return out
+    out = aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
+    return out
+
+
+def _fits_flash(query: Tensor, value: Tensor) -> bool:
+    """Half precision, four dimensions, and one head size up to the largest (torch 2.13, sdp_utils.cpp)."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    fits = query.dim() == 4 and query.shape[-1] == value.shape[-1] <= FLASH_LARGEST
+    return bool(torch.backends.cuda.flash_sdp_enabled()) and half and fits
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
@@ -70,11 +85,13 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 
 def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
     """The fused kernel with a mask of one byte an element."""
-    return aten.native_dropout(x, p, train)[0] if train and p > 0 else x
+    dropped: Tensor = aten.native_dropout(x, p, train)[0] if train and p > 0 else x
+    return dropped
 
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    return rms_norm(x, list(shape), weight)[0]
+    out: Tensor = rms_norm(x, list(shape), weight)[0]
+    return out
 
 
 @torch.library.custom_op("spsim::rms_norm", mutates_args=())

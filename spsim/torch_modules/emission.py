@@ -144,9 +144,7 @@ class _Emission:
                 operands.setdefault((base, subscript), Operand(tensor, subscript))
         return list(operands.values())
 
-    def _read(
-        self, node: Node, base: Base, use: Use, clashing: set[Dim]
-    ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    def _read(self, node: Node, base: Base, use: Use, clashing: set[Dim]) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
         """A tensor and its subscript; the weight of a linear in parts where its output is in unequal parts.
 
         Where input and output features of a linear are the same dimension, the contracted one gets another name.
@@ -170,7 +168,9 @@ class _Emission:
             yield self._part_of_weight(base, piece)
 
     def _part_of_weight(self, base: Base, piece: Piece) -> tuple[Tensor, tuple[str, ...]]:
-        own = [d for leaf in leaves(base.dims) for d in (leaves(piece.remains) if leaf is piece.along.root else (leaf,))]
+        own = [
+            d for leaf in leaves(base.dims) for d in (leaves(piece.remains) if leaf is piece.along.root else (leaf,))
+        ]
         subscript, sizes = tuple(self.names[leaf] for leaf in own), tuple(leaf.size for leaf in own)
         return Tensor(f"{base.name} [{piece.start}:]", subscript, sizes, base.itemsize, "weight"), subscript
 

@@ -69,7 +69,7 @@ class Names:
     def _name_input(self) -> None:
         *leading, hidden = self.graph.entry.dims
         for leaf in leaves(self.graph.selected):
-            self._names.setdefault(leaf, self._numbered("g"))
+            self._names[leaf] = self._names.get(leaf) or self._numbered("g")
         self._name((dim for dims in leading for dim in dims), "b", "b")
         self._name(hidden, "h", "h")
 

@@ -14,7 +14,7 @@ from spsim.operators import OperatorKind, TensorKind
 from spsim.torch_modules.costs import ATTENTION, PRODUCTS, SOFTMAX, operator_class
 from spsim.torch_modules.dimensions import Dim, Dims, UnrelatedDimensionsError, fresh, leaves, unify
 from spsim.torch_modules.graph import Base, Graph, Node, Use, View
-from spsim.torch_modules.tape import ALLOCATIONS, Call, Tape, Value
+from spsim.torch_modules.tape import ALLOCATIONS, Call, Tape
 from spsim.torch_modules.views import VIEW_RULES, Views
 
 REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var"})
@@ -166,6 +166,7 @@ class _Reader:
             columns = tuple(keys.get(leaf, leaf) for leaf in leaves(columns))
         elif [leaf.as_key for leaf in leaves(inner) if leaf.key is not None] == list(leaves(left.dims[-1])) != []:
             keys = {leaf: leaf.as_key for leaf in leaves(inner)}
+            self.head_sizes.append(columns)
         else:
             unify(left.dims[-1], inner)
         out = self._result(call, [*batch, rows, columns])

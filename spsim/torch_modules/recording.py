@@ -60,17 +60,17 @@ def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             ) from error
 
 
-def _run(
-    recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tape:
+def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
     state = {key: _fake(value) for key, value in (*module.named_parameters(), *module.named_buffers())}
-    args, kwargs = tree_map(_fake, (args, dict(kwargs)))
-    inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    given = {id(leaf): leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}
+    fakes = {key: _fake(leaf) for key, leaf in given.items()}
+    args, kwargs = tree_map(lambda leaf: fakes.get(id(leaf), leaf), (args, dict(kwargs)))
+    inputs = list(fakes.values())
     parameters = [value for value in state.values() if value.requires_grad]
     recorder.parameters = {recorder.storage(value): key for key, value in state.items()}
     known = [recorder.value(leaf) for leaf in inputs]
     with recorder.watching(), torch.enable_grad():
-        found = torch.func.functional_call(module, state, args, kwargs)
+        found = torch.func.functional_call(module, state, args, dict(kwargs))
     leaves = [leaf for leaf in tree_flatten(found)[0] if isinstance(leaf, Tensor)]
     outputs = [leaf for leaf in leaves if leaf.requires_grad]
     if not outputs:
@@ -102,10 +102,8 @@ def _run(
     )
 
 
-def _fake(leaf: Any) -> Any:
-    """A fake tensor of the same shape; everything else as it is."""
-    if not isinstance(leaf, Tensor):
-        return leaf
+def _fake(leaf: Tensor) -> Tensor:
+    """A fake tensor of the same shape."""
     made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
     return made.requires_grad_(leaf.requires_grad)
 
@@ -134,7 +132,7 @@ class _Recorder(TorchDispatchMode):
     """Sees every operator below autograd, and what autograd keeps."""
 
     def __init__(self, module: nn.Module, cuda: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = {id(child): name for name, child in module.named_modules()}
         self.cuda = cuda
         self.phase: Pass = "forward"
@@ -146,7 +144,7 @@ class _Recorder(TorchDispatchMode):
         self.module_of: dict[int, str] = {}
         self._numbers: dict[int, int] = {}
         self._alive: list[Tensor] = []
-        self._nodes = torch.autograd._get_sequence_nr()
+        self._nodes = torch._C._autograd._get_sequence_nr()
 
     @property
     def where(self) -> str:
@@ -175,7 +173,7 @@ class _Recorder(TorchDispatchMode):
 
     def _keep(self, tensor: Tensor) -> Tensor:
         """A node is numbered when it is made, before it saves."""
-        self.saved[torch.autograd._get_sequence_nr() - 1].append(self.value(tensor))
+        self.saved[torch._C._autograd._get_sequence_nr() - 1].append(self.value(tensor))
         return tensor
 
     def storage(self, tensor: Tensor) -> int:
@@ -243,5 +241,5 @@ class _Recorder(TorchDispatchMode):
         if self.phase == "backward":
             running = torch._C._current_autograd_node()
             return None if running is None else running._sequence_nr()
-        before, self._nodes = self._nodes, torch.autograd._get_sequence_nr()
+        before, self._nodes = self._nodes, torch._C._autograd._get_sequence_nr()
         return self._nodes - 1 if self._nodes > before else None

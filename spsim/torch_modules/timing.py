@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -59,7 +59,7 @@ class TracedScenario:
     @property
     def gpus_per_node(self) -> int:
         """GPUs of each node that the plan uses."""
-        return self.plan.gpus // fewest_nodes(cast(Scenario, self))
+        return self.plan.gpus // fewest_nodes(cast("Scenario", self))
 
     @property
     def summary(self) -> tuple[str, ...]:
@@ -137,6 +137,8 @@ def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, pl
     scenario = _scenario(tape, hardware, plan)
     precision = scenario.workload.precision
     layer = PreparedLayer(Template(lambda _: program, 1), plan, fold=True)
+    syncs = (replace(sync, itemsize=ITEMSIZE[precision]) for sync in layer.schedule.syncs)
+    layer.schedule = replace(layer.schedule, syncs=tuple(syncs))
     numbers = layer.template.at(Workload(seq_len=1))
     messages = layer.sync_messages(numbers, 1)
     compute, comm = cost_models(hardware, precision)
@@ -156,7 +158,7 @@ def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, pl
 
     copies = layer.schedule.copies
     return TracedResult(
-        scenario=cast(Scenario, scenario), numbers=numbers,
+        scenario=cast("Scenario", scenario), numbers=numbers,
         trace=Trace(stretches, copies, describe, layer.schedule.groups, reason == OUTLASTS),
         static=_static(program, tape, plan, ITEMSIZE[precision]),
         events=events, folded=len(copies) < plan.gpus, reasons=(reason,) if reason else (),
@@ -171,7 +173,7 @@ def _scenario(tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedScenar
     hardware.peak(precision)
     inputs = tuple(value.shape for value in tape.inputs)
     scenario = TracedScenario(hardware, TracedShape(tape.name), plan, TracedWorkload(precision), inputs)
-    check_nodes(cast(Scenario, scenario))
+    check_nodes(cast("Scenario", scenario))
     return scenario
 
 

@@ -100,14 +100,14 @@ class TracedModule:
         if plan.gpus == 1 and plan.recompute == "none":
             return single_gpu_program(self.tape)
         wanted = any(gradient is not None for gradient in self.tape.input_gradients)
-        return split_program(self.layer, plan, causal=self._graph.causal, input_gradient=wanted)
+        return split_program(self.named_operators, plan, causal=self._graph.causal, input_gradient=wanted)
 
     @cached_property
     def _graph(self) -> Graph:
         return read_graph(self.tape)
 
     @cached_property
-    def layer(self) -> tuple[Operator, ...]:
+    def named_operators(self) -> tuple[Operator, ...]:
         """The forward pass as operators with named dimensions, which a plan splits.
 
         Raises `InputError` that names the first operator without a rule.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from spsim.operators import TensorKind
-from spsim.torch_modules.dimensions import Dim, Dims, UnrelatedDimensionsError, fresh, leaves, regroup
+from spsim.torch_modules.dimensions import Dim, Dims, UnrelatedDimensionsError, fresh, leaves, regroup, size_of
 from spsim.torch_modules.graph import Base, Piece, View
 from spsim.torch_modules.tape import Call, Tape, Value
 
@@ -62,12 +62,12 @@ class Views:
                 raise UnrelatedDimensionsError("a view without a rule")
             self._views[self._key(result)] = rule(self, call, view, index)
 
-    def piece(self, view: View, axis: int, start: int, length: int) -> View:
-        """A part of a tensor along one axis of a view, which keeps its length."""
-        total = _size(view.dims[axis])
+    def piece(self, view: View, axis: int, start: int, length: int, *, equal: bool = True) -> View:
+        """A part of a tensor along one axis of a view; `equal` where it is one of equal parts, side by side."""
+        total = size_of(leaves(view.dims[axis]))
         if length == total:
             return view
-        along, remains, index = _cut(view.dims[axis], start, length, total)
+        along, remains, index = _cut(view.dims[axis], start, length, equal)
         dims = (*view.dims[:axis], remains, *view.dims[axis + 1 :])
         inside = leaves(view.base.dims)
         if along not in inside:
@@ -77,7 +77,7 @@ class Views:
             if known.along.root is along and known.start == index:
                 return View(known.base, dims)
         position = inside.index(along)
-        replaced = () if total % length == 0 and start % length == 0 else remains
+        replaced = () if equal else remains
         own = (*inside[:position], *replaced, *inside[position + 1 :])
         base = Base(f"{view.base.name} [{start}:{start + length}]", own, view.base.itemsize, view.base.kind)
         if view.base.kind == "activation":
@@ -85,23 +85,16 @@ class Views:
         return View(base, dims)
 
 
-def _size(dims: Dims) -> int:
-    size = 1
-    for dim in leaves(dims):
-        size *= dim.size
-    return size
-
-
-def _cut(dims: Dims, start: int, length: int, total: int) -> tuple[Dim, Dims, int]:
+def _cut(dims: Dims, start: int, length: int, equal: bool) -> tuple[Dim, Dims, int]:
     """(dimension that is selected from, what remains of the axis, position): one of equal parts, or a range."""
-    if total % length == 0 and start % length == 0:
-        outer, inner = regroup([dims], [total // length, length])
+    if equal:
+        outer, inner = regroup([dims], [size_of(leaves(dims)) // length, length])
         if len(outer) != 1:
-            raise UnrelatedDimensionsError(f"a part of {total} cut into factors")
+            raise UnrelatedDimensionsError("a part of a dimension that is cut into factors")
         return leaves(outer)[0], inner, start // length
     found = leaves(dims)
     if len(found) != 1:
-        raise UnrelatedDimensionsError(f"a part of {length} of {total} cut into factors")
+        raise UnrelatedDimensionsError("a part of a dimension that is cut into factors")
     return found[0], fresh(length), start
 
 
@@ -157,13 +150,14 @@ def _slice(views: Views, call: Call, view: View, index: int) -> View:
     if call.arguments.get("step", 1) != 1:
         raise UnrelatedDimensionsError("a slice with a step")
     start = call.arguments.get("start") or 0
-    return views.piece(view, axis, start % total if start < 0 else start, length)
+    start += total if start < 0 else 0
+    return views.piece(view, axis, start, length, equal=total % length == 0 and start % length == 0)
 
 
 def _split(views: Views, call: Call, view: View, index: int) -> View:
     axis = call.arguments.get("dim", 0) % len(view.dims)
     lengths = [result.shape[axis] for result in call.results]
-    return views.piece(view, axis, sum(lengths[:index]), lengths[index])
+    return views.piece(view, axis, sum(lengths[:index]), lengths[index], equal=len(set(lengths)) == 1)
 
 
 def _unbind(views: Views, call: Call, view: View, index: int) -> View:
