@@ -46,25 +46,25 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Flash where the arguments allow it, then the memory-efficient kernel, then products and a softmax."""
+    size = query.shape[-1]
+    rest = -size % FLASH_MULTIPLE
     if _fits_flash(query, value) and attn_mask is None:
-        size = query.shape[-1]
-        padded = (torch.nn.functional.pad(x, (0, -size % FLASH_MULTIPLE)) if size % FLASH_MULTIPLE else x
-                  for x in (query, key, value))  # fmt: skip
-        out: Tensor = aten._scaled_dot_product_flash_attention(
+        padded = [torch.nn.functional.pad(x, (0, rest)) if rest else x for x in (query, key, value)]
+        found = aten._scaled_dot_product_flash_attention(
             *padded, dropout_p, is_causal, scale=size**-0.5 if scale is None else scale
-        )[0]
-        return out[..., :size] if size % FLASH_MULTIPLE else out
-    if torch.backends.cuda.mem_efficient_sdp_enabled() and query.dim() == 4 and not enable_gqa:
+        )
+    elif torch.backends.cuda.mem_efficient_sdp_enabled() and query.dim() == 4 and not enable_gqa:
         gradient = any(x.requires_grad for x in (query, key, value))
         bias = _additive(attn_mask, query, key)
-        out = aten._scaled_dot_product_efficient_attention(
+        found = aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, gradient, dropout_p, is_causal, scale=scale
-        )[0]
-        return out
-    out = aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return out
+        )
+    else:
+        found = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )
+    out: Tensor = found[0]
+    return out if out.shape[-1] == value.shape[-1] else out[..., :size]
 
 
 def _fits_flash(query: Tensor, value: Tensor) -> bool:

@@ -136,12 +136,12 @@ class _Emission:
     def _inputs(self, node: Node, mixes: list[Dim]) -> list[Operand]:
         written = {leaf for use in node.outputs for leaf in leaves(use.base.dims)}
         clashing = written.intersection(leaves(node.contracts))
-        operands: dict[tuple[Base, tuple[str, ...]], Operand] = {}
+        operands: dict[tuple[Tensor, tuple[str, ...]], Operand] = {}
         for use in node.inputs:
             base = self._whole_of(use.base)
             mixes += _selected(self.parents, use.base, base)
             for tensor, subscript in self._read(node, base, use, clashing):
-                operands.setdefault((base, subscript), Operand(tensor, subscript))
+                operands.setdefault((tensor, subscript), Operand(tensor, subscript))
         return list(operands.values())
 
     def _read(self, node: Node, base: Base, use: Use, clashing: set[Dim]) -> Iterator[tuple[Tensor, tuple[str, ...]]]:

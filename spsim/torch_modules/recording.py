@@ -203,6 +203,11 @@ class _Recorder(TorchDispatchMode):
                 return decomposed
         results = func(*args, **kwargs)
         if self.cuda:
+            if "mkldnn" in name:
+                raise InputError(
+                    f"{self.where}: {name} runs on CPUs only, and what CUDA runs instead is not known; trace the module "
+                    "without it, or with device='cpu'"
+                )
             results = with_cuda_statistics(name, results)
         self._note(func, name, args, kwargs, results)
         return results
