@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import spsim
@@ -413,6 +414,14 @@ def test_a_llama_block_is_spsims_own_layer(kv_heads, rope):
         agree(traced, model, Workload(seq_len=s, micro_batch=b), plan, extra_bytes=2 * s * b * f)
 
 
+@pytest.mark.parametrize("plan", ["tp=4", "tp=8", "ulysses=4", "tp=2,ulysses=2"])
+def test_fewer_heads_of_keys_than_ranks_are_replicated(plan):
+    """One head a rank, twice or more; their weight gradients are summed over the copies."""
+    traced = half(lambda: Llama(128, 8, 2, 160), 2, 32, 128)
+    model = Model(layers=1, hidden=128, heads=8, kv_heads=2, ffn_hidden=160, vocab=8, gated_mlp=True, positions="none")
+    agree(traced, model, Workload(seq_len=32, micro_batch=2), plan, extra_bytes=2 * 32 * 2 * 160)
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_torchs_own_layer_is_spsims_own_layer(norm_first, batch_first):
@@ -521,6 +530,22 @@ class Masked(nn.Linear):
         return y[y > 0]
 
 
+class Partly(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        y[..., :2] += 1
+        return y
+
+
+class InPlace(nn.Sequential):
+    """Reads, through another view, what an operator in place wrote."""
+
+    def forward(self, x):
+        y = self[0](x)
+        y.view(-1, y.shape[-1]).relu_()
+        return self[1](y)
+
+
 class Cross(nn.Module):
     def forward(self, x):
         return F.scaled_dot_product_attention(x, x[:, :, :4], x[:, :, :4])
@@ -541,6 +566,8 @@ BAD = [
     (lambda: trace_module(convolutions(), inputs(2, 3, 8, 8)).program("tp=2"), "^0.convolution of .* has no rule"),
     (lambda: trace_module(Shared(), torch.ones(2, 3, dtype=torch.long)).program("tp=2"), "0 floating-point inputs"),
     (lambda: trace_module(Cross(), inputs(1, 2, 8, 16)).program("tp=2"), "not at the positions of its queries"),
+    (lambda: trace_module(Partly(4, 4), inputs(2, 4)).program("tp=2"), "^add_ of .* writes into a part of a tensor"),
+    (lambda: half(lambda: Llama(64, 4, 1, 64), 1, 8, 64).program("tp=2"), "one head of keys serves all heads"),
     (lambda: mlp(True).program("tp=3"), "0.addmm is split over 3 ranks along f, whose size 64"),
     (lambda: mlp(True).program("tp=16,sequence_parallel"), "along s, whose size 8"),
     (lambda: mlp(True).simulate(H100, "tp=2,dp=2"), "dp is not simulated for a traced module"),
@@ -553,6 +580,44 @@ def test_one_clear_line(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_written_in_place_is_read_through_every_view():
+    named = half(lambda: InPlace(nn.Linear(16, 64), nn.Linear(64, 16)), 2, 8, 16).named_operators
+    assert [op.name for op in named] == ["0.addmm", "relu_", "1.addmm", "1.addmm bias", "output"]
+    assert named[2].inputs[0].tensor == named[1].outputs[0].tensor
+
+
+def test_recomputation_counts_as_hardware_flops():
+    traced = half(lambda: GPT(256, 8, 0.0, flash=False), 1, 256, 256)
+    kept, again = (traced.simulate(H100, plan) for plan in ("tp=2", "tp=2,recompute=full"))
+    assert kept.hfu == pytest.approx(kept.mfu)
+    assert again.hfu == pytest.approx(again.mfu * 4 / 3)
+    assert again.peak_memory_gib < kept.peak_memory_gib
+
+
+def test_a_checkpoint_of_torch_is_recomputed():
+    """Forward FLOPs once more in the backward pass, and only the input is kept."""
+
+    class Again(GPT):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    given = inputs(2, 6, 32)
+    plain, again = trace_module(GPT(32, 4, 0.1), given), trace_module(Again(32, 4, 0.1), given)
+    assert again.saved_bytes == 4 * given.numel()
+    assert again.flops == (plain.flops.forward, plain.flops.backward + plain.flops.forward)
+
+
+def test_precision_is_that_of_the_products():
+    class Autocast(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    for module, precision in ((nn.Linear(8, 8), "fp32"), (nn.Linear(8, 8).half(), "fp16"), (Autocast(8, 8), "bf16")):
+        traced = trace_module(module, inputs(4, 8, dtype=module.weight.dtype))
+        assert traced.simulate(H100).scenario.workload.precision == precision
 
 
 def test_a_module_that_cannot_be_split_runs_on_one_gpu():

@@ -71,7 +71,13 @@ class _Reader:
         if call.view or call.op in VIEW_RULES:
             self.views.follow(call)
         elif any(self.views.is_activation(value) for value in call.tensors):
+            for value in call.written:
+                if not self.views.is_whole(value):
+                    raise _cannot(call, "it writes into a part of a tensor")
+            before = [(value, self.views.known(value)) for value in call.written]
             self._rule(call)(call)
+            for value, view in before:
+                self.views.renew(value, view)
 
     def _rule(self, call: Call) -> Callable[[Call], None]:
         if call.op in PRODUCTS:
@@ -183,14 +189,16 @@ class _Reader:
             unify(mine, other)
         unify(query.dims[0], key.dims[0])
         unify(query.dims[3], key.dims[3])
-        same_heads = call.arguments["query"].shape[1] == call.arguments["key"].shape[1]
-        if same_heads:
+        heads, kv_heads = (call.arguments[name].shape[1] for name in ("query", "key"))
+        if kv_heads == 1 < heads:
+            raise _cannot(call, "one head of keys serves all heads of queries")
+        if heads == kv_heads:
             unify(query.dims[1], key.dims[1])
         positions = leaves(query.dims[2])
         if positions != leaves(key.dims[2]):
             raise _cannot(call, "its keys are not at the positions of its queries")
         self._attends(query.dims[:2], query.dims[2], query.dims[3])
-        if not same_heads:
+        if heads != kv_heads:
             self.heads.append(key.dims[1])
         self.causal.add(bool(call.arguments.get("is_causal", False)))
         keys = {leaf: leaf.as_key for leaf in positions}

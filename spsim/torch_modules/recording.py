@@ -93,7 +93,7 @@ def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...
         trainable=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.numel() * p.itemsize for p in state.values()),
         gradient_bytes=sum(g.numel() * g.itemsize for g in of_parameters),
-        dtype=_main_dtype(parameters + inputs),
+        main_dtype=_main_dtype(parameters + inputs),
         inputs=tuple(known),
         outputs=tuple(recorder.value(leaf) for leaf in outputs),
         output_gradients=tuple(map(recorder.value, seeds)),
@@ -205,8 +205,8 @@ class _Recorder(TorchDispatchMode):
         if self.cuda:
             if "mkldnn" in name:
                 raise InputError(
-                    f"{self.where}: {name} runs on CPUs only, and what CUDA runs instead is not known; trace the module "
-                    "without it, or with device='cpu'"
+                    f"{self.where}: {name} runs on CPUs only, and what CUDA runs instead is not known; trace "
+                    "the module without it, or with device='cpu'"
                 )
             results = with_cuda_statistics(name, results)
         self._note(func, name, args, kwargs, results)

@@ -56,8 +56,11 @@ def _without_input_gradient(program: Program, with_weights: set[str]) -> Program
 
 
 def _check_divisibility(operators: Sequence[Operator], plan: Plan, causal: bool) -> None:
-    """Every dimension divides by the ranks that it is split over; a causal zigzag ring takes two chunks a rank."""
+    """Every dimension divides by the ranks that it is split over; a causal zigzag ring takes two chunks a rank.
+    Heads of K and V that are fewer than the ranks are replicated.
+    """
     mesh, rules = mesh_of(plan), split_rules(plan)
+    heads = max((op.extents.get("a", 1) for op in operators), default=1)
     for op in operators:
         if plan.ring > 1 and plan.ring_kind == "p2p" and op.mixes_positions and op.kind != "attention":
             raise InputError(
@@ -71,14 +74,14 @@ def _check_divisibility(operators: Sequence[Operator], plan: Plan, causal: bool)
         if plan.ring > 1 and plan.ring_cut == "zigzag" and causal and "s" in parts:
             parts["s"] *= 2
         for dim, degree in parts.items():
-            _check_dimension(op, dim, degree)
+            _check_dimension(op, dim, degree, heads)
 
 
-def _check_dimension(op: Operator, dim: str, degree: int) -> None:
+def _check_dimension(op: Operator, dim: str, degree: int, heads: int) -> None:
     for operand in op.inputs + op.outputs:
         if dim in operand.subscript:
             size = operand.tensor.sizes[operand.subscript.index(dim)]
-            fewer = dim == "a" and degree % size == 0 and size < op.extents["a"]
+            fewer = dim == "a" and degree % size == 0 and size < heads
             if size % degree and not fewer:
                 raise InputError(
                     f"plan: {op.name} is split over {degree} ranks along {dim}, whose size {size} they do not divide; "

@@ -6,6 +6,7 @@ Tensors are known by the storage they live in, numbered in order of appearance, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +64,8 @@ class Call:
     @property
     def name(self) -> str:
         """Module and operator, for people."""
-        return f"{self.module}.{self.op}" if self.module else self.op
+        op = self.op.removeprefix("_scaled_dot_product_")
+        return f"{self.module}.{op}" if self.module else op
 
     @property
     def tensors(self) -> tuple[Value, ...]:
@@ -108,8 +110,8 @@ class Tape:
     parameter_bytes: int
     gradient_bytes: int
     """Of the gradients of the parameters."""
-    dtype: str
-    """Of most parameters."""
+    main_dtype: str
+    """Floating-point dtype of most parameters."""
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     output_gradients: tuple[Value, ...]
@@ -126,6 +128,15 @@ class Tape:
     def backward(self) -> list[Call]:
         """Calls of the backward pass."""
         return [call for call in self.calls if call.phase == "backward"]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which most FLOPs are done, which under autocast is not that of the parameters."""
+        flops: Counter[str] = Counter()
+        for call in self.calls:
+            if call.flops:
+                flops[call.results[0].dtype] += call.flops
+        return flops.most_common(1)[0][0] if flops else self.main_dtype
 
     @cached_property
     def kept(self) -> Mapping[int, int]:

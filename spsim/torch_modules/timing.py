@@ -93,17 +93,22 @@ class TracedResult(Result):
     def _model_rate(self) -> float:
         return self._rate(sum(call.flops for call in self.tape.calls))
 
+    @cached_property
+    def _kernel_flops(self) -> int:
+        """As the kernels compute them: half of the square under a causal mask."""
+        return sum(work.flops for call in self.tape.calls for work in kernels(call))
+
     @property
     def mfu_causal(self) -> float:
         """FLOPs utilisation, counting the half of the square that a causal mask leaves."""
-        return self._rate(sum(work.flops for call in self.tape.calls for work in kernels(call))) / self._peak
+        return self._rate(self._kernel_flops) / self._peak
 
     @property
     def hfu(self) -> float:
-        """Hardware FLOPs utilisation: what the ranks compute, recomputation included."""
+        """Hardware FLOPs utilisation: what is recomputed counts, and what the ranks compute each for itself."""
         steps = (step for step in self.compiled.steps if isinstance(step, Compute))
-        flops = sum(work.flops for step in steps for work in step.work if work)
-        return flops / self.step_time_s / self._peak
+        executed = sum(work.flops for step in steps for work in step.work if work) * self.scenario.plan.gpus
+        return self.mfu * executed / self._kernel_flops
 
     @property
     def tokens_per_s_per_gpu(self) -> float:

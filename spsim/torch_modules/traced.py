@@ -41,12 +41,15 @@ class PassFlops(NamedTuple):
         return self.forward + self.backward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TracedModule:
     """What a module runs and keeps in one forward and backward pass."""
 
     tape: Tape
     _programs: dict[Plan, Program] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"TracedModule({self.name}: {self.parameters:,} parameters, {self.flops.total:,} FLOPs)"
 
     @property
     def name(self) -> str:

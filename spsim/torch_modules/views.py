@@ -50,6 +50,18 @@ class Views:
         self._views[self._key(value)] = view
         return view
 
+    def is_whole(self, value: Value) -> bool:
+        """Whether it shows all of its storage, and no part of that was taken before."""
+        view = self.known(value)
+        return value.bytes == self.tape.storages[value.storage] and (view is None or not view.base.pieces)
+
+    def renew(self, value: Value, before: View | None) -> None:
+        """What a storage held was written in place: all views of it show the new tensor."""
+        now = self.known(value)
+        for key, view in list(self._views.items()):
+            if now is not None and before is not None and key[0] == value.storage and view.base is before.base:
+                self._views[key] = View(now.base, view.dims)
+
     def follow(self, call: Call) -> None:
         """The results of a view, where its operand is an activation or a parameter."""
         source = call.tensors[0]
