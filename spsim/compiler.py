@@ -110,7 +110,7 @@ class _Compiler:
         forward, self.steps = tuple(self.steps), []
         output = self.values[self.exit.name, self.produced[self.exit.name], "forward"]
         output_gradient = self._buffer(f"{self.exit.name} gradient", output.bytes, "temporary")
-        self.gradients[self.exit.name].append((boundary, output_gradient))
+        self.gradients[self.exit.name].append((self.produced[self.exit.name], output_gradient))
         self._run_backward_pass()
         return Program(
             forward=forward,
