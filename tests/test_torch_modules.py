@@ -271,6 +271,22 @@ def test_bytes_moved_of_a_linear():
     assert rows["backward", "sum"] == 4 * (4 * 10 + 10)
 
 
+def test_bytes_moved_in_place():
+    """Read and written, or written only where it is overwritten; a lookup reads rows, not the table."""
+
+    class InPlace(nn.Embedding):
+        def forward(self, tokens):
+            x = super().forward(tokens)
+            y = torch.zeros_like(x)
+            y.copy_(x)
+            return y.relu_()
+
+    rows = trace_module(InPlace(1000, 8), torch.arange(5)).operators.query("part == 'forward'")
+    assert list(rows["operator"]) == ["embedding", "zeros_like", "copy_", "relu_"]
+    row = 4 * 5 * 8
+    assert list(rows["bytes_moved"]) == [8 * 5 + 2 * row, row, 2 * row, 2 * row]
+
+
 def test_an_expanded_tensor_is_read_once_and_a_view_is_free():
     class Expand(nn.Module):
         def forward(self, x):
@@ -495,15 +511,20 @@ def test_without_a_gradient_of_the_input_nothing_is_reduced_for_it():
 
 
 def test_a_mean_over_the_sequence_gathers_it():
-    """The output has no positions, nor has its gradient: nothing is gathered for it."""
+    """And so does the last position. The output has no positions, nor has its gradient: nothing is gathered for it."""
 
     class Mean(nn.LayerNorm):
         def forward(self, x):
             return super().forward(x).mean(1)
 
-    program = half(lambda: Mean(16), 2, 8, 16).program("tp=4,sequence_parallel")
-    assert [c for _, c, *_ in moved(program.forward)] == ["all_gather"]
-    assert not moved(program.backward)
+    class Last(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x)[:, -1]
+
+    for kind in (Mean, Last):
+        program = half(lambda kind=kind: kind(16), 2, 8, 16).program("tp=4,sequence_parallel")
+        assert [c for _, c, *_ in moved(program.forward)] == ["all_gather"]
+        assert not moved(program.backward)
 
 
 def test_a_linear_without_a_partner_is_whole():

@@ -38,10 +38,14 @@ def operator_class(call: Call) -> OperatorKind:
 
 
 def bytes_moved(call: Call) -> int:
-    """Operands and results, each once; what is written in place counts twice unless it is only overwritten."""
+    """Operands and results, each once; what is written in place counts twice unless it is only overwritten. Of
+    the tensor that a new one is made like, only the shape is read.
+    """
     if not call.launches:
         return 0
     results = sum(value.bytes for value in _distinct(call.results))
+    if call.op.endswith("_like") or call.op.startswith("new_"):
+        return results
     read = {name: value for name, value in call.arguments.items() if name not in call.mutated}
     operands = sum(value.bytes for value in _distinct(_within(read.values())))
     looked_up = call.arguments.get(LOOKUPS.get(call.op, ""))

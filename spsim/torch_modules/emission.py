@@ -55,9 +55,10 @@ def _with_row_biases_apart(nodes: Sequence[Node], names: Names) -> list[Node]:
         if len(node.inputs) < 3 or not any(names[leaf] in SPLIT for leaf in leaves(node.contracts)):
             continue
         bias, out = node.inputs.pop(), node.outputs[0].base
-        readers = [other for other in nodes if any(use.base in _with_pieces(out) for use in other.inputs)]
-        if len(readers) == 1 and readers[0].kind in ("elementwise", "dropout") and readers[0].name != OUTPUT:
-            readers[0].inputs.append(bias)
+        readers = [(other, use.base) for other in nodes for use in other.inputs if use.base in _with_pieces(out)]
+        reader, base = readers[0]
+        if len(readers) == 1 and base is out and reader.kind in ("elementwise", "dropout") and reader.name != OUTPUT:
+            reader.inputs.append(bias)
         else:
             partial = Base(f"{out.name} without bias", out.dims, out.itemsize)
             node.outputs = [Use(partial)]
@@ -136,13 +137,14 @@ class _Emission:
     def _inputs(self, node: Node, mixes: list[Dim]) -> list[Operand]:
         written = {leaf for use in node.outputs for leaf in leaves(use.base.dims)}
         clashing = written.intersection(leaves(node.contracts))
-        operands: dict[tuple[Tensor, tuple[str, ...]], Operand] = {}
+        operands: list[Operand] = []
         for use in node.inputs:
             base = self._whole_of(use.base)
             mixes += _selected(self.parents, use.base, base)
             for tensor, subscript in self._read(node, base, use, clashing):
-                operands.setdefault((tensor, subscript), Operand(tensor, subscript))
-        return list(operands.values())
+                operands.append(Operand(tensor, subscript))
+        once = node.kind not in ("gemm", "attention")
+        return list(dict.fromkeys(operands)) if once else operands
 
     def _read(self, node: Node, base: Base, use: Use, clashing: set[Dim]) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
         """A tensor and its subscript; the weight of a linear in parts where its output is in unequal parts.
