@@ -402,6 +402,16 @@ def half(make, *shape):
         return trace_module(make().bfloat16(), inputs(*shape, dtype=torch.bfloat16, device="meta"))
 
 
+def test_what_one_gpu_keeps_is_spsims_own_layer():
+    """By category; in addition flash attention keeps the state of its random numbers, 24 bytes."""
+    traced = half(lambda: GPT(128, 8, 0.1), 3, 64, 128)
+    model = Model(layers=1, hidden=128, heads=8, vocab=8, dropout=0.1, positions="none")
+    mine, own = traced.program(""), layer_program(model, parse_plan(""), Workload(seq_len=64, micro_batch=3))
+    for category in CATEGORIES:
+        assert mine.saved_bytes(category) == own.saved_bytes(category), category
+    assert traced.saved_bytes == own.saved_bytes(*CATEGORIES) + 24
+
+
 @pytest.mark.parametrize("kv_heads", [8, 4])
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "unfused"])
 def test_a_gpt_block_is_spsims_own_layer(flash, kv_heads):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from spsim.operators import OperatorKind
-from spsim.torch_modules.tape import Call, Value
+from spsim.torch_modules.tape import Call, Value, values_in
 from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
 
 PRODUCTS = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2"), "baddbmm": ("batch1", "batch2")}
@@ -43,29 +42,17 @@ def bytes_moved(call: Call) -> int:
     """
     if not call.launches:
         return 0
-    results = sum(value.bytes for value in _distinct(call.results))
+    results = sum(value.bytes for value in dict.fromkeys(call.results))
     if call.op.endswith("_like") or call.op.startswith("new_"):
         return results
     read = {name: value for name, value in call.arguments.items() if name not in call.mutated}
-    operands = sum(value.bytes for value in _distinct(_within(read.values())))
+    operands = sum(value.bytes for value in dict.fromkeys(values_in(read.values())))
     looked_up = call.arguments.get(LOOKUPS.get(call.op, ""))
     if isinstance(looked_up, Value):
         operands += min(0, results - looked_up.bytes)
-    mutated = sum(value.bytes for value in _distinct(call.written))
+    mutated = sum(value.bytes for value in dict.fromkeys(call.written))
     written = mutated if not call.results else results
     return operands + written + (0 if call.op in OVERWRITES or not call.mutated else mutated)
-
-
-def _within(items: Iterable[object]) -> Iterable[Value]:
-    for item in items:
-        if isinstance(item, Value):
-            yield item
-        elif isinstance(item, list | tuple):
-            yield from _within(item)
-
-
-def _distinct(values: Iterable[Value]) -> Iterable[Value]:
-    return dict.fromkeys(values)
 
 
 def kernels(call: Call) -> tuple[Work, ...]:

@@ -24,11 +24,22 @@ def single_gpu_program(tape: Tape) -> Program:
 
 def saved(tape: Tape) -> Iterator[Saved]:
     """What autograd keeps, each storage once, at the operator of the first node that keeps it."""
-    operators = {call.node: call.name for call in tape.forward if call.node is not None}
-    dtypes = {value.storage: value.dtype for values in tape.saved.values() for value in values}
+    keepers = {call.node: call.name for call in tape.forward if call.node is not None}
+    written = {v.storage: (call, place) for call in tape.forward[::-1] for place, v in enumerate(call.results)}
     for storage, node in tape.kept.items():
-        kind: TensorKind = "mask" if dtypes[storage] == "bool" else "activation"
-        yield Saved(f"storage {storage}", (), tape.storages[storage], kind, operators.get(node, ""))
+        name, kind = _kind(*written[storage]) if storage in written else ("input", "activation")
+        yield Saved(name, (), tape.storages[storage], kind, keepers.get(node, ""))
+
+
+def _kind(call: Call, place: int) -> tuple[str, TensorKind]:
+    """Name and kind of a result: what stands beside the output of a norm or of attention is no activation."""
+    if call.results[place].dtype == "bool":
+        return f"{call.name} mask", "mask"
+    if place and operator_class(call) == "norm":
+        return f"{call.name} statistics {place}", "norm statistics"
+    if place and operator_class(call) == "attention":
+        return (f"{call.name} log-sum-exp", "log-sum-exp") if place == 1 else (f"{call.name} seed", "constant")
+    return f"{call.name} output", "activation"
 
 
 class _Program:

@@ -70,12 +70,12 @@ class Call:
     @property
     def tensors(self) -> tuple[Value, ...]:
         """Tensors among the arguments, lists of tensors included."""
-        return tuple(_values(self.arguments.values()))
+        return tuple(values_in(self.arguments.values()))
 
     @property
     def written(self) -> tuple[Value, ...]:
         """Tensors that it writes in place."""
-        return tuple(_values(self.arguments[name] for name in self.mutated))
+        return tuple(values_in(self.arguments[name] for name in self.mutated))
 
     @property
     def launches(self) -> bool:
@@ -83,12 +83,13 @@ class Call:
         return not self.view and self.op not in VIEWS and self.op not in ALLOCATIONS
 
 
-def _values(items: Any) -> Iterator[Value]:
+def values_in(items: Any) -> Iterator[Value]:
+    """The tensors among some arguments, lists included."""
     for item in items:
         if isinstance(item, Value):
             yield item
         elif isinstance(item, list | tuple):
-            yield from _values(item)
+            yield from values_in(item)
 
 
 @dataclass(frozen=True)
