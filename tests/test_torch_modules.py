@@ -431,6 +431,30 @@ def test_a_gpt_block_is_spsims_own_layer(flash, kv_heads):
             agree(traced, model, Workload(seq_len=s, micro_batch=b), plan)
 
 
+def test_tables_and_masks_may_be_inputs():
+    """Only the input that needs a gradient is split; the others are constants, sharded where they are read."""
+
+    class Given(GPT):
+        def forward(self, x, scale, mask):
+            self.mask = mask
+            return super().forward(x * scale)
+
+        def attend(self, q, k, v):
+            return ((q @ k.transpose(-1, -2) + self.mask) / math.sqrt(self.size)).softmax(-1) @ v
+
+    with torch.device("meta"):
+        module, x = Given(64, 4, 0.0).bfloat16(), inputs(2, 16, 64, dtype=torch.bfloat16, device="meta")
+        tables = {"scale": torch.empty(16, 1, dtype=torch.bfloat16), "mask": torch.empty(16, 16, dtype=torch.bfloat16)}
+        traced = trace_module(module, {"x": x, **tables})
+    model = Model(layers=1, hidden=64, heads=4, vocab=8, attention="unfused", positions="none")
+    for plan in ("tp=4", "tp=4,sequence_parallel", "ulysses=4"):
+        mine, own = traced.program(plan), layer_program(model, parse_plan(plan), Workload(seq_len=16, micro_batch=2))
+        assert (moved(mine.forward), moved(mine.backward)) == (moved(own.forward), moved(own.backward))
+    named = {op.name: op for op in traced.named_operators}
+    assert [o.tensor.kind for o in named["mul"].inputs] == ["activation", "constant"]
+    assert named["add"].inputs[1].subscript == ("s", "j")
+
+
 def test_attention_and_mlp_side_by_side():
     """The output of attention is no input of the MLP: GPT-NeoX."""
     traced = half(lambda: GPT(128, 8, 0.1, parallel=True), 2, 64, 128)

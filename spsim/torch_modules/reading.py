@@ -43,13 +43,15 @@ class _Reader:
     def read(self) -> Graph:
         """All calls, in order."""
         tape = self.tape
-        floats = [value for value in tape.inputs if "float" in value.dtype]
-        if len(floats) != 1 or len(tape.outputs) != 1:
+        given = list(zip(tape.inputs, tape.input_gradients, strict=True))
+        entries = [value for value, gradient in given if gradient is not None]
+        entries = entries or [value for value, _ in given if "float" in value.dtype]
+        if len(entries) != 1 or len(tape.outputs) != 1:
             raise InputError(
-                f"{tape.name}: has {len(floats)} floating-point inputs and {len(tape.outputs)} outputs; only a module "
-                "of one input and one output is split over GPUs"
+                f"{tape.name}: has {len(entries)} floating-point inputs and {len(tape.outputs)} outputs; only a module "
+                "of one of each is split over GPUs (inputs without a gradient beside one that needs it do not count)"
             )
-        entry = self.views.add(floats[0], "input", [fresh(size) for size in floats[0].shape])
+        entry = self.views.add(entries[0], "input", [fresh(size) for size in entries[0].shape])
         for call in tape.forward:
             try:
                 self._read(call)
