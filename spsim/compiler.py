@@ -59,7 +59,7 @@ Key = tuple[str, Layout, str]
 def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, causal: bool) -> Program:
     """The program of one layer; ring attention is a gather here, until `lowering.lower_ring`."""
     compiler = _Compiler(operators, plan, mesh, causal)
-    return _categorise(compiler.compile())
+    return categorise(compiler.compile())
 
 
 def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
@@ -110,7 +110,7 @@ class _Compiler:
         forward, self.steps = tuple(self.steps), []
         output = self.values[self.exit.name, self.produced[self.exit.name], "forward"]
         output_gradient = self._buffer(f"{self.exit.name} gradient", output.bytes, "temporary")
-        self.gradients[self.exit.name].append((boundary, output_gradient))
+        self.gradients[self.exit.name].append((self.produced[self.exit.name], output_gradient))
         self._run_backward_pass()
         return Program(
             forward=forward,
@@ -369,7 +369,7 @@ class _Compiler:
         )
 
 
-def _categorise(program: Program) -> Program:
+def categorise(program: Program) -> Program:
     """Forward buffers that the backward pass reads are activations, and so is the chain of layer inputs."""
     read = {buffer for step in program.backward for buffer in step.reads}
     roots = {b.id: b.alias_of for step in program.forward for b in step.writes if b.alias_of is not None}
