@@ -82,7 +82,7 @@ def activation(name: Activation, x: Tensor, bias: Tensor | None) -> Tensor:
         fused: Tensor = _Fused.apply(_GATED[name], *((x,) if bias is None else (x, bias)))
         return fused
     x = x if bias is None else x + bias
-    return functional.gelu(x) if name == "gelu" else functional.relu(x).square()
+    return functional.gelu(x) if name == "gelu" else torch.square(functional.relu(x))
 
 
 def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
