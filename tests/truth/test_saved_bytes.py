@@ -11,8 +11,8 @@ from torch.nn import functional
 from spsim import simulate
 from spsim.torch_layers import Groups, ParallelLayer, record_saved
 from tests.cases import scenario
-from tests.truth.cases import COMBINATIONS, GPT, LLAMA, MODELS, case, expected_saved, observe, observe_here
-from tests.truth.processes import Processes
+from tests.truth.cases import COMBINATIONS, GPT, LLAMA, MODELS, PLANS, Case, case, expected_saved, observe, observe_here
+from tests.truth.processes import Processes, groups_of
 
 TYPES = (torch.float32, torch.bfloat16)
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -47,6 +47,25 @@ def test_other_shapes(pair: Processes, plan: str, shape: dict[str, int]) -> None
     each = case(plan, **shape, **GPT)
     observed = pair.run(observe_here, each, torch.bfloat16)
     assert [rank.saved for rank in observed] == 2 * [expected_saved(each, torch.bfloat16)]
+
+
+def hidden_tensors(case: Case) -> list[str]:
+    """Attributes of autograd nodes that are tensors, which no recorder of saved tensors sees."""
+    layer = ParallelLayer(case.model, case.plan, groups_of(case.plan))
+    pending = [layer(layer.local_input(torch.ones(case.shape)).requires_grad_()).grad_fn]
+    nodes: set[object] = set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            pending += [following for following, _ in node.next_functions]
+    attributes = [(type(node).__name__, item) for node in nodes for item in getattr(node, "__dict__", {}).items()]
+    return [f"{kind}.{name}" for kind, (name, value) in attributes if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_operator_hides_a_tensor_from_the_recorder(pair: Processes, plan: str) -> None:
+    assert pair.run(hidden_tensors, case(plan, **LLAMA)) == [[], []]
 
 
 def test_the_result_of_a_simulation_says_the_same() -> None:
