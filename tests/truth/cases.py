@@ -88,7 +88,7 @@ class Observed:
     calls: Calls
 
 
-def observe(case: Case, groups: Groups, dtype: torch.dtype) -> Observed:
+def observe(case: Case, groups: Groups, dtype: torch.dtype = torch.bfloat16) -> Observed:
     """Run a layer forward and backward under both recorders."""
     layer = ParallelLayer(case.model, case.plan, groups, dtype=dtype)
     x = layer.local_input(torch.ones(case.shape, dtype=dtype)).requires_grad_()

@@ -15,6 +15,7 @@ from tests.truth.cases import COMBINATIONS, GPT, LLAMA, MODELS, PLANS, Case, cas
 from tests.truth.processes import Processes, groups_of
 
 TYPES = (torch.float32, torch.bfloat16)
+STATISTICS = ("norm statistics", "log-sum-exp")
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
 
@@ -68,15 +69,17 @@ def test_no_operator_hides_a_tensor_from_the_recorder(pair: Processes, plan: str
     assert pair.run(hidden_tensors, case(plan, **LLAMA)) == [[], []]
 
 
-def test_the_result_of_a_simulation_says_the_same() -> None:
-    """`activation_bytes_per_layer` and `statistics_bytes_per_layer` are the sums of what is compared above."""
-    run = scenario("", seq_len=32, micro_batch=3, hidden=64, heads=4, **LLAMA)
+@pytest.mark.parametrize("plan", ["", *PLANS])
+def test_the_result_of_a_simulation_says_the_same(pair: Processes, plan: str) -> None:
+    """`activation_bytes_per_layer` and `statistics_bytes_per_layer` are sums of what is compared above."""
+    run = scenario(plan, seq_len=32, micro_batch=3, hidden=64, heads=4, **LLAMA)
+    each = Case(run.plan, run.model, run.workload)
     result = simulate(run)
-    layer = ParallelLayer(run.model, run.plan, Groups.create(run.plan), dtype=torch.bfloat16)
-    with record_saved(layer) as saved:
-        layer(torch.ones(32, 3, 64, dtype=torch.bfloat16, requires_grad=True))
-    assert saved.bytes("activation", "mask") == result.activation_bytes_per_layer
-    assert saved.bytes("norm statistics", "log-sum-exp") == result.statistics_bytes_per_layer
+    ranks = pair.run(observe_here, each, torch.bfloat16) if plan else [observe(each, Groups.create(run.plan))]
+    for rank in ranks:
+        statistics = sum(size for (_, category), size in rank.saved.items() if category in STATISTICS)
+        assert statistics == result.statistics_bytes_per_layer
+        assert sum(rank.saved.values()) - statistics == result.activation_bytes_per_layer
 
 
 # ------------------------------------------------------------ torch's habits, which the simulator does not count
