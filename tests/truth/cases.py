@@ -10,12 +10,14 @@ from spsim.layer import layer_program
 from spsim.plan import parse_plan
 from spsim.program import Communication, Program
 from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
-from spsim.transformer import ACTIVATION_BYTES
 from tests.truth.processes import groups_of
+
+SIMULATED = torch.bfloat16
+"""The precision of a workload unless given."""
 
 GPT = {"attention": "unfused", "dropout": 0.1}
 GPT_SDPA = {"attention": "flash"}
-"""Dropout around the blocks only would be possible; inside attention torch leaves the flash kernel on CPU."""
+"""No dropout inside: with it torch leaves the flash kernel on CPU."""
 LLAMA = {"gated_mlp": True, "ffn_hidden": 96, "kv_heads": 2}
 QWEN = {"gated_mlp": True, "ffn_hidden": 96, "qk_norm": True, "qkv_bias": True}
 NEOX = {"parallel_residual": True, "positions": "rope"}
@@ -88,7 +90,7 @@ class Observed:
     calls: Calls
 
 
-def observe(case: Case, groups: Groups, dtype: torch.dtype = torch.bfloat16) -> Observed:
+def observe(case: Case, groups: Groups, dtype: torch.dtype = SIMULATED) -> Observed:
     """Run a layer forward and backward under both recorders."""
     layer = ParallelLayer(case.model, case.plan, groups, dtype=dtype)
     x = layer.local_input(torch.ones(case.shape, dtype=dtype)).requires_grad_()
@@ -118,7 +120,7 @@ def expected_saved(case: Case, dtype: torch.dtype) -> dict[tuple[str, str], int]
     """
     bytes_of: Counter[tuple[str, str]] = Counter()
     for kept in case.program.saved:
-        itemsize = ACTIVATION_BYTES if kept.category == "activation" else None
+        itemsize = SIMULATED.itemsize if kept.category == "activation" else None
         if kept.category == "norm statistics" and case.model.norm == "layernorm" and kept.operator.startswith("norm"):
             itemsize = torch.float32.itemsize
         scaled = kept.bytes * dtype.itemsize // itemsize if itemsize else kept.bytes
@@ -137,6 +139,6 @@ def expected_calls(case: Case, dtype: torch.dtype) -> Calls:
     by_axis: Calls = defaultdict(list)
     for step in case.program.steps:
         if isinstance(step, Communication):
-            message = step.message_bytes * dtype.itemsize // ACTIVATION_BYTES
+            message = step.message_bytes * dtype.itemsize // SIMULATED.itemsize
             by_axis[step.axis].append((step.collective, message, step.ranks, step.part))
     return dict(by_axis)
