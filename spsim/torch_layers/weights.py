@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +58,3 @@ def whole_weight(name: str, shape: WeightShape, seed: int, dtype: torch.dtype) -
     """Normal numbers that depend on the seed and the name alone."""
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     return torch.randn(shape.sizes, generator=generator).mul_(shape.scale).add_(shape.mean).to(dtype)
-
-
-def whole_weights(model: Model, seed: int, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """All weights of the unsplit layer."""
-    return {name: whole_weight(name, shape, seed, dtype) for name, shape in weight_shapes(model).items()}
