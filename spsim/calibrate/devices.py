@@ -21,6 +21,8 @@ import torch
 from spsim.calibrate.records import Clock
 from spsim.units import KIB, MIB
 
+_cuda: Any = torch.cuda
+"""The same, where torch has no types."""
 Call = Callable[[], object]
 DTYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
@@ -223,9 +225,9 @@ class Cuda(Device):
         return self._events(calls, per_sample, repeats, hold=0.0)
 
     def _events(self, calls: Iterator[Call], per_sample: int, repeats: int, hold: float) -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events = [_cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(min(hold, self.max_hold) * self.cycles_per_second))
+        _cuda._sleep(int(min(hold, self.max_hold) * self.cycles_per_second))
         events[0].record()
         for event in events[1:]:
             for _ in range(per_sample):
@@ -251,7 +253,7 @@ class Cuda(Device):
         return graph.replay
 
     def mark(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
+        event = _cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -260,10 +262,10 @@ class Cuda(Device):
         return float(start.elapsed_time(end)) / 1e3
 
     def beside(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(torch.cuda.Stream())
+        return torch.cuda.stream(_cuda.Stream())
 
     def facts(self) -> dict[str, str]:
-        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+        nccl = ".".join(str(part) for part in _cuda.nccl.version())
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
         return {
             "hip" if torch.version.hip else "cuda": str(torch.version.hip or torch.version.cuda),
