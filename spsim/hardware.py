@@ -187,6 +187,10 @@ class MemoryBoundFractions(Table):
     norm: Fraction
     softmax: Fraction
     dropout: Fraction
+    embedding: Fraction | None = None
+    cross_entropy: Fraction | None = None
+    optimizer: Fraction | None = None
+    """The last three stand outside the transformer layers."""
 
 
 class CollectiveCurve(Provenance):
