@@ -321,6 +321,21 @@ class HardwareProfile(Table):
             ) from None
 
 
+Leaf = Provenance | tuple[Provenance, ...]
+"""A number with its source, or the curves of one collective."""
+
+
+def leaves(table: Any, path: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Every coefficient of a table with its dotted path."""
+    if isinstance(table, Provenance | tuple):
+        yield path, table
+        return
+    items = table.items() if isinstance(table, dict) else ((n, getattr(table, n)) for n in type(table).model_fields)
+    for name, item in items:
+        if item is not None:
+            yield from leaves(item, f"{path}.{name}" if path else name)
+
+
 def _check_curve(level: Level, collective: str, curve: CollectiveCurve) -> None:
     """A curve in the network reduces where the level can; any other stays below the link's bandwidth."""
     if curve.algorithm == "nvls":

@@ -5,13 +5,10 @@ Replaced values are not validated one by one, since a fit tries many; `document`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from spsim.hardware import HardwareProfile, Provenance, Table
-
-Leaf = Provenance | tuple[Provenance, ...]
-"""A number with its source, or the curves of one collective."""
+from spsim.hardware import HardwareProfile, Leaf, Provenance, Table, leaves
 
 
 def leaf_at(profile: HardwareProfile, path: str) -> Any:
@@ -24,28 +21,10 @@ def leaf_at(profile: HardwareProfile, path: str) -> Any:
     return here
 
 
-def leaves(profile: HardwareProfile) -> Iterator[tuple[str, Leaf]]:
-    """Every coefficient with its dotted path."""
-    yield from _leaves(profile.coefficients, "")
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Leaf]]:
-    if isinstance(value, Provenance | tuple):
-        yield path.removeprefix("."), value
-    elif value is not None:
-        items = value.items() if isinstance(value, dict) else ((name, getattr(value, name)) for name in _names(value))
-        for name, item in items:
-            yield from _leaves(item, f"{path}.{name}")
-
-
-def _names(table: Table) -> list[str]:
-    return list(type(table).model_fields)
-
-
-def with_leaves(profile: HardwareProfile, leaves: Mapping[str, Leaf | Table]) -> HardwareProfile:
+def with_leaves(profile: HardwareProfile, changes: Mapping[str, Leaf | Table]) -> HardwareProfile:
     """The profile with other coefficients at some paths, unchecked."""
     changed: Any = profile.coefficients
-    for path, leaf in leaves.items():
+    for path, leaf in changes.items():
         changed = _with_leaf(changed, path.split("."), leaf)
     return profile.model_copy(update={"coefficients": changed})
 
@@ -67,7 +46,7 @@ def with_values(profile: HardwareProfile, values: Mapping[str, float]) -> Hardwa
 def document(profile: HardwareProfile) -> dict[str, Any]:
     """The tables of a profile's file: `profiles.parse_profile` makes the same profile of them."""
     tables = profile.model_dump(mode="json", exclude_defaults=True, exclude={"coefficients", "assumed", "fitted_on"})
-    for path, leaf in leaves(profile):
+    for path, leaf in leaves(profile.coefficients):
         here = tables.setdefault("assumed" if path in profile.assumed else "calibrated", {})
         *outer, last = path.split(".")
         for name in outer:
@@ -77,4 +56,5 @@ def document(profile: HardwareProfile) -> dict[str, Any]:
 
 
 def _plain(leaf: Provenance) -> dict[str, Any]:
-    return leaf.model_dump(mode="json", exclude_defaults=True)
+    plain = leaf.model_dump(mode="json", exclude_defaults=True)
+    return {name: plain.pop(name) for name in ("algorithm", "source") if name in plain} | plain

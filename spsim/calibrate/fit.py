@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spsim.calibrate.coefficients import Leaf, document, leaf_at, leaves, with_leaves
+from spsim.calibrate.coefficients import document, leaf_at, with_leaves
 from spsim.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.calibrate.datasheet import datasheet_for
 from spsim.calibrate.kernel_fit import Fit, fit_attention, fit_gemm, fit_memory_bound, fit_start
@@ -20,7 +20,7 @@ from spsim.calibrate.outcome import ClassFit, FittedProfile
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.solver import rounded
 from spsim.errors import InputError
-from spsim.hardware import HardwareProfile, Provenance
+from spsim.hardware import HardwareProfile, Leaf, Provenance, leaves
 from spsim.profiles import parse_profile
 from spsim.units import MIB
 
@@ -100,7 +100,7 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
         raise InputError("raw file: no measurement has a result; run calibrate again, or give another raw file")
     composed = check_over_nodes(measurements, draft.profile)
     classes += [composed] if composed else []
-    kept = tuple(path for path, _ in leaves(draft.profile) if path not in draft.measured)
+    kept = tuple(path for path, _ in leaves(draft.profile.coefficients) if path not in draft.measured)
     profile = _finished(draft, base, name, environment)
     return FittedProfile(profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base, profile)))
 

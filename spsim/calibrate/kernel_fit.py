@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from spsim.calibrate.coefficients import Leaf, leaf_at, with_leaves, with_values
+from spsim.calibrate.coefficients import leaf_at, with_leaves, with_values
 from spsim.calibrate.outcome import ClassFit, Seconds
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.samples import (
@@ -21,7 +21,7 @@ from spsim.calibrate.samples import (
     timed,
 )
 from spsim.calibrate.solver import Parameter, held_out_times, rounded, solve
-from spsim.hardware import AttentionCurve, Fraction, HardwareProfile
+from spsim.hardware import AttentionCurve, Fraction, HardwareProfile, Leaf
 from spsim.units import MIB, US_PER_S
 from spsim.work import FlashAttention, Gemm
 
