@@ -175,8 +175,11 @@ def fit_attention(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
         lengths.setdefault(path, set()).add(min(work.queries, work.keys))
         starts[path] = _nearest(leaf_at(profile, masks), work.head_dim)
     profile = _with_missing(profile, starts)
-    parameters = [Parameter(f"{path}.fraction", LOWEST, 1) for path in lengths]
-    parameters += [Parameter(f"{path}.half_tokens", 0, 1e5, 100) for path, own in lengths.items() if len(own) > 1]
+    parameters = []
+    for path, own in lengths.items():
+        parameters.append(Parameter(f"{path}.fraction", LOWEST, 1))
+        if len(own) > 1:
+            parameters.append(Parameter(f"{path}.half_tokens", 0, 1e5, 100))
     return fit_samples(samples, profile, parameters)
 
 
