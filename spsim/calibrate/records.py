@@ -86,6 +86,8 @@ def read_measurements(path: Path) -> list[Measurement]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({reason}); give the raw CSV of a calibration") from None
     whole = text[: text.rfind("\n") + 1]
+    if not whole:
+        return []
     reader = csv.DictReader(io.StringIO(whole))
     if tuple(reader.fieldnames or ()) != COLUMNS:
         raise InputError(f"{path}: the header is not that of a calibration; give the raw CSV that calibrate wrote")
