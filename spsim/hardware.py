@@ -187,6 +187,10 @@ class MemoryBoundFractions(Table):
     norm: Fraction
     softmax: Fraction
     dropout: Fraction
+    embedding: Fraction | None = None
+    cross_entropy: Fraction | None = None
+    optimizer: Fraction | None = None
+    """The last three stand outside the transformer layers."""
 
 
 class CollectiveCurve(Provenance):
@@ -315,6 +319,21 @@ class HardwareProfile(Table):
             raise InputError(
                 f"precision {dtype!r}: {self.datasheet.device} has no such peak; choose one of {have}"
             ) from None
+
+
+Leaf = Provenance | tuple[Provenance, ...]
+"""A number with its source, or the curves of one collective."""
+
+
+def leaves(table: Any, path: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Every coefficient of a table with its dotted path."""
+    if isinstance(table, Provenance | tuple):
+        yield path, table
+        return
+    items = table.items() if isinstance(table, dict) else ((n, getattr(table, n)) for n in type(table).model_fields)
+    for name, item in items:
+        if item is not None:
+            yield from leaves(item, f"{path}.{name}" if path else name)
 
 
 def _check_curve(level: Level, collective: str, curve: CollectiveCurve) -> None:

@@ -135,7 +135,15 @@ def measures(result: Result) -> dict[str, Any]:
         "fits": result.fits,
         "peak_operator": result.peak_operator,
         "out_of_memory_at": result.out_of_memory_at or "",
+        **_calibration(result),
     }
+
+
+def _calibration(result: Result) -> dict[str, Any]:
+    """The error band and flags, where a calibration wrote the profile."""
+    if result.error_band is None:
+        return {}
+    return {"step_time_error_percent": result.error_band.step_time_percent, "flagged": ", ".join(result.flagged)}
 
 
 def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:

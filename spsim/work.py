@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["forward", "backward"]
-MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout"]
+MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,144 @@
+"""How sure a result is: flags and an error band, from the held-out errors of a calibrated profile.
+
+The error of a class of kernels or collectives is common to all of them (a rate that is off by 10 % is off for
+every product), and those of different classes are independent. So a time has the relative error
+
+    sqrt( sum over classes of (share of the time x held-out error)^2 )
+
+Shares are of the first simulated rank: of kernels their own time, of collectives what no kernel hides,
+divided among them by their own times. Held-out errors are 90th percentiles, and so is the band. Classes
+without one add nothing; `known_share` says how much of the step has one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+
+from spsim.comm_cost import CommCost
+from spsim.hardware import HardwareProfile, Provenance, leaves
+from spsim.layer import prepared_layer
+from spsim.metrics import exposed
+from spsim.program import Compute, Program, Step
+from spsim.scenario import Scenario
+from spsim.schedule import Sync
+from spsim.trace import COMPUTE_LANE, Recording, Trace
+from spsim.work import FlashAttention, Gemm, Work
+
+Classes = tuple[str, ...]
+"""Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBand:
+    """Half-widths in percent of the time; None where nothing of it has a held-out error."""
+
+    step_time_percent: float | None
+    layer_forward_percent: float | None
+    layer_backward_percent: float | None
+    known_share: float
+    """Of the step time, what comes from coefficients with a held-out error."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a calibration says about one class."""
+
+    error_percent: float
+    flagged: bool
+
+
+@lru_cache(maxsize=64)
+def held_out_errors(profile: HardwareProfile) -> Mapping[str, HeldOut]:
+    """Held-out errors by dotted path of the coefficient; empty for a profile that no calibration wrote."""
+    found = {}
+    for path, leaf in leaves(profile.coefficients):
+        numbers = (leaf,) if isinstance(leaf, Provenance) else leaf
+        errors = [number.held_out_error_percent for number in numbers if number.held_out_error_percent is not None]
+        if errors:
+            found[path] = HeldOut(max(errors), any(number.flagged for number in numbers))
+    return found
+
+
+def held_out_of(profile: HardwareProfile, classes: Classes) -> HeldOut | None:
+    """The worst of the coefficients of some classes; None where none has an error."""
+    known = [
+        error
+        for path, error in held_out_errors(profile).items()
+        if any(path == name or path.startswith(f"{name}.") for name in classes)
+    ]
+    return HeldOut(max(e.error_percent for e in known), any(e.flagged for e in known)) if known else None
+
+
+class Account:
+    """Which classes the tasks of one scenario belong to, and the time that each takes."""
+
+    def __init__(self, scenario: Scenario, trace: Trace, program: Program) -> None:
+        layer = prepared_layer(scenario.model, scenario.plan, fold=True)
+        comm = CommCost(scenario.hardware)
+
+        def of_task(task: Step | Sync) -> Classes:
+            if isinstance(task, Compute):
+                return (_class_of(next(work for work in task.work if work), scenario.workload.precision),)
+            axes = task.axes if isinstance(task, Sync) else (task.axis,)
+            nodes = layer.nodes(axes, task.ranks, scenario.gpus_per_node)
+            return tuple(p for p in comm.coefficients_of(task.collective, nodes) if p.startswith("collectives."))
+
+        self.profile = scenario.hardware
+        self.trace = trace
+        self.rank = next(iter(trace.copies))
+        tasks: dict[str, Sequence[Step | Sync]] = {
+            "forward": program.forward, "backward": program.backward, "weight_sync": layer.schedule.syncs
+        }  # fmt: skip
+        self.classes = {phase: [of_task(task) for task in own] for phase, own in tasks.items()}
+
+    def flagged(self) -> tuple[str, ...]:
+        """Classes in use whose calibration missed its limit."""
+        used = {name for own in self.classes.values() for classes in own for name in classes}
+        found = {name: held_out_of(self.profile, (name,)) for name in used}
+        return tuple(sorted(name for name, error in found.items() if error and error.flagged))
+
+    def band(self) -> ErrorBand:
+        """The error band of the step and of one layer."""
+        step: Counter[Classes] = Counter()
+        layer: dict[str, Mapping[Classes, float]] = {}
+        for recording, (phase, count) in self.trace.recordings.items():
+            times = dict(self._times(recording, self.classes[phase]))
+            layer.setdefault(phase, times)
+            step.update({classes: count * time for classes, time in times.items()})
+        known = sum(time for classes, time in step.items() if held_out_of(self.profile, classes))
+        return ErrorBand(
+            self._percent(step, self.trace.end_ps),
+            self._percent(layer["forward"], sum(layer["forward"].values())),
+            self._percent(layer.get("backward", {}), sum(layer.get("backward", {}).values())),
+            known / self.trace.end_ps if self.trace.end_ps else 0.0,
+        )
+
+    def _times(self, recording: Recording, classes: Sequence[Classes]) -> Iterator[tuple[Classes, float]]:
+        """Picoseconds by class of one pass: of kernels, and of communication that none hides."""
+        spans = recording.by_rank[self.rank]
+        totals: Counter[Classes] = Counter()
+        hidden: Counter[Classes] = Counter()
+        for span in spans:
+            counter = totals if span.lane == COMPUTE_LANE else hidden
+            counter[classes[span.task]] += span.end_ps - span.start_ps
+        share = exposed(spans) / hidden.total() if hidden.total() else 0.0
+        yield from totals.items()
+        yield from ((name, share * time) for name, time in hidden.items())
+
+    def _percent(self, times: Mapping[Classes, float], length: float) -> float | None:
+        errors = {classes: held_out_of(self.profile, classes) for classes in times}
+        parts = [times[classes] / length * error.error_percent for classes, error in errors.items() if error]
+        return sqrt(sum(part**2 for part in parts)) if parts else None
+
+
+def _class_of(work: Work, precision: str) -> str:
+    match work:
+        case Gemm():
+            return f"gemm.fraction.{precision}"
+        case FlashAttention():
+            return f"attention.{work.direction}.{'causal' if work.causal else 'full'}"
+    return f"memory_bound.{work.operator_class}"
