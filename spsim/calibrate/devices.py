@@ -45,9 +45,6 @@ class Device(ABC):
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         self._block = torch.randn(RANDOM_BLOCK, device=device)
-        # One kernel for attention, the fused one: where it cannot serve, the row is skipped and says so.
-        for setting in ("enable_math_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
-            getattr(torch.backends.cuda, setting, bool)(False)
 
     def random(self, *shape: int, dtype: str = "fp32") -> torch.Tensor:
         """A tensor of random numbers with mean 0 and variance 1."""
@@ -112,7 +109,6 @@ class Cpu(Device):
     backend = "gloo"
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)
         super().__init__(torch.device("cpu"))
 
     @property
@@ -289,5 +285,8 @@ def _nvidia_smi(query: str, index: int) -> list[str]:
 
 
 def open_device(local_rank: int) -> Device:
-    """The GPU of a local rank, or the CPU where torch sees none."""
-    return Cuda(local_rank) if torch.cuda.is_available() else Cpu()
+    """The GPU of a local rank, or one thread of the CPU where torch sees none."""
+    if torch.cuda.is_available():
+        return Cuda(local_rank)
+    torch.set_num_threads(1)
+    return Cpu()

@@ -43,15 +43,15 @@ def is_leader() -> bool:
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
-def check_torch() -> None:
-    """`InputError` where torch is not installed."""
-    if find_spec("torch") is None:
-        raise InputError('calibrate: torch is not installed; pip install "spsim[calibrate]"')
+def check_installed(*packages: str) -> None:
+    """`InputError` where one of the packages that only a calibration needs is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise InputError(f'calibrate: {package} is not installed; pip install "spsim[calibrate]"')
 
 
 def measure(settings: Settings, report: Report) -> None:
     """Measure what is missing in the raw file. `InputError` when a rank fails; what was measured stays."""
-    check_torch()
     if under_torchrun():
         _run_as_rank(settings, report)
     else:
