@@ -42,8 +42,10 @@ class Device(ABC):
     backend: str
     """Of torch.distributed."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cache_bytes: int) -> None:
         self.torch_device = device
+        self.cache_bytes = cache_bytes
+        """Last-level cache, as far as the system says; a datasheet may know of one beyond."""
         self._block = torch.randn(RANDOM_BLOCK, device=device)
 
     def random(self, *shape: int, dtype: str = "fp32") -> torch.Tensor:
@@ -60,11 +62,6 @@ class Device(ABC):
     @abstractmethod
     def name(self) -> str:
         """As the maker calls it."""
-
-    @property
-    @abstractmethod
-    def cache_bytes(self) -> int:
-        """Last-level cache."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -109,17 +106,13 @@ class Cpu(Device):
     backend = "gloo"
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
+        sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        found = [int(size.read_text().strip().removesuffix("K")) * KIB for size in sizes]
+        super().__init__(torch.device("cpu"), max(found, default=32 * MIB))
 
     @property
     def name(self) -> str:
         return _line_of(Path("/proc/cpuinfo"), "model name") or "CPU"
-
-    @property
-    def cache_bytes(self) -> int:
-        sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-        found = [int(size.read_text().strip().removesuffix("K")) * KIB for size in sizes]
-        return max(found, default=32 * MIB)
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
@@ -184,8 +177,8 @@ class Cuda(Device):
 
     def __init__(self, index: int) -> None:
         torch.cuda.set_device(index)
-        super().__init__(torch.device("cuda", index))
         self.properties: Any = torch.cuda.get_device_properties(index)
+        super().__init__(torch.device("cuda", index), getattr(self.properties, "L2_cache_size", 0))
         rocm = torch.version.hip is not None
         architecture = getattr(self.properties, "gcnArchName", "")
         fp8 = architecture.startswith(("gfx94", "gfx95")) if rocm else torch.cuda.get_device_capability() >= (8, 9)
@@ -199,10 +192,6 @@ class Cuda(Device):
     @property
     def name(self) -> str:
         return str(self.properties.name)
-
-    @property
-    def cache_bytes(self) -> int:
-        return int(getattr(self.properties, "L2_cache_size", 32 * MIB))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
