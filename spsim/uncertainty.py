@@ -79,10 +79,13 @@ class Account:
     def __init__(self, scenario: Scenario, trace: Trace, program: Program) -> None:
         layer = prepared_layer(scenario.model, scenario.plan, fold=True)
         comm = CommCost(scenario.hardware)
+        own_attention = scenario.workload.precision in scenario.hardware.coefficients.attention_by_dtype
 
         def of_task(task: Step | Sync) -> Classes:
             if isinstance(task, Compute):
-                return (_class_of(next(work for work in task.work if work), scenario.workload.precision),)
+                return (
+                    _class_of(next(work for work in task.work if work), scenario.workload.precision, own_attention),
+                )
             axes = task.axes if isinstance(task, Sync) else (task.axis,)
             nodes = layer.nodes(axes, task.ranks, scenario.gpus_per_node)
             return tuple(p for p in comm.coefficients_of(task.collective, nodes) if p.startswith("collectives."))
@@ -135,10 +138,11 @@ class Account:
         return sqrt(sum(part**2 for part in parts)) if parts else None
 
 
-def _class_of(work: Work, precision: str) -> str:
+def _class_of(work: Work, precision: str, own_attention: bool) -> str:
     match work:
         case Gemm():
             return f"gemm.fraction.{precision}"
         case FlashAttention():
-            return f"attention.{work.direction}.{'causal' if work.causal else 'full'}"
+            curves = f"attention_by_dtype.{precision}" if own_attention else "attention"
+            return f"{curves}.{work.direction}.{'causal' if work.causal else 'full'}"
     return f"memory_bound.{work.operator_class}"

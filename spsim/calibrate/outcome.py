@@ -55,6 +55,11 @@ class ClassFit:
         return Errors(len(errors), float(median), float(p90), float(errors.max()))
 
     @property
+    def mean_error(self) -> float:
+        """Mean size of the logarithm of held-out over measured, wherever something was held out."""
+        return float(np.nanmean(np.abs(np.log(self.held_out / self.measured))))
+
+    @property
     def flagged(self) -> bool:
         """Whether more than one in ten held-out measurements is off by more than the limit."""
         return self.errors is not None and self.errors.p90 > LIMIT_PERCENT

@@ -47,10 +47,10 @@ class Parameter:
 
 
 def solve(batch: Batch, profile: HardwareProfile, parameters: Sequence[Parameter]) -> HardwareProfile:
-    """The profile with parameters that describe the batch best, from two starts: its own values, and low ones.
+    """The profile with parameters that describe the batch best, from two starts: its own values, and others.
 
     A kernel takes the longer of two times, and only the longer one moves with its coefficient: from a low
-    rate each is felt.
+    rate, and from a term that is not nothing, each is felt.
     """
     if not parameters:
         return profile
@@ -63,7 +63,7 @@ def solve(batch: Batch, profile: HardwareProfile, parameters: Sequence[Parameter
         return logs
 
     own = [leaf_at(profile, p.path).value for p in parameters]
-    low = [0.1 * p.upper if p.lower > 0 else p.lower for p in parameters]
+    low = [0.1 * p.upper if p.lower > 0 else p.typical for p in parameters]
     bounds = ([p.inner(p.lower) for p in parameters], [p.inner(p.upper) for p in parameters])
     found = [
         least_squares(residuals, _inside(parameters, start), bounds=bounds, loss="soft_l1", f_scale=OUTLIER)
@@ -89,15 +89,15 @@ def rounded(value: float) -> float:
 
 
 def halves(samples: Sequence[Sample]) -> list[npt.NDArray[np.bool_]]:
-    """Which samples to hold out: a random half of the shapes of each class and head size, then the other half.
+    """Which samples to hold out: a random half of the shapes of each class and stratum, then the other half.
 
-    Classes with the same shapes are cut alike.
+    Those with the same shapes are cut alike.
     """
     shapes = sorted({sample.shape for sample in samples}, key=repr)
     ranks = dict(zip(shapes, np.random.default_rng(SEED).permutation(len(shapes)), strict=True))
     parts: dict[Hashable, list[int]] = {}
     for index, sample in enumerate(samples):
-        parts.setdefault((sample.group, getattr(sample.work, "head_dim", 0)), []).append(index)
+        parts.setdefault((sample.group, sample.stratum), []).append(index)
     second = np.zeros(len(samples), dtype=bool)
     for indices in parts.values():
         own = sorted({samples[index].shape for index in indices}, key=lambda shape: ranks[shape])
