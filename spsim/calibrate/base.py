@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from spsim.calibrate.records import Measurement
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.profiles import load_profile, profile_names
@@ -27,6 +29,12 @@ def base_profile(name: str | None, device: str, *, gpu: bool) -> HardwareProfile
         f"calibrate: no shipped profile describes the device {device!r}; give the nearest as --base "
         f"({', '.join(profile_names())}), or the path of a profile with its datasheet"
     )
+
+
+def base_of_rows(name: str | None, rows: Sequence[Measurement]) -> HardwareProfile:
+    """The same for a raw file."""
+    environment = {row.name: row.text for row in rows if row.kind == "environment"}
+    return base_profile(name, environment.get("device", ""), gpu="cuda" in environment or "hip" in environment)
 
 
 def is_same_device(device: str, datasheet: str) -> bool:

@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch.nn import functional
 
 from spsim.calibrate.devices import Call, Device
 from spsim.calibrate.ranks import Ranks
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.shapes import ITEMSIZE
 from spsim.calibrate.timing import WARM_UP, Effort, choose_repeats, timed
+
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""Their names from torch 2.13 on, or before."""
 
 Start = Callable[[], Any]
 """Starts a collective and returns torch's work object."""
@@ -43,9 +47,9 @@ class Party:
             # In place, so that sums grow to infinity: as fast to add and to send as any other number.
             return partial(dist.all_reduce, random(whole), **options)
         if name == "all_gather":
-            return partial(dist.all_gather_into_tensor, random(whole), random(part), **options)
+            return partial(ALL_GATHER, random(whole), random(part), **options)
         if name == "reduce_scatter":
-            return partial(dist.reduce_scatter_tensor, random(part), random(whole), **options)
+            return partial(REDUCE_SCATTER, random(part), random(whole), **options)
         if name == "all_to_all":
             return partial(dist.all_to_all_single, random(whole), random(whole), **options)
         return partial(self._exchange, random(whole), random(whole))
@@ -70,7 +74,7 @@ class Party:
         calls: Iterator[Call] = repeat(call)
         for _ in range(WARM_UP):
             call()
-        pilot = median(self.device.communication_samples(calls, 1, 3))
+        pilot = min(self.device.communication_samples(calls, 1, 3))
         return self.device.communication_samples(calls, *self.from_first(*choose_repeats(pilot, effort)))
 
 
@@ -129,7 +133,7 @@ def measure_interference(party: Party, row: Measurement, effort: Effort) -> Meas
     alone = median(party.samples(lambda: start().wait(), effort))
     (products,) = party.from_first(max(1, int(alone / median(party.samples(product, effort)))))
     measure = _product_beside if gemm_measured else _collective_beside
-    pairs = [measure(party.device, start, product, products) for _ in range(effort.min_repeats)]
+    pairs = [measure(party.device, start, product, products) for _ in range(effort.min_rounds)]
     share = 1 - median(apart / together for apart, together in pairs)
     done = timed(row, [together for _, together in pairs], party.device.communication_clock)
     return done.model_copy(update={"value": round(share, 4)})
@@ -137,7 +141,7 @@ def measure_interference(party: Party, row: Measurement, effort: Effort) -> Meas
 
 def _product(device: Device, row: Measurement) -> Call:
     m, n, k = row.m or 1, row.n or 1, row.k or 1
-    return partial(F.linear, device.random(m, k, dtype=row.dtype), device.random(n, k, dtype=row.dtype))
+    return partial(functional.linear, device.random(m, k, dtype=row.dtype), device.random(n, k, dtype=row.dtype))
 
 
 def _product_beside(device: Device, start: Start, product: Call, products: int) -> tuple[float, float]:

@@ -21,6 +21,8 @@ import torch
 from spsim.calibrate.records import Clock
 from spsim.units import KIB, MIB
 
+_cuda: Any = torch.cuda
+"""The same, where torch has no types."""
 Call = Callable[[], object]
 DTYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
@@ -40,12 +42,11 @@ class Device(ABC):
     backend: str
     """Of torch.distributed."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cache_bytes: int) -> None:
         self.torch_device = device
+        self.cache_bytes = cache_bytes
+        """Last-level cache, as far as the system says; a datasheet may know of one beyond."""
         self._block = torch.randn(RANDOM_BLOCK, device=device)
-        # One kernel for attention, the fused one: where it cannot serve, the row is skipped and says so.
-        for setting in ("enable_math_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
-            getattr(torch.backends.cuda, setting, bool)(False)
 
     def random(self, *shape: int, dtype: str = "fp32") -> torch.Tensor:
         """A tensor of random numbers with mean 0 and variance 1."""
@@ -61,11 +62,6 @@ class Device(ABC):
     @abstractmethod
     def name(self) -> str:
         """As the maker calls it."""
-
-    @property
-    @abstractmethod
-    def cache_bytes(self) -> int:
-        """Last-level cache."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -110,18 +106,13 @@ class Cpu(Device):
     backend = "gloo"
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)
-        super().__init__(torch.device("cpu"))
+        sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        found = [int(size.read_text().strip().removesuffix("K")) * KIB for size in sizes]
+        super().__init__(torch.device("cpu"), max(found, default=32 * MIB))
 
     @property
     def name(self) -> str:
         return _line_of(Path("/proc/cpuinfo"), "model name") or "CPU"
-
-    @property
-    def cache_bytes(self) -> int:
-        sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-        found = [int(size.read_text().strip().removesuffix("K")) * KIB for size in sizes]
-        return max(found, default=32 * MIB)
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
@@ -186,8 +177,8 @@ class Cuda(Device):
 
     def __init__(self, index: int) -> None:
         torch.cuda.set_device(index)
-        super().__init__(torch.device("cuda", index))
         self.properties: Any = torch.cuda.get_device_properties(index)
+        super().__init__(torch.device("cuda", index), getattr(self.properties, "L2_cache_size", 0))
         rocm = torch.version.hip is not None
         architecture = getattr(self.properties, "gcnArchName", "")
         fp8 = architecture.startswith(("gfx94", "gfx95")) if rocm else torch.cuda.get_device_capability() >= (8, 9)
@@ -201,10 +192,6 @@ class Cuda(Device):
     @property
     def name(self) -> str:
         return str(self.properties.name)
-
-    @property
-    def cache_bytes(self) -> int:
-        return int(getattr(self.properties, "L2_cache_size", 32 * MIB))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -223,9 +210,9 @@ class Cuda(Device):
         return self._events(calls, per_sample, repeats, hold=0.0)
 
     def _events(self, calls: Iterator[Call], per_sample: int, repeats: int, hold: float) -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events = [_cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(min(hold, self.max_hold) * self.cycles_per_second))
+        _cuda._sleep(int(min(hold, self.max_hold) * self.cycles_per_second))
         events[0].record()
         for event in events[1:]:
             for _ in range(per_sample):
@@ -251,7 +238,7 @@ class Cuda(Device):
         return graph.replay
 
     def mark(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
+        event = _cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -260,10 +247,10 @@ class Cuda(Device):
         return float(start.elapsed_time(end)) / 1e3
 
     def beside(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(torch.cuda.Stream())
+        return torch.cuda.stream(_cuda.Stream())
 
     def facts(self) -> dict[str, str]:
-        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+        nccl = ".".join(str(part) for part in _cuda.nccl.version())
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
         return {
             "hip" if torch.version.hip else "cuda": str(torch.version.hip or torch.version.cuda),
@@ -287,5 +274,8 @@ def _nvidia_smi(query: str, index: int) -> list[str]:
 
 
 def open_device(local_rank: int) -> Device:
-    """The GPU of a local rank, or the CPU where torch sees none."""
-    return Cuda(local_rank) if torch.cuda.is_available() else Cpu()
+    """The GPU of a local rank, or one thread of the CPU where torch sees none."""
+    if torch.cuda.is_available():
+        return Cuda(local_rank)
+    torch.set_num_threads(1)
+    return Cpu()

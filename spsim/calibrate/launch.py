@@ -43,15 +43,15 @@ def is_leader() -> bool:
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
-def check_torch() -> None:
-    """`InputError` where torch is not installed."""
-    if find_spec("torch") is None:
-        raise InputError('calibrate: torch is not installed; pip install "spsim[calibrate]"')
+def check_installed(*packages: str) -> None:
+    """`InputError` where one of the packages that only a calibration needs is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise InputError(f'calibrate: {package} is not installed; pip install "spsim[calibrate]"')
 
 
 def measure(settings: Settings, report: Report) -> None:
     """Measure what is missing in the raw file. `InputError` when a rank fails; what was measured stays."""
-    check_torch()
     if under_torchrun():
         _run_as_rank(settings, report)
     else:
@@ -59,14 +59,10 @@ def measure(settings: Settings, report: Report) -> None:
 
 
 def _run_as_rank(settings: Settings, report: Report) -> None:
-    import torch.distributed as dist
-
     from spsim.calibrate.rank_process import run_rank
-    from spsim.calibrate.ranks import Ranks
+    from spsim.calibrate.ranks import ranks_of_launcher
 
-    store, rank, world = next(dist.rendezvous("env://"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    ranks = Ranks(rank, local, world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), store)
+    ranks = ranks_of_launcher(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     run_rank(ranks, settings, report, _end_with_message)
 
 
@@ -79,13 +75,14 @@ def _end_with_message(text: str) -> None:
 
 def _run_alone(settings: Settings, report: Report) -> None:
     import torch
-    from torch.distributed import TCPStore
+
+    from spsim.calibrate.ranks import open_store
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         report(Note("no GPU: measuring this machine's CPU, two processes of one thread each, gloo between them"))
     world = gpus or CPU_RANKS
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = open_store(0, master=True)
     with _processes(world, store.port, settings) as (processes, pipe):
         _Watch(processes, pipe, settings, report).follow()
 
@@ -182,12 +179,10 @@ def _rank_main(rank: int, world: int, port: int, settings: Settings, pipe: Conne
         send(Failure(text))
         os._exit(FAILED)
 
-    from torch.distributed import TCPStore
-
     from spsim.calibrate.rank_process import run_rank
-    from spsim.calibrate.ranks import Ranks
+    from spsim.calibrate.ranks import Ranks, open_store
 
     try:
-        run_rank(Ranks(rank, rank, world, world, TCPStore("127.0.0.1", port)), settings, send, fail)
+        run_rank(Ranks(rank, rank, world, world, open_store(port)), settings, send, fail)
     except InputError as error:
         fail(str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch.nn import functional
 
 from spsim.calibrate.devices import Device
 from spsim.calibrate.ranks import Ranks
@@ -53,7 +53,7 @@ def _norm_statistics(device: Device, row: Measurement) -> Measurement:
         device.random(*shape, dtype=row.dtype).requires_grad_() for shape in ((ROWS, WIDTH), (WIDTH,), (WIDTH,))
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        F.layer_norm(x, (WIDTH,), weight, bias)
+        functional.layer_norm(x, (WIDTH,), weight, bias)
     statistics = next(tensor for tensor in kept if tensor.numel() == ROWS)
     return row.model_copy(update={"value": statistics.element_size(), "text": str(statistics.dtype)})
 

@@ -30,6 +30,7 @@ from spsim.calibrate.session import (
 )
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
+from spsim.units import MIB
 
 Fail = Callable[[str], None]
 """Says why the calibration cannot go on, and ends the process; called from any thread."""
@@ -85,6 +86,8 @@ def _machine(ranks: Ranks, device: Device, profile: HardwareProfile) -> Machine:
             f"calibrate: the ranks are on {ranks.nodes} nodes, but {profile.name} has no level beyond {levels[0]!r}; "
             "give a --base with one"
         )
+    if device.kind == "cuda":
+        device.cache_bytes = max(device.cache_bytes, round(profile.datasheet.memory.l2_mib.value * MIB))
     shared = ranks.per_node if device.kind == "cpu" else 1
     return Machine(
         device=device.kind, dtypes=device.dtypes, cache_bytes=device.cache_bytes // shared, ranks=ranks.world,

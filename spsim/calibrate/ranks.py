@@ -21,6 +21,19 @@ from spsim.errors import InputError
 PATIENCE = timedelta(days=1)
 """How long a rank waits for a command, and a process group for its ranks: time limits end both earlier."""
 END = "end"
+_distributed: Any = dist
+"""The same, where torch does not say what it exports."""
+
+
+def open_store(port: int, *, master: bool = False) -> Any:
+    """torch's key-value store of the processes of this machine; the master holds it, at a free port for 0."""
+    return _distributed.TCPStore("127.0.0.1", port, is_master=master, wait_for_workers=False)
+
+
+def ranks_of_launcher(local_rank: int, per_node: int) -> Ranks:
+    """This process as one of those that torchrun, or another launcher with its variables, has started."""
+    store, rank, world = next(_distributed.rendezvous("env://"))
+    return Ranks(rank, local_rank, world, per_node, store)
 
 
 @dataclass
@@ -44,7 +57,7 @@ class Ranks:
     def connect(self, backend: str) -> None:
         """Join all ranks in torch's default process group."""
         if self.world > 1:
-            store = dist.PrefixStore("default_group", self.store)
+            store = _distributed.PrefixStore("default_group", self.store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=PATIENCE)
 
     def check_alike(self, device: str) -> None:

@@ -102,16 +102,20 @@ def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Measurement]:
             raise first_problem(error, f"{path}: line {reader.line_num}") from None
 
 
+LONGEST_LINE = 2**16
+"""Bytes from the end of a file within which its last line begins."""
+
+
 def append_measurements(path: Path, rows: Sequence[Measurement]) -> None:
     """Add rows to a raw file, with its header when it is new; a line that was cut short is removed first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    existing = path.read_bytes() if path.exists() else b""
-    kept = existing.rfind(b"\n") + 1
-    if not kept:
-        writer.writerow(COLUMNS)
-    writer.writerows([["" if value is None else value for _, value in row] for row in rows])
-    with path.open("r+b" if path.exists() else "wb") as file:
+    with path.open("a+b") as file:
+        tail = max(0, file.seek(0, io.SEEK_END) - LONGEST_LINE)
+        file.seek(tail)
+        kept = tail + file.read().rfind(b"\n") + 1
+        if not kept:
+            writer.writerow(COLUMNS)
+        writer.writerows([["" if value is None else value for _, value in row] for row in rows])
         file.truncate(kept)
-        file.seek(kept)
         file.write(text.getvalue().encode())

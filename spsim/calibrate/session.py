@@ -207,11 +207,17 @@ class Session:
         for number, section in enumerate(todo):
             later = sum(self._expected(row) for other in todo[number + 1 :] for row in other.rows)
             self._run_section(section, later, measure)
+        self._run_section(Section(self._take_left_out(), 1.0), 0.0, measure)
         for row in self.skipped:
             self.report(Note(f"skipped: {title(row)}: {row.skipped}"))
         if self.left_out:
             names = "; ".join(title(row) for row in self.left_out)
             self.report(Note(f"left out for lack of time ({len(self.left_out)}), run again to measure them: {names}"))
+
+    def _take_left_out(self) -> list[Measurement]:
+        """What sections left out, for the time that others did not need."""
+        rows, self.left_out = self.left_out, []
+        return rows
 
     def _ordered(self, rows: Sequence[Measurement]) -> list[Measurement]:
         return self.raw.missing(sorted(rows, key=self._expected))
@@ -219,7 +225,7 @@ class Session:
     def _expected(self, row: Measurement) -> float:
         if row.kind == "memory":
             return 0.1
-        calls = OVERHEAD_CALLS * (3 if row.kind == "interference" else 1)
+        calls = OVERHEAD_CALLS if row.kind != "interference" else 4 * self.settings.effort.min_rounds
         return self.settings.effort.seconds + calls * expected_seconds(row, self.profile)
 
     def _run_section(self, section: Section, later: float, measure: Measure) -> None:

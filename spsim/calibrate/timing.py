@@ -24,10 +24,12 @@ class Effort(NamedTuple):
 
     seconds: float
     min_repeats: int
+    min_rounds: int
+    """Of interference, where one round is many calls."""
 
 
-QUICK = Effort(0.04, 5)
-FULL = Effort(0.2, 7)
+QUICK = Effort(0.04, 5, 7)
+FULL = Effort(0.2, 7, 15)
 
 
 class Repeats(NamedTuple):
