@@ -33,7 +33,8 @@ class ComputeCost:
         self.coefficients = profile.coefficients
         self.peak = profile.peak(dtype)
         self.attention = self.coefficients.attention_by_dtype.get(dtype, self.coefficients.attention)
-        self._rates = self.coefficients.kernel_rates.get(dtype, {})
+        self._rates_of = dtype if dtype in self.coefficients.kernel_rates else "bf16"
+        self._rates = self.coefficients.kernel_rates.get(self._rates_of, {})
         self._attention_curves: dict[tuple[Direction, bool, int], tuple[float, float]] = {}
 
     @cached_property
@@ -157,6 +158,6 @@ class ComputeCost:
             case MemoryBound():
                 kernel = f"{work.operator_class}_{work.direction}"
                 if kernel in self._rates:
-                    return (*paths, f"kernel_rates.{self.dtype}.{kernel}")
+                    return (*paths, f"kernel_rates.{self._rates_of}.{kernel}")
                 paths += (f"memory_bound.{work.operator_class}", "l2_bandwidth_gb_per_s")
         return paths

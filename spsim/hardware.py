@@ -254,7 +254,8 @@ class Coefficients(Table):
     """Where the kernel of a data type is another than `attention` describes."""
     memory_bound: MemoryBoundFractions
     kernel_rates: dict[str, dict[str, KernelRates]] = {}
-    """By data type and class_direction, where arithmetic or the direction matters; `memory_bound` for others."""
+    """By data type and class_direction, where arithmetic or the direction matters; others have `memory_bound`.
+    Types without rates take those of `bf16`: tensors between products are of 16 bits."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
     kernel_overhead_us: Microseconds

@@ -53,7 +53,7 @@ class HeldOut:
 
 @lru_cache(maxsize=64)
 def held_out_errors(profile: HardwareProfile) -> Mapping[str, HeldOut]:
-    """Held-out errors by dotted path of the coefficient; empty for a profile that no calibration wrote."""
+    """Held-out errors by dotted path of the coefficient."""
     found = {}
     for path, leaf in leaves(profile.coefficients):
         numbers = (leaf,) if isinstance(leaf, Provenance) else leaf
@@ -61,6 +61,16 @@ def held_out_errors(profile: HardwareProfile) -> Mapping[str, HeldOut]:
         if errors:
             found[path] = HeldOut(max(errors), any(number.flagged for number in numbers))
     return found
+
+
+def is_calibrated(profile: HardwareProfile) -> bool:
+    """Whether products, which take most of a step, have held-out errors: without them a band would say little."""
+    return any(path.startswith("gemm.fraction.") for path in held_out_errors(profile))
+
+
+def has_flags(profile: HardwareProfile) -> bool:
+    """Whether any coefficient is flagged."""
+    return any(error.flagged for error in held_out_errors(profile).values())
 
 
 def held_out_of(profile: HardwareProfile, classes: Classes) -> HeldOut | None:

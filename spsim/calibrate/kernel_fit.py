@@ -28,8 +28,10 @@ from spsim.work import FlashAttention, Gemm
 
 MIN_SHAPES = 4
 """Shapes of a class from which half of them can be left out."""
-WORTHWHILE = 0.98
-"""Share of the held-out error to which an optional term has to bring it."""
+WORTHWHILE = 0.95
+"""Share of the held-out error to which an optional term of products has to bring it."""
+OTHER_SHAPE = 0.8
+"""The same of coefficients that describe a class in another way."""
 LOWEST = 1e-4
 """Smallest share of a peak that is looked for."""
 
@@ -45,8 +47,8 @@ class Fit:
 def fit_samples(samples: Sequence[Sample], profile: HardwareProfile, parameters: Sequence[Parameter]) -> Fit:
     """Final coefficients from all samples, and the errors of each class by halves of the shapes."""
     batch = Batch(samples)
-    held_out = _where_enough(samples, held_out_times(samples, profile, parameters))
     final = solve(batch, profile, parameters)
+    held_out = _where_enough(samples, held_out_times(samples, final, parameters))
     fitted = batch.times(final)
     values = {parameter.path: float(leaf_at(final, parameter.path).value) for parameter in parameters}
     classes = []
@@ -120,15 +122,16 @@ def _with_worthwhile(
     samples: Sequence[Sample], profile: HardwareProfile, parameters: list[Parameter], optional: Sequence[Parameter]
 ) -> list[Parameter]:
     """The parameters and, one after the other, the optional term that lowers the held-out error most."""
-    best = _mean_error(samples, profile, parameters)
-    left = list(optional)
+    profile = solve(Batch(samples), profile, parameters)
+    best, left = _mean_error(samples, profile, parameters), list(optional)
     while left:
-        errors = [_mean_error(samples, profile, [*parameters, term]) for term in left]
+        trials = [(with_values(profile, {term.path: term.typical}), [*parameters, term]) for term in left]
+        errors = [_mean_error(samples, *trial) for trial in trials]
         lowest = int(np.argmin(errors))
         if errors[lowest] > WORTHWHILE * best:
             break
-        best = errors[lowest]
-        parameters = [*parameters, left.pop(lowest)]
+        best, (profile, parameters) = errors[lowest], trials[lowest]
+        del left[lowest]
     return parameters
 
 
@@ -183,8 +186,9 @@ def _fit_curves(samples: Sequence[Sample], profile: HardwareProfile, root: str, 
     block = Parameter(f"{root}.block_tokens", 0, 4096, 512)
     with_block = with_missing(profile, {block.path: NonNegative(value=0, source="unknown")})
     options = [(profile, plain), (with_block, [*fractions, block]), (with_block, [*plain, block])]
-    errors = [_mean_error(samples, *option) * WORTHWHILE**-number for number, option in enumerate(options)]
-    fit = fit_samples(samples, *options[int(np.argmin(errors))])
+    fits = [fit_samples(samples, *option) for option in options]
+    errors = [fit.classes[0].mean_error * OTHER_SHAPE**-number for number, fit in enumerate(fits)]
+    fit = fits[int(np.argmin(errors))]
     taken = tuple(parameter.path for parameter in halves)
     return Fit(fit.profile, tuple(replace(c, paths=tuple(dict.fromkeys(c.paths + taken))) for c in fit.classes))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from spsim.calibrate.coefficients import leaf_at, with_leaves
-from spsim.calibrate.kernel_fit import LOWEST, Fit, fit_samples, with_missing
+from spsim.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
 from spsim.calibrate.outcome import ClassFit
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.samples import Batch, Sample, memory_samples
@@ -16,9 +16,6 @@ from spsim.calibrate.solver import Parameter, solve
 from spsim.hardware import Bandwidth, Fraction, HardwareProfile, KernelRates
 from spsim.units import GB, MIB
 from spsim.work import MemoryBound
-
-OWN_RATES = 0.8
-"""Share of the held-out error to which rates of its own must bring a class."""
 
 
 def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
@@ -37,7 +34,7 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
     own = [_own_rates([s for s in samples if s.group == group], profile, cache) for group in _groups(samples)]
     better = [
         fit for fit, one in zip(own, shared.classes, strict=True)
-        if fit.classes[0].mean_error < OWN_RATES * one.mean_error
+        if fit.classes[0].mean_error < OTHER_SHAPE * one.mean_error
     ]  # fmt: skip
     return _combined(samples, shared, better, profile) if better else shared
 
