@@ -121,11 +121,12 @@ class ComputeCost:
         return time
 
     def _traffic_times(self, work: MemoryBound) -> tuple[Seconds, Seconds]:
-        """Seconds of the traffic at the rate of the memory and of the cache."""
+        """Seconds of the traffic at the rate of the memory and of the cache, with a start of its own."""
         total = work.bytes_moved
         rates = self._rates.get(f"{work.operator_class}_{work.direction}")
         if rates is not None:
-            return total / (rates.memory_gb_per_s.value * GB), total / (rates.cache_gb_per_s.value * GB)
+            start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
+            return start + total / (rates.memory_gb_per_s.value * GB), start + total / (rates.cache_gb_per_s.value * GB)
         memory = total / self._bandwidth(work.operator_class)
         return memory, np.minimum(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * GB))
 
@@ -139,14 +140,8 @@ class ComputeCost:
         match work:
             case Gemm():
                 names = (
-                    f"fraction.{self.dtype}",
-                    "k_pad",
-                    "tile_m",
-                    "tile_n",
-                    "tail_waves",
-                    "traffic_exposed",
-                    "start_us",
-                )
+                    f"fraction.{self.dtype}", "k_pad", "tile_m", "tile_n", "tail_waves", "traffic_exposed", "start_us"
+                )  # fmt: skip
                 gradient = ("weight_gradient_rate", "accumulation_exposed") if work.accumulated else ()
                 paths += ("memory_bound.elementwise", *(f"gemm.{name}" for name in names + gradient))
             case FlashAttention():

@@ -204,6 +204,8 @@ class KernelRates(Table):
 
     memory_gb_per_s: Bandwidth
     cache_gb_per_s: Bandwidth
+    start_us: NonNegative | None = None
+    """Start beyond that of any kernel, such as a node of the autograd graph on a CPU; none unless measured."""
 
 
 class CollectiveCurve(Provenance):

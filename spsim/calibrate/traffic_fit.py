@@ -13,7 +13,7 @@ from spsim.calibrate.outcome import ClassFit
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.samples import Batch, Sample, memory_samples
 from spsim.calibrate.solver import Parameter, solve
-from spsim.hardware import Bandwidth, Fraction, HardwareProfile, KernelRates
+from spsim.hardware import Bandwidth, Fraction, HardwareProfile, KernelRates, NonNegative
 from spsim.units import GB, MIB
 from spsim.work import MemoryBound
 
@@ -28,14 +28,18 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
     samples = memory_samples(rows, cache)
     if not samples:
         return Fit(profile, ())
-    start = Fraction(value=0.5, source="unknown")
-    profile = with_missing(profile, {f"memory_bound.{group}": start for group in _groups(samples)})
+    half = Fraction(value=0.5, source="unknown")
+    profile = with_missing(profile, {f"memory_bound.{group}": half for group in _groups(samples)})
     shared = fit_samples(samples, profile, _shares(samples, profile))
-    own = [_own_rates([s for s in samples if s.group == group], profile, cache) for group in _groups(samples)]
-    better = [
-        fit for fit, one in zip(own, shared.classes, strict=True)
-        if fit.classes[0].mean_error < OTHER_SHAPE * one.mean_error
-    ]  # fmt: skip
+    better = []
+    for plain in shared.classes:
+        own = [s for s in samples if s.group == plain.name]
+        fit = min(
+            (_own_rates(own, profile, cache, start=start) for start in (False, True)),
+            key=lambda fit: fit.classes[0].mean_error,
+        )
+        if fit.classes[0].mean_error < OTHER_SHAPE * plain.mean_error:
+            better.append(fit)
     return _combined(samples, shared, better, profile) if better else shared
 
 
@@ -68,8 +72,10 @@ def _shares(samples: Sequence[Sample], profile: HardwareProfile) -> list[Paramet
     return parameters
 
 
-def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float) -> Fit:
-    """Rates of one class: two for each data type and direction, and its share from kernels beyond the cache."""
+def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float, *, start: bool) -> Fit:
+    """Rates of one class: two for each data type and direction, with or without a start, and its share beyond
+    the cache.
+    """
     kernels: dict[str, list[Sample]] = {}
     for sample in samples:
         assert isinstance(sample.work, MemoryBound)
@@ -81,27 +87,32 @@ def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float
         profile = solve(Batch(beyond), profile, [Parameter(share, LOWEST, 1)])
     parts: list[ClassFit] = []
     for path, own in kernels.items():
-        profile = with_leaves(profile, {path: _start(profile, own[0].group)})
-        fit = fit_samples(own, profile, _rates(path, own, cache))
+        profile = with_leaves(profile, {path: _start(profile, own[0].group, start=start)})
+        fit = fit_samples(own, profile, _rates(path, own, cache, start=start))
         profile, parts = fit.profile, [*parts, *fit.classes]
     joined = _joined(parts)
     return Fit(profile, (replace(joined, paths=(*joined.paths, share)) if beyond else joined,))
 
 
-def _start(profile: HardwareProfile, group: str) -> KernelRates:
+def _start(profile: HardwareProfile, group: str, *, start: bool) -> KernelRates:
     """The rates that the share of the class and the cache make."""
     share, cached = leaf_at(profile, f"memory_bound.{group}"), profile.coefficients.l2_bandwidth_gb_per_s
     memory = Bandwidth(value=max(0.1, share.value * profile.memory_bandwidth / GB), source=share.source)
-    return KernelRates(memory_gb_per_s=memory, cache_gb_per_s=cached)
+    return KernelRates(
+        memory_gb_per_s=memory,
+        cache_gb_per_s=cached,
+        start_us=NonNegative(value=0, source=share.source) if start else None,
+    )
 
 
-def _rates(path: str, samples: Sequence[Sample], cache: float) -> list[Parameter]:
+def _rates(path: str, samples: Sequence[Sample], cache: float, *, start: bool) -> list[Parameter]:
     """The rates that some kernel is in the range of; between half the cache and all of it both count."""
     tiers = {
         "memory": any(sample.work.bytes_moved > cache / 2 for sample in samples),
         "cache": any(sample.work.bytes_moved < cache for sample in samples),
     }
-    return [Parameter(f"{path}.{tier}_gb_per_s", 0.1, 1e5) for tier, measured in tiers.items() if measured]
+    rates = [Parameter(f"{path}.{tier}_gb_per_s", 0.1, 1e5) for tier, measured in tiers.items() if measured]
+    return [*rates, Parameter(f"{path}.start_us", 0, 1e3, 10)] if start else rates
 
 
 def _joined(parts: Sequence[ClassFit]) -> ClassFit:
