@@ -225,7 +225,16 @@ def test_a_gpu_without_a_shipped_profile_needs_a_base():
 
 
 def test_one_rank_that_cannot_allocate_stops_none():
-    """All agree on the first problem before any begins to communicate."""
+    """All agree on the first problem before any begins to communicate, also with one that was not asked before."""
     store = torch.distributed.HashStore()
-    store.set("agreement/0/1", "out of memory")
-    assert rank_with(store, 0).agree("", [0, 1]) == "out of memory"
+    first, second = rank_with(store, 0), rank_with(store, 1)
+    first.command(all_rows()[0])
+    assert first.agree("", [0]) == ""
+    first.command(all_rows()[1])
+    commands = second.commands()
+    assert [next(commands).key for _ in range(2)] == [row.key for row in all_rows()[:2]]
+    store.set("agreement/2/0", "")
+    assert second.agree("out of memory", [0, 1]) == "out of memory"
+    assert first.agree("", [0, 1]) == "out of memory"
+    first.command(None)
+    assert list(commands) == []

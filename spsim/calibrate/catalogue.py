@@ -89,14 +89,14 @@ def selection(machine: Machine, *, quick: bool) -> Selection:
             max_message=64 * MIB if quick else 256 * MIB,
             message_step=4 if quick else 2,
         )
-    names = ("gpt-22b", "llama-3-70b") if quick else ("gpt-22b", "gpt-175b", "llama-3-8b", "llama-3-70b", "qwen2.5-32b")
+    names = ("gpt-22b", "llama-3-70b") if quick else ("gpt-22b", "gpt-175b", "llama-3-8b", "llama-3-70b")
     return Selection(
-        layers=tuple((load_model(name), t) for name in names for t in ((8,) if quick else (1, 4, 8))),
-        tokens=(2048, 8192) if quick else (1024, 2048, 4096, 8192),
+        layers=tuple((load_model(name), t) for name in names for t in ((8,) if quick else (1, 8))),
+        tokens=(2048, 8192) if quick else (1024, 4096),
         lengths=(512, 1024, 2048, 4096, 8192) if quick else (256, 512, 1024, 2048, 4096, 8192, 16384),
         heads=16,
         head_dims=(64, 96, 128),
-        widths=(4096,) if quick else (2048, 4096, 8192),
+        widths=(4096,) if quick else (2048, 8192),
         cache_shares=(1 / 128, 1 / 32, 1 / 8, 2, 6) if quick else (1 / 128, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1, 2, 4, 8),
         max_message=GIB,
         message_step=4 if quick else 2,

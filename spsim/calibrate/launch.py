@@ -1,7 +1,7 @@
 """Starts the ranks of a calibration, or takes those that torchrun has started, and sees them to the end.
 
-Alone, one process a local GPU, or two on a CPU. They talk through a store that this process holds, so that they
-end with it; it notices when one dies.
+Alone, one process a local GPU, or two on a CPU. They talk through a store that this process holds, and end with
+it; it notices when one dies.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 from spsim.calibrate.session import KEPT, Note, Progress, Report, Settings
@@ -165,9 +166,17 @@ def _log(raw: Path, rank: int) -> Path:
     return raw / f"rank-{rank}.log"
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(FAILED)
+
+
 def _rank_main(rank: int, world: int, port: int, settings: Settings, pipe: Connection | None) -> None:
     """Entry of a process; a keyboard interrupt is its parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     with _log(settings.raw, rank).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

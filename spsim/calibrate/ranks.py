@@ -47,7 +47,6 @@ class Ranks:
     store: Any
     groups: dict[Group, Any] = field(default_factory=dict)
     _commands: int = 0
-    _agreements: int = 0
 
     @property
     def nodes(self) -> int:
@@ -95,9 +94,8 @@ class Ranks:
             yield Measurement.model_validate_json(text)
 
     def agree(self, problem: str, members: list[int]) -> str:
-        """The first problem that any member has; empty where none has."""
-        prefix = f"agreement/{self._agreements}"
-        self._agreements += 1
+        """The first problem that any member has with the present command; empty where none has."""
+        prefix = f"agreement/{self._commands}"
         self.store.set(f"{prefix}/{self.rank}", problem)
         keys = [f"{prefix}/{rank}" for rank in members]
         self.store.wait(keys, PATIENCE)

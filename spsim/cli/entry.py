@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror}; check the path, its rights and the space left")
+    if status == INTERRUPTED:  # how newer versions of typer report a keyboard interrupt
+        _interrupted()
     sys.exit(status if isinstance(status, int) else 0)
 
 
