@@ -448,6 +448,19 @@ def test_the_table_has_a_row_a_class(fitted):
     assert {"gemm bf16", "norm", "attention forward causal", "kernel start"} <= set(names)
 
 
+def test_operators_that_one_description_does_not_serve_are_named(truth):
+    """RMSNorm takes three times as long as LayerNorm for its bytes: no rate describes both."""
+    rows = [
+        r.model_copy(update={"time_us": 3 * r.time_us}) if r.name.startswith("rms_norm") else r
+        for r in measurements(truth, quick=True)
+    ]
+    found = fit_profile(rows, H100, "mixed")
+    assert [one.name for one in found.classes if one.flagged] == ["norm"]
+    (line,) = [line for line in report.calibration_lines(found) if line.startswith("norm: its operators differ")]
+    assert "rms_norm" in line.partition(" and ")[0]
+    assert "layer_norm" in line.partition(" and ")[2]
+
+
 def test_the_picture_marks_flagged_classes(fitted):
     frame = fitted.frame.assign(flagged=fitted.frame["class"] == "norm")
     figure = plots.plot_calibration(frame, limit_percent=LIMIT_PERCENT)

@@ -124,8 +124,11 @@ def _class(path: str, group: Sequence[Series], level: Level) -> ClassFit:
     measured = np.array([time for series in group for time in series.measured.values()])
     held_out = np.array([time for series in group for time in _left_out_times(series, level)])
     fitted = np.array([_time(series, level, size) for series in group for size in series.sizes])
-    found = {f"latency_us at {series.ranks}": rounded(series.latency * US_PER_S) for series in group}
-    found |= {f"highest_gb_per_s at {series.ranks}": max(rate for _, rate in series.points) for series in group}
+    found = {
+        f"{series.ranks} ranks": f"latency_us {series.latency * US_PER_S:.4g}, "
+        f"up to {max(rate for _, rate in series.points):g} GB/s"
+        for series in group
+    }
     return ClassFit(f"{group[0].collective} {level.name}", found, measured, fitted, held_out, (path,))
 
 

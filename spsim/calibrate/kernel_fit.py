@@ -55,8 +55,9 @@ def fit_samples(samples: Sequence[Sample], profile: HardwareProfile, parameters:
     for group in dict.fromkeys(sample.group for sample in samples):
         own = np.array([sample.group == group for sample in samples])
         paths = _paths_of([s for s in samples if s.group == group], final, values)
-        found = {path: values[path] for path in paths}
-        classes.append(ClassFit(group, found, batch.seconds[own], fitted[own], held_out[own], paths))
+        found = {short_name(path): f"{values[path]:g}" for path in paths}
+        names = tuple(sample.name for sample in samples if sample.group == group)
+        classes.append(ClassFit(group, found, batch.seconds[own], fitted[own], held_out[own], paths, names))
     return Fit(final, tuple(classes))
 
 
@@ -73,6 +74,12 @@ def _paths_of(samples: Sequence[Sample], profile: HardwareProfile, fitted: Itera
     return tuple(path for path in fitted if any(path == name or path.startswith(f"{name}.") for name in used))
 
 
+def short_name(path: str) -> str:
+    """The end of a dotted path, with the head size that it is of."""
+    *_, owner, name = ("", *path.split("."))
+    return f"{name} at {owner}" if owner.isdecimal() else name
+
+
 def fit_start(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
     """The start of a kernel in a busy stream: the median over kernels too small to take time."""
     path = "kernel_overhead_us"
@@ -85,7 +92,7 @@ def fit_start(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
     fitted, held_out = (np.broadcast_to(np.array(time) / US_PER_S, len(times)) for time in ([value], others))
     return Fit(
         with_values(profile, {path: value}),
-        (ClassFit("kernel start", {path: value}, measured, fitted, held_out, (path,)),),
+        (ClassFit("kernel start", {path: f"{value:g}"}, measured, fitted, held_out, (path,)),),
     )
 
 

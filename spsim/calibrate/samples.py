@@ -32,6 +32,8 @@ class Sample:
 
     group: str
     """The class that its error counts to."""
+    name: str
+    """The operator."""
     dtype: str
     work: Work
     seconds: float
@@ -77,7 +79,7 @@ def _sample(
         raise InputError(f"raw file: a {row.kind} row ({row.name}) has no {missing[0]}; measure it again")
     made = work(row)
     stratum = (row.dtype, getattr(made, "direction", ""), row.head_dim, beyond_cache)
-    return Sample(group, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
+    return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
 def _shape(row: Measurement) -> Hashable:

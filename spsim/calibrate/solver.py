@@ -24,6 +24,8 @@ SEED = 20221205
 """Of the random half of the shapes."""
 CLOSE = 1e-6
 """Relative change at which the search ends: below the digits that are written."""
+NOTHING = 1e-3
+"""Share of its typical size below which a term that may be zero is."""
 DIGITS = 4
 """Significant digits of a fitted coefficient."""
 
@@ -45,7 +47,7 @@ class Parameter:
     def outer(self, inner: float) -> float:
         """The coefficient itself."""
         value = float(np.exp(inner)) if self.lower > 0 else inner * self.typical
-        return min(max(value, self.lower), self.upper)
+        return min(max(value if value > NOTHING * self.typical else 0.0, self.lower), self.upper)
 
 
 def solve(batch: Batch, profile: HardwareProfile, parameters: Sequence[Parameter]) -> HardwareProfile:

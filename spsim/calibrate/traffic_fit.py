@@ -120,13 +120,23 @@ def _joined(parts: Sequence[ClassFit]) -> ClassFit:
     measured, fitted, held_out = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("measured", "fitted", "held_out")
     )
-    coefficients = {_name(path): value for part in parts for path, value in part.coefficients.items()}
     return ClassFit(
-        parts[0].name, coefficients, measured, fitted, held_out, tuple(path for part in parts for path in part.paths)
+        parts[0].name,
+        {_kernel(part): _rates_text(part) for part in parts},
+        measured,
+        fitted,
+        held_out,
+        tuple(path for part in parts for path in part.paths),
+        tuple(name for part in parts for name in part.operators),
     )
 
 
-def _name(path: str) -> str:
-    """`fp32 forward memory_gb_per_s` of a path."""
-    _, dtype, kernel, tier = path.split(".")
-    return f"{dtype} {kernel.rpartition('_')[2]} {tier}"
+def _kernel(part: ClassFit) -> str:
+    """`fp32 forward` of the paths of one kernel."""
+    _, dtype, kernel, _ = part.paths[0].split(".")
+    return f"{dtype} {kernel.rpartition('_')[2]}"
+
+
+def _rates_text(part: ClassFit) -> str:
+    units = {"memory_gb_per_s": "{} GB/s", "cache_gb_per_s": "{} in cache", "start_us": "start_us {}"}
+    return " / ".join(units[name].format(value) for name, value in part.coefficients.items())
