@@ -26,7 +26,7 @@ from spsim.scenario import Scenario
 from spsim.schedule import task_info
 from spsim.template import Numbers
 from spsim.trace import Piece, TaskInfo, Trace
-from spsim.uncertainty import Account, ErrorBand, held_out_errors
+from spsim.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.units import GIB, seconds
 
 SCOPE = "layers"
@@ -57,21 +57,18 @@ class Result:
         return _assumed_inputs(self.scenario, self.program)
 
     @cached_property
-    def _account(self) -> Account | None:
-        """Times by class of coefficients; None where the profile has no held-out errors."""
-        if not held_out_errors(self.scenario.hardware):
-            return None
+    def _account(self) -> Account:
         return Account(self.scenario, self.trace, self.numbers.template.program)
 
     @cached_property
     def flagged(self) -> tuple[str, ...]:
         """Classes of coefficients in use whose calibration missed its error limit."""
-        return () if self._account is None else self._account.flagged()
+        return self._account.flagged() if has_flags(self.scenario.hardware) else ()
 
     @cached_property
     def error_band(self) -> ErrorBand | None:
-        """Errors of the times from those of the coefficients, see `uncertainty`; None without held-out errors."""
-        return None if self._account is None else self._account.band()
+        """Errors of the times from those of the coefficients, see `uncertainty`; None without a calibration."""
+        return self._account.band() if is_calibrated(self.scenario.hardware) else None
 
     # Times
 

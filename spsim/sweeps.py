@@ -141,9 +141,8 @@ def measures(result: Result) -> dict[str, Any]:
 
 def _calibration(result: Result) -> dict[str, Any]:
     """The error band and flags, where a calibration wrote the profile."""
-    if result.error_band is None:
-        return {}
-    return {"step_time_error_percent": result.error_band.step_time_percent, "flagged": ", ".join(result.flagged)}
+    band = {} if result.error_band is None else {"step_time_error_percent": result.error_band.step_time_percent}
+    return {**band, "flagged": ", ".join(result.flagged)} if band or result.flagged else {}
 
 
 def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:

@@ -53,7 +53,7 @@ class HeldOut:
 
 @lru_cache(maxsize=64)
 def held_out_errors(profile: HardwareProfile) -> Mapping[str, HeldOut]:
-    """Held-out errors by dotted path of the coefficient; empty for a profile that no calibration wrote."""
+    """Held-out errors by dotted path of the coefficient."""
     found = {}
     for path, leaf in leaves(profile.coefficients):
         numbers = (leaf,) if isinstance(leaf, Provenance) else leaf
@@ -61,6 +61,16 @@ def held_out_errors(profile: HardwareProfile) -> Mapping[str, HeldOut]:
         if errors:
             found[path] = HeldOut(max(errors), any(number.flagged for number in numbers))
     return found
+
+
+def is_calibrated(profile: HardwareProfile) -> bool:
+    """Whether products, which take most of a step, have held-out errors: without them a band would say little."""
+    return any(path.startswith("gemm.fraction.") for path in held_out_errors(profile))
+
+
+def has_flags(profile: HardwareProfile) -> bool:
+    """Whether any coefficient is flagged."""
+    return any(error.flagged for error in held_out_errors(profile).values())
 
 
 def held_out_of(profile: HardwareProfile, classes: Classes) -> HeldOut | None:
@@ -79,10 +89,13 @@ class Account:
     def __init__(self, scenario: Scenario, trace: Trace, program: Program) -> None:
         layer = prepared_layer(scenario.model, scenario.plan, fold=True)
         comm = CommCost(scenario.hardware)
+        own_attention = scenario.workload.precision in scenario.hardware.coefficients.attention_by_dtype
 
         def of_task(task: Step | Sync) -> Classes:
             if isinstance(task, Compute):
-                return (_class_of(next(work for work in task.work if work), scenario.workload.precision),)
+                return (
+                    _class_of(next(work for work in task.work if work), scenario.workload.precision, own_attention),
+                )
             axes = task.axes if isinstance(task, Sync) else (task.axis,)
             nodes = layer.nodes(axes, task.ranks, scenario.gpus_per_node)
             return tuple(p for p in comm.coefficients_of(task.collective, nodes) if p.startswith("collectives."))
@@ -135,10 +148,11 @@ class Account:
         return sqrt(sum(part**2 for part in parts)) if parts else None
 
 
-def _class_of(work: Work, precision: str) -> str:
+def _class_of(work: Work, precision: str, own_attention: bool) -> str:
     match work:
         case Gemm():
             return f"gemm.fraction.{precision}"
         case FlashAttention():
-            return f"attention.{work.direction}.{'causal' if work.causal else 'full'}"
+            curves = f"attention_by_dtype.{precision}" if own_attention else "attention"
+            return f"{curves}.{work.direction}.{'causal' if work.causal else 'full'}"
     return f"memory_bound.{work.operator_class}"

@@ -60,6 +60,7 @@ class MemoryBound:
 
     operator_class: MemoryBoundClass
     bytes_moved: int
+    direction: Direction = "forward"
 
     @property
     def flops(self) -> int:

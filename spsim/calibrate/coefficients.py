@@ -23,18 +23,20 @@ def leaf_at(profile: HardwareProfile, path: str) -> Any:
 
 def with_leaves(profile: HardwareProfile, changes: Mapping[str, Leaf | Table]) -> HardwareProfile:
     """The profile with other coefficients at some paths, unchecked."""
-    changed: Any = profile.coefficients
-    for path, leaf in changes.items():
-        changed = _with_leaf(changed, path.split("."), leaf)
+    changed = _with_leaves(profile.coefficients, {tuple(path.split(".")): leaf for path, leaf in changes.items()})
     return profile.model_copy(update={"coefficients": changed})
 
 
-def _with_leaf(here: Any, names: list[str], leaf: Leaf | Table) -> Any:
-    name, *rest = names
+def _with_leaves(here: Any, changes: Mapping[tuple[str, ...], Leaf | Table]) -> Any:
+    """A table with changes at paths from it; each table on the way is copied once."""
+    if () in changes:
+        return changes[()]
+    inner: dict[str, dict[tuple[str, ...], Leaf | Table]] = {}
+    for (name, *rest), leaf in changes.items():
+        inner.setdefault(name, {})[tuple(rest)] = leaf
     if isinstance(here, dict):
-        return {**here, name: _with_leaf(here.get(name, {}), rest, leaf) if rest else leaf}
-    inner = _with_leaf(getattr(here, name), rest, leaf) if rest else leaf
-    return here.model_copy(update={name: inner})
+        return {**here, **{name: _with_leaves(here.get(name, {}), own) for name, own in inner.items()}}
+    return here.model_copy(update={name: _with_leaves(getattr(here, name), own) for name, own in inner.items()})
 
 
 def with_values(profile: HardwareProfile, values: Mapping[str, float]) -> HardwareProfile:

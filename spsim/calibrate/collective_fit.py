@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Literal, get_args
 
 import numpy as np
@@ -43,13 +45,19 @@ class Series:
     level: str
     collective: Collective
     ranks: int
-    times: Mapping[int, float]
+    measured: Mapping[int, float]
     """Message bytes -> seconds, sizes increasing."""
+
+    @cached_property
+    def times(self) -> Mapping[int, float]:
+        """The same, but no message takes longer than a larger one: what disturbs a measurement only adds time."""
+        least = list(accumulate(reversed(list(self.measured.values())), min))[::-1]
+        return dict(zip(self.measured, least, strict=True))
 
     @property
     def sizes(self) -> list[int]:
         """Message sizes."""
-        return list(self.times)
+        return list(self.measured)
 
     @property
     def latency(self) -> float:
@@ -67,7 +75,7 @@ class Series:
 
     def without(self, left_out: Sequence[int]) -> Series:
         """The same with some sizes left out."""
-        kept = {size: time for size, time in self.times.items() if size not in left_out}
+        kept = {size: time for size, time in self.measured.items() if size not in left_out}
         return Series(self.level, self.collective, self.ranks, kept)
 
     def curve(self, algorithm: Algorithm, step_latency_us: float = 0.0) -> CollectiveCurve:
@@ -113,11 +121,14 @@ def fit_collectives(rows: Sequence[Measurement], profile: HardwareProfile) -> Fi
 
 
 def _class(path: str, group: Sequence[Series], level: Level) -> ClassFit:
-    measured = np.array([time for series in group for time in series.times.values()])
+    measured = np.array([time for series in group for time in series.measured.values()])
     held_out = np.array([time for series in group for time in _left_out_times(series, level)])
     fitted = np.array([_time(series, level, size) for series in group for size in series.sizes])
-    found = {f"latency_us at {series.ranks}": rounded(series.latency * US_PER_S) for series in group}
-    found |= {f"highest_gb_per_s at {series.ranks}": max(rate for _, rate in series.points) for series in group}
+    found = {
+        f"{series.ranks} ranks": f"latency_us {series.latency * US_PER_S:.4g}, "
+        f"up to {max(rate for _, rate in series.points):g} GB/s"
+        for series in group
+    }
     return ClassFit(f"{group[0].collective} {level.name}", found, measured, fitted, held_out, (path,))
 
 

@@ -21,26 +21,44 @@ from spsim.units import GB, MIB, TERA
 
 SOURCE = "calibrate-highest-rate"
 CITATION = "Highest rate that spsim calibrate measured on this device, above the figure of the base profile"
+PROCESSOR = "calibrate-processor"
+PROCESSOR_CITATION = "Last-level cache that the operating system reports, divided among the ranks of a node"
 BEYOND_CACHE = 2
 """Traffic, in sizes of the last-level cache, from which a kernel must take it from memory."""
 SAMPLES = 3
 """The median of so many of the highest rates counts: one wrong time does not make a peak."""
 
 
-def datasheet_for(rows: Sequence[Measurement], base: HardwareProfile) -> HardwareProfile:
-    """The base with a datasheet that allows every measured rate; `InputError` where a GPU exceeds its own."""
-    stated = _stated(base.datasheet)
+def datasheet_for(rows: Sequence[Measurement], base: HardwareProfile) -> tuple[HardwareProfile, list[str]]:
+    """The base with a datasheet that allows every measured rate, and what changed in it.
+
+    Raises `InputError` where a GPU exceeds a figure of its own.
+    """
+    cpu = any(row.clock == "thread_cpu" for row in rows)
+    sheet = _with_processor(rows, base.datasheet) if cpu else base.datasheet
+    stated = _stated(sheet)
     exceeded = {what: rate for what, rate in _highest(rows, base).items() if rate > stated.get(what, 0.0)}
-    if not exceeded:
-        return base
-    if not any(row.clock == "thread_cpu" for row in rows):
-        what, rate = next(iter(exceeded.items()))
+    changed = [f"{what} {stated.get(what, 0.0):g} → {rate:g}" for what, rate in exceeded.items()]
+    if exceeded and not cpu:
         raise InputError(
-            f"--base {base.name}: measured {rate:.4g} as {what}, above its {stated.get(what, 0.0):g}; "
+            f"--base {base.name}: measured above its datasheet ({', '.join(changed)}); "
             "it is another device, give the base profile of the one that was measured"
         )
-    sources = {**base.sources, SOURCE: CITATION}
-    return base.model_copy(update={"datasheet": _raised(base.datasheet, exceeded), "sources": sources})
+    if exceeded:
+        sheet = _raised(sheet, exceeded)
+    sources = {**base.sources, SOURCE: CITATION, PROCESSOR: PROCESSOR_CITATION}
+    return base.model_copy(update={"datasheet": sheet, "sources": sources}), changed
+
+
+def _with_processor(rows: Sequence[Measurement], sheet: Datasheet) -> Datasheet:
+    """Name and last-level cache of the processor that was measured, the cache shared by the ranks of a node."""
+    facts = {row.name: row.text for row in rows if row.kind == "environment"}
+    memory = sheet.memory
+    if facts.get("cache_bytes", "").isdecimal() and int(facts["cache_bytes"]):
+        ranks = int(facts.get("ranks", "1")) // int(facts.get("nodes", "1"))
+        mib = int(facts["cache_bytes"]) / max(1, ranks) / MIB
+        memory = memory.model_copy(update={"l2_mib": Quantity(value=rounded(mib), source=PROCESSOR)})
+    return sheet.model_copy(update={"device": facts.get("device", sheet.device), "memory": memory})
 
 
 def _stated(sheet: Datasheet) -> dict[str, float]:
@@ -58,7 +76,7 @@ def _highest(rows: Sequence[Measurement], base: HardwareProfile) -> dict[str, fl
     for sample in [*gemm_samples(rows), *attention_samples(rows)]:
         rates[f"peak_tflops.{sample.dtype}"].append(sample.work.flops / sample.seconds / TERA)
     beyond = BEYOND_CACHE * base.datasheet.memory.l2_mib.value * MIB
-    for sample in memory_samples(rows):
+    for sample in memory_samples(rows, beyond):
         if sample.work.bytes_moved >= beyond:
             rates["bandwidth_gb_per_s"].append(sample.work.bytes_moved / sample.seconds / GB)
     levels = {level.name: level for level in base.datasheet.topology}

@@ -7,7 +7,7 @@ traffic), then collectives. What was not measured comes from the base and stands
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +15,11 @@ import numpy as np
 from spsim.calibrate.coefficients import document, leaf_at, with_leaves
 from spsim.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.calibrate.datasheet import datasheet_for
-from spsim.calibrate.kernel_fit import Fit, fit_attention, fit_gemm, fit_memory_bound, fit_start
+from spsim.calibrate.kernel_fit import Fit, fit_attention, fit_gemm, fit_start
 from spsim.calibrate.outcome import ClassFit, FittedProfile
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.solver import rounded
+from spsim.calibrate.traffic_fit import fit_memory_bound
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile, Leaf, Provenance, leaves
 from spsim.profiles import parse_profile
@@ -89,7 +90,8 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     Raises `InputError` where nothing usable was measured, or where the base is of another device.
     """
     environment = {row.name: row.text for row in measurements if row.kind == "environment" and row.text}
-    draft = _Draft(datasheet_for(measurements, base), environment.get("date", base.as_of))
+    start, raised = datasheet_for(measurements, base)
+    draft = _Draft(start, environment.get("date", base.as_of))
     classes: list[ClassFit] = []
     for topic, fit_class in CLASSES.items():
         fit = fit_class(measurements, draft.profile)
@@ -101,8 +103,8 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     composed = check_over_nodes(measurements, draft.profile)
     classes += [composed] if composed else []
     kept = tuple(path for path, _ in leaves(draft.profile.coefficients) if path not in draft.measured)
-    profile = _finished(draft, base, name, environment)
-    return FittedProfile(profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base, profile)))
+    profile = _finished(draft, base, name, environment, kept)
+    return FittedProfile(profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base.name, raised)))
 
 
 def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:
@@ -129,7 +131,7 @@ def _values(rows: Iterable[Measurement], kind: str, name: str) -> list[float]:
 
 
 def _finished(
-    draft: _Draft, base: HardwareProfile, name: str, environment: Mapping[str, str]
+    draft: _Draft, base: HardwareProfile, name: str, environment: Mapping[str, str], kept: Sequence[str]
 ) -> HardwareProfile:  # fmt: skip
     """The profile as it is read back from its file: checked whole, with the sources that it cites."""
     profile = draft.profile.model_copy(
@@ -139,13 +141,19 @@ def _finished(
             "as_of": draft.date,
             "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}"},
             "sources": {**draft.profile.sources, **draft.sources},
-            "assumed": base.assumed - draft.measured,
+            "assumed": frozenset(path for path in kept if _in_base(path) in base.assumed),
         }
     )
     tables = document(profile)
     cited = set(_cited(tables))
     tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
     return parse_profile(tables, name)
+
+
+def _in_base(path: str) -> str:
+    """Where a coefficient that was not measured stands in the base: curves of a data type begin as a copy."""
+    own, _, rest = path.partition(".")
+    return f"attention.{rest.partition('.')[2]}" if own == "attention_by_dtype" else path
 
 
 def _cited(value: object) -> Iterable[str]:
@@ -159,14 +167,10 @@ def _cited(value: object) -> Iterable[str]:
             yield from _cited(item)
 
 
-def _notes(rows: Sequence[Measurement], base: HardwareProfile, profile: HardwareProfile) -> Iterable[str]:
+def _notes(rows: Sequence[Measurement], base: str, raised: Sequence[str]) -> Iterator[str]:
     """What a reader of the report must know."""
-    raised = [
-        name for name, peak in profile.datasheet.peak_tflops.items() if peak != base.datasheet.peak_tflops.get(name)
-    ]
-    if profile.datasheet != base.datasheet:
-        peaks = f", peaks of {', '.join(raised)}" if raised else ""
-        yield f"measured above the datasheet of {base.name}: the measured rates took its place{peaks}"
+    if raised:
+        yield f"measured above the datasheet of {base}, and put in its place: {', '.join(raised)}"
     skipped = [f"{row.kind} {row.name}: {row.skipped}" for row in rows if row.skipped]
     if skipped:
         yield f"{len(skipped)} measurements were skipped, such as {skipped[0]}"

@@ -1,10 +1,10 @@
-"""Coefficients of kernels: matrix products, flash attention, memory-bound kernels, and their start."""
+"""Coefficients of kernels that compute: matrix products, flash attention, and the start of any kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -12,23 +12,26 @@ from spsim.calibrate.coefficients import leaf_at, with_leaves, with_values
 from spsim.calibrate.outcome import ClassFit, Seconds
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.samples import (
+    HALF_PRECISION,
     NO_ACCUMULATION,
     Batch,
     Sample,
     attention_samples,
     gemm_samples,
-    memory_samples,
     timed,
 )
 from spsim.calibrate.solver import Parameter, held_out_times, rounded, solve
-from spsim.hardware import AttentionCurve, Fraction, HardwareProfile, Leaf
-from spsim.units import MIB, US_PER_S
+from spsim.compute_cost import ComputeCost
+from spsim.hardware import AttentionCurve, Fraction, HardwareProfile, Leaf, NonNegative
+from spsim.units import US_PER_S
 from spsim.work import FlashAttention, Gemm
 
 MIN_SHAPES = 4
 """Shapes of a class from which half of them can be left out."""
-WORTHWHILE = 0.98
-"""Share of the held-out error to which an optional term has to bring it."""
+WORTHWHILE = 0.95
+"""Share of the held-out error to which an optional term of products has to bring it."""
+OTHER_SHAPE = 0.8
+"""The same of coefficients that describe a class in another way."""
 LOWEST = 1e-4
 """Smallest share of a peak that is looked for."""
 
@@ -44,16 +47,17 @@ class Fit:
 def fit_samples(samples: Sequence[Sample], profile: HardwareProfile, parameters: Sequence[Parameter]) -> Fit:
     """Final coefficients from all samples, and the errors of each class by halves of the shapes."""
     batch = Batch(samples)
-    held_out = _where_enough(samples, held_out_times(samples, profile, parameters))
     final = solve(batch, profile, parameters)
+    held_out = _where_enough(samples, held_out_times(samples, final, parameters))
     fitted = batch.times(final)
     values = {parameter.path: float(leaf_at(final, parameter.path).value) for parameter in parameters}
     classes = []
     for group in dict.fromkeys(sample.group for sample in samples):
         own = np.array([sample.group == group for sample in samples])
-        paths = tuple(_paths_of([s for s in samples if s.group == group], values))
-        found = {path: values[path] for path in paths}
-        classes.append(ClassFit(group, found, batch.seconds[own], fitted[own], held_out[own], paths))
+        paths = _paths_of([s for s in samples if s.group == group], final, values)
+        found = {short_name(path): f"{values[path]:g}" for path in paths}
+        names = tuple(sample.name for sample in samples if sample.group == group)
+        classes.append(ClassFit(group, found, batch.seconds[own], fitted[own], held_out[own], paths, names))
     return Fit(final, tuple(classes))
 
 
@@ -64,28 +68,16 @@ def _where_enough(samples: Sequence[Sample], times: Seconds) -> Seconds:
     return np.where([len(shapes[sample.group]) >= MIN_SHAPES for sample in samples], times, np.nan)
 
 
-def _paths_of(samples: Sequence[Sample], values: Mapping[str, float]) -> Iterator[str]:
+def _paths_of(samples: Sequence[Sample], profile: HardwareProfile, fitted: Iterable[str]) -> tuple[str, ...]:
     """The fitted coefficients that some of these samples take their time from."""
-    return (path for path in values if any(_uses(sample, path) for sample in samples))
+    used = {path for s in samples for path in ComputeCost(profile, s.dtype).coefficients_of(s.work)}
+    return tuple(path for path in fitted if any(path == name or path.startswith(f"{name}.") for name in used))
 
 
-def _uses(sample: Sample, path: str) -> bool:
-    work, name = sample.work, path.split(".")
-    match work:
-        case Gemm():
-            if name[1] == "fraction":
-                return name[2] == sample.dtype
-            return name[0] == "gemm" and (work.accumulated > 0 or name[1] not in ACCUMULATING)
-        case FlashAttention():
-            return name[:4] == ["attention", work.direction, _mask(work), str(work.head_dim)]
-    return name[-1] == work.operator_class or path == "l2_bandwidth_gb_per_s"
-
-
-ACCUMULATING = ("weight_gradient_rate", "accumulation_exposed")
-
-
-def _mask(work: FlashAttention) -> str:
-    return "causal" if work.causal else "full"
+def short_name(path: str) -> str:
+    """The end of a dotted path, with the head size that it is of."""
+    *_, owner, name = ("", *path.split("."))
+    return f"{name} at {owner}" if owner.isdecimal() else name
 
 
 def fit_start(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
@@ -100,25 +92,11 @@ def fit_start(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
     fitted, held_out = (np.broadcast_to(np.array(time) / US_PER_S, len(times)) for time in ([value], others))
     return Fit(
         with_values(profile, {path: value}),
-        (ClassFit("kernel start", {path: value}, measured, fitted, held_out, (path,)),),
+        (ClassFit("kernel start", {path: f"{value:g}"}, measured, fitted, held_out, (path,)),),
     )
 
 
-def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
-    """Share of the bandwidth by operator class, and the rate of kernels that stay in the last-level cache."""
-    samples = memory_samples(rows)
-    if not samples:
-        return Fit(profile, ())
-    paths = [f"memory_bound.{group}" for group in dict.fromkeys(sample.group for sample in samples)]
-    profile = _with_missing(profile, {path: Fraction(value=0.5, source="unknown") for path in paths})
-    parameters = [Parameter(path, LOWEST, 1) for path in paths]
-    cache = profile.datasheet.memory.l2_mib.value * MIB
-    if any(sample.work.bytes_moved < cache for sample in samples):
-        parameters.append(Parameter("l2_bandwidth_gb_per_s", 0.1, 1e5))
-    return fit_samples(samples, profile, parameters)
-
-
-def _with_missing(profile: HardwareProfile, starts: Mapping[str, Leaf | AttentionCurve]) -> HardwareProfile:
+def with_missing(profile: HardwareProfile, starts: Mapping[str, Leaf | AttentionCurve]) -> HardwareProfile:
     return with_leaves(profile, {path: leaf for path, leaf in starts.items() if leaf_at(profile, path) is None})
 
 
@@ -132,55 +110,94 @@ def fit_gemm(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
         return Fit(profile, ())
     dtypes = dict.fromkeys(sample.dtype for sample in samples)
     starts = {f"gemm.fraction.{dtype}": Fraction(value=0.5, source="unknown") for dtype in dtypes}
-    profile = _with_missing(profile, starts)
+    profile = with_missing(profile, starts)
     parameters = [Parameter(path, LOWEST, 1) for path in starts]
-    if any(isinstance(s.work, Gemm) and s.work.accumulated > 0 for s in samples):
+    accumulated = [s.work.accumulated for s in samples if isinstance(s.work, Gemm)]
+    if any(accumulated):
         parameters.append(Parameter("gemm.weight_gradient_rate", 0.05, 1))
-    return fit_samples(samples, profile, _with_worthwhile(samples, profile, parameters))
+    optional = [Parameter("gemm.k_pad", 0, 4096, 100), Parameter("gemm.tail_waves", 0, 4)]
+    if max(accumulated) > NO_ACCUMULATION:
+        optional.append(Parameter("gemm.accumulation_exposed", 0, 4))
+    measured_only = [Parameter("gemm.traffic_exposed", 0, 4), Parameter("gemm.start_us", 0, 1e3, 10)]
+    zero = {parameter.path: NonNegative(value=0, source="unknown") for parameter in measured_only}
+    chosen = _with_worthwhile(samples, with_missing(profile, zero), parameters, [*optional, *measured_only])
+    taken = {path: leaf for path, leaf in zero.items() if any(p.path == path for p in chosen)}
+    return fit_samples(samples, with_missing(profile, taken), chosen)
 
 
 def _with_worthwhile(
-    samples: Sequence[Sample], profile: HardwareProfile, parameters: list[Parameter]
+    samples: Sequence[Sample], profile: HardwareProfile, parameters: list[Parameter], optional: Sequence[Parameter]
 ) -> list[Parameter]:
-    """The parameters with those optional terms that lower the held-out error, as few as will do."""
-    optional = [Parameter("gemm.k_pad", 0, 4096, 100), Parameter("gemm.tail_waves", 0, 4)]
-    if any(isinstance(s.work, Gemm) and s.work.accumulated > NO_ACCUMULATION for s in samples):
-        optional.append(Parameter("gemm.accumulation_exposed", 0, 4))
-    best, chosen = np.inf, parameters
-    for number in range(len(optional) + 1):
-        for terms in combinations(optional, number):
-            tried = [*parameters, *terms]
-            error = _mean_error(samples, held_out_times(samples, profile, tried))
-            if error < WORTHWHILE * best:
-                best, chosen = error, tried
-    return chosen
+    """The parameters and, one after the other, the optional term that lowers the held-out error most."""
+    profile = solve(Batch(samples), profile, parameters)
+    best, left = _mean_error(samples, profile, parameters), list(optional)
+    while left:
+        trials = [(with_values(profile, {term.path: term.typical}), [*parameters, term]) for term in left]
+        errors = [_mean_error(samples, *trial) for trial in trials]
+        lowest = int(np.argmin(errors))
+        if errors[lowest] > WORTHWHILE * best:
+            break
+        best, (profile, parameters) = errors[lowest], trials[lowest]
+        del left[lowest]
+    return parameters
 
 
-def _mean_error(samples: Sequence[Sample], times: Seconds) -> float:
+def _mean_error(samples: Sequence[Sample], profile: HardwareProfile, parameters: Sequence[Parameter]) -> float:
+    times = held_out_times(samples, profile, parameters)
     return float(np.mean(np.abs(np.log(times / np.array([sample.seconds for sample in samples])))))
 
 
 def fit_attention(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
-    """Share of the peak and half-length by direction, masking and head size."""
+    """Curves by direction and masking: of training's 16-bit types, and of each other type, whose kernel is another.
+
+    The masked kernel is fitted after the full one and begins with its coefficients: it is the same kernel, and
+    differs by the blocks that it skips.
+    """
+    base, classes = profile.coefficients, list[ClassFit]()
     samples = attention_samples(rows)
-    if not samples:
-        return Fit(profile, ())
-    lengths: dict[str, set[float]] = {}
-    starts: dict[str, AttentionCurve] = {}
+    for dtype in dict.fromkeys(_own_type(sample) for sample in samples):
+        if dtype:
+            start = base.attention_by_dtype.get(dtype, base.attention)
+            profile = with_leaves(profile, {f"attention_by_dtype.{dtype}": start})
+        root = f"attention_by_dtype.{dtype}" if dtype else "attention"
+        for direction, mask in product(("forward", "backward"), ("full", "causal")):
+            own = [s for s in samples if _own_type(s) == dtype and s.group.endswith(f"{direction} {mask}")]
+            if own:
+                fit = _fit_curves(own, profile, f"{root}.{direction}", mask)
+                profile, classes = fit.profile, [*classes, *fit.classes]
+    return Fit(profile, tuple(classes))
+
+
+def _own_type(sample: Sample) -> str:
+    return "" if sample.dtype in HALF_PRECISION else sample.dtype
+
+
+def _fit_curves(samples: Sequence[Sample], profile: HardwareProfile, root: str, mask: str) -> Fit:
+    """Share of the peak and half-length by head size; of a masked kernel also its block, if that predicts better."""
+    lengths: dict[int, set[float]] = {}
     for sample in samples:
         work = sample.work
         assert isinstance(work, FlashAttention)
-        masks = f"attention.{work.direction}.{_mask(work)}"
-        path = f"{masks}.{work.head_dim}"
-        lengths.setdefault(path, set()).add(min(work.queries, work.keys))
-        starts[path] = _nearest(leaf_at(profile, masks), work.head_dim)
-    profile = _with_missing(profile, starts)
-    parameters = []
-    for path, own in lengths.items():
-        parameters.append(Parameter(f"{path}.fraction", LOWEST, 1))
-        if len(own) > 1:
-            parameters.append(Parameter(f"{path}.half_tokens", 0, 1e5, 100))
-    return fit_samples(samples, profile, parameters)
+        lengths.setdefault(work.head_dim, set()).add(min(work.queries, work.keys))
+    full = leaf_at(profile, f"{root}.full")
+    profile = with_leaves(profile, {f"{root}.{mask}.{head_dim}": _nearest(full, head_dim) for head_dim in lengths})
+    fractions = [Parameter(f"{root}.{mask}.{head_dim}.fraction", LOWEST, 1) for head_dim in lengths]
+    halves = [
+        Parameter(f"{root}.{mask}.{head_dim}.half_tokens", 0, 1e5, 100)
+        for head_dim, own in lengths.items()
+        if len(own) > 1
+    ]
+    plain = fractions + halves
+    if mask == "full":
+        return fit_samples(samples, profile, plain)
+    block = Parameter(f"{root}.block_tokens", 0, 4096, 512)
+    with_block = with_missing(profile, {block.path: NonNegative(value=0, source="unknown")})
+    options = [(profile, plain), (with_block, [*fractions, block]), (with_block, [*plain, block])]
+    fits = [fit_samples(samples, *option) for option in options]
+    errors = [fit.classes[0].mean_error * OTHER_SHAPE**-number for number, fit in enumerate(fits)]
+    fit = fits[int(np.argmin(errors))]
+    taken = tuple(parameter.path for parameter in halves)
+    return Fit(fit.profile, tuple(replace(c, paths=tuple(dict.fromkeys(c.paths + taken))) for c in fit.classes))
 
 
 def _nearest(curves: Mapping[str, AttentionCurve], head_dim: int) -> AttentionCurve:

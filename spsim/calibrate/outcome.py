@@ -35,14 +35,24 @@ class ClassFit:
     """The measurements of one class, the times by the final coefficients, and those found without them."""
 
     name: str
-    coefficients: Mapping[str, float]
-    """Fitted numbers by name, those of kernels by dotted path; none where the class only checks others."""
+    coefficients: Mapping[str, str]
+    """What was fitted, as text by name; none where the class only checks others."""
     measured: Seconds
     fitted: Seconds
     held_out: Seconds
     """Times by coefficients from other shapes; not a number where there were too few to leave some out."""
     paths: tuple[str, ...]
     """Dotted paths of the coefficients that were fitted on it."""
+    operators: tuple[str, ...] = ()
+    """What each measurement is of."""
+
+    @cached_property
+    def operator_times(self) -> dict[str, float]:
+        """Median of measured over fitted time by operator, slowest first: whether one description serves all."""
+        ratios = self.measured / self.fitted
+        names = np.array(self.operators)
+        medians = {name: float(np.median(ratios[names == name])) for name in dict.fromkeys(self.operators)}
+        return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
     @cached_property
     def errors(self) -> Errors | None:
@@ -53,6 +63,11 @@ class ClassFit:
             return None
         median, p90 = np.percentile(errors, (50, 90))
         return Errors(len(errors), float(median), float(p90), float(errors.max()))
+
+    @property
+    def mean_error(self) -> float:
+        """Mean size of the logarithm of held-out over measured, wherever something was held out."""
+        return float(np.nanmean(np.abs(np.log(self.held_out / self.measured))))
 
     @property
     def flagged(self) -> bool:

@@ -14,12 +14,14 @@ from spsim.compute_cost import ComputeCost
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.units import US_PER_S
-from spsim.work import FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
 
 Seconds = npt.NDArray[np.float64]
 
 CONSTANT = frozenset({"direction", "causal", "head_dim", "operator_class"})
 """Fields of a work that choose its coefficients; all others are numbers, and many kernels are one array."""
+HALF_PRECISION = ("bf16", "fp16")
+"""Types of one rate, which training runs in."""
 NO_ACCUMULATION = 1
 """Elements of a main gradient of a weight-gradient product that accumulates into none: it only marks it."""
 
@@ -30,11 +32,15 @@ class Sample:
 
     group: str
     """The class that its error counts to."""
+    name: str
+    """The operator."""
     dtype: str
     work: Work
     seconds: float
     shape: Hashable
     """Kernels of one shape are fitted or held out together."""
+    stratum: Hashable
+    """Part of the class with coefficients of its own: of each, half of the shapes is held out."""
 
 
 def timed(rows: Iterable[Measurement], kind: str) -> list[Measurement]:
@@ -53,22 +59,32 @@ def attention_samples(rows: Sequence[Measurement]) -> list[Sample]:
     return [_sample(row, _attention_group(row), _attention, needed) for row in timed(rows, "attention")]
 
 
-def memory_samples(rows: Sequence[Measurement]) -> list[Sample]:
+def memory_samples(rows: Sequence[Measurement], cache_bytes: float) -> list[Sample]:
     """Memory-bound kernels by operator class."""
-    return [_sample(row, row.operator_class, _memory_bound, ("bytes_moved",)) for row in timed(rows, "memory_bound")]
+    return [
+        _sample(row, row.operator_class, _memory_bound, ("bytes_moved",), (row.bytes_moved or 0) > cache_bytes)
+        for row in timed(rows, "memory_bound")
+    ]
 
 
-def _sample(row: Measurement, group: str, work: Callable[[Measurement], Work], needed: Sequence[str]) -> Sample:
+def _sample(
+    row: Measurement,
+    group: str,
+    work: Callable[[Measurement], Work],
+    needed: Sequence[str],
+    beyond_cache: bool = False,
+) -> Sample:
     missing = [name for name in needed if getattr(row, name) is None]
     if missing:
         raise InputError(f"raw file: a {row.kind} row ({row.name}) has no {missing[0]}; measure it again")
-    assert row.time_us is not None
-    return Sample(group, row.dtype, work(row), row.time_us / US_PER_S, _shape(row))
+    made = work(row)
+    stratum = (row.dtype, getattr(made, "direction", ""), row.head_dim, beyond_cache)
+    return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
 def _shape(row: Measurement) -> Hashable:
     sides = tuple(sorted(side or 0 for side in (row.m, row.n, row.k)))
-    return (sides, *(getattr(row, name) or 0 for name in ("batch", "heads", "kv_heads", "queries", "keys")),
+    return (sides, *(getattr(row, name) or 0 for name in ("batch", "heads", "kv_heads", "head_dim", "queries", "keys")),
             0 if row.kind in ("gemm", "attention") else row.bytes_moved or 0)  # fmt: skip
 
 
@@ -79,7 +95,8 @@ def _gemm(row: Measurement) -> Gemm:
 
 
 def _attention_group(row: Measurement) -> str:
-    return f"attention {row.name} {'causal' if row.causal else 'full'}"
+    dtype = "" if row.dtype in HALF_PRECISION else f"{row.dtype} "
+    return f"attention {dtype}{row.name} {'causal' if row.causal else 'full'}"
 
 
 def _attention(row: Measurement) -> FlashAttention:
@@ -91,7 +108,8 @@ def _attention(row: Measurement) -> FlashAttention:
 
 
 def _memory_bound(row: Measurement) -> MemoryBound:
-    return MemoryBound(row.operator_class, row.bytes_moved or 0)  # type: ignore[arg-type]
+    direction: Direction = "backward" if row.name.endswith("_backward") else "forward"
+    return MemoryBound(row.operator_class, row.bytes_moved or 0, direction)  # type: ignore[arg-type]
 
 
 class Batch:

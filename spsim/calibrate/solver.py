@@ -22,6 +22,10 @@ OUTLIER = 0.1
 """Residual (of the logarithm) from which a row counts as an outlier."""
 SEED = 20221205
 """Of the random half of the shapes."""
+CLOSE = 1e-6
+"""Relative change at which the search ends: below the digits that are written."""
+NOTHING = 1e-3
+"""Share of its typical size below which a term that may be zero is."""
 DIGITS = 4
 """Significant digits of a fitted coefficient."""
 
@@ -43,15 +47,22 @@ class Parameter:
     def outer(self, inner: float) -> float:
         """The coefficient itself."""
         value = float(np.exp(inner)) if self.lower > 0 else inner * self.typical
-        return min(max(value, self.lower), self.upper)
+        return min(max(value if value > NOTHING * self.typical else 0.0, self.lower), self.upper)
 
 
 def solve(batch: Batch, profile: HardwareProfile, parameters: Sequence[Parameter]) -> HardwareProfile:
-    """The profile with parameters that describe the batch best, from two starts: its own values, and low ones.
+    """The profile with parameters that describe the batch best, from two starts: its own values, and others.
 
     A kernel takes the longer of two times, and only the longer one moves with its coefficient: from a low
-    rate each is felt.
+    rate, and from a term that is not nothing, each is felt.
     """
+    other = {p.path: 0.1 * p.upper if p.lower > 0 else p.typical for p in parameters}
+    found = [refine(batch, start, parameters) for start in (profile, with_values(profile, other))]
+    return min(found, key=lambda fitted: _cost(batch.times(fitted) / batch.seconds))
+
+
+def refine(batch: Batch, profile: HardwareProfile, parameters: Sequence[Parameter]) -> HardwareProfile:
+    """The same from its own values alone."""
     if not parameters:
         return profile
 
@@ -62,15 +73,17 @@ def solve(batch: Batch, profile: HardwareProfile, parameters: Sequence[Parameter
         logs: Seconds = np.log(batch.times(with_values(profile, values(inner))) / batch.seconds)
         return logs
 
-    own = [leaf_at(profile, p.path).value for p in parameters]
-    low = [0.1 * p.upper if p.lower > 0 else p.lower for p in parameters]
+    start = _inside(parameters, [leaf_at(profile, p.path).value for p in parameters])
     bounds = ([p.inner(p.lower) for p in parameters], [p.inner(p.upper) for p in parameters])
-    found = [
-        least_squares(residuals, _inside(parameters, start), bounds=bounds, loss="soft_l1", f_scale=OUTLIER)
-        for start in (own, low)
-    ]
-    best = min(found, key=lambda result: float(result.cost))
-    return with_values(profile, {path: rounded(value) for path, value in values(best.x).items()})
+    found = least_squares(
+        residuals, start, bounds=bounds, loss="soft_l1", f_scale=OUTLIER, ftol=CLOSE, xtol=CLOSE, gtol=CLOSE
+    )
+    return with_values(profile, {path: rounded(value) for path, value in values(found.x).items()})
+
+
+def _cost(ratios: Seconds) -> float:
+    """What the solver minimises: soft_l1 of the logarithms."""
+    return float(np.sum(np.sqrt(1 + (np.log(ratios) / OUTLIER) ** 2) - 1))
 
 
 def _inside(parameters: Sequence[Parameter], start: Sequence[float]) -> list[float]:
@@ -89,15 +102,15 @@ def rounded(value: float) -> float:
 
 
 def halves(samples: Sequence[Sample]) -> list[npt.NDArray[np.bool_]]:
-    """Which samples to hold out: a random half of the shapes of each class and head size, then the other half.
+    """Which samples to hold out: a random half of the shapes of each class and stratum, then the other half.
 
-    Classes with the same shapes are cut alike.
+    Those with the same shapes are cut alike.
     """
     shapes = sorted({sample.shape for sample in samples}, key=repr)
     ranks = dict(zip(shapes, np.random.default_rng(SEED).permutation(len(shapes)), strict=True))
     parts: dict[Hashable, list[int]] = {}
     for index, sample in enumerate(samples):
-        parts.setdefault((sample.group, getattr(sample.work, "head_dim", 0)), []).append(index)
+        parts.setdefault((sample.group, sample.stratum), []).append(index)
     second = np.zeros(len(samples), dtype=bool)
     for indices in parts.values():
         own = sorted({samples[index].shape for index in indices}, key=lambda shape: ranks[shape])
@@ -107,12 +120,15 @@ def halves(samples: Sequence[Sample]) -> list[npt.NDArray[np.bool_]]:
 
 
 def held_out_times(samples: Sequence[Sample], profile: HardwareProfile, parameters: Sequence[Parameter]) -> Seconds:
-    """Seconds of each sample with coefficients fitted on the half of the shapes that it is not in."""
+    """Seconds of each sample with coefficients fitted on the half of the shapes that it is not in.
+
+    The search begins with the values of the profile, those of all samples for one, and ends where it must.
+    """
     times = np.empty(len(samples))
     for out in halves(samples):
         inside, outside = (list(_chosen(samples, mask)) for mask in (~out, out))
         if outside:
-            times[out] = Batch(outside).times(solve(Batch(inside), profile, parameters) if inside else profile)
+            times[out] = Batch(outside).times(refine(Batch(inside), profile, parameters) if inside else profile)
     return times
 
 

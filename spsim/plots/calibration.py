@@ -19,19 +19,23 @@ from spsim.plots.figure import (
     GRID,
     LABEL_SIZE,
     MUTED,
+    POINTS,
     SMALL_SIZE,
-    TEXT_SIZE,
     WIDTH,
     add_legend,
     add_title,
     axes_at,
+    text_size,
 )
 
 COLUMNS = 5
 LEFT, RIGHT, TOP, BOTTOM = 0.75, 0.15, 0.95, 0.85
 GAP_ACROSS, GAP_UP = 0.55, 0.62
+TITLE = 9.5
 FLAG = "#CC3311"
 """Colour of what a flagged class is marked with."""
+OUTSIDE = "#555555"
+"""Colour of classes that stand outside the layers."""
 FITTED, HELD_OUT = "final coefficients", "held out: coefficients from other shapes"
 """What the filled and the hollow points are."""
 MARGIN = 1.5
@@ -82,15 +86,21 @@ def _panel(axes: Axes, name: str, group: pd.DataFrame, limit_percent: float) -> 
         axis.set_minor_locator(FixedLocator([]))
     axes.tick_params(labelsize=LABEL_SIZE)
     axes.grid(color=GRID, linewidth=0.6)
-    axes.set_title(
-        f"{name}: flagged" if flagged else name, loc="left", size=TEXT_SIZE - 1, weight="bold",
-        color=FLAG if flagged else "black",
+    _label(axes, name, group, flagged)
+
+
+def _label(axes: Axes, name: str, group: pd.DataFrame, flagged: bool) -> None:
+    """The class above the panel, its error inside, and a frame in the colour of the flag."""
+    width = float(axes.get_window_extent().width) / axes.figure.dpi * POINTS
+    size = min(TITLE, TITLE * width / text_size(name, TITLE, bold=True)[0])
+    colour = FLAG if flagged else MUTED
+    axes.set_title(name, loc="left", size=size, weight="bold", color=FLAG if flagged else "black")
+    axes.annotate(
+        f"{_error(group)}{', flagged' if flagged else ''}", (0, 1), (5, -5), xycoords="axes fraction",
+        textcoords="offset points", va="top", size=SMALL_SIZE, color=colour,
     )  # fmt: skip
-    if flagged:
-        for spine in axes.spines.values():
-            spine.set(visible=True, color=FLAG, linewidth=1.2)
-    axes.annotate(_error(group), (0, 1), (5, -5), xycoords="axes fraction", textcoords="offset points", va="top",
-                  size=SMALL_SIZE, color=FLAG if flagged else MUTED)  # fmt: skip
+    for spine in axes.spines.values() if flagged else ():
+        spine.set(visible=True, color=FLAG, linewidth=1.2)
 
 
 def _ticks(low: float, high: float) -> FixedLocator | LogLocator:
@@ -118,9 +128,9 @@ def _colour(name: str) -> str:
     """The colour of an operator class in every picture; of collectives that of communication."""
     kind = name.split()[0]
     if kind == "kernel":
-        return "#333333"
+        return OUTSIDE
     outside = {"embedding", "cross_entropy", "optimizer"}
-    return COLOURS.get(kind, COLOURS["elementwise"] if kind in outside else COLOURS["communication"])
+    return COLOURS.get(kind, OUTSIDE if kind in outside else COLOURS["communication"])
 
 
 def _hollow(colour: str) -> dict[str, Any]:

@@ -38,14 +38,20 @@ def _errors(one: ClassFit) -> tuple[str, str, str, str]:
     )  # fmt: skip
 
 
-def _coefficients(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{_short(path)} {value:g}" for path, value in values.items()) or "none: composed of others"
+def _coefficients(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "none: composed of others"
 
 
-def _short(path: str) -> str:
-    """The end of a dotted path, with the head size that it is of."""
-    *_, owner, name = ("", *path.split("."))
-    return f"{name} at {owner}" if owner.isdecimal() else name
+APART = 1.5
+"""Factor between the operators of a flagged class from which they are told."""
+
+
+def _apart(one: ClassFit) -> Iterator[str]:
+    """The slowest and the fastest operator of a class, where one description does not serve both."""
+    times = list(one.operator_times.items())
+    if times and times[0][1] > APART * times[-1][1]:
+        (slow, most), (fast, least) = times[0], times[-1]
+        yield f"{one.name}: its operators differ; {slow} takes {most:.2g} and {fast} {least:.2g} of the fitted time"
 
 
 def calibration_lines(fitted: FittedProfile) -> Iterator[str]:
@@ -54,6 +60,7 @@ def calibration_lines(fitted: FittedProfile) -> Iterator[str]:
         yield f"note: {note}"
     if fitted.kept:
         yield f"from {fitted.base}, not measured ({len(fitted.kept)}): {', '.join(fitted.kept)}"
+    yield from (line for one in fitted.classes if one.flagged for line in _apart(one))
     flagged = [one.name for one in fitted.classes if one.flagged]
     if flagged:
         yield f"flagged ({len(flagged)} of {len(fitted.classes)} classes): {', '.join(flagged)}"
