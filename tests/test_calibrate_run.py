@@ -28,9 +28,7 @@ ALL_REDUCE = "all_reduce fp32 4096 bytes on 2 ranks"
 
 
 def all_rows():
-    here = machine(
-        device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu().cache_bytes // 2, ranks=2, levels=("shared-memory",)
-    )
+    here = machine(device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu(2).cache_share, ranks=2, levels=("shared-memory",))
     return [row for section in sections(here, quick=True) for row in section.rows]
 
 

@@ -46,6 +46,8 @@ class Device(ABC):
         self.torch_device = device
         self.cache_bytes = cache_bytes
         """Last-level cache, as far as the system says; a datasheet may know of one beyond."""
+        self.sharers = 1
+        """Ranks that share that cache."""
         self._block = torch.randn(RANDOM_BLOCK, device=device)
 
     def random(self, *shape: int, dtype: str = "fp32") -> torch.Tensor:
@@ -53,6 +55,11 @@ class Device(ABC):
         count = int(torch.Size(shape).numel())
         filled = self._block.to(self.type_of(dtype)).repeat(-(-count // RANDOM_BLOCK))
         return filled[:count].view(shape)
+
+    @property
+    def cache_share(self) -> int:
+        """Bytes of the cache that one rank can count on when all are busy."""
+        return self.cache_bytes // self.sharers
 
     def type_of(self, dtype: str) -> torch.dtype:
         """The torch type of a name."""
@@ -105,10 +112,11 @@ class Cpu(Device):
     dtypes = ("fp32", "bf16")
     backend = "gloo"
 
-    def __init__(self) -> None:
+    def __init__(self, sharers: int) -> None:
         sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         found = [int(size.read_text().strip().removesuffix("K")) * KIB for size in sizes]
         super().__init__(torch.device("cpu"), max(found, default=32 * MIB))
+        self.sharers = sharers
 
     @property
     def name(self) -> str:
@@ -273,9 +281,9 @@ def _nvidia_smi(query: str, index: int) -> list[str]:
     return [part.strip() for part in done.stdout.split(",")]
 
 
-def open_device(local_rank: int) -> Device:
+def open_device(local_rank: int, ranks_per_node: int) -> Device:
     """The GPU of a local rank, or one thread of the CPU where torch sees none."""
     if torch.cuda.is_available():
         return Cuda(local_rank)
     torch.set_num_threads(1)
-    return Cpu()
+    return Cpu(ranks_per_node)

@@ -40,11 +40,11 @@ def measure_kernel(device: Device, row: Measurement, effort: Effort) -> Measurem
 def _sets(device: Device, row: Measurement) -> int:
     """How many sets of buffers: enough to exceed the cache.
 
-    Memory-bound operators whose tensors fit the cache are measured there, as in a layer, where the kernel before
-    has just written what they read.
+    Memory-bound operators whose tensors fit this rank's share of the cache are measured there, as in a layer, where
+    the kernel before has just written what they read.
     """
     moved = row.bytes_moved or 1
-    if row.kind == "memory_bound" and moved <= device.cache_bytes:
+    if row.kind == "memory_bound" and moved <= device.cache_share:
         return 1
     return max(2, min(MAX_SETS, -(-ROTATION * device.cache_bytes // moved)))
 
