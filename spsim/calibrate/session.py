@@ -45,7 +45,7 @@ class Settings:
     @property
     def budget(self) -> float:
         """Seconds for all measurements: what is promised, less starting, fitting and drawing."""
-        return 90.0 if self.quick else 1080.0
+        return 80.0 if self.quick else 1080.0
 
     @property
     def effort(self) -> Effort:
