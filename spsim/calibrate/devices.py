@@ -29,6 +29,8 @@ DTYPES = {
 }  # fmt: skip
 RANDOM_BLOCK = 2**20
 """Random numbers that are drawn once and repeated to fill a tensor: distinct enough for a product's power."""
+WARM_UP_SECONDS, WARM_UP_SIDE = 1.0, 4096
+"""How long a GPU multiplies matrices, and of which size, before anything is measured."""
 
 
 class Device(ABC):
@@ -93,6 +95,9 @@ class Device(ABC):
     @abstractmethod
     def elapsed(self, start: Any, end: Any) -> float:
         """Seconds from one mark to another, once both are passed."""
+
+    def warm_up(self) -> None:
+        """Bring the device to the clock that it has under load; a CPU is there at once."""
 
     def beside(self) -> AbstractContextManager[Any]:
         """Where marks do not wait for the kernels that were started before."""
@@ -215,7 +220,14 @@ class Cuda(Device):
         return self._events(calls, per_sample, repeats, hold=1.5 * host * per_sample * repeats)
 
     def communication_samples(self, calls: Iterator[Call], per_sample: int, repeats: int) -> list[float]:
-        return self._events(calls, per_sample, repeats, hold=0.0)
+        return self.kernel_samples(calls, per_sample, repeats)
+
+    def warm_up(self) -> None:
+        square = self.random(WARM_UP_SIDE, WARM_UP_SIDE, dtype="bf16")
+        end = time.monotonic() + WARM_UP_SECONDS
+        while time.monotonic() < end:
+            torch.mm(square, square)
+            torch.cuda.synchronize()
 
     def _events(self, calls: Iterator[Call], per_sample: int, repeats: int, hold: float) -> list[float]:
         events = [_cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -59,6 +59,7 @@ def run_rank(ranks: Ranks, settings: Settings, report: Report, fail: Fail) -> No
 def _lead(ranks: Ranks, device: Device, settings: Settings, report: Report, fail: Fail) -> None:
     profile = base_profile(settings.base, device.name, gpu=device.kind == "cuda")
     machine = _machine(ranks, device, profile)
+    device.warm_up()
     raw = RawFile(settings.file, environment_rows(_facts(ranks, device)))
 
     def guard(row: Measurement) -> AbstractContextManager[None]:

@@ -57,7 +57,6 @@ class Settings:
 class Progress:
     """Where a calibration stands."""
 
-    elapsed: float
     remaining: float
     """Seconds, expected."""
     item: str
@@ -238,7 +237,7 @@ class Session:
                 continue
             rest = min(self.pace * sum(expected[index:]), end - elapsed) + later * self.pace
             remaining = min(rest, self.settings.budget - elapsed)
-            self.report(Progress(elapsed, remaining, title(row), self.done, self.total))
+            self.report(Progress(remaining, title(row), self.done, self.total))
             self._measure_one(row, measure)
             taken = time.monotonic() - self.start - elapsed
             self.pace += MEMORY_OF_PACE * (taken / expected[index] - self.pace)
