@@ -96,8 +96,9 @@ class Device(ABC):
     def elapsed(self, start: Any, end: Any) -> float:
         """Seconds from one mark to another, once both are passed."""
 
+    @abstractmethod
     def warm_up(self) -> None:
-        """Bring the device to the clock that it has under load; a CPU is there at once."""
+        """Bring the device to the clock that it has under load."""
 
     def beside(self) -> AbstractContextManager[Any]:
         """Where marks do not wait for the kernels that were started before."""
@@ -129,6 +130,9 @@ class Cpu(Device):
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
+
+    def warm_up(self) -> None:
+        """A CPU is there at once."""
 
     def used_bytes(self) -> int:
         raise AssertionError("a CPU has no memory of its own")
