@@ -1,6 +1,7 @@
 """Clocks, repeats and devices of a calibration, against sleeps, loops of known length and a stand-in for CUDA."""
 
 import time
+from contextlib import nullcontext
 from itertools import cycle, repeat
 from types import SimpleNamespace
 
@@ -214,6 +215,27 @@ def test_marks_are_events(cuda):
     start = device.mark()
     clock.now += 0.5
     assert device.elapsed(start, device.mark()) == pytest.approx(0.5)
+
+
+def test_kernels_of_a_graph_share_its_time(cuda, monkeypatch):
+    """100 kernels are captured, and a replay of 200 us is 2 us for each."""
+    device, clock = cuda
+    captured = []
+    replay = SimpleNamespace(replay=lambda: setattr(clock, "now", clock.now + 200e-6))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replay)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(kernels, "_small_call", lambda *_: lambda: captured.append(1))
+    done = measure_launch(device, Measurement(kind="launch", name="graph_add", dtype="fp32"), SHORT)
+    assert len(captured) == 100
+    assert (done.time_us, done.clock) == (pytest.approx(2.0), "cuda_events")
+
+
+def test_the_host_is_timed_without_waiting_for_the_device(cuda, monkeypatch):
+    device, clock = cuda
+    monkeypatch.setattr(kernels, "_small_call", lambda *_: lambda: None)
+    done = measure_launch(device, Measurement(kind="launch", name="host_add", dtype="fp32"), SHORT)
+    assert done.clock == "wall"
+    assert clock.waits >= done.repeats
 
 
 def test_a_gpu_has_the_types_of_its_generation(cuda, monkeypatch):
