@@ -123,7 +123,7 @@ def _measure(ranks: Ranks, device: Device, settings: Settings, row: Measurement)
         if row.kind == "memory":
             return measure_memory(device, row)
         return measure_kernel(device, row, settings.effort)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # a TypeError where an older torch lacks an argument
         return row.model_copy(update={"skipped": reason(error)})
 
 

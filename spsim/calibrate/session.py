@@ -23,6 +23,8 @@ OVERHEAD_CALLS = 12
 """Warm-up, pilot and least repeats of one measurement."""
 MEMORY_OF_PACE = 0.3
 """Weight of the latest measurement in the ratio of time taken to time expected."""
+DEVICE_LOST = ("CUDA error", "HIP error")
+"""How torch begins the message of an error after which a process cannot use its device any more."""
 KEPT = "finished measurements are kept, run again to go on"
 
 
@@ -247,5 +249,7 @@ class Session:
             result = measure(row)
         self.raw.add([result])
         self.done += 1
+        if result.skipped.startswith(DEVICE_LOST):
+            raise InputError(f"calibrate: {title(row)}: {result.skipped}; {KEPT}")
         if result.skipped:
             self.skipped.append(result)
