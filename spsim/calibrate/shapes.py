@@ -77,7 +77,7 @@ class MemoryBoundOperator(NamedTuple):
     backward: Bytes | None = None
 
 
-VOCABULARY_SHARE = 8
+VOCABULARY_SHARE = 2
 """Rows of the embedding table, in multiples of the tokens looked up."""
 
 MEMORY_BOUND = {
