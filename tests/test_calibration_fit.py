@@ -23,7 +23,7 @@ from spsim.calibrate.solver import halves
 from spsim.cli import main
 from spsim.comm_cost import CommCost
 from spsim.errors import InputError
-from spsim.hardware import Bandwidth, KernelRates, NonNegative
+from spsim.hardware import Bandwidth, KernelRates, NonNegative, leaves
 from spsim.profiles import load_profile, parse_profile, profile_names
 from spsim.sweeps import Point, row
 from tests.cases import model
@@ -255,20 +255,15 @@ def test_all_curves_of_a_node_come_back():
     """From 2 to 8 ranks, in-network reduction where the base has it."""
     rows = [r for r in measurements(H100, collectives=True) if r.kind == "collective"]
     found = fit_profile(rows, H100, "node")
-    assert {path for path, _ in paths(found.profile) if path not in found.kept} == {
-        f"collectives.nvlink.{name}" for name in H100.coefficients.collectives["nvlink"]
+    assert {path for path, _ in leaves(found.profile.coefficients) if path not in found.kept} == {
+        "collective_overhead_us", *(f"collectives.nvlink.{name}" for name in H100.coefficients.collectives["nvlink"])
     }
     mine, base = CommCost(found.profile), CommCost(H100)
+    assert mine.overhead == 0.0, "it is part of what was measured"
     for r in rows:
         if r.message_bytes >= 2**20:
             args = (r.name, r.message_bytes, r.ranks)
             assert mine.time(*args) == pytest.approx(base.time(*args), rel=0.02), args
-
-
-def paths(profile):
-    from spsim.hardware import leaves
-
-    return leaves(profile.coefficients)
 
 
 # ------------------------------------------------------------ the base, and another device

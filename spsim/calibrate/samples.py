@@ -14,7 +14,7 @@ from spsim.compute_cost import ComputeCost
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.units import US_PER_S
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 
 Seconds = npt.NDArray[np.float64]
 
@@ -78,7 +78,7 @@ def _sample(
     if missing:
         raise InputError(f"raw file: a {row.kind} row ({row.name}) has no {missing[0]}; measure it again")
     made = work(row)
-    stratum = (row.dtype, getattr(made, "direction", ""), row.head_dim, beyond_cache)
+    stratum = (row.dtype, isinstance(made, MemoryBound) and made.backward, row.head_dim, beyond_cache)
     return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
@@ -108,8 +108,8 @@ def _attention(row: Measurement) -> FlashAttention:
 
 
 def _memory_bound(row: Measurement) -> MemoryBound:
-    direction: Direction = "backward" if row.name.endswith("_backward") else "forward"
-    return MemoryBound(row.operator_class, row.bytes_moved or 0, direction)  # type: ignore[arg-type]
+    backward = int(row.name.endswith("_backward"))
+    return MemoryBound(row.operator_class, row.bytes_moved or 0, backward)  # type: ignore[arg-type]
 
 
 class Batch:

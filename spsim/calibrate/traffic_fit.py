@@ -79,7 +79,8 @@ def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float
     kernels: dict[str, list[Sample]] = {}
     for sample in samples:
         assert isinstance(sample.work, MemoryBound)
-        path = f"kernel_rates.{sample.dtype}.{sample.work.operator_class}_{sample.work.direction}"
+        direction = "backward" if sample.work.backward else "forward"
+        path = f"kernel_rates.{sample.dtype}.{sample.work.operator_class}_{direction}"
         kernels.setdefault(path, []).append(sample)
     beyond = [sample for sample in samples if sample.work.bytes_moved > cache]
     share = f"memory_bound.{samples[0].group}"
