@@ -12,8 +12,8 @@ from multiprocessing import active_children
 import pytest
 import torch
 
-from spsim.calibrate import catalogue, launch
-from spsim.calibrate.base import base_profile
+from spsim.calibrate import catalogue, launch, rank_process
+from spsim.calibrate.base import base_of_rows, base_profile
 from spsim.calibrate.devices import Cpu
 from spsim.calibrate.ranks import Ranks
 from spsim.calibrate.records import append_measurements, read_measurements
@@ -21,6 +21,7 @@ from spsim.calibrate.session import Note, Progress, Settings, expected_seconds, 
 from spsim.cli import main
 from spsim.errors import InputError
 from spsim.profiles import load_profile
+from spsim.units import MIB
 from tests.test_calibrate_catalogue import CPU, machine
 
 FORWARD = "gemm forward fp32 128x768x256"
@@ -28,9 +29,7 @@ ALL_REDUCE = "all_reduce fp32 4096 bytes on 2 ranks"
 
 
 def all_rows():
-    here = machine(
-        device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu().cache_bytes // 2, ranks=2, levels=("shared-memory",)
-    )
+    here = machine(device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu(2).cache_share, ranks=2, levels=("shared-memory",))
     return [row for section in sections(here, quick=True) for row in section.rows]
 
 
@@ -92,19 +91,6 @@ def test_two_processes_measure_one_row_of_each_kind(tmp_path):
     assert active_children() == []
 
 
-def killed(settings, rank):
-    """The one line when a rank is killed at the start of a collective."""
-
-    def kill(report):
-        if isinstance(report, Progress) and report.item == ALL_REDUCE:
-            os.kill(processes()[rank].pid, signal.SIGKILL)
-
-    with pytest.raises(InputError) as failure:
-        launch.measure(settings, kill)
-    assert active_children() == []
-    return str(failure.value)
-
-
 def processes():
     """The two ranks, in order."""
     return sorted(active_children(), key=lambda process: process._identity)
@@ -112,13 +98,20 @@ def processes():
 
 def test_a_process_that_is_killed_is_one_line_and_a_rerun_goes_on(tmp_path):
     settings = prepare(tmp_path, named(FORWARD, ALL_REDUCE))
-    for rank in (1, 0):
-        assert killed(settings, rank) == (
-            f"calibrate: the process of rank {rank} was killed by signal 9 (out of memory?) during {ALL_REDUCE}; "
-            "finished measurements are kept, run again to go on"
-        )
-        assert FORWARD in measured(settings)
-        assert ALL_REDUCE not in measured(settings)
+
+    def kill(report):
+        if isinstance(report, Progress) and report.item == ALL_REDUCE:
+            os.kill(processes()[1].pid, signal.SIGKILL)
+
+    with pytest.raises(InputError) as failure:
+        launch.measure(settings, kill)
+    assert str(failure.value) == (
+        f"calibrate: the process of rank 1 was killed by signal 9 (out of memory?) during {ALL_REDUCE}; "
+        "finished measurements are kept, run again to go on"
+    )
+    assert active_children() == []
+    assert FORWARD in measured(settings)
+    assert ALL_REDUCE not in measured(settings)
     items = []
     launch.measure(settings, lambda report: items.append(getattr(report, "item", None)))
     assert items == [None, ALL_REDUCE]
@@ -222,6 +215,36 @@ def test_a_gpu_without_a_shipped_profile_needs_a_base():
         base_profile(None, "NVIDIA GeForce RTX 4090", gpu=True)
     assert base_profile("dgx-h100", "NVIDIA GeForce RTX 4090", gpu=True).name == "dgx-h100"
     assert base_profile(None, "AMD EPYC", gpu=False).name == "cpu-2"
+
+
+def test_one_gpu_goes_through_its_catalogue(tmp_path, monkeypatch):
+    """A device that says it is a GPU, and measurements that are made up: base, sections and facts follow from it."""
+
+    class Gpu(Cpu):
+        kind = "cuda"
+        name = "NVIDIA H100 80GB HBM3"
+        dtypes = ("fp32", "tf32", "fp16", "bf16", "fp8")
+
+        def facts(self):
+            return {"cuda": "12.8", "nccl": "2.27.3", "driver": "570.00"}
+
+    def made_up(device, row, *_):
+        return row.model_copy(update={"time_us": 1.0})
+
+    for name in ("measure_kernel", "measure_launch", "measure_memory"):
+        monkeypatch.setattr(rank_process, name, made_up)
+    monkeypatch.setattr(rank_process, "open_device", lambda *_: Gpu(1))
+    settings = Settings(raw=tmp_path, quick=True)
+    ranks = Ranks(0, 0, 1, 1, torch.distributed.HashStore())
+    rank_process.run_rank(ranks, settings, lambda _: None, pytest.fail)
+    rows = read_measurements(settings.file)
+    assert {row.kind for row in rows} == {"environment", "launch", "gemm", "attention", "memory_bound", "memory"}
+    assert {"context", "allocated", "reserved"} <= {row.name for row in rows if row.kind == "memory"}
+    assert {"graph_add", "host_add"} <= {row.name for row in rows if row.kind == "launch"}
+    assert base_of_rows(None, rows).name == "dgx-h100"
+    # The datasheet's cache, which is larger than what this machine reports.
+    bytes_of_adds = [row.bytes_moved for row in rows if row.name == "add"]
+    assert min(bytes_of_adds) < 50 * MIB < max(bytes_of_adds)
 
 
 def test_one_rank_that_cannot_allocate_stops_none():

@@ -96,6 +96,18 @@ def test_what_failed_is_named_and_tried_again_after_all_else(settings):
     assert run(settings)[0] == []
 
 
+def test_a_device_that_is_lost_ends_the_run_and_a_rerun_begins_with_the_others(settings):
+    def measure(row):
+        failed = {"skipped": "CUDA error: an illegal memory access was encountered"}
+        return row.model_copy(update=failed if row == ROWS[1] else {"time_us": 1.0})
+
+    with pytest.raises(InputError, match="gemm dgrad fp32 64x64x64: CUDA error: an illegal memory access"):
+        run(settings, measure=measure)
+    measured, _ = run(settings)
+    assert len(measured) > 1
+    assert measured[-1] == ROWS[1]
+
+
 def test_small_measurements_come_before_large_ones(settings):
     measured, _ = run(settings, list(reversed(ROWS)))
     expected = [expected_seconds(row, PROFILE) for row in measured]

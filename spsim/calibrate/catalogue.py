@@ -75,7 +75,7 @@ def _small(hidden: int) -> Model:
 def selection(machine: Machine, *, quick: bool) -> Selection:
     """The sizes for a machine."""
     if machine.device == "cpu":
-        hidden = (256, 512, 768) if quick else (256, 512, 768, 1024)
+        hidden = (256, 512) if quick else (256, 512, 768, 1024)
         return Selection(
             layers=tuple((_small(h), 1) for h in hidden),
             tokens=(128, 512) if quick else (128, 256, 512, 1024, 2048),

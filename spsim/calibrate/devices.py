@@ -29,6 +29,8 @@ DTYPES = {
 }  # fmt: skip
 RANDOM_BLOCK = 2**20
 """Random numbers that are drawn once and repeated to fill a tensor: distinct enough for a product's power."""
+WARM_UP_SECONDS, WARM_UP_SIDE = 1.0, 4096
+"""How long a GPU multiplies matrices, and of which size, before anything is measured."""
 
 
 class Device(ABC):
@@ -46,6 +48,8 @@ class Device(ABC):
         self.torch_device = device
         self.cache_bytes = cache_bytes
         """Last-level cache, as far as the system says; a datasheet may know of one beyond."""
+        self.sharers = 1
+        """Ranks that share that cache."""
         self._block = torch.randn(RANDOM_BLOCK, device=device)
 
     def random(self, *shape: int, dtype: str = "fp32") -> torch.Tensor:
@@ -53,6 +57,11 @@ class Device(ABC):
         count = int(torch.Size(shape).numel())
         filled = self._block.to(self.type_of(dtype)).repeat(-(-count // RANDOM_BLOCK))
         return filled[:count].view(shape)
+
+    @property
+    def cache_share(self) -> int:
+        """Bytes of the cache that one rank can count on when all are busy."""
+        return self.cache_bytes // self.sharers
 
     def type_of(self, dtype: str) -> torch.dtype:
         """The torch type of a name."""
@@ -87,6 +96,10 @@ class Device(ABC):
     def elapsed(self, start: Any, end: Any) -> float:
         """Seconds from one mark to another, once both are passed."""
 
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Bring the device to the clock that it has under load."""
+
     def beside(self) -> AbstractContextManager[Any]:
         """Where marks do not wait for the kernels that were started before."""
         return nullcontext()
@@ -105,10 +118,11 @@ class Cpu(Device):
     dtypes = ("fp32", "bf16")
     backend = "gloo"
 
-    def __init__(self) -> None:
+    def __init__(self, sharers: int) -> None:
         sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         found = [int(size.read_text().strip().removesuffix("K")) * KIB for size in sizes]
         super().__init__(torch.device("cpu"), max(found, default=32 * MIB))
+        self.sharers = sharers
 
     @property
     def name(self) -> str:
@@ -116,6 +130,9 @@ class Cpu(Device):
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
+
+    def warm_up(self) -> None:
+        """A CPU is there at once."""
 
     def used_bytes(self) -> int:
         raise AssertionError("a CPU has no memory of its own")
@@ -207,7 +224,14 @@ class Cuda(Device):
         return self._events(calls, per_sample, repeats, hold=1.5 * host * per_sample * repeats)
 
     def communication_samples(self, calls: Iterator[Call], per_sample: int, repeats: int) -> list[float]:
-        return self._events(calls, per_sample, repeats, hold=0.0)
+        return self.kernel_samples(calls, per_sample, repeats)
+
+    def warm_up(self) -> None:
+        square = self.random(WARM_UP_SIDE, WARM_UP_SIDE, dtype="bf16")
+        end = time.monotonic() + WARM_UP_SECONDS
+        while time.monotonic() < end:
+            torch.mm(square, square)
+            torch.cuda.synchronize()
 
     def _events(self, calls: Iterator[Call], per_sample: int, repeats: int, hold: float) -> list[float]:
         events = [_cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -273,9 +297,9 @@ def _nvidia_smi(query: str, index: int) -> list[str]:
     return [part.strip() for part in done.stdout.split(",")]
 
 
-def open_device(local_rank: int) -> Device:
+def open_device(local_rank: int, ranks_per_node: int) -> Device:
     """The GPU of a local rank, or one thread of the CPU where torch sees none."""
     if torch.cuda.is_available():
         return Cuda(local_rank)
     torch.set_num_threads(1)
-    return Cpu()
+    return Cpu(ranks_per_node)

@@ -40,11 +40,11 @@ def measure_kernel(device: Device, row: Measurement, effort: Effort) -> Measurem
 def _sets(device: Device, row: Measurement) -> int:
     """How many sets of buffers: enough to exceed the cache.
 
-    Memory-bound operators whose tensors fit the cache are measured there, as in a layer, where the kernel before
-    has just written what they read.
+    Memory-bound operators whose tensors fit this rank's share of the cache are measured there, as in a layer, where
+    the kernel before has just written what they read.
     """
     moved = row.bytes_moved or 1
-    if row.kind == "memory_bound" and moved <= device.cache_bytes:
+    if row.kind == "memory_bound" and moved <= device.cache_share:
         return 1
     return max(2, min(MAX_SETS, -(-ROTATION * device.cache_bytes // moved)))
 
@@ -59,7 +59,7 @@ def _gemm(device: Device, row: Measurement) -> Call:
         return _fp8_gemm(device, row)
     random = partial(device.random, dtype=row.dtype)
     if batch > 1:
-        return partial(_batched(row), *_batch_operands(device, row))
+        return partial(torch.bmm, *_batch_operands(device, row))
     if row.name == "forward":
         return partial(functional.linear, random(m, k), random(n, k))
     if row.name == "dgrad":
@@ -70,16 +70,12 @@ def _gemm(device: Device, row: Measurement) -> Call:
     return _accumulate(device, gradient, x, device.random(n, m))
 
 
-def _batched(row: Measurement) -> Callable[..., Any]:
-    return torch.matmul if row.name == "forward" else lambda a, b: torch.matmul(a.transpose(-1, -2), b)
-
-
 def _batch_operands(device: Device, row: Measurement) -> tuple[torch.Tensor, torch.Tensor]:
     """Q and transposed K, probabilities and V, or the gradient of the scores and Q, laid out as a layer has them."""
     m, n, k, batch = _sizes(row.m, row.n, row.k, row.batch)
     random = partial(device.random, dtype=row.dtype)
     if row.name == "dgrad":
-        return random(batch, k, m), random(batch, k, n)
+        return random(batch, k, m).transpose(1, 2), random(batch, k, n)
     if n == m and k < m:
         return random(batch, m, k), random(batch, n, k).transpose(1, 2)
     return random(batch, m, k), random(batch, k, n)
@@ -120,12 +116,9 @@ def _attention(device: Device, row: Measurement) -> Call:
 
 
 def _backward(device: Device, out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Call:
-    gradient = torch.ones_like(out) if out.dim() == 0 else torch.empty_like(out).copy_(_like(device, out))
+    """The gradient has the layout of what it belongs to, as in a layer."""
+    gradient = torch.empty_like(out).copy_(device.random(*out.shape))
     return partial(torch.autograd.grad, out, inputs, gradient, retain_graph=True)
-
-
-def _like(device: Device, out: torch.Tensor) -> torch.Tensor:
-    return device.random(*out.shape).to(out.dtype)
 
 
 def _memory_bound(device: Device, row: Measurement) -> Call:

@@ -38,7 +38,7 @@ Fail = Callable[[str], None]
 
 def run_rank(ranks: Ranks, settings: Settings, report: Report, fail: Fail) -> None:
     """Measure as one of `ranks`; returns when all is measured."""
-    device = open_device(ranks.local_rank)
+    device = open_device(ranks.local_rank, ranks.per_node)
     absent = f"calibrate: not all of {ranks.world} ranks came together within {settings.time_limit:g} s; {KEPT}"
     with time_limit(settings.time_limit, lambda: fail(absent)):
         ranks.check_alike(device.name)
@@ -59,6 +59,7 @@ def run_rank(ranks: Ranks, settings: Settings, report: Report, fail: Fail) -> No
 def _lead(ranks: Ranks, device: Device, settings: Settings, report: Report, fail: Fail) -> None:
     profile = base_profile(settings.base, device.name, gpu=device.kind == "cuda")
     machine = _machine(ranks, device, profile)
+    device.warm_up()
     raw = RawFile(settings.file, environment_rows(_facts(ranks, device)))
 
     def guard(row: Measurement) -> AbstractContextManager[None]:
@@ -88,9 +89,8 @@ def _machine(ranks: Ranks, device: Device, profile: HardwareProfile) -> Machine:
         )
     if device.kind == "cuda":
         device.cache_bytes = max(device.cache_bytes, round(profile.datasheet.memory.l2_mib.value * MIB))
-    shared = ranks.per_node if device.kind == "cpu" else 1
     return Machine(
-        device=device.kind, dtypes=device.dtypes, cache_bytes=device.cache_bytes // shared, ranks=ranks.world,
+        device=device.kind, dtypes=device.dtypes, cache_bytes=device.cache_share, ranks=ranks.world,
         nodes=ranks.nodes, levels=levels,
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ def _measure(ranks: Ranks, device: Device, settings: Settings, row: Measurement)
         if row.kind == "memory":
             return measure_memory(device, row)
         return measure_kernel(device, row, settings.effort)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # a TypeError where an older torch lacks an argument
         return row.model_copy(update={"skipped": reason(error)})
 
 

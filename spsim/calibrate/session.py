@@ -23,6 +23,8 @@ OVERHEAD_CALLS = 12
 """Warm-up, pilot and least repeats of one measurement."""
 MEMORY_OF_PACE = 0.3
 """Weight of the latest measurement in the ratio of time taken to time expected."""
+DEVICE_LOST = ("CUDA error", "HIP error")
+"""How torch begins the message of an error after which a process cannot use its device any more."""
 KEPT = "finished measurements are kept, run again to go on"
 
 
@@ -45,7 +47,7 @@ class Settings:
     @property
     def budget(self) -> float:
         """Seconds for all measurements: what is promised, less starting, fitting and drawing."""
-        return 90.0 if self.quick else 1080.0
+        return 80.0 if self.quick else 1080.0
 
     @property
     def effort(self) -> Effort:
@@ -57,7 +59,6 @@ class Settings:
 class Progress:
     """Where a calibration stands."""
 
-    elapsed: float
     remaining: float
     """Seconds, expected."""
     item: str
@@ -238,7 +239,7 @@ class Session:
                 continue
             rest = min(self.pace * sum(expected[index:]), end - elapsed) + later * self.pace
             remaining = min(rest, self.settings.budget - elapsed)
-            self.report(Progress(elapsed, remaining, title(row), self.done, self.total))
+            self.report(Progress(remaining, title(row), self.done, self.total))
             self._measure_one(row, measure)
             taken = time.monotonic() - self.start - elapsed
             self.pace += MEMORY_OF_PACE * (taken / expected[index] - self.pace)
@@ -248,5 +249,7 @@ class Session:
             result = measure(row)
         self.raw.add([result])
         self.done += 1
+        if result.skipped.startswith(DEVICE_LOST):
+            raise InputError(f"calibrate: {title(row)}: {result.skipped}; {KEPT}")
         if result.skipped:
             self.skipped.append(result)
