@@ -256,7 +256,8 @@ def test_all_curves_of_a_node_come_back():
     rows = [r for r in measurements(H100, collectives=True) if r.kind == "collective"]
     found = fit_profile(rows, H100, "node")
     assert {path for path, _ in leaves(found.profile.coefficients) if path not in found.kept} == {
-        "collective_overhead_us", *(f"collectives.nvlink.{name}" for name in H100.coefficients.collectives["nvlink"])
+        "collective_overhead_us",
+        *(f"collectives.nvlink.{name}" for name in H100.coefficients.collectives["nvlink"]),
     }
     mine, base = CommCost(found.profile), CommCost(H100)
     assert mine.overhead == 0.0, "it is part of what was measured"
