@@ -156,13 +156,16 @@ def test_what_a_cpu_shows_is_found():
             **{f"attention.{d}.causal": getattr(base.coefficients.attention, d).full for d in ("forward", "backward")},
         },
     )
-    found = fit_profile(measurements(truth, on=CPU, noise=0.02), base, "cpu").profile
+    rows = measurements(truth, on=CPU, noise=0.02)
+    found = fit_profile(rows, base, "cpu").profile
     assert value(found, "gemm.traffic_exposed") == pytest.approx(1.0, rel=0.2)
     assert value(found, "gemm.start_us") == pytest.approx(15.0, rel=0.2)
     assert value(found, "attention_by_dtype.fp32.forward.block_tokens") == pytest.approx(512, rel=0.05)
     assert value(found, "attention.backward.block_tokens") == pytest.approx(512, rel=0.05)
     for tier in ("memory", "cache"):
         assert value(found, f"kernel_rates.fp32.dropout_forward.{tier}_gb_per_s") == pytest.approx(2.0, rel=0.05)
+    again = fit_profile([r for r in rows if r.kind == "memory_bound"], found, "cpu").profile
+    assert again.coefficients.kernel_rates == found.coefficients.kernel_rates, "whatever base it begins with"
 
 
 def bandwidth(number):
@@ -313,6 +316,21 @@ def test_a_faster_cpu_replaces_the_peaks():
     assert sheet.peak_tflops["bf16"].source == "calibrate-highest-rate"
     assert any("put in its place" in note for note in found.notes)
     assert found.profile == parse_profile(document(found.profile), "fast")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"kind": "gemm", "name": "forward", "m": 8, "n": 8}, "gemm row .forward. has no k"),
+        ({"kind": "attention", "name": "forward", "queries": 8, "keys": 8, "heads": 1, "head_dim": 64}, "no causal"),
+        ({"kind": "memory_bound", "name": "sort", "operator_class": "sorting", "bytes_moved": 8}, "class 'sorting'"),
+        ({"kind": "collective", "name": "all_reduce", "level": "nvlink", "ranks": 2}, "has no message_bytes"),
+        ({"kind": "collective", "name": "all_reduce", "level": "token-ring", "ranks": 2}, "level 'token-ring'"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_one_clear_line(row, message):
+    with pytest.raises(InputError, match=message):
+        fit_profile([Measurement(**row, dtype="bf16", time_us=1.0)], H100, "bad")
 
 
 def test_nothing_measured_is_an_error():

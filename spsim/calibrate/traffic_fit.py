@@ -28,6 +28,8 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
     samples = memory_samples(rows, cache)
     if not samples:
         return Fit(profile, ())
+    no_rates = profile.coefficients.model_copy(update={"kernel_rates": {}})
+    profile = profile.model_copy(update={"coefficients": no_rates})
     half = Fraction(value=0.5, source="unknown")
     profile = with_missing(profile, {f"memory_bound.{group}": half for group in _groups(samples)})
     shared = fit_samples(samples, profile, _shares(samples, profile))
