@@ -5,6 +5,7 @@ A raw file that has all rows but a few makes a run short: a calibration measures
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from multiprocessing import active_children
@@ -25,7 +26,7 @@ from spsim.units import MIB
 from tests.test_calibrate_catalogue import CPU, machine
 
 FORWARD = "gemm forward fp32 128x768x256"
-ALL_REDUCE = "all_reduce fp32 4096 bytes on 2 ranks"
+ALL_REDUCE = "all_reduce fp32 4096 bytes on 2 ranks by shared-memory"
 
 
 def all_rows():
@@ -65,8 +66,8 @@ def measured(settings):
 
 
 def test_two_processes_measure_one_row_of_each_kind(tmp_path):
-    smallest = [f"{name} fp32 1024 bytes on 2 ranks" for name in catalogue.COLLECTIVES]
-    beside = "gemm_beside_all_reduce fp32 67108864 bytes on 2 ranks"
+    smallest = [f"{name} fp32 1024 bytes on 2 ranks by shared-memory" for name in catalogue.COLLECTIVES]
+    beside = "gemm_beside_all_reduce fp32 67108864 bytes on 2 ranks by shared-memory"
     others = ["stream_add fp32", "norm_statistics bf16", "attention forward bf16 4/4 heads of 64, 128 tokens, causal"]
     settings = prepare(tmp_path, named(FORWARD, beside, *smallest, *others))
     reports = []
@@ -140,21 +141,33 @@ def test_a_collective_that_hangs_ends_at_the_time_limit(tmp_path):
     assert active_children() == []
 
 
-def run_torchrun(*arguments, ranks=2):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "spsim",
-        "calibrate", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
-def test_ranks_of_torchrun_measure_and_the_first_writes(tmp_path):
+def start_rank(rank, port, *arguments):
+    """One of two ranks of a node, with the variables that torchrun sets."""
+    variables = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }  # fmt: skip
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    command = [sys.executable, "-m", "spsim", "calibrate", *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ranks_of_a_launcher_measure_and_the_first_writes(tmp_path):
     (tmp_path / "p.raw").mkdir()
     settings = prepare(tmp_path / "p.raw", named(FORWARD, ALL_REDUCE))
-    done = run_torchrun("--quick", "--out", str(tmp_path / "p.toml"))
-    assert done.returncode == 0, done.stderr
+    port = free_port()
+    started = [start_rank(rank, port, "--quick", "--out", str(tmp_path / "p.toml")) for rank in range(2)]
+    (first, error), (second, _) = (process.communicate(timeout=120) for process in started)
+    assert [process.returncode for process in started] == [0, 0], error
     assert {FORWARD, ALL_REDUCE} <= set(measured(settings))
-    assert done.stdout.count("held-out errors") == 1
+    assert first.count("held-out errors") == 1
+    assert second == ""
     assert load_profile(tmp_path / "p.toml").provenance["ranks"] == "2"
 
 

@@ -21,7 +21,7 @@ from spsim.calibrate.session import (
     time_limit,
     title,
 )
-from spsim.calibrate.shapes import flash_attention, linear, memory_bound
+from spsim.calibrate.shapes import flash_attention, linear
 from spsim.errors import InputError
 from spsim.profiles import load_profile
 from tests.test_calibrate_catalogue import CPU, machine
@@ -224,7 +224,8 @@ def test_sections_come_in_an_order_that_leaves_each_what_it_needs():
     assert shares[-1] == 1
 
 
-def test_titles_tell_rows_apart():
-    rows = [*linear("fp32", 8, 16, 24), *memory_bound("softmax", "bf16", 8, 16), *ROWS]
+@pytest.mark.parametrize("where", [CPU, machine(ranks=16, nodes=2)], ids=["cpu", "two nodes"])
+def test_titles_tell_rows_apart(where):
+    rows = [row for section in sections(where, quick=False) for row in section.rows]
     assert len({title(row) for row in rows}) == len(rows)
-    assert title(rows[0]) == "gemm forward fp32 8x24x16"
+    assert title(ROWS[0]) == "gemm forward fp32 64x64x64"

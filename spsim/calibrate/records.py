@@ -43,6 +43,7 @@ class Measurement(BaseModel):
     keys: int | None = None
     causal: bool | None = None
     bytes_moved: int | None = None
+    """Of a kernel, or asked of the allocator."""
     level: str = ""
     """Level of the topology that a collective was measured on."""
     ranks: int | None = None
@@ -56,9 +57,9 @@ class Measurement(BaseModel):
     p10_us: float | None = None
     p90_us: float | None = None
     value: float | None = None
-    """Of what is not a time: bytes, or a share."""
+    """Of what is not a time: bytes; of interference the share of its rate that one loses beside the other."""
     text: str = ""
-    """Of the environment: a version, a device, a date."""
+    """Of the environment: a version, a device, a date; of norm statistics, their type."""
     skipped: str = ""
     """Why there is no result, such as out of memory; the other columns still say what was tried."""
 

@@ -80,11 +80,9 @@ Measure = Callable[[Measurement], Measurement]
 def title(row: Measurement) -> str:
     """What a row measures, in a few words."""
     if row.kind in ("collective", "interference", "memory"):
-        sizes = [
-            f"{row.message_bytes} bytes" if row.message_bytes else "",
-            f"on {row.ranks} ranks" if row.ranks else "",
-        ]
-        return " ".join(part for part in (row.name, row.dtype, *sizes) if part)
+        size = row.message_bytes or row.bytes_moved
+        of = [f"{size} bytes" if size else "", f"on {row.ranks} ranks by {row.level}" if row.ranks else ""]
+        return " ".join(part for part in (row.name, row.dtype, *of) if part)
     if row.kind == "attention":
         shape = f"{row.heads}/{row.kv_heads} heads of {row.head_dim}, {row.queries} tokens"
         return f"attention {row.name} {row.dtype} {shape}{', causal' if row.causal else ''}"
