@@ -433,6 +433,18 @@ def test_band_counts_communication_that_nothing_hides():
     assert any("missed its error limit" in note for note in report.notes(result))
 
 
+def test_band_of_the_weight_synchronisation():
+    """Two nodes of Ulysses and ring: the all-reduce of the gradients is off by 20 %, and stands alone."""
+    curves = H100.coefficients.collectives["infiniband"]["all_reduce"]
+    wrong = tuple(curve.model_copy(update={"held_out_error_percent": 20.0}) for curve in curves)
+    base = with_errors(H100, {"gemm.fraction.bf16": 0.0})
+    result = small(with_leaves(base, {"collectives.infiniband.all_reduce": wrong}), "ulysses=8,ring=2")
+    assert result.weight_sync_s > 0
+    share = result.weight_sync_s / result.step_time_s
+    assert result.error_band.step_time_percent == pytest.approx(20 * share)
+    assert result.error_band.layer_forward_percent == 0
+
+
 @pytest.mark.parametrize("name", ["dgx-h100", "dgx-a100-80gb"])
 def test_a_profile_that_no_calibration_wrote_has_no_band(name):
     """A100 has held-out errors of its attention alone, which say little of a step."""
