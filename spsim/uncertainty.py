@@ -20,7 +20,6 @@ from math import sqrt
 
 from spsim.comm_cost import CommCost
 from spsim.hardware import HardwareProfile, Provenance, leaves
-from spsim.metrics import exposed
 from spsim.placement import Axis, Collective, mesh_of, nodes_of
 from spsim.program import Communication, Program, Step
 from spsim.scenario import Scenario
@@ -97,9 +96,9 @@ class Account:
             "forward": [self._of_step(step) for step in program.forward],
             "backward": [self._of_step(step) for step in program.backward],
         }
-        for recording, (phase, _) in trace.recordings.items():
-            if phase == "weight_sync":
-                self.classes[phase] = [self._of_sync(task) for task in recording.labels]
+        for recording, tasks, _ in trace.described():
+            if trace.recordings[recording][0] == "weight_sync":
+                self.classes["weight_sync"] = [self._of_sync(task) for task in tasks]
 
     def _of_step(self, step: Step) -> Classes:
         if isinstance(step, Communication):
@@ -142,16 +141,17 @@ class Account:
         )
 
     def _times(self, recording: Recording, classes: Sequence[Classes]) -> Iterator[tuple[Classes, float]]:
-        """Picoseconds by class of one pass: of kernels, and of communication that none hides."""
-        spans = recording.by_rank[self.rank]
-        totals: Counter[Classes] = Counter()
-        hidden: Counter[Classes] = Counter()
+        """Picoseconds by class of one pass: of kernels, and of communication while none runs, which it makes wait."""
+        spans = [span for span in recording.spans if span.rank == self.rank]
+        kernels: Counter[Classes] = Counter()
+        transfers: Counter[Classes] = Counter()
         for span in spans:
-            counter = totals if span.lane == COMPUTE_LANE else hidden
+            counter = kernels if span.lane == COMPUTE_LANE else transfers
             counter[classes[span.task]] += span.end_ps - span.start_ps
-        share = exposed(spans) / hidden.total() if hidden.total() else 0.0
-        yield from totals.items()
-        yield from ((name, share * time) for name, time in hidden.items())
+        length = max(span.end_ps for span in spans) - min(span.posted_ps for span in spans)
+        share = (length - kernels.total()) / transfers.total() if transfers.total() else 0.0
+        yield from kernels.items()
+        yield from ((name, share * time) for name, time in transfers.items())
 
     def _percent(self, times: Mapping[Classes, float], length: float) -> float | None:
         errors = {classes: held_out_of(self.profile, classes) for classes in times}
