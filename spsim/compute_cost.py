@@ -121,14 +121,25 @@ class ComputeCost:
         return time
 
     def _traffic_times(self, work: MemoryBound) -> tuple[Seconds, Seconds]:
-        """Seconds of the traffic at the rate of the memory and of the cache, with a start of its own."""
+        """Seconds of the traffic at the rate of the memory and of the cache."""
+        if not self._rates:
+            return self._shared_times(work)
+        forward, backward = (self._own_times(work, direction) for direction in ("forward", "backward"))
+        return np.where(work.backward, backward[0], forward[0]), np.where(work.backward, backward[1], forward[1])
+
+    def _shared_times(self, work: MemoryBound) -> tuple[Seconds, Seconds]:
         total = work.bytes_moved
-        rates = self._rates.get(f"{work.operator_class}_{work.direction}")
-        if rates is not None:
-            start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
-            return start + total / (rates.memory_gb_per_s.value * GB), start + total / (rates.cache_gb_per_s.value * GB)
         memory = total / self._bandwidth(work.operator_class)
         return memory, np.minimum(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * GB))
+
+    def _own_times(self, work: MemoryBound, direction: Direction) -> tuple[Seconds, Seconds]:
+        """The same at the rates of a kernel, with its start, where it has been measured by itself."""
+        rates = self._rates.get(f"{work.operator_class}_{direction}")
+        if rates is None:
+            return self._shared_times(work)
+        start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
+        total = work.bytes_moved
+        return start + total / (rates.memory_gb_per_s.value * GB), start + total / (rates.cache_gb_per_s.value * GB)
 
     def _bandwidth(self, operator_class: MemoryBoundClass) -> float:
         fraction: Fraction = getattr(self.coefficients.memory_bound, operator_class)
@@ -151,7 +162,7 @@ class ComputeCost:
                 blocks = (f"{curves}.{work.direction}.block_tokens",) if work.causal else ()
                 paths += (f"{curves}.{work.direction}.{mask}", *blocks, "memory_bound.elementwise")
             case MemoryBound():
-                kernel = f"{work.operator_class}_{work.direction}"
+                kernel = f"{work.operator_class}_{'backward' if work.backward else 'forward'}"
                 if kernel in self._rates:
                     return (*paths, f"kernel_rates.{self._rates_of}.{kernel}")
                 paths += (f"memory_bound.{work.operator_class}", "l2_bandwidth_gb_per_s")

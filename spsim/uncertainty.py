@@ -20,12 +20,10 @@ from math import sqrt
 
 from spsim.comm_cost import CommCost
 from spsim.hardware import HardwareProfile, Provenance, leaves
-from spsim.layer import prepared_layer
-from spsim.metrics import exposed
-from spsim.program import Compute, Program, Step
+from spsim.placement import Axis, Collective, mesh_of, nodes_of
+from spsim.program import Communication, Program, Step
 from spsim.scenario import Scenario
-from spsim.schedule import Sync
-from spsim.trace import COMPUTE_LANE, Recording, Trace
+from spsim.trace import COMPUTE_LANE, Recording, TaskInfo, Trace
 from spsim.work import FlashAttention, Gemm, Work
 
 Classes = tuple[str, ...]
@@ -87,26 +85,38 @@ class Account:
     """Which classes the tasks of one scenario belong to, and the time that each takes."""
 
     def __init__(self, scenario: Scenario, trace: Trace, program: Program) -> None:
-        layer = prepared_layer(scenario.model, scenario.plan, fold=True)
-        comm = CommCost(scenario.hardware)
-        own_attention = scenario.workload.precision in scenario.hardware.coefficients.attention_by_dtype
-
-        def of_task(task: Step | Sync) -> Classes:
-            if isinstance(task, Compute):
-                return (
-                    _class_of(next(work for work in task.work if work), scenario.workload.precision, own_attention),
-                )
-            axes = task.axes if isinstance(task, Sync) else (task.axis,)
-            nodes = layer.nodes(axes, task.ranks, scenario.gpus_per_node)
-            return tuple(p for p in comm.coefficients_of(task.collective, nodes) if p.startswith("collectives."))
-
+        self.scenario = scenario
         self.profile = scenario.hardware
         self.trace = trace
         self.rank = next(iter(trace.copies))
-        tasks: dict[str, Sequence[Step | Sync]] = {
-            "forward": program.forward, "backward": program.backward, "weight_sync": layer.schedule.syncs
-        }  # fmt: skip
-        self.classes = {phase: [of_task(task) for task in own] for phase, own in tasks.items()}
+        self.comm = CommCost(scenario.hardware)
+        self.mesh = mesh_of(scenario.plan)
+        self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
+        self.classes: dict[str, list[Classes]] = {
+            "forward": [self._of_step(step) for step in program.forward],
+            "backward": [self._of_step(step) for step in program.backward],
+        }
+        for recording, tasks, _ in trace.described():
+            if trace.recordings[recording][0] == "weight_sync":
+                self.classes["weight_sync"] = [self._of_sync(task) for task in tasks]
+
+    def _of_step(self, step: Step) -> Classes:
+        if isinstance(step, Communication):
+            return self._of_collective((step.axis,), step.collective, step.ranks)
+        precision = self.scenario.workload.precision
+        own_attention = precision in self.profile.coefficients.attention_by_dtype
+        return (_class_of(next(work for work in step.work if work), precision, own_attention),)
+
+    def _of_sync(self, task: TaskInfo) -> Classes:
+        return self._of_collective(tuple(task.axis.split(" × ")), task.collective, None)  # type: ignore[arg-type]
+
+    def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:
+        key = (axes, collective, ranks)
+        if key not in self._collectives:
+            nodes = nodes_of(self.mesh, axes, self.scenario.gpus_per_node, ranks)
+            paths = self.comm.coefficients_of(collective, nodes)
+            self._collectives[key] = tuple(path for path in paths if path.startswith("collectives."))
+        return self._collectives[key]
 
     def flagged(self) -> tuple[str, ...]:
         """Classes in use whose calibration missed its limit."""
@@ -131,16 +141,17 @@ class Account:
         )
 
     def _times(self, recording: Recording, classes: Sequence[Classes]) -> Iterator[tuple[Classes, float]]:
-        """Picoseconds by class of one pass: of kernels, and of communication that none hides."""
-        spans = recording.by_rank[self.rank]
-        totals: Counter[Classes] = Counter()
-        hidden: Counter[Classes] = Counter()
+        """Picoseconds by class of one pass: of kernels, and of communication while none runs, which it makes wait."""
+        spans = [span for span in recording.spans if span.rank == self.rank]
+        kernels: Counter[Classes] = Counter()
+        transfers: Counter[Classes] = Counter()
         for span in spans:
-            counter = totals if span.lane == COMPUTE_LANE else hidden
+            counter = kernels if span.lane == COMPUTE_LANE else transfers
             counter[classes[span.task]] += span.end_ps - span.start_ps
-        share = exposed(spans) / hidden.total() if hidden.total() else 0.0
-        yield from totals.items()
-        yield from ((name, share * time) for name, time in hidden.items())
+        length = max(span.end_ps for span in spans) - min(span.posted_ps for span in spans)
+        share = (length - kernels.total()) / transfers.total() if transfers.total() else 0.0
+        yield from kernels.items()
+        yield from ((name, share * time) for name, time in transfers.items())
 
     def _percent(self, times: Mapping[Classes, float], length: float) -> float | None:
         errors = {classes: held_out_of(self.profile, classes) for classes in times}

@@ -60,7 +60,8 @@ class MemoryBound:
 
     operator_class: MemoryBoundClass
     bytes_moved: int
-    direction: Direction = "forward"
+    backward: int = 0
+    """1 in the backward pass; a number, so that kernels of both passes are one array."""
 
     @property
     def flops(self) -> int:

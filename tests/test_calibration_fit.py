@@ -23,7 +23,7 @@ from spsim.calibrate.solver import halves
 from spsim.cli import main
 from spsim.comm_cost import CommCost
 from spsim.errors import InputError
-from spsim.hardware import Bandwidth, KernelRates, NonNegative
+from spsim.hardware import Bandwidth, KernelRates, NonNegative, leaves
 from spsim.profiles import load_profile, parse_profile, profile_names
 from spsim.sweeps import Point, row
 from tests.cases import model
@@ -156,13 +156,16 @@ def test_what_a_cpu_shows_is_found():
             **{f"attention.{d}.causal": getattr(base.coefficients.attention, d).full for d in ("forward", "backward")},
         },
     )
-    found = fit_profile(measurements(truth, on=CPU, noise=0.02), base, "cpu").profile
+    rows = measurements(truth, on=CPU, noise=0.02)
+    found = fit_profile(rows, base, "cpu").profile
     assert value(found, "gemm.traffic_exposed") == pytest.approx(1.0, rel=0.2)
     assert value(found, "gemm.start_us") == pytest.approx(15.0, rel=0.2)
     assert value(found, "attention_by_dtype.fp32.forward.block_tokens") == pytest.approx(512, rel=0.05)
     assert value(found, "attention.backward.block_tokens") == pytest.approx(512, rel=0.05)
     for tier in ("memory", "cache"):
         assert value(found, f"kernel_rates.fp32.dropout_forward.{tier}_gb_per_s") == pytest.approx(2.0, rel=0.05)
+    again = fit_profile([r for r in rows if r.kind == "memory_bound"], found, "cpu").profile
+    assert again.coefficients.kernel_rates == found.coefficients.kernel_rates, "whatever base it begins with"
 
 
 def bandwidth(number):
@@ -255,20 +258,16 @@ def test_all_curves_of_a_node_come_back():
     """From 2 to 8 ranks, in-network reduction where the base has it."""
     rows = [r for r in measurements(H100, collectives=True) if r.kind == "collective"]
     found = fit_profile(rows, H100, "node")
-    assert {path for path, _ in paths(found.profile) if path not in found.kept} == {
-        f"collectives.nvlink.{name}" for name in H100.coefficients.collectives["nvlink"]
+    assert {path for path, _ in leaves(found.profile.coefficients) if path not in found.kept} == {
+        "collective_overhead_us",
+        *(f"collectives.nvlink.{name}" for name in H100.coefficients.collectives["nvlink"]),
     }
     mine, base = CommCost(found.profile), CommCost(H100)
+    assert mine.overhead == 0.0, "it is part of what was measured"
     for r in rows:
         if r.message_bytes >= 2**20:
             args = (r.name, r.message_bytes, r.ranks)
             assert mine.time(*args) == pytest.approx(base.time(*args), rel=0.02), args
-
-
-def paths(profile):
-    from spsim.hardware import leaves
-
-    return leaves(profile.coefficients)
 
 
 # ------------------------------------------------------------ the base, and another device
@@ -317,6 +316,21 @@ def test_a_faster_cpu_replaces_the_peaks():
     assert sheet.peak_tflops["bf16"].source == "calibrate-highest-rate"
     assert any("put in its place" in note for note in found.notes)
     assert found.profile == parse_profile(document(found.profile), "fast")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"kind": "gemm", "name": "forward", "m": 8, "n": 8}, "gemm row .forward. has no k"),
+        ({"kind": "attention", "name": "forward", "queries": 8, "keys": 8, "heads": 1, "head_dim": 64}, "no causal"),
+        ({"kind": "memory_bound", "name": "sort", "operator_class": "sorting", "bytes_moved": 8}, "class 'sorting'"),
+        ({"kind": "collective", "name": "all_reduce", "level": "nvlink", "ranks": 2}, "has no message_bytes"),
+        ({"kind": "collective", "name": "all_reduce", "level": "token-ring", "ranks": 2}, "level 'token-ring'"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_one_clear_line(row, message):
+    with pytest.raises(InputError, match=message):
+        fit_profile([Measurement(**row, dtype="bf16", time_us=1.0)], H100, "bad")
 
 
 def test_nothing_measured_is_an_error():
@@ -417,6 +431,18 @@ def test_band_counts_communication_that_nothing_hides():
     assert result.error_band.known_share > exposed
     assert result.flagged == ("collectives.nvlink.all_reduce",)
     assert any("missed its error limit" in note for note in report.notes(result))
+
+
+def test_band_of_the_weight_synchronisation():
+    """Two nodes of Ulysses and ring: the all-reduce of the gradients is off by 20 %, and stands alone."""
+    curves = H100.coefficients.collectives["infiniband"]["all_reduce"]
+    wrong = tuple(curve.model_copy(update={"held_out_error_percent": 20.0}) for curve in curves)
+    base = with_errors(H100, {"gemm.fraction.bf16": 0.0})
+    result = small(with_leaves(base, {"collectives.infiniband.all_reduce": wrong}), "ulysses=8,ring=2")
+    assert result.weight_sync_s > 0
+    share = result.weight_sync_s / result.step_time_s
+    assert result.error_band.step_time_percent == pytest.approx(20 * share)
+    assert result.error_band.layer_forward_percent == 0
 
 
 @pytest.mark.parametrize("name", ["dgx-h100", "dgx-a100-80gb"])

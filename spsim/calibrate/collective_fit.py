@@ -20,7 +20,7 @@ from spsim.calibrate.coefficients import with_leaves
 from spsim.calibrate.kernel_fit import Fit
 from spsim.calibrate.outcome import ClassFit, Seconds
 from spsim.calibrate.records import Measurement
-from spsim.calibrate.samples import timed
+from spsim.calibrate.samples import check_complete, timed
 from spsim.calibrate.solver import rounded
 from spsim.comm_cost import CommCost, CurveTime, algorithm_steps
 from spsim.errors import InputError
@@ -96,6 +96,7 @@ def measured_series(rows: Sequence[Measurement], profile: HardwareProfile) -> li
                 f"raw file: collectives were measured on level {row.level!r}, but {profile.name} has "
                 f"{', '.join(names)}; give the --base that they were measured with"
             )
+        check_complete(row, ("ranks", "message_bytes"))
         if row.name in get_args(CollectiveName) and (row.nodes or 1) in (1, row.ranks):
             message, time = row.message_bytes or 0, row.time_us or 0.0
             times[row.level, row.name, row.ranks or 0][message].append(time / US_PER_S)  # type: ignore[index]

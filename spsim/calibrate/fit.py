@@ -18,6 +18,7 @@ from spsim.calibrate.datasheet import datasheet_for
 from spsim.calibrate.kernel_fit import Fit, fit_attention, fit_gemm, fit_start
 from spsim.calibrate.outcome import ClassFit, FittedProfile
 from spsim.calibrate.records import Measurement
+from spsim.calibrate.samples import timed
 from spsim.calibrate.solver import rounded
 from spsim.calibrate.traffic_fit import fit_memory_bound
 from spsim.errors import InputError
@@ -119,8 +120,8 @@ def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:
         if sizes:
             mib = rounded(float(np.median(sizes)) / MIB)
             draft.put(f"memory.{name}_mib", mib, f"{name}-memory", "device memory before and after")
-    if any(row.kind == "collective" and row.clock == "wall" for row in rows):
-        text = "collectives were timed through torch, start included"
+    if timed(rows, "collective"):
+        text = "collectives were timed through torch, both hand-overs between streams included"
         draft.put("collective_overhead_us", 0.0, "collective-start", text)
 
 

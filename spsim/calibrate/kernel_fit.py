@@ -96,7 +96,8 @@ def fit_start(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
     )
 
 
-def with_missing(profile: HardwareProfile, starts: Mapping[str, Leaf | AttentionCurve]) -> HardwareProfile:
+def with_missing(profile: HardwareProfile, starts: Mapping[str, Leaf]) -> HardwareProfile:
+    """The profile with coefficients to begin with, at paths where it has none."""
     return with_leaves(profile, {path: leaf for path, leaf in starts.items() if leaf_at(profile, path) is None})
 
 
@@ -179,8 +180,11 @@ def _fit_curves(samples: Sequence[Sample], profile: HardwareProfile, root: str, 
         work = sample.work
         assert isinstance(work, FlashAttention)
         lengths.setdefault(work.head_dim, set()).add(min(work.queries, work.keys))
-    full = leaf_at(profile, f"{root}.full")
-    profile = with_leaves(profile, {f"{root}.{mask}.{head_dim}": _nearest(full, head_dim) for head_dim in lengths})
+    starts = {
+        f"{root}.{mask}.{head_dim}": _nearest(leaf_at(profile, f"{root}.{'full' if len(own) > 1 else mask}"), head_dim)
+        for head_dim, own in lengths.items()
+    }
+    profile = with_leaves(profile, starts)
     fractions = [Parameter(f"{root}.{mask}.{head_dim}.fraction", LOWEST, 1) for head_dim in lengths]
     halves = [
         Parameter(f"{root}.{mask}.{head_dim}.half_tokens", 0, 1e5, 100)

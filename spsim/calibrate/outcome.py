@@ -66,8 +66,9 @@ class ClassFit:
 
     @property
     def mean_error(self) -> float:
-        """Mean size of the logarithm of held-out over measured, wherever something was held out."""
-        return float(np.nanmean(np.abs(np.log(self.held_out / self.measured))))
+        """Mean size of the logarithm of held-out over measured; not a number where nothing was held out."""
+        logs = np.abs(np.log(self.held_out / self.measured))
+        return float(np.nanmean(logs)) if np.isfinite(logs).any() else float("nan")
 
     @property
     def flagged(self) -> bool:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from spsim.calibrate.records import Measurement
 from spsim.compute_cost import ComputeCost
 from spsim.errors import InputError
-from spsim.hardware import HardwareProfile
+from spsim.hardware import HardwareProfile, MemoryBoundFractions
 from spsim.units import US_PER_S
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 
 Seconds = npt.NDArray[np.float64]
 
@@ -74,12 +74,17 @@ def _sample(
     needed: Sequence[str],
     beyond_cache: bool = False,
 ) -> Sample:
-    missing = [name for name in needed if getattr(row, name) is None]
+    check_complete(row, needed)
+    made = work(row)
+    stratum = (row.dtype, isinstance(made, MemoryBound) and made.backward, row.head_dim, beyond_cache)
+    return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
+
+
+def check_complete(row: Measurement, needed: Sequence[str]) -> None:
+    """Raise `InputError` where a row lacks what it is about."""
+    missing = [name for name in needed if not getattr(row, name) and getattr(row, name) is not False]
     if missing:
         raise InputError(f"raw file: a {row.kind} row ({row.name}) has no {missing[0]}; measure it again")
-    made = work(row)
-    stratum = (row.dtype, getattr(made, "direction", ""), row.head_dim, beyond_cache)
-    return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
 def _shape(row: Measurement) -> Hashable:
@@ -108,8 +113,13 @@ def _attention(row: Measurement) -> FlashAttention:
 
 
 def _memory_bound(row: Measurement) -> MemoryBound:
-    direction: Direction = "backward" if row.name.endswith("_backward") else "forward"
-    return MemoryBound(row.operator_class, row.bytes_moved or 0, direction)  # type: ignore[arg-type]
+    if row.operator_class not in MemoryBoundFractions.model_fields:
+        raise InputError(
+            f"raw file: {row.name} is of the class {row.operator_class!r}; use one of "
+            f"{', '.join(MemoryBoundFractions.model_fields)}"
+        )
+    backward = int(row.name.endswith("_backward"))
+    return MemoryBound(row.operator_class, row.bytes_moved or 0, backward)  # type: ignore[arg-type]
 
 
 class Batch:

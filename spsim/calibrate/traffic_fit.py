@@ -28,6 +28,8 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
     samples = memory_samples(rows, cache)
     if not samples:
         return Fit(profile, ())
+    no_rates = profile.coefficients.model_copy(update={"kernel_rates": {}})
+    profile = profile.model_copy(update={"coefficients": no_rates})
     half = Fraction(value=0.5, source="unknown")
     profile = with_missing(profile, {f"memory_bound.{group}": half for group in _groups(samples)})
     shared = fit_samples(samples, profile, _shares(samples, profile))
@@ -79,7 +81,8 @@ def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float
     kernels: dict[str, list[Sample]] = {}
     for sample in samples:
         assert isinstance(sample.work, MemoryBound)
-        path = f"kernel_rates.{sample.dtype}.{sample.work.operator_class}_{sample.work.direction}"
+        direction = "backward" if sample.work.backward else "forward"
+        path = f"kernel_rates.{sample.dtype}.{sample.work.operator_class}_{direction}"
         kernels.setdefault(path, []).append(sample)
     beyond = [sample for sample in samples if sample.work.bytes_moved > cache]
     share = f"memory_bound.{samples[0].group}"
