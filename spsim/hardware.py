@@ -155,6 +155,10 @@ class GemmCoefficients(Table):
     """Rate of the weight-gradient product relative to forward."""
     accumulation_exposed: NonNegative
     """Share of the read and write of fp32 main gradients that the product does not hide."""
+    traffic_exposed: NonNegative | None = None
+    """Share of the shorter of FLOP time and memory time that the other does not hide; none unless measured."""
+    start_us: NonNegative | None = None
+    """Start of a product beyond that of any kernel: the call of its library; none unless measured."""
 
 
 class AttentionCurve(Table):
@@ -171,6 +175,8 @@ class AttentionMasks(Table):
 
     causal: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
     full: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
+    block_tokens: NonNegative | None = None
+    """Keys that a masked kernel computes or skips together; their cost is part of the curves unless measured."""
 
 
 class AttentionCoefficients(Table):
@@ -187,6 +193,19 @@ class MemoryBoundFractions(Table):
     norm: Fraction
     softmax: Fraction
     dropout: Fraction
+    embedding: Fraction | None = None
+    cross_entropy: Fraction | None = None
+    optimizer: Fraction | None = None
+    """The last three stand outside the transformer layers."""
+
+
+class KernelRates(Table):
+    """Measured traffic of one sort of memory-bound kernel, in memory and in the last-level cache."""
+
+    memory_gb_per_s: Bandwidth
+    cache_gb_per_s: Bandwidth
+    start_us: NonNegative | None = None
+    """Start beyond that of any kernel, such as a node of the autograd graph on a CPU; none unless measured."""
 
 
 class CollectiveCurve(Provenance):
@@ -233,7 +252,12 @@ class Coefficients(Table):
 
     gemm: GemmCoefficients
     attention: AttentionCoefficients
+    attention_by_dtype: dict[str, AttentionCoefficients] = {}
+    """Where the kernel of a data type is another than `attention` describes."""
     memory_bound: MemoryBoundFractions
+    kernel_rates: dict[str, dict[str, KernelRates]] = {}
+    """By data type and class_direction, where arithmetic or the direction matters; others have `memory_bound`.
+    Types without rates take those of `bf16`: tensors between products are of 16 bits."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
     kernel_overhead_us: Microseconds
@@ -319,6 +343,21 @@ class HardwareProfile(Table):
             raise InputError(
                 f"precision {dtype!r}: {self.datasheet.device} has no such peak; choose one of {have}"
             ) from None
+
+
+Leaf = Provenance | tuple[Provenance, ...]
+"""A number with its source, or the curves of one collective."""
+
+
+def leaves(table: Any, path: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Every coefficient of a table with its dotted path."""
+    if isinstance(table, Provenance | tuple):
+        yield path, table
+        return
+    items = table.items() if isinstance(table, dict) else ((n, getattr(table, n)) for n in type(table).model_fields)
+    for name, item in items:
+        if item is not None:
+            yield from leaves(item, f"{path}.{name}" if path else name)
 
 
 def _check_curve(level: Level, collective: str, curve: CollectiveCurve) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from spsim.scenario import Scenario
 from spsim.schedule import task_info
 from spsim.template import Numbers
 from spsim.trace import Piece, TaskInfo, Trace
+from spsim.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.units import GIB, seconds
 
 SCOPE = "layers"
@@ -54,6 +55,20 @@ class Result:
     def assumed(self) -> tuple[str, ...]:
         """Assumed coefficients that a duration of this run came from."""
         return _assumed_inputs(self.scenario, self.program)
+
+    @cached_property
+    def _account(self) -> Account:
+        return Account(self.scenario, self.trace, self.numbers.template.program)
+
+    @cached_property
+    def flagged(self) -> tuple[str, ...]:
+        """Classes of coefficients in use whose calibration missed its error limit."""
+        return self._account.flagged() if has_flags(self.scenario.hardware) else ()
+
+    @cached_property
+    def error_band(self) -> ErrorBand | None:
+        """Errors of the times from those of the coefficients, see `uncertainty`; None without a calibration."""
+        return self._account.band() if is_calibrated(self.scenario.hardware) else None
 
     # Times
 
@@ -270,6 +285,8 @@ class Result:
             **{name: getattr(self, name) for name in names},
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
             "assumed": list(self.assumed),
+            "flagged": list(self.flagged),
+            "error_band": None if self.error_band is None else asdict(self.error_band),
             "notes": list(scenario.notes),
         }
 

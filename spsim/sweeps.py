@@ -135,7 +135,14 @@ def measures(result: Result) -> dict[str, Any]:
         "fits": result.fits,
         "peak_operator": result.peak_operator,
         "out_of_memory_at": result.out_of_memory_at or "",
+        **_calibration(result),
     }
+
+
+def _calibration(result: Result) -> dict[str, Any]:
+    """The error band and flags, where a calibration wrote the profile."""
+    band = {} if result.error_band is None else {"step_time_error_percent": result.error_band.step_time_percent}
+    return {**band, "flagged": ", ".join(result.flagged)} if band or result.flagged else {}
 
 
 def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["forward", "backward"]
-MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout"]
+MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,8 @@ class MemoryBound:
 
     operator_class: MemoryBoundClass
     bytes_moved: int
+    backward: int = 0
+    """1 in the backward pass; a number, so that kernels of both passes are one array."""
 
     @property
     def flops(self) -> int:

@@ -327,6 +327,90 @@ def test_memory_bound_time_is_monotone_and_continuous(hardware, name, size, more
     assert less <= longer <= less + 4 * at_memory_speed + 1e-15
 
 
+# ------------------------------------------------------------ terms that only a calibration measures
+
+
+def measured(**blocks):
+    """A100 with more coefficients than it was shipped with."""
+    source = {"source": "by-hand"}
+
+    def change(tables):
+        tables["sources"]["by-hand"] = "By hand"
+        calibrated = tables["calibrated"]
+        for name, value in blocks.get("gemm", {}).items():
+            calibrated["gemm"][name] = {"value": value, **source}
+        for direction, value in blocks.get("block_tokens", {}).items():
+            calibrated["attention"][direction]["block_tokens"] = {"value": value, **source}
+        for dtype, kernels in blocks.get("kernel_rates", {}).items():
+            calibrated.setdefault("kernel_rates", {})[dtype] = {
+                name: {
+                    field: {"value": value, **source}
+                    for field, value in zip(("memory_gb_per_s", "cache_gb_per_s", "start_us"), rates, strict=False)
+                }
+                for name, rates in kernels.items()
+            }
+
+    return profile(change)
+
+
+def test_a_product_with_a_start_and_exposed_traffic():
+    """15 us more to start, and half of the shorter of both times: 0.1 GB at 0.834 of 2039 GB/s are 58.8 us."""
+    work = Gemm(8192, 8192, 8192, 1, bytes_moved=10**8)
+    cost = ComputeCost(measured(gemm={"start_us": 15, "traffic_exposed": 0.5}), "bf16")
+    traffic = 1e8 / (0.834 * 2039e9)
+    assert cost.duration(work) == pytest.approx(a100().duration(work) + 15 * US + 0.5 * traffic, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pairs"),
+    [
+        (128, 128 * 128),  # one block holds all keys: the whole square
+        (512, 512 * 512),
+        (1024, 512 * 512 + 512 * 1024),  # the first half of the queries needs one block, the second two
+        (2048, 512 * (512 + 1024 + 1536 + 2048)),
+    ],
+)
+def test_a_masked_kernel_skips_whole_blocks_of_keys(tokens, pairs):
+    """Blocks of 512, counted block by block; without a mask nothing changes."""
+    with_blocks = ComputeCost(measured(block_tokens={"forward": 512}), "bf16")
+    start = 4 * US
+    masked = (with_blocks.duration(flash(tokens=tokens)) - start) / (a100().duration(flash(tokens=tokens)) - start)
+    assert masked == pytest.approx(pairs / (tokens * tokens / 2), rel=1e-9)
+    for work in (flash(tokens=tokens, causal=False), flash(tokens=tokens, direction="backward")):
+        assert with_blocks.duration(work) == a100().duration(work)
+
+
+def test_rates_of_a_kernel_by_hand():
+    """Backward norms at 500 GB/s from memory and 800 in the cache of 40 MiB, forward as before; fp16 as bf16.
+
+    Dropout starts 9 us after the 4 of any kernel.
+    """
+    extended = measured(kernel_rates={"bf16": {"norm_backward": (500, 800), "dropout_forward": (100, 100, 9)}})
+    for dtype in ("bf16", "fp16"):
+        cost = ComputeCost(extended, dtype)
+        for size, rate in ((4000 * MIB, 500e9), (10 * MIB, 800e9)):
+            work = MemoryBound("norm", size, backward=1)
+            assert cost.duration(work) == pytest.approx(4 * US + size / rate, rel=1e-9)
+            assert cost.duration(MemoryBound("norm", size)) == a100().duration(MemoryBound("norm", size))
+    assert cost.duration(MemoryBound("dropout", 10**8)) == pytest.approx(13 * US + 1e-3, rel=1e-9)
+    assert "kernel_rates.bf16.norm_backward" in cost.coefficients_of(work)
+
+
+def test_attention_of_another_type_has_its_own_curves():
+    """fp32 at half of its peak, 19.5 TFLOP/s, whatever the length; bf16 as before."""
+    curve = {"128": {name: {"value": v, "source": "by-hand"} for name, v in (("fraction", 0.5), ("half_tokens", 0))}}
+    masks = {"causal": curve, "full": curve}
+
+    def change(tables):
+        tables["sources"]["by-hand"] = "By hand"
+        tables["calibrated"]["attention_by_dtype"] = {"fp32": {"forward": masks, "backward": masks}}
+
+    extended = profile(change)
+    assert ComputeCost(extended, "bf16").duration(flash()) == a100().duration(flash())
+    expected = flash().flops / (0.5 * 19.5e12)
+    assert ComputeCost(extended, "fp32").duration(flash()) == pytest.approx(4 * US + expected, rel=1e-9)
+
+
 # ------------------------------------------------------------ the kernels of a layer
 
 

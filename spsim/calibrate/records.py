@@ -43,6 +43,7 @@ class Measurement(BaseModel):
     keys: int | None = None
     causal: bool | None = None
     bytes_moved: int | None = None
+    """Of a kernel, or asked of the allocator."""
     level: str = ""
     """Level of the topology that a collective was measured on."""
     ranks: int | None = None
@@ -56,9 +57,9 @@ class Measurement(BaseModel):
     p10_us: float | None = None
     p90_us: float | None = None
     value: float | None = None
-    """Of what is not a time: bytes, or a share."""
+    """Of what is not a time: bytes; of interference the share of its rate that one loses beside the other."""
     text: str = ""
-    """Of the environment: a version, a device, a date."""
+    """Of the environment: a version, a device, a date; of norm statistics, their type."""
     skipped: str = ""
     """Why there is no result, such as out of memory; the other columns still say what was tried."""
 
@@ -86,6 +87,8 @@ def read_measurements(path: Path) -> list[Measurement]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({reason}); give the raw CSV of a calibration") from None
     whole = text[: text.rfind("\n") + 1]
+    if not whole:
+        return []
     reader = csv.DictReader(io.StringIO(whole))
     if tuple(reader.fieldnames or ()) != COLUMNS:
         raise InputError(f"{path}: the header is not that of a calibration; give the raw CSV that calibrate wrote")
@@ -100,16 +103,20 @@ def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Measurement]:
             raise first_problem(error, f"{path}: line {reader.line_num}") from None
 
 
+LONGEST_LINE = 2**16
+"""Bytes from the end of a file within which its last line begins."""
+
+
 def append_measurements(path: Path, rows: Sequence[Measurement]) -> None:
     """Add rows to a raw file, with its header when it is new; a line that was cut short is removed first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    existing = path.read_bytes() if path.exists() else b""
-    kept = existing.rfind(b"\n") + 1
-    if not kept:
-        writer.writerow(COLUMNS)
-    writer.writerows([["" if value is None else value for _, value in row] for row in rows])
-    with path.open("r+b" if path.exists() else "wb") as file:
+    with path.open("a+b") as file:
+        tail = max(0, file.seek(0, io.SEEK_END) - LONGEST_LINE)
+        file.seek(tail)
+        kept = tail + file.read().rfind(b"\n") + 1
+        if not kept:
+            writer.writerow(COLUMNS)
+        writer.writerows([["" if value is None else value for _, value in row] for row in rows])
         file.truncate(kept)
-        file.seek(kept)
         file.write(text.getvalue().encode())

@@ -83,13 +83,13 @@ def print_written(console: Console, out: Path | None, names: Sequence[str]) -> N
         console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory that can be written; `InputError` where that fails."""
+def make_directory(path: Path, option: str = "--out") -> None:
+    """Make the directory of an option, that can be written; `InputError` where that fails."""
     if path == Path():
-        raise InputError("--out is empty; give a directory")
+        raise InputError(f"{option} is empty; give a directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be made a directory ({error.strerror}); give another --out") from None
+        raise InputError(f"{path}: cannot be made a directory ({error.strerror}); give another {option}") from None
     if not os.access(path, os.W_OK):
-        raise InputError(f"{path}: is not writable; give another --out")
+        raise InputError(f"{path}: is not writable; give another {option}")

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from spsim.cli import experiments, scenarios  # noqa: F401  (they register their commands)
+from spsim.cli import calibration, experiments, scenarios  # noqa: F401  (they register their commands)
 from spsim.cli.app import INTERRUPTED, app
 from spsim.errors import InputError
 
@@ -22,13 +22,12 @@ _USAGE_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit status 0, 2 for a user's mistake, 130 when interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given:
-        given = ["--help"]
-    elif given[0].endswith(".py"):
-        given.insert(0, "experiment")
     try:
-        status = app(args=given, prog_name="spsim", standalone_mode=False)
+        status = app(
+            args=_command_line(sys.argv[1:] if arguments is None else arguments),
+            prog_name="spsim",
+            standalone_mode=False,
+        )
     except InputError as error:
         _fail(str(error))
     except _USAGE_ERROR as error:
@@ -44,7 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror}; check the path, its rights and the space left")
+    if status == INTERRUPTED:  # how newer versions of typer report a keyboard interrupt
+        _interrupted()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _command_line(arguments: Sequence[str]) -> list[str]:
+    """Help where nothing is given; a Python file is an experiment."""
+    if not arguments:
+        return ["--help"]
+    return ["experiment", *arguments] if arguments[0].endswith(".py") else list(arguments)
 
 
 def _interrupted() -> NoReturn:

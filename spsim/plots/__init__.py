@@ -3,6 +3,7 @@
 Every function returns a `matplotlib.figure.Figure` that no backend knows; `save` writes it.
 """
 
+from spsim.plots.calibration import plot_calibration
 from spsim.plots.figure import save
 from spsim.plots.memory import plot_memory, plot_memory_curves
 from spsim.plots.sweep import plot_layer_times, plot_peak_memory
@@ -11,6 +12,7 @@ from spsim.plots.waterfall import Waterfall, plot_waterfalls
 
 __all__ = [
     "Waterfall",
+    "plot_calibration",
     "plot_layer_times",
     "plot_memory",
     "plot_memory_curves",

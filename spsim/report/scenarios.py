@@ -1,30 +1,22 @@
-"""Tables and sentences for a terminal."""
+"""Tables and sentences of scenarios: run, explain, compare, validate, list."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.table import Table
 
 from spsim.comparison import Difference, PlanAccount, PlanComparison, grouped
 from spsim.explanation import Explanation, InsertedCommunication, OperatorExplanation
 from spsim.model import PRESETS
 from spsim.profiles import load_profile, profile_names
+from spsim.report.table import table
 from spsim.simulation import SCOPE, Result
+from spsim.uncertainty import ErrorBand
 from spsim.units import GIB, MIB, PS_PER_MS
 from spsim.validation import Comparison, Errors, Validation
 
 SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
-
-
-def table(title: str, columns: Sequence[str], *, numbers: Iterable[str] = ()) -> Table:
-    """An empty table; the columns in `numbers` are right-aligned and never wrapped."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
-    right = set(numbers)
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
-    return made
 
 
 def summary(result: Result) -> Table:
@@ -89,11 +81,25 @@ def _fit(result: Result) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """What a reader of the figures must know: notes, assumed inputs."""
+    """What a reader of the figures must know: notes, assumed inputs, errors of the calibration."""
     lines = [f"note: {note}" for note in result.scenario.notes]
     if result.assumed:
         lines.append(f"assumed inputs used ({len(result.assumed)}): {', '.join(result.assumed)}")
+    if result.flagged:
+        lines.append(f"the calibration missed its error limit for: {', '.join(result.flagged)}")
+    if result.error_band is not None:
+        lines.append(_band(result.error_band))
     return lines
+
+
+def _band(band: ErrorBand) -> str:
+    """The error band in one line."""
+    parts = {
+        "step": band.step_time_percent, "layer forward": band.layer_forward_percent,
+        "layer backward": band.layer_backward_percent,
+    }  # fmt: skip
+    known = ", ".join(f"{name} ±{percent:.1f} %" for name, percent in parts.items() if percent is not None)
+    return f"held-out errors of the calibration make {known}; they cover {100 * band.known_share:.0f} % of the step"
 
 
 def operator_table(result: Result, rows: int = 12) -> Table:

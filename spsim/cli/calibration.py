@@ -1,0 +1,120 @@
+"""The command that makes a profile out of measurements: calibrate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from spsim import report
+from spsim.calibrate.base import base_of_rows
+from spsim.calibrate.launch import check_installed, is_leader, measure
+from spsim.calibrate.records import read_measurements
+from spsim.calibrate.session import RAW_FILE, Note, Report, Settings
+from spsim.calibrate.session import Progress as Standing
+from spsim.cli.app import app, make_directory, open_console
+from spsim.errors import InputError
+from spsim.profiles import load_profile
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", help="The profile to write, a .toml file.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Profile of what is not measured; by default the shipped one of the device."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Under 2 minutes: fewer shapes and repeats.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Under 20 minutes; the default.")] = False,
+    raw: Annotated[
+        Path | None, typer.Option("--raw", help="Directory of the raw rows; by default beside the profile.")
+    ] = None,
+    fit: Annotated[
+        Path | None, typer.Option("--fit", help="Measure nothing: fit the raw rows of this directory or CSV.")
+    ] = None,
+) -> None:
+    """Measure this machine, alone or under torchrun, and fit a hardware profile to it."""
+    if quick and full:
+        raise InputError("calibrate: --quick and --full are both given; give one of them")
+    if fit is not None and (quick or full or raw is not None):
+        raise InputError("calibrate: --fit measures nothing; leave out --quick, --full and --raw")
+    if base is not None:
+        load_profile(base)
+    if fit is not None:
+        check_installed("scipy")
+        _check_profile_path(out)
+        _fit(fit / RAW_FILE if fit.is_dir() else fit, base, out)
+        return
+    check_installed("torch", "scipy")
+    settings = Settings(raw=raw if raw is not None else out.with_suffix(".raw"), base=base, quick=quick)
+    if not is_leader():
+        _follow(settings)
+        return
+    _check_profile_path(out)
+    make_directory(settings.raw, option="--raw")
+    with _progress_bar() as show:
+        measure(settings, show)
+    _fit(settings.file, base, out)
+
+
+def _follow(settings: Settings) -> None:
+    """One of the other ranks of a launcher: rank 0 says what fails."""
+    try:
+        measure(settings, lambda _: None)
+    except InputError:
+        raise typer.Exit(1) from None
+
+
+def _check_profile_path(out: Path) -> None:
+    """Before anything is measured: the profile can be written, and will be found by its name."""
+    if out.suffix != ".toml":
+        raise InputError(f"--out {str(out)!r}: a profile is a .toml file; give its name this ending")
+    if out.is_dir():
+        raise InputError(f"{out}: is a directory; give --out the name of a file")
+    make_directory(out.parent.absolute())
+    if out.exists() and not os.access(out, os.W_OK):
+        raise InputError(f"{out}: is not writable; give another --out")
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Report]:
+    console = open_console()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None, left="")
+
+        def show(standing: Standing | Note) -> None:
+            if isinstance(standing, Note):
+                console.print(standing.text, soft_wrap=True)
+                return
+            minutes, seconds = divmod(round(standing.remaining), 60)
+            progress.update(
+                task, completed=standing.done, total=standing.total, description=standing.item,
+                left=f"{minutes}:{seconds:02} left",
+            )  # fmt: skip
+
+        yield show
+
+
+def _fit(raw: Path, base: str | None, out: Path) -> None:
+    """Fit the rows of a raw file, write profile and picture, and print the report."""
+    from spsim import plots
+    from spsim.calibrate.fit import fit_profile
+    from spsim.calibrate.outcome import LIMIT_PERCENT
+    from spsim.calibrate.profile_file import write_profile
+
+    rows = read_measurements(raw)
+    fitted = fit_profile(rows, base_of_rows(base, rows), out.stem)
+    picture = out.with_suffix(".png")
+    plots.save(plots.plot_calibration(fitted.frame, limit_percent=LIMIT_PERCENT, note=out.stem), picture)
+    write_profile(fitted.profile, out)
+    console = open_console()
+    console.print(report.calibration_table(fitted))
+    for line in report.calibration_lines(fitted):
+        console.print(line, soft_wrap=True)
+    console.print(f"written: {out}, {picture}; measured rows in {raw}", soft_wrap=True)

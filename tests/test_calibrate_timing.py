@@ -1,0 +1,274 @@
+"""Clocks, repeats and devices of a calibration, against sleeps, loops of known length and a stand-in for CUDA."""
+
+import time
+from contextlib import nullcontext
+from itertools import cycle, repeat
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spsim.calibrate import devices, kernels
+from spsim.calibrate.devices import Cpu, Cuda
+from spsim.calibrate.kernels import measure_kernel, measure_launch
+from spsim.calibrate.memory import measure_memory
+from spsim.calibrate.rank_process import _measure
+from spsim.calibrate.records import Measurement
+from spsim.calibrate.session import Settings
+from spsim.calibrate.shapes import MEMORY_BOUND, flash_attention, linear, memory_bound, score_products
+from spsim.calibrate.timing import QUICK, Effort, choose_repeats, sample_times, timed
+
+SHORT = Effort(0.002, 3, 1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in a process of a calibration."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cpu():
+    return Cpu(2)
+
+
+def test_the_cpu_clock_counts_work_and_not_waiting(cpu):
+    def work():
+        end = time.thread_time() + 0.01
+        while time.thread_time() < end:
+            pass
+
+    assert min(cpu.kernel_samples(repeat(work), 1, 3)) == pytest.approx(0.01, rel=0.05)
+    assert max(cpu.kernel_samples(repeat(lambda: time.sleep(0.02)), 1, 3)) < 0.005
+    assert min(cpu.communication_samples(repeat(lambda: time.sleep(0.02)), 1, 3)) >= 0.02
+
+
+def test_the_time_of_a_sample_is_that_of_one_call():
+    clock = SimpleNamespace(now=0.0)
+
+    def passing(seconds):
+        clock.now += seconds
+
+    calls = cycle([lambda: passing(0.002), lambda: passing(0.004)])
+    assert devices._samples(lambda: clock.now, calls, 4, 3) == pytest.approx([0.003] * 3)
+
+
+def test_repeats_fill_the_time_within_their_bounds():
+    assert choose_repeats(1e-6, QUICK).per_sample == pytest.approx(100, abs=1)  # a sample of 100 us
+    assert choose_repeats(1e-3, QUICK) == (1, 40)  # 40 ms
+    assert choose_repeats(1.0, QUICK) == (1, QUICK.min_repeats)
+    assert choose_repeats(0.0, QUICK).samples == 200
+
+
+def test_calls_take_turns_on_their_buffers():
+    used = []
+    calls = [lambda name=name: used.append(name) for name in "abc"]
+    sample_times(calls, lambda turn, per_sample, count: [next(turn)() or 1.0 for _ in range(count)], SHORT)
+    assert "".join(used) == ("abc" * len(used))[: len(used)]
+
+
+def test_percentiles_are_of_the_samples():
+    row = timed(Measurement(kind="launch", name="x"), [sample * 1e-6 for sample in range(1, 102)], "wall")
+    assert (row.p10_us, row.time_us, row.p90_us, row.repeats) == (11, 51, 91, 101)
+
+
+def test_a_product_takes_its_time_on_the_cpu(cpu):
+    """Eight times the FLOPs take some eight times as long, and as long as torch takes in a loop of our own."""
+    small, large = (next(linear("fp32", size, size, size)) for size in (256, 512))
+    times = [measure_kernel(cpu, row, SHORT).time_us for row in (small, large)]
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    own = []
+    for _ in range(7):
+        start = time.thread_time()
+        a @ b
+        own.append((time.thread_time() - start) * 1e6)
+    assert 3 < times[1] / times[0] < 20
+    assert 0.4 < times[1] / sorted(own)[3] < 2.5
+
+
+ROWS = [
+    *linear("fp32", 16, 32, 48),
+    *linear("bf16", 16, 32, 48),
+    *score_products("fp32", 1, 2, 16, 32),
+    *(row for name in MEMORY_BOUND for row in memory_bound(name, "fp32", 8, 64)),
+    *(row for name in MEMORY_BOUND if name != "adam" for row in memory_bound(name, "bf16", 8, 64)),
+    *(
+        flash_attention("bf16", direction, batch=1, heads=4, kv_heads=kv_heads, head_dim=64, tokens=64, causal=causal)
+        for direction in ("forward", "backward")
+        for kv_heads in (4, 1)
+        for causal in (True, False)
+    ),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.kind}-{row.name}-{row.dtype}")
+def test_every_sort_of_kernel_runs(cpu, row, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_SETS", 2)
+    done = measure_kernel(cpu, row, Effort(0.0001, 2, 1))
+    assert done.key == row.key
+    assert done.clock == "thread_cpu"
+    assert 0 < done.p10_us <= done.time_us <= done.p90_us
+
+
+@pytest.mark.parametrize("row", list(linear("fp32", 16, 32, 48)), ids=lambda row: f"{row.name}-{row.accumulated}")
+def test_products_have_the_shapes_of_their_rows(cpu, row):
+    """dgrad and forward give m x n; torch keeps weights, and their gradients, as outputs x inputs: n x m."""
+    result = kernels._gemm(cpu, row)()
+    assert tuple(result.shape) == ((row.n, row.m) if row.name == "wgrad" else (row.m, row.n))
+
+
+def test_accumulated_weight_gradients_are_added_to_an_fp32_tensor(cpu):
+    x, gradient, main = torch.ones(16, 32).bfloat16(), torch.ones(16, 48).bfloat16(), torch.ones(48, 32)
+    kernels._accumulate(cpu, gradient, x, main)()
+    assert main.dtype == torch.float32
+    assert torch.equal(main, torch.full((48, 32), 17.0))
+
+
+def test_buffers_rotate_beyond_the_cache_unless_tensors_live_there(cpu):
+    product = next(linear("bf16", 128, 256, 256))
+    assert kernels._sets(cpu, product) * product.bytes_moved >= min(2 * cpu.cache_bytes, 512 * product.bytes_moved)
+    inside, between = (next(memory_bound("add", "bf16", rows, 1024)) for rows in (8, cpu.cache_bytes // 1024 // 8))
+    assert kernels._sets(cpu, inside) == 1
+    # Beyond this rank's half of the cache, but not beyond all of it: cold all the same.
+    assert cpu.cache_share < between.bytes_moved < cpu.cache_bytes
+    assert kernels._sets(cpu, between) * between.bytes_moved >= 2 * cpu.cache_bytes
+
+
+@pytest.mark.parametrize("name", ["stream_add", "stream_linear", "stream_layer_norm", "stream_softmax"])
+def test_starts_take_microseconds(cpu, name):
+    done = measure_launch(cpu, Measurement(kind="launch", name=name, dtype="fp32"), SHORT)
+    assert 0.05 < done.time_us < 500
+
+
+def test_norm_statistics_have_the_type_that_torch_keeps(cpu):
+    types = [
+        measure_memory(cpu, Measurement(kind="memory", name="norm_statistics", dtype=dtype))
+        for dtype in ("fp32", "bf16")
+    ]
+    # On a CPU they have the type of the weights.
+    assert [(row.value, row.text) for row in types] == [(4, "torch.float32"), (2, "torch.bfloat16")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        next(linear("fp32", 2**22, 2**20, 2**10)),
+        next(memory_bound("copy", "fp32", 2**32, 2**10)),
+    ],
+    ids=["gemm", "memory_bound"],
+)
+def test_a_shape_that_does_not_fit_is_skipped_by_name(cpu, row, tmp_path):
+    done = _measure(None, cpu, Settings(raw=tmp_path, quick=True), row)
+    assert (done.skipped, done.time_us, done.key) == ("out of memory", None, row.key)
+
+
+# ------------------------------------------------------------ CUDA, by a stand-in
+
+
+class FakeEvent:
+    def __init__(self, clock, **_):
+        self.clock = clock
+
+    def record(self):
+        self.at = self.clock.now
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1e3
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A device of class Cuda whose stream advances as the calls say, and whose tensors are on the CPU."""
+    clock = SimpleNamespace(now=0.0, slept=[], waits=0)
+    module = SimpleNamespace(
+        Event=lambda **options: FakeEvent(clock, **options),
+        _sleep=clock.slept.append,
+        synchronize=lambda: setattr(clock, "waits", clock.waits + 1),
+    )
+    monkeypatch.setattr(devices, "_cuda", module)
+    monkeypatch.setattr(torch.cuda, "synchronize", module.synchronize)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: torch.ones(*shape))
+    return Cuda(0), clock
+
+
+def test_events_time_each_sample_behind_a_kernel_that_waits(cuda):
+    device, clock = cuda
+
+    def call():
+        clock.now += 0.003
+
+    assert device.kernel_samples(repeat(call), 4, 3) == pytest.approx([0.003] * 3)
+    assert len(clock.slept) == 1
+    assert clock.slept[0] > 0
+    assert clock.waits == 2
+
+
+def test_marks_are_events(cuda):
+    device, clock = cuda
+    start = device.mark()
+    clock.now += 0.5
+    assert device.elapsed(start, device.mark()) == pytest.approx(0.5)
+
+
+def test_kernels_of_a_graph_share_its_time(cuda, monkeypatch):
+    """100 kernels are captured, and a replay of 200 us is 2 us for each."""
+    device, clock = cuda
+    captured = []
+    replay = SimpleNamespace(replay=lambda: setattr(clock, "now", clock.now + 200e-6))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replay)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(kernels, "_small_call", lambda *_: lambda: captured.append(1))
+    done = measure_launch(device, Measurement(kind="launch", name="graph_add", dtype="fp32"), SHORT)
+    assert len(captured) == 100
+    assert (done.time_us, done.clock) == (pytest.approx(2.0), "cuda_events")
+
+
+def test_the_host_is_timed_without_waiting_for_the_device(cuda, monkeypatch):
+    device, clock = cuda
+    monkeypatch.setattr(kernels, "_small_call", lambda *_: lambda: None)
+    done = measure_launch(device, Measurement(kind="launch", name="host_add", dtype="fp32"), SHORT)
+    assert done.clock == "wall"
+    assert clock.waits >= done.repeats
+
+
+def test_a_gpu_has_the_types_of_its_generation(cuda, monkeypatch):
+    assert cuda[0].dtypes == ("fp32", "tf32", "fp16", "bf16", "fp8")
+    assert cuda[0].type_of("fp8") == torch.float8_e4m3fn
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert Cuda(0).dtypes == ("fp32", "tf32", "fp16", "bf16")
+    assert (cuda[0].name, cuda[0].cache_bytes) == ("NVIDIA H100 80GB HBM3", 50 * 2**20)
+
+
+@pytest.mark.parametrize("row", list(linear("fp8", 16, 32, 48)), ids=lambda row: f"{row.name}-{row.accumulated}")
+def test_fp8_operands_have_the_contracted_dimension_innermost(cuda, row, monkeypatch):
+    def product(a, b, *, scale_a, scale_b, out_dtype):
+        assert a.dtype == b.dtype == torch.float8_e4m3fn
+        assert a.stride(1) == b.stride(0) == 1
+        return torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    device = cuda[0]
+    device.torch_device = torch.device("cpu")
+    assert tuple(kernels._fp8_gemm(device, row)().shape) == (row.m, row.n)
+
+
+def test_memory_on_a_gpu_is_what_the_allocator_does_not_account_for(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 300)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (200, 1000))
+    assert measure_memory(cuda[0], Measurement(kind="memory", name="context")).value == 500
+
+
+def test_the_allocator_is_asked_before_and_after(cuda, monkeypatch):
+    counts = iter([1024, 2048])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(counts))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: None)
+    assert measure_memory(cuda[0], Measurement(kind="memory", name="allocated", bytes_moved=513)).value == 1024

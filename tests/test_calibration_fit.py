@@ -1,0 +1,503 @@
+"""The fit of a calibration: known coefficients come back from noisy rows, and what cannot be described is flagged.
+
+Rows are made by the catalogue of a calibration and timed by a profile that the test knows; the fit begins with
+another one. Under 30 s.
+"""
+
+import json
+from math import hypot
+
+import numpy as np
+import pytest
+
+from spsim import Scenario, Workload, plots, report, simulate
+from spsim.calibrate.catalogue import collective_rows, compute_rows
+from spsim.calibrate.coefficients import document, leaf_at, with_leaves, with_values
+from spsim.calibrate.collective_fit import measured_series
+from spsim.calibrate.fit import fit_profile
+from spsim.calibrate.outcome import LIMIT_PERCENT
+from spsim.calibrate.profile_file import profile_text, write_profile
+from spsim.calibrate.records import Measurement, append_measurements
+from spsim.calibrate.samples import Batch, attention_samples, gemm_samples, memory_samples
+from spsim.calibrate.solver import halves
+from spsim.cli import main
+from spsim.comm_cost import CommCost
+from spsim.errors import InputError
+from spsim.hardware import Bandwidth, KernelRates, NonNegative, leaves
+from spsim.profiles import load_profile, parse_profile, profile_names
+from spsim.sweeps import Point, row
+from tests.cases import model
+from tests.test_calibrate_catalogue import CPU, machine
+
+H100 = load_profile("dgx-h100")
+GPU = machine(dtypes=("fp32", "bf16", "fp8"))
+TRUTH = {
+    "gemm.fraction.bf16": 0.55, "gemm.fraction.fp8": 0.5, "gemm.weight_gradient_rate": 0.8, "gemm.k_pad": 400.0,
+    "attention.forward.causal.128.fraction": 0.5, "attention.forward.causal.128.half_tokens": 1200.0,
+    "attention.backward.full.64.fraction": 0.4,
+    "memory_bound.norm": 0.5, "memory_bound.elementwise": 0.7, "l2_bandwidth_gb_per_s": 5000.0,
+}  # fmt: skip
+SAMPLES = {
+    "gemm": gemm_samples,
+    "attention": attention_samples,
+    "memory_bound": lambda rows: memory_samples(rows, 1.0),
+}
+
+
+def timed_rows(rows, profile, *, noise=0.0, outliers=0.0, seed=1):
+    """Rows with the times of a profile, times a log-normal factor; some take three times as long."""
+    random = np.random.default_rng(seed)
+    clock = "thread_cpu" if profile.name.startswith("cpu") else "cuda_events"
+    found = []
+    for kind, samples_of in SAMPLES.items():
+        own = [r.model_copy(update={"time_us": 1.0, "clock": clock}) for r in rows if r.kind == kind]
+        own = [r for r in own if kind != "memory_bound" or leaf_at(profile, f"memory_bound.{r.operator_class}")]
+        if not own:
+            continue
+        factors = np.exp(noise * random.standard_normal(len(own))) * np.where(random.random(len(own)) < outliers, 3, 1)
+        times = 1e6 * factors * Batch(samples_of(own)).times(profile)
+        found += [r.model_copy(update={"time_us": float(time)}) for r, time in zip(own, times, strict=True)]
+    found += [
+        r.model_copy(update={"time_us": profile.coefficients.kernel_overhead_us.value})
+        for r in rows if r.kind == "launch"
+    ]  # fmt: skip
+    comm = CommCost(profile)
+    found += [
+        r.model_copy(update={"time_us": 1e6 * comm.time(r.name, r.message_bytes, r.ranks, r.nodes)})
+        for r in rows if r.kind == "collective"
+    ]  # fmt: skip
+    return found
+
+
+def measurements(profile, *, collectives=False, on=GPU, quick=False, **disturbance):
+    rows = compute_rows(on, quick=quick)
+    return timed_rows([*rows, *(collective_rows(on, quick=quick) if collectives else ())], profile, **disturbance)
+
+
+def value(profile, path):
+    return leaf_at(profile, path).value
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return with_values(H100, TRUTH)
+
+
+@pytest.fixture(scope="module")
+def fitted(truth):
+    return fit_profile(measurements(truth, noise=0.03, outliers=0.03), H100, "mine")
+
+
+# ------------------------------------------------------------ recovery
+
+
+@pytest.mark.parametrize("path", TRUTH)
+def test_coefficients_come_back_from_noisy_rows(fitted, path):
+    """3 % of noise, and 3 % of the rows take three times as long: a mean would be 6 % off by these alone.
+
+    A half-length has seven lengths to be seen by, the shortest of which is the only one that it changes much.
+    """
+    tolerance = 0.5 if path.endswith("half_tokens") else 0.05
+    assert value(fitted.profile, path) == pytest.approx(TRUTH[path], rel=tolerance)
+
+
+def test_times_come_back_closer_than_coefficients(fitted, truth):
+    """Terms that trade against each other still make the same time, on every shape of the catalogue."""
+    rows = measurements(truth)
+    for samples_of in SAMPLES.values():
+        batch = Batch(samples_of([r for r in rows if r.kind != "collective"]))
+        errors = np.abs(batch.times(fitted.profile) / batch.seconds - 1)
+        assert np.percentile(errors, 90) < 0.05
+
+
+def test_without_noise_nothing_is_left_over(truth):
+    found = fit_profile(measurements(truth), H100, "exact")
+    for one in found.classes:
+        assert np.abs(one.fitted / one.measured - 1).max() < 0.01, one.name
+        assert not one.flagged
+
+
+def test_held_out_errors_are_those_of_the_noise(fitted):
+    """|exp(0.03 z) - 1| has the median 2 % and the 90th percentile 5 %; outliers are rarer than one in ten."""
+    for one in fitted.classes:
+        if one.name.startswith(("gemm", "norm", "elementwise")):
+            assert one.errors.median == pytest.approx(2.0, abs=1.0)
+            assert 3.0 < one.errors.p90 < 8.0
+            assert one.errors.max > 50.0
+            assert not one.flagged
+
+
+def test_halves_hold_out_every_shape_once():
+    samples = gemm_samples([r.model_copy(update={"time_us": 1.0}) for r in compute_rows(GPU, quick=True)])
+    first, second = halves(samples)
+    assert not np.any(first & second)
+    assert np.all(first | second)
+    shapes = [{s.shape for s, out in zip(samples, mask, strict=True) if out} for mask in (first, second)]
+    assert not shapes[0] & shapes[1], "forward and both gradients of a layer are of one shape"
+    assert abs(len(shapes[0]) - len(shapes[1])) <= len({s.group for s in samples})
+
+
+# ------------------------------------------------------------ terms that are fitted where the data show them
+
+
+def test_what_a_cpu_shows_is_found():
+    """A masked kernel that skips whole blocks of 512 keys, a product with a start and traffic that it does not
+    hide, and dropout that takes the time of its random numbers in the cache as well.
+    """
+    rates = KernelRates(memory_gb_per_s=bandwidth(2.0), cache_gb_per_s=bandwidth(2.0))
+    base = load_profile("cpu-2")
+    truth = with_leaves(
+        base,
+        {
+            "gemm.traffic_exposed": extra(1.0),
+            "gemm.start_us": extra(15.0),
+            "kernel_rates.fp32.dropout_forward": rates,
+            **{f"attention.{d}.block_tokens": extra(512) for d in ("forward", "backward")},
+            **{f"attention.{d}.causal": getattr(base.coefficients.attention, d).full for d in ("forward", "backward")},
+        },
+    )
+    rows = measurements(truth, on=CPU, noise=0.02)
+    found = fit_profile(rows, base, "cpu").profile
+    assert value(found, "gemm.traffic_exposed") == pytest.approx(1.0, rel=0.2)
+    assert value(found, "gemm.start_us") == pytest.approx(15.0, rel=0.2)
+    assert value(found, "attention_by_dtype.fp32.forward.block_tokens") == pytest.approx(512, rel=0.05)
+    assert value(found, "attention.backward.block_tokens") == pytest.approx(512, rel=0.05)
+    for tier in ("memory", "cache"):
+        assert value(found, f"kernel_rates.fp32.dropout_forward.{tier}_gb_per_s") == pytest.approx(2.0, rel=0.05)
+    again = fit_profile([r for r in rows if r.kind == "memory_bound"], found, "cpu").profile
+    assert again.coefficients.kernel_rates == found.coefficients.kernel_rates, "whatever base it begins with"
+
+
+def bandwidth(number):
+    return Bandwidth(value=number, source="made-up")
+
+
+def extra(number):
+    return NonNegative(value=number, source="made-up")
+
+
+def test_terms_that_the_data_do_not_show_stay_those_of_the_base(fitted):
+    """The truth has the tail and the exposed accumulation of the base, and no other term."""
+    assert {"gemm.tile_m", "gemm.tile_n"} <= set(fitted.kept)
+    assert leaf_at(fitted.profile, "gemm.start_us") is None
+    assert leaf_at(fitted.profile, "attention.forward.block_tokens") is None
+    assert not fitted.profile.coefficients.kernel_rates
+    for path in fitted.kept:
+        assert leaf_at(fitted.profile, path) == leaf_at(H100, path)
+        assert (path in fitted.profile.assumed) == (path in H100.assumed)
+
+
+def test_a_class_that_the_model_cannot_describe_is_flagged(truth):
+    """Attention of random times; everything else as it was."""
+    rows = measurements(truth, noise=0.02, quick=True)
+    random = np.random.default_rng(3)
+    rows = [
+        r.model_copy(update={"time_us": r.time_us * float(np.exp(abs(random.standard_normal())))})
+        if r.kind == "attention" else r for r in rows
+    ]  # fmt: skip
+    found = fit_profile(rows, H100, "noisy")
+    assert all(one.flagged == one.name.startswith("attention") for one in found.classes)
+    curves = found.profile.coefficients.attention.forward.causal
+    assert all(curve.fraction.flagged for curve in curves.values())
+    assert curves["128"].fraction.held_out_error_percent > LIMIT_PERCENT
+    assert not found.profile.coefficients.gemm.fraction["bf16"].flagged
+
+
+# ------------------------------------------------------------ collectives
+
+
+def wire_rows(times, *, name="all_reduce", ranks=8, level="nvlink"):
+    return [
+        Measurement(
+            kind="collective", name=name, level=level, ranks=ranks, nodes=1, message_bytes=size, time_us=time,
+            clock="cuda_events",
+        )
+        for size, time in times.items()
+    ]  # fmt: skip
+
+
+def test_curves_are_the_measured_points_by_hand():
+    """All-gather among 4: 3/4 of 64 MiB in 210 us are 239.7 GB/s. Latency: the median of the smallest three."""
+    rows = wire_rows({1024: 9.0, 4096: 10.0, 16384: 11.0, 2**26: 210.0}, name="all_gather", ranks=4)
+    found = fit_profile(rows, H100, "wire")
+    (curve,) = found.profile.coefficients.collectives["nvlink"]["all_gather"]
+    assert curve.points[-1] == (2**26, pytest.approx(0.75 * 2**26 / 210e-6 / 1e9, rel=1e-3))
+    assert (curve.ranks, curve.latency_us, curve.algorithm) == (4, 10.0, "ring")
+    assert CommCost(found.profile).time("all_gather", 2**26, 4) == pytest.approx(210e-6, rel=1e-3)
+    assert found.profile.coefficients.collectives["nvlink"]["all_reduce"] == H100.coefficients.collectives[
+        "nvlink"]["all_reduce"]  # fmt: skip
+
+
+def test_step_latency_is_the_slope_over_ranks():
+    """Ring all-gather of 2, 4 and 8: 10 us and 2 us for each of the 1, 3 and 7 steps."""
+    rows = [
+        r for n in (2, 4, 8) for r in wire_rows({1024: 10 + 2.0 * (n - 1), 2**24: 500.0}, name="all_gather", ranks=n)
+    ]
+    curves = fit_profile(rows, H100, "wire").profile.coefficients.collectives["nvlink"]["all_gather"]
+    assert [(c.ranks, c.min_ranks, c.max_ranks) for c in curves] == [(2, 2, 2), (4, 3, 4), (8, 5, None)]
+    assert all(c.step_latency_us == pytest.approx(2.0) for c in curves)
+
+
+def test_sizes_left_out_of_a_straight_line_are_found():
+    """Time linear in bytes: whatever is left out, the neighbours interpolate it. One that lies off is seen."""
+    straight = {2**power: 20 + 2**power / 3e5 for power in range(14, 30, 2)}
+    errors = fit_profile(wire_rows(straight), H100, "wire").classes[0].errors
+    assert errors.rows == len(straight) - 2
+    assert errors.max < 2.0
+    bent = {**straight, 2**24: 1.5 * straight[2**24]}
+    assert fit_profile(wire_rows(bent), H100, "wire").classes[0].errors.max > 30.0
+
+
+def test_a_disturbed_small_message_does_not_lift_larger_ones():
+    """A message takes no longer than a larger one: 4 ms at 1 KiB becomes the 12 us of 4 KiB."""
+    (series,) = measured_series(wire_rows({1024: 4000.0, 4096: 12.0, 16384: 13.0, 2**20: 40.0}), H100)
+    assert list(series.times.values()) == pytest.approx([12e-6, 12e-6, 13e-6, 40e-6])
+
+
+def test_all_curves_of_a_node_come_back():
+    """From 2 to 8 ranks, in-network reduction where the base has it."""
+    rows = [r for r in measurements(H100, collectives=True) if r.kind == "collective"]
+    found = fit_profile(rows, H100, "node")
+    assert {path for path, _ in leaves(found.profile.coefficients) if path not in found.kept} == {
+        "collective_overhead_us",
+        *(f"collectives.nvlink.{name}" for name in H100.coefficients.collectives["nvlink"]),
+    }
+    mine, base = CommCost(found.profile), CommCost(H100)
+    assert mine.overhead == 0.0, "it is part of what was measured"
+    for r in rows:
+        if r.message_bytes >= 2**20:
+            args = (r.name, r.message_bytes, r.ranks)
+            assert mine.time(*args) == pytest.approx(base.time(*args), rel=0.02), args
+
+
+# ------------------------------------------------------------ the base, and another device
+
+
+def test_a_raw_file_of_kernels_only_takes_the_rest_from_the_base(fitted):
+    assert fitted.profile.coefficients.collectives == H100.coefficients.collectives
+    assert fitted.profile.datasheet == H100.datasheet
+    assert {"overlap_slowdown", "memory.context_mib", "collectives.infiniband.all_to_all"} <= set(fitted.kept)
+    (line,) = [line for line in report.calibration_lines(fitted) if line.startswith("from dgx-h100, not measured")]
+    assert "collectives.nvlink.all_reduce" in line
+
+
+def test_measurements_of_interference_and_memory_replace_the_base():
+    rows = [
+        Measurement(kind="interference", name="gemm_beside_all_reduce", value=0.2),
+        Measurement(kind="interference", name="gemm_beside_all_gather", value=0.3),
+        Measurement(kind="interference", name="gemm_beside_reduce_scatter", value=0.25),
+        Measurement(kind="interference", name="all_reduce_beside_gemm", value=0.9),
+        Measurement(kind="memory", name="context", value=600 * 2**20),
+        Measurement(kind="environment", name="date", text="2027-01-02"),
+    ]
+    profile = fit_profile(rows, H100, "few").profile
+    assert profile.coefficients.overlap_slowdown.value == 0.25
+    assert profile.coefficients.memory.context_mib.value == 600
+    assert not {"overlap_slowdown", "memory.context_mib"} & profile.assumed
+    assert profile.as_of == "2027-01-02"
+    assert "2027-01-02" in profile.sources[profile.coefficients.overlap_slowdown.source]
+
+
+def test_a_gpu_above_the_peak_of_the_base_is_another_device(truth):
+    with pytest.raises(InputError, match=r"--base dgx-a100-80gb: measured above its datasheet .* another device"):
+        fit_profile(measurements(truth, quick=True), load_profile("dgx-a100-80gb"), "wrong")
+
+
+def test_a_faster_cpu_replaces_the_peaks():
+    """Four times the speed of the base in products, twice that of its memory."""
+    base = load_profile("cpu-2")
+    rows = [
+        r.model_copy(update={"time_us": r.time_us / (4 if r.kind != "memory_bound" else 2)})
+        for r in measurements(base, on=CPU, quick=True)
+    ]
+    found = fit_profile(rows, base, "fast")
+    sheet = found.profile.datasheet
+    assert sheet.peak_tflops["bf16"].value > 3 * base.datasheet.peak_tflops["bf16"].value
+    assert sheet.peak_tflops["bf16"].source == "calibrate-highest-rate"
+    assert any("put in its place" in note for note in found.notes)
+    assert found.profile == parse_profile(document(found.profile), "fast")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"kind": "gemm", "name": "forward", "m": 8, "n": 8}, "gemm row .forward. has no k"),
+        ({"kind": "attention", "name": "forward", "queries": 8, "keys": 8, "heads": 1, "head_dim": 64}, "no causal"),
+        ({"kind": "memory_bound", "name": "sort", "operator_class": "sorting", "bytes_moved": 8}, "class 'sorting'"),
+        ({"kind": "collective", "name": "all_reduce", "level": "nvlink", "ranks": 2}, "has no message_bytes"),
+        ({"kind": "collective", "name": "all_reduce", "level": "token-ring", "ranks": 2}, "level 'token-ring'"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_one_clear_line(row, message):
+    with pytest.raises(InputError, match=message):
+        fit_profile([Measurement(**row, dtype="bf16", time_us=1.0)], H100, "bad")
+
+
+def test_nothing_measured_is_an_error():
+    with pytest.raises(InputError, match="no measurement has a result"):
+        fit_profile([Measurement(kind="gemm", name="forward", skipped="out of memory")], H100, "empty")
+
+
+# ------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_survives_the_way_through_its_document(name):
+    profile = load_profile(name)
+    assert parse_profile(document(profile), name) == profile
+
+
+def test_a_written_profile_loads_back_equal(fitted, tmp_path):
+    write_profile(fitted.profile, tmp_path / "mine.toml")
+    assert load_profile(tmp_path / "mine.toml") == fitted.profile
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+    cited = (tmp_path / "mine.toml").read_text()
+    assert "Measured by spsim calibrate" in cited
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path, capsys):
+    """The command reads nothing but the CSV and the base; `run` and `sweep` take what it writes."""
+    raw = tmp_path / "measurements.csv"
+    rows = [
+        Measurement(kind="environment", name="device", text="NVIDIA H100 80GB HBM3"),
+        Measurement(kind="environment", name="cuda", text="12.8"),
+    ]
+    append_measurements(raw, rows + timed_rows(compute_rows(GPU, quick=True), H100, noise=0.02))
+    texts = []
+    for name in ("one", "two"):
+        directory = tmp_path / name
+        main_ok(["calibrate", "--fit", str(raw), "--out", str(directory / "mine.toml")])
+        texts.append((directory / "mine.toml").read_bytes())
+        assert (directory / "mine.png").stat().st_size > 10_000
+    assert texts[0] == texts[1]
+    assert "held-out errors" in capsys.readouterr().out
+    run = ["run", "--json", "--model", "gpt-22b", "--seq-len", "2048", "--plan", "tp=8"]
+    main_ok([*run, "--hardware", str(tmp_path / "one" / "mine.toml")])
+    document = json.loads(capsys.readouterr().out)
+    assert 0 < document["error_band"]["step_time_percent"] < 10
+    assert document["flagged"] == []
+
+
+def main_ok(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code
+
+
+# ------------------------------------------------------------ error bands of results
+
+
+def with_errors(profile, errors):
+    """A profile with held-out errors; one above the limit is flagged."""
+    return with_leaves(
+        profile,
+        {
+            path: leaf_at(profile, path).model_copy(
+                update={"held_out_error_percent": error, "flagged": error > LIMIT_PERCENT}
+            )
+            for path, error in errors.items()
+        },
+    )
+
+
+def small(hardware, plan=""):
+    workload = Workload(seq_len=1024, micro_batch=2)
+    return simulate(
+        Scenario(hardware=hardware, model=model(hidden=1024, dropout=0.1, bias=False), plan=plan, workload=workload)
+    )
+
+
+def test_band_of_one_gpu_by_hand():
+    """Products off by 10 % together, norms by 30 %, independent of them: the root of the squares of the shares."""
+    result = small(with_errors(H100, {"gemm.fraction.bf16": 10.0, "memory_bound.norm": 30.0}))
+    times = result.operators.groupby("operator_class")["time_ms"].sum()
+    share = times / (1e3 * result.step_time_s)
+    assert share.sum() == pytest.approx(1.0)
+    band = result.error_band
+    assert band.step_time_percent == pytest.approx(hypot(10 * share["gemm"], 30 * share["norm"]))
+    assert band.known_share == pytest.approx(share["gemm"] + share["norm"])
+    assert band.layer_forward_percent < band.step_time_percent or band.layer_backward_percent < band.step_time_percent
+    assert result.flagged == ("memory_bound.norm",)
+
+
+def test_band_counts_communication_that_nothing_hides():
+    """tp=8, the all-reduce is off by 50 % and products by nothing: half of the exposed share of the step."""
+    (ring, nvls) = H100.coefficients.collectives["nvlink"]["all_reduce"]
+    wrong = nvls.model_copy(update={"held_out_error_percent": 50.0, "flagged": True})
+    base = with_errors(H100, {"gemm.fraction.bf16": 0.0})
+    result = small(with_leaves(base, {"collectives.nvlink.all_reduce": (ring, wrong)}), "tp=8")
+    exposed = result.exposed_comm_s / result.step_time_s
+    assert result.error_band.step_time_percent == pytest.approx(50 * exposed)
+    assert result.error_band.known_share > exposed
+    assert result.flagged == ("collectives.nvlink.all_reduce",)
+    assert any("missed its error limit" in note for note in report.notes(result))
+
+
+def test_band_of_the_weight_synchronisation():
+    """Two nodes of Ulysses and ring: the all-reduce of the gradients is off by 20 %, and stands alone."""
+    curves = H100.coefficients.collectives["infiniband"]["all_reduce"]
+    wrong = tuple(curve.model_copy(update={"held_out_error_percent": 20.0}) for curve in curves)
+    base = with_errors(H100, {"gemm.fraction.bf16": 0.0})
+    result = small(with_leaves(base, {"collectives.infiniband.all_reduce": wrong}), "ulysses=8,ring=2")
+    assert result.weight_sync_s > 0
+    share = result.weight_sync_s / result.step_time_s
+    assert result.error_band.step_time_percent == pytest.approx(20 * share)
+    assert result.error_band.layer_forward_percent == 0
+
+
+@pytest.mark.parametrize("name", ["dgx-h100", "dgx-a100-80gb"])
+def test_a_profile_that_no_calibration_wrote_has_no_band(name):
+    """A100 has held-out errors of its attention alone, which say little of a step."""
+    result = small(load_profile(name), "tp=8")
+    assert (result.error_band, result.flagged) == (None, ())
+    document = result.to_json()
+    assert (document["error_band"], document["flagged"]) == (None, [])
+    assert not any("calibration" in note for note in report.notes(result))
+    assert "flagged" not in row(Point({"hardware": name, "model": "gpt-22b", "workload": {"seq_len": 1024}}))
+
+
+def test_rows_of_a_sweep_carry_the_band(tmp_path):
+    write_profile(with_errors(H100, {"gemm.fraction.bf16": 40.0}), tmp_path / "mine.toml")
+    settings = {"hardware": str(tmp_path / "mine.toml"), "model": "gpt-22b", "workload": {"seq_len": 1024}}
+    found = row(Point(settings))
+    assert found["flagged"] == "gemm.fraction.bf16"
+    assert 0 < found["step_time_error_percent"] < 40
+
+
+# ------------------------------------------------------------ report and picture
+
+
+def test_the_table_has_a_row_a_class(fitted):
+    table = report.calibration_table(fitted)
+    assert table.row_count == len(fitted.classes)
+    names = list(table.columns[0].cells)
+    assert {"gemm bf16", "norm", "attention forward causal", "kernel start"} <= set(names)
+
+
+def test_operators_that_one_description_does_not_serve_are_named(truth):
+    """RMSNorm takes three times as long as LayerNorm for its bytes: no rate describes both."""
+    rows = [
+        r.model_copy(update={"time_us": 3 * r.time_us}) if r.name.startswith("rms_norm") else r
+        for r in measurements(truth, quick=True)
+    ]
+    found = fit_profile(rows, H100, "mixed")
+    assert [one.name for one in found.classes if one.flagged] == ["norm"]
+    (line,) = [line for line in report.calibration_lines(found) if line.startswith("norm: its operators differ")]
+    assert "rms_norm" in line.partition(" and ")[0]
+    assert "layer_norm" in line.partition(" and ")[2]
+
+
+def test_the_picture_marks_flagged_classes(fitted):
+    frame = fitted.frame.assign(flagged=fitted.frame["class"] == "norm")
+    figure = plots.plot_calibration(frame, limit_percent=LIMIT_PERCENT)
+    assert len(figure.axes) == frame["class"].nunique()
+    texts = {axes.get_title(loc="left"): axes.texts[0].get_text() for axes in figure.axes}
+    assert [name for name, text in texts.items() if "flagged" in text] == ["norm"]
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        assert axes.get_ylim() == (low, high)
+
+
+def test_text_of_a_profile_is_stable(fitted):
+    assert profile_text(fitted.profile) == profile_text(fitted.profile)
