@@ -24,8 +24,11 @@ def phase_of(part: str) -> str:
     return "backward" if part in BACKWARD_PARTS else part
 
 
-def layer_window(trace: Trace, phase: Phase, *, layer: int = 0, micro_batch: int = 0) -> int:
-    """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass."""
+def layer_window(trace: Trace, phase: Phase, *, layer: int | None = 0, micro_batch: int = 0) -> int:
+    """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass.
+
+    The passes of a measured run belong to no layer: `None`.
+    """
     for stretch in trace.stretches:
         if stretch.phase == phase and stretch.micro_batch == micro_batch and layer in stretch.layers:
             return _window(stretch.recording)
@@ -71,8 +74,17 @@ def exposed_communication(trace: Trace) -> dict[int, int]:
         if phase == "weight_sync":
             continue
         for rank in totals:
-            totals[rank] += count * exposed(recording.by_rank[rank])
+            spans = recording.by_rank.get(rank, ())
+            totals[rank] += count * exposed(_one_after_another(spans) if trace.overlapping else spans)
     return totals
+
+
+def _one_after_another(spans: Sequence[Span]) -> list[Span]:
+    """Spans with the kernels of all compute lanes on one lane, those that run at once as one kernel."""
+    kernels = [s for s in spans if s.lane.startswith(COMPUTE_LANE)]
+    busy = _union((s.start_ps, s.end_ps) for s in kernels)
+    merged = [Span(kernels[0].rank, COMPUTE_LANE, 0, start, start, end) for start, end in busy]
+    return merged + [s for s in spans if not s.lane.startswith(COMPUTE_LANE)]
 
 
 def weight_sync(trace: Trace) -> int:
@@ -86,8 +98,8 @@ def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     for recording, (phase, count) in trace.recordings.items():
         if phase == "weight_sync":
             continue
-        for span in recording.by_rank[rank]:
-            if span.lane == COMPUTE_LANE:
+        for span in recording.by_rank.get(rank, ()):
+            if span.lane.startswith(COMPUTE_LANE):
                 totals[recording.labels[span.task].operator_class] += count * (span.end_ps - span.start_ps)
     return dict(totals)
 
@@ -241,9 +253,9 @@ def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
     """Time, calls and FLOPs of one simulated rank by operator and part over the step, longest first."""
     totals: dict[tuple[str, str, str, str], list[int]] = {}
     for recording, infos, count in trace.described():
-        for span in recording.by_rank[rank]:
+        for span in recording.by_rank.get(rank, ()):
             info = infos[span.task]
-            label = f"{info.collective} for {info.name}" if info.collective else info.name
+            label = f"{info.collective} for {info.name}" if info.collective not in ("", info.name) else info.name
             entry = totals.setdefault((label, info.part, info.operator_class, span.lane), [0, 0, 0, 0])
             for index, value in enumerate((span.end_ps - span.start_ps, 1, info.flops, info.sent_bytes)):
                 entry[index] += count * value

@@ -15,9 +15,9 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
-Phase = Literal["forward", "backward", "weight_sync"]
+Phase = Literal["forward", "backward", "weight_sync", "optimizer"]
 COMPUTE_LANE = "compute"
-"""The lane of kernels; every other lane is communication."""
+"""The lane of kernels; a measured run may have more, whose names begin so. Every other lane is communication."""
 
 
 class Span(NamedTuple):
