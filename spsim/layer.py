@@ -1,6 +1,6 @@
 """One layer under a plan, prepared: all that depends neither on the workload nor on the hardware.
 
-Made once per (model, plan); a simulation then evaluates sizes and durations as arrays and runs the engine.
+Made once per (model, plan, precision); a simulation then evaluates sizes and durations as arrays and runs the engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spsim.template import Numbers, Template
 from spsim.trace import Phase
 from spsim.transformer import transformer_layer
 from spsim.units import PS_PER_S, picoseconds
-from spsim.workload import Workload
+from spsim.workload import ELEMENT_BYTES, Precision, Workload
 
 PASSES: tuple[Phase, ...] = ("forward", "backward")
 
@@ -46,19 +46,24 @@ def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
 
 
 @lru_cache(maxsize=1024)
-def prepared_layer(model: Model, plan: Plan, fold: bool) -> PreparedLayer:
+def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedLayer:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    return PreparedLayer(model, plan, fold)
+    return PreparedLayer(model, plan, fold, precision)
 
 
 class PreparedLayer:
     """Template, schedule, and where the sizes and durations of each task stand."""
 
-    def __init__(self, model: Model, plan: Plan, fold: bool) -> None:
+    def __init__(self, model: Model, plan: Plan, fold: bool, precision: Precision) -> None:
         self.template = Template(
-            lambda workload: layer_program.__wrapped__(model, plan, workload), sequence_unit(model, plan)
+            lambda seq_len, micro_batch: layer_program.__wrapped__(
+                model, plan, Workload(seq_len=seq_len, micro_batch=micro_batch, precision=precision)
+            ),
+            sequence_unit(model, plan),
         )
-        self.schedule = schedule_layer(self.template.program, plan, mesh_of(plan), fold=fold)
+        self.schedule = schedule_layer(
+            self.template.program, plan, mesh_of(plan), fold=fold, weight_bytes=ELEMENT_BYTES[precision]
+        )
         self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
         self.mesh = mesh_of(plan)
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
