@@ -68,7 +68,8 @@ class _Fused(Function):
 def _gated(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def run(x: Tensor, bias: Tensor | None = None) -> Tensor:
         gate, up = (x if bias is None else x + bias).unbind(-2)
-        return function(gate) * up
+        product: Tensor = function(gate) * up
+        return product
 
     return run
 
@@ -82,7 +83,7 @@ def activation(name: Activation, x: Tensor, bias: Tensor | None) -> Tensor:
         fused: Tensor = _Fused.apply(_GATED[name], *((x,) if bias is None else (x, bias)))
         return fused
     x = x if bias is None else x + bias
-    return functional.gelu(x) if name == "gelu" else functional.relu(x).square()
+    return functional.gelu(x) if name == "gelu" else torch.square(functional.relu(x))
 
 
 def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -94,7 +95,7 @@ def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate each head of x [s b a d] by the angles of its position; keeps nothing but the table."""
-    cos, sin = table[:, :, None, None, :]
+    cos, sin = table[:, :, None, None, :].unbind()
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 

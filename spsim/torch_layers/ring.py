@@ -48,12 +48,11 @@ class Ring:
         """What this rank computes with the whole K and V in the order of the sequence."""
         if not self.causal:
             return [Block(slice(0, tokens), slice(None), causal=False)]
-        runs = 2 if self.zigzag else 1
-        size = tokens // runs
+        chunks = (self.rank, 2 * self.degree - 1 - self.rank) if self.zigzag else (self.rank,)
+        size = tokens // len(chunks)
         blocks = []
-        for place in range(runs):
-            rows = slice(place * size, (place + 1) * size)
-            start = int(self.order[self.rank * tokens + place * size])
+        for place, chunk in enumerate(chunks):
+            rows, start = slice(place * size, (place + 1) * size), chunk * size
             blocks += [Block(rows, slice(0, start), causal=False)] if start else []
             blocks.append(Block(rows, slice(start, start + size), causal=True))
         return blocks
