@@ -42,22 +42,37 @@ def load_kineto_trace(paths: str | Path | Sequence[str | Path], *, unnamed_lane:
                 f"{profile.path}: is of rank {profile.rank}, as is {by_rank[profile.rank].path}; give one file a rank"
             )
         by_rank[profile.rank] = profile
-    base = min(profile.base_ns for profile in profiles)
-    return measured_trace(span for profile in profiles for span in _spans(profile, base, unnamed_lane))
+    return measured_trace(align([(profile.base_ns, _spans(profile, unnamed_lane)) for profile in profiles]))
 
 
-def _spans(profile: ProfiledRank, base_ns: int, unnamed_lane: str) -> list[MeasuredSpan]:
+def read_spans(path: Path, rank: int, *, unnamed_lane: str = "communication") -> tuple[int, list[MeasuredSpan]]:
+    """The time of day, in nanoseconds, from which the times of one file count, and its spans; `rank` serves where
+    the file does not say its own.
+    """
+    profile = read_profile(path, rank)
+    return profile.base_ns, _spans(profile, unnamed_lane)
+
+
+def align(ranks: Sequence[tuple[int, Sequence[MeasuredSpan]]]) -> list[MeasuredSpan]:
+    """Spans of several ranks on one time axis, by the time of day from which each of them counts."""
+    first = min(base_ns for base_ns, _ in ranks)
+    aligned = []
+    for base_ns, spans in ranks:
+        shift = (base_ns - first) / NS_PER_US
+        aligned += [
+            replace(
+                span, start_us=span.start_us + shift, end_us=span.end_us + shift, posted_us=span.asked_us + shift
+            )
+            for span in spans
+        ]  # fmt: skip
+    return aligned
+
+
+def _spans(profile: ProfiledRank, unnamed_lane: str) -> list[MeasuredSpan]:
     found = device_spans(profile) or host_spans(profile, unnamed_lane)
     if not found:
         raise InputError(f"{profile.path}: neither kernels nor operators are recorded in it; {HINT}")
-    shift = (profile.base_ns - base_ns) / NS_PER_US
-    return [
-        replace(
-            span, micro_batch=number, start_us=span.start_us + shift, end_us=span.end_us + shift,
-            posted_us=span.asked_us + shift,
-        )
-        for span, number in zip(found, _passes(found), strict=True)
-    ]  # fmt: skip
+    return [replace(span, micro_batch=number) for span, number in zip(found, _passes(found), strict=True)]
 
 
 def _passes(spans: Sequence[MeasuredSpan]) -> list[int]:

@@ -22,7 +22,7 @@ CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("dropout", ("dropout", "masked_scale", "bernoulli")),
     # cuBLAS, CUTLASS, Tensile (of rocBLAS); aten's products.
     ("gemm", ("gemm", "gemv", "cutlass", "xmma", "nvjet", "cublas", "splitkreduce", "cijk_")),
-    ("gemm", (r"^aten::_?(add|b|badd)?(mm|bmm|mv)$", r"^aten::(matmul|linear\w*|mkldnn_linear\w*|dot)$")),
+    ("gemm", (r"^aten::_?(add|b|badd)?(mm|bmm|mv)_?$", r"^aten::(matmul|linear\w*|mkldnn_linear\w*|dot)$")),
     ("elementwise", ("elementwise", "vectorized", "unrolled", "reduce_kernel", "catarray", "multi_tensor")),
     ("elementwise", ("memcpy", "memset", "copy", "fill", "transpose", "foreach", "cast", "triton_(poi|red|per)")),
     ("elementwise", (
@@ -57,7 +57,7 @@ METADATA = frozenset({
     "view", "_unsafe_view", "view_as", "reshape", "t", "transpose", "permute", "movedim", "as_strided", "expand",
     "expand_as", "unsqueeze", "squeeze", "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind",
     "unflatten", "flatten", "detach", "detach_", "alias", "empty", "empty_like", "empty_strided", "new_empty",
-    "resize_", "set_", "resolve_conj", "resolve_neg", "lift_fresh", "contiguous", "to", "item", "result_type",
+    "resize_", "set_", "resolve_conj", "resolve_neg", "lift_fresh", "contiguous", "to", "_reshape_alias", "numpy_T", "item", "result_type",
 })  # fmt: skip
 """Operators of aten that move no data themselves; a copy that one of them needs is an operator inside it."""
 

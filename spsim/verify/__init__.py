@@ -1,0 +1,19 @@
+"""Verification: real PyTorch layers run on the processes at hand, held against the simulation of the same layers.
+
+Nothing here loads torch but what runs inside a rank.
+"""
+
+from spsim.verify.cases import VerifyCase, build_cases
+from spsim.verify.comparison import CaseComparison, Quantity, Verification, verify
+from spsim.verify.ranks import RankPool, open_ranks
+
+__all__ = [
+    "CaseComparison",
+    "Quantity",
+    "RankPool",
+    "Verification",
+    "VerifyCase",
+    "build_cases",
+    "open_ranks",
+    "verify",
+]
