@@ -63,17 +63,18 @@ def measured_trace(spans: Iterable[MeasuredSpan]) -> Trace:
     for span in _met(given):
         pieces[span.phase, span.micro_batch].append(span)
     origin, stretches, first = given[0].asked_us, [], 0
+    ranks = sorted({span.rank for span in given})
     for (phase, micro_batch), own in pieces.items():
-        recording = _recording(own, origin)
+        recording = _recording(own, ranks, origin)
         stretches.append(Stretch(recording, phase, (None,), micro_batch, 0, 0, first))
         first += len(recording.labels)
-    ranks = sorted({span.rank for span in given})
     return Trace(
         stretches,
         copies={rank: (rank,) for rank in ranks},
         describe=lambda piece: piece.recording.labels,
         groups=_groups(given),
         overlapping=True,
+        measured=True,
     )
 
 
@@ -101,19 +102,31 @@ def _is_meeting(span: MeasuredSpan) -> bool:
     return len(span.group) == 2 if span.collective == "send_receive" else bool(span.collective and span.group)
 
 
-def _recording(spans: Sequence[MeasuredSpan], origin_us: float) -> Recording:
-    """Spans of one pass, by rank and in order of time; tasks are numbered in order of their first start."""
-    labels: dict[tuple[TaskInfo, int], int] = {}
-    seen: Counter[tuple[int, TaskInfo]] = Counter()
-    records = []
+def _recording(spans: Sequence[MeasuredSpan], ranks: Sequence[int], origin_us: float) -> Recording:
+    """Spans of one pass by rank and task; tasks are numbered in order of their first start. A task that a rank did
+    not run has no duration there.
+    """
+    tasks: dict[tuple[str, TaskInfo, int], int] = {}
+    seen: Counter[tuple[int, str, TaskInfo]] = Counter()
+    records: dict[tuple[int, int], Span] = {}
+    last = dict.fromkeys(ranks, _picoseconds(spans[0].asked_us, origin_us))
     for span in spans:
         info = _info(span)
-        task = labels.setdefault((info, seen[span.rank, info]), len(labels))
-        seen[span.rank, info] += 1
-        times = (round((time - origin_us) * PS_PER_US) for time in (span.asked_us, span.start_us, span.end_us))
-        records.append(Span(span.rank, span.lane, task, *times))
-    records.sort(key=lambda record: record.rank)
-    return Recording(records, [info for info, _ in labels])
+        task = tasks.setdefault((span.lane, info, seen[span.rank, span.lane, info]), len(tasks))
+        seen[span.rank, span.lane, info] += 1
+        times = [_picoseconds(time, origin_us) for time in (span.asked_us, span.start_us, span.end_us)]
+        records[span.rank, task] = Span(span.rank, span.lane, task, *times)
+        last[span.rank] = max(last[span.rank], times[-1])
+    dense = [
+        records.get((rank, task)) or Span(rank, lane, task, last[rank], last[rank], last[rank])
+        for rank in ranks
+        for (lane, _, _), task in tasks.items()
+    ]
+    return Recording(dense, [info for _, info, _ in tasks])
+
+
+def _picoseconds(time_us: float, origin_us: float) -> int:
+    return round((time_us - origin_us) * PS_PER_US)
 
 
 def _info(span: MeasuredSpan) -> TaskInfo:

@@ -69,22 +69,24 @@ def exposed(spans: Sequence[Span]) -> int:
 
 def exposed_communication(trace: Trace) -> dict[int, int]:
     """Exposed communication of each simulated rank, weight synchronisation apart."""
+    if trace.measured:
+        return {rank: _uncovered([span for span in trace.spans if span.rank == rank]) for rank in trace.copies}
     totals = dict.fromkeys(trace.copies, 0)
     for recording, (phase, count) in trace.recordings.items():
         if phase == "weight_sync":
             continue
         for rank in totals:
-            spans = recording.by_rank.get(rank, ())
-            totals[rank] += count * exposed(_one_after_another(spans) if trace.overlapping else spans)
+            totals[rank] += count * exposed(recording.by_rank[rank])
     return totals
 
 
-def _one_after_another(spans: Sequence[Span]) -> list[Span]:
-    """Spans with the kernels of all compute lanes on one lane, those that run at once as one kernel."""
-    kernels = [s for s in spans if s.lane.startswith(COMPUTE_LANE)]
-    busy = _union((s.start_ps, s.end_ps) for s in kernels)
-    merged = [Span(kernels[0].rank, COMPUTE_LANE, 0, start, start, end) for start, end in busy]
-    return merged + [s for s in spans if not s.lane.startswith(COMPUTE_LANE)]
+def _uncovered(spans: Sequence[Span]) -> int:
+    """Exposed communication where kernels may run at once, on several lanes."""
+    busy = _union((s.start_ps, s.end_ps) for s in spans if s.lane.startswith(COMPUTE_LANE))
+    return exposed(
+        [Span(0, COMPUTE_LANE, 0, start, start, end) for start, end in busy]
+        + [span for span in spans if not span.lane.startswith(COMPUTE_LANE)]
+    )
 
 
 def weight_sync(trace: Trace) -> int:
@@ -93,12 +95,12 @@ def weight_sync(trace: Trace) -> int:
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
-    """Picoseconds of the compute lane of one rank by operator class."""
+    """Picoseconds of the compute lanes of one rank by operator class."""
     totals: Counter[str] = Counter()
     for recording, (phase, count) in trace.recordings.items():
         if phase == "weight_sync":
             continue
-        for span in recording.by_rank.get(rank, ()):
+        for span in recording.by_rank[rank]:
             if span.lane.startswith(COMPUTE_LANE):
                 totals[recording.labels[span.task].operator_class] += count * (span.end_ps - span.start_ps)
     return dict(totals)
@@ -253,7 +255,7 @@ def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
     """Time, calls and FLOPs of one simulated rank by operator and part over the step, longest first."""
     totals: dict[tuple[str, str, str, str], list[int]] = {}
     for recording, infos, count in trace.described():
-        for span in recording.by_rank.get(rank, ()):
+        for span in recording.by_rank[rank]:
             info = infos[span.task]
             label = f"{info.collective} for {info.name}" if info.collective not in ("", info.name) else info.name
             entry = totals.setdefault((label, info.part, info.operator_class, span.lane), [0, 0, 0, 0])

@@ -205,6 +205,8 @@ class Trace:
     """Axis -> rank -> the ranks of its group."""
     overlapping: bool = False
     """Whether pieces overlap on a rank, so that memory must be looked at as a whole."""
+    measured: bool = False
+    """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
     @cached_property
     def pieces(self) -> Sequence[Piece]:

@@ -28,7 +28,7 @@ CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("elementwise", (
         "^aten::(add|sub|rsub|mul|div|neg|abs|pow|square|exp|sqrt|rsqrt|sin|cos|maximum|minimum|clamp|lerp)_?$",
         "^aten::(addcmul|addcdiv|where|masked_fill|tril|triu|sum|mean|cat|stack|clone|contiguous|repeat)_?$",
-        "^aten::(zero|zeros|ones|full)(_like|_)?$",
+        "^aten::(new_)?(zero|zeros|ones|full|arange|index|index_put|logaddexp)(_like|_)?$",
         "^aten::(gelu|relu|silu|sigmoid|tanh|threshold)(_backward)?_?$",
     )),
 )  # fmt: skip
@@ -57,7 +57,8 @@ METADATA = frozenset({
     "view", "_unsafe_view", "view_as", "reshape", "t", "transpose", "permute", "movedim", "as_strided", "expand",
     "expand_as", "unsqueeze", "squeeze", "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind",
     "unflatten", "flatten", "detach", "detach_", "alias", "empty", "empty_like", "empty_strided", "new_empty",
-    "resize_", "set_", "resolve_conj", "resolve_neg", "lift_fresh", "contiguous", "to", "_reshape_alias", "numpy_T", "item", "result_type",
+    "resize_", "set_", "resolve_conj", "resolve_neg", "lift_fresh", "contiguous", "to", "item", "result_type",
+    "_reshape_alias", "numpy_T", "promote_types",
 })  # fmt: skip
 """Operators of aten that move no data themselves; a copy that one of them needs is an operator inside it."""
 

@@ -23,18 +23,15 @@ class VerifyCase:
 
     @property
     def name(self) -> str:
-        """Short and unique among the cases of one run."""
-        model, workload = self.model, self.workload
-        kind = "gated " if model.gated_mlp else ""
-        return (
-            f"{self.strategy}, {kind}{model.attention}, s {workload.seq_len} b {workload.micro_batch} h {model.hidden}"
-        )
+        """Strategy, attention kernel and sequence × micro-batch × hidden size: unique among the cases of one run."""
+        kind = f"{'gated ' if self.model.gated_mlp else ''}{self.model.attention}"
+        return f"{self.strategy}, {kind}, {self.workload.seq_len}×{self.workload.micro_batch}×{self.model.hidden}"
 
     @property
     def strategy(self) -> str:
         """The plan in short."""
         gathered = self.plan.ring > 1 and self.plan.ring_kind == "all_gather"
-        return self.plan.label + (" gathered" if gathered else "")
+        return self.plan.label + (" AG" if gathered else "")
 
     @property
     def slug(self) -> str:

@@ -149,7 +149,7 @@ def _figures(quantity: Quantity) -> dict[str, Any]:
 
 
 def verify(
-    cases: Sequence[VerifyCase],
+    predictions: Sequence[Prediction],
     hardware: HardwareProfile,
     pool: RankPool,
     *,
@@ -157,17 +157,15 @@ def verify(
     profiled: int = 5,
     progress: Callable[[int, str], None] = lambda done, name: None,
 ) -> Verification | None:
-    """Run and simulate cases; None on a rank that does not report.
+    """Run what was predicted; None on a rank that does not report.
 
-    Everything is simulated first, so that an `InputError` (a plan that the profile has no curve for) comes before
-    anything runs. A case that needs too much memory is skipped; any other loss of a rank ends the run, and the
-    result says so.
+    A case that needs too much memory is skipped; any other loss of a rank ends the run, and the result says so.
     """
-    predictions = [predict(case, hardware) for case in cases]
     done: list[CaseComparison] = []
     skipped: dict[str, str] = {}
     failure, reports = "", True
-    for number, (case, prediction) in enumerate(zip(cases, predictions, strict=True)):
+    for number, prediction in enumerate(predictions):
+        case = prediction.case
         progress(number, case.name)
         try:
             ranks = pool.run(Job(case, warm_up=2, repeats=repeats, profiled=profiled))
@@ -179,15 +177,13 @@ def verify(
             break
         reports = ranks is not None
         if ranks is not None:
-            done.append(_compare(case, prediction, ranks, pool.environment.compute_clock))
+            done.append(_compare(prediction, ranks, pool.environment.compute_clock))
     if not reports:
         return None
     return Verification(hardware, pool.environment, pool.count, done, skipped, failure)
 
 
-def _compare(
-    case: VerifyCase, prediction: Prediction, ranks: Sequence[RankMeasurement], compute_clock: str
-) -> CaseComparison:
+def _compare(prediction: Prediction, ranks: Sequence[RankMeasurement], compute_clock: str) -> CaseComparison:
     spans = align([(rank.base_ns, rank.spans) for rank in ranks])
     measured = {**_times(ranks), **_transfers(measured_trace(spans)), **_counts(ranks)}
     quantities = []
@@ -198,7 +194,7 @@ def _compare(
         clock = (compute_clock if time_kind(name) == "compute" else WALL) if timed else EXACT
         quantities.append(Quantity(name, clock, median, p10, p90, prediction.figures.get(name, 0.0)))
     return CaseComparison(
-        case, tuple(quantities), os.getloadavg()[0], prediction.result, _median_repetition(spans)
+        prediction.case, tuple(quantities), os.getloadavg()[0], prediction.result, _median_repetition(spans)
     )  # fmt: skip
 
 
@@ -273,6 +269,7 @@ def _median_repetition(spans: Sequence[MeasuredSpan]) -> Trace:
 class Prediction:
     """What the simulation says of a case."""
 
+    case: VerifyCase
     result: Result
     figures: Mapping[str, float]
 
@@ -297,7 +294,7 @@ def predict(case: VerifyCase, hardware: HardwareProfile) -> Prediction:
     passes = {"forward": result.program.forward, "backward": result.program.backward}
     steps = ((phase, step) for phase, found in passes.items() for step in found if isinstance(step, Communication))
     figures |= _collectives((phase, step.collective, step.message_bytes) for phase, step in steps)
-    return Prediction(result, figures)
+    return Prediction(case, result, figures)
 
 
 def _scenario(case: VerifyCase, hardware: HardwareProfile) -> Scenario:

@@ -65,13 +65,17 @@ def count_ranks(profile: HardwareProfile) -> tuple[int, str]:
     """
     if find_spec("torch") is None:
         raise InputError("verify: torch is not installed; install spsim[calibrate]")
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = "cpu" if not gpus or profile.datasheet.topology[0].kind == "shared_memory" else "cuda"
+    gpus = 0 if profile.datasheet.topology[0].kind == "shared_memory" else _count_gpus()
+    device = "cuda" if gpus else "cpu"
     if _under_torchrun():
         return int(os.environ["WORLD_SIZE"]), device
-    return (CPU_RANKS if device == "cpu" else gpus), device
+    return gpus or CPU_RANKS, device
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager
@@ -212,14 +216,21 @@ def _serve(pipe: Connection, log: Path, settings: tuple[Any, ...]) -> None:
 
 
 class TorchrunRank:
-    """This process as one rank among those that torchrun started; rank 0 has the results of all."""
+    """This process as one rank among those that torchrun started; rank 0 has the results of all.
+
+    Raises `RankError` where the ranks do not come together.
+    """
 
     def __init__(self, device: str, time_limit_s: float) -> None:
         from spsim.verify.measurement import Rank
 
         rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.device, self.time_limit_s = device, time_limit_s
-        self._rank = Rank(device, rank, self.count, int(os.environ.get("LOCAL_RANK", "0")), None, time_limit_s)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        try:
+            self._rank = Rank(device, rank, self.count, local, None, time_limit_s)
+        except RuntimeError as error:
+            raise RankError(f"the ranks did not come together: {_line(error)}") from None
         self.environment = self._rank.environment
 
     def run(self, job: Job) -> Sequence[RankMeasurement] | None:
