@@ -52,7 +52,7 @@ def block_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of one block, given output and log-sum-exp over all keys."""
-    operands = [*(_heads_first(x) for x in (gradient, q, k, v, out)), log_sum_exp]
+    operands = [*(_heads_first(x) for x in (gradient, q, k, v, out)), log_sum_exp.contiguous()]
     if q.is_cuda:
         none = torch.empty(0, device=q.device, dtype=torch.int64)
         found = _aten._scaled_dot_product_flash_attention_backward(

@@ -130,7 +130,7 @@ class ParallelLayer(nn.Module):
         with operator(name):
             positions = partial(self.shards.positions, x.shape[0], BETWEEN_LINEARS)
             table = self._table(
-                f"rope {x.shape[0]} {x.dtype}",
+                f"rope_{x.shape[0]}_{x.dtype}",
                 lambda: elementwise.rotation(positions(), self.model.head_dim, x.dtype),
             )
             return elementwise.rope(x, table)
@@ -188,14 +188,15 @@ class ParallelLayer(nn.Module):
 
     def _mask(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
         positions = partial(self.shards.positions, queries, INSIDE_ATTENTION)
-        return self._table(f"mask {queries} {keys} {dtype}", lambda: unfused.causal_mask(positions(), keys, dtype))
+        return self._table(f"mask_{queries}_{keys}_{dtype}", lambda: unfused.causal_mask(positions(), keys, dtype))
 
     def _ring(self, tokens: int) -> rings.Ring | None:
         group = self.groups.group("ring")
         if group is None:
             return None
-        order = self.shards.order(tokens * group.size())
-        return rings.Ring(group, self.groups.coordinate("ring"), self.shards.zigzag, self.model.causal, order)
+        order = self._table(f"order_{tokens}", lambda: self.shards.order(tokens * group.size()))
+        places = self._table(f"places_{tokens}", order.argsort)
+        return rings.Ring(group, self.groups.coordinate("ring"), self.shards.zigzag, self.model.causal, order, places)
 
 
 def _recomputed(run: Callable[..., Tensor]) -> Callable[..., Any]:

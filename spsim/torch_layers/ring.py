@@ -27,6 +27,8 @@ class Ring:
     causal: bool
     order: Tensor
     """Position of each place of the gathered sequence."""
+    places: Tensor
+    """Place of each position."""
 
     @property
     def degree(self) -> int:
@@ -60,11 +62,11 @@ class Ring:
     def gather(self, x: Tensor) -> Tensor:
         """All of x in the order of the sequence."""
         whole = start_all_gather(x, self.group).wait()
-        return whole[self.order.argsort().to(x.device)] if self.zigzag else whole
+        return whole[self.places] if self.zigzag else whole
 
     def scatter(self, x: Tensor) -> Tensor:
         """This rank's part of the sum of x over all ranks, x in the order of the sequence."""
-        return start_reduce_scatter(x[self.order.to(x.device)] if self.zigzag else x, self.group).wait()
+        return start_reduce_scatter(x[self.order] if self.zigzag else x, self.group).wait()
 
 
 class _CirculatedAttention(Function):
