@@ -10,7 +10,6 @@ from spsim.layer import layer_program
 from spsim.plan import parse_plan
 from spsim.program import Communication, Program
 from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
-from spsim.transformer import ACTIVATION_BYTES
 from tests.truth.processes import groups_of
 
 GPT = {"attention": "unfused", "dropout": 0.1}
@@ -38,6 +37,9 @@ RECOMPUTE = (
 )  # fmt: skip
 
 
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer, a plan and the shape of its input; the same object goes to every process."""
@@ -50,6 +52,11 @@ class Case:
     def program(self) -> Program:
         """What the simulator derives."""
         return layer_program(self.model, self.plan, self.workload)
+
+    def program_in(self, dtype: torch.dtype) -> Program:
+        """The same in another precision."""
+        workload = self.workload.model_copy(update={"precision": PRECISIONS[dtype]})
+        return layer_program(self.model, self.plan, workload)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -111,18 +118,15 @@ def observe_here(case: Case, dtype: torch.dtype) -> Observed:
 
 
 def expected_saved(case: Case, dtype: torch.dtype) -> dict[tuple[str, str], int]:
-    """The simulator's bytes, whose activations are of 2 bytes, for another type.
-
-    Masks and statistics have sizes of their own, with one habit of torch on CPU: LayerNorm keeps its statistics
-    in the type of its weights, 2 bytes in bf16, where CUDA keeps fp32 as the simulator counts.
+    """The simulator's bytes, with one habit of torch on CPU: LayerNorm keeps its statistics in the type of its
+    weights, 2 bytes in bf16, where CUDA keeps fp32 as the simulator counts.
     """
     bytes_of: Counter[tuple[str, str]] = Counter()
-    for kept in case.program.saved:
-        itemsize = ACTIVATION_BYTES if kept.category == "activation" else None
-        if kept.category == "norm statistics" and case.model.norm == "layernorm" and kept.operator.startswith("norm"):
-            itemsize = torch.float32.itemsize
-        scaled = kept.bytes * dtype.itemsize // itemsize if itemsize else kept.bytes
-        bytes_of[_operator(case, kept.operator), kept.category] += scaled
+    for kept in case.program_in(dtype).saved:
+        of_weights = kept.category == "norm statistics" and case.model.norm == "layernorm"
+        scale = dtype.itemsize if of_weights and kept.operator.startswith("norm") else torch.float32.itemsize
+        size = kept.bytes * scale // torch.float32.itemsize
+        bytes_of[_operator(case, kept.operator), kept.category] += size
     return dict(bytes_of)
 
 
@@ -135,8 +139,7 @@ def _operator(case: Case, operator: str) -> str:
 def expected_calls(case: Case, dtype: torch.dtype) -> Calls:
     """The collectives that the simulator derives, in issue order."""
     by_axis: Calls = defaultdict(list)
-    for step in case.program.steps:
+    for step in case.program_in(dtype).steps:
         if isinstance(step, Communication):
-            message = step.message_bytes * dtype.itemsize // ACTIVATION_BYTES
-            by_axis[step.axis].append((step.collective, message, step.ranks, step.part))
+            by_axis[step.axis].append((step.collective, step.message_bytes, step.ranks, step.part))
     return dict(by_axis)
