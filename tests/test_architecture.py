@@ -16,13 +16,13 @@ ORDER = (
     "workload", "scenario", "placement", "operators", "transformer", "work", "kernels", "program", "compiler",
     "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "trace", "measured", "engine", "schedule",
     "layer", "folding", "metrics", "simulation", "export", "plots", "sweeps", "explanation", "comparison", "validation",
-    "kineto", "torch_modules", "torch_layers", "calibrate", "verify", "report", "verification_report",
-    "experiments", "cli", "__main__",
+    "kineto", "torch_modules", "torch_layers", "calibrate", "verify", "report", "experiments", "cli",
+    "__main__",
 )  # fmt: skip
 FENCES = {
     "simpy": {"engine"},
     "matplotlib": {"plots"},
-    "rich": {"report", "verification_report", "experiments", "cli"},
+    "rich": {"report", "experiments", "cli"},
     "typer": {"cli"},
     "torch": {"torch_modules", "torch_layers", "calibrate", "verify"},
     "scipy": {"calibrate"},

@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spsim import verification_report as report
 from spsim.cli.app import (
     JsonOption,
     MicroBatchOption,
@@ -30,6 +29,7 @@ from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.model import load_model
 from spsim.profiles import load_profile
+from spsim.report import verification as report
 from spsim.verify import (
     RankError,
     Verification,

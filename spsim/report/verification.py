@@ -1,4 +1,4 @@
-"""Tables and sentences of a verification, for a terminal."""
+"""Tables and sentences of a verification."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import floor, log10
 
 from rich.table import Table
 
-from spsim.report import table
+from spsim.report.table import table
 from spsim.units import MIB
 from spsim.verify import CaseComparison, Quantity, Verification
 from spsim.verify.comparison import WALL

@@ -1,30 +1,21 @@
-"""Tables and sentences for a terminal."""
+"""Tables and sentences of scenarios: run, explain, compare, validate, list."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.table import Table
 
 from spsim.comparison import Difference, PlanAccount, PlanComparison, grouped
 from spsim.explanation import Explanation, InsertedCommunication, OperatorExplanation
 from spsim.model import PRESETS
 from spsim.profiles import load_profile, profile_names
+from spsim.report.table import table
 from spsim.simulation import SCOPE, Result
 from spsim.units import GIB, MIB, PS_PER_MS
 from spsim.validation import Comparison, Errors, Validation
 
 SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
-
-
-def table(title: str, columns: Sequence[str], *, numbers: Iterable[str] = ()) -> Table:
-    """An empty table; the columns in `numbers` are right-aligned and never wrapped."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
-    right = set(numbers)
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
-    return made
 
 
 def summary(result: Result) -> Table:
