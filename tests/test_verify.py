@@ -242,6 +242,19 @@ def test_a_case_without_memory_is_skipped_and_a_lost_rank_ends_the_run(found):
     assert (result.failure, list(result.cases)) == ("rank 0 failed", [])
 
 
+def test_lack_of_memory_is_told_from_other_failures():
+    import torch
+
+    from spsim.verify.measurement import out_of_memory
+
+    with pytest.raises(RuntimeError) as lack:
+        torch.empty(2**50)
+    assert out_of_memory(lack.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.empty(2) @ torch.empty(3)
+    assert not out_of_memory(other.value)
+
+
 # ------------------------------------------------------------ what is refused before anything runs
 
 

@@ -155,7 +155,8 @@ def _write(found: Verification, out: Path) -> list[str]:
         for case in last.values():
             timelines = plots.plot_timelines(
                 {"simulated": case.simulated, "measured": case.measured},
-                title=f"{case.case.name}, {found.hardware.name}: simulated, and measured under torch.profiler",
+                title=f"{case.case.name}, {found.hardware.name}: simulated, and measured under torch.profiler "
+                f"at load average {case.load_average:.1f}",
             )
             plots.save(timelines, directory / f"timeline-{case.case.slug}.png")
         return file_names(directory)

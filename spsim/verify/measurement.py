@@ -38,7 +38,7 @@ _cuda: Any = torch.cuda
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or a CPU could not allocate; a CPU raises a plain error."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class Rank:
