@@ -12,9 +12,12 @@ from spsim.program import Communication, Program
 from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
 from tests.truth.processes import groups_of
 
+SIMULATED = torch.bfloat16
+"""The precision of a workload unless given."""
+
 GPT = {"attention": "unfused", "dropout": 0.1}
 GPT_SDPA = {"attention": "flash"}
-"""Dropout around the blocks only would be possible; inside attention torch leaves the flash kernel on CPU."""
+"""No dropout inside: with it torch leaves the flash kernel on CPU."""
 LLAMA = {"gated_mlp": True, "ffn_hidden": 96, "kv_heads": 2}
 QWEN = {"gated_mlp": True, "ffn_hidden": 96, "qk_norm": True, "qkv_bias": True}
 NEOX = {"parallel_residual": True, "positions": "rope"}
@@ -37,9 +40,6 @@ RECOMPUTE = (
 )  # fmt: skip
 
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
 @dataclass(frozen=True)
 class Case:
     """A layer, a plan and the shape of its input; the same object goes to every process."""
@@ -52,11 +52,6 @@ class Case:
     def program(self) -> Program:
         """What the simulator derives."""
         return layer_program(self.model, self.plan, self.workload)
-
-    def program_in(self, dtype: torch.dtype) -> Program:
-        """The same in another precision."""
-        workload = self.workload.model_copy(update={"precision": PRECISIONS[dtype]})
-        return layer_program(self.model, self.plan, workload)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -95,7 +90,7 @@ class Observed:
     calls: Calls
 
 
-def observe(case: Case, groups: Groups, dtype: torch.dtype = torch.bfloat16) -> Observed:
+def observe(case: Case, groups: Groups, dtype: torch.dtype = SIMULATED) -> Observed:
     """Run a layer forward and backward under both recorders."""
     layer = ParallelLayer(case.model, case.plan, groups, dtype=dtype)
     x = layer.local_input(torch.ones(case.shape, dtype=dtype)).requires_grad_()
@@ -118,15 +113,18 @@ def observe_here(case: Case, dtype: torch.dtype) -> Observed:
 
 
 def expected_saved(case: Case, dtype: torch.dtype) -> dict[tuple[str, str], int]:
-    """The simulator's bytes, with one habit of torch on CPU: LayerNorm keeps its statistics in the type of its
-    weights, 2 bytes in bf16, where CUDA keeps fp32 as the simulator counts.
+    """The simulator's bytes, whose activations are of 2 bytes, for another type.
+
+    Masks and statistics have sizes of their own, with one habit of torch on CPU: LayerNorm keeps its statistics
+    in the type of its weights, 2 bytes in bf16, where CUDA keeps fp32 as the simulator counts.
     """
     bytes_of: Counter[tuple[str, str]] = Counter()
-    for kept in case.program_in(dtype).saved:
-        of_weights = kept.category == "norm statistics" and case.model.norm == "layernorm"
-        scale = dtype.itemsize if of_weights and kept.operator.startswith("norm") else torch.float32.itemsize
-        size = kept.bytes * scale // torch.float32.itemsize
-        bytes_of[_operator(case, kept.operator), kept.category] += size
+    for kept in case.program.saved:
+        itemsize = SIMULATED.itemsize if kept.category == "activation" else None
+        if kept.category == "norm statistics" and case.model.norm == "layernorm" and kept.operator.startswith("norm"):
+            itemsize = torch.float32.itemsize
+        scaled = kept.bytes * dtype.itemsize // itemsize if itemsize else kept.bytes
+        bytes_of[_operator(case, kept.operator), kept.category] += scaled
     return dict(bytes_of)
 
 
@@ -139,7 +137,8 @@ def _operator(case: Case, operator: str) -> str:
 def expected_calls(case: Case, dtype: torch.dtype) -> Calls:
     """The collectives that the simulator derives, in issue order."""
     by_axis: Calls = defaultdict(list)
-    for step in case.program_in(dtype).steps:
+    for step in case.program.steps:
         if isinstance(step, Communication):
-            by_axis[step.axis].append((step.collective, step.message_bytes, step.ranks, step.part))
+            message = step.message_bytes * dtype.itemsize // SIMULATED.itemsize
+            by_axis[step.axis].append((step.collective, message, step.ranks, step.part))
     return dict(by_axis)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -17,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from spsim import Plan
 from spsim.torch_layers import Groups
 
-TIMEOUT_S = 60
+TIMEOUT_S = 30
 
 
 def _join(rank: int, ranks: int, store: str) -> None:
@@ -25,11 +24,6 @@ def _join(rank: int, ranks: int, store: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_S)
     )
-
-
-def _leave() -> None:
-    groups_of.cache_clear()
-    dist.destroy_process_group()
 
 
 @lru_cache
@@ -44,24 +38,20 @@ class Processes:
     def __init__(self, ranks: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # torch is imported once for all
-        self._workers = [
-            ProcessPoolExecutor(1, context, initializer=_join, initargs=(rank, ranks, str(folder / "store")))
-            for rank in range(ranks)
-        ]
+        store = str(folder / "store")
+        self._workers = [context.Pool(1, _join, (rank, ranks, store)) for rank in range(ranks)]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            worker.submit(_leave)
-        for worker in self._workers:
-            worker.shutdown()
+            worker.terminate()  # at once, even if a collective hangs
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The result of each rank."""
-        started = [worker.submit(function, *arguments) for worker in self._workers]
-        return [future.result(timeout=2 * TIMEOUT_S) for future in started]
+        started = [worker.apply_async(function, arguments) for worker in self._workers]
+        return [result.get(timeout=2 * TIMEOUT_S) for result in started]
 
 
 @contextmanager
