@@ -6,7 +6,7 @@ tensors in autograd's hooks. A layer only names its operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -107,12 +107,8 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 
 
 def _group(args: Sequence[Any]) -> dist.ProcessGroup:
-    handle = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
-    return dist.ProcessGroup.unbox(handle)
-
-
-def _is_group(handle: torch.ScriptObject) -> bool:
-    return "ProcessGroup" in str(handle._type())
+    handles = (arg for arg in args if isinstance(arg, torch.ScriptObject))
+    return dist.ProcessGroup.unbox(next(handle for handle in handles if "ProcessGroup" in str(handle._type())))
 
 
 @contextmanager
@@ -127,7 +123,7 @@ def record_collectives(groups: Groups) -> Iterator[list[CollectiveCall]]:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A storage kept for the backward pass, by the first operator that keeps it."""
+    """A storage kept for the backward pass."""
 
     operator: str
     category: TensorKind
@@ -139,7 +135,7 @@ class SavedTensor:
 
 @dataclass
 class SavedTensors:
-    """Each storage once; parameters and buffers of the modules are no part of it."""
+    """Each storage once, by the first operator that keeps it."""
 
     tensors: list[SavedTensor] = field(default_factory=list)
 
@@ -149,10 +145,10 @@ class SavedTensors:
 
 
 def _category(tensor: Tensor) -> TensorKind:
-    """Of the tensors of a layer: masks are boolean, statistics have no last dimension or one of size 1."""
-    if tensor.dtype in (torch.bool, torch.uint8):
+    """Masks are boolean; statistics are, of a norm, one number a row, and of attention [b a s] without a width."""
+    if tensor.dtype == torch.bool:
         return "mask"
-    if tensor.shape[-1] == 1:
+    if "norm" in _operator.get() and tensor.shape[-1] == 1:
         return "norm statistics"
     if _operator.get() == "attention" and tensor.dim() == 3:
         return "log-sum-exp"
@@ -161,7 +157,10 @@ def _category(tensor: Tensor) -> TensorKind:
 
 @contextmanager
 def record_saved(*modules: nn.Module) -> Iterator[SavedTensors]:
-    """What autograd keeps of a forward pass inside, without the parameters and buffers of the modules."""
+    """What autograd keeps of a forward pass inside, without the parameters and buffers of the modules.
+
+    Storages are held until the recorder ends, so that no two are at one address.
+    """
     record = SavedTensors()
     held: dict[int, torch.UntypedStorage] = {}
 
@@ -179,6 +178,9 @@ def record_saved(*modules: nn.Module) -> Iterator[SavedTensors]:
             )
         return tensor
 
-    unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
-    with saved_tensors_hooks(pack, unpack):
+    with saved_tensors_hooks(pack, _unchanged):
         yield record
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
