@@ -9,7 +9,7 @@ from typing import cast, get_args
 
 from spsim.errors import InputError
 from spsim.placement import Collective, sent_bytes
-from spsim.trace import Phase, Recording, Span, Stretch, TaskInfo, Trace
+from spsim.trace import COMPUTE_LANE, Phase, Recording, Span, Stretch, TaskInfo, Trace
 from spsim.units import PS_PER_US
 
 
@@ -144,3 +144,35 @@ def _groups(spans: Sequence[MeasuredSpan]) -> Mapping[str, Mapping[int, tuple[in
         if span.group:
             groups[span.lane][span.rank] = span.group
     return groups
+
+
+# Sums over a measured run, whose kernels may run at once and on several lanes
+
+
+def exposed_communication(trace: Trace) -> dict[int, int]:
+    """Picoseconds of each rank during which communication is posted and no kernel runs."""
+    found = {}
+    for rank in trace.copies:
+        own = [span for span in trace.spans if span.rank == rank]
+        kernels = [(span.start_ps, span.end_ps) for span in own if span.lane.startswith(COMPUTE_LANE)]
+        transfers = [(span.posted_ps, span.end_ps) for span in own if not span.lane.startswith(COMPUTE_LANE)]
+        found[rank] = _covered(kernels + transfers) - _covered(kernels)
+    return found
+
+
+def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
+    """Picoseconds of the kernels of one rank by operator class; of kernels that run at once each counts."""
+    totals: Counter[str] = Counter()
+    for span in trace.spans:
+        if span.rank == rank and span.lane.startswith(COMPUTE_LANE):
+            totals[trace.tasks[span.task].operator_class] += span.end_ps - span.start_ps
+    return dict(totals)
+
+
+def _covered(intervals: Sequence[tuple[int, int]]) -> int:
+    """Length of the union."""
+    total, until = 0, min(intervals, default=(0, 0))[0]
+    for start, end in sorted(intervals):
+        total += max(0, end - max(start, until))
+        until = max(until, end)
+    return total

@@ -13,6 +13,7 @@ from itertools import accumulate, islice
 import numpy as np
 import pandas as pd
 
+from spsim import measured
 from spsim.trace import COMPUTE_LANE, MemoryChange, Phase, Recording, Span, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
@@ -70,7 +71,7 @@ def exposed(spans: Sequence[Span]) -> int:
 def exposed_communication(trace: Trace) -> dict[int, int]:
     """Exposed communication of each simulated rank, weight synchronisation apart."""
     if trace.measured:
-        return {rank: _uncovered([span for span in trace.spans if span.rank == rank]) for rank in trace.copies}
+        return measured.exposed_communication(trace)
     totals = dict.fromkeys(trace.copies, 0)
     for recording, (phase, count) in trace.recordings.items():
         if phase == "weight_sync":
@@ -80,28 +81,21 @@ def exposed_communication(trace: Trace) -> dict[int, int]:
     return totals
 
 
-def _uncovered(spans: Sequence[Span]) -> int:
-    """Exposed communication where kernels may run at once, on several lanes."""
-    busy = _union((s.start_ps, s.end_ps) for s in spans if s.lane.startswith(COMPUTE_LANE))
-    return exposed(
-        [Span(0, COMPUTE_LANE, 0, start, start, end) for start, end in busy]
-        + [span for span in spans if not span.lane.startswith(COMPUTE_LANE)]
-    )
-
-
 def weight_sync(trace: Trace) -> int:
     """Picoseconds of the synchronisation of weight gradients at the end of the step."""
     return sum(_window(recording) for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
-    """Picoseconds of the compute lanes of one rank by operator class."""
+    """Picoseconds of the compute lane of one rank by operator class."""
+    if trace.measured:
+        return measured.compute_by_class(trace, rank)
     totals: Counter[str] = Counter()
     for recording, (phase, count) in trace.recordings.items():
         if phase == "weight_sync":
             continue
         for span in recording.by_rank[rank]:
-            if span.lane.startswith(COMPUTE_LANE):
+            if span.lane == COMPUTE_LANE:
                 totals[recording.labels[span.task].operator_class] += count * (span.end_ps - span.start_ps)
     return dict(totals)
 
