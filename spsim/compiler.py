@@ -108,7 +108,7 @@ class _Compiler:
         forward, self.steps = tuple(self.steps), []
         output = self.values[self.exit.name, self.produced[self.exit.name], "forward"]
         output_gradient = self._buffer(f"{self.exit.name} gradient", output.bytes, "temporary")
-        self.collected[self.exit.name] = output_gradient
+        self.gradients[self.exit.name].append((self.produced[self.exit.name], output_gradient))
         self._run_backward_pass()
         return Program(
             forward=forward,
@@ -235,6 +235,7 @@ class _Compiler:
     def _run_backward_pass(self) -> None:
         """A gradient moves to where its producer needs it as soon as its last summand is there."""
         self.phase = "backward"
+        self._collect_gradient(self.exit)
         last_summand = {o.tensor.name: op for op in reversed(self.operators) for o in op.activations}
         for op in reversed(self.operators):
             self._recompute_for(op)
