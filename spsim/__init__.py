@@ -10,6 +10,7 @@ from spsim.profiles import load_profile
 from spsim.scenario import Scenario
 from spsim.simulation import Result, simulate
 from spsim.sweeps import Experiment, Point, sweep
+from spsim.torch_modules import trace_module
 from spsim.workload import Workload
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "measured_trace",
     "simulate",
     "sweep",
+    "trace_module",
 ]

@@ -59,7 +59,7 @@ Key = tuple[str, Layout, str]
 def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, causal: bool) -> Program:
     """The program of one layer; ring attention is a gather here, until `lowering.lower_ring`."""
     compiler = _Compiler(operators, plan, mesh, causal)
-    return _categorise(compiler.compile())
+    return categorise(compiler.compile())
 
 
 def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
@@ -378,7 +378,7 @@ class _Compiler:
         )
 
 
-def _categorise(program: Program) -> Program:
+def categorise(program: Program) -> Program:
     """Forward buffers that the backward pass reads are activations, and so is the chain of layer inputs."""
     read = {buffer for step in program.backward for buffer in step.reads}
     roots = {b.id: b.alias_of for step in program.forward for b in step.writes if b.alias_of is not None}

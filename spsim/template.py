@@ -48,12 +48,10 @@ class KernelGroup:
 class Template:
     """Structure and coefficients of one layer under one plan."""
 
-    def __init__(self, compile_layer: Callable[[int, int], Program], unit: int) -> None:
-        """`compile_layer` takes a sequence length and a micro-batch; `unit` divides every sequence length that
-        the plan admits.
-        """
+    def __init__(self, compile_layer: Callable[[Workload], Program], unit: int) -> None:
+        """`unit` divides every sequence length that the plan admits."""
         self.unit = unit
-        programs = [compile_layer(x * unit, b) for x, b in SAMPLES]
+        programs = [compile_layer(Workload(seq_len=x * unit, micro_batch=b)) for x, b in SAMPLES]
         self.program = programs[0]
         """The structure; its sizes are those of the smallest sample."""
         self.coefficients = _fit(np.array([list(_numbers(program)) for program in programs], dtype=object))
