@@ -11,17 +11,26 @@ Steps: ring all-reduce 2(n-1), ring all-gather and reduce-scatter n-1, pairwise 
 reduction (NVLS) and send-receive 1 (Thakur et al. 2005; NCCL).
 
 Across nodes each GPU has its own network adapter: curves of the outer level are of one GPU per node, and the
-g ranks of a node divide among their adapters what leaves the node. `docs/model.md` has the formulas.
+g ranks of a node divide among their adapters what leaves the node. Rings run through all ranks; all-reduce may
+take a double binary tree over the nodes (Sanders et al. 2009; NCCL 2.4). Both pass data on in chunks, each hop
+storing one before it sends it on, which is what short messages wait for. `docs/model.md` has the formulas.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from math import ceil, log2
 
 from spsim.errors import InputError
 from spsim.hardware import CollectiveCurve, HardwareProfile, Level
 from spsim.placement import Collective, sent_bytes
-from spsim.units import GB, US_PER_S
+from spsim.units import GB, MIB, US_PER_S
+
+CHUNKED = ("all_reduce", "all_gather", "reduce_scatter")
+"""Collectives that pass data on from rank to rank, chunk by chunk."""
+
+TREE_CHUNKS = 4
+"""Fewest chunks that a tree cuts an adapter's part into (NCCL `src/enqueue.cc`: it halves the chunk below that)."""
 
 
 def algorithm_steps(algorithm: str, collective: Collective, ranks: int) -> int:
@@ -59,9 +68,22 @@ class CurveTime:
     def latency(self, ranks: int) -> float:
         """Time of the smallest messages: measured, plus or minus the steps that differ; never negative."""
         curve = self.curve
-        steps = algorithm_steps(curve.algorithm, self.collective, ranks)
-        measured = algorithm_steps(curve.algorithm, self.collective, curve.ranks)
-        return max(0.0, curve.latency_us + (steps - measured) * curve.step_latency_us) / US_PER_S
+        steps = self.steps(ranks) - self.steps(curve.ranks)
+        return max(0.0, curve.latency_us + steps * curve.step_latency_us) / US_PER_S
+
+    @property
+    def start(self) -> float:
+        """Seconds of the latency that no step accounts for."""
+        return self.latency(1)
+
+    def steps(self, ranks: int) -> int:
+        """Steps that the algorithm takes among so many ranks."""
+        return algorithm_steps(self.curve.algorithm, self.collective, ranks)
+
+    def step(self, block: float) -> float:
+        """Seconds of one step of a ring that sends `block` bytes: the share of a step in the measured time."""
+        ranks = self.curve.ranks
+        return (self(int(block * ranks), ranks) - self.start) / self.steps(ranks)
 
     def transfer(self, wire: float, ranks: int) -> float:
         """Seconds beyond the latency for bytes that one rank sends."""
@@ -116,6 +138,8 @@ class CommCost:
         self.inner = LevelCost(profile, inner)
         self.outer = LevelCost(profile, outer[0]) if outer else None
         self.overhead = profile.coefficients.collective_overhead_us.value / US_PER_S
+        chunk = profile.coefficients.adapter_chunk_mib
+        self.chunk = chunk.value * MIB if chunk else 0.0
 
     def duration(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> float:
         """Seconds of a collective among `ranks` ranks, spread evenly over `nodes`, started from a framework.
@@ -142,10 +166,10 @@ class CommCost:
             return outer.time(collective, message, nodes)
         if collective == "all_to_all":
             return self._all_to_all(outer, message, ranks, nodes)
-        flat = self._flat_ring(outer, collective, message, ranks, nodes)
+        ring = self._ring(outer, collective, message, ranks, nodes)
         if collective != "all_reduce":
-            return flat
-        return min(flat, self._hierarchical(outer, message, ranks // nodes, nodes))
+            return ring
+        return min(ring, self._tree(outer, message, ranks // nodes, nodes))
 
     def _outer(self) -> LevelCost:
         if self.outer is None:
@@ -155,29 +179,48 @@ class CommCost:
             )
         return self.outer
 
-    def _flat_ring(self, outer: LevelCost, collective: Collective, message: int, ranks: int, nodes: int) -> float:
-        """Rings through all ranks, one per adapter: both levels move at once, and the slower one paces.
+    def _ring(self, outer: LevelCost, collective: Collective, message: int, ranks: int, nodes: int) -> float:
+        """Rings through all ranks, one per adapter.
 
-        Of the steps one less than the nodes cross between them; the start, without a step, is counted once.
+        Long messages keep all hops of both levels busy, and the slower level paces. A block of a short one
+        goes round hop by hop, each of which stores it, or the first chunk of it, before it sends it on; a hop
+        between nodes takes no less than one inside, for the same kernels drive it.
         """
         per_node = ranks // nodes
         wire = sent_bytes(collective, message, ranks)
-        return min(
-            inside.latency(ranks - nodes + 1)
-            + across.latency(nodes)
-            - min(inside.latency(1), across.latency(1))
-            + max(inside.transfer(wire, per_node), across.transfer(wire / per_node, nodes))
-            for inside in self.inner.allowed(collective, per_node, "ring")
-            for across in outer.allowed(collective, nodes, "ring")
-        )
+        block = min(message / ranks, self.chunk * per_node)
+        times = []
+        for inside in self.inner.allowed(collective, per_node, "ring"):
+            for across in outer.allowed(collective, nodes, "ring"):
+                start = min(inside.start, across.start)
+                latency = inside.latency(ranks - nodes + 1) + across.latency(nodes) - start
+                busy = latency + max(inside.transfer(wire, per_node), across.transfer(wire / per_node, nodes))
+                hop = inside.step(block)
+                between = max(hop, across.step(block / per_node))
+                hops = inside.steps(ranks - nodes + 1) * hop + across.steps(nodes) * between
+                times.append(max(busy, start + hops))
+        return min(times)
 
-    def _hierarchical(self, outer: LevelCost, message: int, per_node: int, nodes: int) -> float:
-        """All-reduce in three stages: reduce-scatter in the node, all-reduce of each part among nodes, all-gather."""
-        return (
-            self.inner.time("reduce_scatter", message, per_node)
-            + outer.time("all_reduce", message // per_node, nodes)
-            + self.inner.time("all_gather", message, per_node)
-        )
+    def _tree(self, outer: LevelCost, message: int, per_node: int, nodes: int) -> float:
+        """All-reduce by a double binary tree over the nodes, in each by its switch (NVLS) or along a chain.
+
+        An adapter sends its part up and down the tree, but on two nodes, each the root of half the data, once.
+        The first chunk goes up and down node by node; then both levels move at once, and the slower one paces.
+        """
+        part = message / per_node
+        chunk = min(self.chunk, part / TREE_CHUNKS)
+        share = chunk / part if part else 0.0
+        hops = 2 * ceil(log2(nodes))
+        times = []
+        for inside in self.inner.allowed("all_reduce", per_node):
+            # Along a chain every GPU sends the sum up and the result down.
+            chain = inside.curve.algorithm == "ring"
+            wire = 2 * message if chain else sent_bytes("all_reduce", message, per_node)
+            for across in outer.allowed("all_reduce", nodes, "ring"):
+                first = inside.latency(per_node) + inside.transfer(share * wire, per_node) + hops * across.step(chunk)
+                sent = part if nodes == 2 else 2 * part
+                times.append(first + max(inside.transfer(wire, per_node), across.transfer(sent, nodes)))
+        return min(times)
 
     def _all_to_all(self, outer: LevelCost, message: int, ranks: int, nodes: int) -> float:
         """Parts for peers of the node and parts for other nodes at the same time, the latter by one adapter."""
@@ -199,6 +242,5 @@ class CommCost:
         names = [f"collectives.{self.inner.name}.{collective}", "collective_overhead_us"]
         if nodes > 1 and self.outer is not None:
             names.append(f"collectives.{self.outer.name}.{collective}")
-            if collective == "all_reduce":
-                names += [f"collectives.{self.inner.name}.{stage}" for stage in ("reduce_scatter", "all_gather")]
+            names += ["adapter_chunk_mib"] if collective in CHUNKED else []
         return tuple(names)

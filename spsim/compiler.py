@@ -59,7 +59,7 @@ Key = tuple[str, Layout, str]
 def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, causal: bool) -> Program:
     """The program of one layer; ring attention is a gather here, until `lowering.lower_ring`."""
     compiler = _Compiler(operators, plan, mesh, causal)
-    return _categorise(compiler.compile())
+    return categorise(compiler.compile())
 
 
 def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
@@ -80,41 +80,39 @@ class _Compiler:
         self.mesh = mesh
         self.causal = causal
         self.rules = split_rules(plan)
-        self.splits: dict[str, Splits] = {op.name: operator_splits(op, self.rules, mesh) for op in operators}
-        self.kernels = {op.name: Kernels(op, self.splits[op.name], mesh) for op in operators}
-        self.recomputed = recomputed(operators, plan)
         self.entry = operators[0].activations[0].tensor
         self.exit = operators[-1].results[0].tensor
-        self.produced = {self.entry.name: self._boundary_layout()}
-        for op in operators:
-            self.produced |= {o.tensor.name: output_layout(o, self.splits[op.name]) for o in op.outputs}
+        # The layer input is placed as any output of an operator that does not mix positions.
+        source = Operator(self.entry.name, "elementwise", (), (Operand(self.entry, self.entry.dims),))
+        every = (source, *operators)
+        self.splits: dict[str, Splits] = {op.name: operator_splits(op, self.rules, mesh) for op in every}
+        self.kernels = {op.name: Kernels(op, self.splits[op.name], mesh) for op in operators}
+        self.recomputed = self.to_recompute = recomputed(operators, plan)
+        self.producers = {o.tensor.name: (op, o) for op in every for o in op.outputs}
+        self.produced = {
+            name: output_layout(output, self.splits[op.name]) for name, (op, output) in self.producers.items()
+        }
         self.phase: Phase = "forward"
         self.steps: list[Step] = []
         self.values: dict[Key, Buffer] = {}
         self.gradients: dict[str, list[tuple[Layout, Buffer]]] = defaultdict(list)
+        self.collected: dict[str, Buffer] = {}
         self.num_buffers = 0
         self.num_steps = 0
 
-    def _boundary_layout(self) -> Layout:
-        """The layer input is placed as any output of an operator that does not mix positions."""
-        operand = Operand(self.entry, self.entry.dims)
-        source = Operator(self.entry.name, "elementwise", (), (operand,))
-        return output_layout(operand, operator_splits(source, self.rules, self.mesh))
-
     def compile(self) -> Program:
         """Forward, then backward from the gradient of the layer output."""
-        boundary = self.produced[self.entry.name]
-        entry = self._hold(self.entry, boundary, "forward")
+        entry = self._hold(self.entry, self.produced[self.entry.name], "forward")
         for op in self.operators:
             self._run_forward(op, "forward")
         forward, self.steps = tuple(self.steps), []
         output = self.values[self.exit.name, self.produced[self.exit.name], "forward"]
         output_gradient = self._buffer(f"{self.exit.name} gradient", output.bytes, "temporary")
-        self.gradients[self.exit.name].append((boundary, output_gradient))
+        self.gradients[self.exit.name].append((self.produced[self.exit.name], output_gradient))
         self._run_backward_pass()
         return Program(
             forward=forward,
-            input_gradient=self._collect_gradient(self.entry, boundary, self.operators[0].name),
+            input_gradient=self.collected[self.entry.name],
             backward=tuple(self.steps),
             saved=tuple(self._saved()),
             weight_sync=tuple(self._weight_sync()),
@@ -235,16 +233,24 @@ class _Compiler:
     # Backward
 
     def _run_backward_pass(self) -> None:
-        pending = self.recomputed
+        """A gradient moves to where its producer needs it as soon as its last summand is there."""
+        self.phase = "backward"
+        self._collect_gradient(self.exit)
+        last_summand = {o.tensor.name: op for op in reversed(self.operators) for o in op.activations}
         for op in reversed(self.operators):
-            if op.name in pending:
-                self._recompute()
-                pending = frozenset()
-            self.phase = "backward"
+            self._recompute_for(op)
             self._run_backward(op)
+            for operand in op.activations:
+                if last_summand[operand.tensor.name] is op:
+                    self._collect_gradient(operand.tensor)
 
-    def _recompute(self) -> None:
-        """Run the recomputed operators again, with the communication on both their sides."""
+    def _recompute_for(self, op: Operator) -> None:
+        """Run the recomputed operators again, with the communication on both their sides, before the first of
+        them gets its gradient.
+        """
+        if op.name not in self.to_recompute:
+            return
+        self.to_recompute = frozenset()
         self.phase = "recompute"
         again = [op for op in self.operators if op.name in self.recomputed]
         for op in again:
@@ -260,10 +266,10 @@ class _Compiler:
             for operand in op.activations:
                 if op.name not in self.recomputed and operand.tensor.name in inside:
                     self._fetch_input(op, operand, "recompute")
+        self.phase = "backward"
 
     def _run_backward(self, op: Operator) -> None:
-        splits = self.splits[op.name]
-        gradients = [self._collect_gradient(o.tensor, output_gradient_layout(o, splits), op.name) for o in op.results]
+        gradients = [self.collected[o.tensor.name] for o in op.results]
         saved = self._read_saved(op)
         if op.kind == "gemm":
             self._run_gemm_backward(op, gradients, saved)
@@ -313,8 +319,11 @@ class _Compiler:
         layout = input_gradient_layout(operand, self.splits[op.name])
         self.gradients[operand.tensor.name].append((layout, buffer))
 
-    def _collect_gradient(self, tensor: Tensor, required: Layout, op: str) -> Buffer:
+    def _collect_gradient(self, tensor: Tensor) -> None:
         """The gradient of a tensor as its producer needs it: equal layouts summed, then moved, then summed."""
+        producer, output = self.producers[tensor.name]
+        self._recompute_for(producer)
+        required = output_gradient_layout(output, self.splits[producer.name])
         groups: dict[Layout, list[Buffer]] = defaultdict(list)
         for layout, buffer in self.gradients.pop(tensor.name):
             groups[layout].append(buffer)
@@ -322,9 +331,9 @@ class _Compiler:
         for layout, buffers in groups.items():
             total = self._sum(tensor, layout, buffers)
             for step in redistribute(layout, required, self.mesh, backward=True):
-                total = self._redistribute(step, tensor, total, "gradient", op)
+                total = self._redistribute(step, tensor, total, "gradient", producer.name)
             moved.append(total)
-        return self._sum(tensor, required, moved)
+        self.collected[tensor.name] = self._sum(tensor, required, moved)
 
     def _sum(self, tensor: Tensor, layout: Layout, buffers: list[Buffer]) -> Buffer:
         """n - 1 additions, as autograd accumulates a tensor with n consumers."""
@@ -369,7 +378,7 @@ class _Compiler:
         )
 
 
-def _categorise(program: Program) -> Program:
+def categorise(program: Program) -> Program:
     """Forward buffers that the backward pass reads are activations, and so is the chain of layer inputs."""
     read = {buffer for step in program.backward for buffer in step.reads}
     roots = {b.id: b.alias_of for step in program.forward for b in step.writes if b.alias_of is not None}

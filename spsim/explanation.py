@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from spsim.layer import layer_program
 from spsim.model import Model
-from spsim.operators import Operator, operator_splits
+from spsim.operators import LAGGED, Operator, operator_splits
 from spsim.placement import mesh_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Compute, Program
 from spsim.transformer import transformer_layer
 from spsim.workload import Workload
 
-Applies = Literal["yes", "with position offset", "no"]
+Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
 
 DIMENSION_NAMES = {
     "s": "sequence", "j": "key positions", "b": "micro-batch", "h": "hidden", "a": "heads", "d": "head size",
@@ -80,14 +80,17 @@ class Explanation:
 
 def applies_alone(operator: Operator) -> tuple[Applies, str]:
     """Whether an operator may run on a sequence shard without the others, and why."""
-    for operand in operator.inputs:
-        for dim, read in zip(operand.tensor.dims, operand.subscript, strict=True):
-            if dim == "s" and read != "s":
-                return "no", f"reads {operand.tensor.name} at every position"
     if "s" in operator.mixes:
         return "no", "mixes positions"
-    if any(o.tensor.kind == "constant" and "s" in o.subscript for o in operator.inputs):
-        return "with position offset", "per position, given its place in the whole sequence"
+    for operand in operator.inputs:
+        for dim, read in zip(operand.tensor.dims, operand.subscript, strict=True):
+            if dim == "s" and read.startswith(LAGGED):
+                halo = operator.extents[read.removeprefix(LAGGED)] - 1
+                return "yes, with halo", f"reads the {halo} positions before its own too"
+            if dim == "s" and read != "s":
+                return "no", f"reads {operand.tensor.name} at every position"
+    if any(o.tensor.kind in ("constant", "weight") and "s" in o.subscript for o in operator.inputs):
+        return "yes, with position offset", "per position, given its place in the whole sequence"
     if "j" in operator.extents:
         return (
             "yes",

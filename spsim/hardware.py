@@ -267,6 +267,8 @@ class Coefficients(Table):
     collective_overhead_us: Microseconds
     """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
     the compute stream and the communication stream, both ways."""
+    adapter_chunk_mib: Quantity | None = None
+    """Data that the channels of one network adapter pass on at a time, for a topology of several levels."""
     overlap_slowdown: NonNegative
     """Share of its rate that compute loses while a collective holds units of the device."""
     memory: MemoryCoefficients
@@ -300,6 +302,8 @@ class HardwareProfile(Table):
         levels = {level.name: level for level in self.datasheet.topology}
         if len(levels) < len(self.datasheet.topology):
             raise ValueError("topology: two levels have the same name; rename one")
+        if len(levels) > 1 and self.coefficients.adapter_chunk_mib is None:
+            raise ValueError("a topology of several levels needs adapter_chunk_mib; add it to calibrated or assumed")
         for name, table in self.coefficients.collectives.items():
             if name not in levels:
                 raise ValueError(f"collectives name the level {name!r}, which the topology does not have")

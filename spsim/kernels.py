@@ -132,21 +132,28 @@ class Kernels:
         self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool
     ) -> FlashAttention:
         """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed."""
-        width = self.sizes["d"] * self.sizes["b"]
-        heads, kv_heads = self.sizes["a"], self._local_kv_heads()
-        rows = 2 * queries * heads + 2 * keys * kv_heads
+        batch, heads, head_dim = self.sizes.get("b", 1), self._product(self._head_dims), self._head_dim
+        rows = 2 * queries * heads + 2 * keys * self._local_kv_heads()
         passes = 1 if direction == "forward" else 2
         return FlashAttention(
             direction=direction,
-            batch=self.sizes["b"], heads=heads, head_dim=self.sizes["d"], queries=queries, keys=keys,
-            twice_pairs=twice_pairs,
-            causal=causal, bytes_moved=passes * rows * width * self.operator.inputs[0].tensor.itemsize,
+            batch=batch, heads=heads, head_dim=head_dim, queries=queries, keys=keys, twice_pairs=twice_pairs,
+            causal=causal, bytes_moved=passes * rows * batch * head_dim * self.operator.inputs[0].tensor.itemsize,
         )  # fmt: skip
 
+    @property
+    def _head_dims(self) -> list[str]:
+        """Dimensions of the queries that are neither positions, batch nor mixed."""
+        queries = self.operator.inputs[0].subscript
+        return [dim for dim in queries if dim not in ("s", "b") and dim not in self.operator.mixes]
+
+    @property
+    def _head_dim(self) -> int:
+        return self._product(self.operator.mixes - {"j"})
+
     def _local_kv_heads(self) -> int:
-        degree = math.prod(self.mesh.degree(axis) for axis, dim in self.splits if dim == "a")
-        heads = self.operator.inputs[1].tensor.sizes[2]
-        return -(-heads // degree)
+        keys = self._elements(self.operator.inputs[1])
+        return keys // (self.sizes["j"] * self.sizes.get("b", 1) * self._head_dim)
 
 
 def _memory_bound(operator: Operator) -> MemoryBoundClass:

@@ -1,6 +1,6 @@
 """One layer under a plan, prepared: all that depends neither on the workload nor on the hardware.
 
-Made once per (model, plan); a simulation then evaluates sizes and durations as arrays and runs the engine.
+Made once per (model, plan, precision); a simulation then evaluates sizes and durations as arrays and runs the engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spsim.compute_cost import ComputeCost
 from spsim.kernels import Kernels
 from spsim.lowering import lower_ring
 from spsim.model import Model
-from spsim.operators import operator_splits
+from spsim.operators import Operator, operator_splits
 from spsim.placement import Axis, Collective, mesh_of, nodes_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Program
@@ -27,38 +27,47 @@ from spsim.template import Numbers, Template
 from spsim.trace import Phase
 from spsim.transformer import transformer_layer
 from spsim.units import PS_PER_S, picoseconds
-from spsim.workload import Workload
+from spsim.workload import ELEMENT_BYTES, Precision, Workload
 
 PASSES: tuple[Phase, ...] = ("forward", "backward")
 
 
 @lru_cache(maxsize=256)
 def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer, ring attention lowered to its exchange where the plan says p2p."""
-    operators = transformer_layer(model, workload)
+    """The program of one layer of a model."""
+    return program_of(transformer_layer(model, workload), plan, causal=model.causal)
+
+
+def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Program:
+    """The program of some operators, ring attention lowered to its exchange where the plan says p2p."""
     mesh = mesh_of(plan)
-    program = compile_program(operators, plan, mesh, causal=model.causal)
+    program = compile_program(operators, plan, mesh, causal=causal)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
-    attention = next(op for op in operators if op.kind == "attention")
-    kernels = Kernels(attention, operator_splits(attention, split_rules(plan), mesh), mesh)
-    return lower_ring(program, plan, mesh, kernels, causal=model.causal)
+    for attention in (op for op in operators if op.kind == "attention"):
+        kernels = Kernels(attention, operator_splits(attention, split_rules(plan), mesh), mesh)
+        program = lower_ring(program, plan, mesh, kernels, causal=causal)
+    return program
 
 
 @lru_cache(maxsize=1024)
-def prepared_layer(model: Model, plan: Plan, fold: bool) -> PreparedLayer:
+def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedLayer:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    return PreparedLayer(model, plan, fold)
+    template = Template(
+        lambda workload: layer_program.__wrapped__(model, plan, workload.model_copy(update={"precision": precision})),
+        sequence_unit(model, plan),
+    )
+    return PreparedLayer(template, plan, fold, ELEMENT_BYTES[precision])
 
 
 class PreparedLayer:
     """Template, schedule, and where the sizes and durations of each task stand."""
 
-    def __init__(self, model: Model, plan: Plan, fold: bool) -> None:
-        self.template = Template(
-            lambda workload: layer_program.__wrapped__(model, plan, workload), sequence_unit(model, plan)
-        )
-        self.schedule = schedule_layer(self.template.program, plan, mesh_of(plan), fold=fold)
+    def __init__(self, template: Template, plan: Plan, fold: bool, weight_bytes: int = ELEMENT_BYTES["bf16"]) -> None:
+        self.template = template
+        self.schedule = schedule_layer(
+            self.template.program, plan, mesh_of(plan), fold=fold, weight_bytes=weight_bytes
+        )  # fmt: skip
         self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
         self.mesh = mesh_of(plan)
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}

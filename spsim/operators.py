@@ -4,6 +4,9 @@ Subscripts are written as in einsum. A dimension on the left and not on the righ
 operator is linear along it and may be split there, which leaves a partial sum. A dimension that the
 operator *mixes* is never split.
 
+A tensor read at `s-k` is read k positions before s, for every k from 0: `s-k b h, k h -> s b h` is a causal
+convolution over a window of k positions.
+
 Dimensions: s query positions, j key positions, b micro-batch, h hidden, a heads, d head size, f MLP
 width, g gate and up projection.
 """
@@ -19,6 +22,10 @@ from spsim.placement import PARTIAL, REPLICATE, Axis, Layout, Mesh, Placement, S
 TensorKind = Literal["activation", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
 OperatorKind = Literal["gemm", "attention", "norm", "softmax", "dropout", "elementwise"]
 OPERATOR_CLASSES: tuple[OperatorKind, ...] = get_args(OperatorKind)
+
+
+LAGGED = "s-"
+"""Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,7 @@ class Operator:
         sizes: dict[str, int] = {}
         for operand in self.inputs + self.outputs:
             for dim, size in zip(operand.subscript, operand.tensor.sizes, strict=True):
+                dim = "s" if dim.startswith(LAGGED) else dim
                 sizes[dim] = max(size, sizes.get(dim, 0))
         return sizes
 
@@ -84,7 +92,7 @@ class Operator:
     @property
     def contracted(self) -> frozenset[str]:
         """Dimensions on the left and not on the right, along which the operator is linear."""
-        left = {dim for operand in self.inputs for dim in operand.subscript}
+        left = {dim for operand in self.inputs for dim in operand.subscript if not dim.startswith(LAGGED)}
         right = {dim for operand in self.outputs for dim in operand.subscript}
         return frozenset(left - right - self.mixes)
 

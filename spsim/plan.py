@@ -54,6 +54,12 @@ class Plan(Configuration):
         return ",".join(name if value is True else f"{name}={value}" for name, value in given.items())
 
     @property
+    def summary(self) -> tuple[str, ...]:
+        """Ring cut and recomputation, for subtitles."""
+        parts = [f"{self.ring_cut} ring"] if self.ring > 1 else []
+        return (*parts, *([f"{self.recompute} recompute"] if self.recompute != "none" else []))
+
+    @property
     def label(self) -> str:
         """Short name for titles and tables, such as `TP8+SP` or `Ulysses 8`."""
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []

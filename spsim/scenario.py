@@ -70,7 +70,7 @@ class Scenario(Configuration):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_shapes(self.model, self.plan, self.workload)
-        _check_nodes(self)
+        check_nodes(self)
         self.hardware.peak(self.workload.precision)
         return self
 
@@ -87,7 +87,13 @@ class Scenario(Configuration):
     @cached_property
     def gpus_per_node(self) -> int:
         """GPUs of each node that the plan uses."""
-        return self.plan.gpus // (self.nodes or _fewest_nodes(self))
+        return self.plan.gpus // (self.nodes or fewest_nodes(self))
+
+    @cached_property
+    def summary(self) -> tuple[str, ...]:
+        """Sequence, micro-batch, ring cut and recomputation, for subtitles."""
+        sizes = (f"sequence {self.workload.seq_len:,}", f"micro-batch {self.workload.micro_batch}")
+        return (*sizes, *self.plan.summary)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -188,13 +194,13 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
-def _fewest_nodes(scenario: Scenario) -> int:
+def fewest_nodes(scenario: Scenario) -> int:
     """Nodes that hold the plan, each with as many GPUs as the others."""
     gpus = scenario.plan.gpus
     return gpus // next(n for n in range(min(gpus, scenario.hardware.gpus_per_node), 0, -1) if gpus % n == 0)
 
 
-def _check_nodes(scenario: Scenario) -> None:
+def check_nodes(scenario: Scenario) -> None:
     gpus, per_node = scenario.plan.gpus, scenario.hardware.gpus_per_node
     needed = -(-gpus // per_node)
     if scenario.nodes is not None and scenario.nodes < needed:
@@ -205,7 +211,7 @@ def _check_nodes(scenario: Scenario) -> None:
     if scenario.nodes is not None and gpus % scenario.nodes:
         raise InputError(
             f"nodes = {scenario.nodes} does not divide the {gpus} GPUs of the plan evenly; "
-            f"use {_fewest_nodes(scenario)} or another divisor"
+            f"use {fewest_nodes(scenario)} or another divisor"
         )
     if scenario.gpus_per_node < gpus:
         _check_levels(scenario)

@@ -1,6 +1,7 @@
 """Collectives over two levels: formulas worked by hand, properties, and every published table with its error."""
 
 import runpy
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -53,12 +54,12 @@ PREDICTED = {
     # Several nodes, one to four GPUs of each.
     ("h100-10x1", "all_reduce"): (2, 6),
     ("h100-10x2", "all_reduce"): (3, 8),
-    ("h100-10x2", "all_gather"): (4, 6),
-    ("h100-10x2", "reduce_scatter"): (3, 5),
+    ("h100-10x2", "all_gather"): (5, 13),
+    ("h100-10x2", "reduce_scatter"): (4, 10),
     ("h100-10x2", "all_to_all"): (2, 4),
-    ("h100-10x4", "all_reduce"): (7, 29),
-    ("h100-10x4", "all_gather"): (6, 13),
-    ("h100-10x4", "reduce_scatter"): (6, 22),
+    ("h100-10x4", "all_reduce"): (4, 11),
+    ("h100-10x4", "all_gather"): (5, 9),
+    ("h100-10x4", "reduce_scatter"): (5, 9),
     ("h100-10x4", "all_to_all"): (4, 11),
     ("h100-2x1-lambda", "all_reduce"): (6, 38),
     ("h100-2x1-pairs", "all_to_all"): (14, 14),
@@ -67,35 +68,49 @@ PREDICTED = {
     ("h100-2x2-pairs", "send_receive"): (10, 10),
     ("h100-2x4-pairs", "all_to_all"): (7, 7),
     ("h100-2x4-pairs", "send_receive"): (17, 18),
-    # Eight GPUs of each node: too short below 1 GiB; on two nodes too long above, where NCCL sums in the switches.
-    ("a100-2x8", "all_reduce"): (14, 14),
-    ("h100-10x8", "all_reduce"): (14, 39),
-    ("h100-10x8", "all_gather"): (25, 48),
-    ("h100-10x8", "reduce_scatter"): (27, 51),
+    ("h100-2x2-dgx", "all_reduce"): (8, 27),
+    ("h100-2x4-dgx", "all_reduce"): (25, 62),  # above 128 MiB within 10 %
+    ("h100-2x2-lambda", "all_reduce"): (22, 77),  # above 8 MiB within 17 %, but for one row
+    ("h100-2x4-lambda", "all_reduce"): (38, 85),  # virtual machines, whose adapters do not add up
+    # Eight GPUs of each node.
+    ("a100-2x8", "all_reduce"): (4, 4),
+    ("h100-10x8", "all_reduce"): (13, 28),
+    ("h100-10x8", "all_gather"): (15, 35),
+    ("h100-10x8", "reduce_scatter"): (18, 40),
     ("h100-10x8", "all_to_all"): (5, 10),
     ("h100-2x8-pairs", "all_to_all"): (10, 10),
     ("h100-2x8-pairs", "send_receive"): (6, 6),
-    ("h100-2x8-aws", "all_reduce"): (30, 50),
-    ("h100-2x8-dgx", "all_reduce"): (22, 29),
-    ("h100-8x8", "all_reduce"): (7, 8),
-    ("h100-32x8", "all_reduce"): (2, 2),
-    ("h100-32x8", "all_gather"): (37, 37),
-    ("b200-4x8-aws", "all_reduce"): (33, 65),
+    ("h100-2x8-aws", "all_reduce"): (12, 27),
+    ("h100-2x8-dgx", "all_reduce"): (14, 30),
+    ("h100-2x8-lambda", "all_reduce"): (68, 85),  # virtual machines, as above
+    ("h100-8x8", "all_reduce"): (5, 14),
+    ("h100-32x8", "all_reduce"): (7, 7),
+    ("h100-32x8", "all_gather"): (31, 31),
+    ("b200-4x8-aws", "all_reduce"): (23, 55),  # from 512 MiB on within 8 %
+    # Pairs of nodes whose collectives of 1 MiB take 0.5 and 0.2 ms, though send-receive is as fast as elsewhere.
     ("b200-2x8", "send_receive"): (6, 15),
-    # This pair of nodes takes 0.5 ms for 1 MiB, ten times what others do.
-    ("b200-2x8", "all_reduce"): (68, 92),
-    ("b200-2x8", "all_gather"): (53, 90),
-    ("b200-2x8", "reduce_scatter"): (52, 88),
+    ("b200-2x8", "all_reduce"): (78, 92),
+    ("b200-2x8", "all_gather"): (49, 86),
+    ("b200-2x8", "reduce_scatter"): (47, 83),
     ("b200-2x8", "all_to_all"): (68, 93),
-    ("gb200-2x72", "all_reduce"): (13, 20),
-    ("gb200-20x72", "all_reduce"): (46, 64),
+    ("b200-2x8-ubuntu", "send_receive"): (4, 16),
+    ("b200-2x8-ubuntu", "all_reduce"): (71, 89),
+    ("b200-2x8-ubuntu", "all_gather"): (34, 68),
+    ("b200-2x8-ubuntu", "reduce_scatter"): (36, 68),
+    ("b200-2x8-ubuntu", "all_to_all"): (56, 82),
+    ("gb200-2x72", "all_reduce"): (5, 11),
+    ("gb200-20x72", "all_reduce"): (56, 61),  # a ring alone would err 24 %
 }
+
+
+# Pairs of machines that fall short of their own adapters; why is in the notes of the experiment.
+FAULTY = ["b200-2x8", "b200-2x8-ubuntu", "h100-2x4-lambda", "h100-2x8-lambda"]
 
 
 def test_every_measured_table_has_a_limit():
     predicted = ERRORS[ERRORS["use"] == "prediction"]
     assert set(zip(predicted["table"], predicted["collective"], strict=True)) == set(PREDICTED)
-    assert len(COMPARED) == 679
+    assert len(COMPARED) == 794
     assert set(COMPARED["hardware"]) <= set(profile_names())
 
 
@@ -109,13 +124,13 @@ def test_predicted_tables_stay_within_their_errors(table, collective):
 
 
 def test_errors_within_nodes_and_across():
-    """Of 1 GiB and more, on two machines of each kind, the mean error of predictions; the pair of B200 left out."""
-    rows = COMPARED[(COMPARED["use"] == "prediction") & (COMPARED["table"] != "b200-2x8")]
+    """Of 1 GiB and more, the mean error of predictions; without the faulty pairs."""
+    rows = COMPARED[(COMPARED["use"] == "prediction") & ~COMPARED["table"].isin(FAULTY)]
     size = rows["error_percent"].abs()
     large = rows["message_bytes"] >= 2**30 - 2**20
     assert size[large & (rows["nodes"] == 1)].mean() < 3
-    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] <= 4 * rows["nodes"])].mean() < 6
-    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] == 8 * rows["nodes"])].mean() < 15
+    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] <= 4 * rows["nodes"])].mean() < 4
+    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] == 8 * rows["nodes"])].mean() < 9
 
 
 def test_rows_that_made_a_curve_come_back():
@@ -124,6 +139,16 @@ def test_rows_that_made_a_curve_come_back():
     assert rows["largest"].max() < 3
     joined = ERRORS[(ERRORS["use"] == "curve") & ERRORS["table"].isin(["h100-2", "b200-8"])]
     assert joined["largest"].max() < 24
+
+
+def test_the_fabric_sets_the_smallest_all_reduce_over_nodes():
+    """8 bytes on two nodes with two, four and eight H100: 15.7, 24.5 and 39 us over InfiniBand (DGX H100, in place),
+    and with eight over EFA, whose hop takes 20 us, 63 to 66 (AWS p5).
+    """
+    infiniband = CommCost(load_profile(H100))
+    times = [infiniband.time("all_reduce", 8, 2 * per_node, 2) / US for per_node in (2, 4, 8)]
+    assert times == pytest.approx([15.7, 24.5, 39], rel=0.13)
+    assert EXPERIMENT["cost"](H100, "efa").time("all_reduce", 8, 16, 2) / US == pytest.approx(64.5, rel=0.04)
 
 
 def test_measured_rows_are_consistent():
@@ -194,7 +219,11 @@ def test_groups_within_a_pcie_switch_are_faster():
 
 
 def round_numbers(tables):
-    """Every curve 100 GB/s inside (10 us among 4, 1 us a step), 10 GB/s outside (20 us among 2, 2 us a step)."""
+    """Every curve 100 GB/s inside (10 us among 4, 1 us a step), 10 GB/s outside (20 us among 2, 2 us a step).
+
+    An adapter passes on 1 MB at a time.
+    """
+    tables["assumed"]["adapter_chunk_mib"]["value"] = 1e6 / 2**20
     numbers = {"nvlink": (4, 10.0, 1.0, 100.0), "infiniband": (2, 20.0, 2.0, 10.0)}
     for level, (ranks, latency, step, rate) in numbers.items():
         for collective in COLLECTIVES:
@@ -230,13 +259,15 @@ def by_hand():
         ("all_to_all", 8, 2, 80, 20 + 3 * 2 + 4000),
         ("all_to_all", 8, 4, 80, 20 + 5 * 2 + 6000),
         ("send_receive", 8, 2, 80, 20 + 8000),
-        # All-reduce of 80 MB: the ring sends 140 MB inside and 35 MB by each adapter, 12 and 2 steps; in stages
-        # 60 MB and 60 MB inside, 20 MB outside.
-        ("all_reduce", 8, 2, 80, (10 + 600) + (20 + 2000) + (10 + 600)),
-        # Small: stages 10 + 20 + 10 against 10 + 6 x 1 + 20 - 4 of the ring, whose start is 10 - 6 x 1.
-        ("all_reduce", 8, 2, 0, 10 + 6 + 20 - 4),
-        # 64 nodes: the ring takes 384 steps inside and 126 outside, the stages 3, 126 and 3.
-        ("all_reduce", 256, 64, 0, 10 + (20 + 124 * 2) + 10),
+        # All-reduce of 80 MB by the tree. Each adapter has 20 MB, which two nodes exchange once, 2000 us; a chain
+        # inside moves 160 MB, 1600 us. The first MB: 8 MB inside, 80 us, and two hops of 2 us and 100 us.
+        ("all_reduce", 8, 2, 80, 10 + 80 + 2 * (2 + 100) + 2000),
+        # On four nodes an adapter sends its 40 MB up and down, 8000 us: the ring, with 70 MB, is faster. Its steps
+        # are 2 inside more than the 6 measured and 6 outside against 2; the start of 10 - 6 x 1 is counted once.
+        ("all_reduce", 8, 4, 80, (10 + 2) + (20 + 4 * 2) - 4 + 7000),
+        # Small, 8 of 8 GPUs in a node: 8 steps more inside and two hops. Over 64 nodes six hops up and six down.
+        ("all_reduce", 16, 2, 0, 10 + 8 + 2 * 2),
+        ("all_reduce", 256, 64, 0, 10 + 12 * 2),
     ],
 )
 def test_two_levels_by_hand(collective, ranks, nodes, megabytes, microseconds):
@@ -257,12 +288,46 @@ def test_the_slower_level_paces_a_ring():
     assert cost.time("all_gather", 80_000_000, 8, 2) == pytest.approx((13 + 20 - 7 + 700) * US, rel=1e-3)
 
 
-def test_a_ring_over_nodes_takes_no_in_network_curve():
-    """H100: reduction in the switch serves one node, so that 8 and 16 GPUs at 16 GiB differ: 482 and 364 GB/s."""
+def slow_short_blocks(tables):
+    """As above, but 4 MB among 4 GPUs of a node take 100 us, and an adapter passes on 100 MB at a time."""
+    round_numbers(tables)
+    tables["assumed"]["adapter_chunk_mib"]["value"] = 1e8 / 2**20
+    for curves in tables["calibrated"]["collectives"]["nvlink"].values():
+        curves[0]["points"] = [[4e6, 30.0], [404e6, 303 / 3.1]]
+
+
+def test_a_short_block_goes_round_hop_by_hop():
+    """64 GPUs on 16 nodes gather 64 MB: a block of 1 MB takes (100 - 7) / 3 us inside, as much between nodes, where
+    its parts need 2 + 25, and makes 63 hops. The 63 MB of a rank alone would take 690 us, its adapter's quarter 1575.
+    """
+    cost = CommCost(profile(slow_short_blocks, H100))
+    assert cost.time("all_gather", 64_000_000, 64, 16) == pytest.approx((7 + 63 * 31) * US, rel=1e-3)
+
+
+def test_a_long_block_is_passed_on_in_chunks():
+    """A hundred times the message: 630 us of steps and starts, and 157.5 ms for the 1575 MB of an adapter."""
+    cost = CommCost(profile(slow_short_blocks, H100))
+    assert cost.time("all_gather", 6_400_000_000, 64, 16) == pytest.approx(
+        (10 + 45 + 20 + 28 - 7 + 157500) * US, rel=1e-3
+    )
+
+
+def test_all_reduce_over_nodes_sums_in_their_switches():
+    """H100, 16 GiB. Two nodes: a part crosses once, and the 482 GB/s of NVLS pace; 487 and 472 were measured. From
+    three nodes on it crosses up and down: 8 adapters of 49.4 GB/s, 387 measured on 8 nodes. All-gather: 8 adapters.
+    """
     cost = CommCost(load_profile(H100))
     message = 2**34
-    assert message * 1.75 / cost.time("all_reduce", message, 8) / 1e9 == pytest.approx(482, rel=0.01)
-    assert message * 1.875 / cost.time("all_reduce", message, 16, 2) / 1e9 == pytest.approx(367, rel=0.02)
+    one, two, eight = (cost.time("all_reduce", message, 8 * nodes, nodes) for nodes in (1, 2, 8))
+    assert one < two < 1.01 * one
+    assert message * 2 * 63 / 64 / eight / 1e9 == pytest.approx(387, rel=0.01)
+    assert message * 15 / 16 / cost.time("all_gather", message, 16, 2) / 1e9 < 8 * 48.2
+
+
+def test_four_gpus_on_two_nodes_all_reduce_by_the_tree():
+    """H100, 8 GiB: 146.4 and 148.0 GB/s were measured, more than the 98 that a ring could get of two adapters."""
+    bus = 2**33 * 1.5 / CommCost(load_profile(H100)).time("all_reduce", 2**33, 4, 2) / 1e9
+    assert bus == pytest.approx(147, rel=0.02)
 
 
 # ------------------------------------------------------------ properties
@@ -290,7 +355,7 @@ def test_more_nodes_are_never_faster(name, collective):
         for message in (2**24, 2**27, 2**34):
             spread = [n for n in (1, 2, 4, 8, 16, 64) if n <= ranks and ranks // n <= cost.profile.gpus_per_node]
             times = [cost.time(collective, message, ranks, nodes) for nodes in spread]
-            assert times == sorted(times)
+            assert all(fewer <= more * (1 + 1e-9) for fewer, more in pairwise(times))
 
 
 @pytest.mark.parametrize("name", SEVERAL_LEVELS)
@@ -352,13 +417,22 @@ def test_a_missing_curve_between_nodes_is_named():
         CommCost(profile(remove, H100)).time("all_to_all", 2**20, 16, 2)
 
 
+def test_several_levels_need_the_chunk_of_an_adapter():
+    def remove(tables):
+        del tables["assumed"]["adapter_chunk_mib"]
+
+    with pytest.raises(InputError, match="several levels needs adapter_chunk_mib"):
+        profile(remove, H100)
+
+
 def test_coefficients_name_both_levels():
     cost = CommCost(load_profile(H100))
     assert cost.coefficients_of("all_to_all") == ("collectives.nvlink.all_to_all", "collective_overhead_us")
     assert set(cost.coefficients_of("all_reduce", 2)) == {
         "collective_overhead_us", "collectives.infiniband.all_reduce", "collectives.nvlink.all_reduce",
-        "collectives.nvlink.reduce_scatter", "collectives.nvlink.all_gather",
+        "adapter_chunk_mib",
     }  # fmt: skip
+    assert "adapter_chunk_mib" not in cost.coefficients_of("all_to_all", 2)
 
 
 # ------------------------------------------------------------ groups and scenarios

@@ -32,8 +32,11 @@ def test_gpt_operators(operator: str, applies: str) -> None:
 
 @pytest.mark.parametrize(
     ("operator", "applies"),
-    [("rope_q", "with position offset"), ("rope_k", "with position offset"), ("attention", "no"), ("swiglu", "yes")],
-)
+    [
+        ("rope_q", "yes, with position offset"), ("rope_k", "yes, with position offset"), ("attention", "no"),
+        ("swiglu", "yes"),
+    ],
+)  # fmt: skip
 def test_llama_operators(operator: str, applies: str) -> None:
     assert by_name("llama-3-8b", "tp=8")[operator].applies == applies
 

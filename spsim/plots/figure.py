@@ -34,7 +34,9 @@ COLOURS = {
     "dropout": "#66CCEE",
     "elementwise": "#BBBBBB",
     "communication": "#EE6677",
+    "other": "#777777",
 }
+"""By operator class; `other` is a measured kernel whose name says nothing."""
 LEGEND_KEY = 36.0
 """Points of a legend entry beside its text."""
 WAITING = "#FADADD"
@@ -90,15 +92,8 @@ def describe(result: Result) -> str:
 
 def describe_workload(*results: Result) -> str:
     """Sequence, micro-batch, recomputation and ring cut, for subtitles; of several results what they share."""
-    described = [_settings(result) for result in results]
+    described = [result.scenario.summary for result in results]
     return " · ".join(part for part in described[0] if all(part in parts for parts in described))
-
-
-def _settings(result: Result) -> list[str]:
-    workload, plan = result.scenario.workload, result.scenario.plan
-    parts = [f"sequence {workload.seq_len:,}", f"micro-batch {workload.micro_batch}"]
-    parts += [f"{plan.ring_cut} ring"] if plan.ring > 1 else []
-    return parts + ([f"{plan.recompute} recompute"] if plan.recompute != "none" else [])
 
 
 def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, float]:

@@ -146,7 +146,7 @@ def explanation_table(explanation: Explanation, label: str) -> Table:
     return made
 
 
-APPLIES_SHORT = {"with position offset": "offset"}
+APPLIES_SHORT = {"yes, with position offset": "offset"}
 PART_SHORT = {"forward": "fwd", "backward": "bwd", "recompute": "recomp."}
 COLLECTIVE_SHORT = {
     "all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS", "all_to_all": "A2A", "send_receive": "SR"

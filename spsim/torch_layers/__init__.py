@@ -1,0 +1,27 @@
+"""Real PyTorch layers of every strategy: what the simulator predicts, run.
+
+One transformer layer of a `Model` under a `Plan`, as Megatron-LM, DeepSpeed-Ulysses and Transformer Engine run
+it: forward, backward, communication. Tests and `verify` hold the simulator against it. Needs torch.
+"""
+
+from spsim.torch_layers.groups import Groups
+from spsim.torch_layers.layer import ParallelLayer
+from spsim.torch_layers.recording import (
+    CollectiveCall,
+    SavedTensor,
+    SavedTensors,
+    operator,
+    record_collectives,
+    record_saved,
+)
+
+__all__ = [
+    "CollectiveCall",
+    "Groups",
+    "ParallelLayer",
+    "SavedTensor",
+    "SavedTensors",
+    "operator",
+    "record_collectives",
+    "record_saved",
+]
