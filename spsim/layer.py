@@ -1,6 +1,6 @@
 """One layer under a plan, prepared: all that depends neither on the workload nor on the hardware.
 
-Made once per (model, plan); a simulation then evaluates sizes and durations as arrays and runs the engine.
+Made once per (model, plan, precision); a simulation then evaluates sizes and durations as arrays and runs the engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spsim.template import Numbers, Template
 from spsim.trace import Phase
 from spsim.transformer import transformer_layer
 from spsim.units import PS_PER_S, picoseconds
-from spsim.workload import Workload
+from spsim.workload import ELEMENT_BYTES, Precision, Workload
 
 PASSES: tuple[Phase, ...] = ("forward", "backward")
 
@@ -51,18 +51,23 @@ def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Pr
 
 
 @lru_cache(maxsize=1024)
-def prepared_layer(model: Model, plan: Plan, fold: bool) -> PreparedLayer:
+def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedLayer:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    template = Template(lambda workload: layer_program.__wrapped__(model, plan, workload), sequence_unit(model, plan))
-    return PreparedLayer(template, plan, fold)
+    template = Template(
+        lambda workload: layer_program.__wrapped__(model, plan, workload.model_copy(update={"precision": precision})),
+        sequence_unit(model, plan),
+    )
+    return PreparedLayer(template, plan, fold, ELEMENT_BYTES[precision])
 
 
 class PreparedLayer:
     """Template, schedule, and where the sizes and durations of each task stand."""
 
-    def __init__(self, template: Template, plan: Plan, fold: bool) -> None:
+    def __init__(self, template: Template, plan: Plan, fold: bool, weight_bytes: int = ELEMENT_BYTES["bf16"]) -> None:
         self.template = template
-        self.schedule = schedule_layer(self.template.program, plan, mesh_of(plan), fold=fold)
+        self.schedule = schedule_layer(
+            self.template.program, plan, mesh_of(plan), fold=fold, weight_bytes=weight_bytes
+        )  # fmt: skip
         self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
         self.mesh = mesh_of(plan)
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}

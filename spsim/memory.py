@@ -1,8 +1,9 @@
 """Memory that is there for the whole step, and the capacity it is judged by.
 
 Mixed-precision Adam keeps 18 bytes a parameter: 2 for the weight, 4 for the fp32 main gradient and 12 for
-the fp32 copy and two moments (Korthikanti et al. 2022; Rajbhandari et al. 2020, section 3.1). A distributed
-optimizer shards the last over dp x ulysses x ring. Of the layers only, while the scope is "layers".
+the fp32 copy and two moments (Korthikanti et al. 2022; Rajbhandari et al. 2020, section 3.1). In fp32 the weight
+needs no copy: 16 bytes. A distributed optimizer shards the optimizer state over dp x ulysses x ring. Of the layers
+only, while the scope is "layers".
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from spsim.placement import Mesh
 from spsim.plan import Plan
 from spsim.units import MIB
 
-WEIGHT_BYTES = 2
 MAIN_GRADIENT_BYTES = 4
 """Gradients are accumulated and reduced in fp32."""
-OPTIMIZER_BYTES = 12
+MOMENT_BYTES = 8
+MASTER_BYTES = 4
+"""The fp32 copy of a weight of lower precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +40,14 @@ class StaticMemory:
         return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
 
 
-def static_memory(parameters: int, plan: Plan) -> StaticMemory:
-    """Weights, gradients and optimizer state of `parameters` on one rank."""
+def static_memory(parameters: int, plan: Plan, weight_bytes: int) -> StaticMemory:
+    """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element."""
     shards = plan.dp * plan.ulysses * plan.ring if plan.zero_stage else 1
+    optimizer_bytes = MOMENT_BYTES + (MASTER_BYTES if weight_bytes < MASTER_BYTES else 0)
     return StaticMemory(
-        WEIGHT_BYTES * parameters,
+        weight_bytes * parameters,
         MAIN_GRADIENT_BYTES * parameters,
-        -(-OPTIMIZER_BYTES * parameters // shards),
+        -(-optimizer_bytes * parameters // shards),
     )
 
 

@@ -13,6 +13,7 @@ from itertools import accumulate, islice
 import numpy as np
 import pandas as pd
 
+from spsim import measured
 from spsim.trace import COMPUTE_LANE, MemoryChange, Phase, Recording, Span, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
@@ -24,8 +25,11 @@ def phase_of(part: str) -> str:
     return "backward" if part in BACKWARD_PARTS else part
 
 
-def layer_window(trace: Trace, phase: Phase, *, layer: int = 0, micro_batch: int = 0) -> int:
-    """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass."""
+def layer_window(trace: Trace, phase: Phase, *, layer: int | None = 0, micro_batch: int = 0) -> int:
+    """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass.
+
+    The passes of a measured run belong to no layer: `None`.
+    """
     for stretch in trace.stretches:
         if stretch.phase == phase and stretch.micro_batch == micro_batch and layer in stretch.layers:
             return _window(stretch.recording)
@@ -66,6 +70,8 @@ def exposed(spans: Sequence[Span]) -> int:
 
 def exposed_communication(trace: Trace) -> dict[int, int]:
     """Exposed communication of each simulated rank, weight synchronisation apart."""
+    if trace.measured:
+        return measured.exposed_communication(trace)
     totals = dict.fromkeys(trace.copies, 0)
     for recording, (phase, count) in trace.recordings.items():
         if phase == "weight_sync":
@@ -82,6 +88,8 @@ def weight_sync(trace: Trace) -> int:
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     """Picoseconds of the compute lane of one rank by operator class."""
+    if trace.measured:
+        return measured.compute_by_class(trace, rank)
     totals: Counter[str] = Counter()
     for recording, (phase, count) in trace.recordings.items():
         if phase == "weight_sync":
@@ -243,7 +251,7 @@ def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
     for recording, infos, count in trace.described():
         for span in recording.by_rank[rank]:
             info = infos[span.task]
-            label = f"{info.collective} for {info.name}" if info.collective else info.name
+            label = f"{info.collective} for {info.name}" if info.collective not in ("", info.name) else info.name
             entry = totals.setdefault((label, info.part, info.operator_class, span.lane), [0, 0, 0, 0])
             for index, value in enumerate((span.end_ps - span.start_ps, 1, info.flops, info.sent_bytes)):
                 entry[index] += count * value

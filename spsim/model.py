@@ -19,6 +19,7 @@ from spsim.resources import read_toml
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Activation = Literal["gelu", "squared_relu", "swiglu", "geglu"]
+Attention = Literal["flash", "unfused"]
 GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 
 
@@ -53,7 +54,7 @@ class Model(Configuration):
     parallel_residual: bool = False
     """Attention and MLP read the same input through a norm each: x + attention + MLP (GPT-NeoX)."""
     tied_embeddings: bool = _DERIVED
-    attention: Literal["flash", "unfused"] = "flash"
+    attention: Attention = "flash"
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

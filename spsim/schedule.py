@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from spsim.engine import Meeting, RankProgram, Task
-from spsim.memory import MAIN_GRADIENT_BYTES, WEIGHT_BYTES
+from spsim.memory import MAIN_GRADIENT_BYTES
 from spsim.placement import Axis, Collective, Mesh, sent_bytes
 from spsim.plan import Plan
 from spsim.program import Buffer, Communication, Compute, Program, Step
@@ -103,14 +103,14 @@ class LayerSchedule:
     programs: Mapping[Phase, Mapping[int, RankProgram]]
 
 
-def schedule_layer(program: Program, plan: Plan, mesh: Mesh, *, fold: bool) -> LayerSchedule:
+def schedule_layer(program: Program, plan: Plan, mesh: Mesh, *, fold: bool, weight_bytes: int) -> LayerSchedule:
     """The passes of a layer under a plan; `fold` simulates identical ranks once."""
     roots = _roots(program)
     read_later = {roots[buffer] for step in program.backward for buffer in step.reads}
     forward = _pass("forward", program.forward, plan, roots, (program.input,), read_later, program.output)
     inherited = _inherited(program, roots)
     backward = _pass("backward", program.backward, plan, roots, inherited, set(), program.input_gradient)
-    syncs = tuple(_syncs(program, plan))
+    syncs = tuple(_syncs(program, plan, weight_bytes))
     chain = tuple(
         Item("tp" if sync.axes == ("tp",) else "dp", sync.axes, needs=(index - 1,) if index else ())
         for index, sync in enumerate(syncs)
@@ -222,7 +222,7 @@ def _buffer_uses(
 # Weight gradients
 
 
-def _syncs(program: Program, plan: Plan) -> Iterator[Sync]:
+def _syncs(program: Program, plan: Plan, weight_bytes: int) -> Iterator[Sync]:
     """One coalesced message per group: first the data-like axes, then tp. With sharded optimizer state a
     reduce-scatter, then the updated parameters gathered.
     """
@@ -233,7 +233,7 @@ def _syncs(program: Program, plan: Plan) -> Iterator[Sync]:
         all_reduce = Sync(axes, ranks, "all_reduce", MAIN_GRADIENT_BYTES, tuple(weights))
         if plan.zero_stage and axes != ("tp",):
             yield replace(all_reduce, collective="reduce_scatter")
-            yield replace(all_reduce, collective="all_gather", itemsize=WEIGHT_BYTES)
+            yield replace(all_reduce, collective="all_gather", itemsize=weight_bytes)
         else:
             yield all_reduce
 

@@ -297,7 +297,7 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     Raises `InputError` where the hardware profile lacks a curve that the plan needs.
     """
     plan, hardware = scenario.plan, scenario.hardware
-    layer = prepared_layer(scenario.model, plan, fold)
+    layer = prepared_layer(scenario.model, plan, fold, scenario.workload.precision)
     numbers = layer.template.at(scenario.workload)
     messages = layer.sync_messages(numbers, scenario.model.layers)
     step = Step(
@@ -322,7 +322,7 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
         scenario=scenario,
         numbers=numbers,
         trace=trace,
-        static=static_memory(numbers.parameters * scenario.model.layers, plan),
+        static=static_memory(numbers.parameters * scenario.model.layers, plan, scenario.workload.element_bytes),
         events=events,
         folded=len(copies) < plan.gpus or events < trace.num_spans,
         reasons=tuple(filter(None, (_rank_folding(len(copies), plan.gpus, fold), reason))),

@@ -15,9 +15,9 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
-Phase = Literal["forward", "backward", "weight_sync"]
+Phase = Literal["forward", "backward", "weight_sync", "optimizer"]
 COMPUTE_LANE = "compute"
-"""The lane of kernels; every other lane is communication."""
+"""The lane of kernels; a measured run may have more, whose names begin so. Every other lane is communication."""
 
 
 class Span(NamedTuple):
@@ -205,6 +205,8 @@ class Trace:
     """Axis -> rank -> the ranks of its group."""
     overlapping: bool = False
     """Whether pieces overlap on a rank, so that memory must be looked at as a whole."""
+    measured: bool = False
+    """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
     @cached_property
     def pieces(self) -> Sequence[Piece]:

@@ -12,15 +12,13 @@ from spsim.model import Model
 from spsim.operators import Operand, Operator, OperatorKind, Tensor, TensorKind, parse
 from spsim.workload import Workload
 
-ACTIVATION_BYTES = 2
-"""bf16 and fp16 alike."""
-
 
 class _Layer:
     """Collects the operators of one layer; sizes come from the model and the workload."""
 
     def __init__(self, model: Model, workload: Workload) -> None:
         self.model = model
+        self.element_bytes = workload.element_bytes
         self.sizes = {
             "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch, "h": model.hidden,
             "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
@@ -32,13 +30,15 @@ class _Layer:
         name: str,
         dims: str,
         kind: TensorKind = "activation",
-        itemsize: int = ACTIVATION_BYTES,
+        itemsize: int | None = None,
         heads: int = 0,
     ) -> Tensor:
-        """A tensor whose sizes follow from its dimensions; `heads` overrides the number of heads (K and V)."""
+        """A tensor whose sizes follow from its dimensions; `heads` overrides the number of heads (K and V),
+        `itemsize` the bytes of an element.
+        """
         names = tuple(dims.split())
         sizes = tuple(heads if dim == "a" and heads else self.sizes[dim] for dim in names)
-        return Tensor(name, names, sizes, itemsize, kind)
+        return Tensor(name, names, sizes, itemsize or self.element_bytes, kind)
 
     def weight(self, name: str, dims: str, heads: int = 0) -> Tensor:
         return self.tensor(name, dims, "weight", heads=heads)

@@ -14,10 +14,10 @@ PACKAGE = Path(spsim.__file__).parent
 ORDER = (
     "errors", "units", "configuration", "resources", "huggingface", "hardware", "profiles", "model", "plan",
     "workload", "scenario", "placement", "operators", "transformer", "work", "kernels", "program", "compiler",
-    "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "trace", "engine", "schedule", "layer",
-    "folding", "metrics", "uncertainty", "simulation", "export", "plots", "sweeps", "explanation", "comparison",
-    "validation", "kineto", "torch_modules", "torch_layers", "calibrate", "verify", "report", "experiments", "cli",
-    "__main__",
+    "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "trace", "measured", "engine", "schedule",
+    "layer", "folding", "metrics", "uncertainty", "simulation", "export", "plots", "sweeps", "explanation",
+    "comparison", "validation", "kineto", "torch_modules", "torch_layers", "calibrate", "verify", "report",
+    "experiments", "cli", "__main__",
 )  # fmt: skip
 FENCES = {
     "simpy": {"engine"},

@@ -158,7 +158,7 @@ def bars(figure, *, other=False):
         (round(bar.get_x(), 6), round(bar.get_width(), 6))
         for axes in figure.axes
         for container in axes.containers
-        if container.get_label() != "waiting for peers" and (container.get_label() == "other layers") == other
+        if container.get_label() != "waiting for peers" and (container.get_label() == "other passes") == other
         for bar in container
     )
 

@@ -50,7 +50,7 @@ SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a
 MicroBatchOption = Annotated[int | None, typer.Option("--micro-batch", help="Sequences of a micro-batch.")]
 GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
 NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to spread the GPUs over; as few as hold them.")]
-PrecisionOption = Annotated[str | None, typer.Option("--precision", help="bf16, fp16 or fp8.")]
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, fp16 or fp8.")]
 PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 OutOption = Annotated[

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from spsim.cli import calibration, experiments, scenarios  # noqa: F401  (they register their commands)
+from spsim.cli import calibration, experiments, scenarios, verification  # noqa: F401  (they register their commands)
 from spsim.cli.app import INTERRUPTED, app
 from spsim.errors import InputError
 

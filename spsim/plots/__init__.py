@@ -8,6 +8,7 @@ from spsim.plots.figure import save
 from spsim.plots.memory import plot_memory, plot_memory_curves
 from spsim.plots.sweep import plot_layer_times, plot_peak_memory
 from spsim.plots.timeline import plot_timeline, plot_timelines
+from spsim.plots.verification import plot_verification
 from spsim.plots.waterfall import Waterfall, plot_waterfalls
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "plot_peak_memory",
     "plot_timeline",
     "plot_timelines",
+    "plot_verification",
     "plot_waterfalls",
     "save",
 ]

@@ -34,7 +34,9 @@ COLOURS = {
     "dropout": "#66CCEE",
     "elementwise": "#BBBBBB",
     "communication": "#EE6677",
+    "other": "#777777",
 }
+"""By operator class; `other` is a measured kernel whose name says nothing."""
 LEGEND_KEY = 36.0
 """Points of a legend entry beside its text."""
 WAITING = "#FADADD"

@@ -1,6 +1,6 @@
 """Timelines of one layer: a lane per stream and rank, a bar per kernel and collective.
 
-The time between the passes of the layer, in which other layers run, is cut out.
+The time between the passes of the layer, in which other passes run, is cut out.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ from spsim.plots.figure import (
 )
 from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
 from spsim.simulation import Result
-from spsim.trace import COMPUTE_LANE, Span, TaskInfo
+from spsim.trace import COMPUTE_LANE, Span, TaskInfo, Trace
 from spsim.units import PS_PER_MS, PS_PER_US
 
-PHASES = ("forward", "backward")
 LEFT, RIGHT, BOTTOM, TOP, HEADER = 1.35, 0.3, 0.95, 0.75, 0.55
 """Inches around the lanes: labels, margin, legend, title, and the lines above each panel."""
 ONE_LINE = 0.3
@@ -55,43 +54,56 @@ SHORT = {
 
 
 def plot_timeline(
-    result: Result,
+    result: Result | Trace,
     *,
     ranks: Sequence[int] | None = None,
     layer: int = 0,
     micro_batch: int = 0,
-    phases: Sequence[str] = PHASES,
+    phases: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Lanes of the ranks of one result during one layer; of identical ranks one is drawn unless named."""
-    view = layer_view(result, layer, micro_batch, phases, ranks)
+    """Lanes of the ranks of one run during one layer; of identical ranks one is drawn unless named.
+
+    A measured trace has no layers: all of the micro-batch is drawn.
+    """
+    view = layer_view(_trace_of(result), layer, micro_batch, phases, ranks)
     figure = _draw([("", view)])
-    add_title(figure, title or f"{describe(result)}: layer {layer}", _subtitle(view))
+    settings = [describe_workload(result)] if isinstance(result, Result) else []
+    described = f"{describe(result)}: layer {layer}" if isinstance(result, Result) else "measured run"
+    add_title(figure, title or described, " · ".join([*settings, _who(view), _total(view), *_cut([view])]))
     return figure
 
 
 def plot_timelines(
-    results: Mapping[str, Result],
+    results: Mapping[str, Result | Trace],
     *,
     layer: int = 0,
     micro_batch: int = 0,
-    phases: Sequence[str] = PHASES,
+    phases: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """One rank of each plan, the one with most computation, on one time axis, with the total times."""
-    views = {name: busiest_view(result, layer, micro_batch, phases) for name, result in results.items()}
+    """One rank of each run, the one with most computation, on one time axis, with the total times.
+
+    The runs are plans, the first of them simulated, or a plan simulated and then measured.
+    """
+    views = {name: busiest_view(_trace_of(run), layer, micro_batch, phases) for name, run in results.items()}
     reference, first = next(iter(views.items()))
     headers = [
         (f"{name}: {_time(view.length_ps)}{_difference(view, first, reference)}", view) for name, view in views.items()
     ]
     figure = _draw(headers)
-    scenario = first.result.scenario
+    simulated = [run for run in results.values() if isinstance(run, Result)]
+    settings = [describe_workload(*simulated)] if simulated else []
     add_title(
         figure,
-        title or f"{scenario.model.name}, {scenario.hardware.name}: layer {layer} under {len(views)} plans",
-        " · ".join([describe_workload(*results.values()), "one rank of each plan", *_cut(views.values())]),
+        title or _title(simulated, len(views), layer),
+        " · ".join([*settings, "one rank of each", *_cut(views.values())]),
     )
     return figure
+
+
+def _trace_of(run: Result | Trace) -> Trace:
+    return run.trace if isinstance(run, Result) else run
 
 
 # Words
@@ -112,7 +124,8 @@ def _difference(view: View, first: View, reference: str) -> str:
         return ""
     passes = [
         f"{mine.phase.replace('_', ' ')} {_percent(mine, theirs)}"
-        for mine, theirs in zip(view.windows, first.windows, strict=True)
+        for mine, theirs in zip(view.windows, first.windows, strict=False)
+        if mine.phase == theirs.phase
     ]
     details = f": {', '.join(passes)}" if len(passes) > 1 else ""
     return f"   {_percent(view, first)} against {reference}{details}"
@@ -122,13 +135,19 @@ def _percent(mine: View | Window, other: View | Window) -> str:
     return f"{100 * (mine.length_ps / other.length_ps - 1):+.1f} %".replace("-", "−")
 
 
-def _subtitle(view: View) -> str:
-    return " · ".join([describe_workload(view.result), _who(view), _total(view), *_cut([view])])
+def _title(simulated: Sequence[Result], runs: int, layer: int) -> str:
+    """The title of several runs: plans on one model and machine, or one plan simulated and measured."""
+    if not simulated:
+        return f"{runs} measured runs"
+    if len(simulated) < runs:
+        return f"{describe(simulated[0])}: layer {layer}, simulated and measured"
+    scenario = simulated[0].scenario
+    return f"{scenario.model.name}, {scenario.hardware.name}: layer {layer} under {runs} plans"
 
 
 def _who(view: View) -> str:
     """Which ranks are shown, and how many look the same."""
-    trace = view.result.trace
+    trace = view.trace
     total, shown = sum(map(len, trace.copies.values())), len(view.ranks)
     if shown == total:
         return f"{total} ranks" if total > 1 else "one GPU"
@@ -140,7 +159,7 @@ def _who(view: View) -> str:
 def _cut(views: Iterable[View]) -> list[str]:
     """What the axis leaves out between the passes."""
     gaps = [b.start_ps - a.end_ps for view in views for a, b in zip(view.windows, view.windows[1:], strict=False)]
-    return ["time of other layers cut out between passes"] if any(gap > 0 for gap in gaps) else []
+    return ["time between the passes cut out"] if any(gap > 0 for gap in gaps) else []
 
 
 def _labels(info: TaskInfo) -> tuple[str, ...]:
@@ -182,7 +201,7 @@ class _Panel:
         for window in self.view.windows:
             for rank, span in self.view.others[window.phase]:
                 if (rank, span.lane) in positions:
-                    self._add("other layers", positions[rank, span.lane], window, span.posted_ps, span.end_ps)
+                    self._add("other passes", positions[rank, span.lane], window, span.posted_ps, span.end_ps)
             for rank, span in self.view.own[window.phase]:
                 self._span(positions[rank, span.lane], window, span)
         for look, bars in self.bars.items():
@@ -200,7 +219,7 @@ class _Panel:
         bars.widths.append((right - left) / self.scale)
 
     def _span(self, row: float, window: Window, span: Span) -> None:
-        info = self.view.result.trace.tasks[span.task]
+        info = self.view.trace.tasks[span.task]
         if span.start_ps > span.posted_ps:
             self._add("waiting for peers", row, window, span.posted_ps, span.start_ps)
         look = info.operator_class + (", recomputed" if info.part == "recompute" else "")
@@ -244,7 +263,7 @@ class _Panel:
 
 def _look(look: str) -> dict[str, Any]:
     """Colour and hatch of a look."""
-    plain = {"other layers": OTHER, "waiting for peers": WAITING}
+    plain = {"other passes": OTHER, "waiting for peers": WAITING}
     name, _, recomputed = look.partition(", ")
     style = {"color": plain.get(name) or COLOURS[name], "edgecolor": "white"}
     return style | {"hatch": HATCH} if recomputed else style
@@ -285,9 +304,7 @@ def _draw(panels: Sequence[tuple[str, View]]) -> Figure:
         )
         axes.tick_params(axis="x", labelbottom=top < BOTTOM + 0.01)
     figure.axes[-1].set_xlabel(f"time in the layer ({unit})", size=SMALL_SIZE)
-    _legend(
-        figure, {view.result.trace.tasks[s.task] for _, view in panels for own in view.own.values() for _, s in own}
-    )
+    _legend(figure, {view.trace.tasks[s.task] for _, view in panels for own in view.own.values() for _, s in own})
     return figure
 
 
@@ -301,7 +318,7 @@ def _legend(figure: Figure, tasks: Iterable[TaskInfo]) -> None:
     entries = [Patch(facecolor=COLOURS[name], label=full.get(name, name)) for name in classes]
     if any(name.endswith("recomputed") for name in found):
         entries.append(Patch(facecolor=MUTED, edgecolor="white", hatch=HATCH, label="recomputed"))
-    for name, colour in (("waiting for peers", WAITING), ("other layers", OTHER)):
+    for name, colour in (("waiting for peers", WAITING), ("other passes", OTHER)):
         if name in found:
             entries.append(Patch(facecolor=colour, label=name))
     add_legend(figure, entries)

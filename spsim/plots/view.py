@@ -1,4 +1,4 @@
-"""What of a result a timeline shows: the passes of one layer, the ranks, and the spans of both."""
+"""What of a trace a timeline shows: the passes of one layer, the ranks, and the spans of both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from spsim.errors import InputError
 from spsim.export import lane_order
 from spsim.metrics import phase_of
-from spsim.simulation import Result
 from spsim.trace import COMPUTE_LANE, Span, Trace
 
 
@@ -35,7 +34,7 @@ class Window:
 class View:
     """The windows of a layer, the ranks shown, and their spans by window."""
 
-    result: Result
+    trace: Trace
     windows: list[Window]
     rows: list[tuple[int, str]]
     own: dict[str, list[tuple[int, Span]]]
@@ -54,11 +53,15 @@ class View:
         return list(dict.fromkeys(rank for rank, _ in self.rows))
 
 
+PHASES = ("forward", "backward")
+
+
 def layer_view(
-    result: Result, layer: int, micro_batch: int, phases: Sequence[str], ranks: Sequence[int] | None
+    trace: Trace, layer: int, micro_batch: int, phases: Sequence[str] | None, ranks: Sequence[int] | None
 ) -> View:
-    """The view of some ranks, or of the distinct ones, in the given phases of one layer."""
-    trace = result.trace
+    """The view of some ranks, or of the distinct ones, in the given phases of one layer, or in those it has."""
+    if phases is None:
+        phases = [phase for phase in PHASES if any(stretch.phase == phase for stretch in trace.stretches)]
     shown = _simulated(trace, distinct_ranks(trace) if ranks is None else ranks)
     windows: list[Window] = []
     own, others = {}, {}
@@ -73,7 +76,7 @@ def layer_view(
         others[phase] = [(rank, span) for rank, span in inside if span.task not in wanted]
     used = {(rank, span.lane) for spans in own.values() for rank, span in spans}
     rows = [(rank, lane) for rank in shown for lane in lane_order(trace) if (rank, lane) in used]
-    return View(result, windows, rows, own, others)
+    return View(trace, windows, rows, own, others)
 
 
 def _tasks(trace: Trace, phase: str, layer: int, micro_batch: int) -> set[int]:
@@ -87,7 +90,7 @@ def _tasks(trace: Trace, phase: str, layer: int, micro_batch: int) -> set[int]:
         known = ", ".join(sorted({phase_of(info.part) for info in trace.tasks}))
         raise InputError(
             f"timeline: nothing runs in phase {phase!r} of layer {layer} and micro-batch {micro_batch}; "
-            f"use phases of {known} and a layer and micro-batch of the scenario"
+            f"use phases of {known} and a layer and micro-batch of the run"
         )
     return found
 
@@ -120,11 +123,10 @@ def _simulated(trace: Trace, ranks: Iterable[int]) -> dict[int, int]:
     return {rank: source[rank] for rank in ranks}
 
 
-def busiest_view(result: Result, layer: int, micro_batch: int, phases: Sequence[str]) -> View:
+def busiest_view(trace: Trace, layer: int, micro_batch: int, phases: Sequence[str] | None) -> View:
     """The view of the rank that computes longest; the others wait for it."""
-
-    busy = dict.fromkeys(result.trace.copies, 0)
-    for span in result.trace.spans:
-        if span.lane == COMPUTE_LANE:
+    busy = dict.fromkeys(trace.copies, 0)
+    for span in trace.spans:
+        if span.lane.startswith(COMPUTE_LANE):
             busy[span.rank] += span.end_ps - span.start_ps
-    return layer_view(result, layer, micro_batch, phases, [max(busy, key=busy.__getitem__)])
+    return layer_view(trace, layer, micro_batch, phases, [max(busy, key=busy.__getitem__)])

@@ -1,0 +1,24 @@
+"""Verification: real PyTorch layers run on the processes at hand, held against the simulation of the same layers.
+
+Nothing here loads torch but what runs inside a rank.
+"""
+
+from spsim.verify.cases import VerifyCase, build_cases
+from spsim.verify.comparison import CaseComparison, Prediction, Quantity, Verification, predict, verify
+from spsim.verify.ranks import RankError, RankPool, count_ranks, is_leader, open_ranks
+
+__all__ = [
+    "CaseComparison",
+    "Prediction",
+    "Quantity",
+    "RankError",
+    "RankPool",
+    "Verification",
+    "VerifyCase",
+    "build_cases",
+    "count_ranks",
+    "is_leader",
+    "open_ranks",
+    "predict",
+    "verify",
+]

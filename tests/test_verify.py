@@ -1,0 +1,312 @@
+"""Real torch layers on two gloo processes: what must be equal is, what fails ends in one line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pandas as pd
+import pytest
+
+from spsim import Model, load_profile, plots
+from spsim.cli import main
+from spsim.cli import verification as command
+from spsim.errors import InputError
+from spsim.resources import profiles_directory
+from spsim.verify import RankError, build_cases, count_ranks, open_ranks, predict, verify
+from spsim.verify.ranks import RankMemoryError, StartedRanks
+from spsim.verify.records import Job
+
+pytest.importorskip("torch")
+
+CPU = load_profile("cpu-2")
+CURVE = "[[calibrated.collectives.shared-memory.all_to_all]]"
+ARGUMENTS = ["verify", "--hardware", "cpu-2", "--quick", "--seq-len", "64"]
+COLLECTIVES = {
+    # Forward and backward of one layer: Korthikanti et al. 2022 section 4.2 and Megatron's re-gather; DeepSpeed-Ulysses
+    # (Jacobs et al. 2023) section 3.2; ring attention of two ranks.
+    "TP2": ({"all_reduce": 2}, {"all_reduce": 2}),
+    "TP2+SP": ({"all_gather": 2, "reduce_scatter": 2}, {"all_gather": 4, "reduce_scatter": 2}),
+    "Ulysses 2": ({"all_to_all": 4}, {"all_to_all": 4}),
+    "Ring 2": ({"send_receive": 1}, {"send_receive": 2}),
+    "Ring 2 AG": ({"all_gather": 2}, {"all_gather": 2, "reduce_scatter": 2}),
+}
+
+
+def cases(**settings):
+    return build_cases(2, "cpu", "fp32", quick=True, **{"seq_len": 128, **settings})
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The quick cases on two processes, few repetitions."""
+    with open_ranks(2, "cpu", 60) as pool:
+        return verify([predict(case, CPU) for case in cases()], CPU, pool, repeats=3, profiled=2)
+
+
+def test_every_case_was_run(found):
+    assert not found.failure
+    assert not found.skipped
+    assert {(case.case.strategy, case.case.model.attention) for case in found.cases} == {
+        *((strategy, "flash") for strategy in ("TP2", "TP2+SP", "Ulysses 2", "Ring 2")),
+        *((strategy, "unfused") for strategy in ("TP2", "TP2+SP", "Ulysses 2", "Ring 2 AG")),
+    }
+
+
+def test_saved_bytes_are_equal(found):
+    for case in found.cases:
+        for name in ("saved_activation_bytes", "saved_statistics_bytes"):
+            assert case[name].measured == case[name].predicted > 0, case.case.name
+    # Korthikanti et al. 2022, equation 2 in fp32, and what masks of one byte add: unfused TP without its statistics.
+    (tp,) = (case for case in found.cases if (case.case.strategy, case.case.model.attention) == ("TP2", "unfused"))
+    s, b, h, a, t = 128, 1, 256, 4, 2
+    full, sharded, masks = 8 * s * b * h, 24 * s * b * h + 4 * a * s * s * b, a * s * s * b
+    assert tp["saved_activation_bytes"].measured == 2 * full + 2 * s * b * h + (2 * sharded + masks) // t
+
+
+def test_collectives_are_equal(found):
+    for case in found.cases:
+        for phase, expected in zip(("forward", "backward"), COLLECTIVES[case.case.strategy], strict=True):
+            measured = {
+                quantity.name.removeprefix(f"{phase}_").removesuffix("_calls"): quantity.measured
+                for quantity in case.quantities
+                if quantity.name.startswith(phase) and quantity.name.endswith("_calls")
+            }
+            assert measured == expected
+        assert case.collectives_equal
+        assert case.bytes_equal
+
+
+def test_times_are_there(found):
+    """Three kinds of both passes, each with its clock and spread; how large they are is no matter of a test."""
+    for case in found.cases:
+        times = {quantity.name: quantity for quantity in case.quantities if quantity.name.endswith("_ms")}
+        assert len(times) == 6
+        for name, quantity in times.items():
+            assert 0 < quantity.p10 <= quantity.measured <= quantity.p90
+            assert quantity.predicted > 0
+            assert quantity.clock == ("thread CPU clock" if "compute" in name else "wall clock")
+        assert case.load_average >= 0
+
+
+def test_the_measured_run_is_a_trace(found):
+    """Both ranks, both passes; the collectives that torch's profiler saw are those that were counted."""
+    for case in found.cases:
+        trace = case.measured
+        assert set(trace.copies) == {0, 1}
+        axis = {"T": "tp", "U": "ulysses", "R": "ring"}[case.case.strategy[0]]
+        assert {span.lane for span in trace.spans} == {"compute", axis}
+        for phase, expected in zip(("forward", "backward"), COLLECTIVES[case.case.strategy], strict=True):
+            seen = [info.collective for info in trace.tasks if info.part == phase and info.collective]
+            assert {kind: seen.count(kind) for kind in seen} == expected
+            size = sum(info.message_bytes for info in trace.tasks if info.part == phase and info.collective)
+            assert size == sum(case[f"{phase}_{kind}_bytes"].measured for kind in expected)
+        assert {"gemm", "norm", "elementwise"} <= {info.operator_class for info in trace.tasks}
+
+
+# ------------------------------------------------------------ the command
+
+
+@contextmanager
+def instead(monkeypatch, result):
+    """The command with a run that was made before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_run", lambda *arguments, **options: result)
+        yield
+
+
+def run_main(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_tables_and_files(found, monkeypatch, tmp_path, capsys):
+    with instead(monkeypatch, found):
+        status, out, err = run_main([*ARGUMENTS, "--out", str(tmp_path / "out")], capsys)
+    assert (status, err) == (0, "")
+    assert "Saved bytes are as simulated in 8 of 8 cases" in out
+    assert "load average" in out
+    assert "…" not in out, "a column was cut"
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"verification.csv", "verification.json", "scatter.png"} <= names
+    assert sum(name.startswith("timeline-") for name in names) == 8
+    frame = pd.read_csv(tmp_path / "out" / "verification.csv")
+    assert set(frame["case"]) == {case.case.name for case in found.cases}
+    document = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert document["bytes_equal"] is document["collectives_equal"] is True
+
+
+def test_a_difference_is_named(found, monkeypatch, capsys):
+    """One byte too much: the case is not equal, and a line says which figure."""
+    case = found.cases[0]
+    wrong = tuple(
+        dataclasses.replace(quantity, predicted=quantity.predicted + 1)
+        if quantity.name == "saved_activation_bytes"
+        else quantity
+        for quantity in case.quantities
+    )
+    changed = dataclasses.replace(found, cases=[dataclasses.replace(case, quantities=wrong), *found.cases[1:]])
+    with instead(monkeypatch, changed):
+        _, out, _ = run_main(ARGUMENTS, capsys)
+    assert "Saved bytes are as simulated in 7 of 8 cases" in out
+    assert f"differs: {case.case.name}: saved_activation_bytes is" in out
+
+
+def test_finished_cases_are_shown_when_a_rank_is_lost(found, monkeypatch, tmp_path, capsys):
+    lost = dataclasses.replace(found, cases=found.cases[:2], failure="rank 1 was ended by SIGKILL in Ring 2")
+    with instead(monkeypatch, lost):
+        status, out, err = run_main([*ARGUMENTS, "--out", str(tmp_path)], capsys)
+    assert status == 2
+    assert "in 2 of 2 cases" in out
+    assert err == "error: verify: rank 1 was ended by SIGKILL in Ring 2; 2 cases were finished\n"
+    assert (tmp_path / "verification.csv").exists()
+
+
+def test_a_profile_of_another_device_is_told(found, monkeypatch, capsys):
+    with instead(monkeypatch, dataclasses.replace(found, hardware=load_profile("dgx-h100"))):
+        _, out, _ = run_main(ARGUMENTS, capsys)
+    assert "times cannot" in out
+
+
+def test_under_torchrun():
+    """Two ranks of torchrun: rank 0 alone prints, one JSON document."""
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spsim",
+         *ARGUMENTS, "--plan", "tp=2", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        out, err = torchrun.communicate(timeout=120)
+    finally:
+        torchrun.terminate()
+    assert torchrun.returncode == 0, err
+    document = json.loads(out)
+    assert document["ranks"] == 2
+    assert document["bytes_equal"] is document["collectives_equal"] is True
+    assert len(document["cases"]) == 2
+
+
+# ------------------------------------------------------------ ranks that fail
+
+
+def job():
+    return Job(cases(plans=["tp=2"])[0], warm_up=0, repeats=1, profiled=1)
+
+
+@pytest.fixture
+def pool():
+    ranks = StartedRanks(2, "cpu", 10)
+    yield ranks
+    ranks.close()
+
+
+def test_a_rank_that_dies_then_hangs(pool):
+    """A dead rank is named with its signal, a stopped one with the time limit; new ones take over each time."""
+    os.kill(pool._processes[1].pid, signal.SIGKILL)
+    with pytest.raises(
+        RankError, match=r"^rank 1 was ended by SIGKILL, perhaps out of memory in TP2, flash, 128×1×256$"
+    ):
+        pool.run(job())
+    assert len(pool.run(job())) == 2
+    pool.time_limit_s = 1
+    os.kill(pool._processes[0].pid, signal.SIGSTOP)
+    with pytest.raises(RankError, match=r"^no answer from rank 0.* within 1 s in TP2, flash, 128×1×256$"):
+        pool.run(job())
+    assert pool._processes == []
+
+
+class Pool:
+    """Ranks that lack memory for one case and are lost in another."""
+
+    count, device = 2, "cpu"
+
+    def __init__(self, environment):
+        self.environment = environment
+
+    def run(self, asked):
+        if asked.case.strategy == "Ulysses 2":
+            raise RankError("rank 0 failed")
+        raise RankMemoryError("rank 1 is out of memory")
+
+
+def test_a_case_without_memory_is_skipped_and_a_lost_rank_ends_the_run(found):
+    predictions = [predict(case, CPU) for case in cases()[:4]]
+    result = verify(predictions, CPU, Pool(found.environment))
+    assert list(result.skipped) == [prediction.case.name for prediction in predictions[:2]]
+    assert set(result.skipped.values()) == {"rank 1 is out of memory"}
+    assert (result.failure, list(result.cases)) == ("rank 0 failed", [])
+
+
+def test_lack_of_memory_is_told_from_other_failures():
+    import torch
+
+    from spsim.verify.measurement import out_of_memory
+
+    with pytest.raises(RuntimeError) as lack:
+        torch.empty(2**50)
+    assert out_of_memory(lack.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.empty(2) @ torch.empty(3)
+    assert not out_of_memory(other.value)
+
+
+# ------------------------------------------------------------ what is refused before anything runs
+
+
+def test_bad_arguments(capsys):
+    for arguments, complaint in (
+        (["--plan", "tp=4"], "verify: plan 'tp=4' needs 4 processes, but 2 are at hand"),
+        (["--plan", "tp=2", "--seq-len", "63", "--plan", "ulysses=2"], "seq_len = 63 is not divisible by 2"),
+        (["--precision", "fp8"], "verify: precision 'fp8' is not one of fp32, bf16, fp16"),
+        (["--model", "absent"], "unknown model 'absent'"),
+    ):
+        status, out, err = run_main([*ARGUMENTS, *arguments], capsys)
+        assert (status, out) == (2, "")
+        assert complaint in err
+        assert err.count("\n") == 1
+
+
+def test_a_profile_without_curves(tmp_path, capsys):
+    """The curve is missed before any process starts."""
+    head, _, rest = (profiles_directory() / "cpu-2.toml").read_text().partition(CURVE)
+    _, _, rest = rest.partition("[[calibrated.collectives")
+    path = tmp_path / "bare.toml"
+    path.write_text(f"{head}[[calibrated.collectives{rest}")
+    status, out, err = run_main(["verify", "--hardware", str(path), "--plan", "ulysses=2"], capsys)
+    assert (status, out) == (2, "")
+    assert err == (
+        "error: hardware cpu-2: level 'shared-memory' has no all_to_all curve for 2 ranks; add one to the profile\n"
+    )
+
+
+def test_without_torch(monkeypatch):
+    monkeypatch.setattr("spsim.verify.ranks.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^verify: torch is not installed; install spsim\[calibrate\]$"):
+        count_ranks(CPU)
+
+
+def test_a_model_of_the_user():
+    """One of its layers, in its own sizes."""
+    model = Model(layers=12, hidden=128, heads=2, vocab=10, attention="unfused")
+    (case,) = cases(plans=["tp=2"], model=model, seq_len=32, micro_batch=3)
+    assert case.model == model.model_copy(update={"layers": 1})
+    assert (case.workload.seq_len, case.workload.micro_batch, case.workload.precision) == (32, 3, "fp32")
+
+
+def test_the_picture_of_nothing_but_compute():
+    """A single GPU communicates nothing: its panel says so."""
+    row = {"strategy": "single GPU", "clock": "device kernels", "p10": 1.0, "measured": 2.0, "p90": 3.0}
+    frame = pd.DataFrame(
+        [{**row, "name": f"{phase}_compute_ms", "predicted": 2.5} for phase in ("forward", "backward")]
+    )
+    figure = plots.plot_verification(frame, title="one")
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert texts == ["no such time", "no such time"]
+    xlim, ylim = figure.axes[0].get_xlim(), figure.axes[0].get_ylim()
+    assert xlim == ylim
+    assert xlim[0] < 1 < 3 < xlim[1]
