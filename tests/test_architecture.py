@@ -66,7 +66,7 @@ def names_imported(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def test_every_module_has_its_place() -> None:
-    assert {name for name, _ in modules()} <= set(ORDER)
+    assert {name for name, _ in modules()} == set(ORDER)
 
 
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
