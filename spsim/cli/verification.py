@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spsim.calibrate.launch import is_leader
 from spsim.cli.app import (
     JsonOption,
     MicroBatchOption,
@@ -36,7 +37,6 @@ from spsim.verify import (
     VerifyCase,
     build_cases,
     count_ranks,
-    is_leader,
     open_ranks,
     predict,
 )

@@ -5,7 +5,7 @@ Nothing here loads torch but what runs inside a rank.
 
 from spsim.verify.cases import VerifyCase, build_cases
 from spsim.verify.comparison import CaseComparison, Prediction, Quantity, Verification, predict, verify
-from spsim.verify.ranks import RankError, RankPool, count_ranks, is_leader, open_ranks
+from spsim.verify.ranks import RankError, RankPool, count_ranks, open_ranks
 
 __all__ = [
     "CaseComparison",
@@ -17,7 +17,6 @@ __all__ = [
     "VerifyCase",
     "build_cases",
     "count_ranks",
-    "is_leader",
     "open_ranks",
     "predict",
     "verify",

@@ -19,11 +19,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
+from spsim.calibrate.launch import CPU_RANKS, under_torchrun
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.verify.records import Environment, Job, RankMeasurement
 
-CPU_RANKS = 2
 GRACE_S = 1.0
 """How much later than its consequences the death of a rank may be noticed."""
 START_LIMIT_S = 120.0
@@ -49,15 +49,6 @@ class RankPool(Protocol):
         """The case on every rank, in their order; None on the ranks that do not report."""
 
 
-def is_leader() -> bool:
-    """Whether this process writes and prints: alone, or as rank 0 of torchrun."""
-    return os.environ.get("RANK", "0") == "0" or not _under_torchrun()
-
-
-def _under_torchrun() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def count_ranks(profile: HardwareProfile) -> tuple[int, str]:
     """How many processes are at hand, and whether on `cpu` or `cuda`: a profile of a CPU is verified on the CPU.
 
@@ -67,7 +58,7 @@ def count_ranks(profile: HardwareProfile) -> tuple[int, str]:
         raise InputError("verify: torch is not installed; install spsim[calibrate]")
     gpus = 0 if profile.datasheet.topology[0].kind == "shared_memory" else _count_gpus()
     device = "cuda" if gpus else "cpu"
-    if _under_torchrun():
+    if under_torchrun():
         return int(os.environ["WORLD_SIZE"]), device
     return gpus or CPU_RANKS, device
 
@@ -81,7 +72,7 @@ def _count_gpus() -> int:
 @contextmanager
 def open_ranks(count: int, device: str, time_limit_s: float) -> Iterator[RankPool]:
     """The ranks of torchrun, or processes of this machine, ended with the block; `time_limit_s` is for one case."""
-    if _under_torchrun():
+    if under_torchrun():
         yield TorchrunRank(device, time_limit_s)
         return
     pool = StartedRanks(count, device, time_limit_s)
