@@ -73,6 +73,11 @@ class Rank:
         dist.gather_object(own, found)
         return found
 
+    def close(self) -> None:
+        """Leave the group once all ranks do; its threads would end a process that still has them."""
+        dist.barrier()
+        dist.destroy_process_group()
+
     def measure(self, job: Job) -> RankMeasurement:
         """Bytes and collectives of one pass, the times of many, and a profile of some more."""
         if self.device.type == "cuda":

@@ -73,7 +73,9 @@ def _count_gpus() -> int:
 def open_ranks(count: int, device: str, time_limit_s: float) -> Iterator[RankPool]:
     """The ranks of torchrun, or processes of this machine, ended with the block; `time_limit_s` is for one case."""
     if under_torchrun():
-        yield TorchrunRank(device, time_limit_s)
+        rank = TorchrunRank(device, time_limit_s)
+        yield rank
+        rank.close()
         return
     pool = StartedRanks(count, device, time_limit_s)
     try:
@@ -237,6 +239,10 @@ class TorchrunRank:
             raise RankError(f"{found[0].problem} in {job.case.name}")
         results: Sequence[RankMeasurement] | None = found[0].value
         return results
+
+    def close(self) -> None:
+        """Leave the group with the others; only where all went well, since a lost rank never comes."""
+        self._rank.close()
 
     def _measure(self, job: Job) -> Answer:
         try:
