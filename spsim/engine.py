@@ -7,21 +7,21 @@ rendezvous of the ranks that take part. Time is integer picoseconds.
 While a communication is posted on a rank, its computation runs at `1 - slowdown` of its rate: the
 collective holds part of the device, also while it waits for its peers.
 
-Kernels that nothing can interrupt are advanced together: a run ends with a kernel that another lane waits
-for, and begins anew with one that waits for another lane.
+What is known ahead is not waited for: a communication ends at a known time once its peers have met, and
+kernels that nothing can interrupt are advanced together, up to one that another lane waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import simpy
 
-from spsim.trace import Span
+from spsim.trace import Moments
 
 PPM = 10**6
 
@@ -52,15 +52,17 @@ class DeadlockError(RuntimeError):
 
 
 class _Run:
-    """Consecutive kernels of a lane that are advanced together, or one communication."""
+    """Consecutive kernels of a lane of which only the last is waited for, or one communication."""
 
-    __slots__ = ("last", "meetings", "needs", "parties", "tasks")
+    __slots__ = ("awaited", "last", "meetings", "needs", "parties", "tasks")
 
-    def __init__(self, tasks: Sequence[Task], needs: tuple[int, ...]) -> None:
-        self.tasks = tuple(tasks)
+    def __init__(self, tasks: Sequence[Task], needs: tuple[int, ...], awaited: bool) -> None:
+        self.tasks = tuple(task.id for task in tasks)
+        self.last = self.tasks[-1]
         self.needs = needs
         """Tasks of other lanes that the first one waits for."""
-        self.last = tasks[-1].id
+        self.awaited = awaited
+        """Whether another lane waits for the last one."""
         self.meetings = tasks[0].meetings
         self.parties = max((meeting.parties for meeting in self.meetings), default=0)
 
@@ -70,165 +72,184 @@ class RankProgram:
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        self.lane_of = {task.id: task.lane for task in tasks}
-        self.awaited = frozenset(n for task in tasks for n in task.needs if self.lane_of[n] != task.lane)
+        self.ids = tuple(task.id for task in tasks)
 
     @cached_property
     def lanes(self) -> dict[str, list[_Run]]:
         """Runs of each lane, in order."""
+        lane_of = {task.id: task.lane for task in self.tasks}
+        needs = {task.id: tuple(n for n in task.needs if lane_of[n] != task.lane) for task in self.tasks}
+        awaited = {need for own in needs.values() for need in own}
         lanes: dict[str, list[list[Task]]] = {}
         for task in self.tasks:
             runs = lanes.setdefault(task.lane, [])
-            alone = not runs or task.meetings or runs[-1][-1].meetings or self._foreign(task)
-            if alone or runs[-1][-1].id in self.awaited:
+            alone = not runs or task.meetings or runs[-1][-1].meetings or needs[task.id]
+            if alone or runs[-1][-1].id in awaited:
                 runs.append([])
             runs[-1].append(task)
-        return {lane: [_Run(run, self._foreign(run[0])) for run in runs] for lane, runs in lanes.items()}
-
-    def _foreign(self, task: Task) -> tuple[int, ...]:
-        return tuple(need for need in task.needs if self.lane_of[need] != task.lane)
+        return {
+            lane: [_Run(run, needs[run[0].id], run[-1].id in awaited) for run in runs] for lane, runs in lanes.items()
+        }
 
 
 class _Rank:
-    """State of one rank: what has ended, and when communications held the device."""
+    """State of one rank: when its tasks ran, as far as is known, and when communications hold the device."""
 
-    __slots__ = (
-        "durations", "ended", "env", "held_last", "held_since", "held_until", "holds", "num_posts", "posted",
-        "program", "rank",
-    )  # fmt: skip
+    __slots__ = ("durations", "env", "holds", "posts", "program", "times", "unmet", "waiting")
 
-    def __init__(self, env: Any, rank: int, program: RankProgram, durations: Sequence[int] | None) -> None:
+    def __init__(self, env: Any, program: RankProgram, durations: Sequence[int] | None) -> None:
         self.env = env
-        self.rank = rank
         self.program = program
-        self.ended: dict[int, simpy.Event] = {need: env.event() for need in program.awaited}
         self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
-        self.posted = 0
-        self.num_posts = 0
-        self.held_since = 0
-        self.held_until = 0
-        self.held_last = 0
+        self.times: dict[int, Moments] = {}
+        self.waiting: dict[int, simpy.Event] = {}
+        """Events of tasks whose times other lanes want to know."""
         self.holds: list[tuple[int, int]] = []
+        """When communications hold the device whose peers have met: in order, and apart from each other."""
+        self.unmet: list[int] = []
+        """Since when others hold it."""
+        self.posts = 0
+        """Communications whose peers have met."""
 
-    def post(self, now: int) -> None:
-        """A communication takes hold of the device."""
-        if not self.posted:
-            self.held_since = now
-        self.posted += 1
-        self.num_posts += 1
+    def known(self, task: int) -> simpy.Event:
+        """The event of the times of a task becoming known."""
+        return self.waiting.setdefault(task, self.env.event())
 
-    def withdraw(self, now: int) -> None:
-        """A communication ends; the device is free when none is left."""
-        self.posted -= 1
-        if not self.posted:
-            self.holds.append((self.held_since, now))
-            self.held_last = now
+    def hold(self, begin: int, end: int) -> None:
+        """A communication that was posted at `begin` will end at `end`, which is not past."""
+        while self.holds and self.holds[-1][1] >= begin:
+            hold = self.holds.pop()
+            begin, end = min(begin, hold[0]), max(end, hold[1])
+        self.holds.append((begin, end))
+        self.posts += 1
 
-    def known_holds(self, since: int) -> list[tuple[int, int]]:
-        """When the device has been held from `since` on, and will be as far as is known now: a communication
-        whose peers have met holds until a known time, and any other may end this moment.
+    def holds_after(self, time: int) -> list[tuple[int, int]]:
+        """When the device is held from `time` on, as far as is known now: a communication that waits for its
+        peers may end this moment.
         """
-        known = [hold for hold in self.holds if hold[1] > since]
-        if self.posted:
-            known.append((self.held_since, max(self.held_until, self.env.now)))
-        return known
+        index = len(self.holds)
+        while index and self.holds[index - 1][1] > time:
+            index -= 1
+        known = self.holds[index:]
+        return sorted([*known, *((since, self.env.now) for since in self.unmet)]) if self.unmet else known
+
+    def ended(self, tasks: Sequence[int], time: int) -> bool:
+        """Whether tasks are known to have ended by some time."""
+        return all(task in self.times and self.times[task][2] <= time for task in tasks)
 
 
 class _Simulation:
-    """One run: the ranks, the open rendezvous, and what is recorded."""
+    """One run: the ranks, and the open rendezvous."""
 
     def __init__(self, slowdown_ppm: int) -> None:
         self.env: Any = simpy.Environment()  # simpy's clock is int | float, ours is int
-        self.slowdown = slowdown_ppm
+        self.rate = PPM - slowdown_ppm
+        self.ranks: dict[int, _Rank] = {}
         self.met: dict[tuple[int, ...], simpy.Event] = {}
         self.arrived: dict[tuple[int, ...], int] = {}
-        self.spans: list[Span] = []
-        self.waiting: dict[tuple[int, str], Task] = {}
 
-    def add(self, rank: _Rank, start: int) -> None:
-        for lane, runs in rank.program.lanes.items():
-            self.env.process(self._lane(rank, lane, runs, start))
+    def add(self, number: int, rank: _Rank, start: int) -> None:
+        self.ranks[number] = rank
+        for runs in rank.program.lanes.values():
+            self.env.process(self._lane(rank, runs, start))
 
     def finish(self) -> None:
         self.env.run()
-        if self.waiting:
-            places = (f"task {task.id} on lane {lane} of rank {rank}" for (rank, lane), task in self.waiting.items())
-            raise DeadlockError(f"deadlock: {', '.join(places)} wait for tasks that never end")
+        waiting = list(self._waiting())
+        if waiting:
+            raise DeadlockError(f"deadlock: {', '.join(waiting)} wait for tasks that never end")
 
-    def _lane(self, rank: _Rank, lane: str, runs: list[_Run], start: int) -> Generator[simpy.Event, Any, None]:
-        place, ended = (rank.rank, lane), rank.ended
-        if start:
-            yield self.env.timeout(start)
-        for run in runs:
+    def _waiting(self) -> Iterator[str]:
+        for number, rank in self.ranks.items():
+            if len(rank.times) < len(rank.program.ids):
+                for lane, runs in rank.program.lanes.items():
+                    heads = (task for run in runs for task in run.tasks if task not in rank.times)
+                    yield from (f"task {task} on lane {lane} of rank {number}" for task in islice(heads, 1))
+
+    def _lane(self, rank: _Rank, runs: Sequence[_Run], free: int) -> Generator[simpy.Event, Any, None]:
+        """Walk the runs of a lane; when it is free again is known ahead."""
+        index = 0
+        while index < len(runs):
+            run = runs[index]
+            index += 1
             for need in run.needs:
-                if not ended[need].triggered:
-                    self.waiting[place] = run.tasks[0]
-                    yield ended[need]
+                if need not in rank.times:
+                    yield rank.known(need)
+                free = max(free, rank.times[need][2])
             if run.meetings:
-                yield from self._communicate(rank, run)
+                free = yield from self._communicate(rank, run, free)
             else:
-                yield from self._compute(rank, run)
-            if run.last in ended:
-                ended[run.last].succeed()
-        self.waiting.pop(place, None)
+                tasks = run.tasks
+                while (
+                    not run.awaited
+                    and index < len(runs)
+                    and not runs[index].meetings
+                    and rank.ended(runs[index].needs, free)
+                ):
+                    run = runs[index]
+                    tasks += run.tasks
+                    index += 1
+                free = yield from self._compute(rank, tasks, free)
+            if run.last in rank.waiting:
+                yield rank.waiting[run.last].succeed()
 
-    def _compute(self, rank: _Rank, run: _Run) -> Generator[simpy.Event, Any, None]:
-        """Work through a run; time lost to contention is known only as it happens, so look again at its end."""
-        env, start = self.env, self.env.now
-        durations = [rank.durations[task.id] for task in run.tasks]
-        undisturbed = False
+    def _compute(self, rank: _Rank, tasks: Sequence[int], start: int) -> Generator[simpy.Event, Any, int]:
+        """Work through kernels; time lost to contention is known only as it happens, so look again at their end."""
+        env, undisturbed = self.env, False
+        durations = [rank.durations[task] for task in tasks]
         while not undisturbed:
-            ends = self._ends(rank, start, durations)
-            now, free, posts = env.now, not rank.posted, rank.num_posts
-            if ends[-1] <= now:
+            times = self._times(rank, start, durations)
+            if times[-1] <= env.now:
                 break
-            yield env.timeout(ends[-1] - now)
-            undisturbed = free and rank.num_posts == posts
-        begin = start
-        for task, end in zip(run.tasks, ends, strict=True):
-            self.spans.append(Span(rank.rank, task.lane, task.id, begin, begin, end))
-            begin = end
+            posts = rank.posts
+            yield env.timeout(times[-1] - env.now)
+            undisturbed = rank.posts == posts and not rank.unmet
+        rank.times.update(zip(tasks, zip(times, times, times[1:], strict=False), strict=True))
+        return times[-1]
 
-    def _ends(self, rank: _Rank, start: int, durations: list[int]) -> list[int]:
-        """When each kernel of a run ends if nothing more is posted: never too late."""
-        if self.slowdown and (rank.posted or rank.held_last > start):
-            holds, rate, ends = rank.known_holds(start), PPM - self.slowdown, []
-            for duration in durations:
-                start = _work_through(start, duration * PPM, holds, rate)
-                ends.append(start)
-            return ends
-        return [start + elapsed for elapsed in accumulate(durations)]
+    def _times(self, rank: _Rank, start: int, durations: Sequence[int]) -> list[int]:
+        """Start and ends of kernels in a row if nothing more is posted: never too late."""
+        holds = rank.holds_after(start) if self.rate < PPM else ()
+        if not holds:
+            return list(accumulate(durations, initial=start))
+        times = [start]
+        for duration in durations:
+            times.append(_work_through(times[-1], duration * PPM, holds, self.rate))
+        return times
 
-    def _communicate(self, rank: _Rank, run: _Run) -> Generator[simpy.Event, Any, None]:
+    def _communicate(self, rank: _Rank, run: _Run, posted: int) -> Generator[simpy.Event, Any, int]:
         """Meet the peers; a transfer takes the duration from its meeting on, and the last one ends the task."""
-        env, task, posted = self.env, run.tasks[0], self.env.now
-        rank.post(posted)
-        met = [posted]
+        env = self.env
+        if posted > env.now:
+            yield env.timeout(posted - env.now)
+        first = last = posted
         if run.parties > 1:
-            for meeting in run.meetings:
-                self._arrive(meeting)
-            met = []
-            for meeting in run.meetings:
-                event = self.met.get(meeting.key)
-                if event is not None and not event.triggered:
-                    self.waiting[rank.rank, task.lane] = task
-                    yield event
-                met.append(posted if event is None else event.value)
-        end = max(met) + rank.durations[task.id]
-        rank.held_until = max(rank.held_until, end)
-        yield env.timeout(end - env.now)
-        rank.withdraw(end)
-        self.spans.append(Span(rank.rank, task.lane, task.id, posted, min(met), end))
+            rank.unmet.append(posted)
+            first, last = yield from self._meet(run.meetings)
+            rank.unmet.remove(posted)
+        end = last + rank.durations[run.last]
+        rank.hold(posted, end)
+        rank.times[run.last] = posted, first, end
+        return end
 
-    def _arrive(self, meeting: Meeting) -> None:
-        """Count an arrival; a meeting of one needs no event."""
-        if meeting.parties == 1:
-            return
-        arrived = self.arrived.get(meeting.key, 0) + 1
-        self.arrived[meeting.key] = arrived
+    def _meet(self, meetings: Sequence[Meeting]) -> Generator[simpy.Event, Any, tuple[int, int]]:
+        """Arrive at all meetings, and wait until each is complete, one of a single party at once; when the first
+        and the last one was.
+        """
+        met = [self.env.now for meeting in meetings if meeting.parties == 1]
+        events = [self._arrive(meeting) for meeting in meetings if meeting.parties > 1]
+        for event in events:
+            if not event.triggered:
+                yield event
+            met.append(event.value)
+        return min(met), max(met)
+
+    def _arrive(self, meeting: Meeting) -> simpy.Event:
         event = self.met.setdefault(meeting.key, self.env.event())
+        self.arrived[meeting.key] = arrived = self.arrived.get(meeting.key, 0) + 1
         if arrived == meeting.parties:
             event.succeed(self.env.now)
+        return event
 
 
 def _work_through(now: int, remaining: int, holds: list[tuple[int, int]], rate: int) -> int:
@@ -256,16 +277,16 @@ def run(
     slowdown: float,
     durations: Mapping[int, Sequence[int]] | None = None,
     starts: Mapping[int, int] | None = None,
-) -> list[Span]:
+) -> dict[int, list[Moments]]:
     """Run the tasks of each rank to the end; `slowdown` is the share of its rate that compute loses.
 
-    `durations` (by task) and `starts` are given per rank, in picoseconds. Raises `DeadlockError` when tasks
-    wait for each other or for a peer that never comes.
+    `durations` (by task) and `starts` are given per rank, in picoseconds. The times of each rank are in the order
+    of its tasks. Raises `DeadlockError` when tasks wait for each other or for a peer that never comes.
     """
     simulation = _Simulation(round(slowdown * PPM))
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
-        rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None)
-        simulation.add(rank, starts[number] if starts else 0)
+        rank = _Rank(simulation.env, prepared, durations[number] if durations else None)
+        simulation.add(number, rank, starts[number] if starts else 0)
     simulation.finish()
-    return simulation.spans
+    return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

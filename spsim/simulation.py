@@ -147,7 +147,7 @@ class Result:
         if task is None:
             return "weights, gradients and optimizer state"
         piece = self.trace.piece_of(task)
-        label = piece.recording.labels[task - piece.first_task]
+        label = piece.recording.outline.labels[task - piece.first_task]
         where = f" of layer {piece.layer}" if piece.layer is not None else ""
         return f"{label.name} ({label.part}){where}"
 

@@ -8,12 +8,13 @@ plots and exports read the spans and memory changes of the whole.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
-from operator import itemgetter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 Phase = Literal["forward", "backward", "weight_sync"]
 COMPUTE_LANE = "compute"
@@ -32,6 +33,21 @@ class Span(NamedTuple):
     start_ps: int
     """When work or transfer began."""
     end_ps: int
+
+
+Moments = tuple[int, int, int]
+"""When a task was posted, started and ended, as of a span."""
+Integers = npt.NDArray[Any]
+"""64 bits each, or Python's own where that is too few."""
+
+
+def integers(values: Iterable[int], count: int) -> Integers:
+    """So many integers as an array, exactly."""
+    values = list(values)
+    try:
+        return np.fromiter(values, np.int64, count)
+    except OverflowError:
+        return np.array(values, dtype=object)
 
 
 class MemoryChange(NamedTuple):
@@ -74,56 +90,115 @@ class BufferUse(NamedTuple):
     """Read by a later pass."""
 
 
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """Spans of one pass, by rank and task; times and tasks count from its own beginning."""
+class _Lives(NamedTuple):
+    """The buffers of a pass as arrays."""
 
-    spans: Sequence[Span]
+    writers: Integers
+    readers: Integers
+    """Shape (lanes, buffers): the last tasks that read a buffer, or the one that writes it, one of each lane."""
+    written: Integers
+    freed: Integers
+    crossing: Integers
+    """What is there before the pass or after it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What all recordings of a pass have in common: the lane of each task, what it is, and the buffers."""
+
+    lanes: Sequence[str]
     labels: Sequence[TaskInfo]
     """What each task is, whatever its layer and sizes."""
     buffers: Sequence[BufferUse] = ()
-    sizes: Sequence[int] = ()
+
+    @cached_property
+    def classes(self) -> tuple[Sequence[str], Integers]:
+        """Operator classes, and for each of them 1 where a task is its kernel."""
+        kernels = [
+            info.operator_class if lane == COMPUTE_LANE else ""
+            for lane, info in zip(self.lanes, self.labels, strict=True)
+        ]
+        names = sorted(set(kernels) - {""})
+        return names, np.array([[int(kernel == name) for kernel in kernels] for name in names]).reshape(
+            -1, len(kernels)
+        )
+
+    @cached_property
+    def lives(self) -> _Lives:
+        """Who writes, reads and frees each buffer."""
+        last = [
+            list({self.lanes[task]: task for task in sorted(use.readers or (use.writer or 0,))}.values())
+            for use in self.buffers
+        ]
+        most = max(map(len, last), default=1)
+        return _Lives(
+            np.array([use.writer or 0 for use in self.buffers], dtype=np.intp),
+            np.array([tasks + tasks[:1] * (most - len(tasks)) for tasks in last], dtype=np.intp).reshape(-1, most).T,
+            np.array([use.writer is not None for use in self.buffers], dtype=bool),
+            np.array([not use.outlives for use in self.buffers], dtype=bool),
+            np.array([use.writer is None or use.outlives for use in self.buffers], dtype=bool),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """When the tasks of one pass ran; times and tasks count from its own beginning."""
+
+    outline: Outline
+    times: Mapping[int, Integers]
+    """Rank -> three rows: when each task was posted, started and ended."""
+    sizes: Sequence[int] | Integers
     """Bytes of each buffer."""
 
     @cached_property
-    def by_rank(self) -> dict[int, Sequence[Span]]:
-        """Spans of each rank, in order of tasks."""
-        return {rank: list(own) for rank, own in groupby(self.spans, key=itemgetter(0))}
+    def spans(self) -> Sequence[Span]:
+        """Spans by rank and task."""
+        return [
+            Span(rank, lane, task, *moments)
+            for rank, times in self.times.items()
+            for task, (lane, moments) in enumerate(zip(self.outline.lanes, times.T.tolist(), strict=True))
+        ]
+
+    @cached_property
+    def ends(self) -> dict[int, int]:
+        """When the last task of each rank ends."""
+        return {rank: int(times[2].max()) for rank, times in self.times.items()}
+
+    @property
+    def window(self) -> int:
+        """Picoseconds from the first start to the last end, over ranks."""
+        return max(self.ends.values()) - min(int(times[0].min()) for times in self.times.values())
 
     @cached_property
     def memory(self) -> Sequence[MemoryChange]:
         """Memory changes of all ranks: a buffer is allocated when its writer is reached, and freed when the
         last of its readers ends.
         """
-        return [
-            MemoryChange(time, rank, size, self.buffers[buffer].category, self.buffers[buffer].tensor, task)
-            for rank in self.by_rank
-            for time, _, size, task, buffer in self.changes(rank)
-        ]
-
-    def changes(self, rank: int) -> list[tuple[int, bool, int, int, int]]:
-        """(time, whether it allocates, bytes, task, buffer) of the memory changes of one rank, by buffer; none
-        for a buffer that a rank without work writes and frees in the same moment. Sorted they are in order of
-        time, what is freed before what is allocated.
-        """
-        spans = self.by_rank[rank]
         found = []
-        for buffer, (use, size) in enumerate(zip(self.buffers, self.sizes, strict=True)):
-            begin = None if use.writer is None else spans[use.writer].posted_ps
-            end, task = (None, 0) if use.outlives else self.end_of(rank, buffer)
-            if begin is not None and begin != end:
-                found.append((begin, True, size, use.writer or 0, buffer))
-            if end is not None and begin != end:
-                found.append((end, False, -size, task, buffer))
-        return found
+        for rank in self.times:
+            for time, size, buffer in zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True):
+                use = self.outline.buffers[buffer]
+                task = use.writer if size > 0 else self.end_of(rank, buffer)[1]
+                found.append(MemoryChange(time, rank, size, use.category, use.tensor, task or 0))
+        return [change for change in found if change.bytes]
+
+    def changes(self, rank: int) -> tuple[Integers, Integers, Integers]:
+        """Times, bytes and buffers of the memory changes of one rank, in order of time, what is freed before what
+        is allocated. No bytes for a buffer that a rank without work writes and frees in the same moment, and for
+        what comes before the pass or goes after it.
+        """
+        lives = self.outline.lives
+        posted, _, end = self.times[rank]
+        begins, ends = posted[lives.writers], end[lives.readers].max(axis=0)
+        sizes = integers(self.sizes, len(begins)) * (lives.crossing | (begins != ends))
+        times, changes = np.concatenate((ends, begins)), np.concatenate((-sizes * lives.freed, sizes * lives.written))
+        order = np.lexsort((changes, times))
+        return times[order], changes[order], order % len(begins)
 
     def end_of(self, rank: int, buffer: int) -> tuple[int, int]:
         """When the last reader of a buffer ends, and which task that is."""
-        spans, use = self.by_rank[rank], self.buffers[buffer]
-        tasks = use.readers or (use.writer or 0,)
-        return (
-            max((spans[task].end_ps, task) for task in tasks) if len(tasks) > 1 else (spans[tasks[0]].end_ps, tasks[0])
-        )
+        use, (_, _, end) = self.outline.buffers[buffer], self.times[rank]
+        return max((int(end[task]), task) for task in use.readers or (use.writer or 0,))
 
 
 class Piece(NamedTuple):
@@ -154,16 +229,16 @@ class Piece(NamedTuple):
     def _changes(self) -> Iterator[MemoryChange]:
         recording = self.recording
         yield from recording.memory
-        for rank, spans in recording.by_rank.items():
+        for rank, times in recording.times.items():
             if self.brings is not None:
-                yield self._change(rank, self.brings, spans[0].posted_ps, 1, 0)
+                yield self._change(rank, self.brings, int(times[0, 0]), 1, 0)
             if self.drops is not None:
                 end, task = recording.end_of(rank, self.drops)
                 yield self._change(rank, self.drops, end, -1, task)
 
     def _change(self, rank: int, buffer: int, time: int, sign: int, task: int) -> MemoryChange:
-        use = self.recording.buffers[buffer]
-        return MemoryChange(time, rank, sign * self.recording.sizes[buffer], use.category, use.tensor, task)
+        use = self.recording.outline.buffers[buffer]
+        return MemoryChange(time, rank, sign * int(self.recording.sizes[buffer]), use.category, use.tensor, task)
 
 
 class Stretch(NamedTuple):
@@ -182,12 +257,17 @@ class Stretch(NamedTuple):
     drops: int | None = None
     """As of a piece, of the last one."""
 
+    @property
+    def last_ps(self) -> int:
+        """Where the last piece stands in time."""
+        return self.shift_ps + (len(self.layers) - 1) * self.advance_ps
+
     def piece(self, index: int) -> Piece:
         """One of the pieces."""
         last = len(self.layers) - 1
         return Piece(
             self.recording, self.phase, self.layers[index], self.micro_batch, self.shift_ps + index * self.advance_ps,
-            self.first_task + index * len(self.recording.labels),
+            self.first_task + index * len(self.recording.outline.labels),
             self.brings if index == 0 else None, self.drops if index == last else None,
         )  # fmt: skip
 
@@ -244,20 +324,22 @@ class Trace:
     def piece_of(self, task: int) -> Piece:
         """The piece that a task belongs to."""
         stretch = self.stretches[bisect_right([s.first_task for s in self.stretches], task) - 1]
-        return stretch.piece((task - stretch.first_task) // len(stretch.recording.labels))
+        return stretch.piece((task - stretch.first_task) // len(stretch.recording.outline.labels))
 
     @property
     def num_spans(self) -> int:
         """Spans of all pieces."""
-        return sum(count * len(recording.spans) for recording, (_, count) in self.recordings.items())
+        return sum(
+            count * len(recording.times) * len(recording.outline.labels)
+            for recording, (_, count) in self.recordings.items()
+        )
+
+    @property
+    def latest(self) -> Sequence[Stretch]:
+        """The stretches among which the last spans are, of the layers and of the synchronisation."""
+        return self.stretches if self.overlapping else self.stretches[-2:]
 
     @cached_property
     def end_ps(self) -> int:
         """End of the last span."""
-        last = self.stretches if self.overlapping else self.stretches[-2:]
-        return max((_end(stretch) for stretch in last), default=0)
-
-
-def _end(stretch: Stretch) -> int:
-    last = stretch.shift_ps + (len(stretch.layers) - 1) * stretch.advance_ps
-    return last + max((span.end_ps for span in stretch.recording.spans), default=0)
+        return max((stretch.last_ps + max(stretch.recording.ends.values()) for stretch in self.latest), default=0)
