@@ -115,13 +115,24 @@ class _Rank:
         """The event of the times of a task becoming known."""
         return self.waiting.setdefault(task, self.env.event())
 
-    def hold(self, begin: int, end: int) -> None:
-        """A communication that was posted at `begin` will end at `end`, which is not past."""
+    def transfer(self, task: int, posted: int, start: int, met: int) -> int:
+        """A communication whose peers have met by now ends after its duration, and holds the device until then."""
+        begin = posted
+        end = stop = met + self.durations[task]
         while self.holds and self.holds[-1][1] >= begin:
             hold = self.holds.pop()
-            begin, end = min(begin, hold[0]), max(end, hold[1])
-        self.holds.append((begin, end))
+            begin, stop = min(begin, hold[0]), max(stop, hold[1])
+        self.holds.append((begin, stop))
         self.posts += 1
+        self.times[task] = posted, start, end
+        if task in self.waiting:
+            self.waiting[task].succeed()
+        return end
+
+    def record(self, tasks: Sequence[int], times: Sequence[int]) -> int:
+        """Kernels in a row: the first begins at the first time, and each ends at the next one."""
+        self.times.update(zip(tasks, zip(times, times, times[1:], strict=False), strict=True))
+        return times[-1]
 
     def holds_after(self, time: int) -> list[tuple[int, int]]:
         """When the device is held from `time` on, as far as is known now: a communication that waits for its
@@ -133,9 +144,10 @@ class _Rank:
         known = self.holds[index:]
         return sorted([*known, *((since, self.env.now) for since in self.unmet)]) if self.unmet else known
 
-    def ended(self, tasks: Sequence[int], time: int) -> bool:
-        """Whether tasks are known to have ended by some time."""
-        return all(task in self.times and self.times[task][2] <= time for task in tasks)
+    def may_run(self, run: _Run, time: int) -> bool:
+        """Whether a run consists of kernels, and all that it waits for is known to have ended by some time."""
+        times = self.times
+        return not run.meetings and all(need in times and times[need][2] <= time for need in run.needs)
 
 
 class _Simulation:
@@ -168,7 +180,7 @@ class _Simulation:
 
     def _lane(self, rank: _Rank, runs: Sequence[_Run], free: int) -> Generator[simpy.Event, Any, None]:
         """Walk the runs of a lane; when it is free again is known ahead."""
-        index = 0
+        env, index = self.env, 0
         while index < len(runs):
             run = runs[index]
             index += 1
@@ -177,38 +189,30 @@ class _Simulation:
                     yield rank.known(need)
                 free = max(free, rank.times[need][2])
             if run.meetings:
-                free = yield from self._communicate(rank, run, free)
-            else:
-                tasks = run.tasks
-                while (
-                    not run.awaited
-                    and index < len(runs)
-                    and not runs[index].meetings
-                    and rank.ended(runs[index].needs, free)
-                ):
-                    run = runs[index]
-                    tasks += run.tasks
-                    index += 1
-                free = yield from self._compute(rank, tasks, free)
+                if free > env.now:
+                    yield env.timeout(free - env.now)
+                met = (yield from self._meet(rank, run.meetings)) if run.parties > 1 else (free, free)
+                free = rank.transfer(run.last, free, *met)
+                continue
+            tasks = run.tasks
+            while not run.awaited and index < len(runs) and rank.may_run(runs[index], free):
+                run = runs[index]
+                index += 1
+                tasks += run.tasks
+            times = self._times(rank, tasks, free)
+            while times[-1] > env.now:
+                posts = rank.posts
+                yield env.timeout(times[-1] - env.now)
+                if rank.posts == posts and not rank.unmet:
+                    break
+                times = self._times(rank, tasks, free)
+            free = rank.record(tasks, times)
             if run.last in rank.waiting:
                 yield rank.waiting[run.last].succeed()
 
-    def _compute(self, rank: _Rank, tasks: Sequence[int], start: int) -> Generator[simpy.Event, Any, int]:
-        """Work through kernels; time lost to contention is known only as it happens, so look again at their end."""
-        env, undisturbed = self.env, False
-        durations = [rank.durations[task] for task in tasks]
-        while not undisturbed:
-            times = self._times(rank, start, durations)
-            if times[-1] <= env.now:
-                break
-            posts = rank.posts
-            yield env.timeout(times[-1] - env.now)
-            undisturbed = rank.posts == posts and not rank.unmet
-        rank.times.update(zip(tasks, zip(times, times, times[1:], strict=False), strict=True))
-        return times[-1]
-
-    def _times(self, rank: _Rank, start: int, durations: Sequence[int]) -> list[int]:
+    def _times(self, rank: _Rank, tasks: Sequence[int], start: int) -> list[int]:
         """Start and ends of kernels in a row if nothing more is posted: never too late."""
+        durations = [rank.durations[task] for task in tasks]
         holds = rank.holds_after(start) if self.rate < PPM else ()
         if not holds:
             return list(accumulate(durations, initial=start))
@@ -217,31 +221,19 @@ class _Simulation:
             times.append(_work_through(times[-1], duration * PPM, holds, self.rate))
         return times
 
-    def _communicate(self, rank: _Rank, run: _Run, posted: int) -> Generator[simpy.Event, Any, int]:
-        """Meet the peers; a transfer takes the duration from its meeting on, and the last one ends the task."""
-        env = self.env
-        if posted > env.now:
-            yield env.timeout(posted - env.now)
-        first = last = posted
-        if run.parties > 1:
-            rank.unmet.append(posted)
-            first, last = yield from self._meet(run.meetings)
-            rank.unmet.remove(posted)
-        end = last + rank.durations[run.last]
-        rank.hold(posted, end)
-        rank.times[run.last] = posted, first, end
-        return end
-
-    def _meet(self, meetings: Sequence[Meeting]) -> Generator[simpy.Event, Any, tuple[int, int]]:
+    def _meet(self, rank: _Rank, meetings: Sequence[Meeting]) -> Generator[simpy.Event, Any, tuple[int, int]]:
         """Arrive at all meetings, and wait until each is complete, one of a single party at once; when the first
         and the last one was.
         """
-        met = [self.env.now for meeting in meetings if meeting.parties == 1]
+        now = self.env.now
+        rank.unmet.append(now)
+        met = [now for meeting in meetings if meeting.parties == 1]
         events = [self._arrive(meeting) for meeting in meetings if meeting.parties > 1]
         for event in events:
             if not event.triggered:
                 yield event
             met.append(event.value)
+        rank.unmet.remove(now)
         return min(met), max(met)
 
     def _arrive(self, meeting: Meeting) -> simpy.Event:

@@ -18,7 +18,7 @@ from spsim.kernels import Kernels
 from spsim.lowering import lower_ring
 from spsim.model import Model
 from spsim.operators import operator_splits
-from spsim.placement import Axis, Collective, mesh_of, nodes_of, split_rules
+from spsim.placement import Axis, mesh_of, nodes_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Program
 from spsim.scenario import sequence_unit
@@ -59,7 +59,6 @@ class PreparedLayer:
             lambda workload: layer_program.__wrapped__(model, plan, workload), sequence_unit(model, plan)
         )
         self.schedule = schedule_layer(self.template.program, plan, mesh_of(plan), fold=fold)
-        self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
         self.mesh = mesh_of(plan)
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
 
@@ -86,9 +85,16 @@ class PreparedLayer:
         return {phase: np.array([where[b] for b in passes[phase].ids], dtype=np.intp) for phase in PASSES}
 
     @cached_property
-    def _message_positions(self) -> npt.NDArray[np.intp]:
-        where = self.template.index.messages
-        return np.array([where[step.id] for step in self.communications], dtype=np.intp)
+    def _communications(self) -> list[tuple[Communication, int, list[int]]]:
+        """One communication of each sort, with the position of its message, and the slots of all that are alike."""
+        index = self.template.index
+        found: dict[object, tuple[Communication, int, list[int]]] = {}
+        for step in self.template.program.steps:
+            if isinstance(step, Communication):
+                position = index.messages[step.id]
+                sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
+                found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
+        return list(found.values())
 
     def sizes(self, numbers: Numbers) -> dict[Phase, list[int]]:
         """Bytes of the buffers of each pass."""
@@ -120,13 +126,9 @@ class PreparedLayer:
         seconds = np.zeros(self.template.index.num_slots)
         for group in self.template.groups:
             seconds[group.slots] = compute.duration(group.work(numbers.floats))
-        known: dict[tuple[Collective, int, int, int], float] = {}
-        for step, message in zip(self.communications, numbers.at(self._message_positions), strict=True):
+        for step, position, slots in self._communications:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
-            key = (step.collective, message, step.ranks, nodes)
-            if key not in known:
-                known[key] = comm.duration(*key)
-            seconds[self.template.index.slots[step.id][0]] = known[key]
+            seconds[slots] = comm.duration(step.collective, int(numbers.values[position]), step.ranks, nodes)
         ps = np.rint(seconds * PS_PER_S)
         ps = ps.astype(np.int64) if ps.max() < 2**62 else np.array([int(time) for time in ps], dtype=object)
         syncs = [
