@@ -13,10 +13,11 @@ kernels that nothing can interrupt are advanced together, up to one that another
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice
 from typing import Any
 
 import simpy
@@ -54,15 +55,17 @@ class DeadlockError(RuntimeError):
 class _Run:
     """Consecutive kernels of a lane of which only the last is waited for, or one communication."""
 
-    __slots__ = ("awaited", "last", "meetings", "needs", "parties", "tasks")
+    __slots__ = ("awaited", "last", "meetings", "needs", "parties", "releases", "tasks")
 
-    def __init__(self, tasks: Sequence[Task], needs: tuple[int, ...], awaited: bool) -> None:
+    def __init__(self, tasks: Sequence[Task], needs: Iterable[int], awaiting: Collection[Task]) -> None:
         self.tasks = tuple(task.id for task in tasks)
         self.last = self.tasks[-1]
-        self.needs = needs
+        self.needs = frozenset(needs)
         """Tasks of other lanes that the first one waits for."""
-        self.awaited = awaited
-        """Whether another lane waits for the last one."""
+        self.awaited = bool(awaiting)
+        """Whether tasks of other lanes wait for the last one."""
+        self.releases = any(task.meetings for task in awaiting)
+        """Whether communications are among them."""
         self.meetings = tasks[0].meetings
         self.parties = max((meeting.parties for meeting in self.meetings), default=0)
 
@@ -75,79 +78,106 @@ class RankProgram:
         self.ids = tuple(task.id for task in tasks)
 
     @cached_property
-    def lanes(self) -> dict[str, list[_Run]]:
-        """Runs of each lane, in order."""
-        lane_of = {task.id: task.lane for task in self.tasks}
-        needs = {task.id: tuple(n for n in task.needs if lane_of[n] != task.lane) for task in self.tasks}
-        awaited = {need for own in needs.values() for need in own}
-        lanes: dict[str, list[list[Task]]] = {}
+    def kernels(self) -> list[list[_Run]]:
+        """Runs of kernels of each lane, in order."""
+        return [runs for runs in self._lanes if not runs[0].meetings]
+
+    @cached_property
+    def communications(self) -> list[list[_Run]]:
+        """Communications of each lane, in order."""
+        return [runs for runs in self._lanes if runs[0].meetings]
+
+    @cached_property
+    def _lanes(self) -> list[list[_Run]]:
+        """Lanes of kernels and of communications: one that has both is two that wait for each other."""
+        lane_of = {task.id: (task.lane, bool(task.meetings)) for task in self.tasks}
+        needs: dict[int, list[int]] = {}
+        before: dict[str, int] = {}
         for task in self.tasks:
-            runs = lanes.setdefault(task.lane, [])
-            alone = not runs or task.meetings or runs[-1][-1].meetings or needs[task.id]
-            if alone or runs[-1][-1].id in awaited:
+            own = [*task.needs, before[task.lane]] if task.lane in before else task.needs
+            needs[task.id] = [need for need in own if lane_of[need] != lane_of[task.id]]
+            before[task.lane] = task.id
+        awaiting = defaultdict(list)
+        for task in self.tasks:
+            for need in needs[task.id]:
+                awaiting[need].append(task)
+        lanes: dict[tuple[str, bool], list[list[Task]]] = defaultdict(list)
+        for task in self.tasks:
+            runs = lanes[lane_of[task.id]]
+            if not runs or task.meetings or needs[task.id] or awaiting[runs[-1][-1].id]:
                 runs.append([])
             runs[-1].append(task)
-        return {
-            lane: [_Run(run, needs[run[0].id], run[-1].id in awaited) for run in runs] for lane, runs in lanes.items()
-        }
+        return [[_Run(run, needs[run[0].id], awaiting[run[-1].id]) for run in runs] for runs in lanes.values()]
 
 
 class _Rank:
-    """State of one rank: when its tasks ran, as far as is known, and when communications hold the device."""
+    """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
-    __slots__ = ("durations", "env", "holds", "posts", "program", "times", "unmet", "waiting")
+    __slots__ = (
+        "communicators", "durations", "env", "held_until", "holds", "posts", "program", "times", "unmet", "waiting",
+    )  # fmt: skip
 
-    def __init__(self, env: Any, program: RankProgram, durations: Sequence[int] | None) -> None:
+    def __init__(self, env: Any, program: RankProgram, durations: Sequence[int] | None, start: int) -> None:
         self.env = env
         self.program = program
         self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
+        self.communicators = [_Communicator(self, runs, start) for runs in program.communications]
         self.times: dict[int, Moments] = {}
         self.waiting: dict[int, simpy.Event] = {}
         """Events of tasks whose times other lanes want to know."""
         self.holds: list[tuple[int, int]] = []
-        """When communications hold the device whose peers have met: in order, and apart from each other."""
+        """When communications hold the device whose peers have met, by their beginning."""
+        self.held_until = 0
         self.unmet: list[int] = []
         """Since when others hold it."""
-        self.posts = 0
-        """Communications whose peers have met."""
 
     def known(self, task: int) -> simpy.Event:
         """The event of the times of a task becoming known."""
         return self.waiting.setdefault(task, self.env.event())
 
-    def transfer(self, task: int, posted: int, start: int, met: int) -> int:
-        """A communication whose peers have met by now ends after its duration, and holds the device until then."""
-        begin = posted
-        end = stop = met + self.durations[task]
-        while self.holds and self.holds[-1][1] >= begin:
-            hold = self.holds.pop()
-            begin, stop = min(begin, hold[0]), max(stop, hold[1])
-        self.holds.append((begin, stop))
-        self.posts += 1
-        self.times[task] = posted, start, end
+    def tell(self, task: int) -> None:
+        """The times of a task are known."""
         if task in self.waiting:
             self.waiting[task].succeed()
+
+    def end_of(self, needs: Iterable[int], time: int) -> int:
+        """When the last of some tasks ends, or `time` if that is later."""
+        for need in needs:
+            time = max(time, self.times[need][2])
+        return time
+
+    def transfer(self, task: int, posted: int, start: int, met: int) -> int:
+        """A communication whose peers have met takes its duration from then on, and holds the device until its end."""
+        end = met + self.durations[task]
+        insort(self.holds, (posted, end))
+        self.held_until = max(self.held_until, end)
+        self.times[task] = posted, start, end
+        self.tell(task)
         return end
 
-    def record(self, tasks: Sequence[int], times: Sequence[int]) -> int:
-        """Kernels in a row: the first begins at the first time, and each ends at the next one."""
-        self.times.update(zip(tasks, zip(times, times, times[1:], strict=False), strict=True))
-        return times[-1]
-
-    def holds_after(self, time: int) -> list[tuple[int, int]]:
+    def holds_after(self, time: int) -> Sequence[tuple[int, int]]:
         """When the device is held from `time` on, as far as is known now: a communication that waits for its
         peers may end this moment.
         """
-        index = len(self.holds)
-        while index and self.holds[index - 1][1] > time:
-            index -= 1
-        known = self.holds[index:]
-        return sorted([*known, *((since, self.env.now) for since in self.unmet)]) if self.unmet else known
+        known = [hold for hold in self.holds if hold[1] > time] if self.held_until > time else []
+        if self.unmet:
+            now = self.env.now
+            known = sorted([*known, *((since, now) for since in self.unmet if since < now)])
+        return known
 
-    def may_run(self, run: _Run, time: int) -> bool:
-        """Whether a run consists of kernels, and all that it waits for is known to have ended by some time."""
-        times = self.times
-        return not run.meetings and all(need in times and times[need][2] <= time for need in run.needs)
+
+class _Communicator:
+    """A lane of communications of one rank, and where it stands."""
+
+    __slots__ = ("free", "index", "posted", "rank", "runs")
+
+    def __init__(self, rank: _Rank, runs: Sequence[_Run], free: int) -> None:
+        self.rank = rank
+        self.runs = runs
+        self.index = 0
+        self.free = free
+        self.posted: int | None = None
+        """When the communication at `index` was or will be posted, if it waits for its peers."""
 
 
 class _Simulation:
@@ -157,94 +187,111 @@ class _Simulation:
         self.env: Any = simpy.Environment()  # simpy's clock is int | float, ours is int
         self.rate = PPM - slowdown_ppm
         self.ranks: dict[int, _Rank] = {}
-        self.met: dict[tuple[int, ...], simpy.Event] = {}
-        self.arrived: dict[tuple[int, ...], int] = {}
+        self.arrived: dict[tuple[int, ...], list[_Communicator]] = defaultdict(list)
+        self.met: dict[tuple[int, ...], int] = {}
 
     def add(self, number: int, rank: _Rank, start: int) -> None:
         self.ranks[number] = rank
-        for runs in rank.program.lanes.values():
-            self.env.process(self._lane(rank, runs, start))
+        for runs in rank.program.kernels:
+            self.env.process(self._compute(rank, runs, start))
 
     def finish(self) -> None:
+        for rank in self.ranks.values():
+            self._communicate(rank.communicators)
         self.env.run()
         waiting = list(self._waiting())
         if waiting:
             raise DeadlockError(f"deadlock: {', '.join(waiting)} wait for tasks that never end")
 
     def _waiting(self) -> Iterator[str]:
+        """The first task of each lane that has not ended."""
         for number, rank in self.ranks.items():
             if len(rank.times) < len(rank.program.ids):
-                for lane, runs in rank.program.lanes.items():
-                    heads = (task for run in runs for task in run.tasks if task not in rank.times)
-                    yield from (f"task {task} on lane {lane} of rank {number}" for task in islice(heads, 1))
+                heads: dict[str, int] = {}
+                for task in rank.program.tasks:
+                    if task.id not in rank.times:
+                        heads.setdefault(task.lane, task.id)
+                yield from (f"task {task} on lane {lane} of rank {number}" for lane, task in heads.items())
 
-    def _lane(self, rank: _Rank, runs: Sequence[_Run], free: int) -> Generator[simpy.Event, Any, None]:
-        """Walk the runs of a lane; when it is free again is known ahead."""
-        env, index = self.env, 0
+    def _compute(self, rank: _Rank, runs: Sequence[_Run], free: int) -> Generator[simpy.Event, Any, None]:
+        """Walk a lane of kernels; time lost to contention is known only as it happens, so look again at their end."""
+        env, times, index = self.env, rank.times, 0
         while index < len(runs):
-            run = runs[index]
-            index += 1
-            for need in run.needs:
-                if need not in rank.times:
+            begin = index
+            for need in runs[begin].needs:
+                if need not in times:
                     yield rank.known(need)
-                free = max(free, rank.times[need][2])
-            if run.meetings:
-                if free > env.now:
-                    yield env.timeout(free - env.now)
-                met = (yield from self._meet(rank, run.meetings)) if run.parties > 1 else (free, free)
-                free = rank.transfer(run.last, free, *met)
-                continue
-            tasks = run.tasks
-            while not run.awaited and index < len(runs) and rank.may_run(runs[index], free):
-                run = runs[index]
+            index += 1
+            while not runs[index - 1].awaited and index < len(runs) and runs[index].needs <= times.keys():
                 index += 1
-                tasks += run.tasks
-            times = self._times(rank, tasks, free)
-            while times[-1] > env.now:
-                posts = rank.posts
-                yield env.timeout(times[-1] - env.now)
-                if rank.posts == posts and not rank.unmet:
+            moments, end = self._moments(rank, runs[begin:index], free)
+            while end > env.now:
+                posts = len(rank.holds)
+                yield env.timeout(end - env.now)
+                if len(rank.holds) == posts and not rank.unmet:
                     break
-                times = self._times(rank, tasks, free)
-            free = rank.record(tasks, times)
-            if run.last in rank.waiting:
-                yield rank.waiting[run.last].succeed()
+                moments, end = self._moments(rank, runs[begin:index], free)
+            free = end
+            times.update(moments)
+            rank.tell(runs[index - 1].last)
+            if runs[index - 1].releases:
+                self._communicate(rank.communicators)
 
-    def _times(self, rank: _Rank, tasks: Sequence[int], start: int) -> list[int]:
-        """Start and ends of kernels in a row if nothing more is posted: never too late."""
-        durations = [rank.durations[task] for task in tasks]
-        holds = rank.holds_after(start) if self.rate < PPM else ()
-        if not holds:
-            return list(accumulate(durations, initial=start))
-        times = [start]
-        for duration in durations:
-            times.append(_work_through(times[-1], duration * PPM, holds, self.rate))
-        return times
+    def _moments(self, rank: _Rank, runs: Sequence[_Run], free: int) -> tuple[dict[int, Moments], int]:
+        """The times of kernels in a row, and the end of the last, if nothing more is posted: never too late."""
+        durations, holds = rank.durations, rank.holds_after(free) if self.rate < PPM else ()
+        found = {}
+        for run in runs:
+            free = rank.end_of(run.needs, free)
+            for task in run.tasks:
+                end = _work_through(free, durations[task] * PPM, holds, self.rate) if holds else free + durations[task]
+                found[task] = free, free, end
+                free = end
+        return found, free
 
-    def _meet(self, rank: _Rank, meetings: Sequence[Meeting]) -> Generator[simpy.Event, Any, tuple[int, int]]:
-        """Arrive at all meetings, and wait until each is complete, one of a single party at once; when the first
-        and the last one was.
-        """
-        now = self.env.now
-        rank.unmet.append(now)
-        met = [now for meeting in meetings if meeting.parties == 1]
-        events = [self._arrive(meeting) for meeting in meetings if meeting.parties > 1]
-        for event in events:
-            if not event.triggered:
-                yield event
-            met.append(event.value)
-        rank.unmet.remove(now)
-        return min(met), max(met)
+    def _communicate(self, communicators: Iterable[_Communicator]) -> None:
+        """Advance lanes of communications as far as is known, and those that this sets free."""
+        pending = [*communicators]
+        while pending:
+            self._advance(pending.pop(), pending)
 
-    def _arrive(self, meeting: Meeting) -> simpy.Event:
-        event = self.met.setdefault(meeting.key, self.env.event())
-        self.arrived[meeting.key] = arrived = self.arrived.get(meeting.key, 0) + 1
-        if arrived == meeting.parties:
-            event.succeed(self.env.now)
-        return event
+    def _advance(self, communicator: _Communicator, pending: list[_Communicator]) -> None:
+        """Post communications of a lane as long as their times are known and their peers come."""
+        rank, runs = communicator.rank, communicator.runs
+        while communicator.index < len(runs):
+            run = runs[communicator.index]
+            if communicator.posted is None and not run.needs <= rank.times.keys():
+                return
+            posted = start = met = rank.end_of(run.needs, communicator.free)
+            if run.parties > 1:
+                if communicator.posted is None:
+                    communicator.posted = posted
+                    rank.unmet.append(posted)
+                    pending += self._arrive(communicator, run.meetings)
+                if not all(meeting.key in self.met for meeting in run.meetings):
+                    return
+                met_at = [self.met[meeting.key] for meeting in run.meetings]
+                start, met = min(met_at), max(met_at)
+                rank.unmet.remove(posted)
+                communicator.posted = None
+            communicator.index += 1
+            communicator.free = rank.transfer(run.last, posted, start, met)
+            if run.releases:
+                pending += rank.communicators
+
+    def _arrive(self, communicator: _Communicator, meetings: Sequence[Meeting]) -> list[_Communicator]:
+        """Be at meetings from when it is posted; and all who are at those that are complete."""
+        complete = []
+        for meeting in meetings:
+            there = self.arrived[meeting.key]
+            there.append(communicator)
+            if len(there) == meeting.parties:
+                self.met[meeting.key] = max(other.posted or 0 for other in there)
+                complete += there
+        return complete
 
 
-def _work_through(now: int, remaining: int, holds: list[tuple[int, int]], rate: int) -> int:
+def _work_through(now: int, remaining: int, holds: Sequence[tuple[int, int]], rate: int) -> int:
     """The first picosecond in which `remaining` millionths of a picosecond of work, begun at `now`, are done,
     at full rate outside the holds and at `rate` millionths inside them.
     """
@@ -278,7 +325,8 @@ def run(
     simulation = _Simulation(round(slowdown * PPM))
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
-        rank = _Rank(simulation.env, prepared, durations[number] if durations else None)
-        simulation.add(number, rank, starts[number] if starts else 0)
+        start = starts[number] if starts else 0
+        rank = _Rank(simulation.env, prepared, durations[number] if durations else None, start)
+        simulation.add(number, rank, start)
     simulation.finish()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}
