@@ -9,19 +9,35 @@ memory bandwidth by operator class, faster while the tensors fit the last-level 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.hardware import Fraction, HardwareProfile
+from spsim.hardware import HardwareProfile
 from spsim.memory import MAIN_GRADIENT_BYTES
 from spsim.units import MIB, US_PER_S
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
+from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work, each
 
 Seconds = float | npt.NDArray[np.float64]
 
 ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
 """Read and write of one main gradient."""
+
+
+class _GemmConstants(NamedTuple):
+    """Of one device and precision."""
+
+    rate: float
+    """FLOP/s of a long product."""
+    gradient_rate: float
+    """The same of a product that is accumulated into main gradients."""
+    tile: float
+    """Elements of a tile of the result."""
+    lost_tiles: float
+    k_pad: float
+    exposed_bytes: float
+    """Of the accumulation, per element."""
 
 
 class ComputeCost:
@@ -32,15 +48,12 @@ class ComputeCost:
         self.dtype = dtype
         self.coefficients = profile.coefficients
         self.peak = profile.peak(dtype)
-        self._attention_curves: dict[tuple[Direction, bool, int], tuple[float, float]] = {}
+        self._attention_curves: dict[object, tuple[Seconds, Seconds]] = {}
+        self._bandwidths: dict[object, Seconds] = {}
 
     @cached_property
     def _overhead(self) -> float:
         return self.coefficients.kernel_overhead_us.value / US_PER_S
-
-    @cached_property
-    def _cache_bytes(self) -> float:
-        return self.profile.datasheet.memory.l2_mib.value * MIB
 
     def duration(self, work: Work) -> Seconds:
         """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""
@@ -58,18 +71,27 @@ class ComputeCost:
         FLOP time = flops x (1 + pad / K) x (1 + tail x units / tiles) / (peak x fraction): `tail` waves of
         tiles are lost at the end, of `units` tiles each (facts and held-out errors: docs/model.md).
         """
-        gemm = self.coefficients.gemm
-        slower = np.where(np.asarray(work.accumulated) > 0, gemm.weight_gradient_rate.value, 1.0)
-        rate = self.peak * gemm.fraction[self.dtype].value * slower
-        tiles = work.batch * work.m * work.n / (gemm.tile_m.value * gemm.tile_n.value)
-        tail = gemm.tail_waves.value * self.profile.datasheet.compute_units.value / tiles
-        flop_time = work.flops * (1 + gemm.k_pad.value / work.k) * (1 + tail) / rate
+        gemm = self._gemm
+        rate = np.where(np.asarray(work.accumulated) > 0, gemm.gradient_rate, gemm.rate)
+        tail = gemm.lost_tiles / (work.batch * work.m * work.n / gemm.tile)
+        flop_time = work.flops * (1 + gemm.k_pad / work.k) * (1 + tail) / rate
         memory_time = work.bytes_moved / self._bandwidth("elementwise")
-        epilogue = (
-            gemm.accumulation_exposed.value * ACCUMULATION_BYTES * work.accumulated / self.profile.memory_bandwidth
-        )
+        epilogue = gemm.exposed_bytes * work.accumulated / self.profile.memory_bandwidth
         total: Seconds = self._overhead + np.maximum(flop_time, memory_time) + epilogue
         return total
+
+    @cached_property
+    def _gemm(self) -> _GemmConstants:
+        gemm = self.coefficients.gemm
+        rate = self.peak * gemm.fraction[self.dtype].value
+        return _GemmConstants(
+            rate=rate,
+            gradient_rate=rate * gemm.weight_gradient_rate.value,
+            tile=gemm.tile_m.value * gemm.tile_n.value,
+            lost_tiles=gemm.tail_waves.value * self.profile.datasheet.compute_units.value,
+            k_pad=gemm.k_pad.value,
+            exposed_bytes=gemm.accumulation_exposed.value * ACCUMULATION_BYTES,
+        )
 
     def attention_time(self, work: FlashAttention) -> Seconds:
         """overhead + max(flops / (peak x fraction x n / (n + half_tokens)), memory time), n the shorter side."""
@@ -80,17 +102,20 @@ class ComputeCost:
         total: Seconds = self._overhead + np.maximum(work.flops / rate, memory_time)
         return total
 
-    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float]:
+    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[Seconds, Seconds]:
         """Fraction and half-length at a head size: linear between the measured sizes, constant beyond."""
         key = (direction, causal, head_dim)
         if key not in self._attention_curves:
-            masks = getattr(self.coefficients.attention, direction)
-            curves = masks.causal if causal else masks.full
-            known = sorted((int(size), curve.fraction.value, curve.half_tokens.value) for size, curve in curves.items())
-            sizes, fractions, lengths = zip(*known, strict=True)
-            found = (float(np.interp(head_dim, sizes, column)) for column in (fractions, lengths))
-            self._attention_curves[key] = (next(found), next(found))
+            one = not isinstance(direction, tuple) and not isinstance(causal, tuple)
+            self._attention_curves[key] = (self._at if one else np.vectorize(self._at))(*key)
         return self._attention_curves[key]
+
+    def _at(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float]:
+        masks = getattr(self.coefficients.attention, direction)
+        curves = masks.causal if causal else masks.full
+        known = sorted((int(size), curve.fraction.value, curve.half_tokens.value) for size, curve in curves.items())
+        sizes, fractions, lengths = zip(*known, strict=True)
+        return float(np.interp(head_dim, sizes, fractions)), float(np.interp(head_dim, sizes, lengths))
 
     def memory_time(self, work: MemoryBound) -> Seconds:
         """Bytes over the class's share of the bandwidth; at the cache's rate up to half the cache, between
@@ -98,14 +123,25 @@ class ComputeCost:
         """
         total = work.bytes_moved
         memory = total / self._bandwidth(work.operator_class)
-        cache = np.minimum(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * 1e9))
+        cache = np.minimum(memory, total / self._cache_bandwidth)
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
         time: Seconds = cache + beyond * (memory - cache)
         return time
 
-    def _bandwidth(self, operator_class: MemoryBoundClass) -> float:
-        fraction: Fraction = getattr(self.coefficients.memory_bound, operator_class)
-        return self.profile.memory_bandwidth * fraction.value
+    @cached_property
+    def _cache_bytes(self) -> float:
+        return self.profile.datasheet.memory.l2_mib.value * MIB
+
+    @cached_property
+    def _cache_bandwidth(self) -> float:
+        return self.coefficients.l2_bandwidth_gb_per_s.value * 1e9
+
+    def _bandwidth(self, operator_class: MemoryBoundClass) -> Seconds:
+        if operator_class not in self._bandwidths:
+            fractions = self.coefficients.memory_bound
+            share = each(lambda name: getattr(fractions, name).value, operator_class)
+            self._bandwidths[operator_class] = self.profile.memory_bandwidth * share
+        return self._bandwidths[operator_class]
 
     def coefficients_of(self, work: Work) -> tuple[str, ...]:
         """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""
