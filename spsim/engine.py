@@ -60,7 +60,7 @@ class _Run:
     def __init__(self, tasks: Sequence[Task], needs: Iterable[int], awaiting: Collection[Task]) -> None:
         self.tasks = tuple(task.id for task in tasks)
         self.last = self.tasks[-1]
-        self.needs = frozenset(needs)
+        self.needs = tuple(needs)
         """Tasks of other lanes that the first one waits for."""
         self.awaited = bool(awaiting)
         """Whether tasks of other lanes wait for the last one."""
@@ -140,9 +140,11 @@ class _Rank:
         if task in self.waiting:
             self.waiting[task].succeed()
 
-    def end_of(self, needs: Iterable[int], time: int) -> int:
-        """When the last of some tasks ends, or `time` if that is later."""
+    def end_of(self, needs: Iterable[int], time: int) -> int | None:
+        """When the last of some tasks ends, or `time` if that is later; None if it is not known."""
         for need in needs:
+            if need not in self.times:
+                return None
             time = max(time, self.times[need][2])
         return time
 
@@ -215,39 +217,43 @@ class _Simulation:
 
     def _compute(self, rank: _Rank, runs: Sequence[_Run], free: int) -> Generator[simpy.Event, Any, None]:
         """Walk a lane of kernels; time lost to contention is known only as it happens, so look again at their end."""
-        env, times, index = self.env, rank.times, 0
+        env, index = self.env, 0
         while index < len(runs):
-            begin = index
-            for need in runs[begin].needs:
-                if need not in times:
+            for need in runs[index].needs:
+                if need not in rank.times:
                     yield rank.known(need)
-            index += 1
-            while not runs[index - 1].awaited and index < len(runs) and runs[index].needs <= times.keys():
-                index += 1
-            moments, end = self._moments(rank, runs[begin:index], free)
-            while end > env.now:
+            undisturbed = False
+            while not undisturbed:
+                moments, end, stop = self._row(rank, runs, index, free)
+                if end <= env.now:
+                    break
                 posts = len(rank.holds)
                 yield env.timeout(end - env.now)
-                if len(rank.holds) == posts and not rank.unmet:
-                    break
-                moments, end = self._moments(rank, runs[begin:index], free)
-            free = end
-            times.update(moments)
-            rank.tell(runs[index - 1].last)
-            if runs[index - 1].releases:
+                undisturbed = len(rank.holds) == posts and not rank.unmet
+            rank.times.update(moments)
+            free, index, last = end, stop, runs[stop - 1]
+            rank.tell(last.last)
+            if last.releases:
                 self._communicate(rank.communicators)
 
-    def _moments(self, rank: _Rank, runs: Sequence[_Run], free: int) -> tuple[dict[int, Moments], int]:
-        """The times of kernels in a row, and the end of the last, if nothing more is posted: never too late."""
-        durations, holds = rank.durations, rank.holds_after(free) if self.rate < PPM else ()
-        found = {}
-        for run in runs:
-            free = rank.end_of(run.needs, free)
+    def _row(self, rank: _Rank, runs: Sequence[_Run], index: int, free: int) -> tuple[dict[int, Moments], int, int]:
+        """The times of kernels in a row if nothing more is posted, never too late; the end of the last, and the run
+        after it. They end with one that another lane waits for, or before one that waits for what is not known.
+        """
+        durations, rate, holds = rank.durations, self.rate, rank.holds_after(free) if self.rate < PPM else ()
+        found: dict[int, Moments] = {}
+        awaited = False
+        while not awaited and index < len(runs):
+            run = runs[index]
+            begin = rank.end_of(run.needs, free)
+            if begin is None:
+                break
             for task in run.tasks:
-                end = _work_through(free, durations[task] * PPM, holds, self.rate) if holds else free + durations[task]
-                found[task] = free, free, end
-                free = end
-        return found, free
+                end = _work_through(begin, durations[task] * PPM, holds, rate) if holds else begin + durations[task]
+                found[task] = begin, begin, end
+                begin = end
+            free, index, awaited = begin, index + 1, run.awaited
+        return found, free, index
 
     def _communicate(self, communicators: Iterable[_Communicator]) -> None:
         """Advance lanes of communications as far as is known, and those that this sets free."""
@@ -260,9 +266,10 @@ class _Simulation:
         rank, runs = communicator.rank, communicator.runs
         while communicator.index < len(runs):
             run = runs[communicator.index]
-            if communicator.posted is None and not run.needs <= rank.times.keys():
+            posted = rank.end_of(run.needs, communicator.free)
+            if posted is None:
                 return
-            posted = start = met = rank.end_of(run.needs, communicator.free)
+            start = met = posted
             if run.parties > 1:
                 if communicator.posted is None:
                     communicator.posted = posted

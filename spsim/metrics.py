@@ -38,7 +38,7 @@ def exposed_communication(trace: Trace) -> dict[int, int]:
     layers = [stretch for stretch in trace.latest if stretch.phase != "weight_sync"]
     return {
         rank: max(stretch.last_ps + stretch.recording.ends[rank] for stretch in layers)
-        - sum(compute_by_class(trace, rank).values())
+        - sum(count * sum(recording.compute[rank]) for recording, (_, count) in trace.recordings.items())
         for rank in trace.copies
     }
 
@@ -51,12 +51,8 @@ def weight_sync(trace: Trace) -> int:
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     """Picoseconds of the compute lane of one rank by operator class."""
     totals: Counter[str] = Counter()
-    for recording, (phase, count) in trace.recordings.items():
-        if phase == "weight_sync":
-            continue
-        names, kernels = recording.outline.classes
-        _, start, end = recording.times[rank]
-        for name, time in zip(names, (kernels @ (end - start)).tolist(), strict=True):
+    for recording, (_, count) in trace.recordings.items():
+        for name, time in zip(recording.outline.classes[0], recording.compute[rank], strict=True):
             totals[name] += count * time
     return dict(totals)
 

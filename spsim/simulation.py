@@ -57,7 +57,7 @@ class Result:
 
     # Times
 
-    @cached_property
+    @property
     def step_time_s(self) -> float:
         """All layers and micro-batches, and the synchronisation of weight gradients."""
         return seconds(self.trace.end_ps)
@@ -77,7 +77,7 @@ class Result:
         """Communication that no kernel hides, on the rank with most of it; weight synchronisation apart."""
         return seconds(max(metrics.exposed_communication(self.trace).values()))
 
-    @cached_property
+    @property
     def weight_sync_s(self) -> float:
         """Synchronisation of weight gradients at the end of the step."""
         return seconds(metrics.weight_sync(self.trace))
@@ -99,7 +99,7 @@ class Result:
         """Model TFLOP/s of one GPU, full square of attention, recomputation not counted."""
         return self._model_rate / 1e12
 
-    @cached_property
+    @property
     def _model_rate(self) -> float:
         return self._rate(layer_flops(self.scenario.model, self.scenario.workload).training())
 
@@ -133,7 +133,7 @@ class Result:
         """The fullest rank, when, and by which task."""
         return metrics.peak_memory(self.trace, self.static.total)
 
-    @cached_property
+    @property
     def peak_memory_gib(self) -> float:
         """What the allocator's peak counter would report on the fullest rank."""
         return self.peak.bytes / GIB
@@ -155,12 +155,12 @@ class Result:
     def _outside(self) -> int:
         return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
 
-    @cached_property
+    @property
     def device_memory_gib(self) -> float:
         """Peak with context, communicator buffers and reserve."""
         return (self.peak.bytes + self._outside) / GIB
 
-    @cached_property
+    @property
     def capacity_gib(self) -> float:
         """Memory that the driver reports."""
         return capacity(self.scenario.hardware) / GIB

@@ -164,6 +164,12 @@ class Recording:
         """When the last task of each rank ends."""
         return {rank: int(times[2].max()) for rank, times in self.times.items()}
 
+    @cached_property
+    def compute(self) -> dict[int, list[int]]:
+        """Picoseconds of the kernels of each rank, by the classes of the outline."""
+        _, kernels = self.outline.classes
+        return {rank: (kernels @ (end - start)).tolist() for rank, (_, start, end) in self.times.items()}
+
     @property
     def window(self) -> int:
         """Picoseconds from the first start to the last end, over ranks."""
