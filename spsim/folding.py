@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from spsim.engine import RankProgram, Task, run
 from spsim.schedule import LayerSchedule, Pass
-from spsim.trace import COMPUTE_LANE, Moments, Phase, Recording, Stretch, integers
+from spsim.trace import COMPUTE_LANE, ENDED, Integers, Moments, Phase, Recording, Stretch, columns
 
 Durations = Mapping[Phase, Mapping[int, Sequence[int]]]
 """Phase -> simulated rank -> picoseconds of each task of the pass."""
@@ -28,7 +27,7 @@ class Step:
 
     schedule: LayerSchedule
     durations: Durations
-    sizes: Mapping[Phase, Sequence[int]]
+    sizes: Mapping[Phase, Sequence[int] | Integers]
     """Bytes of each buffer of a pass."""
     layers: int
     micro_batches: int
@@ -119,11 +118,11 @@ class _Walk:
     def _lanes_free(self, this: Pass, recording: Recording) -> bool:
         """Whether nothing outlasts the last kernel of each rank; after the synchronisation nothing follows."""
         last = this.last_kernel
-        return last is None or all(recording.times[rank][2, last] == end for rank, end in recording.ends.items())
+        return last is None or all(recording.times[rank][last, ENDED] == end for rank, end in recording.ends.items())
 
 
 def _recording(step: Step, this: Pass, moments: Mapping[int, Sequence[Moments]]) -> Recording:
-    times = {rank: integers(chain.from_iterable(own), 3 * len(own)).reshape(-1, 3).T for rank, own in moments.items()}
+    times = {rank: columns(own) for rank, own in moments.items()}
     return Recording(this.outline, times, step.sizes[this.phase])
 
 

@@ -24,7 +24,7 @@ from spsim.program import Communication, Program
 from spsim.scenario import sequence_unit
 from spsim.schedule import schedule_layer
 from spsim.template import Numbers, Template
-from spsim.trace import Phase
+from spsim.trace import Integers, Phase
 from spsim.transformer import transformer_layer
 from spsim.units import PS_PER_S, picoseconds
 from spsim.workload import Workload
@@ -96,10 +96,10 @@ class PreparedLayer:
                 found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return list(found.values())
 
-    def sizes(self, numbers: Numbers) -> dict[Phase, list[int]]:
+    def sizes(self, numbers: Numbers) -> dict[Phase, Integers]:
         """Bytes of the buffers of each pass."""
-        sizes: dict[Phase, list[int]] = {phase: numbers.at(where) for phase, where in self._buffer_positions.items()}
-        return {**sizes, "weight_sync": []}
+        sizes: dict[Phase, Integers] = {phase: numbers.values[where] for phase, where in self._buffer_positions.items()}
+        return {**sizes, "weight_sync": np.zeros(0, dtype=np.int64)}
 
     def sync_messages(self, numbers: Numbers, layers: int) -> list[int]:
         """Bytes of the messages that synchronise the weight gradients of all layers."""

@@ -62,13 +62,14 @@ class Template:
         """The sizes of the program for a workload."""
         x, b = workload.seq_len // self.unit, workload.micro_batch
         basis = np.array([1, x, x * x, b, x * b, x * x * b], dtype=object)
-        exact = float(basis[-1]) * self._largest < 2**62
+        exact = float(basis[-1]) * self._total < 2**62
         coefficients = self.coefficients if exact else self.coefficients.astype(object)
         return Numbers(self, coefficients @ (basis.astype(np.int64) if exact else basis))
 
     @cached_property
-    def _largest(self) -> float:
-        return float(np.abs(self.coefficients).sum(axis=1).max())
+    def _total(self) -> float:
+        """Of all coefficients, so that sums of numbers are exact, too."""
+        return float(np.abs(self.coefficients.astype(np.float64)).sum())
 
 
 class Numbers:

@@ -8,9 +8,10 @@ plots and exports read the spans and memory changes of the whole.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,13 +42,13 @@ Integers = npt.NDArray[Any]
 """64 bits each, or Python's own where that is too few."""
 
 
-def integers(values: Iterable[int], count: int) -> Integers:
-    """So many integers as an array, exactly."""
-    values = list(values)
+def columns(moments: Sequence[Moments]) -> Integers:
+    """Moments as an array, a row for each task; exactly."""
+    flat = chain.from_iterable(moments)
     try:
-        return np.fromiter(values, np.int64, count)
+        return np.fromiter(flat, np.int64, 3 * len(moments)).reshape(-1, 3)
     except OverflowError:
-        return np.array(values, dtype=object)
+        return np.array(moments, dtype=object)
 
 
 class MemoryChange(NamedTuple):
@@ -90,16 +91,21 @@ class BufferUse(NamedTuple):
     """Read by a later pass."""
 
 
-class _Lives(NamedTuple):
-    """The buffers of a pass as arrays."""
+POSTED, STARTED, ENDED = range(3)
+"""Columns of an array of moments."""
 
-    writers: Integers
-    readers: Integers
-    """Shape (lanes, buffers): the last tasks that read a buffer, or the one that writes it, one of each lane."""
-    written: Integers
-    freed: Integers
+
+class _Lives(NamedTuple):
+    """What frees and what allocates each buffer of a pass: two rows, and a column for each buffer."""
+
+    tasks: Integers
+    """The last task of each lane that reads a buffer, or the one that writes it; the one that writes it."""
+    moments: Integers
+    """Which moment of the task it is."""
+    signs: Integers
+    """-1 where it is freed and 1 where it is allocated in this pass, 0 where it outlives it or was there before."""
     crossing: Integers
-    """What is there before the pass or after it."""
+    """Which buffers are there before the pass or after it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,18 +131,21 @@ class Outline:
 
     @cached_property
     def lives(self) -> _Lives:
-        """Who writes, reads and frees each buffer."""
-        last = [
-            list({self.lanes[task]: task for task in sorted(use.readers or (use.writer or 0,))}.values())
-            for use in self.buffers
+        """What frees and what allocates each buffer."""
+        writers = [use.writer or 0 for use in self.buffers]
+        readers = [
+            list({self.lanes[task]: task for task in sorted(use.readers or [writer])}.values())
+            for use, writer in zip(self.buffers, writers, strict=True)
         ]
-        most = max(map(len, last), default=1)
+        most = max(map(len, readers), default=1)
+        freed_by = [[tasks[min(turn, len(tasks) - 1)] for tasks in readers] for turn in range(most)]
+        freed = [not use.outlives for use in self.buffers]
+        written = [use.writer is not None for use in self.buffers]
         return _Lives(
-            np.array([use.writer or 0 for use in self.buffers], dtype=np.intp),
-            np.array([tasks + tasks[:1] * (most - len(tasks)) for tasks in last], dtype=np.intp).reshape(-1, most).T,
-            np.array([use.writer is not None for use in self.buffers], dtype=bool),
-            np.array([not use.outlives for use in self.buffers], dtype=bool),
-            np.array([use.writer is None or use.outlives for use in self.buffers], dtype=bool),
+            np.array([[tasks, writers] for tasks in freed_by], dtype=np.intp),
+            np.array([[ENDED], [POSTED]]),
+            np.array([[-int(goes) for goes in freed], written], dtype=int),
+            ~np.array(freed, dtype=bool) | ~np.array(written, dtype=bool),
         )
 
 
@@ -146,7 +155,7 @@ class Recording:
 
     outline: Outline
     times: Mapping[int, Integers]
-    """Rank -> three rows: when each task was posted, started and ended."""
+    """Rank -> the moments of its tasks, a row for each."""
     sizes: Sequence[int] | Integers
     """Bytes of each buffer."""
 
@@ -156,24 +165,24 @@ class Recording:
         return [
             Span(rank, lane, task, *moments)
             for rank, times in self.times.items()
-            for task, (lane, moments) in enumerate(zip(self.outline.lanes, times.T.tolist(), strict=True))
+            for task, (lane, moments) in enumerate(zip(self.outline.lanes, times.tolist(), strict=True))
         ]
 
     @cached_property
     def ends(self) -> dict[int, int]:
         """When the last task of each rank ends."""
-        return {rank: int(times[2].max()) for rank, times in self.times.items()}
+        return {rank: int(times[:, ENDED].max()) for rank, times in self.times.items()}
 
     @cached_property
     def compute(self) -> dict[int, list[int]]:
         """Picoseconds of the kernels of each rank, by the classes of the outline."""
         _, kernels = self.outline.classes
-        return {rank: (kernels @ (end - start)).tolist() for rank, (_, start, end) in self.times.items()}
+        return {rank: (kernels @ (times[:, ENDED] - times[:, STARTED])).tolist() for rank, times in self.times.items()}
 
     @property
     def window(self) -> int:
         """Picoseconds from the first start to the last end, over ranks."""
-        return max(self.ends.values()) - min(int(times[0].min()) for times in self.times.values())
+        return max(self.ends.values()) - min(int(times[:, POSTED].min()) for times in self.times.values())
 
     @cached_property
     def memory(self) -> Sequence[MemoryChange]:
@@ -194,17 +203,16 @@ class Recording:
         what comes before the pass or goes after it.
         """
         lives = self.outline.lives
-        posted, _, end = self.times[rank]
-        begins, ends = posted[lives.writers], end[lives.readers].max(axis=0)
-        sizes = integers(self.sizes, len(begins)) * (lives.crossing | (begins != ends))
-        times, changes = np.concatenate((ends, begins)), np.concatenate((-sizes * lives.freed, sizes * lives.written))
+        times = self.times[rank][lives.tasks, lives.moments].max(axis=0)
+        sizes = np.asarray(self.sizes) * (lives.crossing | (times[0] != times[1]))
+        times, changes = times.ravel(), (lives.signs * sizes).ravel()
         order = np.lexsort((changes, times))
-        return times[order], changes[order], order % len(begins)
+        return times[order], changes[order], order % len(sizes)
 
     def end_of(self, rank: int, buffer: int) -> tuple[int, int]:
         """When the last reader of a buffer ends, and which task that is."""
-        use, (_, _, end) = self.outline.buffers[buffer], self.times[rank]
-        return max((int(end[task]), task) for task in use.readers or (use.writer or 0,))
+        use, times = self.outline.buffers[buffer], self.times[rank]
+        return max((int(times[task, ENDED]), task) for task in use.readers or (use.writer or 0,))
 
 
 class Piece(NamedTuple):

@@ -15,7 +15,7 @@ def recording(programs, buffers, **settings):
     tasks = next(iter(programs.values()))
     labels = [TaskInfo(f"task {task.id}", "elementwise", "forward") for task in tasks]
     outline = Outline([task.lane for task in tasks], labels, [use for use, _ in buffers])
-    times = {rank: np.array(moments).T for rank, moments in run(programs, slowdown=0.0, **settings).items()}
+    times = {rank: np.array(moments) for rank, moments in run(programs, slowdown=0.0, **settings).items()}
     return Recording(outline, times, [size for _, size in buffers])
 
 
