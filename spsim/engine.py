@@ -13,7 +13,6 @@ kernels that nothing can interrupt are advanced together, up to one that another
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +113,7 @@ class _Rank:
     """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
     __slots__ = (
-        "communicators", "durations", "env", "held_until", "holds", "posts", "program", "times", "unmet", "waiting",
+        "communicators", "durations", "env", "holds", "program", "times", "unmet", "waiting",
     )  # fmt: skip
 
     def __init__(self, env: Any, program: RankProgram, durations: Sequence[int] | None, start: int) -> None:
@@ -126,14 +125,14 @@ class _Rank:
         self.waiting: dict[int, simpy.Event] = {}
         """Events of tasks whose times other lanes want to know."""
         self.holds: list[tuple[int, int]] = []
-        """When communications hold the device whose peers have met, by their beginning."""
-        self.held_until = 0
+        """When communications hold the device whose peers have met."""
         self.unmet: list[int] = []
         """Since when others hold it."""
 
-    def known(self, task: int) -> simpy.Event:
-        """The event of the times of a task becoming known."""
-        return self.waiting.setdefault(task, self.env.event())
+    def known(self, needs: Iterable[int]) -> simpy.Event:
+        """The event of the times of the first of some tasks that is not known becoming known."""
+        unknown = next(need for need in needs if need not in self.times)
+        return self.waiting.setdefault(unknown, self.env.event())
 
     def tell(self, task: int) -> None:
         """The times of a task are known."""
@@ -151,21 +150,15 @@ class _Rank:
     def transfer(self, task: int, posted: int, start: int, met: int) -> int:
         """A communication whose peers have met takes its duration from then on, and holds the device until its end."""
         end = met + self.durations[task]
-        insort(self.holds, (posted, end))
-        self.held_until = max(self.held_until, end)
+        self.holds.append((posted, end))
         self.times[task] = posted, start, end
         self.tell(task)
         return end
 
-    def holds_after(self, time: int) -> Sequence[tuple[int, int]]:
-        """When the device is held from `time` on, as far as is known now: a communication that waits for its
-        peers may end this moment.
-        """
-        known = [hold for hold in self.holds if hold[1] > time] if self.held_until > time else []
-        if self.unmet:
-            now = self.env.now
-            known = sorted([*known, *((since, now) for since in self.unmet if since < now)])
-        return known
+    def unmet_holds(self) -> list[tuple[int, int]]:
+        """When communications have held the device that wait for their peers: they may end this moment."""
+        now = self.env.now
+        return [(since, now) for since in self.unmet if since < now]
 
 
 class _Communicator:
@@ -217,30 +210,35 @@ class _Simulation:
 
     def _compute(self, rank: _Rank, runs: Sequence[_Run], free: int) -> Generator[simpy.Event, Any, None]:
         """Walk a lane of kernels; time lost to contention is known only as it happens, so look again at their end."""
-        env, index = self.env, 0
+        env, index, seen = self.env, 0, 0
+        holds: list[tuple[int, int]] = []
         while index < len(runs):
-            for need in runs[index].needs:
-                if need not in rank.times:
-                    yield rank.known(need)
-            undisturbed = False
-            while not undisturbed:
-                moments, end, stop = self._row(rank, runs, index, free)
-                if end <= env.now:
-                    break
-                posts = len(rank.holds)
+            if len(rank.holds) > seen:
+                holds = sorted([*holds, *rank.holds[seen:]])
+                seen = len(rank.holds)
+            holds = [hold for hold in holds if hold[1] > free]
+            held = sorted([*holds, *rank.unmet_holds()]) if rank.unmet else holds
+            row, end, stop = self._row(rank, runs, index, free, held)
+            if stop == index:
+                yield rank.known(runs[index].needs)
+                continue
+            if end > env.now:
                 yield env.timeout(end - env.now)
-                undisturbed = len(rank.holds) == posts and not rank.unmet
-            rank.times.update(moments)
+                if len(rank.holds) > seen or rank.unmet:
+                    continue
+            rank.times.update(row)
             free, index, last = end, stop, runs[stop - 1]
             rank.tell(last.last)
             if last.releases:
                 self._communicate(rank.communicators)
 
-    def _row(self, rank: _Rank, runs: Sequence[_Run], index: int, free: int) -> tuple[dict[int, Moments], int, int]:
+    def _row(
+        self, rank: _Rank, runs: Sequence[_Run], index: int, free: int, holds: Sequence[tuple[int, int]]
+    ) -> tuple[dict[int, Moments], int, int]:
         """The times of kernels in a row if nothing more is posted, never too late; the end of the last, and the run
         after it. They end with one that another lane waits for, or before one that waits for what is not known.
         """
-        durations, rate, holds = rank.durations, self.rate, rank.holds_after(free) if self.rate < PPM else ()
+        durations, rate = rank.durations, self.rate
         found: dict[int, Moments] = {}
         awaited = False
         while not awaited and index < len(runs):
