@@ -124,8 +124,9 @@ class PreparedLayer:
     ) -> dict[Phase, Mapping[int, list[int]]]:
         """Picoseconds of each task, by phase and simulated rank."""
         seconds = np.zeros(self.template.index.num_slots)
+        floats = numbers.values.astype(np.float64)
         for group in self.template.groups:
-            seconds[group.slots] = compute.duration(group.work(numbers.floats))
+            seconds[group.slots] = compute.duration(group.work(floats))
         for step, position, slots in self._communications:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             seconds[slots] = comm.duration(step.collective, int(numbers.values[position]), step.ranks, nodes)

@@ -50,7 +50,7 @@ class Plan(Configuration):
     @property
     def text(self) -> str:
         """The plan as the command line writes it: what differs from one GPU without options."""
-        given = {name: value for name, value in self if value != _DEFAULTS[name]}
+        given = {name: getattr(self, name) for name, usual in _DEFAULTS.items() if getattr(self, name) != usual}
         return ",".join(name if value is True else f"{name}={value}" for name, value in given.items())
 
     @property

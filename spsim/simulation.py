@@ -173,9 +173,9 @@ class Result:
     @property
     def out_of_memory_at(self) -> str | None:
         """The operator at which memory runs out, if it does."""
-        limit = capacity(self.scenario.hardware) - self._outside
         if self.fits:
             return None
+        limit = capacity(self.scenario.hardware) - self._outside
         if self.static.total > limit:
             return self._task_name(None)
         return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, limit))

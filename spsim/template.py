@@ -79,11 +79,6 @@ class Numbers:
         self.template = template
         self.values = values
 
-    @cached_property
-    def floats(self) -> npt.NDArray[np.float64]:
-        """The same as floats, for durations."""
-        return self.values.astype(np.float64)
-
     def at(self, positions: npt.NDArray[np.intp] | slice) -> list[int]:
         """The numbers at some positions."""
         return self.values[positions].tolist()  # type: ignore[no-any-return]
