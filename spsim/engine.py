@@ -193,7 +193,8 @@ class _Simulation:
     def finish(self) -> None:
         for rank in self.ranks.values():
             self._communicate(rank.communicators)
-        self.env.run()
+        if any(rank.program.kernels for rank in self.ranks.values()):
+            self.env.run()
         waiting = list(self._waiting())
         if waiting:
             raise DeadlockError(f"deadlock: {', '.join(waiting)} wait for tasks that never end")

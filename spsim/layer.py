@@ -131,7 +131,9 @@ class PreparedLayer:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             seconds[slots] = comm.duration(step.collective, int(numbers.values[position]), step.ranks, nodes)
         ps = np.rint(seconds * PS_PER_S)
-        ps = ps.astype(np.int64) if ps.max() < 2**62 else np.array([int(time) for time in ps], dtype=object)
+        ps = (
+            ps.astype(np.int64) if np.maximum.reduce(ps) < 2**62 else np.array([int(time) for time in ps], dtype=object)
+        )
         syncs = [
             picoseconds(
                 comm.duration(sync.collective, message, sync.ranks, self.nodes(sync.axes, sync.ranks, gpus_per_node))

@@ -5,7 +5,6 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -50,11 +49,11 @@ def weight_sync(trace: Trace) -> int:
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     """Picoseconds of the compute lane of one rank by operator class."""
-    totals: Counter[str] = Counter()
+    totals: dict[str, int] = {}
     for recording, (_, count) in trace.recordings.items():
         for name, time in zip(recording.outline.classes[0], recording.compute[rank], strict=True):
-            totals[name] += count * time
-    return dict(totals)
+            totals[name] = totals.get(name, 0) + count * time
+    return totals
 
 
 @dataclass(frozen=True, slots=True)

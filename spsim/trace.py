@@ -171,7 +171,7 @@ class Recording:
     @cached_property
     def ends(self) -> dict[int, int]:
         """When the last task of each rank ends."""
-        return {rank: int(times[:, ENDED].max()) for rank, times in self.times.items()}
+        return {rank: max(times[:, ENDED].tolist()) for rank, times in self.times.items()}
 
     @cached_property
     def compute(self) -> dict[int, list[int]]:
@@ -182,7 +182,8 @@ class Recording:
     @property
     def window(self) -> int:
         """Picoseconds from the first start to the last end, over ranks."""
-        return max(self.ends.values()) - min(int(times[:, POSTED].min()) for times in self.times.values())
+        begin: int = min(min(times[:, POSTED].tolist()) for times in self.times.values())
+        return max(self.ends.values()) - begin
 
     @cached_property
     def memory(self) -> Sequence[MemoryChange]:
@@ -203,7 +204,7 @@ class Recording:
         what comes before the pass or goes after it.
         """
         lives = self.outline.lives
-        times = self.times[rank][lives.tasks, lives.moments].max(axis=0)
+        times = np.maximum.reduce(self.times[rank][lives.tasks, lives.moments])
         sizes = np.asarray(self.sizes) * (lives.crossing | (times[0] != times[1]))
         times, changes = times.ravel(), (lives.signs * sizes).ravel()
         order = np.lexsort((changes, times))
