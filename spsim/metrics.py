@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 import numpy as np
 import pandas as pd
 
-from spsim.trace import MemoryChange, Phase, Recording, Trace
+from spsim.trace import MemoryChange, Phase, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
@@ -91,43 +91,21 @@ def _peak_of_whole(trace: Trace, rank: int, static: int) -> Peak:
 
 
 def _peak_of(trace: Trace, rank: int, static: int) -> Peak:
-    """Walks the stretches; what a recording adds at most, and in all, is found once. In a stretch of layers
-    that keep something the last one is the fullest, otherwise the first.
+    """Walks the stretches. In a stretch of layers that keep something the last one is the fullest, otherwise the
+    first.
     """
-    highest = {recording: _highest(recording, rank) for recording in trace.recordings}
     peak, base = Peak(rank, static, 0, None), static
     for stretch in trace.stretches:
-        recording = stretch.recording
-        most, time, task, total = highest[recording]
-        further = len(stretch.layers) - 1
-        base += _size(recording, stretch.brings)
-        fullest = further if total > 0 else 0
+        recording, layers = stretch.recording, len(stretch.layers)
+        most, time, task, total = recording.fullest[rank]
+        base += recording.size(stretch.brings)
+        fullest = layers - 1 if total > 0 else 0
         if base + fullest * total + most > peak.bytes:
             when = stretch.shift_ps + fullest * stretch.advance_ps + time
             by = stretch.first_task + fullest * len(recording.outline.labels) + task
             peak = Peak(rank, base + fullest * total + most, when, by)
-        base += (further + 1) * total - _size(recording, stretch.drops)
+        base += layers * total - recording.size(stretch.drops)
     return peak
-
-
-def _size(recording: Recording, buffer: int | None) -> int:
-    return 0 if buffer is None else int(recording.sizes[buffer])
-
-
-def _highest(recording: Recording, rank: int) -> tuple[int, int, int, int]:
-    """The highest running sum of a recording, when and by which task it is reached, and the sum of all.
-
-    What an outermost pass brings is there from its first task on; what it drops goes with its last.
-    """
-    if not recording.outline.buffers:
-        return 0, 0, 0, 0
-    times, changes, buffers = recording.changes(rank)
-    totals = changes.cumsum()
-    at = totals.argmax()
-    if totals[at] <= 0:
-        return 0, 0, 0, int(totals[-1])
-    writer = recording.outline.buffers[buffers[at]].writer or 0
-    return int(totals[at]), int(times[at]), writer, int(totals[-1])
 
 
 def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
@@ -135,24 +113,18 @@ def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
     base = static
     if trace.overlapping:
         totals = accumulate((change.bytes for change in _whole(trace, rank)), initial=static)
-        above = (c.task for c, total in zip(_whole(trace, rank), islice(totals, 1, None), strict=True) if total > limit)
-        return next(above, None)
-    highest = {recording: _highest(recording, rank) for recording in trace.recordings}
-    for piece in trace.pieces:
-        recording = piece.recording
-        base += _size(recording, piece.brings)
-        most, _, _, total = highest[recording]
-        if base + most > limit:
-            return piece.first_task + _first_above(recording, rank, limit - base)
-        base += total - _size(recording, piece.drops)
+        tasks = (c.task for c, total in zip(_whole(trace, rank), islice(totals, 1, None), strict=True) if total > limit)
+        return next(tasks, None)
+    for stretch in trace.stretches:
+        recording, layers = stretch.recording, len(stretch.layers)
+        most, _, _, total = recording.fullest[rank]
+        base += recording.size(stretch.brings)
+        above = max(0, (limit - base - most) // total + 1) if total > 0 else 0
+        room = limit - base - above * total
+        if above < layers and most > room:
+            return stretch.first_task + above * len(recording.outline.labels) + recording.first_above(rank, room)
+        base += layers * total - recording.size(stretch.drops)
     return None
-
-
-def _first_above(recording: Recording, rank: int, room: int) -> int:
-    """The first task of a recording whose allocation needs more than `room`."""
-    _, changes, buffers = recording.changes(rank)
-    at = (changes.cumsum() > room).argmax()
-    return recording.outline.buffers[buffers[at]].writer or 0
 
 
 def spans_frame(trace: Trace) -> pd.DataFrame:

@@ -149,6 +149,16 @@ class Outline:
         )
 
 
+class Fullest(NamedTuple):
+    """The highest running sum of the memory changes of a pass on a rank, and the sum of all."""
+
+    bytes: int
+    time_ps: int
+    task: int
+    """Whose allocation reaches it."""
+    total: int
+
+
 @dataclass(frozen=True, eq=False)
 class Recording:
     """When the tasks of one pass ran; times and tasks count from its own beginning."""
@@ -209,6 +219,32 @@ class Recording:
         times, changes = times.ravel(), (lives.signs * sizes).ravel()
         order = np.lexsort((changes, times))
         return times[order], changes[order], order % len(sizes)
+
+    @cached_property
+    def fullest(self) -> dict[int, Fullest]:
+        """The fullest moment of each rank.
+
+        What an outermost pass brings is there from its first task on; what it drops goes with its last.
+        """
+        return {rank: self._fullest(rank) if self.outline.buffers else Fullest(0, 0, 0, 0) for rank in self.times}
+
+    def _fullest(self, rank: int) -> Fullest:
+        times, changes, buffers = self.changes(rank)
+        sums = changes.cumsum()
+        at = sums.argmax()
+        if sums[at] <= 0:
+            return Fullest(0, 0, 0, int(sums[-1]))
+        return Fullest(int(sums[at]), int(times[at]), self.outline.buffers[buffers[at]].writer or 0, int(sums[-1]))
+
+    def first_above(self, rank: int, room: int) -> int:
+        """The first task whose allocation needs more than `room`, which is exceeded."""
+        _, changes, buffers = self.changes(rank)
+        at = (changes.cumsum() > room).argmax()
+        return self.outline.buffers[buffers[at]].writer or 0
+
+    def size(self, buffer: int | None) -> int:
+        """Bytes of a buffer, none if there is none."""
+        return 0 if buffer is None else int(self.sizes[buffer])
 
     def end_of(self, rank: int, buffer: int) -> tuple[int, int]:
         """When the last reader of a buffer ends, and which task that is."""
