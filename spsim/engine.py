@@ -142,9 +142,11 @@ class _Rank:
     def end_of(self, needs: Iterable[int], time: int) -> int | None:
         """When the last of some tasks ends, or `time` if that is later; None if it is not known."""
         for need in needs:
-            if need not in self.times:
+            moments = self.times.get(need)
+            if moments is None:
                 return None
-            time = max(time, self.times[need][2])
+            if moments[2] > time:
+                time = moments[2]
         return time
 
     def transfer(self, task: int, posted: int, start: int, met: int) -> int:
@@ -214,17 +216,17 @@ class _Simulation:
         env, index, seen = self.env, 0, 0
         holds: list[tuple[int, int]] = []
         while index < len(runs):
-            if len(rank.holds) > seen:
-                holds = sorted([*holds, *rank.holds[seen:]])
+            if holds or len(rank.holds) > seen:
+                holds = sorted([hold for hold in (*holds, *rank.holds[seen:]) if hold[1] > free])
                 seen = len(rank.holds)
-            holds = [hold for hold in holds if hold[1] > free]
             held = sorted([*holds, *rank.unmet_holds()]) if rank.unmet else holds
             row, end, stop = self._row(rank, runs, index, free, held)
             if stop == index:
                 yield rank.known(runs[index].needs)
                 continue
-            if end > env.now:
-                yield env.timeout(end - env.now)
+            remaining = end - env.now
+            if remaining:
+                yield env.timeout(remaining)
                 if len(rank.holds) > seen or rank.unmet:
                     continue
             rank.times.update(row)
