@@ -5,13 +5,13 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate, islice
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from spsim.trace import MemoryChange, Phase, Trace
+from spsim.trace import MemoryChange, Phase, Recording, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
@@ -37,9 +37,14 @@ def exposed_communication(trace: Trace) -> dict[int, int]:
     layers = [stretch for stretch in trace.latest if stretch.phase != "weight_sync"]
     return {
         rank: max(stretch.last_ps + stretch.recording.ends[rank] for stretch in layers)
-        - sum(count * sum(recording.compute[rank]) for recording, (_, count) in trace.recordings.items())
+        - sum(count * sum(recording.compute[rank]) for recording, count in _of_layers(trace))
         for rank in trace.copies
     }
+
+
+def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
+    """Recordings of passes of layers, and the number of pieces that share each."""
+    return [(recording, count) for recording, (phase, count) in trace.recordings.items() if phase != "weight_sync"]
 
 
 def weight_sync(trace: Trace) -> int:
@@ -50,14 +55,13 @@ def weight_sync(trace: Trace) -> int:
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     """Picoseconds of the compute lane of one rank by operator class."""
     totals: dict[str, int] = {}
-    for recording, (_, count) in trace.recordings.items():
+    for recording, count in _of_layers(trace):
         for name, time in zip(recording.outline.classes[0], recording.compute[rank], strict=True):
             totals[name] = totals.get(name, 0) + count * time
     return totals
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(NamedTuple):
     """The highest point of the memory of one rank."""
 
     rank: int

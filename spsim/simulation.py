@@ -62,17 +62,17 @@ class Result:
         """All layers and micro-batches, and the synchronisation of weight gradients."""
         return seconds(self.trace.end_ps)
 
-    @cached_property
+    @property
     def layer_forward_s(self) -> float:
         """One layer and micro-batch, from its start to the end of its slowest rank."""
         return seconds(metrics.layer_window(self.trace, "forward"))
 
-    @cached_property
+    @property
     def layer_backward_s(self) -> float:
         """The same of its backward pass, recomputation included."""
         return seconds(metrics.layer_window(self.trace, "backward"))
 
-    @cached_property
+    @property
     def exposed_comm_s(self) -> float:
         """Communication that no kernel hides, on the rank with most of it; weight synchronisation apart."""
         return seconds(max(metrics.exposed_communication(self.trace).values()))
