@@ -100,17 +100,35 @@ class _Walk:
     def _known(self, this: Pass, relative: tuple[int, ...]) -> tuple[Recording, tuple[int, ...]]:
         key = (this.phase, relative)
         if key not in self.known:
-            self.known[key] = self._run(this, relative)
+            self.known |= self._run_alone() if len(self.ranks) == 1 else {key: self._run(this, relative)}
         return self.known[key]
 
     def _run(self, this: Pass, starts: tuple[int, ...]) -> tuple[Recording, tuple[int, ...]]:
-        """A pass and the end of each rank; no ends where a lane is busy beyond the kernels."""
         moments = run(
             self.step.schedule.programs[this.phase],
             slowdown=self.step.slowdown,
             durations=self.step.durations[this.phase],
             starts=dict(zip(self.ranks, starts, strict=True)),
         )
+        return self._recorded(this, moments)
+
+    def _run_alone(self) -> dict[tuple[Phase, tuple[int, ...]], tuple[Recording, tuple[int, ...]]]:
+        """All passes of a rank that stands for all: it meets no other, so that its passes can run side by side."""
+        (rank,), step = self.ranks, self.step
+        passes = dict(enumerate((step.schedule.forward, step.schedule.backward, step.schedule.sync)))
+        moments = run(
+            {number: step.schedule.programs[this.phase][rank] for number, this in passes.items()},
+            slowdown=step.slowdown,
+            durations={number: step.durations[this.phase][rank] for number, this in passes.items()},
+        )
+        return {
+            (this.phase, (0,)): self._recorded(this, {rank: moments[number]})
+            for number, this in passes.items()
+            if this.items
+        }
+
+    def _recorded(self, this: Pass, moments: Mapping[int, Sequence[Moments]]) -> tuple[Recording, tuple[int, ...]]:
+        """A pass and the end of each rank; no ends where a lane is busy beyond the kernels."""
         recording = _recording(self.step, this, moments)
         self.events += sum(map(len, moments.values()))
         return recording, tuple(recording.ends.values()) if self._lanes_free(this, recording) else ()
