@@ -18,7 +18,7 @@ from spsim.kernels import Kernels
 from spsim.lowering import lower_ring
 from spsim.model import Model
 from spsim.operators import operator_splits
-from spsim.placement import Axis, mesh_of, nodes_of, split_rules
+from spsim.placement import Axis, Collective, mesh_of, nodes_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Program
 from spsim.scenario import sequence_unit
@@ -59,6 +59,7 @@ class PreparedLayer:
             lambda workload: layer_program.__wrapped__(model, plan, workload), sequence_unit(model, plan)
         )
         self.schedule = schedule_layer(self.template.program, plan, mesh_of(plan), fold=fold)
+        self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
         self.mesh = mesh_of(plan)
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
 
@@ -85,15 +86,14 @@ class PreparedLayer:
         return {phase: np.array([where[b] for b in passes[phase].ids], dtype=np.intp) for phase in PASSES}
 
     @cached_property
-    def _communications(self) -> list[tuple[Communication, int, list[int]]]:
+    def _messages(self) -> list[tuple[Communication, int, list[int]]]:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
         index = self.template.index
-        found: dict[object, tuple[Communication, int, list[int]]] = {}
-        for step in self.template.program.steps:
-            if isinstance(step, Communication):
-                position = index.messages[step.id]
-                sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
-                found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
+        found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
+        for step in self.communications:
+            position = index.messages[step.id]
+            sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
+            found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return list(found.values())
 
     def sizes(self, numbers: Numbers) -> dict[Phase, Integers]:
@@ -127,7 +127,7 @@ class PreparedLayer:
         floats = numbers.values.astype(np.float64)
         for group in self.template.groups:
             seconds[group.slots] = compute.duration(group.work(floats))
-        for step, position, slots in self._communications:
+        for step, position, slots in self._messages:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             seconds[slots] = comm.duration(step.collective, int(numbers.values[position]), step.ranks, nodes)
         ps = np.rint(seconds * PS_PER_S)

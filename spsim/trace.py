@@ -232,9 +232,10 @@ class Recording:
         times, changes, buffers = self.changes(rank)
         sums = changes.cumsum()
         at = sums.argmax()
-        if sums[at] <= 0:
-            return Fullest(0, 0, 0, int(sums[-1]))
-        return Fullest(int(sums[at]), int(times[at]), self.outline.buffers[buffers[at]].writer or 0, int(sums[-1]))
+        highest, total = int(sums[at]), int(sums[-1])
+        if highest <= 0:
+            return Fullest(0, 0, 0, total)
+        return Fullest(highest, int(times[at]), self.outline.buffers[buffers[at]].writer or 0, total)
 
     def first_above(self, rank: int, room: int) -> int:
         """The first task whose allocation needs more than `room`, which is exceeded."""
