@@ -90,12 +90,7 @@ class RankProgram:
     def _lanes(self) -> list[list[_Run]]:
         """Lanes of kernels and of communications: one that has both is two that wait for each other."""
         lane_of = {task.id: (task.lane, bool(task.meetings)) for task in self.tasks}
-        needs: dict[int, list[int]] = {}
-        before: dict[str, int] = {}
-        for task in self.tasks:
-            own = [*task.needs, before[task.lane]] if task.lane in before else task.needs
-            needs[task.id] = [need for need in own if lane_of[need] != lane_of[task.id]]
-            before[task.lane] = task.id
+        needs = self._needs(lane_of)
         awaiting = defaultdict(list)
         for task in self.tasks:
             for need in needs[task.id]:
@@ -107,6 +102,27 @@ class RankProgram:
                 runs.append([])
             runs[-1].append(task)
         return [[_Run(run, needs[run[0].id], awaiting[run[-1].id]) for run in runs] for runs in lanes.values()]
+
+    def _needs(self, lane_of: Mapping[int, tuple[str, bool]]) -> dict[int, list[int]]:
+        """What each task waits for on other lanes, unless another of its needs implies it."""
+        place = {task.id: index for index, task in enumerate(self.tasks)}
+        needs: dict[int, list[int]] = {}
+        before: dict[str, int] = {}
+        ended: dict[int, dict[tuple[str, bool], int]] = {}
+        """The last place of each lane that has ended when a task has."""
+        for task in self.tasks:
+            found: list[int] = []
+            reached: dict[tuple[str, bool], int] = {}
+            own = {*task.needs, before.get(task.lane, task.id)} - {task.id}
+            for need in sorted(own, key=place.__getitem__, reverse=True):
+                if place[need] > reached.get(lane_of[need], -1):
+                    found.append(need)
+                for lane, last in ended.get(need, {lane_of[need]: place[need]}).items():
+                    reached[lane] = max(last, reached.get(lane, -1))
+            needs[task.id] = [need for need in found if lane_of[need] != lane_of[task.id]]
+            ended[task.id] = reached | {lane_of[task.id]: place[task.id]}
+            before[task.lane] = task.id
+        return needs
 
 
 class _Rank:
