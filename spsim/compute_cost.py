@@ -9,19 +9,39 @@ memory bandwidth by operator class, faster while the tensors fit the last-level 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.hardware import Fraction, HardwareProfile
+from spsim.hardware import HardwareProfile
 from spsim.memory import MAIN_GRADIENT_BYTES
 from spsim.units import GB, MIB, US_PER_S
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
+from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work, each
 
 Seconds = float | npt.NDArray[np.float64]
 
 ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
 """Read and write of one main gradient."""
+
+
+class _GemmConstants(NamedTuple):
+    """Of one device and precision."""
+
+    rate: float
+    """FLOP/s of a long product."""
+    gradient_rate: float
+    """The same of a product that is accumulated into main gradients."""
+    tile: float
+    """Elements of a tile of the result."""
+    lost_tiles: float
+    k_pad: float
+    exposed_bytes: float
+    """Of the accumulation, per element."""
+    start: float
+    """Seconds beyond the start of any kernel."""
+    exposed_traffic: float
+    """Share of the shorter of FLOP time and memory time."""
 
 
 class ComputeCost:
@@ -35,15 +55,12 @@ class ComputeCost:
         self.attention = self.coefficients.attention_by_dtype.get(dtype, self.coefficients.attention)
         self._rates_of = dtype if dtype in self.coefficients.kernel_rates else "bf16"
         self._rates = self.coefficients.kernel_rates.get(self._rates_of, {})
-        self._attention_curves: dict[tuple[Direction, bool, int], tuple[float, float]] = {}
+        self._attention_curves: dict[object, tuple[Seconds, Seconds]] = {}
+        self._traffic: dict[object, Any] = {}
 
     @cached_property
     def _overhead(self) -> float:
         return self.coefficients.kernel_overhead_us.value / US_PER_S
-
-    @cached_property
-    def _cache_bytes(self) -> float:
-        return self.profile.datasheet.memory.l2_mib.value * MIB
 
     def duration(self, work: Work) -> Seconds:
         """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""
@@ -61,21 +78,31 @@ class ComputeCost:
         FLOP time = flops x (1 + pad / K) x (1 + tail x units / tiles) / (peak x fraction): `tail` waves of
         tiles are lost at the end, of `units` tiles each (facts and held-out errors: docs/model.md).
         """
-        gemm = self.coefficients.gemm
-        slower = np.where(np.asarray(work.accumulated) > 0, gemm.weight_gradient_rate.value, 1.0)
-        rate = self.peak * gemm.fraction[self.dtype].value * slower
-        tiles = work.batch * work.m * work.n / (gemm.tile_m.value * gemm.tile_n.value)
-        tail = gemm.tail_waves.value * self.profile.datasheet.compute_units.value / tiles
-        flop_time = work.flops * (1 + gemm.k_pad.value / work.k) * (1 + tail) / rate
+        gemm = self._gemm
+        rate = np.where(np.asarray(work.accumulated) > 0, gemm.gradient_rate, gemm.rate)
+        tail = gemm.lost_tiles / (work.batch * work.m * work.n / gemm.tile)
+        flop_time = work.flops * (1 + gemm.k_pad / work.k) * (1 + tail) / rate
         memory_time = work.bytes_moved / self._bandwidth("elementwise")
-        epilogue = (
-            gemm.accumulation_exposed.value * ACCUMULATION_BYTES * work.accumulated / self.profile.memory_bandwidth
-        )
-        start = gemm.start_us.value / US_PER_S if gemm.start_us else 0.0
-        total: Seconds = self._overhead + start + np.maximum(flop_time, memory_time) + epilogue
-        if gemm.traffic_exposed:
-            total = total + gemm.traffic_exposed.value * np.minimum(flop_time, memory_time)
+        epilogue = gemm.exposed_bytes * work.accumulated / self.profile.memory_bandwidth
+        total: Seconds = self._overhead + gemm.start + np.maximum(flop_time, memory_time) + epilogue
+        if gemm.exposed_traffic:
+            total = total + gemm.exposed_traffic * np.minimum(flop_time, memory_time)
         return total
+
+    @cached_property
+    def _gemm(self) -> _GemmConstants:
+        gemm = self.coefficients.gemm
+        rate = self.peak * gemm.fraction[self.dtype].value
+        return _GemmConstants(
+            rate=rate,
+            gradient_rate=rate * gemm.weight_gradient_rate.value,
+            tile=gemm.tile_m.value * gemm.tile_n.value,
+            lost_tiles=gemm.tail_waves.value * self.profile.datasheet.compute_units.value,
+            k_pad=gemm.k_pad.value,
+            exposed_bytes=gemm.accumulation_exposed.value * ACCUMULATION_BYTES,
+            start=gemm.start_us.value / US_PER_S if gemm.start_us else 0.0,
+            exposed_traffic=gemm.traffic_exposed.value if gemm.traffic_exposed else 0.0,
+        )
 
     def attention_time(self, work: FlashAttention) -> Seconds:
         """overhead + max(flops / (peak x fraction x n / (n + half_tokens)), memory time), n the shorter side.
@@ -90,60 +117,79 @@ class ComputeCost:
         return total
 
     def _in_blocks(self, work: FlashAttention) -> Seconds:
-        """Pairs that are computed over those that the mask leaves."""
-        block = getattr(self.attention, work.direction).block_tokens
-        if block is None or not work.causal:
+        """Pairs that are computed over those that the mask leaves; without a mask all are, and none is added."""
+        if not any(self._blocks.values()):
             return 1.0
-        whole = np.minimum(2 * work.queries * work.keys, work.twice_pairs + work.queries * block.value)
+        block = each(self._blocks.__getitem__, work.direction)
+        whole = np.minimum(2 * work.queries * work.keys, work.twice_pairs + work.queries * block)
         ratio: Seconds = whole / work.twice_pairs
         return ratio
 
-    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float]:
+    @cached_property
+    def _blocks(self) -> dict[str, float]:
+        masks = {"forward": self.attention.forward, "backward": self.attention.backward}
+        return {name: own.block_tokens.value if own.block_tokens else 0.0 for name, own in masks.items()}
+
+    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[Seconds, Seconds]:
         """Fraction and half-length at a head size: linear between the measured sizes, constant beyond."""
         key = (direction, causal, head_dim)
         if key not in self._attention_curves:
-            masks = getattr(self.attention, direction)
-            curves = masks.causal if causal else masks.full
-            known = sorted((int(size), curve.fraction.value, curve.half_tokens.value) for size, curve in curves.items())
-            sizes, fractions, lengths = zip(*known, strict=True)
-            found = (float(np.interp(head_dim, sizes, column)) for column in (fractions, lengths))
-            self._attention_curves[key] = (next(found), next(found))
+            one = not isinstance(direction, tuple) and not isinstance(causal, tuple)
+            self._attention_curves[key] = (self._at if one else np.vectorize(self._at))(*key)
         return self._attention_curves[key]
+
+    def _at(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float]:
+        masks = getattr(self.attention, direction)
+        curves = masks.causal if causal else masks.full
+        known = sorted((int(size), curve.fraction.value, curve.half_tokens.value) for size, curve in curves.items())
+        sizes, fractions, lengths = zip(*known, strict=True)
+        return float(np.interp(head_dim, sizes, fractions)), float(np.interp(head_dim, sizes, lengths))
 
     def memory_time(self, work: MemoryBound) -> Seconds:
         """Bytes over the class's share of the bandwidth; at the cache's rate up to half the cache, between
         the two up to the whole.
         """
         total = work.bytes_moved
-        memory, cache = self._traffic_times(work)
+        memory_rate, cache_rate, start = self._traffic_of(work)
+        memory, cache = total / memory_rate, total / cache_rate
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
-        time: Seconds = cache + beyond * (memory - cache)
+        time: Seconds = start + cache + beyond * (memory - cache)
         return time
 
-    def _traffic_times(self, work: MemoryBound) -> tuple[Seconds, Seconds]:
-        """Seconds of the traffic at the rate of the memory and of the cache."""
+    @cached_property
+    def _cache_bytes(self) -> float:
+        return self.profile.datasheet.memory.l2_mib.value * MIB
+
+    @cached_property
+    def _cache_bandwidth(self) -> float:
+        return self.coefficients.l2_bandwidth_gb_per_s.value * GB
+
+    def _traffic_of(self, work: MemoryBound) -> Any:
+        """Bytes per second from the memory and from the cache, and seconds to start; arrays for many kernels."""
+        forward = self._traffic_by(work.operator_class, "forward")
         if not self._rates:
-            return self._shared_times(work)
-        forward, backward = (self._own_times(work, direction) for direction in ("forward", "backward"))
-        return np.where(work.backward, backward[0], forward[0]), np.where(work.backward, backward[1], forward[1])
+            return forward
+        backward = self._traffic_by(work.operator_class, "backward")
+        return [np.where(work.backward, b, f) for f, b in zip(forward, backward, strict=True)]
 
-    def _shared_times(self, work: MemoryBound) -> tuple[Seconds, Seconds]:
-        total = work.bytes_moved
-        memory = total / self._bandwidth(work.operator_class)
-        return memory, np.minimum(memory, total / (self.coefficients.l2_bandwidth_gb_per_s.value * GB))
+    def _traffic_by(self, operator_class: MemoryBoundClass, direction: Direction) -> Any:
+        key = (operator_class, direction)
+        if key not in self._traffic:
+            self._traffic[key] = np.transpose(each(lambda name: self._traffic_at(name, direction), operator_class))
+        return self._traffic[key]
 
-    def _own_times(self, work: MemoryBound, direction: Direction) -> tuple[Seconds, Seconds]:
-        """The same at the rates of a kernel, with its start, where it has been measured by itself."""
-        rates = self._rates.get(f"{work.operator_class}_{direction}")
+    def _traffic_at(self, name: MemoryBoundClass, direction: Direction) -> tuple[float, float, float]:
+        """Of one kernel: as measured by itself, else at the share of its class and at the rate of the cache."""
+        rates = self._rates.get(f"{name}_{direction}")
         if rates is None:
-            return self._shared_times(work)
+            memory = self._bandwidth(name)
+            return memory, max(memory, self._cache_bandwidth), 0.0
         start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
-        total = work.bytes_moved
-        return start + total / (rates.memory_gb_per_s.value * GB), start + total / (rates.cache_gb_per_s.value * GB)
+        return rates.memory_gb_per_s.value * GB, rates.cache_gb_per_s.value * GB, start
 
     def _bandwidth(self, operator_class: MemoryBoundClass) -> float:
-        fraction: Fraction = getattr(self.coefficients.memory_bound, operator_class)
-        return self.profile.memory_bandwidth * fraction.value
+        share: float = getattr(self.coefficients.memory_bound, operator_class).value
+        return self.profile.memory_bandwidth * share
 
     def coefficients_of(self, work: Work) -> tuple[str, ...]:
         """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""

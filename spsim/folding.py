@@ -8,14 +8,12 @@ pass, folding turns itself off: then, or on request, all passes are run through 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 
 from spsim.engine import RankProgram, Task, run
 from spsim.schedule import LayerSchedule, Pass
-from spsim.trace import COMPUTE_LANE, Phase, Recording, Span, Stretch
+from spsim.trace import COMPUTE_LANE, ENDED, Integers, Moments, Phase, Recording, Stretch, columns
 
 Durations = Mapping[Phase, Mapping[int, Sequence[int]]]
 """Phase -> simulated rank -> picoseconds of each task of the pass."""
@@ -29,7 +27,7 @@ class Step:
 
     schedule: LayerSchedule
     durations: Durations
-    sizes: Mapping[Phase, Sequence[int]]
+    sizes: Mapping[Phase, Sequence[int] | Integers]
     """Bytes of each buffer of a pass."""
     layers: int
     micro_batches: int
@@ -52,8 +50,11 @@ def run_step(step: Step, *, fold: bool) -> tuple[list[Stretch], int, str]:
         if stretches is not None:
             return stretches, walk.events, ""
     stretches = _unfolded(step)
-    events = sum(len(stretch.recording.spans) for stretch in stretches)
-    return stretches, events, OUTLASTS if fold else "layers are not folded: it was switched off"
+    return (
+        stretches,
+        sum(len(stretch.recording.spans) for stretch in stretches),
+        OUTLASTS if fold else "layers are not folded: it was switched off",
+    )
 
 
 class _Walk:
@@ -99,31 +100,48 @@ class _Walk:
     def _known(self, this: Pass, relative: tuple[int, ...]) -> tuple[Recording, tuple[int, ...]]:
         key = (this.phase, relative)
         if key not in self.known:
-            self.known[key] = self._run(this, relative)
+            self.known |= self._run_alone() if len(self.ranks) == 1 else {key: self._run(this, relative)}
         return self.known[key]
 
     def _run(self, this: Pass, starts: tuple[int, ...]) -> tuple[Recording, tuple[int, ...]]:
-        """A pass and the end of each rank; no ends where a lane is busy beyond the kernels."""
-        spans = run(
+        moments = run(
             self.step.schedule.programs[this.phase],
             slowdown=self.step.slowdown,
             durations=self.step.durations[this.phase],
             starts=dict(zip(self.ranks, starts, strict=True)),
         )
-        self.events += len(spans)
-        spans.sort(key=_by_rank_and_task)
-        recording = Recording(spans, this.labels, this.buffers, self.step.sizes[this.phase])
-        ends = [max(span.end_ps for span in recording.by_rank[rank]) for rank in self.ranks]
-        return recording, tuple(ends) if self._lanes_free(this, recording, ends) else ()
+        return self._recorded(this, moments)
 
-    def _lanes_free(self, this: Pass, recording: Recording, ends: list[int]) -> bool:
+    def _run_alone(self) -> dict[tuple[Phase, tuple[int, ...]], tuple[Recording, tuple[int, ...]]]:
+        """All passes of a rank that stands for all: it meets no other, so that its passes can run side by side."""
+        (rank,), step = self.ranks, self.step
+        passes = dict(enumerate((step.schedule.forward, step.schedule.backward, step.schedule.sync)))
+        moments = run(
+            {number: step.schedule.programs[this.phase][rank] for number, this in passes.items()},
+            slowdown=step.slowdown,
+            durations={number: step.durations[this.phase][rank] for number, this in passes.items()},
+        )
+        return {
+            (this.phase, (0,)): self._recorded(this, {rank: moments[number]})
+            for number, this in passes.items()
+            if this.items
+        }
+
+    def _recorded(self, this: Pass, moments: Mapping[int, Sequence[Moments]]) -> tuple[Recording, tuple[int, ...]]:
+        """A pass and the end of each rank; no ends where a lane is busy beyond the kernels."""
+        recording = _recording(self.step, this, moments)
+        self.events += sum(map(len, moments.values()))
+        return recording, tuple(recording.ends.values()) if self._lanes_free(this, recording) else ()
+
+    def _lanes_free(self, this: Pass, recording: Recording) -> bool:
         """Whether nothing outlasts the last kernel of each rank; after the synchronisation nothing follows."""
         last = this.last_kernel
-        return last is None or ends == [recording.by_rank[rank][last].end_ps for rank in self.ranks]
+        return last is None or all(recording.times[rank][last, ENDED] == end for rank, end in recording.ends.items())
 
 
-_by_rank_and_task = itemgetter(0, 2)
-"""Order of the spans of a recording."""
+def _recording(step: Step, this: Pass, moments: Mapping[int, Sequence[Moments]]) -> Recording:
+    times = {rank: columns(own) for rank, own in moments.items()}
+    return Recording(this.outline, times, step.sizes[this.phase])
 
 
 # Without folding
@@ -139,18 +157,15 @@ def _unfolded(step: Step) -> list[Stretch]:
     order = [this for this, *_ in passes]
     programs = {rank: RankProgram(list(_concatenated(step, rank, order))) for rank in step.schedule.copies}
     durations = {rank: [ps for this in order for ps in step.durations[this.phase][rank]] for rank in programs}
-    by_task: dict[int, list[Span]] = defaultdict(list)
-    for span in run(programs, slowdown=step.slowdown, durations=durations):
-        by_task[span.task].append(span)
+    moments = run(programs, slowdown=step.slowdown, durations=durations)
     stretches = []
     first = 0
     for this, layer, micro_batch, brings, drops in passes:
-        tasks = range(first, first + len(this.items))
-        own = sorted((s._replace(task=task - first) for task in tasks for s in by_task[task]), key=_by_rank_and_task)
-        recording = Recording(own, this.labels, this.buffers, step.sizes[this.phase])
+        stop = first + len(this.items)
+        recording = _recording(step, this, {rank: own[first:stop] for rank, own in moments.items()})
         edges = (this.entry if brings else None, this.result if drops else None)
         stretches.append(Stretch(recording, this.phase, (layer,), micro_batch, 0, 0, first, *edges))
-        first = tasks.stop
+        first = stop
     return stretches
 
 

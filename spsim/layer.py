@@ -24,7 +24,7 @@ from spsim.program import Communication, Program
 from spsim.scenario import sequence_unit
 from spsim.schedule import schedule_layer
 from spsim.template import Numbers, Template
-from spsim.trace import Phase
+from spsim.trace import Integers, Phase
 from spsim.transformer import transformer_layer
 from spsim.units import PS_PER_S, picoseconds
 from spsim.workload import ELEMENT_BYTES, Precision, Workload
@@ -95,14 +95,20 @@ class PreparedLayer:
         return {phase: np.array([where[b] for b in passes[phase].ids], dtype=np.intp) for phase in PASSES}
 
     @cached_property
-    def _message_positions(self) -> npt.NDArray[np.intp]:
-        where = self.template.index.messages
-        return np.array([where[step.id] for step in self.communications], dtype=np.intp)
+    def _messages(self) -> list[tuple[Communication, int, list[int]]]:
+        """One communication of each sort, with the position of its message, and the slots of all that are alike."""
+        index = self.template.index
+        found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
+        for step in self.communications:
+            position = index.messages[step.id]
+            sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
+            found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
+        return list(found.values())
 
-    def sizes(self, numbers: Numbers) -> dict[Phase, list[int]]:
+    def sizes(self, numbers: Numbers) -> dict[Phase, Integers]:
         """Bytes of the buffers of each pass."""
-        sizes: dict[Phase, list[int]] = {phase: numbers.at(where) for phase, where in self._buffer_positions.items()}
-        return {**sizes, "weight_sync": []}
+        sizes: dict[Phase, Integers] = {phase: numbers.values[where] for phase, where in self._buffer_positions.items()}
+        return {**sizes, "weight_sync": np.zeros(0, dtype=np.int64)}
 
     def sync_messages(self, numbers: Numbers, layers: int) -> list[int]:
         """Bytes of the messages that synchronise the weight gradients of all layers."""
@@ -127,17 +133,16 @@ class PreparedLayer:
     ) -> dict[Phase, Mapping[int, list[int]]]:
         """Picoseconds of each task, by phase and simulated rank."""
         seconds = np.zeros(self.template.index.num_slots)
+        floats = numbers.values.astype(np.float64)
         for group in self.template.groups:
-            seconds[group.slots] = compute.duration(group.work(numbers.floats))
-        known: dict[tuple[Collective, int, int, int], float] = {}
-        for step, message in zip(self.communications, numbers.at(self._message_positions), strict=True):
+            seconds[group.slots] = compute.duration(group.work(floats))
+        for step, position, slots in self._messages:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
-            key = (step.collective, message, step.ranks, nodes)
-            if key not in known:
-                known[key] = comm.duration(*key)
-            seconds[self.template.index.slots[step.id][0]] = known[key]
+            seconds[slots] = comm.duration(step.collective, int(numbers.values[position]), step.ranks, nodes)
         ps = np.rint(seconds * PS_PER_S)
-        ps = ps.astype(np.int64) if ps.max() < 2**62 else np.array([int(time) for time in ps], dtype=object)
+        ps = (
+            ps.astype(np.int64) if np.maximum.reduce(ps) < 2**62 else np.array([int(time) for time in ps], dtype=object)
+        )
         syncs = [
             picoseconds(
                 comm.duration(sync.collective, message, sync.ranks, self.nodes(sync.axes, sync.ranks, gpus_per_node))

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
+import numpy as np
+
 from spsim.errors import InputError
 from spsim.placement import Collective, sent_bytes
-from spsim.trace import COMPUTE_LANE, Phase, Recording, Span, Stretch, TaskInfo, Trace
+from spsim.trace import COMPUTE_LANE, Outline, Phase, Recording, Stretch, TaskInfo, Trace
 from spsim.units import PS_PER_US
 
 
@@ -67,11 +69,11 @@ def measured_trace(spans: Iterable[MeasuredSpan]) -> Trace:
     for (phase, micro_batch), own in pieces.items():
         recording = _recording(own, ranks, origin)
         stretches.append(Stretch(recording, phase, (None,), micro_batch, 0, 0, first))
-        first += len(recording.labels)
+        first += len(recording.outline.labels)
     return Trace(
         stretches,
         copies={rank: (rank,) for rank in ranks},
-        describe=lambda piece: piece.recording.labels,
+        describe=lambda piece: piece.recording.outline.labels,
         groups=_groups(given),
         overlapping=True,
         measured=True,
@@ -108,21 +110,20 @@ def _recording(spans: Sequence[MeasuredSpan], ranks: Sequence[int], origin_us: f
     """
     tasks: dict[tuple[str, TaskInfo, int], int] = {}
     seen: Counter[tuple[int, str, TaskInfo]] = Counter()
-    records: dict[tuple[int, int], Span] = {}
+    moments: dict[int, dict[int, list[int]]] = {rank: {} for rank in ranks}
     last = dict.fromkeys(ranks, _picoseconds(spans[0].asked_us, origin_us))
     for span in spans:
         info = _info(span)
         task = tasks.setdefault((span.lane, info, seen[span.rank, span.lane, info]), len(tasks))
         seen[span.rank, span.lane, info] += 1
         times = [_picoseconds(time, origin_us) for time in (span.asked_us, span.start_us, span.end_us)]
-        records[span.rank, task] = Span(span.rank, span.lane, task, *times)
+        moments[span.rank][task] = times
         last[span.rank] = max(last[span.rank], times[-1])
-    dense = [
-        records.get((rank, task)) or Span(rank, lane, task, last[rank], last[rank], last[rank])
-        for rank in ranks
-        for (lane, _, _), task in tasks.items()
-    ]
-    return Recording(dense, [info for _, info, _ in tasks])
+    return Recording(
+        Outline([lane for lane, _, _ in tasks], [info for _, info, _ in tasks]),
+        {rank: np.array([moments[rank].get(task, 3 * [last[rank]]) for task in tasks.values()]) for rank in ranks},
+        (),
+    )
 
 
 def _picoseconds(time_us: float, origin_us: float) -> int:

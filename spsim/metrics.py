@@ -5,16 +5,14 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, islice
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from spsim import measured
-from spsim.trace import COMPUTE_LANE, MemoryChange, Phase, Recording, Span, Trace
+from spsim.trace import MemoryChange, Phase, Recording, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
@@ -32,76 +30,46 @@ def layer_window(trace: Trace, phase: Phase, *, layer: int | None = 0, micro_bat
     """
     for stretch in trace.stretches:
         if stretch.phase == phase and stretch.micro_batch == micro_batch and layer in stretch.layers:
-            return _window(stretch.recording)
+            return stretch.recording.window
     return 0
 
 
-def _window(recording: Recording) -> int:
-    return max(s.end_ps for s in recording.spans) - min(s.posted_ps for s in recording.spans)
-
-
-def _union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        elif end > start:
-            merged.append((start, end))
-    return merged
-
-
-def exposed(spans: Sequence[Span]) -> int:
-    """Picoseconds of one rank, spans in order of tasks, during which communication is posted and no kernel runs.
-
-    Kernels of a rank follow each other, so what they hide of each stretch of communication adds up.
-    """
-    kernels = [(s.start_ps, s.end_ps) for s in spans if s.lane == COMPUTE_LANE]
-    total = index = 0
-    for begin, stop in _union((s.posted_ps, s.end_ps) for s in spans if s.lane != COMPUTE_LANE):
-        total += stop - begin
-        while index < len(kernels) and kernels[index][1] <= begin:
-            index += 1
-        for start, end in islice(kernels, index, None):
-            if start >= stop:
-                break
-            total -= min(end, stop) - max(start, begin)
-    return total
-
-
 def exposed_communication(trace: Trace) -> dict[int, int]:
-    """Exposed communication of each simulated rank, weight synchronisation apart."""
+    """Picoseconds of each simulated rank during which communication is posted and no kernel runs, weight
+    synchronisation apart: whenever no kernel runs, the next one waits for a communication.
+    """
     if trace.measured:
         return measured.exposed_communication(trace)
-    totals = dict.fromkeys(trace.copies, 0)
-    for recording, (phase, count) in trace.recordings.items():
-        if phase == "weight_sync":
-            continue
-        for rank in totals:
-            totals[rank] += count * exposed(recording.by_rank[rank])
-    return totals
+    layers = [stretch for stretch in trace.latest if stretch.phase != "weight_sync"]
+    return {
+        rank: max(stretch.last_ps + stretch.recording.ends[rank] for stretch in layers)
+        - sum(count * sum(recording.compute[rank]) for recording, count in _of_layers(trace))
+        for rank in trace.copies
+    }
+
+
+def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
+    """Recordings of passes of layers, and the number of pieces that share each."""
+    return [(recording, count) for recording, (phase, count) in trace.recordings.items() if phase != "weight_sync"]
 
 
 def weight_sync(trace: Trace) -> int:
     """Picoseconds of the synchronisation of weight gradients at the end of the step."""
-    return sum(_window(recording) for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
+    return sum(recording.window for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     """Picoseconds of the compute lane of one rank by operator class."""
     if trace.measured:
         return measured.compute_by_class(trace, rank)
-    totals: Counter[str] = Counter()
-    for recording, (phase, count) in trace.recordings.items():
-        if phase == "weight_sync":
-            continue
-        for span in recording.by_rank[rank]:
-            if span.lane == COMPUTE_LANE:
-                totals[recording.labels[span.task].operator_class] += count * (span.end_ps - span.start_ps)
-    return dict(totals)
+    totals: dict[str, int] = {}
+    for recording, count in _of_layers(trace):
+        for name, time in zip(recording.outline.classes[0], recording.compute[rank], strict=True):
+            totals[name] = totals.get(name, 0) + count * time
+    return totals
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(NamedTuple):
     """The highest point of the memory of one rank."""
 
     rank: int
@@ -135,36 +103,21 @@ def _peak_of_whole(trace: Trace, rank: int, static: int) -> Peak:
 
 
 def _peak_of(trace: Trace, rank: int, static: int) -> Peak:
-    """Walks the stretches; what a recording adds at most, and in all, is found once. In a stretch of layers
-    that keep something the last one is the fullest, otherwise the first.
+    """Walks the stretches. In a stretch of layers that keep something the last one is the fullest, otherwise the
+    first.
     """
-    highest = {recording: _highest(recording, rank) for recording in trace.recordings}
     peak, base = Peak(rank, static, 0, None), static
     for stretch in trace.stretches:
-        recording = stretch.recording
-        most, time, task, total = highest[recording]
-        further = len(stretch.layers) - 1
-        base += 0 if stretch.brings is None else recording.sizes[stretch.brings]
-        fullest = further if total > 0 else 0
+        recording, layers = stretch.recording, len(stretch.layers)
+        most, time, task, total = recording.fullest[rank]
+        base += recording.size(stretch.brings)
+        fullest = layers - 1 if total > 0 else 0
         if base + fullest * total + most > peak.bytes:
             when = stretch.shift_ps + fullest * stretch.advance_ps + time
-            by = stretch.first_task + fullest * len(recording.labels) + task
+            by = stretch.first_task + fullest * len(recording.outline.labels) + task
             peak = Peak(rank, base + fullest * total + most, when, by)
-        base += (further + 1) * total - (0 if stretch.drops is None else recording.sizes[stretch.drops])
+        base += layers * total - recording.size(stretch.drops)
     return peak
-
-
-def _highest(recording: Recording, rank: int) -> tuple[int, int, int, int]:
-    """The highest running sum of a recording, when and by which task it is reached, and the sum of all.
-
-    What an outermost pass brings is there from its first task on; what it drops goes with its last.
-    """
-    total = highest = time = task = 0
-    for when, _, size, by, _ in sorted(recording.changes(rank)):
-        total += size
-        if total > highest:
-            highest, time, task = total, when, by
-    return highest, time, task, total
 
 
 def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
@@ -172,27 +125,18 @@ def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
     base = static
     if trace.overlapping:
         totals = accumulate((change.bytes for change in _whole(trace, rank)), initial=static)
-        above = (c.task for c, total in zip(_whole(trace, rank), islice(totals, 1, None), strict=True) if total > limit)
-        return next(above, None)
-    highest = {recording: _highest(recording, rank) for recording in trace.recordings}
-    for piece in trace.pieces:
-        recording = piece.recording
-        base += 0 if piece.brings is None else recording.sizes[piece.brings]
-        most, _, _, total = highest[recording]
-        if base + most > limit:
-            return piece.first_task + _first_above(recording, rank, limit - base)
-        base += total - (0 if piece.drops is None else recording.sizes[piece.drops])
+        tasks = (c.task for c, total in zip(_whole(trace, rank), islice(totals, 1, None), strict=True) if total > limit)
+        return next(tasks, None)
+    for stretch in trace.stretches:
+        recording, layers = stretch.recording, len(stretch.layers)
+        most, _, _, total = recording.fullest[rank]
+        base += recording.size(stretch.brings)
+        above = max(0, (limit - base - most) // total + 1) if total > 0 else 0
+        room = limit - base - above * total
+        if above < layers and most > room:
+            return stretch.first_task + above * len(recording.outline.labels) + recording.first_above(rank, room)
+        base += layers * total - recording.size(stretch.drops)
     return None
-
-
-def _first_above(recording: Recording, rank: int, room: int) -> int:
-    """The first task of a recording whose allocation needs more than `room`."""
-    total = 0
-    for _, _, size, task, _ in sorted(recording.changes(rank)):
-        total += size
-        if total > room:
-            return task
-    return 0
 
 
 def spans_frame(trace: Trace) -> pd.DataFrame:
@@ -249,7 +193,9 @@ def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
     """Time, calls and FLOPs of one simulated rank by operator and part over the step, longest first."""
     totals: dict[tuple[str, str, str, str], list[int]] = {}
     for recording, infos, count in trace.described():
-        for span in recording.by_rank[rank]:
+        for span in recording.spans:
+            if span.rank != rank:
+                continue
             info = infos[span.task]
             label = f"{info.collective} for {info.name}" if info.collective not in ("", info.name) else info.name
             entry = totals.setdefault((label, info.part, info.operator_class, span.lane), [0, 0, 0, 0])

@@ -50,7 +50,7 @@ class Plan(Configuration):
     @property
     def text(self) -> str:
         """The plan as the command line writes it: what differs from one GPU without options."""
-        given = {name: value for name, value in self if value != type(self).model_fields[name].default}
+        given = {name: getattr(self, name) for name, usual in _DEFAULTS.items() if getattr(self, name) != usual}
         return ",".join(name if value is True else f"{name}={value}" for name, value in given.items())
 
     @property
@@ -66,6 +66,9 @@ class Plan(Configuration):
         parts += [f"Ulysses {self.ulysses}"] if self.ulysses > 1 else []
         parts += [f"Ring {self.ring}"] if self.ring > 1 else []
         return " × ".join(parts) or "single GPU"
+
+
+_DEFAULTS = {name: field.default for name, field in Plan.model_fields.items()}
 
 
 def parse_plan(text: str) -> Plan:

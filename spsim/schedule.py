@@ -29,7 +29,7 @@ from spsim.memory import MAIN_GRADIENT_BYTES
 from spsim.placement import Axis, Collective, Mesh, sent_bytes
 from spsim.plan import Plan
 from spsim.program import Buffer, Communication, Compute, Program, Step
-from spsim.trace import COMPUTE_LANE, BufferUse, Phase, TaskInfo
+from spsim.trace import COMPUTE_LANE, BufferUse, Outline, Phase, TaskInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,11 @@ class Pass:
     """Index of the buffer that is handed on; nobody outside the outermost layer keeps it."""
     labels: tuple[TaskInfo, ...] = ()
     """What each task is, without sizes and without a layer."""
+
+    @cached_property
+    def outline(self) -> Outline:
+        """What its recordings have in common."""
+        return Outline([item.lane for item in self.items], self.labels, self.buffers)
 
     @cached_property
     def last_kernel(self) -> int | None:

@@ -72,27 +72,27 @@ class Result:
 
     # Times
 
-    @cached_property
+    @property
     def step_time_s(self) -> float:
         """All layers and micro-batches, and the synchronisation of weight gradients."""
         return seconds(self.trace.end_ps)
 
-    @cached_property
+    @property
     def layer_forward_s(self) -> float:
         """One layer and micro-batch, from its start to the end of its slowest rank."""
         return seconds(metrics.layer_window(self.trace, "forward"))
 
-    @cached_property
+    @property
     def layer_backward_s(self) -> float:
         """The same of its backward pass, recomputation included."""
         return seconds(metrics.layer_window(self.trace, "backward"))
 
-    @cached_property
+    @property
     def exposed_comm_s(self) -> float:
         """Communication that no kernel hides, on the rank with most of it; weight synchronisation apart."""
         return seconds(max(metrics.exposed_communication(self.trace).values()))
 
-    @cached_property
+    @property
     def weight_sync_s(self) -> float:
         """Synchronisation of weight gradients at the end of the step."""
         return seconds(metrics.weight_sync(self.trace))
@@ -114,7 +114,7 @@ class Result:
         """Model TFLOP/s of one GPU, full square of attention, recomputation not counted."""
         return self._model_rate / 1e12
 
-    @cached_property
+    @property
     def _model_rate(self) -> float:
         return self._rate(layer_flops(self.scenario.model, self.scenario.workload).training())
 
@@ -148,7 +148,7 @@ class Result:
         """The fullest rank, when, and by which task."""
         return metrics.peak_memory(self.trace, self.static.total)
 
-    @cached_property
+    @property
     def peak_memory_gib(self) -> float:
         """What the allocator's peak counter would report on the fullest rank."""
         return self.peak.bytes / GIB
@@ -162,7 +162,7 @@ class Result:
         if task is None:
             return "weights, gradients and optimizer state"
         piece = self.trace.piece_of(task)
-        label = piece.recording.labels[task - piece.first_task]
+        label = piece.recording.outline.labels[task - piece.first_task]
         where = f" of layer {piece.layer}" if piece.layer is not None else ""
         return f"{label.name} ({label.part}){where}"
 
@@ -170,12 +170,12 @@ class Result:
     def _outside(self) -> int:
         return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
 
-    @cached_property
+    @property
     def device_memory_gib(self) -> float:
         """Peak with context, communicator buffers and reserve."""
         return (self.peak.bytes + self._outside) / GIB
 
-    @cached_property
+    @property
     def capacity_gib(self) -> float:
         """Memory that the driver reports."""
         return capacity(self.scenario.hardware) / GIB
@@ -188,9 +188,9 @@ class Result:
     @property
     def out_of_memory_at(self) -> str | None:
         """The operator at which memory runs out, if it does."""
-        limit = capacity(self.scenario.hardware) - self._outside
         if self.fits:
             return None
+        limit = capacity(self.scenario.hardware) - self._outside
         if self.static.total > limit:
             return self._task_name(None)
         return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, limit))

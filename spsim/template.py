@@ -29,11 +29,11 @@ SAMPLES = tuple((x, b) for x in (1, 2, 4) for b in (1, 2))
 
 @dataclass(frozen=True, slots=True)
 class KernelGroup:
-    """Kernels that differ in their numbers only, so that one formula serves them all as arrays."""
+    """Kernels of a kind, which one formula serves as arrays."""
 
     kind: type[Work]
     constants: dict[str, Any]
-    """What the kernels share, for every workload."""
+    """What the kernels share for every workload, and their flags and names: a tuple where they differ."""
     numbers: dict[str, npt.NDArray[np.intp]]
     """Field -> where the numbers of each kernel stand in the vector of a program."""
     slots: npt.NDArray[np.intp]
@@ -62,13 +62,14 @@ class Template:
         """The sizes of the program for a workload."""
         x, b = workload.seq_len // self.unit, workload.micro_batch
         basis = np.array([1, x, x * x, b, x * b, x * x * b], dtype=object)
-        exact = float(basis[-1]) * self._largest < 2**62
+        exact = float(basis[-1]) * self._total < 2**62
         coefficients = self.coefficients if exact else self.coefficients.astype(object)
         return Numbers(self, coefficients @ (basis.astype(np.int64) if exact else basis))
 
     @cached_property
-    def _largest(self) -> float:
-        return float(np.abs(self.coefficients).sum(axis=1).max())
+    def _total(self) -> float:
+        """Of all coefficients, so that sums of numbers are exact, too."""
+        return float(np.abs(self.coefficients.astype(np.float64)).sum())
 
 
 class Numbers:
@@ -77,11 +78,6 @@ class Numbers:
     def __init__(self, template: Template, values: Vector) -> None:
         self.template = template
         self.values = values
-
-    @cached_property
-    def floats(self) -> npt.NDArray[np.float64]:
-        """The same as floats, for durations."""
-        return self.values.astype(np.float64)
 
     def at(self, positions: npt.NDArray[np.intp] | slice) -> list[int]:
         """The numbers at some positions."""
@@ -151,18 +147,18 @@ def _fit(samples: npt.NDArray[np.object_]) -> Vector:
 
 
 def _index(program: Program) -> tuple[Index, list[list[Member]]]:
-    """Where everything stands, and the kernels of a sort together; mirrors `_numbers`."""
+    """Where everything stands, and the kernels of a kind together; mirrors `_numbers`."""
     buffers: dict[int, int] = {}
     messages: dict[int, int] = {}
     slots: dict[int, tuple[int, ...]] = {}
-    members: dict[object, list[Member]] = defaultdict(list)
+    members: dict[type[Work], list[Member]] = defaultdict(list)
     position, slot = 0, 1
     for step in program.steps:
         own: list[int] = []
         for work in step.work if isinstance(step, Compute) else ():
             own.append(0 if work is None else slot)
             if work is not None:
-                members[_sort(work)].append((work, position, slot))
+                members[type(work)].append((work, position, slot))
                 position, slot = position + len(_sizes(work)), slot + 1
         if not isinstance(step, Compute):
             messages[step.id] = position
@@ -179,25 +175,23 @@ def _index(program: Program) -> tuple[Index, list[list[Member]]]:
     return index, list(members.values())
 
 
-def _sort(work: Work) -> object:
-    """What two kernels must share to be computed together."""
-    values = {field.name: getattr(work, field.name) for field in fields(work)}
-    return (type(work), *((name, value) for name, value in values.items() if type(value) is not int))
-
-
 Member = tuple[Work, int, int]
 """A kernel, the position of its numbers, and the slot of its duration."""
 
 
 def _group(members: list[Member], coefficients: Vector) -> KernelGroup:
-    """What is equal in all kernels whatever the workload is a constant, the rest are positions."""
-    sample = members[0][0]
+    """What is equal in all kernels whatever the workload is a constant, all other numbers are positions."""
+    kernels = [work for work, _, _ in members]
     starts = np.array([position for _, position, _ in members], dtype=np.intp)
-    constants = {field.name: getattr(sample, field.name) for field in fields(sample)}
+    columns = {field.name: tuple(getattr(work, field.name) for work in kernels) for field in fields(kernels[0])}
+    constants: dict[str, Any] = {
+        name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()
+    }
     numbers = {}
-    for offset, name in enumerate(_sizes(sample)):
+    for offset, name in enumerate(_sizes(kernels[0])):
         rows = coefficients[starts + offset]
         if np.any(rows[:, 1:]) or np.any(rows[:, 0] != rows[0, 0]):
             numbers[name] = starts + offset
             del constants[name]
-    return KernelGroup(type(sample), constants, numbers, np.array([slot for _, _, slot in members], dtype=np.intp))
+    slots = np.array([slot for _, _, slot in members], dtype=np.intp)
+    return KernelGroup(type(kernels[0]), constants, numbers, slots)

@@ -1,15 +1,24 @@
 """What one kernel does: FLOPs and bytes, without a clock.
 
-Numbers are integers, or arrays of them for many kernels of one sort at once.
+Numbers are integers, or arrays of them for many kernels of one kind at once, whose names and flags are tuples
+where they differ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 Direction = Literal["forward", "backward"]
 MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
+
+
+def each(look_up: Callable[..., Any], names: Any) -> Any:
+    """What a name stands for, or an array of it for a tuple of names."""
+    return np.array([look_up(name) for name in names]) if isinstance(names, tuple) else look_up(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,7 @@ class FlashAttention:
     @property
     def flops(self) -> int:
         """Two products forward; backward recomputes one and has four more: 2.5 times (Dao 2023, section 4.1)."""
-        per_pair = 2 if self.direction == "forward" else 5
+        per_pair: int = each(PRODUCTS.get, self.direction)
         return per_pair * self.batch * self.heads * self.head_dim * self.twice_pairs
 
 
@@ -68,5 +77,8 @@ class MemoryBound:
         """Not counted, as in the published model FLOPs."""
         return 0
 
+
+PRODUCTS = {"forward": 2, "backward": 5}
+"""Of a flash kernel, by direction."""
 
 Work = Gemm | FlashAttention | MemoryBound

@@ -15,10 +15,13 @@ LANES = ("compute", "net", "link")
 
 
 def times(programs, slowdown=0.0, **settings):
-    """{(rank, task): (posted, start, end)} of a run, which has one span for each task."""
-    spans = run(programs, slowdown=slowdown, **settings)
-    assert len(spans) == sum(len(getattr(program, "tasks", program)) for program in programs.values())
-    return {(span.rank, span.task): (span.posted_ps, span.start_ps, span.end_ps) for span in spans}
+    """{(rank, task): (posted, start, end)} of a run."""
+    found = run(programs, slowdown=slowdown, **settings)
+    return {
+        (rank, task.id): moments
+        for rank, program in programs.items()
+        for task, moments in zip(getattr(program, "tasks", program), found[rank], strict=True)
+    }
 
 
 def meeting(task, ranks):

@@ -219,7 +219,7 @@ def both(step):
     """(folded trace, unfolded trace, events, reason)."""
     stretches, events, reason = run_step(step, fold=True)
     traces = [
-        Trace(found, step.schedule.copies, lambda piece: piece.recording.labels)
+        Trace(found, step.schedule.copies, lambda piece: piece.recording.outline.labels)
         for found in (stretches, run_step(step, fold=False)[0])
     ]
     return (*traces, events, reason)

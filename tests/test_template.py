@@ -78,7 +78,7 @@ def kernels_of(template, values):
         many = group.work(values)
         for place, slot in enumerate(group.slots.tolist()):
             columns = {field.name: getattr(many, field.name) for field in fields(many)}
-            own = {name: col[place] if isinstance(col, np.ndarray) else col for name, col in columns.items()}
+            own = {name: col[place] if isinstance(col, np.ndarray | tuple) else col for name, col in columns.items()}
             assert slot not in found
             found[slot] = type(many)(**own)
     return found

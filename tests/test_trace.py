@@ -2,24 +2,27 @@
 and where the pieces of a stretch stand.
 """
 
+import numpy as np
 import pytest
 
 from spsim.engine import Meeting, Task, run
 from spsim.metrics import Peak, first_above, peak_memory
-from spsim.trace import BufferUse, Recording, Stretch, TaskInfo, Trace
+from spsim.trace import BufferUse, Outline, Recording, Stretch, TaskInfo, Trace
 
 
 def recording(programs, buffers, **settings):
     """The recording of a run; `buffers` are pairs of a use and its bytes."""
-    spans = sorted(run(programs, slowdown=0.0, **settings), key=lambda span: (span.rank, span.task))
-    labels = [TaskInfo(f"task {task.id}", "elementwise", "forward") for task in next(iter(programs.values()))]
-    return Recording(spans, labels, [use for use, _ in buffers], [size for _, size in buffers])
+    tasks = next(iter(programs.values()))
+    labels = [TaskInfo(f"task {task.id}", "elementwise", "forward") for task in tasks]
+    outline = Outline([task.lane for task in tasks], labels, [use for use, _ in buffers])
+    times = {rank: np.array(moments) for rank, moments in run(programs, slowdown=0.0, **settings).items()}
+    return Recording(outline, times, [size for _, size in buffers])
 
 
 def trace(*stretches, ranks=1):
     """A trace of stretches, tasks described by their labels."""
     copies = {rank: (rank,) for rank in range(ranks)}
-    return Trace(stretches, copies, lambda piece: piece.recording.labels)
+    return Trace(stretches, copies, lambda piece: piece.recording.outline.labels)
 
 
 def in_order(changes):
