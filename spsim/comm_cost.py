@@ -104,6 +104,7 @@ class LevelCost:
     def __init__(self, profile: HardwareProfile, level: Level) -> None:
         self.profile = profile
         self.name = level.name
+        self._allowed: dict[tuple[Collective, int, str | None], list[CurveTime]] = {}
         table = profile.coefficients.collectives.get(level.name, {})
         mesh = level.kind == "full_mesh"
         self.curves = {
@@ -116,11 +117,14 @@ class LevelCost:
 
     def allowed(self, collective: Collective, ranks: int, algorithm: str | None = None) -> list[CurveTime]:
         """Curves, of one algorithm or all, that so many ranks may use; `InputError` where there is none."""
-        curves = [
-            curve
-            for curve in self.curves.get(collective, ())
-            if curve.allows(ranks) and algorithm in (None, curve.curve.algorithm)
-        ]
+        key = (collective, ranks, algorithm)
+        if key not in self._allowed:
+            self._allowed[key] = [
+                curve
+                for curve in self.curves.get(collective, ())
+                if curve.allows(ranks) and algorithm in (None, curve.curve.algorithm)
+            ]
+        curves = self._allowed[key]
         if not curves:
             raise InputError(
                 f"hardware {self.profile.name}: level {self.name!r} has no {collective} curve for {ranks} ranks; "

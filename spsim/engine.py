@@ -1,14 +1,15 @@
 """The event engine: in-order lanes, rendezvous, contention for the device. The only clock.
 
-It knows tasks with durations, not transformers. Each lane of a rank is one simpy process that walks its
-tasks in order, as a CUDA stream does; a dependency on another lane is an event, and a communication is a
-rendezvous of the ranks that take part. Time is integer picoseconds.
+It knows tasks with durations, not transformers. A rank has lanes that run their tasks in order, as CUDA streams
+do; a communication is a rendezvous of the ranks that take part. Time is integer picoseconds.
 
 While a communication is posted on a rank, its computation runs at `1 - slowdown` of its rate: the
 collective holds part of the device, also while it waits for its peers.
 
-What is known ahead is not waited for: a communication ends at a known time once its peers have met, and
-kernels that nothing can interrupt are advanced together, up to one that another lane waits for.
+A lane of kernels is one simpy process: how long they take depends on what is posted meanwhile, so that the clock
+has to be waited for, once for a row of kernels up to one that another lane waits for. A communication needs no
+process: when it is posted and when it ends follows from the ends of what it waits for and from its peers, and is
+recorded as soon as those are known.
 """
 
 from __future__ import annotations

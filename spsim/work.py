@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -59,8 +60,7 @@ class FlashAttention:
     @property
     def flops(self) -> int:
         """Two products forward; backward recomputes one and has four more: 2.5 times (Dao 2023, section 4.1)."""
-        per_pair: int = each(PRODUCTS.get, self.direction)
-        return per_pair * self.batch * self.heads * self.head_dim * self.twice_pairs
+        return _products(self.direction) * self.batch * self.heads * self.head_dim * self.twice_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,11 @@ class MemoryBound:
         return 0
 
 
-PRODUCTS = {"forward": 2, "backward": 5}
-"""Of a flash kernel, by direction."""
+@cache
+def _products(direction: Direction) -> int:
+    """Matrix products of a flash kernel."""
+    found: int = each({"forward": 2, "backward": 5}.get, direction)
+    return found
+
 
 Work = Gemm | FlashAttention | MemoryBound
