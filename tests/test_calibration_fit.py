@@ -281,6 +281,19 @@ def test_a_raw_file_of_kernels_only_takes_the_rest_from_the_base(fitted):
     assert "collectives.nvlink.all_reduce" in line
 
 
+def test_a_class_without_a_kernel_in_memory_stays_unknown():
+    """Nothing says at which rate it would run there; the base has no figure, since no layer contains it."""
+    base = load_profile("cpu-2")
+    share = base.coefficients.memory_bound.norm
+    truth = with_leaves(base, {"memory_bound.cross_entropy": share, "memory_bound.optimizer": share})
+    rows = [r for r in compute_rows(CPU, quick=True) if r.kind == "memory_bound" and r.dtype == "fp32"]
+    inside = [r for r in rows if r.operator_class != "cross_entropy" or r.bytes_moved < CPU.cache_bytes / 2]
+    fit = fit_profile(timed_rows(inside, truth), base, "inside")
+    assert fit.profile.coefficients.memory_bound.cross_entropy is None
+    assert fit.profile.coefficients.memory_bound.optimizer is not None
+    assert [note.partition(" ")[0] for note in fit.notes] == ["cross_entropy"]
+
+
 def test_measurements_of_interference_and_memory_replace_the_base():
     rows = [
         Measurement(kind="interference", name="gemm_beside_all_reduce", value=0.2),

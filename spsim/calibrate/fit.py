@@ -105,7 +105,9 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     classes += [composed] if composed else []
     kept = tuple(path for path, _ in leaves(draft.profile.coefficients) if path not in draft.measured)
     profile = _finished(draft, base, name, environment, kept)
-    return FittedProfile(profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base.name, raised)))
+    return FittedProfile(
+        profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base.name, raised, classes))
+    )
 
 
 def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:
@@ -168,10 +170,16 @@ def _cited(value: object) -> Iterable[str]:
             yield from _cited(item)
 
 
-def _notes(rows: Sequence[Measurement], base: str, raised: Sequence[str]) -> Iterator[str]:
+def _notes(
+    rows: Sequence[Measurement], base: str, raised: Sequence[str], classes: Sequence[ClassFit]
+) -> Iterator[str]:  # fmt: skip
     """What a reader of the report must know."""
     if raised:
         yield f"measured above the datasheet of {base}, and put in its place: {', '.join(raised)}"
+    fitted = {fit.name for fit in classes}
+    left_out = dict.fromkeys(row.operator_class for row in timed(rows, "memory_bound"))
+    for name in (name for name in left_out if name not in fitted):
+        yield f"{name} is not fitted: no kernel of it moves more than the last-level cache, and {base} has no figure"
     skipped = [f"{row.kind} {row.name}: {row.skipped}" for row in rows if row.skipped]
     if skipped:
         yield f"{len(skipped)} measurements were skipped, such as {skipped[0]}"

@@ -25,7 +25,7 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
     exponentials on a CPU), or that also reduces over rows: such a class gets two rates by type and direction.
     """
     cache = profile.datasheet.memory.l2_mib.value * MIB
-    samples = memory_samples(rows, cache)
+    samples = _determined(memory_samples(rows, cache), profile, cache)
     if not samples:
         return Fit(profile, ())
     no_rates = profile.coefficients.model_copy(update={"kernel_rates": {}})
@@ -43,6 +43,12 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
         if fit.classes[0].mean_error < OTHER_SHAPE * plain.mean_error:
             better.append(fit)
     return _combined(samples, shared, better, profile) if better else shared
+
+
+def _determined(samples: Sequence[Sample], profile: HardwareProfile, cache: float) -> list[Sample]:
+    """Those of classes with a share of the bandwidth in the base, or with a kernel that moves more than the cache."""
+    beyond = {sample.group for sample in samples if sample.work.bytes_moved > cache}
+    return [s for s in samples if s.group in beyond or leaf_at(profile, f"memory_bound.{s.group}") is not None]
 
 
 def _combined(samples: Sequence[Sample], shared: Fit, better: Sequence[Fit], profile: HardwareProfile) -> Fit:
