@@ -22,7 +22,7 @@ from typing import Any
 
 import simpy
 
-from spsim.trace import Moments
+from spsim.recording import Moments
 
 PPM = 10**6
 

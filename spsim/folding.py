@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spsim.engine import RankProgram, Task, run
+from spsim.recording import COMPUTE_LANE, ENDED, Integers, Moments, Recording, columns
 from spsim.schedule import LayerSchedule, Pass
-from spsim.trace import COMPUTE_LANE, ENDED, Integers, Moments, Phase, Recording, Stretch, columns
+from spsim.trace import Phase, Stretch
 
 Durations = Mapping[Phase, Mapping[int, Sequence[int]]]
 """Phase -> simulated rank -> picoseconds of each task of the pass."""

@@ -21,10 +21,11 @@ from spsim.operators import Operator, operator_splits
 from spsim.placement import Axis, Collective, mesh_of, nodes_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Program
+from spsim.recording import Integers
 from spsim.scenario import sequence_unit
 from spsim.schedule import schedule_layer
 from spsim.template import Numbers, Template
-from spsim.trace import Integers, Phase
+from spsim.trace import Phase
 from spsim.transformer import transformer_layer
 from spsim.units import PS_PER_S, picoseconds
 from spsim.workload import ELEMENT_BYTES, Precision, Workload
