@@ -236,9 +236,11 @@ class _Simulation:
         env, index, seen = self.env, 0, 0
         holds: list[tuple[int, int]] = []
         while index < len(runs):
-            if holds or len(rank.holds) > seen:
-                holds = sorted([hold for hold in (*holds, *rank.holds[seen:]) if hold[1] > free])
+            if len(rank.holds) > seen:
+                holds = sorted(holds + rank.holds[seen:])
                 seen = len(rank.holds)
+            while holds and holds[0][1] <= free:
+                del holds[0]
             held = sorted([*holds, *rank.unmet_holds()]) if rank.unmet else holds
             row, end, stop = self._row(rank, runs, index, free, held)
             if stop == index:
@@ -251,7 +253,8 @@ class _Simulation:
                     continue
             rank.times.update(row)
             free, index, last = end, stop, runs[stop - 1]
-            rank.tell(last.last)
+            if rank.waiting:
+                rank.tell(last.last)
             if last.releases:
                 self._communicate(rank.communicators)
 
@@ -266,7 +269,7 @@ class _Simulation:
         awaited = False
         while not awaited and index < len(runs):
             run = runs[index]
-            begin = rank.end_of(run.needs, free)
+            begin = rank.end_of(run.needs, free) if run.needs else free
             if begin is None:
                 break
             for task in run.tasks:
