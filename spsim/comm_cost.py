@@ -48,6 +48,7 @@ class CurveTime:
         self.collective = collective
         self.full_mesh = full_mesh and collective != "send_receive"
         latency = curve.latency_us / US_PER_S
+        self._latencies: dict[int, float] = {}
         self.wire = [0.0]
         self.time_on_wire = [0.0]
         for message, bandwidth in curve.points:
@@ -67,9 +68,11 @@ class CurveTime:
 
     def latency(self, ranks: int) -> float:
         """Time of the smallest messages: measured, plus or minus the steps that differ; never negative."""
-        curve = self.curve
-        steps = self.steps(ranks) - self.steps(curve.ranks)
-        return max(0.0, curve.latency_us + steps * curve.step_latency_us) / US_PER_S
+        if ranks not in self._latencies:
+            curve = self.curve
+            steps = self.steps(ranks) - self.steps(curve.ranks)
+            self._latencies[ranks] = max(0.0, curve.latency_us + steps * curve.step_latency_us) / US_PER_S
+        return self._latencies[ranks]
 
     @property
     def start(self) -> float:

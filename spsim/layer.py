@@ -96,7 +96,7 @@ class PreparedLayer:
         return {phase: np.array([where[b] for b in passes[phase].ids], dtype=np.intp) for phase in PASSES}
 
     @cached_property
-    def _messages(self) -> list[tuple[Communication, int, list[int]]]:
+    def _messages(self) -> list[tuple[Communication, int, npt.NDArray[np.intp]]]:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
         index = self.template.index
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
@@ -104,7 +104,7 @@ class PreparedLayer:
             position = index.messages[step.id]
             sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
-        return list(found.values())
+        return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
     def sizes(self, numbers: Numbers) -> dict[Phase, Integers]:
         """Bytes of the buffers of each pass."""
