@@ -48,6 +48,7 @@ class CurveTime:
         self.collective = collective
         self.full_mesh = full_mesh and collective != "send_receive"
         latency = curve.latency_us / US_PER_S
+        self._latencies: dict[int, float] = {}
         self.wire = [0.0]
         self.time_on_wire = [0.0]
         for message, bandwidth in curve.points:
@@ -67,9 +68,11 @@ class CurveTime:
 
     def latency(self, ranks: int) -> float:
         """Time of the smallest messages: measured, plus or minus the steps that differ; never negative."""
-        curve = self.curve
-        steps = self.steps(ranks) - self.steps(curve.ranks)
-        return max(0.0, curve.latency_us + steps * curve.step_latency_us) / US_PER_S
+        if ranks not in self._latencies:
+            curve = self.curve
+            steps = self.steps(ranks) - self.steps(curve.ranks)
+            self._latencies[ranks] = max(0.0, curve.latency_us + steps * curve.step_latency_us) / US_PER_S
+        return self._latencies[ranks]
 
     @property
     def start(self) -> float:
@@ -113,7 +116,7 @@ class LevelCost:
 
     def time(self, collective: Collective, message: int, ranks: int) -> float:
         """Seconds by the fastest algorithm that the number of ranks allows."""
-        return min(curve(message, ranks) for curve in self.allowed(collective, ranks))
+        return min([curve(message, ranks) for curve in self.allowed(collective, ranks)])
 
     def allowed(self, collective: Collective, ranks: int, algorithm: str | None = None) -> list[CurveTime]:
         """Curves, of one algorithm or all, that so many ranks may use; `InputError` where there is none."""
@@ -139,6 +142,7 @@ class CommCost:
     def __init__(self, profile: HardwareProfile) -> None:
         inner, *outer = profile.datasheet.topology
         self.profile = profile
+        self.gpus_per_node = profile.gpus_per_node
         self.inner = LevelCost(profile, inner)
         self.outer = LevelCost(profile, outer[0]) if outer else None
         self.overhead = profile.coefficients.collective_overhead_us.value / US_PER_S
@@ -154,12 +158,12 @@ class CommCost:
 
     def time(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> float:
         """Seconds as a benchmark of the library alone measures them."""
-        if ranks % nodes or ranks // nodes > self.profile.gpus_per_node:
-            raise ValueError(f"{ranks} ranks do not fit {nodes} nodes of {self.profile.gpus_per_node} evenly")
+        if ranks % nodes or ranks // nodes > self.gpus_per_node:
+            raise ValueError(f"{ranks} ranks do not fit {nodes} nodes of {self.gpus_per_node} evenly")
         if nodes == 1:
             return self.inner.time(collective, message, ranks)
         across = self._over_nodes(collective, message, ranks, nodes)
-        if ranks > self.profile.gpus_per_node:
+        if ranks > self.gpus_per_node:
             return across
         # Curves between nodes begin at larger messages; below those no adapter is faster than the links inside.
         return max(across, self.inner.time(collective, message, ranks))

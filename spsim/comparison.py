@@ -35,9 +35,9 @@ from spsim.errors import InputError
 from spsim.model import load_model
 from spsim.operators import OPERATOR_CLASSES
 from spsim.profiles import load_profile
+from spsim.recording import COMPUTE_LANE
 from spsim.scenario import Scenario
 from spsim.simulation import SCOPE, Result, simulate
-from spsim.trace import COMPUTE_LANE
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
 from spsim.workload import Workload
 

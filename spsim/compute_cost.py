@@ -9,7 +9,7 @@ memory bandwidth by operator class, faster while the tensors fit the last-level 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ class _GemmConstants(NamedTuple):
     k_pad: float
     exposed_bytes: float
     """Of the accumulation, per element."""
+    bandwidth: float
+    """Bytes per second of the memory."""
     start: float
     """Seconds beyond the start of any kernel."""
     exposed_traffic: float
@@ -55,12 +57,17 @@ class ComputeCost:
         self.attention = self.coefficients.attention_by_dtype.get(dtype, self.coefficients.attention)
         self._rates_of = dtype if dtype in self.coefficients.kernel_rates else "bf16"
         self._rates = self.coefficients.kernel_rates.get(self._rates_of, {})
-        self._attention_curves: dict[object, tuple[Seconds, Seconds]] = {}
-        self._traffic: dict[object, Any] = {}
+        self._attention_curves: dict[object, tuple[Seconds, Seconds, Seconds]] = {}
+        self._traffic: dict[object, tuple[Seconds, Seconds, Seconds]] = {}
 
     @cached_property
     def _overhead(self) -> float:
         return self.coefficients.kernel_overhead_us.value / US_PER_S
+
+    @cached_property
+    def _streaming_rate(self) -> float:
+        """Bytes per second that products and attention read and write their tensors at."""
+        return self._bandwidth("elementwise")
 
     def duration(self, work: Work) -> Seconds:
         """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""
@@ -82,8 +89,8 @@ class ComputeCost:
         rate = np.where(np.asarray(work.accumulated) > 0, gemm.gradient_rate, gemm.rate)
         tail = gemm.lost_tiles / (work.batch * work.m * work.n / gemm.tile)
         flop_time = work.flops * (1 + gemm.k_pad / work.k) * (1 + tail) / rate
-        memory_time = work.bytes_moved / self._bandwidth("elementwise")
-        epilogue = gemm.exposed_bytes * work.accumulated / self.profile.memory_bandwidth
+        memory_time = work.bytes_moved / self._streaming_rate
+        epilogue = gemm.exposed_bytes * work.accumulated / gemm.bandwidth
         total: Seconds = self._overhead + gemm.start + np.maximum(flop_time, memory_time) + epilogue
         if gemm.exposed_traffic:
             total = total + gemm.exposed_traffic * np.minimum(flop_time, memory_time)
@@ -100,6 +107,7 @@ class ComputeCost:
             lost_tiles=gemm.tail_waves.value * self.profile.datasheet.compute_units.value,
             k_pad=gemm.k_pad.value,
             exposed_bytes=gemm.accumulation_exposed.value * ACCUMULATION_BYTES,
+            bandwidth=self.profile.memory_bandwidth,
             start=gemm.start_us.value / US_PER_S if gemm.start_us else 0.0,
             exposed_traffic=gemm.traffic_exposed.value if gemm.traffic_exposed else 0.0,
         )
@@ -109,18 +117,17 @@ class ComputeCost:
 
         Where blocks of keys are known, a masked kernel computes half a block more for each query.
         """
-        fraction, half_tokens = self._attention_curve(work.direction, work.causal, work.head_dim)
+        fraction, half_tokens, block = self._attention_curve(work.direction, work.causal, work.head_dim)
         tokens = np.minimum(work.queries, work.keys)
         rate = self.peak * fraction * tokens / (tokens + half_tokens)
-        memory_time = work.bytes_moved / self._bandwidth("elementwise")
-        total: Seconds = self._overhead + np.maximum(work.flops * self._in_blocks(work) / rate, memory_time)
+        memory_time = work.bytes_moved / self._streaming_rate
+        total: Seconds = self._overhead + np.maximum(work.flops * self._in_blocks(work, block) / rate, memory_time)
         return total
 
-    def _in_blocks(self, work: FlashAttention) -> Seconds:
+    def _in_blocks(self, work: FlashAttention, block: Seconds) -> Seconds:
         """Pairs that are computed over those that the mask leaves; without a mask all are, and none is added."""
         if not any(self._blocks.values()):
             return 1.0
-        block = each(self._blocks.__getitem__, work.direction)
         whole = np.minimum(2 * work.queries * work.keys, work.twice_pairs + work.queries * block)
         ratio: Seconds = whole / work.twice_pairs
         return ratio
@@ -130,27 +137,29 @@ class ComputeCost:
         masks = {"forward": self.attention.forward, "backward": self.attention.backward}
         return {name: own.block_tokens.value if own.block_tokens else 0.0 for name, own in masks.items()}
 
-    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[Seconds, Seconds]:
-        """Fraction and half-length at a head size: linear between the measured sizes, constant beyond."""
+    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[Seconds, Seconds, Seconds]:
+        """Fraction and half-length at a head size, linear between the measured sizes, constant beyond; and the block
+        of keys.
+        """
         key = (direction, causal, head_dim)
         if key not in self._attention_curves:
-            one = not isinstance(direction, tuple) and not isinstance(causal, tuple)
-            self._attention_curves[key] = (self._at if one else np.vectorize(self._at))(*key)
+            self._attention_curves[key] = each(self._at, *key)
         return self._attention_curves[key]
 
-    def _at(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float]:
+    def _at(self, direction: Direction, causal: bool, head_dim: int) -> tuple[float, float, float]:
         masks = getattr(self.attention, direction)
         curves = masks.causal if causal else masks.full
         known = sorted((int(size), curve.fraction.value, curve.half_tokens.value) for size, curve in curves.items())
         sizes, fractions, lengths = zip(*known, strict=True)
-        return float(np.interp(head_dim, sizes, fractions)), float(np.interp(head_dim, sizes, lengths))
+        fraction, half_tokens = (float(np.interp(head_dim, sizes, values)) for values in (fractions, lengths))
+        return fraction, half_tokens, self._blocks[direction]
 
     def memory_time(self, work: MemoryBound) -> Seconds:
         """Bytes over the class's share of the bandwidth; at the cache's rate up to half the cache, between
         the two up to the whole.
         """
         total = work.bytes_moved
-        memory_rate, cache_rate, start = self._traffic_of(work)
+        memory_rate, cache_rate, start = self._traffic_of(work.operator_class, work.backward)
         memory, cache = total / memory_rate, total / cache_rate
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
         time: Seconds = start + cache + beyond * (memory - cache)
@@ -164,23 +173,16 @@ class ComputeCost:
     def _cache_bandwidth(self) -> float:
         return self.coefficients.l2_bandwidth_gb_per_s.value * GB
 
-    def _traffic_of(self, work: MemoryBound) -> Any:
+    def _traffic_of(self, operator_class: MemoryBoundClass, backward: bool) -> tuple[Seconds, Seconds, Seconds]:
         """Bytes per second from the memory and from the cache, and seconds to start; arrays for many kernels."""
-        forward = self._traffic_by(work.operator_class, "forward")
-        if not self._rates:
-            return forward
-        backward = self._traffic_by(work.operator_class, "backward")
-        return [np.where(work.backward, b, f) for f, b in zip(forward, backward, strict=True)]
-
-    def _traffic_by(self, operator_class: MemoryBoundClass, direction: Direction) -> Any:
-        key = (operator_class, direction)
+        key = (operator_class, backward)
         if key not in self._traffic:
-            self._traffic[key] = np.transpose(each(lambda name: self._traffic_at(name, direction), operator_class))
+            self._traffic[key] = each(self._traffic_at, *key)
         return self._traffic[key]
 
-    def _traffic_at(self, name: MemoryBoundClass, direction: Direction) -> tuple[float, float, float]:
+    def _traffic_at(self, name: MemoryBoundClass, backward: bool) -> tuple[float, float, float]:
         """Of one kernel: as measured by itself, else at the share of its class and at the rate of the cache."""
-        rates = self._rates.get(f"{name}_{direction}")
+        rates = self._rates.get(f"{name}_{'backward' if backward else 'forward'}")
         if rates is None:
             memory = self._bandwidth(name)
             return memory, max(memory, self._cache_bandwidth), 0.0

@@ -22,7 +22,7 @@ from typing import Any
 
 import simpy
 
-from spsim.trace import Moments
+from spsim.recording import Moments
 
 PPM = 10**6
 
@@ -133,11 +133,13 @@ class _Rank:
         "communicators", "durations", "env", "holds", "program", "times", "unmet", "waiting",
     )  # fmt: skip
 
-    def __init__(self, env: Any, program: RankProgram, durations: Sequence[int] | None, start: int) -> None:
+    def __init__(
+        self, env: Any, number: int, program: RankProgram, durations: Sequence[int] | None, start: int
+    ) -> None:
         self.env = env
         self.program = program
         self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
-        self.communicators = [_Communicator(self, runs, start) for runs in program.communications]
+        self.communicators = [_Communicator(number, runs, start) for runs in program.communications]
         self.times: dict[int, Moments] = {}
         self.waiting: dict[int, simpy.Event] = {}
         """Events of tasks whose times other lanes want to know."""
@@ -185,8 +187,9 @@ class _Communicator:
 
     __slots__ = ("free", "index", "posted", "rank", "runs")
 
-    def __init__(self, rank: _Rank, runs: Sequence[_Run], free: int) -> None:
+    def __init__(self, rank: int, runs: Sequence[_Run], free: int) -> None:
         self.rank = rank
+        """By its number: a cycle of references would outlive the run."""
         self.runs = runs
         self.index = 0
         self.free = free
@@ -233,9 +236,11 @@ class _Simulation:
         env, index, seen = self.env, 0, 0
         holds: list[tuple[int, int]] = []
         while index < len(runs):
-            if holds or len(rank.holds) > seen:
-                holds = sorted([hold for hold in (*holds, *rank.holds[seen:]) if hold[1] > free])
+            if len(rank.holds) > seen:
+                holds = sorted(holds + rank.holds[seen:])
                 seen = len(rank.holds)
+            while holds and holds[0][1] <= free:
+                del holds[0]
             held = sorted([*holds, *rank.unmet_holds()]) if rank.unmet else holds
             row, end, stop = self._row(rank, runs, index, free, held)
             if stop == index:
@@ -248,7 +253,8 @@ class _Simulation:
                     continue
             rank.times.update(row)
             free, index, last = end, stop, runs[stop - 1]
-            rank.tell(last.last)
+            if rank.waiting:
+                rank.tell(last.last)
             if last.releases:
                 self._communicate(rank.communicators)
 
@@ -263,7 +269,7 @@ class _Simulation:
         awaited = False
         while not awaited and index < len(runs):
             run = runs[index]
-            begin = rank.end_of(run.needs, free)
+            begin = rank.end_of(run.needs, free) if run.needs else free
             if begin is None:
                 break
             for task in run.tasks:
@@ -281,7 +287,7 @@ class _Simulation:
 
     def _advance(self, communicator: _Communicator, pending: list[_Communicator]) -> None:
         """Post communications of a lane as long as their times are known and their peers come."""
-        rank, runs = communicator.rank, communicator.runs
+        rank, runs = self.ranks[communicator.rank], communicator.runs
         while communicator.index < len(runs):
             run = runs[communicator.index]
             posted = rank.end_of(run.needs, communicator.free)
@@ -351,7 +357,7 @@ def run(
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
         start = starts[number] if starts else 0
-        rank = _Rank(simulation.env, prepared, durations[number] if durations else None, start)
+        rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None, start)
         simulation.add(number, rank, start)
     simulation.finish()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

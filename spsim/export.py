@@ -16,8 +16,9 @@ from typing import Any
 
 from spsim import metrics
 from spsim.errors import InputError
+from spsim.recording import COMPUTE_LANE, Span, TaskInfo
 from spsim.simulation import Result
-from spsim.trace import COMPUTE_LANE, Span, TaskInfo, Trace
+from spsim.trace import Trace
 from spsim.units import PS_PER_US
 
 Event = dict[str, Any]

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spsim.engine import RankProgram, Task, run
+from spsim.recording import COMPUTE_LANE, ENDED, Integers, Moments, Recording, columns
 from spsim.schedule import LayerSchedule, Pass
-from spsim.trace import COMPUTE_LANE, ENDED, Integers, Moments, Phase, Recording, Stretch, columns
+from spsim.trace import Phase, Stretch
 
 Durations = Mapping[Phase, Mapping[int, Sequence[int]]]
 """Phase -> simulated rank -> picoseconds of each task of the pass."""
@@ -77,13 +78,13 @@ class _Walk:
             done = 0
             while done < len(layers):
                 shift = min(starts)
-                relative = tuple(start - shift for start in starts)
+                relative = tuple([start - shift for start in starts])
                 recording, ends = self._known(this, relative)
                 if not ends:
                     return None
                 advance = min(ends)
-                steady = all(end - advance == start for end, start in zip(ends, relative, strict=True))
-                alike = len(layers) - done if steady else 1
+                left = tuple([end - advance for end in ends])
+                alike = len(layers) - done if left == relative else 1
                 brings = this.entry if done == 0 else None
                 drops = this.result if done + alike == len(layers) else None
                 found.append(
@@ -93,7 +94,7 @@ class _Walk:
                     )
                 )  # fmt: skip
                 first_task += alike * len(this.items)
-                starts = tuple(shift + (alike - 1) * advance + end for end in ends)
+                starts = tuple([shift + alike * advance + start for start in left])
                 done += alike
         return found
 

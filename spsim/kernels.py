@@ -93,7 +93,7 @@ class Kernels:
             Gemm(forward.k, forward.n, forward.m, 1, forward.bytes_moved, accumulated=forward.k * forward.n)
         ]
         if self.vectors:
-            kernels.append(MemoryBound("elementwise", self.bytes_of(self.operator.results), backward=1))
+            kernels.append(MemoryBound("elementwise", self.bytes_of(self.operator.results), backward=True))
         return kernels
 
     def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
@@ -113,7 +113,7 @@ class Kernels:
         if written:
             saved = [o for o in operator.inputs + operator.outputs if o.tensor.name in operator.saves]
             total += self.bytes_of([*operator.results, *saved, *written])
-        return (MemoryBound(_memory_bound(operator), total, backward=1),)
+        return (MemoryBound(_memory_bound(operator), total, backward=True),)
 
     def attention(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """Flash attention over the gathered keys; under a contiguous cut later ranks see more of the square."""

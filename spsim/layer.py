@@ -21,10 +21,11 @@ from spsim.operators import Operator, operator_splits
 from spsim.placement import Axis, Collective, mesh_of, nodes_of, split_rules
 from spsim.plan import Plan
 from spsim.program import Communication, Program
+from spsim.recording import Integers
 from spsim.scenario import sequence_unit
 from spsim.schedule import schedule_layer
 from spsim.template import Numbers, Template
-from spsim.trace import Integers, Phase
+from spsim.trace import Phase
 from spsim.transformer import transformer_layer
 from spsim.units import PS_PER_S, picoseconds
 from spsim.workload import ELEMENT_BYTES, Precision, Workload
@@ -95,7 +96,7 @@ class PreparedLayer:
         return {phase: np.array([where[b] for b in passes[phase].ids], dtype=np.intp) for phase in PASSES}
 
     @cached_property
-    def _messages(self) -> list[tuple[Communication, int, list[int]]]:
+    def _messages(self) -> list[tuple[Communication, int, npt.NDArray[np.intp]]]:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
         index = self.template.index
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
@@ -103,7 +104,7 @@ class PreparedLayer:
             position = index.messages[step.id]
             sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
-        return list(found.values())
+        return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
     def sizes(self, numbers: Numbers) -> dict[Phase, Integers]:
         """Bytes of the buffers of each pass."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from spsim.errors import InputError
 from spsim.placement import Collective, sent_bytes
-from spsim.trace import COMPUTE_LANE, Outline, Phase, Recording, Stretch, TaskInfo, Trace
+from spsim.recording import COMPUTE_LANE, Outline, Recording, TaskInfo
+from spsim.trace import Phase, Stretch, Trace
 from spsim.units import PS_PER_US
 
 

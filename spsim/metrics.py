@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from spsim import measured
-from spsim.trace import MemoryChange, Phase, Recording, Trace
+from spsim.recording import MemoryChange, Recording
+from spsim.trace import Phase, Trace
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")

@@ -121,17 +121,19 @@ def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
             f"plan: {plan.label} with phase 'decode': one new token has no sequence to shard; "
             "use tp without sequence_parallel, ulysses or ring"
         )
-    pending = {
-        f"phase = {workload.phase!r}": workload.phase != "training",
-        f"precision = {workload.precision!r}": workload.precision == "fp8",
-        f"pp = {plan.pp}": plan.pp > 1,
-        f"virtual_pp = {plan.virtual_pp}": plan.virtual_pp > 1,
-        f"dp = {plan.dp}": plan.dp > 1,
-        f"zero = {plan.zero}": plan.zero > 1,
-        "tp_overlap": plan.tp_overlap and plan.tp > 1,
-    }
-    for setting, used in pending.items():
+    pending = (
+        (workload, "phase", workload.phase != "training"),
+        (workload, "precision", workload.precision == "fp8"),
+        (plan, "pp", plan.pp > 1),
+        (plan, "virtual_pp", plan.virtual_pp > 1),
+        (plan, "dp", plan.dp > 1),
+        (plan, "zero", plan.zero > 1),
+        (plan, "tp_overlap", plan.tp_overlap and plan.tp > 1),
+    )
+    for owner, name, used in pending:
         if used:
+            value = getattr(owner, name)
+            setting = name if value is True else f"{name} = {value!r}"
             raise InputError(f"{setting}: not simulated yet; leave it at its default")
 
 

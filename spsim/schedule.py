@@ -29,7 +29,8 @@ from spsim.memory import MAIN_GRADIENT_BYTES
 from spsim.placement import Axis, Collective, Mesh, sent_bytes
 from spsim.plan import Plan
 from spsim.program import Buffer, Communication, Compute, Program, Step
-from spsim.trace import COMPUTE_LANE, BufferUse, Outline, Phase, TaskInfo
+from spsim.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
+from spsim.trace import Phase
 
 
 @dataclass(frozen=True, slots=True)

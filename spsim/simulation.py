@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from spsim.flops import layer_flops
 from spsim.folding import OUTLASTS, Step, run_step
 from spsim.hardware import HardwareProfile
 from spsim.layer import PreparedLayer, layer_program, prepared_layer
+from spsim.lazy import lazy
 from spsim.memory import StaticMemory, capacity, outside_tensors, static_memory
 from spsim.operators import TensorKind
 from spsim.placement import mesh_of, nodes_of
 from spsim.program import Communication, Compute, Program
+from spsim.recording import TaskInfo
 from spsim.scenario import Scenario
 from spsim.schedule import task_info
 from spsim.template import Numbers
-from spsim.trace import Piece, TaskInfo, Trace
+from spsim.trace import Piece, Trace
 from spsim.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.units import GIB, seconds
 
@@ -46,26 +48,26 @@ class Result:
     folded: bool
     reasons: tuple[str, ...]
 
-    @cached_property
+    @lazy
     def program(self) -> Program:
         """One layer under the plan."""
         return layer_program(self.scenario.model, self.scenario.plan, self.scenario.workload)
 
-    @cached_property
+    @lazy
     def assumed(self) -> tuple[str, ...]:
         """Assumed coefficients that a duration of this run came from."""
         return _assumed_inputs(self.scenario, self.program)
 
-    @cached_property
+    @lazy
     def _account(self) -> Account:
         return Account(self.scenario, self.trace, self.numbers.template.program)
 
-    @cached_property
+    @lazy
     def flagged(self) -> tuple[str, ...]:
         """Classes of coefficients in use whose calibration missed its error limit."""
         return self._account.flagged() if has_flags(self.scenario.hardware) else ()
 
-    @cached_property
+    @lazy
     def error_band(self) -> ErrorBand | None:
         """Errors of the times from those of the coefficients, see `uncertainty`; None without a calibration."""
         return self._account.band() if is_calibrated(self.scenario.hardware) else None
@@ -143,7 +145,7 @@ class Result:
 
     # Memory
 
-    @cached_property
+    @lazy
     def peak(self) -> metrics.Peak:
         """The fullest rank, when, and by which task."""
         return metrics.peak_memory(self.trace, self.static.total)
@@ -166,7 +168,7 @@ class Result:
         where = f" of layer {piece.layer}" if piece.layer is not None else ""
         return f"{label.name} ({label.part}){where}"
 
-    @cached_property
+    @lazy
     def _outside(self) -> int:
         return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
 
@@ -211,7 +213,7 @@ class Result:
 
     # Communication
 
-    @cached_property
+    @lazy
     def collectives_per_layer(self) -> dict[str, dict[str, int]]:
         """Number of collectives of one layer and micro-batch, by pass and kind."""
         program = self.numbers.template.program
@@ -221,7 +223,7 @@ class Result:
             for phase, steps in phases.items()
         }
 
-    @cached_property
+    @lazy
     def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
         """Bytes that one GPU sends in a step, by kind of collective."""
         total: dict[str, int] = defaultdict(int)
@@ -233,17 +235,17 @@ class Result:
 
     # Tables and pictures
 
-    @cached_property
+    @lazy
     def spans(self) -> pd.DataFrame:
         """One row per span and rank; see `metrics.spans_frame`."""
         return metrics.spans_frame(self.trace)
 
-    @cached_property
+    @lazy
     def memory_curve(self) -> pd.DataFrame:
         """Memory by category over time; see `metrics.memory_frame`."""
         return metrics.memory_frame(self.trace, self.static.by_category())
 
-    @cached_property
+    @lazy
     def operators(self) -> pd.DataFrame:
         """Time of the first rank by operator; see `metrics.operators_frame`."""
         return metrics.operators_frame(self.trace)

@@ -108,6 +108,7 @@ def measures(result: Result) -> dict[str, Any]:
     """The columns of a result; times are of one layer and micro-batch unless the name says otherwise."""
     scenario = result.scenario
     instances = scenario.model.layers * scenario.num_micro_batches
+    forward_s, backward_s = result.layer_forward_s, result.layer_backward_s
     compute = compute_by_class(result.trace, next(iter(result.trace.copies)))
     return {
         "model": scenario.model.name,
@@ -119,9 +120,9 @@ def measures(result: Result) -> dict[str, Any]:
         "gpus": scenario.plan.gpus,
         "scope": SCOPE,
         "layers": scenario.model.layers,
-        "layer_time_ms": (result.layer_forward_s + result.layer_backward_s) * 1e3,
-        "layer_forward_ms": result.layer_forward_s * 1e3,
-        "layer_backward_ms": result.layer_backward_s * 1e3,
+        "layer_time_ms": (forward_s + backward_s) * 1e3,
+        "layer_forward_ms": forward_s * 1e3,
+        "layer_backward_ms": backward_s * 1e3,
         "exposed_comm_ms": result.exposed_comm_s * 1e3 / instances,
         **{f"{name}_ms": compute.get(name, 0) / PS_PER_MS / instances for name in OPERATOR_CLASSES},
         "step_time_ms": result.step_time_s * 1e3,

@@ -61,10 +61,9 @@ class Template:
     def at(self, workload: Workload) -> Numbers:
         """The sizes of the program for a workload."""
         x, b = workload.seq_len // self.unit, workload.micro_batch
-        basis = np.array([1, x, x * x, b, x * b, x * x * b], dtype=object)
-        exact = float(basis[-1]) * self._total < 2**62
-        coefficients = self.coefficients if exact else self.coefficients.astype(object)
-        return Numbers(self, coefficients @ (basis.astype(np.int64) if exact else basis))
+        basis = (1, x, x * x, b, x * b, x * x * b)
+        number = np.int64 if basis[-1] * self._total < 2**62 else object
+        return Numbers(self, self.coefficients.astype(number, copy=False) @ np.array(basis, dtype=number))
 
     @cached_property
     def _total(self) -> float:

@@ -22,8 +22,9 @@ from spsim.comm_cost import CommCost
 from spsim.hardware import HardwareProfile, Provenance, leaves
 from spsim.placement import Axis, Collective, mesh_of, nodes_of
 from spsim.program import Communication, Program, Step
+from spsim.recording import COMPUTE_LANE, Recording, TaskInfo
 from spsim.scenario import Scenario
-from spsim.trace import COMPUTE_LANE, Recording, TaskInfo, Trace
+from spsim.trace import Trace
 from spsim.work import FlashAttention, Gemm, Work
 
 Classes = tuple[str, ...]

@@ -17,9 +17,10 @@ Direction = Literal["forward", "backward"]
 MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
 
 
-def each(look_up: Callable[..., Any], names: Any) -> Any:
-    """What a name stands for, or an array of it for a tuple of names."""
-    return np.array([look_up(name) for name in names]) if isinstance(names, tuple) else look_up(names)
+def each(look_up: Callable[..., Any], *keys: Any) -> Any:
+    """What names and flags stand for, or arrays of it where some are tuples."""
+    many = any(isinstance(key, tuple) for key in keys)
+    return np.vectorize(look_up)(*keys) if many else look_up(*keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,8 @@ class MemoryBound:
 
     operator_class: MemoryBoundClass
     bytes_moved: int
-    backward: int = 0
-    """1 in the backward pass; a number, so that kernels of both passes are one array."""
+    backward: bool = False
+    """In the backward pass."""
 
     @property
     def flops(self) -> int:

@@ -12,10 +12,10 @@ import spsim
 
 PACKAGE = Path(spsim.__file__).parent
 ORDER = (
-    "errors", "units", "configuration", "resources", "huggingface", "hardware", "profiles", "model", "plan",
+    "errors", "units", "lazy", "configuration", "resources", "huggingface", "hardware", "profiles", "model", "plan",
     "workload", "scenario", "placement", "operators", "transformer", "work", "kernels", "program", "compiler",
-    "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "trace", "measured", "engine", "schedule",
-    "layer", "folding", "metrics", "uncertainty", "simulation", "export", "plots", "sweeps", "explanation",
+    "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "recording", "trace", "measured", "engine",
+    "schedule", "layer", "folding", "metrics", "uncertainty", "simulation", "export", "plots", "sweeps", "explanation",
     "comparison", "validation", "kineto", "torch_modules", "torch_layers", "calibrate", "verify", "report",
     "experiments", "cli", "__main__",
 )  # fmt: skip

@@ -389,7 +389,7 @@ def test_rates_of_a_kernel_by_hand():
     for dtype in ("bf16", "fp16"):
         cost = ComputeCost(extended, dtype)
         for size, rate in ((4000 * MIB, 500e9), (10 * MIB, 800e9)):
-            work = MemoryBound("norm", size, backward=1)
+            work = MemoryBound("norm", size, backward=True)
             assert cost.duration(work) == pytest.approx(4 * US + size / rate, rel=1e-9)
             assert cost.duration(MemoryBound("norm", size)) == a100().duration(MemoryBound("norm", size))
     assert cost.duration(MemoryBound("dropout", 10**8)) == pytest.approx(13 * US + 1e-3, rel=1e-9)

@@ -15,8 +15,9 @@ from spsim.engine import Meeting, RankProgram, Task
 from spsim.folding import Step, run_step
 from spsim.metrics import peak_memory
 from spsim.program import Compute
+from spsim.recording import BufferUse, TaskInfo
 from spsim.schedule import Item, LayerSchedule, Pass
-from spsim.trace import BufferUse, TaskInfo, Trace
+from spsim.trace import Trace
 from spsim.work import FlashAttention
 from tests.cases import H100, program, random_scenarios, result
 

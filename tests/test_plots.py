@@ -12,7 +12,7 @@ from matplotlib.text import Text
 import spsim
 from spsim import InputError, plots
 from spsim.metrics import phase_of
-from spsim.trace import COMPUTE_LANE
+from spsim.recording import COMPUTE_LANE
 from tests.cases import A100, H100
 
 PLANS = {

@@ -7,7 +7,8 @@ import pytest
 
 from spsim.engine import Meeting, Task, run
 from spsim.metrics import Peak, first_above, peak_memory
-from spsim.trace import BufferUse, Outline, Recording, Stretch, TaskInfo, Trace
+from spsim.recording import BufferUse, Outline, Recording, TaskInfo
+from spsim.trace import Stretch, Trace
 
 
 def recording(programs, buffers, **settings):

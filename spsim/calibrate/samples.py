@@ -18,7 +18,7 @@ from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 
 Seconds = npt.NDArray[np.float64]
 
-CONSTANT = frozenset({"direction", "causal", "head_dim", "operator_class"})
+CONSTANT = frozenset({"direction", "causal", "head_dim", "operator_class", "backward"})
 """Fields of a work that choose its coefficients; all others are numbers, and many kernels are one array."""
 HALF_PRECISION = ("bf16", "fp16")
 """Types of one rate, which training runs in."""
@@ -118,7 +118,7 @@ def _memory_bound(row: Measurement) -> MemoryBound:
             f"raw file: {row.name} is of the class {row.operator_class!r}; use one of "
             f"{', '.join(MemoryBoundFractions.model_fields)}"
         )
-    backward = int(row.name.endswith("_backward"))
+    backward = row.name.endswith("_backward")
     return MemoryBound(row.operator_class, row.bytes_moved or 0, backward)  # type: ignore[arg-type]
 
 

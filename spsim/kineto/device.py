@@ -11,7 +11,7 @@ from typing import Any
 from spsim.kineto.events import Event, ProfiledRank
 from spsim.kineto.names import COMMUNICATION, ITEMSIZES, collective, operator_class, short_name
 from spsim.measured import MeasuredSpan
-from spsim.trace import COMPUTE_LANE
+from spsim.recording import COMPUTE_LANE
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime", "privateuse1_runtime")

@@ -11,7 +11,7 @@ from typing import Any
 from spsim.kineto.events import Event, ProfiledRank, Thread
 from spsim.kineto.names import COMMUNICATION, ITEMSIZES, METADATA, collective, operator_class
 from spsim.measured import MeasuredSpan
-from spsim.trace import COMPUTE_LANE
+from spsim.recording import COMPUTE_LANE
 
 C10D = "c10d::"
 GLOO = "gloo:"

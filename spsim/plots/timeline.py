@@ -33,8 +33,9 @@ from spsim.plots.figure import (
     ink_on,
 )
 from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
+from spsim.recording import COMPUTE_LANE, Span, TaskInfo
 from spsim.simulation import Result
-from spsim.trace import COMPUTE_LANE, Span, TaskInfo, Trace
+from spsim.trace import Trace
 from spsim.units import PS_PER_MS, PS_PER_US
 
 LEFT, RIGHT, BOTTOM, TOP, HEADER = 1.35, 0.3, 0.95, 0.75, 0.55

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from spsim.errors import InputError
 from spsim.export import lane_order
 from spsim.metrics import phase_of
-from spsim.trace import COMPUTE_LANE, Span, Trace
+from spsim.recording import COMPUTE_LANE, Span
+from spsim.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)

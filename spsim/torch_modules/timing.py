@@ -14,13 +14,14 @@ from spsim.layer import PreparedLayer
 from spsim.memory import StaticMemory
 from spsim.plan import Plan
 from spsim.program import Compute, Program
+from spsim.recording import TaskInfo
 from spsim.scenario import Scenario, check_nodes, fewest_nodes
 from spsim.schedule import task_info
 from spsim.simulation import Result, cost_models
 from spsim.template import Template
 from spsim.torch_modules.costs import kernels
 from spsim.torch_modules.tape import Tape
-from spsim.trace import Piece, TaskInfo, Trace
+from spsim.trace import Piece, Trace
 from spsim.workload import Workload
 
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

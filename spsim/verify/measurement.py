@@ -24,8 +24,9 @@ from spsim.kineto import read_spans
 from spsim.measured import MeasuredSpan
 from spsim.placement import mesh_of
 from spsim.plan import Plan
+from spsim.recording import COMPUTE_LANE
 from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
-from spsim.trace import COMPUTE_LANE, Phase
+from spsim.trace import Phase
 from spsim.units import US_PER_S
 from spsim.verify.cases import VerifyCase
 from spsim.verify.records import PASSES, Environment, Job, RankMeasurement

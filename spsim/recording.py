@@ -1,0 +1,253 @@
+"""A pass of a layer as it ran: when each task was posted, started and ended, and what that makes of its memory.
+
+Times are integer picoseconds, from the beginning of the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from spsim.lazy import lazy
+
+COMPUTE_LANE = "compute"
+"""The lane of kernels; a measured run may have more, whose names begin so. Every other lane is communication."""
+
+
+class Span(NamedTuple):
+    """One kernel or collective that ran on one lane of one rank."""
+
+    rank: int
+    lane: str
+    task: int
+    """Index of the task in the rank's program, the same on every rank."""
+    posted_ps: int
+    """When the lane reached it; a collective waits from then for its peers."""
+    start_ps: int
+    """When work or transfer began."""
+    end_ps: int
+
+
+Moments = tuple[int, int, int]
+"""When a task was posted, started and ended, as of a span."""
+Integers = npt.NDArray[Any]
+"""64 bits each, or Python's own where that is too few."""
+
+
+def columns(moments: Sequence[Moments]) -> Integers:
+    """Moments as an array, a row for each task; exactly."""
+    flat = chain.from_iterable(moments)
+    try:
+        return np.fromiter(flat, np.int64, 3 * len(moments)).reshape(-1, 3)
+    except OverflowError:
+        return np.array(moments, dtype=object)
+
+
+class MemoryChange(NamedTuple):
+    """Bytes allocated (positive) or freed (negative) on a rank."""
+
+    time_ps: int
+    rank: int
+    bytes: int
+    category: str
+    tensor: str
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What a task is, for tables and plots."""
+
+    name: str
+    operator_class: str
+    """gemm, attention, norm, softmax, dropout, elementwise, or communication."""
+    part: str
+    purpose: str = ""
+    layer: int | None = None
+    micro_batch: int | None = None
+    collective: str = ""
+    axis: str = ""
+    message_bytes: int = 0
+    sent_bytes: int = 0
+    flops: int = 0
+
+
+class BufferUse(NamedTuple):
+    """A buffer in a pass: from the task that writes it, or from before, to its last reader, or beyond."""
+
+    tensor: str
+    category: str
+    writer: int | None
+    readers: Sequence[int]
+    outlives: bool
+    """Read by a later pass."""
+
+
+POSTED, STARTED, ENDED = COLUMNS = range(3)
+"""Columns of an array of moments."""
+
+
+class _Lives(NamedTuple):
+    """What frees and what allocates each buffer of a pass: two rows, and a column for each buffer."""
+
+    places: Integers
+    """Where it is in a flat array of moments: the end of the last task of each lane that reads a buffer, or of the one
+    that writes it; when the one that writes it is posted.
+    """
+    buffers: Integers
+    """Which buffer it is, of both rows in turn."""
+    signs: Integers
+    """-1 where it is freed and 1 where it is allocated in this pass, 0 where it outlives it or was there before."""
+    crossing: Integers
+    """Which buffers are there before the pass or after it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What all recordings of a pass have in common: the lane of each task, what it is, and the buffers."""
+
+    lanes: Sequence[str]
+    labels: Sequence[TaskInfo]
+    """What each task is, whatever its layer and sizes."""
+    buffers: Sequence[BufferUse] = ()
+
+    @lazy
+    def classes(self) -> tuple[Sequence[str], Integers]:
+        """Operator classes, and for each of them 1 where a task is its kernel."""
+        kernels = [
+            info.operator_class if lane == COMPUTE_LANE else ""
+            for lane, info in zip(self.lanes, self.labels, strict=True)
+        ]
+        names = sorted(set(kernels) - {""})
+        return names, np.array([[int(kernel == name) for kernel in kernels] for name in names]).reshape(
+            -1, len(kernels)
+        )
+
+    @lazy
+    def lives(self) -> _Lives:
+        """What frees and what allocates each buffer."""
+        writers = [use.writer or 0 for use in self.buffers]
+        readers = [
+            list({self.lanes[task]: task for task in sorted(use.readers or [writer])}.values())
+            for use, writer in zip(self.buffers, writers, strict=True)
+        ]
+        most = max(map(len, readers), default=1)
+        freed_by = [[tasks[min(turn, len(tasks) - 1)] for tasks in readers] for turn in range(most)]
+        freed = [not use.outlives for use in self.buffers]
+        written = [use.writer is not None for use in self.buffers]
+        return _Lives(
+            len(COLUMNS) * np.array([[tasks, writers] for tasks in freed_by], dtype=np.intp)
+            + np.array([[ENDED], [POSTED]]),
+            np.tile(np.arange(len(self.buffers)), 2),
+            np.array([[-int(goes) for goes in freed], written], dtype=int),
+            ~np.array(freed, dtype=bool) | ~np.array(written, dtype=bool),
+        )
+
+
+class Fullest(NamedTuple):
+    """The highest running sum of the memory changes of a pass on a rank, and the sum of all."""
+
+    bytes: int
+    time_ps: int
+    task: int
+    """Whose allocation reaches it."""
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """When the tasks of one pass ran; times and tasks count from its own beginning."""
+
+    outline: Outline
+    times: Mapping[int, Integers]
+    """Rank -> the moments of its tasks, a row for each."""
+    sizes: Sequence[int] | Integers
+    """Bytes of each buffer."""
+
+    @lazy
+    def spans(self) -> Sequence[Span]:
+        """Spans by rank and task."""
+        return [
+            Span(rank, lane, task, *moments)
+            for rank, times in self.times.items()
+            for task, (lane, moments) in enumerate(zip(self.outline.lanes, times.tolist(), strict=True))
+        ]
+
+    @lazy
+    def ends(self) -> dict[int, int]:
+        """When the last task of each rank ends."""
+        return {rank: max(times[:, ENDED].tolist()) for rank, times in self.times.items()}
+
+    @lazy
+    def compute(self) -> dict[int, list[int]]:
+        """Picoseconds of the kernels of each rank, by the classes of the outline."""
+        _, kernels = self.outline.classes
+        return {rank: (kernels @ (times[:, ENDED] - times[:, STARTED])).tolist() for rank, times in self.times.items()}
+
+    @property
+    def window(self) -> int:
+        """Picoseconds from the first start to the last end, over ranks."""
+        begin: int = min(min(times[:, POSTED].tolist()) for times in self.times.values())
+        return max(self.ends.values()) - begin
+
+    @lazy
+    def memory(self) -> Sequence[MemoryChange]:
+        """Memory changes of all ranks: a buffer is allocated when its writer is reached, and freed when the
+        last of its readers ends.
+        """
+        found = []
+        for rank in self.times:
+            for time, size, buffer in zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True):
+                use = self.outline.buffers[buffer]
+                task = use.writer if size > 0 else self.end_of(rank, buffer)[1]
+                found.append(MemoryChange(time, rank, size, use.category, use.tensor, task or 0))
+        return [change for change in found if change.bytes]
+
+    def changes(self, rank: int) -> tuple[Integers, Integers, Integers]:
+        """Times, bytes and buffers of the memory changes of one rank, in order of time, what is freed before what
+        is allocated. No bytes for a buffer that a rank without work writes and frees in the same moment, and for
+        what comes before the pass or goes after it.
+        """
+        lives = self.outline.lives
+        times = np.maximum.reduce(self.times[rank].take(lives.places))
+        sizes = np.asarray(self.sizes) * (lives.crossing | (times[0] != times[1]))
+        times, changes = times.ravel(), (lives.signs * sizes).ravel()
+        order = np.lexsort((changes, times))
+        return times[order], changes[order], lives.buffers[order]
+
+    @lazy
+    def fullest(self) -> dict[int, Fullest]:
+        """The fullest moment of each rank.
+
+        What an outermost pass brings is there from its first task on; what it drops goes with its last.
+        """
+        return {rank: self._fullest(rank) if self.outline.buffers else Fullest(0, 0, 0, 0) for rank in self.times}
+
+    def _fullest(self, rank: int) -> Fullest:
+        times, changes, buffers = self.changes(rank)
+        sums = changes.cumsum()
+        at = sums.argmax()
+        highest, total = int(sums[at]), int(sums[-1])
+        if highest <= 0:
+            return Fullest(0, 0, 0, total)
+        return Fullest(highest, int(times[at]), self.outline.buffers[buffers[at]].writer or 0, total)
+
+    def first_above(self, rank: int, room: int) -> int:
+        """The first task whose allocation needs more than `room`, which is exceeded."""
+        _, changes, buffers = self.changes(rank)
+        at = (changes.cumsum() > room).argmax()
+        return self.outline.buffers[buffers[at]].writer or 0
+
+    def size(self, buffer: int | None) -> int:
+        """Bytes of a buffer, none if there is none."""
+        return 0 if buffer is None else int(self.sizes[buffer])
+
+    def end_of(self, rank: int, buffer: int) -> tuple[int, int]:
+        """When the last reader of a buffer ends, and which task that is."""
+        use, times = self.outline.buffers[buffer], self.times[rank]
+        return max((int(times[task, ENDED]), task) for task in use.readers or (use.writer or 0,))
