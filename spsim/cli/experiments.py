@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Annotated
 
 import typer
 
 from spsim.cli.app import app, make_directory, open_console
+from spsim.ranks.processes import end_with_parent
 
 
 @app.command(hidden=True)
@@ -47,17 +46,6 @@ def _executor(jobs: int | None, points: int) -> Iterator[Executor | None]:
     if jobs == 1:
         yield None
         return
-    with ProcessPoolExecutor(jobs, initializer=_end_with_parent) as pool:
+    # A worker waits on a queue whose other end it holds itself: it would outlive a sweep that is killed.
+    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
         yield pool
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed sweep ends too: it waits on a queue whose other end it holds itself."""
-    parent = parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
