@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ def _executor(jobs: int | None, points: int) -> Iterator[Executor | None]:
     if jobs == 1:
         yield None
         return
-    # A worker waits on a queue whose other end it holds itself: it would outlive a sweep that is killed.
-    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, initializer=_start_worker) as pool:
         yield pool
+
+
+def _start_worker() -> None:
+    """An interrupted worker ends without a word, and that of a killed sweep too: it holds both ends of its queue."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()

@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,8 +45,9 @@ class Processes:
         self._pipes: list[Connection] = []
         self._directory = directory
         try:
-            for rank in range(world):
-                self._start(rank, main, (Position(rank, rank, world, world), *arguments))
+            with _interrupts_held_back():
+                for rank in range(world):
+                    self._start(rank, main, (Position(rank, rank, world, world), *arguments))
         except BaseException:
             self.close()
             raise
@@ -150,9 +152,19 @@ def end_with_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started here never see a keyboard interrupt, which is their parent's to handle, later."""
+    resource_tracker.ensure_running()  # its own start would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run(log: Path, main: Callable[..., None], *arguments: object) -> None:
-    """Entry of a process; a keyboard interrupt is its parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Entry of a process."""
     end_with_parent()
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
