@@ -16,8 +16,8 @@ ORDER = (
     "workload", "scenario", "placement", "operators", "transformer", "work", "kernels", "program", "compiler",
     "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "recording", "trace", "measured", "engine",
     "schedule", "layer", "folding", "metrics", "uncertainty", "simulation", "export", "plots", "sweeps", "explanation",
-    "comparison", "validation", "kineto", "torch_modules", "torch_layers", "calibrate", "verify", "report",
-    "experiments", "cli", "__main__",
+    "comparison", "validation", "kineto", "ranks", "torch_modules", "torch_layers", "calibrate", "verify",
+    "report", "experiments", "cli", "__main__",
 )  # fmt: skip
 FENCES = {
     "simpy": {"engine"},
@@ -27,7 +27,7 @@ FENCES = {
     "torch": {"torch_modules", "torch_layers", "calibrate", "verify"},
     "scipy": {"calibrate"},
 }
-LAZY = {"simulation": {"plots", "export"}, "sweeps": {"matplotlib"}}
+LAZY = {"simulation": {"plots", "export"}, "sweeps": {"matplotlib"}, "ranks": {"torch"}}
 """What may be imported inside a function or for types only, so that `import spsim` stays light."""
 
 

@@ -107,7 +107,7 @@ def test_a_process_that_is_killed_is_one_line_and_a_rerun_goes_on(tmp_path):
     with pytest.raises(InputError) as failure:
         launch.measure(settings, kill)
     assert str(failure.value) == (
-        f"calibrate: the process of rank 1 was killed by signal 9 (out of memory?) during {ALL_REDUCE}; "
+        f"calibrate: rank 1 was ended by SIGKILL, perhaps out of memory in {ALL_REDUCE}; "
         "finished measurements are kept, run again to go on"
     )
     assert active_children() == []
@@ -200,7 +200,7 @@ def test_bad_options_are_refused(tmp_path, capsys):
 
 
 def test_without_torch_it_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr("spsim.ranks.at_hand.find_spec", lambda name: None)
     line = refused(capsys, "--out", tmp_path / "p.toml")
     assert line == 'calibrate: torch is not installed; pip install "spsim[calibrate]"'
 

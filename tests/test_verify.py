@@ -15,9 +15,11 @@ from spsim import Model, load_profile, plots
 from spsim.cli import main
 from spsim.cli import verification as command
 from spsim.errors import InputError
+from spsim.ranks.at_hand import out_of_memory
+from spsim.ranks.processes import RankError, RankMemoryError
 from spsim.resources import profiles_directory
-from spsim.verify import RankError, build_cases, count_ranks, open_ranks, predict, verify
-from spsim.verify.ranks import RankMemoryError, StartedRanks
+from spsim.verify import build_cases, count_ranks, open_ranks, predict, verify
+from spsim.verify.ranks import StartedRanks
 from spsim.verify.records import Job
 
 pytest.importorskip("torch")
@@ -207,17 +209,17 @@ def pool():
 
 def test_a_rank_that_dies_then_hangs(pool):
     """A dead rank is named with its signal, a stopped one with the time limit; new ones take over each time."""
-    os.kill(pool._processes[1].pid, signal.SIGKILL)
+    os.kill(pool._ranks.processes[1].pid, signal.SIGKILL)
     with pytest.raises(
         RankError, match=r"^rank 1 was ended by SIGKILL, perhaps out of memory in TP2, flash, 128×1×256$"
     ):
         pool.run(job())
     assert len(pool.run(job())) == 2
     pool.time_limit_s = 1
-    os.kill(pool._processes[0].pid, signal.SIGSTOP)
+    os.kill(pool._ranks.processes[0].pid, signal.SIGSTOP)
     with pytest.raises(RankError, match=r"^no answer from rank 0.* within 1 s in TP2, flash, 128×1×256$"):
         pool.run(job())
-    assert pool._processes == []
+    assert pool._ranks.processes == []
 
 
 class Pool:
@@ -244,8 +246,6 @@ def test_a_case_without_memory_is_skipped_and_a_lost_rank_ends_the_run(found):
 
 def test_lack_of_memory_is_told_from_other_failures():
     import torch
-
-    from spsim.verify.measurement import out_of_memory
 
     with pytest.raises(RuntimeError) as lack:
         torch.empty(2**50)
@@ -285,8 +285,8 @@ def test_a_profile_without_curves(tmp_path, capsys):
 
 
 def test_without_torch(monkeypatch):
-    monkeypatch.setattr("spsim.verify.ranks.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^verify: torch is not installed; install spsim\[calibrate\]$"):
+    monkeypatch.setattr("spsim.ranks.at_hand.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'^verify: torch is not installed; pip install "spsim\[calibrate\]"$'):
         count_ranks(CPU)
 
 

@@ -18,6 +18,7 @@ from spsim.calibrate.ranks import Ranks
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.shapes import ITEMSIZE
 from spsim.calibrate.timing import WARM_UP, Effort, choose_repeats, timed
+from spsim.ranks.at_hand import reason
 
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -104,14 +105,6 @@ def prepared(party: Party, make: Callable[[], Any]) -> tuple[Any, str]:
     except RuntimeError as error:
         problem = reason(error)
     return made, party.ranks.agree(problem, party.members)
-
-
-def reason(error: BaseException) -> str:
-    """Why torch could not: in a few words."""
-    text = " ".join(str(error).split())
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in text:
-        return "out of memory"
-    return text[:160]
 
 
 def measure_collective(party: Party, row: Measurement, effort: Effort) -> Measurement:

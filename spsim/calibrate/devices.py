@@ -6,7 +6,6 @@ Everything that differs between them is here; the measurements are written once.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import time
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from spsim.calibrate.records import Clock
+from spsim.ranks.at_hand import cpu_info
 from spsim.units import KIB, MIB
 
 _cuda: Any = torch.cuda
@@ -126,7 +126,7 @@ class Cpu(Device):
 
     @property
     def name(self) -> str:
-        return _line_of(Path("/proc/cpuinfo"), "model name") or "CPU"
+        return cpu_info("model name") or "CPU"
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
@@ -153,7 +153,7 @@ class Cpu(Device):
         return {
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cores": str(os.cpu_count()),
-            "clock_mhz": _line_of(Path("/proc/cpuinfo"), "cpu MHz"),
+            "clock_mhz": cpu_info("cpu MHz"),
             "load_average": f"{os.getloadavg()[0]:.2f}",
         }
 
@@ -167,13 +167,6 @@ def _samples(clock: Callable[[], float], calls: Iterator[Call], per_sample: int,
             call()
         times.append((clock() - start) / per_sample)
     return times
-
-
-def _line_of(path: Path, key: str) -> str:
-    """The value of `key : value` in a file of such lines, empty where there is none."""
-    text = path.read_text() if path.exists() else ""
-    found = re.search(rf"^{key}\s*:\s*(.*)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else ""
 
 
 class Cuda(Device):
@@ -279,7 +272,7 @@ class Cuda(Device):
         return {
             "hip" if torch.version.hip else "cuda": str(torch.version.hip or torch.version.cuda),
             "nccl": nccl,
-            "cpu": _line_of(Path("/proc/cpuinfo"), "model name"),
+            "cpu": cpu_info("model name"),
             **dict(zip(_QUERIED, _nvidia_smi(query, self.torch_device.index), strict=False)),
         }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from spsim.calibrate.base import base_profile
 from spsim.calibrate.catalogue import Machine
-from spsim.calibrate.communication import join, measure_collective, measure_interference, reason
+from spsim.calibrate.communication import join, measure_collective, measure_interference
 from spsim.calibrate.devices import Device, open_device
 from spsim.calibrate.kernels import measure_kernel, measure_launch
 from spsim.calibrate.memory import measure_communicator, measure_memory
@@ -30,6 +31,7 @@ from spsim.calibrate.session import (
 )
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
+from spsim.ranks.at_hand import reason
 from spsim.units import MIB
 
 Fail = Callable[[str], None]
@@ -50,7 +52,8 @@ def run_rank(ranks: Ranks, settings: Settings, report: Report, fail: Fail) -> No
             ranks.command(None)
     else:
         for row in ranks.commands():
-            with time_limit(2 * settings.time_limit, lambda: fail("")):
+            late = f"calibrate: rank {ranks.rank} did not end {title(row)} within {2 * settings.time_limit:g} s; {KEPT}"
+            with time_limit(2 * settings.time_limit, partial(fail, late)):
                 _measure(ranks, device, settings, row)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -30,10 +30,10 @@ def open_store(port: int, *, master: bool = False) -> Any:
     return _distributed.TCPStore("127.0.0.1", port, is_master=master, wait_for_workers=False)
 
 
-def ranks_of_launcher(local_rank: int, per_node: int) -> Ranks:
-    """This process as one of those that torchrun, or another launcher with its variables, has started."""
-    store, rank, world = next(_distributed.rendezvous("env://"))
-    return Ranks(rank, local_rank, world, per_node, store)
+def store_of_launcher() -> Any:
+    """The store of the processes that torchrun, or another launcher with its variables, has started."""
+    store, _, _ = next(_distributed.rendezvous("env://"))
+    return store
 
 
 @dataclass

@@ -13,13 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from spsim import report
 from spsim.calibrate.base import base_of_rows
-from spsim.calibrate.launch import check_installed, is_leader, measure
+from spsim.calibrate.launch import measure
 from spsim.calibrate.records import read_measurements
 from spsim.calibrate.session import RAW_FILE, Note, Report, Settings
 from spsim.calibrate.session import Progress as Standing
 from spsim.cli.app import app, make_directory, open_console
 from spsim.errors import InputError
 from spsim.profiles import load_profile
+from spsim.ranks.at_hand import check_installed, is_leader
 
 
 @app.command()
@@ -46,11 +47,11 @@ def calibrate(
     if base is not None:
         load_profile(base)
     if fit is not None:
-        check_installed("scipy")
+        check_installed("calibrate", "scipy")
         _check_profile_path(out)
         _fit(fit / RAW_FILE if fit.is_dir() else fit, base, out)
         return
-    check_installed("torch", "scipy")
+    check_installed("calibrate", "torch", "scipy")
     settings = Settings(raw=raw if raw is not None else out.with_suffix(".raw"), base=base, quick=quick)
     if not is_leader():
         _follow(settings)

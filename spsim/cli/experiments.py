@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Annotated
 
 import typer
 
 from spsim.cli.app import app, make_directory, open_console
+from spsim.ranks.processes import end_with_parent
 
 
 @app.command(hidden=True)
@@ -47,17 +47,11 @@ def _executor(jobs: int | None, points: int) -> Iterator[Executor | None]:
     if jobs == 1:
         yield None
         return
-    with ProcessPoolExecutor(jobs, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, initializer=_start_worker) as pool:
         yield pool
 
 
-def _end_with_parent() -> None:
-    """A worker of a killed sweep ends too: it waits on a queue whose other end it holds itself."""
-    parent = parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+def _start_worker() -> None:
+    """An interrupted worker ends without a word, and that of a killed sweep too: it holds both ends of its queue."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_parent()

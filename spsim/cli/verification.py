@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spsim.calibrate.launch import is_leader
 from spsim.cli.app import (
     JsonOption,
     MicroBatchOption,
@@ -30,9 +29,10 @@ from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.model import load_model
 from spsim.profiles import load_profile
+from spsim.ranks.at_hand import is_leader
+from spsim.ranks.processes import RankError
 from spsim.report import verification as report
 from spsim.verify import (
-    RankError,
     Verification,
     VerifyCase,
     build_cases,

@@ -22,11 +22,10 @@ from spsim.template import Template
 from spsim.torch_modules.costs import kernels
 from spsim.torch_modules.tape import Tape
 from spsim.trace import Piece, Trace
-from spsim.workload import Workload
+from spsim.workload import ELEMENT_BYTES, Precision, Workload
 
-PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """dtype of a module -> precision of a profile; torch computes fp32 products in fp32 unless told otherwise."""
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class TracedShape:
 class TracedWorkload:
     """What the result of a simulation asks of a workload."""
 
-    precision: str
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, pl
     scenario = _scenario(tape, hardware, plan)
     precision = scenario.workload.precision
     layer = PreparedLayer(Template(lambda _: program, 1), plan, fold=True)
-    syncs = (replace(sync, itemsize=ITEMSIZE[precision]) for sync in layer.schedule.syncs)
+    syncs = (replace(sync, itemsize=ELEMENT_BYTES[precision]) for sync in layer.schedule.syncs)
     layer.schedule = replace(layer.schedule, syncs=tuple(syncs))
     numbers = layer.template.at(Workload(seq_len=1))
     messages = layer.sync_messages(numbers, 1)
@@ -166,7 +165,7 @@ def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, pl
     return TracedResult(
         scenario=cast("Scenario", scenario), numbers=numbers,
         trace=Trace(stretches, copies, describe, layer.schedule.groups, reason == OUTLASTS),
-        static=_static(program, tape, plan, ITEMSIZE[precision]),
+        static=_static(program, tape, plan, ELEMENT_BYTES[precision]),
         events=events, folded=len(copies) < plan.gpus, reasons=(reason,) if reason else (),
         compiled=program, tape=tape,
     )  # fmt: skip

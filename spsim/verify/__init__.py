@@ -5,13 +5,12 @@ Nothing here loads torch but what runs inside a rank.
 
 from spsim.verify.cases import VerifyCase, build_cases
 from spsim.verify.comparison import CaseComparison, Prediction, Quantity, Verification, predict, verify
-from spsim.verify.ranks import RankError, RankPool, count_ranks, open_ranks
+from spsim.verify.ranks import RankPool, count_ranks, open_ranks
 
 __all__ = [
     "CaseComparison",
     "Prediction",
     "Quantity",
-    "RankError",
     "RankPool",
     "Verification",
     "VerifyCase",

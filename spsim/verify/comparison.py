@@ -15,13 +15,14 @@ from spsim.hardware import HardwareProfile
 from spsim.kineto import align
 from spsim.measured import MeasuredSpan, measured_trace
 from spsim.program import Communication
+from spsim.ranks.processes import RankError, RankMemoryError
 from spsim.recording import COMPUTE_LANE
 from spsim.scenario import Scenario
 from spsim.simulation import Result, simulate
 from spsim.trace import Phase, Trace
 from spsim.units import MS_PER_S, PS_PER_MS
 from spsim.verify.cases import VerifyCase
-from spsim.verify.ranks import RankError, RankMemoryError, RankPool
+from spsim.verify.ranks import RankPool
 from spsim.verify.records import PASSES, Environment, Job, RankMeasurement
 
 WALL = "wall clock"

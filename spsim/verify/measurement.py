@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from spsim.kineto import read_spans
 from spsim.measured import MeasuredSpan
 from spsim.placement import mesh_of
 from spsim.plan import Plan
+from spsim.ranks.at_hand import Position, cpu_info
 from spsim.recording import COMPUTE_LANE
 from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
 from spsim.trace import Phase
@@ -37,23 +37,18 @@ _cuda: Any = torch.cuda
 """The same, where torch has no types."""
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or a CPU could not allocate; a CPU raises a plain error."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 class Rank:
     """One process of the group; `address` is None where a launcher has set the environment."""
 
-    def __init__(self, device: str, rank: int, world: int, local_rank: int, address: str | None, limit_s: float):
-        self.rank, self.world = rank, world
+    def __init__(self, device: str, position: Position, address: str | None, limit_s: float) -> None:
+        self.rank, self.world, local_rank = position.rank, position.world, position.local_rank
         if device == "cuda":
             torch.cuda.set_device(local_rank)
         else:
             torch.set_num_threads(1)
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
         dist.init_process_group(
-            BACKENDS[device], init_method=address or "env://", rank=rank, world_size=world,
+            BACKENDS[device], init_method=address or "env://", rank=self.rank, world_size=self.world,
             timeout=timedelta(seconds=limit_s),
         )  # fmt: skip
 
@@ -62,7 +57,7 @@ class Rank:
         """What the figures were measured with."""
         gpu = self.device.type == "cuda"
         return Environment(
-            device=torch.cuda.get_device_name() if gpu else _cpu_name(),
+            device=torch.cuda.get_device_name() if gpu else cpu_info("model name") or "CPU",
             backend=BACKENDS[self.device.type],
             torch=str(torch.__version__),
             compute_clock="device kernels" if gpu else "thread CPU clock",
@@ -204,12 +199,3 @@ def _quiet() -> Iterator[None]:
         finally:
             os.dup2(before, 2)
             os.close(before)
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "CPU"
-    found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    return found.group(1) if found else "CPU"

@@ -1,0 +1,74 @@
+"""What this process finds: a launcher's other ranks, devices, packages, and why torch fails on them."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from spsim.errors import InputError
+
+CPU_RANKS = 2
+"""Processes of a machine without a GPU: as few as communicate."""
+REASON_LENGTH = 160
+
+
+class Position(NamedTuple):
+    """One rank among all."""
+
+    rank: int
+    local_rank: int
+    world: int
+    per_node: int
+
+
+def torchrun_position() -> Position | None:
+    """Where torchrun, or another launcher with its variables, has placed this process; None without one."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    local_rank, per_node = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return Position(int(os.environ["RANK"]), int(local_rank), int(os.environ["WORLD_SIZE"]), int(per_node))
+
+
+def is_leader() -> bool:
+    """Whether this process writes and prints."""
+    position = torchrun_position()
+    return position is None or position.rank == 0
+
+
+def check_installed(command: str, *packages: str) -> None:
+    """`InputError` where one of the packages that only some commands need is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise InputError(f'{command}: {package} is not installed; pip install "spsim[calibrate]"')
+
+
+def count_gpus() -> int:
+    """Devices of this machine that torch calls `cuda`."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def cpu_info(key: str) -> str:
+    """What Linux says of the first CPU, empty where it says nothing."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(rf"^{key}\s*:\s*(.*)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or a CPU could not allocate; a CPU raises a plain `RuntimeError`."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def reason(error: BaseException) -> str:
+    """Why torch could not, in a few words: its message may go on with a stack."""
+    if out_of_memory(error):
+        return "out of memory"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:REASON_LENGTH] if lines else type(error).__name__
