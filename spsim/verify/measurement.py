@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections import defaultdict
@@ -70,9 +71,13 @@ class Rank:
         return found
 
     def close(self) -> None:
-        """Leave the group once all ranks do; its threads would end a process that still has them."""
+        """Leave the groups once all ranks do, while Python still runs: a thread of theirs that comes back to it later
+        would end the process.
+        """
         dist.barrier()
         dist.destroy_process_group()
+        _groups.cache_clear()
+        gc.collect()
 
     def measure(self, job: Job) -> RankMeasurement:
         """Bytes and collectives of one pass, the times of many, and a profile of some more."""
@@ -138,7 +143,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class _Run:
-    """A layer with its input and the gradient of its output. Gradients of weights accumulate, as over micro-batches."""
+    """A layer with its input and the gradient of its output."""
 
     layer: ParallelLayer
     x: Tensor
@@ -167,7 +172,11 @@ class _Run:
         torch.autograd.backward(out, self.gradient)
 
     def passes(self) -> Iterator[Callable[[], None]]:
-        """The two passes, to be called in turn."""
+        """The two passes, to be called in turn. Gradients begin empty: torch adds to others in kernels of their own,
+        where the simulator, as Megatron, has that in the product.
+        """
+        self.layer.zero_grad(set_to_none=True)
+        self.x.grad = None
         outputs: list[Tensor] = []
         yield lambda: outputs.append(self.forward())
         yield lambda: self.backward(outputs.pop())
