@@ -374,6 +374,7 @@ def refused(arguments, capsys):
         ({**COPY, "name": "foo_sideways"}, "memory_bound row (foo_sideways) is none"),
         ({**WIRE, "name": "gossip"}, "collective row (gossip) is none"),
         ({**WIRE, "ranks": 1}, "has 1 rank; a collective takes at least 2"),
+        ({**WIRE, "ranks": 2**30}, "ranks: Input should be less than"),
         ({**WIRE, "ranks": 3, "nodes": 2}, "3 ranks on 2 nodes"),
         ({**BESIDE, "value": 1.5}, "has the value 1.5; it is from -1 to 1"),
         ({**BESIDE, "value": -7}, "has the value -7; it is from -1 to 1"),

@@ -24,7 +24,8 @@ Clock = Literal["cuda_events", "thread_cpu", "wall"]
 
 
 DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
-Count = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(gt=0, lt=2**40)]
+Ranks = Annotated[int, Field(gt=0, lt=2**20)]
 Size = Annotated[int, Field(gt=0, lt=2**50)]
 """Of bytes or elements: less than a PiB."""
 Microseconds = Annotated[float, Field(ge=1e-3, lt=1e9)]
@@ -78,8 +79,8 @@ class Measurement(BaseModel):
     """Of a kernel, or asked of the allocator."""
     level: str = ""
     """Level of the topology that a collective was measured on."""
-    ranks: Count | None = None
-    nodes: Count | None = None
+    ranks: Ranks | None = None
+    nodes: Ranks | None = None
     message_bytes: Size | None = None
     """As nccl-tests count: the whole array, the per-rank buffer for all-to-all and send-receive."""
     clock: Clock | None = None
