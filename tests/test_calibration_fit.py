@@ -331,19 +331,132 @@ def test_a_faster_cpu_replaces_the_peaks():
     assert found.profile == parse_profile(document(found.profile), "fast")
 
 
+GEMM = {"kind": "gemm", "name": "forward", "dtype": "bf16", "m": 64, "n": 64, "k": 64, "time_us": 1}
+ATTENTION = {
+    "kind": "attention", "name": "forward", "dtype": "bf16", "queries": 8, "keys": 8, "heads": 1, "head_dim": 64,
+    "causal": True, "time_us": 1,
+}  # fmt: skip
+COPY = {
+    "kind": "memory_bound", "name": "copy", "dtype": "bf16", "operator_class": "elementwise", "bytes_moved": 64,
+    "time_us": 1,
+}  # fmt: skip
+WIRE = {
+    "kind": "collective", "name": "all_reduce", "dtype": "bf16", "level": "nvlink", "ranks": 2, "nodes": 1,
+    "message_bytes": 1024, "time_us": 9,
+}  # fmt: skip
+BESIDE = {"kind": "interference", "name": "gemm_beside_all_reduce", "value": 0.5}
+
+
+def fact(name, text):
+    return {"kind": "environment", "name": name, "text": text}
+
+
+def raw_file(path, *rows):
+    """A raw file of rows that are not checked before they are written."""
+    append_measurements(path, [Measurement.model_construct(**row) for row in rows])
+    return path
+
+
+def refused(arguments, capsys):
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"kind": "gemm", "name": "forward", "m": 8, "n": 8}, "gemm row .forward. has no k"),
-        ({"kind": "attention", "name": "forward", "queries": 8, "keys": 8, "heads": 1, "head_dim": 64}, "no causal"),
-        ({"kind": "memory_bound", "name": "sort", "operator_class": "sorting", "bytes_moved": 8}, "class 'sorting'"),
-        ({"kind": "collective", "name": "all_reduce", "level": "nvlink", "ranks": 2}, "has no message_bytes"),
-        ({"kind": "collective", "name": "all_reduce", "level": "token-ring", "ranks": 2}, "level 'token-ring'"),
+        ({**GEMM, "k": None}, "a gemm row (forward) has no k"),
+        ({**GEMM, "dtype": ""}, "a gemm row (forward) has no dtype"),
+        ({**ATTENTION, "causal": None}, "an attention row (forward) has no causal"),
+        ({**WIRE, "message_bytes": None}, "has no message_bytes"),
+        ({**COPY, "operator_class": "sorting"}, "class 'sorting'"),
+        ({**GEMM, "m": 0}, "m: Input should be greater than 0, got '0'"),
+        ({**GEMM, "m": -64}, "m: Input should be greater than 0"),
+        ({**GEMM, "m": 10**30}, "m: Input should be less than"),
+        ({**COPY, "bytes_moved": 10**30}, "bytes_moved: Input should be less than"),
+        ({**GEMM, "time_us": 0}, "time_us: Input should be greater than"),
+        ({**GEMM, "time_us": -1}, "time_us: Input should be greater than"),
+        ({**GEMM, "time_us": 1e300}, "time_us: Input should be less than"),
+        ({**GEMM, "time_us": 1e-6}, "time_us: Input should be greater than"),
+        ({**GEMM, "dtype": "fp99"}, "got 'fp99'"),
+        ({**GEMM, "name": "sideways"}, "gemm row (sideways) is none that calibrate measures"),
+        ({**COPY, "name": "foo_sideways"}, "memory_bound row (foo_sideways) is none"),
+        ({**WIRE, "name": "gossip"}, "collective row (gossip) is none"),
+        ({**WIRE, "ranks": 1}, "has 1 rank; a collective takes at least 2"),
+        ({**WIRE, "ranks": 2**30}, "ranks: Input should be less than"),
+        ({**WIRE, "ranks": 3, "nodes": 2}, "3 ranks on 2 nodes"),
+        ({**BESIDE, "value": 1.5}, "has the value 1.5; it is from -1 to 1"),
+        ({**BESIDE, "value": -7}, "has the value -7; it is from -1 to 1"),
+        (fact("ranks", "x"), "ranks is 'x'; it is a whole number from 1"),
+        (fact("nodes", "0"), "nodes is '0'; it is a whole number from 1"),
+        (fact("nodes", ""), "nodes is ''; it is a whole number from 1"),
+        (fact("date", "yesterday"), "date is 'yesterday'; write it as"),
+        (fact("date", "2026-02-30"), "date is '2026-02-30'; write it as"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_one_clear_line(row, message):
-    with pytest.raises(InputError, match=message):
-        fit_profile([Measurement(**row, dtype="bf16", time_us=1.0)], H100, "bad")
+def test_a_row_that_cannot_be_is_one_line_with_its_place(row, message, tmp_path, capsys):
+    """The third line of the file: header, a good row, the bad one. Nothing is written, not even the directory."""
+    raw = raw_file(tmp_path / "measurements.csv", GEMM, row)
+    out = tmp_path / "new" / "mine.toml"
+    line = refused(["calibrate", "--fit", str(raw), "--base", "dgx-h100", "--out", str(out)], capsys)
+    assert f"{raw}: line 3: " in line
+    assert message in line
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "base", "message"),
+    [
+        ({**COPY, "name": "foo_forward"}, "dgx-h100", "foo_forward bf16: there is no such operator"),
+        ({**WIRE, "level": "token-ring"}, "dgx-h100", "level 'token-ring'"),
+        ({**WIRE, "ranks": 3, "level": "shared-memory"}, "cpu-2", "on 3 ranks by shared-memory: cpu-2 has 2 GPUs"),
+        ({**GEMM, "m": 2**20, "n": 2**20, "k": 2**20}, "cpu-2", "gemm forward bf16 1048576x1048576x1048576: 1 us is"),
+        ({**COPY, "bytes_moved": 2**49}, "cpu-2", "copy bf16: 1 us is"),
+        ({**WIRE, "level": "shared-memory", "message_bytes": 2**49, "time_us": 1}, "cpu-2", "1 us is"),
+    ],
+)
+def test_a_row_that_does_not_fit_the_base_is_one_line(row, base, message, tmp_path, capsys):
+    raw = raw_file(tmp_path / "measurements.csv", row)
+    out = tmp_path / "new" / "mine.toml"
+    line = refused(["calibrate", "--fit", str(raw), "--base", base, "--out", str(out)], capsys)
+    assert str(raw) in line
+    assert message in line
+    assert not out.parent.exists()
+
+
+def test_of_equal_rows_the_last_counts():
+    """A twin of each row with another time changes nothing where it comes first, held-out errors included."""
+    rows = wire_rows({2**power: 20 + 2**power / 3e5 for power in range(14, 30, 2)})
+    twins = [r.model_copy(update={"time_us": 3 * r.time_us}) for r in rows]
+    once, twice = fit_profile(rows, H100, "wire"), fit_profile([*twins, *rows], H100, "wire")
+    assert once.profile == twice.profile
+    assert once.classes[0].errors == twice.classes[0].errors
+    products = [Measurement(**{**GEMM, "m": m, "time_us": m / 8}) for m in (64, 128, 256, 512, 1024)]
+    (found,) = fit_profile([*products, *products], H100, "gemm").classes
+    assert len(found.measured) == len(products)
+
+
+def test_profile_and_picture_are_written_both_or_none(tmp_path, capsys):
+    raw = raw_file(tmp_path / "measurements.csv", *({**GEMM, "m": m} for m in (64, 128)))
+    out = tmp_path / "out"
+    (out / "mine.toml").parent.mkdir()
+    (out / "mine.png").mkdir()
+    line = refused(["calibrate", "--fit", str(raw), "--base", "dgx-h100", "--out", str(out / "mine.toml")], capsys)
+    assert "mine.png: is a directory" in line
+    assert [path.name for path in out.iterdir()] == ["mine.png"]
+
+
+@pytest.mark.parametrize("arguments", [["--fit", "raw.csv"], ["--quick"]])
+def test_the_name_of_a_shipped_profile_is_taken(arguments, tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    line = refused(["calibrate", *arguments, "--out", str(tmp_path / "new" / "dgx-h100.toml")], capsys)
+    assert "dgx-h100 is the shipped profile of this name; choose another file name" in line
+    assert not (tmp_path / "new").exists()
 
 
 def test_nothing_measured_is_an_error():

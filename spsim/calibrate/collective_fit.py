@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -20,11 +20,12 @@ from spsim.calibrate.coefficients import with_leaves
 from spsim.calibrate.kernel_fit import Fit
 from spsim.calibrate.outcome import ClassFit, Seconds
 from spsim.calibrate.records import Measurement
-from spsim.calibrate.samples import check_complete, timed
+from spsim.calibrate.samples import timed
+from spsim.calibrate.session import title
 from spsim.calibrate.solver import rounded
 from spsim.comm_cost import CommCost, CurveTime, algorithm_steps
 from spsim.errors import InputError
-from spsim.hardware import CollectiveCurve, CollectiveName, HardwareProfile, Level
+from spsim.hardware import CollectiveCurve, HardwareProfile, Level
 from spsim.placement import Collective, sent_bytes
 from spsim.units import GB, US_PER_S
 
@@ -93,17 +94,28 @@ def measured_series(rows: Sequence[Measurement], profile: HardwareProfile) -> li
     for row in timed(rows, "collective"):
         if row.level not in names:
             raise InputError(
-                f"raw file: collectives were measured on level {row.level!r}, but {profile.name} has "
+                f"collectives were measured on level {row.level!r}, but {profile.name} has "
                 f"{', '.join(names)}; give the --base that they were measured with"
             )
-        check_complete(row, ("ranks", "message_bytes"))
-        if row.name in get_args(CollectiveName) and (row.nodes or 1) in (1, row.ranks):
+        _check_fits(row, profile)
+        if (row.nodes or 1) in (1, row.ranks):
             message, time = row.message_bytes or 0, row.time_us or 0.0
             times[row.level, row.name, row.ranks or 0][message].append(time / US_PER_S)  # type: ignore[index]
     return [
         Series(*key, {size: float(np.median(found)) for size, found in sorted(by_size.items())})
         for key, by_size in sorted(times.items())
     ]
+
+
+def _check_fits(row: Measurement, profile: HardwareProfile) -> None:
+    """Raise `InputError` where a level, or a node, has fewer GPUs than the row has ranks."""
+    ranks, per_node = row.ranks or 0, (row.ranks or 0) // (row.nodes or 1)
+    level = next(level for level in profile.datasheet.topology if level.name == row.level)
+    if ranks > (level.gpus or ranks) or per_node > profile.gpus_per_node:
+        raise InputError(
+            f"{title(row)}: {profile.name} has {level.gpus or profile.gpus_per_node} GPUs "
+            f"{'at this level' if level.gpus else 'in a node'}; give the --base that it was measured with"
+        )
 
 
 def fit_collectives(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:

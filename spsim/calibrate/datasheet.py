@@ -13,11 +13,12 @@ import numpy as np
 
 from spsim.calibrate.collective_fit import algorithm_of, measured_series
 from spsim.calibrate.records import Measurement
-from spsim.calibrate.samples import attention_samples, gemm_samples, memory_samples
+from spsim.calibrate.samples import attention_samples, gemm_samples, memory_samples, timed
+from spsim.calibrate.session import title
 from spsim.calibrate.solver import rounded
 from spsim.errors import InputError
 from spsim.hardware import Bandwidth, Datasheet, HardwareProfile, Quantity
-from spsim.units import GB, MIB, TERA
+from spsim.units import GB, MIB, TERA, US_PER_S
 
 SOURCE = "calibrate-highest-rate"
 CITATION = "Highest rate that spsim calibrate measured on this device, above the figure of the base profile"
@@ -25,6 +26,8 @@ PROCESSOR = "calibrate-processor"
 PROCESSOR_CITATION = "Last-level cache that the operating system reports, divided among the ranks of a node"
 BEYOND_CACHE = 2
 """Traffic, in sizes of the last-level cache, from which a kernel must take it from memory."""
+IMPOSSIBLE = 1e6
+"""Times the rate of the base from which a time is a mistake: no two devices lie that far apart."""
 SAMPLES = 3
 """The median of so many of the highest rates counts: one wrong time does not make a peak."""
 
@@ -73,19 +76,38 @@ def _stated(sheet: Datasheet) -> dict[str, float]:
 def _highest(rows: Sequence[Measurement], base: HardwareProfile) -> dict[str, float]:
     """The highest measured rate for each figure."""
     rates: dict[str, list[float]] = defaultdict(list)
-    for sample in [*gemm_samples(rows), *attention_samples(rows)]:
+    peak = max(quantity.value for quantity in base.datasheet.peak_tflops.values()) * TERA
+    products = zip(
+        [*timed(rows, "gemm"), *timed(rows, "attention")], [*gemm_samples(rows), *attention_samples(rows)], strict=True
+    )
+    for row, sample in products:
+        _check_possible(row, sample.work.flops / sample.seconds / peak)
         rates[f"peak_tflops.{sample.dtype}"].append(sample.work.flops / sample.seconds / TERA)
     beyond = BEYOND_CACHE * base.datasheet.memory.l2_mib.value * MIB
-    for sample in memory_samples(rows, beyond):
+    for row, sample in zip(timed(rows, "memory_bound"), memory_samples(rows, beyond), strict=True):
+        _check_possible(row, sample.work.bytes_moved / sample.seconds / base.memory_bandwidth)
         if sample.work.bytes_moved >= beyond:
             rates["bandwidth_gb_per_s"].append(sample.work.bytes_moved / sample.seconds / GB)
     levels = {level.name: level for level in base.datasheet.topology}
-    for series in measured_series(rows, base):
+    all_series = measured_series(rows, base)
+    for row in timed(rows, "collective"):
+        size, seconds = row.message_bytes or 0, (row.time_us or 0.0) / US_PER_S
+        _check_possible(row, size / seconds / levels[row.level].bandwidth)
+    for series in all_series:
         level = levels[series.level]
         curves = base.coefficients.collectives.get(series.level, {}).get(series.collective, ())
         if algorithm_of(series, curves, level) != "nvls":
             rates[f"{series.level} GB/s"] += [bandwidth for _, bandwidth in series.points]
     return {what: rounded(float(np.median(sorted(found)[-SAMPLES:]))) for what, found in rates.items()}
+
+
+def _check_possible(row: Measurement, share: float) -> None:
+    """Raise `InputError` for a rate, as a share of the base's, that no device comes near."""
+    if share > IMPOSSIBLE:
+        raise InputError(
+            f"{title(row)}: {row.time_us:g} us is {share:.0e} times as fast as the base allows; it is no measurement, "
+            "remove its row"
+        )
 
 
 def _raised(sheet: Datasheet, exceeded: Mapping[str, float]) -> Datasheet:

@@ -88,8 +88,10 @@ def _rows_text(classes: Sequence[ClassFit]) -> str:
 def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name: str) -> FittedProfile:
     """The profile that describes the measurements, completed by `base`.
 
-    Raises `InputError` where nothing usable was measured, or where the base is of another device.
+    Of rows that measure the same the last counts. Raises `InputError` where nothing usable was measured, or where
+    the base is of another device.
     """
+    measurements = list({row.key: row for row in measurements}.values())
     environment = {row.name: row.text for row in measurements if row.kind == "environment" and row.text}
     start, raised = datasheet_for(measurements, base)
     draft = _Draft(start, environment.get("date", base.as_of))
@@ -100,7 +102,7 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
         classes += fit.classes
     _measured_by_themselves(measurements, draft)
     if not draft.measured:
-        raise InputError("raw file: no measurement has a result; run calibrate again, or give another raw file")
+        raise InputError("no measurement has a result; run calibrate again, or give another raw file")
     composed = check_over_nodes(measurements, draft.profile)
     classes += [composed] if composed else []
     kept = tuple(path for path, _ in leaves(draft.profile.coefficients) if path not in draft.measured)

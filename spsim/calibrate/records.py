@@ -8,16 +8,49 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spsim.errors import InputError, first_problem
+from spsim.hardware import CollectiveName, MemoryBoundFractions
 
 Kind = Literal["environment", "gemm", "attention", "memory_bound", "launch", "collective", "interference", "memory"]
 Clock = Literal["cuda_events", "thread_cpu", "wall"]
+
+
+DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
+Count = Annotated[int, Field(gt=0, lt=2**40)]
+Ranks = Annotated[int, Field(gt=0, lt=2**20)]
+Size = Annotated[int, Field(gt=0, lt=2**50)]
+"""Of bytes or elements: less than a PiB."""
+Microseconds = Annotated[float, Field(ge=1e-3, lt=1e9)]
+"""From a nanosecond, about one clock of the device, to a quarter of an hour."""
+NAMES: Mapping[str, Sequence[str]] = {
+    "gemm": ("forward", "dgrad", "wgrad"),
+    "attention": ("forward", "backward"),
+    "memory_bound": ("*_forward", "*_backward", "add", "copy", "adam"),
+    "launch": ("stream_*", "host_add", "graph_add"),
+    "collective": get_args(CollectiveName),
+    "interference": [
+        f"{a}_beside_{b}" for name in get_args(CollectiveName) for a, b in (("gemm", name), (name, "gemm"))
+    ],
+    "memory": ("context", "communicator", "allocated", "reserved", "norm_statistics"),
+}
+"""Names of each kind, as patterns; the environment may have any."""
+NEEDED: Mapping[str, Sequence[str]] = {
+    "gemm": ("dtype", "m", "n", "k"),
+    "attention": ("dtype", "queries", "keys", "heads", "head_dim", "causal"),
+    "memory_bound": ("dtype", "operator_class", "bytes_moved"),
+    "collective": ("level", "ranks", "message_bytes"),
+}
+"""Columns without which a time says nothing."""
+NUMBERS = {"ranks": 1, "nodes": 1, "cache_bytes": 0}
+"""Environment rows that are whole numbers, and the smallest that each may be."""
 
 
 class Measurement(BaseModel):
@@ -28,34 +61,34 @@ class Measurement(BaseModel):
     kind: Kind
     name: str
     """What was measured: forward, dgrad, wgrad; layer_norm_backward; all_reduce; context; torch; and so on."""
-    dtype: str = ""
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})?$")] = ""
     operator_class: str = ""
     """Of a memory-bound kernel: elementwise, norm, softmax, dropout, embedding, cross_entropy, optimizer."""
-    m: int | None = None
-    n: int | None = None
-    k: int | None = None
-    batch: int | None = None
-    accumulated: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    queries: int | None = None
-    keys: int | None = None
+    m: Count | None = None
+    n: Count | None = None
+    k: Count | None = None
+    batch: Count | None = None
+    accumulated: Size | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    head_dim: Count | None = None
+    queries: Count | None = None
+    keys: Count | None = None
     causal: bool | None = None
-    bytes_moved: int | None = None
+    bytes_moved: Size | None = None
     """Of a kernel, or asked of the allocator."""
     level: str = ""
     """Level of the topology that a collective was measured on."""
-    ranks: int | None = None
-    nodes: int | None = None
-    message_bytes: int | None = None
+    ranks: Ranks | None = None
+    nodes: Ranks | None = None
+    message_bytes: Size | None = None
     """As nccl-tests count: the whole array, the per-rank buffer for all-to-all and send-receive."""
     clock: Clock | None = None
-    repeats: int | None = None
-    time_us: float | None = None
+    repeats: Count | None = None
+    time_us: Microseconds | None = None
     """Median."""
-    p10_us: float | None = None
-    p90_us: float | None = None
+    p10_us: Microseconds | None = None
+    p90_us: Microseconds | None = None
     value: float | None = None
     """Of what is not a time: bytes; of interference the share of its rate that one loses beside the other."""
     text: str = ""
@@ -68,10 +101,59 @@ class Measurement(BaseModel):
     def _empty_is_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value == "" and info.field_name not in REQUIRED else value
 
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        names = NAMES.get(self.kind, ("*",))
+        if not any(fnmatchcase(self.name, pattern) for pattern in names):
+            raise ValueError(f"{self._row} is none that calibrate measures; its name is one of {', '.join(names)}")
+        if self.operator_class not in ("", *MemoryBoundFractions.model_fields):
+            classes = ", ".join(MemoryBoundFractions.model_fields)
+            raise ValueError(f"{self._row} is of the class {self.operator_class!r}; use one of {classes}")
+        if self.time_us is not None and not self.skipped:
+            for name in NEEDED.get(self.kind, ()):
+                if getattr(self, name) in (None, ""):
+                    raise ValueError(f"{self._row} has no {name}; measure it again")
+        self._check_ranks()
+        self._check_value()
+        if self.kind == "environment":
+            _check_fact(self.name, self.text)
+        return self
+
+    def _check_ranks(self) -> None:
+        if self.kind in ("collective", "interference") and self.ranks == 1:
+            raise ValueError(f"{self._row} has 1 rank; a collective takes at least 2")
+        if self.ranks and self.ranks % (self.nodes or 1):
+            raise ValueError(f"{self._row} has {self.ranks} ranks on {self.nodes} nodes; nodes hold equally many")
+
+    def _check_value(self) -> None:
+        low, high = (-1, 1) if self.kind == "interference" else (0, 2**50)
+        if self.value is not None and not low <= self.value <= high:
+            raise ValueError(f"{self._row} has the value {self.value:g}; it is from {low} to {high}")
+
+    @property
+    def _row(self) -> str:
+        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind} row ({self.name})"
+
     @property
     def key(self) -> tuple[object, ...]:
         """What was measured, without the result: equal keys are the same measurement."""
         return tuple(value for name, value in self if name not in RESULTS)
+
+
+def _check_fact(name: str, text: str) -> None:
+    """Raise `ValueError` for a text of the environment that is not what its name says."""
+    if name in NUMBERS and not (text.isdecimal() and len(text) < 16 and int(text) >= NUMBERS[name]):
+        raise ValueError(f"the environment's {name} is {text!r}; it is a whole number from {NUMBERS[name]}")
+    if name == "date" and not (len(text) == len("2026-01-31") and _is_date(text)):
+        raise ValueError(f"the environment's date is {text!r}; write it as 2026-01-31")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 REQUIRED = frozenset({"kind", "name"})

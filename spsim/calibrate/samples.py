@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.calibrate.records import Measurement
+from spsim.calibrate.session import title
+from spsim.calibrate.shapes import MEMORY_BOUND
 from spsim.compute_cost import ComputeCost
 from spsim.errors import InputError
-from spsim.hardware import HardwareProfile, MemoryBoundFractions
+from spsim.hardware import HardwareProfile
 from spsim.units import US_PER_S
 from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 
@@ -50,19 +52,18 @@ def timed(rows: Iterable[Measurement], kind: str) -> list[Measurement]:
 
 def gemm_samples(rows: Sequence[Measurement]) -> list[Sample]:
     """Matrix products; the shape of a layer is the same for forward and both gradients."""
-    return [_sample(row, f"gemm {row.dtype}", _gemm, ("m", "n", "k")) for row in timed(rows, "gemm")]
+    return [_sample(row, f"gemm {row.dtype}", _gemm) for row in timed(rows, "gemm")]
 
 
 def attention_samples(rows: Sequence[Measurement]) -> list[Sample]:
     """Flash attention by direction and masking."""
-    needed = ("queries", "keys", "heads", "head_dim", "causal")
-    return [_sample(row, _attention_group(row), _attention, needed) for row in timed(rows, "attention")]
+    return [_sample(row, _attention_group(row), _attention) for row in timed(rows, "attention")]
 
 
 def memory_samples(rows: Sequence[Measurement], cache_bytes: float) -> list[Sample]:
     """Memory-bound kernels by operator class."""
     return [
-        _sample(row, row.operator_class, _memory_bound, ("bytes_moved",), (row.bytes_moved or 0) > cache_bytes)
+        _sample(row, row.operator_class, _memory_bound, (row.bytes_moved or 0) > cache_bytes)
         for row in timed(rows, "memory_bound")
     ]
 
@@ -71,20 +72,11 @@ def _sample(
     row: Measurement,
     group: str,
     work: Callable[[Measurement], Work],
-    needed: Sequence[str],
     beyond_cache: bool = False,
 ) -> Sample:
-    check_complete(row, needed)
     made = work(row)
     stratum = (row.dtype, isinstance(made, MemoryBound) and made.backward, row.head_dim, beyond_cache)
     return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
-
-
-def check_complete(row: Measurement, needed: Sequence[str]) -> None:
-    """Raise `InputError` where a row lacks what it is about."""
-    missing = [name for name in needed if not getattr(row, name) and getattr(row, name) is not False]
-    if missing:
-        raise InputError(f"raw file: a {row.kind} row ({row.name}) has no {missing[0]}; measure it again")
 
 
 def _shape(row: Measurement) -> Hashable:
@@ -113,11 +105,9 @@ def _attention(row: Measurement) -> FlashAttention:
 
 
 def _memory_bound(row: Measurement) -> MemoryBound:
-    if row.operator_class not in MemoryBoundFractions.model_fields:
-        raise InputError(
-            f"raw file: {row.name} is of the class {row.operator_class!r}; use one of "
-            f"{', '.join(MemoryBoundFractions.model_fields)}"
-        )
+    operator, _, direction = row.name.rpartition("_")
+    if row.name not in MEMORY_BOUND and (operator not in MEMORY_BOUND or direction not in ("forward", "backward")):
+        raise InputError(f"{title(row)}: there is no such operator; use one of {', '.join(MEMORY_BOUND)}")
     backward = row.name.endswith("_backward")
     return MemoryBound(row.operator_class, row.bytes_moved or 0, backward)  # type: ignore[arg-type]
 

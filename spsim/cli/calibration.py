@@ -17,9 +17,9 @@ from spsim.calibrate.launch import measure
 from spsim.calibrate.records import read_measurements
 from spsim.calibrate.session import RAW_FILE, Note, Report, Settings
 from spsim.calibrate.session import Progress as Standing
-from spsim.cli.app import app, make_directory, open_console
+from spsim.cli.app import app, make_directory, open_console, staging
 from spsim.errors import InputError
-from spsim.profiles import load_profile
+from spsim.profiles import load_profile, profile_names
 from spsim.ranks.at_hand import check_installed, is_leader
 
 
@@ -57,6 +57,7 @@ def calibrate(
         _follow(settings)
         return
     _check_profile_path(out)
+    make_directory(out.parent.absolute())
     make_directory(settings.raw, option="--raw")
     with _progress_bar() as show:
         measure(settings, show)
@@ -77,7 +78,10 @@ def _check_profile_path(out: Path) -> None:
         raise InputError(f"--out {str(out)!r}: a profile is a .toml file; give its name this ending")
     if out.is_dir():
         raise InputError(f"{out}: is a directory; give --out the name of a file")
-    make_directory(out.parent.absolute())
+    if out.stem in profile_names():
+        raise InputError(
+            f"--out {str(out)!r}: --hardware {out.stem} is the shipped profile of this name; choose another file name"
+        )
     if out.exists() and not os.access(out, os.W_OK):
         raise InputError(f"{out}: is not writable; give another --out")
 
@@ -110,10 +114,16 @@ def _fit(raw: Path, base: str | None, out: Path) -> None:
     from spsim.calibrate.profile_file import write_profile
 
     rows = read_measurements(raw)
-    fitted = fit_profile(rows, base_of_rows(base, rows), out.stem)
+    start = base_of_rows(base, rows)
+    try:
+        fitted = fit_profile(rows, start, out.stem)
+    except InputError as error:
+        raise InputError(f"{raw}: {error}") from None
+    figure = plots.plot_calibration(fitted.frame, limit_percent=LIMIT_PERCENT, note=out.stem)
     picture = out.with_suffix(".png")
-    plots.save(plots.plot_calibration(fitted.frame, limit_percent=LIMIT_PERCENT, note=out.stem), picture)
-    write_profile(fitted.profile, out)
+    with staging(out.parent.absolute()) as directory:
+        plots.save(figure, directory / picture.name)
+        write_profile(fitted.profile, directory / out.name)
     console = open_console()
     console.print(report.calibration_table(fitted))
     for line in report.calibration_lines(fitted):
