@@ -84,7 +84,7 @@ def plot_timelines(
 ) -> Figure:
     """One rank of each run, the one with most computation, on one time axis, with the total times.
 
-    The runs are plans, the first of them simulated, or a plan simulated and then measured.
+    The runs are plans, or one plan measured and then simulated; differences are against the first.
     """
     views = {name: busiest_view(_trace_of(run), layer, micro_batch, phases) for name, run in results.items()}
     reference, first = next(iter(views.items()))
