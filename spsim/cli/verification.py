@@ -45,7 +45,7 @@ from spsim.workload import Precision
 
 REPEATS, PROFILED = 10, 5
 QUICK_REPEATS, QUICK_PROFILED = 5, 3
-PROFILED_PASS = "measured, profiled"
+PROFILED_PASS = "the profiled pass"
 """The pass whose timeline is drawn."""
 
 
@@ -158,8 +158,8 @@ def _write(found: Verification, out: Path) -> list[str]:
         for case in last.values():
             timelines = plots.plot_timelines(
                 {PROFILED_PASS: case.measured, "simulated": case.simulated},
-                title=f"{case.case.name}, {found.hardware.name}: simulated, and one pass under torch.profiler, which "
-                f"is not the median of the timed ones; load average {case.load_average:.1f}",
+                title=f"{case.case.name}, {found.hardware.name}: simulated against measured",
+                note=report.profiled_note(found, case),
             )
             plots.save(timelines, directory / f"timeline-{case.case.slug}.png")
         return file_names(directory)

@@ -42,8 +42,17 @@ def warnings(found: Verification) -> Iterator[str]:
 
 def circumstances(found: Verification) -> str:
     """What a reader of a picture must know."""
-    caution = "" if found.times_comparable else "times cannot be compared · "
-    return f"{caution}{headline(found)} · medians of the slowest rank, bars p10–p90 · {_load(found)}"
+    return f"{_caution(found)}{headline(found)} · medians of the slowest rank, bars p10–p90 · {_load(found)}"
+
+
+def _caution(found: Verification) -> str:
+    return "" if found.times_comparable else "times cannot be compared · "
+
+
+def profiled_note(found: Verification, case: CaseComparison) -> str:
+    """What a reader of a timeline must know."""
+    profiled = "the profiled pass is not the median of the timed ones"
+    return f"{_caution(found)}{profiled} · load average {case.load_average:.1f}"
 
 
 def _load(found: Verification) -> str:
