@@ -5,10 +5,12 @@ another one. Under 30 s.
 """
 
 import json
+from io import StringIO
 from math import hypot
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from spsim import Scenario, Workload, plots, report, simulate
 from spsim.calibrate.catalogue import collective_rows, compute_rows
@@ -22,6 +24,7 @@ from spsim.calibrate.samples import Batch, attention_samples, gemm_samples, memo
 from spsim.calibrate.solver import halves
 from spsim.cli import main
 from spsim.comm_cost import CommCost
+from spsim.comparison import PlanAccount, PlanComparison
 from spsim.errors import InputError
 from spsim.hardware import Bandwidth, KernelRates, NonNegative, leaves
 from spsim.profiles import load_profile, parse_profile, profile_names
@@ -546,6 +549,35 @@ def test_band_of_one_gpu_by_hand():
     assert result.flagged == ("memory_bound.norm",)
 
 
+def test_a_flagged_start_concerns_every_kernel():
+    result = small(with_errors(H100, {"gemm.fraction.bf16": 10.0, "kernel_overhead_us": 70.0}))
+    assert result.flagged == ("kernel_overhead_us",)
+
+
+def compared(error):
+    """One GPU without and with recomputation of the layer, and the change of the step in percent."""
+    results = [small(with_errors(H100, {"gemm.fraction.bf16": error}), plan) for plan in ("", "recompute=full")]
+    accounts = tuple(PlanAccount(name, name, result) for name, result in zip(("A", "B"), results, strict=True))
+    return PlanComparison(accounts), 100 * (results[1].step_time_s / results[0].step_time_s - 1)
+
+
+def test_a_comparison_tells_what_is_within_the_band():
+    """The rule: smaller than the larger of both half-widths; wide and narrow bands of the same plans."""
+    wide, change = compared(90.0)
+    bands = [account.result.error_band.step_time_percent for account in wide.accounts]
+    assert abs(change) < max(bands)
+    lines = report.comparison_lines(wide)
+    assert f"within the error band of ±{max(bands):.1f} %" in lines[0]
+    assert "A and B: the calibration missed its error limit for: gemm.fraction.bf16" in lines
+    cells = [list(column.cells) for column in report.plans_table(wide).columns]
+    (index,) = [i for i, quantity in enumerate(cells[0]) if quantity == "error band"]
+    assert [f"step ±{band:.1f} %" in cells[k + 1][index] for k, band in enumerate(bands)] == [True, True]
+    narrow, _ = compared(0.001)
+    lines = report.comparison_lines(narrow)
+    assert "within" not in lines[0]
+    assert not any("missed" in line for line in lines)
+
+
 def test_band_counts_communication_that_nothing_hides():
     """tp=8, the all-reduce is off by 50 % and products by nothing: half of the exposed share of the step."""
     (ring, nvls) = H100.coefficients.collectives["nvlink"]["all_reduce"]
@@ -600,6 +632,20 @@ def test_the_table_has_a_row_a_class(fitted):
     assert {"gemm bf16", "norm", "attention forward causal", "kernel start"} <= set(names)
 
 
+def test_the_report_fits_eighty_columns_and_names_the_coefficients(fitted):
+    console = Console(width=80, file=StringIO())
+    console.print(report.calibration_table(fitted))
+    text = console.file.getvalue()
+    assert "…" not in text
+    for one in fitted.classes:
+        assert sum(line.strip().startswith(f"{one.name} ") for line in text.splitlines()) == 1
+    lines = list(report.calibration_lines(fitted))
+    (gemm,) = [line for line in lines if line.startswith("gemm bf16: ")]
+    value = fitted.profile.coefficients.gemm.fraction["bf16"].value
+    assert f"fraction of peak {value:g}" in gemm
+    assert not any("latency_us" in line or "start_us" in line for line in lines if ": " in line)
+
+
 def test_operators_that_one_description_does_not_serve_are_named(truth):
     """RMSNorm takes three times as long as LayerNorm for its bytes: no rate describes both."""
     rows = [
@@ -611,6 +657,16 @@ def test_operators_that_one_description_does_not_serve_are_named(truth):
     (line,) = [line for line in report.calibration_lines(found) if line.startswith("norm: its operators differ")]
     assert "rms_norm" in line.partition(" and ")[0]
     assert "layer_norm" in line.partition(" and ")[2]
+
+
+def test_a_picture_of_one_class_is_square_and_explains_its_band(fitted):
+    figure = plots.plot_calibration(fitted.frame[fitted.frame["class"] == "norm"], limit_percent=LIMIT_PERCENT)
+    (axes,) = figure.axes
+    box = axes.get_window_extent()
+    assert box.width == pytest.approx(box.height)
+    assert f"within ±{LIMIT_PERCENT} % of the measurement" in [
+        text.get_text() for text in figure.legends[0].get_texts()
+    ]
 
 
 def test_the_picture_marks_flagged_classes(fitted):

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from spsim import Model, load_profile, plots
+from spsim.calibrate.coefficients import leaf_at, with_leaves
 from spsim.cli import main
 from spsim.cli import verification as command
 from spsim.errors import InputError
@@ -172,7 +173,38 @@ def test_finished_cases_are_shown_when_a_rank_is_lost(found, monkeypatch, tmp_pa
 def test_a_profile_of_another_device_is_told(found, monkeypatch, capsys):
     with instead(monkeypatch, dataclasses.replace(found, hardware=load_profile("dgx-h100"))):
         _, out, _ = run_main(ARGUMENTS, capsys)
-    assert "times cannot" in out
+    assert out.startswith("times cannot be compared: dgx-h100 describes NVIDIA H100")
+    rows = [line for line in out.splitlines() if " forward " in line and " 128×" in line and "[" in line]
+    assert len(rows) == len(found.cases)
+    assert not any("%" in row for row in rows)
+    assert "Error of simulated times" not in out
+
+
+def test_captions_explain_and_lines_have_no_trailing_blanks(found, monkeypatch, capsys):
+    with instead(monkeypatch, found):
+        _, out, _ = run_main(ARGUMENTS, capsys)
+    words = " ".join(out.split())
+    for text in ("sequence × micro-batch × hidden", "simulated / measured − 1", "CPU time of the whole pass", "Kept:"):
+        assert text in words
+    assert not [line for line in out.splitlines() if line.endswith(" ")]
+
+
+def test_flagged_classes_in_use_are_named_once(found, monkeypatch, capsys):
+    """The gemm coefficient of every case is flagged, that of fp16 products is used by none."""
+    flags = {"gemm.fraction.fp32": 30.0, "gemm.fraction.fp16": 30.0}
+    profile = with_leaves(
+        CPU,
+        {
+            path: leaf_at(CPU, path).model_copy(update={"held_out_error_percent": error, "flagged": True})
+            for path, error in flags.items()
+        },
+    )
+    flagged = [dataclasses.replace(case, simulated=predict(case.case, profile).result) for case in found.cases[:2]]
+    changed = dataclasses.replace(found, hardware=profile, cases=flagged)
+    assert changed.to_json()["flagged"] == ["gemm.fraction.fp32"]
+    with instead(monkeypatch, changed):
+        _, out, _ = run_main(ARGUMENTS, capsys)
+    assert out.count("missed its error limit for: gemm.fraction.fp32\n") == 1
 
 
 def test_under_torchrun():

@@ -138,7 +138,7 @@ def _class(path: str, group: Sequence[Series], level: Level) -> ClassFit:
     held_out = np.array([time for series in group for time in _left_out_times(series, level)])
     fitted = np.array([_time(series, level, size) for series in group for size in series.sizes])
     found = {
-        f"{series.ranks} ranks": f"latency_us {series.latency * US_PER_S:.4g}, "
+        f"{series.ranks} ranks": f"latency {series.latency * US_PER_S:.4g} us, "
         f"up to {max(rate for _, rate in series.points):g} GB/s"
         for series in group
     }

@@ -147,5 +147,5 @@ def _kernel(part: ClassFit) -> str:
 
 
 def _rates_text(part: ClassFit) -> str:
-    units = {"memory_gb_per_s": "{} GB/s", "cache_gb_per_s": "{} in cache", "start_us": "start_us {}"}
-    return " / ".join(units[name].format(value) for name, value in part.coefficients.items())
+    units = {"memory_gb_per_s": "memory {} GB/s", "cache_gb_per_s": "cache {} GB/s", "start_us": "start {} us"}
+    return ", ".join(units[name].format(value) for name, value in part.coefficients.items())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -33,8 +34,21 @@ app = typer.Typer(
 
 def open_console() -> Console:
     """A console that wraps nothing where output is not a terminal."""
-    plain = not sys.stdout.isatty()
-    return Console(width=max(MIN_WIDTH, Console().width) if plain else None, highlight=False, markup=False)
+    if sys.stdout.isatty():
+        return Console(highlight=False, markup=False)
+    width = max(MIN_WIDTH, Console().width)
+    return Console(file=cast("IO[str]", _Unpadded()), width=width, highlight=False, markup=False)
+
+
+class _Unpadded:
+    """Standard output without the blanks with which tables fill their lines."""
+
+    def write(self, text: str) -> int:
+        """Pass on the text; the console writes whole lines."""
+        return sys.stdout.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
 
 
 def print_json(document: Any) -> None:

@@ -45,6 +45,8 @@ from spsim.workload import Precision
 
 REPEATS, PROFILED = 10, 5
 QUICK_REPEATS, QUICK_PROFILED = 5, 3
+PROFILED_PASS = "the profiled pass"
+"""The pass whose timeline is drawn."""
 
 
 @app.command()
@@ -129,7 +131,8 @@ def _show(found: Verification, out: Path | None, *, as_json: bool) -> None:
         print_json(found.to_json())
     elif found.cases:
         console = open_console()
-        console.print(report.headline(found), soft_wrap=True)
+        for line in (*report.warnings(found), report.headline(found)):
+            console.print(line, soft_wrap=True)
         console.print(report.time_table(found))
         console.print(report.count_table(found))
         for line in report.lines(found):
@@ -154,9 +157,9 @@ def _write(found: Verification, out: Path) -> list[str]:
         last = {(case.case.strategy, case.case.model.attention): case for case in found.cases}
         for case in last.values():
             timelines = plots.plot_timelines(
-                {"simulated": case.simulated, "measured": case.measured},
-                title=f"{case.case.name}, {found.hardware.name}: simulated, and measured under torch.profiler "
-                f"at load average {case.load_average:.1f}",
+                {PROFILED_PASS: case.measured, "simulated": case.simulated},
+                title=f"{case.case.name}, {found.hardware.name}: simulated against measured",
+                note=report.profiled_note(found, case),
             )
             plots.save(timelines, directory / f"timeline-{case.case.slug}.png")
         return file_names(directory)

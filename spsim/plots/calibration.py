@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from spsim.plots.figure import (
@@ -31,11 +32,15 @@ from spsim.plots.figure import (
 COLUMNS = 5
 LEFT, RIGHT, TOP, BOTTOM = 0.75, 0.15, 0.95, 0.85
 GAP_ACROSS, GAP_UP = 0.55, 0.62
+LARGEST = 2.8
+"""Inches of a panel where there are few."""
 TITLE = 9.5
 FLAG = "#CC3311"
 """Colour of what a flagged class is marked with."""
 OUTSIDE = "#555555"
 """Colour of classes that stand outside the layers."""
+BAND = "#E3E3E3"
+"""Colour of what is within the limit."""
 FITTED, HELD_OUT = "final coefficients", "held out: coefficients from other shapes"
 """What the filled and the hollow points are."""
 MARGIN = 1.5
@@ -48,21 +53,20 @@ def plot_calibration(frame: pd.DataFrame, *, limit_percent: float, note: str = "
     groups = list(frame.groupby("class", sort=False))
     columns = min(COLUMNS, len(groups))
     rows = -(-len(groups) // columns)
-    across = (WIDTH - LEFT - RIGHT - (columns - 1) * GAP_ACROSS) / columns
-    side = min(across, 2.3)
+    side = min((WIDTH - LEFT - RIGHT - (columns - 1) * GAP_ACROSS) / columns, LARGEST)
     figure = Figure(figsize=(WIDTH, TOP + BOTTOM + rows * side + (rows - 1) * GAP_UP))
     for index, (name, group) in enumerate(groups):
         row, column = divmod(index, columns)
         bottom = float(figure.get_figheight()) - TOP - (row + 1) * side - row * GAP_UP
-        axes = axes_at(figure, LEFT + column * (across + GAP_ACROSS), bottom, across, side)
+        axes = axes_at(figure, LEFT + column * (side + GAP_ACROSS), bottom, side, side)
         _panel(axes, str(name), group, limit_percent)
         if column == 0:
             axes.set_ylabel("fitted time", size=SMALL_SIZE)
         if index + columns >= len(groups):
             axes.set_xlabel("measured time", size=SMALL_SIZE)
-    subtitle = f"time of one call · band: within {limit_percent:g} % of the measurement · % in a panel: 90th percentile"
+    subtitle = "time of one call · % in a panel: 90th percentile of the held-out error"
     add_title(figure, "Calibration: measured against fitted", f"{note} · {subtitle}" if note else subtitle)
-    _legend(figure, flagged=bool(frame["flagged"].any()))
+    _legend(figure, limit_percent, flagged=bool(frame["flagged"].any()))
     return figure
 
 
@@ -73,7 +77,7 @@ def _panel(axes: Axes, name: str, group: pd.DataFrame, limit_percent: float) -> 
     low, high = np.nanmin(times) / MARGIN, np.nanmax(times) * MARGIN
     line = np.array([low, high])
     axes.fill_between(
-        line, line * (1 - limit_percent / 100), line * (1 + limit_percent / 100), color="#EEEEEE", linewidth=0
+        line, line * (1 - limit_percent / 100), line * (1 + limit_percent / 100), color=BAND, linewidth=0
     )  # fmt: skip
     axes.plot(line, line, color=MUTED, linewidth=0.8)
     axes.plot(group["measured_us"], group["held_out_us"], **_hollow(colour))
@@ -142,11 +146,12 @@ def _filled(colour: str) -> dict[str, Any]:
     return {"marker": "o", "markersize": 2.6, "markerfacecolor": colour, "markeredgecolor": "none", "linestyle": "none"}
 
 
-def _legend(figure: Figure, flagged: bool) -> None:
+def _legend(figure: Figure, limit_percent: float, *, flagged: bool) -> None:
     entries = [
         Line2D([], [], label=FITTED, **_filled(MUTED)),
         Line2D([], [], label=HELD_OUT, **_hollow(MUTED)),
         Line2D([], [], label="fitted = measured", color=MUTED, linewidth=0.8),
+        Patch(facecolor=BAND, label=f"within ±{limit_percent:g} % of the measurement"),
     ]
     if flagged:
         entries.append(Line2D([], [], label="flagged: missed the limit", color=FLAG, linewidth=1.6))

@@ -82,10 +82,12 @@ def plot_timelines(
     micro_batch: int = 0,
     phases: Sequence[str] | None = None,
     title: str | None = None,
+    note: str = "",
 ) -> Figure:
     """One rank of each run, the one with most computation, on one time axis, with the total times.
 
-    The runs are plans, the first of them simulated, or a plan simulated and then measured.
+    The runs are plans, or one plan measured and then simulated; differences are against the first. The note
+    ends the line below the title.
     """
     views = {name: busiest_view(_trace_of(run), layer, micro_batch, phases) for name, run in results.items()}
     reference, first = next(iter(views.items()))
@@ -98,7 +100,7 @@ def plot_timelines(
     add_title(
         figure,
         title or _title(simulated, len(views), layer),
-        " · ".join([*settings, "one rank of each", *_cut(views.values())]),
+        " · ".join([*settings, "one rank of each", *_cut(views.values()), *([note] if note else [])]),
     )
     return figure
 

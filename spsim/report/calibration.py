@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.table import Table
 
 from spsim.report.table import table
+from spsim.work import MemoryBoundClass
 
 if TYPE_CHECKING:
     from spsim.calibrate.outcome import ClassFit, FittedProfile
 
 
+NOT_CHECKED = "not checked"
+"""Instead of a flag, where too few shapes were measured to leave some out."""
+WORDS = {
+    "kernel_overhead_us": "start of a kernel {} us",
+    "start_us": "start {} us",
+    "weight_gradient_rate": "rate of the weight gradient {} of forward",
+    "accumulation_exposed": "exposed share of gradient accumulation {}",
+    "traffic_exposed": "exposed share of the shorter of arithmetic and memory traffic {}",
+    "fraction": "fraction of peak {}",
+    "half_tokens": "half of it reached at {} tokens",
+    "block_tokens": "block of {} tokens under the causal mask",
+    **dict.fromkeys(("fp32", "bf16", "fp16"), "fraction of peak {}"),
+    **dict.fromkeys(get_args(MemoryBoundClass), "fraction of the memory bandwidth {}"),
+}
+"""What a coefficient is called beside its number."""
+
+
 def calibration_table(fitted: FittedProfile) -> Table:
-    """A row a class: measurements, coefficients, and errors on shapes that they were not fitted on."""
-    columns = ["class", "rows", "coefficients", "median", "90th percentile", "largest", "flag"]
-    made = table(f"Calibration of {fitted.profile.name}: held-out errors", columns, numbers=[columns[1], *columns[3:6]])
+    """A row a class: the number of measurements, and errors on shapes that its coefficients were not fitted on."""
+    columns = ["class", "rows", "median", "p90", "largest", "flag"]
+    made = table(f"Calibration of {fitted.profile.name}: held-out errors", columns, numbers=columns[1:5])
     made.columns[0].no_wrap = True
     for one in fitted.classes:
-        made.add_row(one.name, str(len(one.measured)), _coefficients(one.coefficients), *_errors(one))
+        made.add_row(one.name, str(len(one.measured)), *_errors(one))
     made.caption = (
-        "Errors of the time on shapes (of collectives: sizes) that were left out of the fit, half at a time; the "
-        "coefficients are of all rows. A class whose 90th percentile is above 20 % is flagged, as is every result "
-        "that uses it"
+        "Errors of the time on shapes (of collectives: sizes) that were left out of the fit, half at a time; p90: "
+        "90th percentile. A class whose p90 is above 20 % is flagged, as is every result that uses it. "
+        f"{NOT_CHECKED.capitalize()}: too few shapes"
     )
     made.caption_justify = "left"
     return made
@@ -32,14 +50,29 @@ def calibration_table(fitted: FittedProfile) -> Table:
 def _errors(one: ClassFit) -> tuple[str, str, str, str]:
     errors = one.errors
     if errors is None:
-        return "–", "–", "–", "not checked: too few shapes"
+        return "–", "–", "–", NOT_CHECKED
     return (
         f"{errors.median:.1f} %", f"{errors.p90:.1f} %", f"{errors.max:.1f} %", "flagged" if one.flagged else ""
     )  # fmt: skip
 
 
+def coefficient_lines(fitted: FittedProfile) -> Iterator[str]:
+    """A line a class: its coefficients, of all rows, in words and with their units."""
+    for one in fitted.classes:
+        yield f"{one.name}: {_coefficients(one.coefficients)}"
+
+
 def _coefficients(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items()) or "none: composed of others"
+    """Parts with several figures are divided by semicolons."""
+    words = [_in_words(name, value) for name, value in values.items()]
+    return ("; " if any(", " in text for text in words) else ", ").join(words) or "composed of those of others"
+
+
+def _in_words(name: str, value: str) -> str:
+    """Such as `fraction of peak 0.876` of `bf16`; what has no such name is a part with figures of its own."""
+    base, _, head_size = name.partition(" at ")
+    text = WORDS[base].format(value) if base in WORDS else f"{name} {value}"
+    return f"{text} (head size {head_size})" if head_size else text
 
 
 APART = 1.5
@@ -55,7 +88,8 @@ def _apart(one: ClassFit) -> Iterator[str]:
 
 
 def calibration_lines(fitted: FittedProfile) -> Iterator[str]:
-    """What comes from the base, and notes."""
+    """Coefficients, notes, what comes from the base, and what is flagged."""
+    yield from coefficient_lines(fitted)
     for note in fitted.notes:
         yield f"note: {note}"
     if fitted.kept:

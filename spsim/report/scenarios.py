@@ -1,4 +1,4 @@
-"""Tables and sentences of scenarios: run, explain, compare, validate, list."""
+"""Tables and sentences of scenarios: run, explain, validate, list."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from spsim.comparison import Difference, PlanAccount, PlanComparison, grouped
 from spsim.explanation import Explanation, InsertedCommunication, OperatorExplanation
 from spsim.model import PRESETS
 from spsim.profiles import load_profile, profile_names
 from spsim.report.table import table
+from spsim.report.words import band, collective_counts, figure, missed, size, time
 from spsim.simulation import SCOPE, Result
-from spsim.uncertainty import ErrorBand
-from spsim.units import GIB, MIB, PS_PER_MS
+from spsim.units import GIB, MIB
 from spsim.validation import Comparison, Errors, Validation
 
 SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
@@ -37,13 +36,13 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     layers, micro_batches = result.scenario.model.layers, result.scenario.num_micro_batches
     yield (
         "step time",
-        _time(result.step_time_s),
+        time(result.step_time_s),
         f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[SCOPE]}",
     )
-    yield "layer forward", _time(result.layer_forward_s), _counts(counts["forward"])
-    yield "layer backward", _time(result.layer_backward_s), _counts(counts["backward"])
-    yield "exposed communication", _time(result.exposed_comm_s), "of the step, not hidden by any kernel"
-    yield "weight synchronisation", _time(result.weight_sync_s), "of the step, at its end"
+    yield "layer forward", time(result.layer_forward_s), collective_counts(counts["forward"])
+    yield "layer backward", time(result.layer_backward_s), collective_counts(counts["backward"])
+    yield "exposed communication", time(result.exposed_comm_s), "of the step, not hidden by any kernel"
+    yield "weight synchronisation", time(result.weight_sync_s), "of the step, at its end"
     yield (
         "MFU",
         f"{100 * result.mfu:.1f} %",
@@ -51,26 +50,16 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     )
     yield (
         "throughput",
-        f"{result.tokens_per_s_per_gpu:,.0f} tokens/s/GPU",
-        f"{result.tflops_per_gpu:.0f} TFLOP/s/GPU",
+        f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU",
+        f"{figure(result.tflops_per_gpu)} TFLOP/s/GPU",
     )
-    yield "peak memory", f"{result.peak_memory_gib:.2f} GiB", f"at {result.peak_operator}"
-    yield "device memory", f"{result.device_memory_gib:.2f} GiB", _fit(result)
+    yield "peak memory", size(result.peak_memory_gib * GIB), f"at {result.peak_operator}"
+    yield "device memory", size(result.device_memory_gib * GIB), _fit(result)
     yield (
         "kept per layer",
         f"{result.activation_bytes_per_layer / MIB:.1f} MiB",
         "activations and masks of one micro-batch",
     )
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.3f} s"
-    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
-
-
-def _counts(collectives: dict[str, int]) -> str:
-    return ", ".join(f"{n} {name.replace('_', '-')}" for name, n in collectives.items()) or "no communication"
 
 
 def _fit(result: Result) -> str:
@@ -86,20 +75,10 @@ def notes(result: Result) -> list[str]:
     if result.assumed:
         lines.append(f"assumed inputs used ({len(result.assumed)}): {', '.join(result.assumed)}")
     if result.flagged:
-        lines.append(f"the calibration missed its error limit for: {', '.join(result.flagged)}")
+        lines.append(missed(result.flagged))
     if result.error_band is not None:
-        lines.append(_band(result.error_band))
+        lines.append(band(result.error_band))
     return lines
-
-
-def _band(band: ErrorBand) -> str:
-    """The error band in one line."""
-    parts = {
-        "step": band.step_time_percent, "layer forward": band.layer_forward_percent,
-        "layer backward": band.layer_backward_percent,
-    }  # fmt: skip
-    known = ", ".join(f"{name} ±{percent:.1f} %" for name, percent in parts.items() if percent is not None)
-    return f"held-out errors of the calibration make {known}; they cover {100 * band.known_share:.0f} % of the step"
 
 
 def operator_table(result: Result, rows: int = 12) -> Table:
@@ -111,7 +90,7 @@ def operator_table(result: Result, rows: int = 12) -> Table:
     for row in result.operators.head(rows).to_dict("records"):
         share = row["time_ms"] / 1e3 / result.step_time_s
         made.add_row(
-            row["operator"], row["part"], row["operator_class"], row["lane"], _time(row["time_ms"] / 1e3),
+            row["operator"], row["part"], row["operator_class"], row["lane"], time(row["time_ms"] / 1e3),
             f"{100 * share:.1f} %", str(row["calls"]),
         )  # fmt: skip
     return made
@@ -170,138 +149,6 @@ def saving_lines(explanation: Explanation) -> list[str]:
         f"{saving['with_bytes'] / MIB:.1f} MiB with {explanation.with_}: {saving['saving_percent']:.1f} % less"
         for name, saving in explanation.parts.items()
     ]
-
-
-# compare
-
-
-def plans_table(comparison: PlanComparison) -> Table:
-    """The figures of the plans, a column each."""
-    accounts = comparison.accounts
-    scenario = accounts[0].result.scenario
-    title = (
-        f"{scenario.model.name} on {scenario.hardware.name}: sequence {scenario.workload.seq_len}, "
-        f"micro-batch {scenario.workload.micro_batch}"
-    )
-    made = table(title, ["quantity", *(account.name for account in accounts)])
-    columns = [dict(_plan_rows(account)) for account in accounts]
-    for quantity in columns[0]:
-        made.add_row(quantity, *(column[quantity] for column in columns))
-    return made
-
-
-def _plan_rows(account: PlanAccount) -> Iterable[tuple[str, str]]:
-    result = account.result
-    yield "plan", account.text or account.name
-    yield "GPUs", str(result.scenario.plan.gpus)
-    yield "layer forward", _time(result.layer_forward_s)
-    yield "layer backward", _time(result.layer_backward_s)
-    yield "step time", _time(result.step_time_s)
-    yield "throughput", f"{result.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
-    yield "peak memory", f"{result.peak_memory_gib:.2f} GiB, at {result.peak_operator}"
-    yield "device memory", f"{result.device_memory_gib:.2f} GiB of {result.capacity_gib:.1f} GiB"
-    yield "fits", "yes" if result.fits else f"no, from {result.out_of_memory_at} on"
-    yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB"
-    for phase, counts in result.collectives_per_layer.items():
-        yield f"collectives, {phase}", _counts(counts)
-    sent = result.comm_bytes_per_gpu_by_op.items()
-    yield (
-        "sent by a GPU in a step",
-        "\n".join(f"{name.replace('_', '-')} {size / GIB:.2f} GiB" for name, size in sent) or "nothing",
-    )
-
-
-def time_table(pair: Difference) -> Table:
-    """Where the time of a layer and of the step goes, and its difference, by part; parts add up to the total."""
-    before, after = pair.before, pair.after
-    names = [name.replace(" × ", " ×\n").replace(",", ",\n") for name in (*pair.names, "difference")]
-    columns = [f"{what}:\n{name}" for what in ("layer", "step") for name in names]
-    made = table(f"Time by part, ms: {before.name} → {after.name}", ["part", *columns], numbers=columns)
-    sides = [(before.layer, after.layer, pair.layer), (before.step, after.step, pair.step)]
-    for name in dict.fromkeys([*pair.layer, *pair.step]):
-        made.add_row(name, *(cell for side in sides for cell in _cells(side, name, PS_PER_MS, 3)))
-    made.add_section()
-    made.add_row("total", *(cell for side in sides for cell in _cells(side, None, PS_PER_MS, 3)))
-    made.caption = (
-        "Layer: forward and backward of the first layer and micro-batch, on the rank that ends last. Exposed: no "
-        "kernel runs meanwhile. Slowed: time that kernels lose while communication is posted"
-    )
-    made.caption_justify = "left"
-    return made
-
-
-def memory_table(pair: Difference) -> Table:
-    """What the fullest rank holds at its peak, and the difference, by category."""
-    columns = [pair.before.name, pair.after.name, "difference"]
-    made = table("Memory at the peak of the fullest rank, GiB", ["category", *columns], numbers=columns)
-    side = (pair.before.memory, pair.after.memory, pair.memory)
-    for name in pair.memory:
-        made.add_row(name, *_cells(side, name, GIB, 2))
-    made.add_section()
-    made.add_row("total", *_cells(side, None, GIB, 2))
-    return made
-
-
-def _cells(side: Sequence[dict[str, int]], name: str | None, unit: int, digits: int) -> list[str]:
-    """Both plans and the difference of one part, or of all together."""
-    first, second, change = (sum(parts.values()) if name is None else parts.get(name, 0) for parts in side)
-    return [f"{first / unit:.{digits}f}", f"{second / unit:.{digits}f}", _signed(change / unit, digits)]
-
-
-def _signed(amount: float, digits: int) -> str:
-    text = f"{amount:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
-
-
-def comparison_lines(comparison: PlanComparison) -> list[str]:
-    """Which plan is faster and which smaller, by how much, and the main reasons."""
-    accounts = comparison.accounts
-    lines = [line for pair in comparison.differences for line in (_time_line(pair), _memory_line(pair))]
-    if len({account.result.scenario.plan.gpus for account in accounts}) > 1:
-        lines.append("The plans use different numbers of GPUs: compare the throughput per GPU, not times.")
-    lines += [f"{a.name} does not fit in the device memory." for a in accounts if not a.result.fits]
-    if len(accounts) > 2:
-        fastest = min(accounts, key=lambda account: account.result.step_time_s)
-        smallest = min(accounts, key=lambda account: account.result.peak_memory_gib)
-        lines.append(f"Shortest step: {fastest.name}. Lowest peak of memory: {smallest.name}.")
-    return lines
-
-
-def _time_line(pair: Difference) -> str:
-    before, after = pair.before.name, pair.after.name
-    change, was = sum(pair.layer.values()), sum(pair.before.layer.values())
-    if not change:
-        return f"{after} takes as long as {before}: {was / PS_PER_MS:.3f} ms a layer."
-    step = 100 * sum(pair.step.values()) / sum(pair.before.step.values())
-    return (
-        f"{after} is {'faster' if change < 0 else 'slower'} than {before}: one layer, forward and backward, takes "
-        f"{(was + change) / PS_PER_MS:.3f} instead of {was / PS_PER_MS:.3f} ms ({_signed(100 * change / was, 1)} %; "
-        f"step {_signed(step, 1)} %). {_reasons(grouped(pair.layer), change, PS_PER_MS, 'ms')}"
-    )
-
-
-def _memory_line(pair: Difference) -> str:
-    change, was = sum(pair.memory.values()), sum(pair.before.memory.values())
-    if not change:
-        return f"{pair.after.name} has the same peak of memory as {pair.before.name}: {was / GIB:.2f} GiB."
-    return (
-        f"{pair.after.name} needs {'less' if change < 0 else 'more'} memory: {(was + change) / GIB:.2f} instead of "
-        f"{was / GIB:.2f} GiB at the peak ({_signed(100 * change / was, 1)} %). "
-        f"{_reasons(pair.memory, change, GIB, 'GiB')}"
-    )
-
-
-def _reasons(parts: dict[str, int], change: int, unit: int, name: str) -> str:
-    """The largest parts, three quarters of what goes the way of the difference, and the largest against it."""
-    ways = {part: amount * (1 if change > 0 else -1) for part, amount in parts.items()}
-    along = sorted((part for part in ways if ways[part] > 0), key=lambda part: -ways[part])
-    told: list[str] = []
-    while 4 * sum(ways[part] for part in told) < 3 * sum(ways[part] for part in along):
-        told.append(along[len(told)])
-    against = min(ways, key=lambda part: ways[part])
-    words = ", ".join(f"{part} {_signed(parts[part] / unit, 3)} {name}" for part in told)
-    but = f"; against it: {against} {_signed(parts[against] / unit, 3)} {name}" if ways[against] < 0 else ""
-    return f"Mainly: {words}{but}."
 
 
 # validate

@@ -8,6 +8,7 @@ from math import floor, log10
 from rich.table import Table
 
 from spsim.report.table import table
+from spsim.report.words import missed, signed
 from spsim.units import MIB
 from spsim.verify import CaseComparison, Quantity, Verification
 from spsim.verify.comparison import WALL
@@ -27,9 +28,31 @@ def headline(found: Verification) -> str:
     )
 
 
+def warnings(found: Verification) -> Iterator[str]:
+    """What must be known before the times are read."""
+    sheet = found.hardware.datasheet
+    if not found.times_comparable:
+        yield (
+            f"times cannot be compared: {found.hardware.name} describes {sheet.device}, but the layers ran on "
+            f"{found.environment.device}; bytes and collectives can"
+        )
+    if found.flagged:
+        yield missed(found.flagged)
+
+
 def circumstances(found: Verification) -> str:
     """What a reader of a picture must know."""
-    return f"{headline(found)} · medians of the slowest rank, bars p10–p90 · {_load(found)}"
+    return f"{_caution(found)}{headline(found)} · medians of the slowest rank, bars p10–p90 · {_load(found)}"
+
+
+def _caution(found: Verification) -> str:
+    return "" if found.times_comparable else "times cannot be compared · "
+
+
+def profiled_note(found: Verification, case: CaseComparison) -> str:
+    """What a reader of a timeline must know."""
+    profiled = "the profiled pass is not the median of the timed ones"
+    return f"{_caution(found)}{profiled} · load average {case.load_average:.1f}"
 
 
 def _load(found: Verification) -> str:
@@ -51,17 +74,42 @@ def time_table(found: Verification) -> Table:
         column.no_wrap = True
     for case in found.cases:
         for phase in PASSES:
-            cells = [_cells(case[name]) for name in (f"{phase}_compute_ms", f"{phase}_communication_ms", f"{phase}_ms")]
-            name, load = (case.case.name, f"{case.load_average:.1f}") if phase == PASSES[0] else ("", "")
-            made.add_row(name, phase, *(text for pair in cells for text in pair), load)
+            cells = [
+                _cells(case[name], errors=found.times_comparable)
+                for name in (f"{phase}_compute_ms", f"{phase}_communication_ms", f"{phase}_ms")
+            ]
+            title, load = (case.case.name, f"{case.load_average:.1f}") if phase == PASSES[0] else ("", "")
+            made.add_row(title, phase, *(text for pair in cells for text in pair), load)
+    made.caption, made.caption_justify = _time_caption(found), "left"
     return made
 
 
-def _cells(quantity: Quantity) -> list[str]:
+CASE = "Case: plan, attention kernel, sequence × micro-batch × hidden size."
+"""How the name of a case is read."""
+
+
+def _time_caption(found: Verification) -> str:
+    """How the columns are read, and why they are not of the same thing."""
+    cpu = found.environment.backend == "gloo"
+    sign = " and its error, simulated / measured − 1" if found.times_comparable else ""
+    compute = (
+        "CPU time of the whole pass, with Python, autograd and the host side of collectives; simulated: kernels alone"
+        if cpu
+        else "kernels of the device, measured and simulated"
+    )
+    return (
+        f"{CASE} Simulated: the time{sign}. Compute: {compute}. Communication: from the arrival of the last rank, "
+        "measured under torch.profiler in passes of its own, so it can be more than the pass. "
+        "Load: average of the last minute"
+    )
+
+
+def _cells(quantity: Quantity, *, errors: bool) -> list[str]:
     if not quantity.measured and not quantity.predicted:
         return ["–", "–"]
     spread = f"{_digits(quantity.measured)} [{_digits(quantity.p10)}–{_digits(quantity.p90)}]"
-    return [spread, f"{_digits(quantity.predicted)} {_percent(quantity)}"]
+    simulated = _digits(quantity.predicted)
+    return [spread, f"{simulated} {_percent(quantity)}" if errors else simulated]
 
 
 def _digits(value: float) -> str:
@@ -70,7 +118,7 @@ def _digits(value: float) -> str:
 
 
 def _percent(quantity: Quantity) -> str:
-    return f"{quantity.error_percent:+.0f} %".replace("-", "−")
+    return f"{signed(quantity.error_percent, 0)} %"
 
 
 def count_table(found: Verification) -> Table:
@@ -89,6 +137,12 @@ def count_table(found: Verification) -> Table:
             f"{statistics.predicted:,.0f}", *(_collectives(case, phase) for phase in PASSES),
             "yes" if case.bytes_equal and case.collectives_equal else "no",
         )  # fmt: skip
+    made.caption = (
+        f"{CASE} Kept: activations and masks that autograd holds on the fullest rank. Statistics: what else it holds, "
+        "mean and reciprocal deviation of norms and log-sum-exp of flash attention. AR all-reduce, AG all-gather, RS "
+        "reduce-scatter, A2A all-to-all, P2P send-receive; as measured"
+    )
+    made.caption_justify = "left"
     return made
 
 
@@ -111,21 +165,16 @@ def lines(found: Verification) -> Iterator[str]:
         f"kinds, numbers and bytes of collectives in {sum(case.collectives_equal for case in found.cases)} of {count}."
     )
     yield from _differences(found)
-    errors = "; ".join(
-        f"{kind} {error['median_percent']:.0f} % and {error['max_percent']:.0f} %"
-        for kind, error in found.errors().items()
-    )
-    yield f"Error of simulated times, median and largest: {errors}."
+    if found.times_comparable:
+        errors = "; ".join(
+            f"{kind} {error['median_percent']:.0f} % and {error['max_percent']:.0f} %"
+            for kind, error in found.errors().items()
+        )
+        yield f"Error of simulated times, median and largest: {errors}."
     yield (
         f"Meanwhile {_load(found)}, of which {found.ranks} are these ranks; wall-clock times of a busy machine say "
         "little."
     )
-    on_cpu, of_cpu = found.environment.backend == "gloo", _describes_cpu(found)
-    if on_cpu and not of_cpu:
-        yield (
-            f"note: {found.hardware.name} describes {found.hardware.datasheet.device}, but the layers ran on a CPU: "
-            "bytes and collectives can be compared, times cannot"
-        )
     for name, reason in found.skipped.items():
         yield f"skipped, {reason}: {name}"
 
@@ -138,7 +187,3 @@ def _differences(found: Verification) -> Iterator[str]:
                     f"differs: {case.case.name}: {quantity.name} is {quantity.measured:,.0f}, "
                     f"simulated {quantity.predicted:,.0f}"
                 )
-
-
-def _describes_cpu(found: Verification) -> bool:
-    return found.hardware.datasheet.topology[0].kind == "shared_memory"

@@ -93,6 +93,16 @@ class Verification:
     failure: str = ""
     """Why the run ended before its last case, if it did."""
 
+    @property
+    def times_comparable(self) -> bool:
+        """Whether the profile describes a CPU where the layers ran on one, and GPUs where they ran on those."""
+        return (self.environment.backend == "gloo") == (self.hardware.datasheet.topology[0].kind == "shared_memory")
+
+    @property
+    def flagged(self) -> tuple[str, ...]:
+        """Classes of coefficients that a case uses, and whose calibration missed its error limit."""
+        return tuple(sorted({name for case in self.cases for name in case.simulated.flagged}))
+
     def to_frame(self) -> pd.DataFrame:
         """One row per case and figure."""
         return pd.DataFrame(
@@ -119,6 +129,8 @@ class Verification:
             "ranks": self.ranks,
             "bytes_equal": all(case.bytes_equal for case in self.cases),
             "collectives_equal": all(case.collectives_equal for case in self.cases),
+            "times_comparable": self.times_comparable,
+            "flagged": list(self.flagged),
             "errors": self.errors(),
             "cases": [
                 {**_about(found), "quantities": [_figures(quantity) for quantity in found.quantities]}

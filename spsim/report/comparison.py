@@ -1,0 +1,162 @@
+"""Tables and sentences of a comparison of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from spsim.comparison import Difference, PlanAccount, PlanComparison, grouped
+from spsim.report.table import table
+from spsim.report.words import band_parts, collective_counts, figure, memory_unit, missed, signed, size, time
+from spsim.units import GIB, MIB, PS_PER_MS
+
+
+def plans_table(comparison: PlanComparison) -> Table:
+    """The figures of the plans, a column each."""
+    accounts = comparison.accounts
+    scenario = accounts[0].result.scenario
+    title = (
+        f"{scenario.model.name} on {scenario.hardware.name}: sequence {scenario.workload.seq_len}, "
+        f"micro-batch {scenario.workload.micro_batch}"
+    )
+    made = table(title, ["quantity", *(account.name for account in accounts)])
+    columns = [dict(_plan_rows(account)) for account in accounts]
+    for quantity in columns[0]:
+        made.add_row(quantity, *(column.get(quantity, "unknown") for column in columns))
+    return made
+
+
+def _plan_rows(account: PlanAccount) -> Iterable[tuple[str, str]]:
+    result = account.result
+    yield "plan", account.text or account.name
+    yield "GPUs", str(result.scenario.plan.gpus)
+    yield "layer forward", time(result.layer_forward_s)
+    yield "layer backward", time(result.layer_backward_s)
+    yield "step time", time(result.step_time_s)
+    if result.error_band is not None:
+        yield "error band", band_parts(result.error_band).replace(", ", "\n")
+    yield "throughput", f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU"
+    yield "peak memory", f"{size(result.peak_memory_gib * GIB)}, at {result.peak_operator}"
+    yield "device memory", f"{size(result.device_memory_gib * GIB)} of {result.capacity_gib:.1f} GiB"
+    yield "fits", "yes" if result.fits else f"no, from {result.out_of_memory_at} on"
+    yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB"
+    for phase, counts in result.collectives_per_layer.items():
+        yield f"collectives, {phase}", collective_counts(counts)
+    sent = result.comm_bytes_per_gpu_by_op.items()
+    yield (
+        "sent by a GPU in a step",
+        "\n".join(f"{name.replace('_', '-')} {size(sent_bytes)}" for name, sent_bytes in sent) or "nothing",
+    )
+
+
+def time_table(pair: Difference) -> Table:
+    """Where the time of a layer and of the step goes, and its difference, by part; parts add up to the total."""
+    before, after = pair.before, pair.after
+    names = [name.replace(" × ", " ×\n").replace(",", ",\n") for name in (*pair.names, "difference")]
+    columns = [f"{what}:\n{name}" for what in ("layer", "step") for name in names]
+    made = table(f"Time by part, ms: {before.name} → {after.name}", ["part", *columns], numbers=columns)
+    sides = [(before.layer, after.layer, pair.layer), (before.step, after.step, pair.step)]
+    for name in dict.fromkeys([*pair.layer, *pair.step]):
+        made.add_row(name, *(cell for side in sides for cell in _cells(side, name, PS_PER_MS, 3)))
+    made.add_section()
+    made.add_row("total", *(cell for side in sides for cell in _cells(side, None, PS_PER_MS, 3)))
+    made.caption = (
+        "Layer: forward and backward of the first layer and micro-batch, on the rank that ends last. Exposed: no "
+        "kernel runs meanwhile. Slowed: time that kernels lose while communication is posted"
+    )
+    made.caption_justify = "left"
+    return made
+
+
+def memory_table(pair: Difference) -> Table:
+    """What the fullest rank holds at its peak, and the difference, by category."""
+    columns = [pair.before.name, pair.after.name, "difference"]
+    side = (pair.before.memory, pair.after.memory, pair.memory)
+    unit, unit_name = memory_unit(max(sum(parts.values()) for parts in side))
+    made = table(f"Memory at the peak of the fullest rank, {unit_name}", ["category", *columns], numbers=columns)
+    for name in pair.memory:
+        made.add_row(name, *_cells(side, name, unit, 2))
+    made.add_section()
+    made.add_row("total", *_cells(side, None, unit, 2))
+    return made
+
+
+def _cells(side: Sequence[dict[str, int]], name: str | None, unit: int, digits: int) -> list[str]:
+    """Both plans and the difference of one part, or of all together."""
+    first, second, change = (sum(parts.values()) if name is None else parts.get(name, 0) for parts in side)
+    return [f"{first / unit:.{digits}f}", f"{second / unit:.{digits}f}", signed(change / unit, digits)]
+
+
+def comparison_lines(comparison: PlanComparison) -> list[str]:
+    """Which plan is faster and which smaller, by how much, and the main reasons."""
+    accounts = comparison.accounts
+    lines = [line for pair in comparison.differences for line in (_time_line(pair), _memory_line(pair))]
+    if len({account.result.scenario.plan.gpus for account in accounts}) > 1:
+        lines.append("The plans use different numbers of GPUs: compare the throughput per GPU, not times.")
+    lines += [f"{a.name} does not fit in the device memory." for a in accounts if not a.result.fits]
+    if len(accounts) > 2:
+        fastest = min(accounts, key=lambda account: account.result.step_time_s)
+        smallest = min(accounts, key=lambda account: account.result.peak_memory_gib)
+        lines.append(f"Shortest step: {fastest.name}. Lowest peak of memory: {smallest.name}.")
+    return [*lines, *_trust_lines(comparison)]
+
+
+def _trust_lines(comparison: PlanComparison) -> Iterable[str]:
+    """The rule of the error band, and what a calibration does not describe."""
+    if any(_band_of(pair) is not None for pair in comparison.differences):
+        yield (
+            "A difference of steps is within the error band where it is smaller in percent than the larger band of the "
+            "two steps; errors that both plans share cancel in part, so the band is wide for a difference."
+        )
+    flags: dict[tuple[str, ...], list[str]] = {}
+    for account in comparison.accounts:
+        if account.result.flagged:
+            flags.setdefault(account.result.flagged, []).append(account.name)
+    yield from (f"{' and '.join(names)}: {missed(flagged)}" for flagged, names in flags.items())
+
+
+def _band_of(pair: Difference) -> float | None:
+    """The larger of the half-widths of both steps, in percent."""
+    bands = (account.result.error_band for account in (pair.before, pair.after))
+    known = [found.step_time_percent for found in bands if found and found.step_time_percent is not None]
+    return max(known, default=None)
+
+
+def _time_line(pair: Difference) -> str:
+    before, after = pair.before.name, pair.after.name
+    change, was = sum(pair.layer.values()), sum(pair.before.layer.values())
+    if not change:
+        return f"{after} takes as long as {before}: {was / PS_PER_MS:.3f} ms a layer."
+    step, band = 100 * sum(pair.step.values()) / sum(pair.before.step.values()), _band_of(pair)
+    trust = f", within the error band of ±{band:.1f} %" if band is not None and abs(step) < band else ""
+    return (
+        f"{after} is {'faster' if change < 0 else 'slower'} than {before}: one layer, forward and backward, takes "
+        f"{(was + change) / PS_PER_MS:.3f} instead of {was / PS_PER_MS:.3f} ms ({signed(100 * change / was, 1)} %; "
+        f"step {signed(step, 1)} %{trust}). {_reasons(grouped(pair.layer), change, PS_PER_MS, 'ms')}"
+    )
+
+
+def _memory_line(pair: Difference) -> str:
+    change, was = sum(pair.memory.values()), sum(pair.before.memory.values())
+    if not change:
+        return f"{pair.after.name} has the same peak of memory as {pair.before.name}: {size(was)}."
+    unit, name = memory_unit(was)
+    return (
+        f"{pair.after.name} needs {'less' if change < 0 else 'more'} memory: {(was + change) / unit:.2f} instead of "
+        f"{was / unit:.2f} {name} at the peak ({signed(100 * change / was, 1)} %). "
+        f"{_reasons(pair.memory, change, unit, name)}"
+    )
+
+
+def _reasons(parts: dict[str, int], change: int, unit: int, name: str) -> str:
+    """The largest parts, three quarters of what goes the way of the difference, and the largest against it."""
+    ways = {part: amount * (1 if change > 0 else -1) for part, amount in parts.items()}
+    along = sorted((part for part in ways if ways[part] > 0), key=lambda part: -ways[part])
+    told: list[str] = []
+    while 4 * sum(ways[part] for part in told) < 3 * sum(ways[part] for part in along):
+        told.append(along[len(told)])
+    against = min(ways, key=lambda part: ways[part])
+    words = ", ".join(f"{part} {signed(parts[part] / unit, 3)} {name}" for part in told)
+    but = f"; against it: {against} {signed(parts[against] / unit, 3)} {name}" if ways[against] < 0 else ""
+    return f"Mainly: {words}{but}."
