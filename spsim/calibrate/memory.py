@@ -27,7 +27,7 @@ def measure_memory(device: Device, row: Measurement) -> Measurement:
 def _context(device: Device) -> int:
     """What is taken on the device beyond torch's allocator: context, kernels, libraries; nobody else on it assumed."""
     torch.cuda.empty_cache()
-    return device.used_bytes() - torch.cuda.memory_reserved()
+    return max(0, device.used_bytes() - torch.cuda.memory_reserved())
 
 
 def _allocation(name: str, request: int) -> int:
@@ -67,6 +67,6 @@ def measure_communicator(ranks: Ranks, device: Device, row: Measurement) -> Meas
     if ranks.rank in ranks.members(row):
         dist.all_reduce(message, group=group)
     device.synchronize()
-    added = device.used_bytes() - torch.cuda.memory_reserved() - before
+    added = max(0, device.used_bytes() - torch.cuda.memory_reserved() - before)
     dist.destroy_process_group(group)
     return row.model_copy(update={"value": added})
