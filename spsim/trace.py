@@ -340,6 +340,11 @@ class Trace:
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
+    def __repr__(self) -> str:
+        return (
+            f"Trace({sum(map(len, self.copies.values()))} ranks, {self.num_spans:,} spans, {self.end_ps / 1e9:.3f} ms)"
+        )
+
     @cached_property
     def pieces(self) -> Sequence[Piece]:
         """Every pass of every layer and micro-batch."""
@@ -383,10 +388,7 @@ class Trace:
     @property
     def num_spans(self) -> int:
         """Spans of all pieces."""
-        return sum(
-            count * len(recording.times) * len(recording.outline.labels)
-            for recording, (_, count) in self.recordings.items()
-        )
+        return sum(n * len(made.times) * len(made.outline.labels) for made, (_, n) in self.recordings.items())
 
     @property
     def latest(self) -> Sequence[Stretch]:
