@@ -341,9 +341,8 @@ class Trace:
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
     def __repr__(self) -> str:
-        return (
-            f"Trace({sum(map(len, self.copies.values()))} ranks, {self.num_spans:,} spans, {self.end_ps / 1e9:.3f} ms)"
-        )
+        ranks = sum(map(len, self.copies.values()))
+        return f"Trace({ranks} ranks, {self.num_spans:,} spans, {self.end_ps / 1e9:.3f} ms)"
 
     @cached_property
     def pieces(self) -> Sequence[Piece]:

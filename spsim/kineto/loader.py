@@ -31,8 +31,8 @@ def load_kineto_trace(paths: str | Path | Sequence[str | Path], *, unnamed_lane:
     micro-batch. Files of one run share the time of day; clocks of different hosts are not corrected.
     Message sizes need NCCL's metadata (torch 2.3 or later) or `record_shapes=True`; without them they are 0.
 
-    Raises `InputError` on a file that cannot be read, is not torch.profiler's, is given twice, or is of a rank that another
-    file is of; files that do not say their rank are taken as ranks in the order given.
+    Raises `InputError` on a file that cannot be read, is not torch.profiler's, is given twice, or is of a
+    rank that another file is of. Files that do not say their rank are taken as ranks in the order given.
     """
     files = _files(paths)
     profiles = [read_profile(path, index) for index, path in enumerate(files)]

@@ -35,7 +35,7 @@ SAME_DTYPE = {
     "baddbmm": ("batch1", "batch2", "self"), "mv": ("self", "vec"), "addmv": ("mat", "vec", "self"),
     "dot": ("self", "tensor"), "convolution": ("input", "weight", "bias"),
     **dict.fromkeys(
-        (f"_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "flash_attention_for_cpu")),
+        (f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient")),
         ("query", "key", "value"),
     ),
 }  # fmt: skip
