@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from spsim.lazy import lazy
 from spsim.recording import MemoryChange, Recording, Span, TaskInfo
+from spsim.units import PS_PER_MS
 
 Phase = Literal["forward", "backward", "weight_sync", "optimizer"]
 
@@ -105,6 +106,10 @@ class Trace:
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
+    def __repr__(self) -> str:
+        ranks = sum(map(len, self.copies.values()))
+        return f"Trace({ranks} ranks, {self.num_spans:,} spans, {self.end_ps / PS_PER_MS:.3f} ms)"
+
     @lazy
     def pieces(self) -> Sequence[Piece]:
         """Every pass of every layer and micro-batch."""
@@ -148,10 +153,7 @@ class Trace:
     @property
     def num_spans(self) -> int:
         """Spans of all pieces."""
-        return sum(
-            count * len(recording.times) * len(recording.outline.labels)
-            for recording, (_, count) in self.recordings.items()
-        )
+        return sum(n * len(made.times) * len(made.outline.labels) for made, (_, n) in self.recordings.items())
 
     @property
     def latest(self) -> Sequence[Stretch]:

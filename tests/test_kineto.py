@@ -263,6 +263,10 @@ def test_views_are_no_spans(recorded):
         (b"{\"traceEvents\": []}", "neither kernels nor operators"),
         (b"{\"traceEvents\": [{\"ph\": \"X\", \"name\": \"a\"}]}", "is not as torch.profiler writes it"),
         (b"{\"traceEvents\": [3]}", "is not as torch.profiler writes it"),
+        (b'{"traceEvents": [{"ph": "X", "name": "a", "ts": NaN, "dur": 1}]}', "'a' has ts nan; times must be finite"),
+        (b'{"traceEvents": [{"ph": "X", "name": "a", "ts": 0, "dur": Infinity}]}', "'a' has dur inf"),
+        (b'{"traceEvents": [{"ph": "X", "name": "a", "ts": 0, "dur": -2}]}', "dur -2.0; .* must not be negative"),
+        (b'{"traceEvents": [{"ph": "X", "name": "a", "ts": 0}]}', r"KeyError\('dur'\)"),
     ],
 )  # fmt: skip
 def test_bad_files(content, complaint, tmp_path):
@@ -290,6 +294,34 @@ def test_a_rank_given_twice(tmp_path):
         load_kineto_trace([tmp_path / "a.json", tmp_path / "b.json"])
     with pytest.raises(InputError, match="no files"):
         load_kineto_trace([])
+
+
+def test_a_file_given_twice(tmp_path):
+    """Without information on ranks it would be taken for two."""
+    document = {key: value for key, value in gpu_rank(0, 0).items() if key != "distributedInfo"}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"a.json: is given 2 times; give one file a rank"):
+        load_kineto_trace([path, tmp_path / "." / "a.json"])
+    assert len(load_kineto_trace(tmp_path.glob("*.json")).copies) == 1
+
+
+@pytest.mark.parametrize("paths", [5, None, [5]])
+def test_no_paths(paths):
+    with pytest.raises(InputError, match=r"(5|None) is no path; give the path"):
+        load_kineto_trace(paths)
+
+
+def test_a_send_receive_has_one_name():
+    """Whatever the width of its bar; a kind of collective without an abbreviation is drawn too."""
+    spans = [
+        MeasuredSpan(0, "ring", "x", "communication", start, end, collective=kind)
+        for start, end, kind in ((0, 100, "send_receive"), (101, 109, "send_receive"), (110, 118, "broadcast"))
+    ]
+    texts = [text.get_text() for text in plots.plot_timeline(measured_trace(spans)).axes[0].texts]
+    assert "P2P" not in texts
+    assert texts.count("send-receive") == 2
+    assert "broadcast" in texts
 
 
 def test_bad_spans():

@@ -633,11 +633,37 @@ class Cross(nn.Module):
         return F.scaled_dot_product_attention(x, x[:, :, :4], x[:, :, :4])
 
 
+class Product(nn.Module):
+    def forward(self, x, y):
+        return torch.bmm(x, y)
+
+
+class Mixed(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x.float(), x)
+
+
 BAD = [
-    (lambda: trace_module(nn.Sequential(nn.LSTM(4, 4)), inputs(2, 3, 4)), "^0: mkldnn_rnn_layer runs on CPUs only"),
-    (lambda: trace_module(Branching(4, 4), inputs(2, 4)), "Branching: .* depend on values"),
-    (lambda: trace_module(nn.Sequential(Masked(4, 4)), inputs(2, 4)), "^0: aten.nonzero.default .* depend on values"),
-    (lambda: trace_module(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), inputs(2, 5)), "^1: fails on fake tensors"),
+    (
+        lambda: trace_module(nn.Sequential(nn.LSTM(4, 4)), inputs(2, 3, 4)),
+        r"^0 \(LSTM\): mkldnn_rnn_layer runs on CPUs only",
+    ),
+    (lambda: trace_module(nn.LSTM(4, 4), inputs(2, 3, 4)), r"^the module \(LSTM\): mkldnn_rnn_layer"),
+    (lambda: trace_module(nn.Linear(4, 4), inputs(2, 4).long()), r"^the module \(Linear\): .*mat1 int64, mat2 float32"),
+    (lambda: trace_module(nn.Sequential(nn.Linear(4, 4)), inputs(2, 4).half()), r"^0 \(Linear\): .*float16.*float32"),
+    (lambda: trace_module(Product(), (inputs(2, 3, 4), inputs(2, 4, 3).half())), "of bmm differ in dtype"),
+    (lambda: trace_module(Mixed(), inputs(1, 2, 8, 16).half()), "key float32, value float16"),
+    (lambda: trace_module(nn.Linear(4, 4), "abc"), "must be a tensor, or a tuple or dict of them; got str"),
+    (lambda: trace_module(nn.Linear(4, 4), None), "must be a tensor, or a tuple or dict of them; got NoneType"),
+    (lambda: trace_module(Branching(4, 4), inputs(2, 4)), r"^the module \(Branching\): .* depend on values"),
+    (
+        lambda: trace_module(nn.Sequential(Masked(4, 4)), inputs(2, 4)),
+        r"^0 \(Masked\): aten.nonzero.default .* depend on values",
+    ),
+    (
+        lambda: trace_module(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), inputs(2, 5)),
+        r"^1 \(Linear\): fails on fake tensors",
+    ),
     (lambda: trace_module(nn.Linear(4, 4), (inputs(4), inputs(4))), "fails on fake tensors .* TypeError"),
     (lambda: trace_module(torch.relu, inputs(4)), "is not a torch.nn.Module"),
     (lambda: trace_module(nn.ReLU(), torch.ones(4)), "no output needs a gradient"),
@@ -662,6 +688,31 @@ def test_one_clear_line(make, message):
     with pytest.raises(InputError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_autocast_makes_operands_one_dtype():
+    class Autocast(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    assert trace_module(Autocast(4, 4), inputs(2, 4)).tape.dtype == "bfloat16"
+
+
+def test_the_mode_of_the_module_is_kept():
+    """Dropout runs while training only, as in torch."""
+    for training in (True, False):
+        module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train(training)
+        assert ("native_dropout" in set(trace_module(module, inputs(2, 4)).operators["operator"])) == training
+
+
+def test_results_are_shown_in_one_line():
+    found = mlp(True).simulate(H100)
+    for shown in (repr(found), repr(found.trace)):
+        assert len(shown) < 120, shown
+        assert "\n" not in shown
+    assert f"{found.step_time_s * 1e3:.3f} ms" in repr(found)
+    assert repr(mlp(True).simulate(H100, "tp=4").trace).startswith("Trace(4 ranks, ")
 
 
 def test_what_is_written_in_place_is_read_through_every_view():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from bisect import bisect_right
 from collections import defaultdict
@@ -94,18 +95,29 @@ def read_profile(path: Path, default_rank: int) -> ProfiledRank:
         events = [_event(record) for record in records if record.get("ph") == "X"]
         distributed = dict(document.get("distributedInfo") or {})
         rank, base = int(distributed.get("rank", default_rank)), int(document.get("baseTimeNanoseconds", 0))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {HINT}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: an event is not as torch.profiler writes it ({error!r}); {HINT}") from None
     return ProfiledRank(path, rank, base, distributed, events)
 
 
 def _event(record: dict[str, Any]) -> Event:
-    start = float(record["ts"])
+    start, duration = (_microseconds(record, key) for key in ("ts", "dur"))
+    if duration < 0:
+        raise InputError(f"event {record['name']!r} has dur {duration}; a duration must not be negative")
     arguments = record.get("args")
     return Event(
         str(record["name"]), str(record.get("cat", "")), (record.get("pid"), record.get("tid")),
-        start, start + float(record.get("dur", 0)), arguments if isinstance(arguments, dict) else {},
+        start, start + duration, arguments if isinstance(arguments, dict) else {},
     )  # fmt: skip
+
+
+def _microseconds(record: dict[str, Any], key: str) -> float:
+    time = float(record[key])
+    if not math.isfinite(time):
+        raise InputError(f"event {record['name']!r} has {key} {time}; times must be finite numbers")
+    return time
 
 
 def _document(path: Path) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from spsim.errors import InputError
 from spsim.kineto.device import device_spans
@@ -29,11 +31,10 @@ def load_kineto_trace(paths: str | Path | Sequence[str | Path], *, unnamed_lane:
     micro-batch. Files of one run share the time of day; clocks of different hosts are not corrected.
     Message sizes need NCCL's metadata (torch 2.3 or later) or `record_shapes=True`; without them they are 0.
 
-    Raises `InputError` on a file that cannot be read, is not torch.profiler's, or holds a rank twice.
+    Raises `InputError` on a file that cannot be read, is not torch.profiler's, is given twice, or is of a
+    rank that another file is of. Files that do not say their rank are taken as ranks in the order given.
     """
-    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    if not files:
-        raise InputError("measured trace: no files; give one file of torch.profiler for each rank")
+    files = _files(paths)
     profiles = [read_profile(path, index) for index, path in enumerate(files)]
     by_rank: dict[int, ProfiledRank] = {}
     for profile in profiles:
@@ -43,6 +44,20 @@ def load_kineto_trace(paths: str | Path | Sequence[str | Path], *, unnamed_lane:
             )
         by_rank[profile.rank] = profile
     return measured_trace(align([(profile.base_ns, _spans(profile, unnamed_lane)) for profile in profiles]))
+
+
+def _files(paths: Any) -> list[Path]:
+    given = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
+    for path in given:
+        if not isinstance(path, str | PathLike):
+            raise InputError(f"measured trace: {path!r} is no path; give the path of one file of torch.profiler a rank")
+    files = [Path(path) for path in given]
+    if not files:
+        raise InputError("measured trace: no files; give one file of torch.profiler for each rank")
+    for path, count in Counter(path.resolve() for path in files).items():
+        if count > 1:
+            raise InputError(f"{path}: is given {count} times; give one file a rank")
+    return files
 
 
 def read_spans(path: Path, rank: int, *, unnamed_lane: str = "communication") -> tuple[int, list[MeasuredSpan]]:

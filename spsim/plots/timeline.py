@@ -50,8 +50,8 @@ SHORT = {
     "all_gather": "AG",
     "reduce_scatter": "RS",
     "all_to_all": "A2A",
-    "send_receive": "P2P",
 }
+"""For bars that are too narrow for the name; a send-receive is always called that."""
 
 
 def plot_timeline(
@@ -169,7 +169,7 @@ def _labels(info: TaskInfo) -> tuple[str, ...]:
     """Texts for a bar, the most telling first."""
     if info.collective:
         name = info.collective.replace("_", "-")
-        return (name, name.replace("-", "-\n", 1), SHORT[info.collective])
+        return (name, name.replace("-", "-\n", 1), SHORT.get(info.collective, name))
     name = info.name.replace("_", " ")
     name = f"{name} {info.part}" if info.part in ("dgrad", "wgrad") else name
     return (name, name.replace(" ", "\n"))

@@ -19,10 +19,11 @@ def trace_module(module: Any, example_inputs: Any, *, device: Literal["cuda", "c
     `example_inputs` is a tensor, a tuple of positional arguments or a dictionary of keyword arguments; only
     shapes and dtypes matter, and which of them require a gradient, so that tensors and modules on the `meta`
     device do. Inside a network an input requires one: `torch.empty(..., requires_grad=True)`.
-    `device` says whose kernels are traced: `cuda` needs no GPU.
+    `device` says whose kernels are traced: `cuda` needs no GPU. The module is traced in the mode that it is in:
+    after `eval()` there is no dropout, and BatchNorm does not update its statistics.
 
-    Raises `InputError` without torch, for a module whose control flow or shapes depend on values, and for one
-    that fails on these inputs.
+    Raises `InputError` without torch, for a module whose control flow or shapes depend on values, for operands of
+    products that differ in dtype, and for a module that fails on these inputs.
     """
     try:
         import torch
@@ -35,6 +36,9 @@ def trace_module(module: Any, example_inputs: Any, *, device: Literal["cuda", "c
         raise InputError(f"trace_module: {type(module).__name__} is not a torch.nn.Module; wrap it in one")
     if device not in ("cuda", "cpu"):
         raise InputError(f"trace_module: device {device!r} is not known; use 'cuda' or 'cpu'")
+    if not isinstance(example_inputs, torch.Tensor | Mapping | tuple | list):
+        got = type(example_inputs).__name__
+        raise InputError(f"trace_module: example_inputs must be a tensor, or a tuple or dict of them; got {got}")
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
     if isinstance(example_inputs, Mapping):

@@ -30,6 +30,16 @@ from spsim.torch_modules.tape import Call, Pass, Tape, Value
 
 QUERIES = frozenset({"device", "layout", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_contiguous"})
 """Operators that ask about a tensor and compute nothing."""
+SAME_DTYPE = {
+    "mm": ("self", "mat2"), "addmm": ("mat1", "mat2", "self"), "bmm": ("self", "mat2"),
+    "baddbmm": ("batch1", "batch2", "self"), "mv": ("self", "vec"), "addmv": ("mat", "vec", "self"),
+    "dot": ("self", "tensor"), "convolution": ("input", "weight", "bias"),
+    **dict.fromkeys(
+        (f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient")),
+        ("query", "key", "value"),
+    ),
+}  # fmt: skip
+"""Operators whose operands must have one dtype, which kernels check and fake tensors may not."""
 
 
 def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, cuda: bool) -> Tape:
@@ -49,13 +59,13 @@ def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InputError(
-                f"{recorder.where or name}: {error} makes control flow or a shape depend on values, which fake tensors "
+                f"{recorder.place}: {error} makes control flow or a shape depend on values, which fake tensors "
                 "do not have; trace the parts of the module on either side of it"
             ) from error
         except Exception as error:
             problem = " ".join(str(error).split())[:300]
             raise InputError(
-                f"{recorder.where or name}: fails on fake tensors of these inputs: {type(error).__name__}: {problem}; "
+                f"{recorder.place}: fails on fake tensors of these inputs: {type(error).__name__}: {problem}; "
                 "correct the example inputs or the module"
             ) from error
 
@@ -133,6 +143,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, module: nn.Module, cuda: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.module = module
         self.names = {id(child): name for name, child in module.named_modules()}
         self.cuda = cuda
         self.phase: Pass = "forward"
@@ -150,6 +161,11 @@ class _Recorder(TorchDispatchMode):
     def where(self) -> str:
         """The module that runs, by its path."""
         return self.modules[-1] if self.modules else ""
+
+    @property
+    def place(self) -> str:
+        """The module that runs, for people: its path and class."""
+        return f"{self.where or 'the module'} ({type(self.module.get_submodule(self.where)).__name__})"
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -196,6 +212,8 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         if name in QUERIES:
             return func(*args, **kwargs)
+        bound = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        self._check_dtypes(name, bound)
         if func._overloadpacket not in flop_registry:
             with self:
                 decomposed = func.decompose(*args, **kwargs)
@@ -205,17 +223,23 @@ class _Recorder(TorchDispatchMode):
         if self.cuda:
             if "mkldnn" in name:
                 raise InputError(
-                    f"{self.where}: {name} runs on CPUs only, and what CUDA runs instead is not known; trace "
+                    f"{self.place}: {name} runs on CPUs only, and what CUDA runs instead is not known; trace "
                     "the module without it, or with device='cpu'"
                 )
             results = with_cuda_statistics(name, results)
-        self._note(func, name, args, kwargs, results)
+        count = flop_registry.get(func._overloadpacket)
+        flops = int(count(*args, **kwargs, out_val=results)) if count else 0
+        self._note(func, name, bound, results, flops)
         return results
 
-    def _note(self, func: Any, name: str, args: Any, kwargs: Any, results: Any) -> None:
+    def _check_dtypes(self, name: str, bound: Mapping[str, Any]) -> None:
+        found = {key: bound[key].dtype for key in SAME_DTYPE.get(name, ()) if isinstance(bound.get(key), Tensor)}
+        if len(set(found.values())) > 1:
+            dtypes = ", ".join(f"{key} {str(dtype).removeprefix('torch.')}" for key, dtype in found.items())
+            raise InputError(f"{self.place}: operands of {name} differ in dtype ({dtypes}); convert them to one")
+
+    def _note(self, func: Any, name: str, bound: Mapping[str, Any], results: Any, flops: int) -> None:
         schema = func._schema.arguments
-        bound = dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
-        count = flop_registry.get(func._overloadpacket)
         node = self._node()
         if node is not None and self.phase == "forward":
             self.module_of[node] = self.where
@@ -227,7 +251,7 @@ class _Recorder(TorchDispatchMode):
                 phase=self.phase,
                 module=self.where if self.phase == "forward" else self.module_of.get(-1 if node is None else node, ""),
                 node=node,
-                flops=int(count(*args, **kwargs, out_val=results)) if count else 0,
+                flops=flops,
                 mutated=tuple(a.name for a in schema if a.alias_info is not None and a.alias_info.is_write),
                 view=func.is_view,
                 pointwise=torch.Tag.pointwise in func.tags,

@@ -22,6 +22,7 @@ from spsim.template import Template
 from spsim.torch_modules.costs import kernels
 from spsim.torch_modules.tape import Tape
 from spsim.trace import Piece, Trace
+from spsim.units import MS_PER_S
 from spsim.workload import ELEMENT_BYTES, Precision, Workload
 
 PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -67,12 +68,16 @@ class TracedScenario:
         return (*(f"input {' × '.join(map(str, shape))}" for shape in self.inputs), *self.plan.summary)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TracedResult(Result):
     """What one simulation of a traced module found; a layer is the module."""
 
     compiled: Program
     tape: Tape
+
+    def __repr__(self) -> str:
+        where = f"{self.scenario.hardware.name}, {self.scenario.plan.gpus} GPUs"
+        return f"TracedResult({self.scenario.model.name} on {where}: {self.step_time_s * MS_PER_S:.3f} ms)"
 
     @cached_property
     def program(self) -> Program:
