@@ -47,7 +47,7 @@ class Sample:
 
 def timed(rows: Iterable[Measurement], kind: str) -> list[Measurement]:
     """The rows of a kind that have a time."""
-    return [row for row in rows if row.kind == kind and not row.skipped and row.time_us is not None and row.time_us > 0]
+    return [row for row in rows if row.kind == kind and not row.skipped and row.time_us is not None]
 
 
 def gemm_samples(rows: Sequence[Measurement]) -> list[Sample]:

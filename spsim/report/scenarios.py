@@ -10,7 +10,7 @@ from spsim.explanation import Explanation, InsertedCommunication, OperatorExplan
 from spsim.model import PRESETS
 from spsim.profiles import load_profile, profile_names
 from spsim.report.table import table
-from spsim.report.words import band, collective_counts, figure, missed, size, time
+from spsim.report.words import COLLECTIVE_SHORT, COLLECTIVES, band, collective_counts, figure, missed, size, time
 from spsim.simulation import SCOPE, Result
 from spsim.units import GIB, MIB
 from spsim.validation import Comparison, Errors, Validation
@@ -118,8 +118,7 @@ def explanation_table(explanation: Explanation, label: str) -> Table:
     made.caption = (
         "May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. Kept for "
         f"backward: {explanation.without} → {explanation.with_}. Dimensions: s sequence, j key positions, "
-        "b micro-batch, h hidden, a heads, d head size, f MLP width, g gate. AR all-reduce, AG all-gather, "
-        "RS reduce-scatter, A2A all-to-all, SR send-receive"
+        f"b micro-batch, h hidden, a heads, d head size, f MLP width, g gate. {COLLECTIVES}"
     )
     made.caption_justify = "left"
     return made
@@ -127,9 +126,6 @@ def explanation_table(explanation: Explanation, label: str) -> Table:
 
 APPLIES_SHORT = {"yes, with position offset": "offset"}
 PART_SHORT = {"forward": "fwd", "backward": "bwd", "recompute": "recomp."}
-COLLECTIVE_SHORT = {
-    "all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS", "all_to_all": "A2A", "send_receive": "SR"
-}  # fmt: skip
 
 
 def _communication(item: InsertedCommunication) -> str:

@@ -8,15 +8,11 @@ from math import floor, log10
 from rich.table import Table
 
 from spsim.report.table import table
-from spsim.report.words import missed, signed
+from spsim.report.words import COLLECTIVE_SHORT, COLLECTIVES, missed, signed
 from spsim.units import MIB
 from spsim.verify import CaseComparison, Quantity, Verification
 from spsim.verify.comparison import WALL
 from spsim.verify.records import PASSES
-
-SHORT = {
-    "all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS", "all_to_all": "A2A", "send_receive": "P2P"
-}  # fmt: skip
 
 
 def headline(found: Verification) -> str:
@@ -139,8 +135,7 @@ def count_table(found: Verification) -> Table:
         )  # fmt: skip
     made.caption = (
         f"{CASE} Kept: activations and masks that autograd holds on the fullest rank. Statistics: what else it holds, "
-        "mean and reciprocal deviation of norms and log-sum-exp of flash attention. AR all-reduce, AG all-gather, RS "
-        "reduce-scatter, A2A all-to-all, P2P send-receive; as measured"
+        f"mean and reciprocal deviation of norms and log-sum-exp of flash attention. {COLLECTIVES}; as measured"
     )
     made.caption_justify = "left"
     return made
@@ -149,7 +144,7 @@ def count_table(found: Verification) -> Table:
 def _collectives(case: CaseComparison, phase: str) -> str:
     """Such as `2 AG 0.50`."""
     parts = []
-    for kind, short in SHORT.items():
+    for kind, short in COLLECTIVE_SHORT.items():
         names = {quantity.name for quantity in case.quantities}
         if f"{phase}_{kind}_calls" in names:
             calls, size = case[f"{phase}_{kind}_calls"], case[f"{phase}_{kind}_bytes"]

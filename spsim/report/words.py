@@ -9,6 +9,11 @@ from spsim.units import GIB, KIB, MIB
 
 FULL = 100
 """From here on a figure has three digits before the point."""
+COLLECTIVE_SHORT = {
+    "all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS", "all_to_all": "A2A", "send_receive": "SR"
+}  # fmt: skip
+COLLECTIVES = ", ".join(f"{short} {kind.replace('_', '-')}" for kind, short in COLLECTIVE_SHORT.items())
+"""What the abbreviations mean, for captions."""
 
 
 def figure(value: float) -> str:
