@@ -341,7 +341,7 @@ class _Compiler:
         adder = Operator(f"{tensor.name} gradient", "elementwise", (), ())
         for other in buffers[1:]:
             result = self._buffer(f"{tensor.name} gradient", size, "temporary")
-            self._compute(adder, "accumulate", (MemoryBound("elementwise", 3 * size),), [total, other], [result])
+            self._compute(adder, "accumulate", (MemoryBound("elementwise", 3 * size, "add"),), [total, other], [result])
             total = result
         return total
 

@@ -17,7 +17,16 @@ import numpy.typing as npt
 from spsim.hardware import HardwareProfile
 from spsim.memory import MAIN_GRADIENT_BYTES
 from spsim.units import GB, MIB, US_PER_S
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work, each
+from spsim.work import (
+    Direction,
+    FlashAttention,
+    Gemm,
+    MemoryBound,
+    MemoryBoundClass,
+    MemoryBoundKernel,
+    Work,
+    each,
+)
 
 Seconds = float | npt.NDArray[np.float64]
 
@@ -155,11 +164,11 @@ class ComputeCost:
         return fraction, half_tokens, self._blocks[direction]
 
     def memory_time(self, work: MemoryBound) -> Seconds:
-        """Bytes over the class's share of the bandwidth; at the cache's rate up to half the cache, between
-        the two up to the whole.
+        """Bytes over the kernel's own rate, or its class's share of the bandwidth; at the rate of the cache up to
+        half the cache, between the two up to the whole.
         """
         total = work.bytes_moved
-        memory_rate, cache_rate, start = self._traffic_of(work.operator_class, work.backward)
+        memory_rate, cache_rate, start = self._traffic_of(work.operator_class, work.kernel, work.backward)
         memory, cache = total / memory_rate, total / cache_rate
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
         time: Seconds = start + cache + beyond * (memory - cache)
@@ -173,18 +182,22 @@ class ComputeCost:
     def _cache_bandwidth(self) -> float:
         return self.coefficients.l2_bandwidth_gb_per_s.value * GB
 
-    def _traffic_of(self, operator_class: MemoryBoundClass, backward: bool) -> tuple[Seconds, Seconds, Seconds]:
+    def _traffic_of(
+        self, operator_class: MemoryBoundClass, kernel: MemoryBoundKernel | None, backward: bool
+    ) -> tuple[Seconds, Seconds, Seconds]:
         """Bytes per second from the memory and from the cache, and seconds to start; arrays for many kernels."""
-        key = (operator_class, backward)
+        key = (operator_class, kernel, backward)
         if key not in self._traffic:
             self._traffic[key] = each(self._traffic_at, *key)
         return self._traffic[key]
 
-    def _traffic_at(self, name: MemoryBoundClass, backward: bool) -> tuple[float, float, float]:
+    def _traffic_at(
+        self, operator_class: MemoryBoundClass, kernel: MemoryBoundKernel | None, backward: bool
+    ) -> tuple[float, float, float]:
         """Of one kernel: as measured by itself, else at the share of its class and at the rate of the cache."""
-        rates = self._rates.get(f"{name}_{'backward' if backward else 'forward'}")
+        rates = self._rates.get(rates_key(kernel, backward))
         if rates is None:
-            memory = self._bandwidth(name)
+            memory = self._bandwidth(operator_class)
             return memory, max(memory, self._cache_bandwidth), 0.0
         start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
         return rates.memory_gb_per_s.value * GB, rates.cache_gb_per_s.value * GB, start
@@ -193,25 +206,39 @@ class ComputeCost:
         share: float = getattr(self.coefficients.memory_bound, operator_class).value
         return self.profile.memory_bandwidth * share
 
-    def coefficients_of(self, work: Work) -> tuple[str, ...]:
-        """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""
-        paths: tuple[str, ...] = ("kernel_overhead_us",)
+    def class_of(self, work: Work) -> str:
+        """Dotted path of the coefficients whose held-out error is that of the duration."""
         match work:
             case Gemm():
-                names = (
-                    f"fraction.{self.dtype}", "k_pad", "tile_m", "tile_n", "tail_waves", "traffic_exposed", "start_us"
-                )  # fmt: skip
+                return f"gemm.fraction.{self.dtype}"
+            case FlashAttention():
+                return f"{self._attention_path}.{work.direction}.{'causal' if work.causal else 'full'}"
+        kernel = rates_key(work.kernel, work.backward)
+        own = kernel in self._rates
+        return f"kernel_rates.{self._rates_of}.{kernel}" if own else f"memory_bound.{work.operator_class}"
+
+    @property
+    def _attention_path(self) -> str:
+        own = self.dtype in self.coefficients.attention_by_dtype
+        return f"attention_by_dtype.{self.dtype}" if own else "attention"
+
+    def coefficients_of(self, work: Work) -> tuple[str, ...]:
+        """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""
+        own_class = self.class_of(work)
+        paths: tuple[str, ...] = ("kernel_overhead_us", own_class)
+        match work:
+            case Gemm():
+                names = ("k_pad", "tile_m", "tile_n", "tail_waves", "traffic_exposed", "start_us")
                 gradient = ("weight_gradient_rate", "accumulation_exposed") if work.accumulated else ()
                 paths += ("memory_bound.elementwise", *(f"gemm.{name}" for name in names + gradient))
             case FlashAttention():
-                mask = "causal" if work.causal else "full"
-                own = self.dtype in self.coefficients.attention_by_dtype
-                curves = f"attention_by_dtype.{self.dtype}" if own else "attention"
-                blocks = (f"{curves}.{work.direction}.block_tokens",) if work.causal else ()
-                paths += (f"{curves}.{work.direction}.{mask}", *blocks, "memory_bound.elementwise")
+                blocks = (f"{self._attention_path}.{work.direction}.block_tokens",) if work.causal else ()
+                paths += (*blocks, "memory_bound.elementwise")
             case MemoryBound():
-                kernel = f"{work.operator_class}_{'backward' if work.backward else 'forward'}"
-                if kernel in self._rates:
-                    return (*paths, f"kernel_rates.{self._rates_of}.{kernel}")
-                paths += (f"memory_bound.{work.operator_class}", "l2_bandwidth_gb_per_s")
+                paths += ("l2_bandwidth_gb_per_s",) if own_class.startswith("memory_bound.") else ()
         return paths
+
+
+def rates_key(kernel: MemoryBoundKernel | None, backward: bool) -> str:
+    """The name of a kernel's pass in `kernel_rates`; of one that has none, a name that is not there."""
+    return f"{kernel}_{'backward' if backward else 'forward'}"

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from spsim.errors import InputError
+from spsim.work import MemoryBoundKernel
 
 Direction = Literal["forward", "backward"]
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
@@ -34,6 +35,8 @@ class Table(BaseModel):
 
 
 Number = Annotated[float, Field(strict=True)]
+KernelPass = Annotated[str, Field(pattern=rf"^({'|'.join(get_args(MemoryBoundKernel))})_(forward|backward)$")]
+"""Such as gelu_backward."""
 HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 
 
@@ -255,9 +258,9 @@ class Coefficients(Table):
     attention_by_dtype: dict[str, AttentionCoefficients] = {}
     """Where the kernel of a data type is another than `attention` describes."""
     memory_bound: MemoryBoundFractions
-    kernel_rates: dict[str, dict[str, KernelRates]] = {}
-    """By data type and class_direction, where arithmetic or the direction matters; others have `memory_bound`.
-    Types without rates take those of `bf16`: tensors between products are of 16 bits."""
+    kernel_rates: dict[str, dict[KernelPass, KernelRates]] = {}
+    """By data type and kernel_direction, such as gelu_backward, where more than the traffic matters; others have
+    `memory_bound`. Types without rates take those of `bf16`: tensors between products are of 16 bits."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
     kernel_overhead_us: Microseconds

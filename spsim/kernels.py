@@ -51,7 +51,9 @@ class Kernels:
             return (self._linear() if self.matrices else self._product_of_activations(),)
         if operator.kind == "attention":
             return self.attention("forward", causal, ring_cut)
-        return (MemoryBound(_memory_bound(operator), self.bytes_of(operator.inputs + operator.outputs)),)
+        return (
+            MemoryBound(_memory_bound(operator), self.bytes_of(operator.inputs + operator.outputs), operator.kernel),
+        )
 
     def _linear(self) -> Gemm:
         operator = self.operator
@@ -93,7 +95,7 @@ class Kernels:
             Gemm(forward.k, forward.n, forward.m, 1, forward.bytes_moved, accumulated=forward.k * forward.n)
         ]
         if self.vectors:
-            kernels.append(MemoryBound("elementwise", self.bytes_of(self.operator.results), backward=True))
+            kernels.append(MemoryBound("elementwise", self.bytes_of(self.operator.results), "bias_gradient"))
         return kernels
 
     def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
@@ -110,10 +112,11 @@ class Kernels:
         if not written and not summed:
             return ()
         total = self.bytes_of(written or operator.results) if summed else 0
-        if written:
-            saved = [o for o in operator.inputs + operator.outputs if o.tensor.name in operator.saves]
-            total += self.bytes_of([*operator.results, *saved, *written])
-        return (MemoryBound(_memory_bound(operator), total, backward=True),)
+        if not written:
+            return (MemoryBound("elementwise", total, "bias_gradient"),)
+        saved = [o for o in operator.inputs + operator.outputs if o.tensor.name in operator.saves]
+        total += self.bytes_of([*operator.results, *saved, *written])
+        return (MemoryBound(_memory_bound(operator), total, operator.kernel, backward=True),)
 
     def attention(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """Flash attention over the gathered keys; under a contiguous cut later ranks see more of the square."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from spsim.placement import PARTIAL, REPLICATE, Axis, Layout, Mesh, Placement, Shard, SplitRule
+from spsim.work import MemoryBoundKernel
 
 TensorKind = Literal["activation", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
 OperatorKind = Literal["gemm", "attention", "norm", "softmax", "dropout", "elementwise"]
@@ -73,6 +74,8 @@ class Operator:
     """Inputs that are kept as they were before their all-gather, and gathered again in backward."""
     passthrough: frozenset[str] = frozenset()
     """Inputs whose gradient is the gradient of the output, the same storage."""
+    kernel: MemoryBoundKernel | None = None
+    """What a memory-bound operator computes, if a profile may know its rates."""
 
     @property
     def extents(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from spsim.model import Model
 from spsim.operators import Operand, Operator, OperatorKind, Tensor, TensorKind, parse
+from spsim.work import MemoryBoundKernel
 from spsim.workload import Workload
 
 
@@ -55,6 +56,7 @@ class _Layer:
         saves: Sequence[Tensor] = (),
         owns_gather: Sequence[Tensor] = (),
         passthrough: Sequence[Tensor] = (),
+        kernel: MemoryBoundKernel | None = None,
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
         left, right = parse(signature)
@@ -69,6 +71,7 @@ class _Layer:
                 saves=tuple(tensor.name for tensor in saves),
                 owns_gather=frozenset(tensor.name for tensor in owns_gather),
                 passthrough=frozenset(tensor.name for tensor in passthrough),
+                kernel=kernel,
             )
         )
 
@@ -80,7 +83,7 @@ class _Layer:
         statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
         self.add(
             name, "norm", f"s b h{', h' * len(weights)} -> s b h", [x, *weights], [out, statistics],
-            mixes="h", saves=[x, statistics],
+            mixes="h", saves=[x, statistics], kernel="layer_norm" if layernorm else "rms_norm",
         )  # fmt: skip
         return out
 
@@ -104,7 +107,7 @@ class _Layer:
         statistics = self.tensor(f"{name}_statistics", "s b a", "norm statistics", itemsize=4, heads=x.sizes[2])
         self.add(
             name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics],
-            mixes="d", saves=[x, statistics],
+            mixes="d", saves=[x, statistics], kernel="rms_norm",
         )  # fmt: skip
         return out
 
@@ -115,7 +118,7 @@ class _Layer:
         """
         out = self.tensor(f"{x.name}_rotated", "s b a d", heads=x.sizes[2])
         table = self.tensor("rotations", "s d", "constant")
-        self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d")
+        self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope")
         return out
 
     def flash_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,7 +136,10 @@ class _Layer:
         scores = self.tensor("scores", "b a s j")
         self.add("qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
-        self.add("softmax", "softmax", "b a s j -> b a s j", [scores], [weights], mixes="j", saves=[weights])
+        self.add(
+            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights],
+            mixes="j", saves=[weights], kernel="softmax",
+        )  # fmt: skip
         if self.model.dropout:
             weights = self.dropout("attention_dropout", weights)
         context = self.tensor("context", "s b a d")
@@ -168,7 +174,7 @@ class _Layer:
         dims = " ".join(x.dims)
         out = self.tensor(f"{name}_out", dims)
         mask = self.tensor(f"{name}_mask", dims, "mask", itemsize=1)
-        self.add(name, "dropout", f"{dims} -> {dims}", [x], [out, mask], saves=[mask])
+        self.add(name, "dropout", f"{dims} -> {dims}", [x], [out, mask], saves=[mask], kernel="dropout")
         return out
 
     def residual(self, name: str, x: Tensor, residual: Tensor) -> Tensor:
@@ -179,6 +185,7 @@ class _Layer:
         self.add(
             name, "elementwise", f"s b h, s b h{', h' * len(bias)} -> s b h", [x, residual, *bias], [out, *mask],
             saves=mask, passthrough=[residual] if mask else [x, residual],
+            kernel="bias_dropout_add" if mask else "bias_add" if bias else "add",
         )  # fmt: skip
         return out
 
@@ -198,6 +205,7 @@ class _Layer:
         self.add(
             self.model.activation, "elementwise", f"{left} -> s b f", [hidden, *bias], [active],
             mixes="g" if gated else "", saves=[hidden],
+            kernel="bias_gelu" if bias and self.model.activation == "gelu" else self.model.activation,
         )  # fmt: skip
         out = self.tensor("fc2_out", "s b h")
         self.add(

@@ -19,16 +19,13 @@ from functools import lru_cache
 from math import sqrt
 
 from spsim.comm_cost import CommCost
+from spsim.compute_cost import ComputeCost
 from spsim.hardware import HardwareProfile, Provenance, leaves
 from spsim.placement import Axis, Collective, mesh_of, nodes_of
 from spsim.program import Communication, Program, Step
 from spsim.recording import COMPUTE_LANE, Recording, TaskInfo
 from spsim.scenario import Scenario
 from spsim.trace import Trace
-from spsim.work import FlashAttention, Gemm, Work
-
-KERNEL_START = "kernel_overhead_us"
-"""Dotted path of the start that every kernel has, beside what its class takes."""
 
 Classes = tuple[str, ...]
 """Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
@@ -93,6 +90,7 @@ class Account:
         self.profile = scenario.hardware
         self.trace = trace
         self.rank = next(iter(trace.copies))
+        self.compute = ComputeCost(scenario.hardware, scenario.workload.precision)
         self.comm = CommCost(scenario.hardware)
         self.mesh = mesh_of(scenario.plan)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
@@ -107,9 +105,7 @@ class Account:
     def _of_step(self, step: Step) -> Classes:
         if isinstance(step, Communication):
             return self._of_collective((step.axis,), step.collective, step.ranks)
-        precision = self.scenario.workload.precision
-        own_attention = precision in self.profile.coefficients.attention_by_dtype
-        return (_class_of(next(work for work in step.work if work), precision, own_attention),)
+        return (self.compute.class_of(next(work for work in step.work if work)),)
 
     def _of_sync(self, task: TaskInfo) -> Classes:
         return self._of_collective(tuple(task.axis.split(" × ")), task.collective, None)  # type: ignore[arg-type]
@@ -124,7 +120,7 @@ class Account:
 
     def flagged(self) -> tuple[str, ...]:
         """Classes in use whose calibration missed its limit."""
-        used = {name for own in self.classes.values() for classes in own for name in classes} | {KERNEL_START}
+        used = {name for own in self.classes.values() for classes in own for name in classes}
         found = {name: held_out_of(self.profile, (name,)) for name in used}
         return tuple(sorted(name for name, error in found.items() if error and error.flagged))
 
@@ -161,13 +157,3 @@ class Account:
         errors = {classes: held_out_of(self.profile, classes) for classes in times}
         parts = [times[classes] / length * error.error_percent for classes, error in errors.items() if error]
         return sqrt(sum(part**2 for part in parts)) if parts else None
-
-
-def _class_of(work: Work, precision: str, own_attention: bool) -> str:
-    match work:
-        case Gemm():
-            return f"gemm.fraction.{precision}"
-        case FlashAttention():
-            curves = f"attention_by_dtype.{precision}" if own_attention else "attention"
-            return f"{curves}.{work.direction}.{'causal' if work.causal else 'full'}"
-    return f"memory_bound.{work.operator_class}"

@@ -15,6 +15,11 @@ import numpy as np
 
 Direction = Literal["forward", "backward"]
 MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
+MemoryBoundKernel = Literal[
+    "layer_norm", "rms_norm", "softmax", "dropout", "gelu", "bias_gelu", "squared_relu", "swiglu", "geglu", "rope",
+    "bias_dropout_add", "bias_add", "bias_gradient", "add", "copy", "embedding", "cross_entropy", "adam",
+]  # fmt: skip
+"""Kernels that a profile may have rates of their own for; others are known by their class only."""
 
 
 def each(look_up: Callable[..., Any], *keys: Any) -> Any:
@@ -70,8 +75,9 @@ class MemoryBound:
 
     operator_class: MemoryBoundClass
     bytes_moved: int
+    kernel: MemoryBoundKernel | None = None
     backward: bool = False
-    """In the backward pass."""
+    """The gradient of the kernel."""
 
     @property
     def flops(self) -> int:

@@ -12,8 +12,8 @@ import spsim
 
 PACKAGE = Path(spsim.__file__).parent
 ORDER = (
-    "errors", "units", "lazy", "configuration", "resources", "huggingface", "hardware", "profiles", "model", "plan",
-    "workload", "scenario", "placement", "operators", "transformer", "work", "kernels", "program", "compiler",
+    "errors", "units", "lazy", "configuration", "resources", "huggingface", "work", "hardware", "profiles", "model",
+    "plan", "workload", "scenario", "placement", "operators", "transformer", "kernels", "program", "compiler",
     "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "recording", "trace", "measured", "engine",
     "schedule", "layer", "folding", "metrics", "uncertainty", "simulation", "export", "plots", "sweeps", "explanation",
     "comparison", "validation", "kineto", "ranks", "torch_modules", "torch_layers", "calibrate", "verify",

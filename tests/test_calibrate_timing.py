@@ -76,16 +76,16 @@ def test_percentiles_are_of_the_samples():
 
 
 def test_a_product_takes_its_time_on_the_cpu(cpu):
-    """Eight times the FLOPs take some eight times as long, and as long as torch takes in a loop of our own."""
-    small, large = (next(linear("fp32", size, size, size)) for size in (256, 512))
+    """64 times the FLOPs take some 64 times as long, and as long as torch takes in a loop of our own."""
+    small, large = (next(linear("fp32", size, size, size)) for size in (256, 1024))
     times = [measure_kernel(cpu, row, SHORT).time_us for row in (small, large)]
-    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     own = []
     for _ in range(7):
         start = time.thread_time()
         a @ b
         own.append((time.thread_time() - start) * 1e6)
-    assert 3 < times[1] / times[0] < 20
+    assert 10 < times[1] / times[0] < 200
     assert 0.4 < times[1] / sorted(own)[3] < 2.5
 
 
@@ -93,8 +93,8 @@ ROWS = [
     *linear("fp32", 16, 32, 48),
     *linear("bf16", 16, 32, 48),
     *score_products("fp32", 1, 2, 16, 32),
-    *(row for name in MEMORY_BOUND for row in memory_bound(name, "fp32", 8, 64)),
-    *(row for name in MEMORY_BOUND if name != "adam" for row in memory_bound(name, "bf16", 8, 64)),
+    *(row for name in MEMORY_BOUND for row in memory_bound(name, "fp32", 8, 128)),
+    *(row for name in MEMORY_BOUND if name != "adam" for row in memory_bound(name, "bf16", 8, 128)),
     *(
         flash_attention("bf16", direction, batch=1, heads=4, kv_heads=kv_heads, head_dim=64, tokens=64, causal=causal)
         for direction in ("forward", "backward")
@@ -127,11 +127,11 @@ def test_accumulated_weight_gradients_are_added_to_an_fp32_tensor(cpu):
     assert torch.equal(main, torch.full((48, 32), 17.0))
 
 
-def test_buffers_rotate_beyond_the_cache_unless_tensors_live_there(cpu):
+def test_buffers_rotate_beyond_the_cache_or_inside_it(cpu):
     product = next(linear("bf16", 128, 256, 256))
     assert kernels._sets(cpu, product) * product.bytes_moved >= min(2 * cpu.cache_bytes, 512 * product.bytes_moved)
     inside, between = (next(memory_bound("add", "bf16", rows, 1024)) for rows in (8, cpu.cache_bytes // 1024 // 8))
-    assert kernels._sets(cpu, inside) == 1
+    assert cpu.cache_share // 4 < kernels._sets(cpu, inside) * inside.bytes_moved <= cpu.cache_share // 2
     # Beyond this rank's half of the cache, but not beyond all of it: cold all the same.
     assert cpu.cache_share < between.bytes_moved < cpu.cache_bytes
     assert kernels._sets(cpu, between) * between.bytes_moved >= 2 * cpu.cache_bytes

@@ -381,19 +381,23 @@ def test_a_masked_kernel_skips_whole_blocks_of_keys(tokens, pairs):
 
 
 def test_rates_of_a_kernel_by_hand():
-    """Backward norms at 500 GB/s from memory and 800 in the cache of 40 MiB, forward as before; fp16 as bf16.
+    """Backward LayerNorm at 500 GB/s from memory and 800 in the cache of 40 MiB, forward as before; fp16 as bf16.
 
     Dropout starts 9 us after the 4 of any kernel.
     """
-    extended = measured(kernel_rates={"bf16": {"norm_backward": (500, 800), "dropout_forward": (100, 100, 9)}})
+    extended = measured(kernel_rates={"bf16": {"layer_norm_backward": (500, 800), "dropout_forward": (100, 100, 9)}})
     for dtype in ("bf16", "fp16"):
         cost = ComputeCost(extended, dtype)
         for size, rate in ((4000 * MIB, 500e9), (10 * MIB, 800e9)):
-            work = MemoryBound("norm", size, backward=True)
+            work = MemoryBound("norm", size, "layer_norm", backward=True)
             assert cost.duration(work) == pytest.approx(4 * US + size / rate, rel=1e-9)
-            assert cost.duration(MemoryBound("norm", size)) == a100().duration(MemoryBound("norm", size))
-    assert cost.duration(MemoryBound("dropout", 10**8)) == pytest.approx(13 * US + 1e-3, rel=1e-9)
-    assert "kernel_rates.bf16.norm_backward" in cost.coefficients_of(work)
+            for other in (
+                MemoryBound("norm", size, "layer_norm"),
+                MemoryBound("norm", size, "rms_norm", backward=True),
+            ):
+                assert cost.duration(other) == a100().duration(other)
+    assert cost.duration(MemoryBound("dropout", 10**8, "dropout")) == pytest.approx(13 * US + 1e-3, rel=1e-9)
+    assert "kernel_rates.bf16.layer_norm_backward" in cost.coefficients_of(work)
 
 
 def test_attention_of_another_type_has_its_own_curves():

@@ -166,6 +166,8 @@ def _attention(machine: Machine, sizes: Selection) -> Iterator[Measurement]:
 
 MASTER_PRECISION = ("cross_entropy", "adam")
 """Operators on fp32 tensors, whatever the type of the layers."""
+LARGER = {"bias_gradient": 3}
+"""Times the rows of an operator that moves one tensor, where others move two or three."""
 
 
 def _memory_bound(machine: Machine, sizes: Selection) -> Iterator[Measurement]:
@@ -173,7 +175,7 @@ def _memory_bound(machine: Machine, sizes: Selection) -> Iterator[Measurement]:
         rows = max(8, round(share * machine.cache_bytes / (width * ITEMSIZE[dtype]) / 8) * 8)
         for operator in MEMORY_BOUND:
             if dtype == "fp32" or operator not in MASTER_PRECISION:
-                yield from memory_bound(operator, dtype, rows, width)
+                yield from memory_bound(operator, dtype, LARGER.get(operator, 1) * rows, width)
 
 
 def memory_rows(machine: Machine) -> list[Measurement]:

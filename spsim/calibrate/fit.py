@@ -1,7 +1,7 @@
 """From the raw file of a calibration to a complete profile: a function of its rows and the base alone.
 
-The simulator's own formulas are fitted, class by class in the order in which they need each other: the start
-of a kernel, memory-bound kernels, matrix products and attention (which may take the time of their memory
+The simulator's own formulas are fitted, class by class in the order in which they need each other:
+memory-bound kernels, matrix products and attention (which may take the time of their memory
 traffic), then collectives. What was not measured comes from the base and stands where it stood.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from spsim.calibrate.coefficients import document, leaf_at, with_leaves
 from spsim.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.calibrate.datasheet import datasheet_for
-from spsim.calibrate.kernel_fit import Fit, fit_attention, fit_gemm, fit_start
+from spsim.calibrate.kernel_fit import Fit, fit_attention, fit_gemm
 from spsim.calibrate.outcome import ClassFit, FittedProfile
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.samples import timed
@@ -27,7 +27,6 @@ from spsim.profiles import parse_profile
 from spsim.units import MIB
 
 CLASSES: Mapping[str, Callable[[Sequence[Measurement], HardwareProfile], Fit]] = {
-    "kernel-start": fit_start,
     "memory-bound": fit_memory_bound,
     "gemm": fit_gemm,
     "attention": fit_attention,
@@ -95,6 +94,7 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     environment = {row.name: row.text for row in measurements if row.kind == "environment" and row.text}
     start, raised = datasheet_for(measurements, base)
     draft = _Draft(start, environment.get("date", base.as_of))
+    _start_of_a_kernel(measurements, draft)
     classes: list[ClassFit] = []
     for topic, fit_class in CLASSES.items():
         fit = fit_class(measurements, draft.profile)
@@ -110,6 +110,15 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     return FittedProfile(
         profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base.name, raised, classes))
     )
+
+
+def _start_of_a_kernel(rows: Sequence[Measurement], draft: _Draft) -> None:
+    """What every kernel takes at least: the fastest of those too small to take time; more is its own start."""
+    times = {row.name: row.time_us for row in timed(rows, "launch") if row.time_us and row.name.startswith("stream")}
+    if times:
+        listed = ", ".join(f"{name.removeprefix('stream_')} {time:.3g} us" for name, time in times.items())
+        text = f"kernels of 8 x 8 elements, of which the fastest counts: {listed}"
+        draft.put("kernel_overhead_us", rounded(min(times.values())), "kernel-start", text)
 
 
 def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:

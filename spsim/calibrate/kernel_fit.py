@@ -1,4 +1,4 @@
-"""Coefficients of kernels that compute: matrix products, flash attention, and the start of any kernel."""
+"""Coefficients of kernels that compute: matrix products and flash attention."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from spsim.calibrate.samples import (
     Sample,
     attention_samples,
     gemm_samples,
-    timed,
 )
-from spsim.calibrate.solver import Parameter, held_out_times, rounded, solve
+from spsim.calibrate.solver import Parameter, held_out_times, solve
 from spsim.compute_cost import ComputeCost
 from spsim.hardware import AttentionCurve, Fraction, HardwareProfile, Leaf, NonNegative
-from spsim.units import US_PER_S
 from spsim.work import FlashAttention, Gemm
 
 MIN_SHAPES = 4
@@ -78,22 +76,6 @@ def short_name(path: str) -> str:
     """The end of a dotted path, with the head size that it is of."""
     *_, owner, name = ("", *path.split("."))
     return f"{name} at {owner}" if owner.isdecimal() else name
-
-
-def fit_start(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
-    """The start of a kernel in a busy stream: the median over kernels too small to take time."""
-    path = "kernel_overhead_us"
-    times = [row.time_us for row in timed(rows, "launch") if row.time_us is not None and row.name.startswith("stream")]
-    if not times:
-        return Fit(profile, ())
-    value = rounded(float(np.median(times)))
-    others = [float(np.median(np.delete(times, index))) for index in range(len(times))] if len(times) > 2 else [np.nan]
-    measured = np.array(times) / US_PER_S
-    fitted, held_out = (np.broadcast_to(np.array(time) / US_PER_S, len(times)) for time in ([value], others))
-    return Fit(
-        with_values(profile, {path: value}),
-        (ClassFit("kernel start", {path: f"{value:g}"}, measured, fitted, held_out, (path,)),),
-    )
 
 
 def with_missing(profile: HardwareProfile, starts: Mapping[str, Leaf]) -> HardwareProfile:

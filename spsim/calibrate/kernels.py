@@ -12,11 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spsim.calibrate.devices import Call, Cuda, Device
 from spsim.calibrate.records import Measurement
-from spsim.calibrate.shapes import VOCABULARY_SHARE
+from spsim.calibrate.shapes import ROTATED, VOCABULARY_SHARE
 from spsim.calibrate.timing import Effort, sample_times, timed
+from spsim.torch_layers.elementwise import rope
 
 ROTATION = 2
 """Bytes of all buffers over those of the cache: every call finds its operands in memory."""
+INSIDE = 0.5
+"""The same of buffers that stay in the last-level cache, and not in those before it."""
 MAX_SETS = 512
 DROPOUT = 0.1
 SMALL = 8
@@ -33,19 +36,29 @@ def measure_kernel(device: Device, row: Measurement, effort: Effort) -> Measurem
     build = {"gemm": _gemm, "attention": _attention, "memory_bound": _memory_bound}[row.kind]
     # One kernel for attention, the fused one: where it cannot serve, the row is skipped and says so.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        calls = [build(device, row) for _ in range(_sets(device, row))]
+        calls = [_keeping(build(device, row)) for _ in range(_sets(device, row))]
         return timed(row, sample_times(calls, device.kernel_samples, effort), device.clock)
+
+
+def _keeping(call: Call) -> Call:
+    """The call, whose result stays until the next time: as in a layer, results do not all take the same memory."""
+    kept: list[object] = []
+
+    def run() -> None:
+        kept[:] = [call()]
+
+    return run
 
 
 def _sets(device: Device, row: Measurement) -> int:
     """How many sets of buffers: enough to exceed the cache.
 
     Memory-bound operators whose tensors fit this rank's share of the cache are measured there, as in a layer, where
-    the kernel before has just written what they read.
+    the kernel before has just written what they read, and as there not always on the same few bytes.
     """
     moved = row.bytes_moved or 1
     if row.kind == "memory_bound" and moved <= device.cache_share:
-        return 1
+        return max(1, min(MAX_SETS, int(INSIDE * device.cache_share) // moved))
     return max(2, min(MAX_SETS, -(-ROTATION * device.cache_bytes // moved)))
 
 
@@ -167,6 +180,11 @@ def _gelu(device: Device, row: Measurement) -> Prepared:
     return partial(functional.gelu, x), (x,)
 
 
+def _bias_gelu(device: Device, row: Measurement) -> Prepared:
+    x, bias = _input(device, row), _parameter(device, row, row.n or 1)
+    return lambda: functional.gelu(x + bias), (x, bias)
+
+
 def _swiglu(device: Device, row: Measurement) -> Prepared:
     x = _input(device, row, halves=2)
 
@@ -180,6 +198,12 @@ def _swiglu(device: Device, row: Measurement) -> Prepared:
 def _bias_dropout_add(device: Device, row: Measurement) -> Prepared:
     x, residual, bias = _input(device, row), _input(device, row).detach(), _parameter(device, row, row.n or 1)
     return lambda: residual + torch.native_dropout(x + bias, DROPOUT, True)[0], (x, bias)
+
+
+def _rope(device: Device, row: Measurement) -> Prepared:
+    x = _input(device, row)
+    heads, table = x.view(row.m or 1, 1, -1, ROTATED), device.random(2, row.m or 1, ROTATED, dtype=row.dtype)
+    return partial(rope, heads, table), (x,)
 
 
 def _embedding(device: Device, row: Measurement) -> Prepared:
@@ -197,13 +221,24 @@ def _cross_entropy(device: Device, row: Measurement) -> Prepared:
 
 _OPERATORS: dict[str, Callable[[Device, Measurement], Prepared]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "softmax": _softmax, "dropout": _dropout, "gelu": _gelu,
-    "swiglu": _swiglu, "bias_dropout_add": _bias_dropout_add, "embedding": _embedding,
+    "bias_gelu": _bias_gelu,
+    "swiglu": _swiglu, "bias_dropout_add": _bias_dropout_add, "rope": _rope, "embedding": _embedding,
     "cross_entropy": _cross_entropy,
 }  # fmt: skip
 
 
 def _add(device: Device, row: Measurement) -> Call:
     return partial(torch.add, _input(device, row).detach(), _input(device, row).detach())
+
+
+def _bias_add(device: Device, row: Measurement) -> Call:
+    x, residual = _input(device, row).detach(), _input(device, row).detach()
+    bias = device.random(row.n or 1, dtype=row.dtype)
+    return lambda: residual + (x + bias)
+
+
+def _bias_gradient(device: Device, row: Measurement) -> Call:
+    return partial(torch.sum, _input(device, row).detach(), 0)
 
 
 def _copy(device: Device, row: Measurement) -> Call:
@@ -222,7 +257,9 @@ def _adam(device: Device, row: Measurement) -> Call:
     return optimizer.step
 
 
-_SINGLE_PASS: dict[str, Builder] = {"add": _add, "copy": _copy, "adam": _adam}
+_SINGLE_PASS: dict[str, Builder] = {
+    "bias_add": _bias_add, "bias_gradient": _bias_gradient, "add": _add, "copy": _copy, "adam": _adam,
+}  # fmt: skip
 
 
 def measure_launch(device: Device, row: Measurement, effort: Effort) -> Measurement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,8 +67,7 @@ class ClassFit:
     @property
     def mean_error(self) -> float:
         """Mean size of the logarithm of held-out over measured; not a number where nothing was held out."""
-        logs = np.abs(np.log(self.held_out / self.measured))
-        return float(np.nanmean(logs)) if np.isfinite(logs).any() else float("nan")
+        return mean_error([self])
 
     @property
     def flagged(self) -> bool:
@@ -82,6 +81,12 @@ class ClassFit:
         return {
             "source": source, "held_out_error_percent": round(self.errors.p90, 1), "flagged": self.flagged
         }  # fmt: skip
+
+
+def mean_error(classes: Sequence[ClassFit]) -> float:
+    """Mean size of the logarithm of held-out over measured time of all their rows; not a number where none was."""
+    logs = np.concatenate([np.abs(np.log(fit.held_out / fit.measured)) for fit in classes])
+    return float(np.nanmean(logs)) if np.isfinite(logs).any() else float("nan")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ Microseconds = Annotated[float, Field(ge=1e-3, lt=1e9)]
 NAMES: Mapping[str, Sequence[str]] = {
     "gemm": ("forward", "dgrad", "wgrad"),
     "attention": ("forward", "backward"),
-    "memory_bound": ("*_forward", "*_backward", "add", "copy", "adam"),
+    "memory_bound": ("*_forward", "*_backward", "bias_add", "bias_gradient", "add", "copy", "adam"),
     "launch": ("stream_*", "host_add", "graph_add"),
     "collective": get_args(CollectiveName),
     "interference": [

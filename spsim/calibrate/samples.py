@@ -12,7 +12,7 @@ import numpy.typing as npt
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.session import title
 from spsim.calibrate.shapes import MEMORY_BOUND
-from spsim.compute_cost import ComputeCost
+from spsim.compute_cost import ComputeCost, rates_key
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.units import US_PER_S
@@ -20,7 +20,7 @@ from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 
 Seconds = npt.NDArray[np.float64]
 
-CONSTANT = frozenset({"direction", "causal", "head_dim", "operator_class", "backward"})
+CONSTANT = frozenset({"direction", "causal", "head_dim", "operator_class", "kernel", "backward"})
 """Fields of a work that choose its coefficients; all others are numbers, and many kernels are one array."""
 HALF_PRECISION = ("bf16", "fp16")
 """Types of one rate, which training runs in."""
@@ -75,7 +75,8 @@ def _sample(
     beyond_cache: bool = False,
 ) -> Sample:
     made = work(row)
-    stratum = (row.dtype, isinstance(made, MemoryBound) and made.backward, row.head_dim, beyond_cache)
+    kernel = rates_key(made.kernel, made.backward) if isinstance(made, MemoryBound) else None
+    stratum = (row.dtype, kernel, row.head_dim, beyond_cache)
     return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
@@ -106,10 +107,11 @@ def _attention(row: Measurement) -> FlashAttention:
 
 def _memory_bound(row: Measurement) -> MemoryBound:
     operator, _, direction = row.name.rpartition("_")
-    if row.name not in MEMORY_BOUND and (operator not in MEMORY_BOUND or direction not in ("forward", "backward")):
+    kernel = row.name if row.name in MEMORY_BOUND else operator
+    if kernel not in MEMORY_BOUND or (kernel == operator and direction not in ("forward", "backward")):
         raise InputError(f"{title(row)}: there is no such operator; use one of {', '.join(MEMORY_BOUND)}")
-    backward = row.name.endswith("_backward")
-    return MemoryBound(row.operator_class, row.bytes_moved or 0, backward)  # type: ignore[arg-type]
+    backward = direction == "backward"
+    return MemoryBound(row.operator_class, row.bytes_moved or 0, kernel, backward)  # type: ignore[arg-type]
 
 
 class Batch:

@@ -77,6 +77,8 @@ class MemoryBoundOperator(NamedTuple):
     backward: Bytes | None = None
 
 
+ROTATED = 128
+"""Head size of rotated heads."""
 VOCABULARY_SHARE = 2
 """Rows of the embedding table, in multiples of the tokens looked up."""
 
@@ -91,12 +93,21 @@ MEMORY_BOUND = {
     "softmax": MemoryBoundOperator("softmax", lambda r, w, i: 2 * r * w * i, lambda r, w, i: 3 * r * w * i),
     "dropout": MemoryBoundOperator("dropout", lambda r, w, i: r * w * (2 * i + 1), lambda r, w, i: r * w * (2 * i + 1)),
     "gelu": MemoryBoundOperator("elementwise", lambda r, w, i: 2 * r * w * i, lambda r, w, i: 3 * r * w * i),
+    # The bias has the width; its gradient reads once more what it sums.
+    "bias_gelu": MemoryBoundOperator(
+        "elementwise", lambda r, w, i: 2 * r * w * i + w * i, lambda r, w, i: 4 * r * w * i
+    ),
     # From two halves of the width each to one.
     "swiglu": MemoryBoundOperator("elementwise", lambda r, w, i: 3 * r * w * i, lambda r, w, i: 5 * r * w * i),
-    # The bias has the width; its gradient reads once more what it sums. In the simulation one elementwise kernel; torch
-    # runs one after the other, and what draws random numbers sets the time, hence the class.
+    # One kernel in the simulation, several in torch, as is the next.
     "bias_dropout_add": MemoryBoundOperator(
-        "dropout", lambda r, w, i: r * w * (3 * i + 1) + w * i, lambda r, w, i: r * w * (3 * i + 1)
+        "elementwise", lambda r, w, i: r * w * (3 * i + 1) + w * i, lambda r, w, i: r * w * (3 * i + 1)
+    ),
+    "bias_add": MemoryBoundOperator("elementwise", lambda r, w, i: 3 * r * w * i + w * i),
+    "bias_gradient": MemoryBoundOperator("elementwise", lambda r, w, i: r * w * i),
+    # Heads of one size in the width, and one table for all of them.
+    "rope": MemoryBoundOperator(
+        "elementwise", lambda r, w, i: (2 * w + ROTATED) * r * i, lambda r, w, i: 2 * r * w * i
     ),
     "add": MemoryBoundOperator("elementwise", lambda r, w, i: 3 * r * w * i),
     "copy": MemoryBoundOperator("elementwise", lambda r, w, i: 2 * r * w * i),

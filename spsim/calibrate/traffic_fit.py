@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from spsim.calibrate.coefficients import leaf_at, with_leaves
 from spsim.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
-from spsim.calibrate.outcome import ClassFit
+from spsim.calibrate.outcome import ClassFit, mean_error
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.samples import Batch, Sample, memory_samples
 from spsim.calibrate.solver import Parameter, solve
+from spsim.compute_cost import rates_key
 from spsim.hardware import Bandwidth, Fraction, HardwareProfile, KernelRates, NonNegative
 from spsim.units import GB, MIB
-from spsim.work import MemoryBound
+from spsim.work import MemoryBound, MemoryBoundKernel
+
+STREAMING = ("add", "copy")
+"""Kernels of the class `elementwise` that do nothing but move data: its share is theirs where they were measured, since
+products and attention read and write their tensors at it.
+"""
 
 
 def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
-    """Share of the bandwidth by class and one rate in the cache, or rates of their own where those predict better.
+    """Share of the bandwidth by class and one rate in the cache, or rates of each kernel where those predict better.
 
     Traffic alone does not set the time of a kernel whose arithmetic takes longer (random numbers and
-    exponentials on a CPU), or that also reduces over rows: such a class gets two rates by type and direction.
+    exponentials on a CPU), that reduces over rows, or that torch composes of several: the kernels of such a class
+    get two rates each by type and direction, and the share of the class serves those that were not measured.
     """
     cache = profile.datasheet.memory.l2_mib.value * MIB
     samples = _determined(memory_samples(rows, cache), profile, cache)
@@ -33,15 +40,13 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
     half = Fraction(value=0.5, source="unknown")
     profile = with_missing(profile, {f"memory_bound.{group}": half for group in _groups(samples)})
     shared = fit_samples(samples, profile, _shares(samples, profile))
-    better = []
+    better = {}
     for plain in shared.classes:
-        own = [s for s in samples if s.group == plain.name]
-        fit = min(
-            (_own_rates(own, profile, cache, start=start) for start in (False, True)),
-            key=lambda fit: fit.classes[0].mean_error,
-        )
-        if fit.classes[0].mean_error < OTHER_SHAPE * plain.mean_error:
-            better.append(fit)
+        own = [sample for sample in samples if sample.group == plain.name]
+        share = _share(own, profile, cache)
+        fit = _own_rates(own, share.profile, cache)
+        if mean_error(fit.classes) < OTHER_SHAPE * plain.mean_error:
+            better[plain.name] = Fit(fit.profile, _with_share(fit.classes, share.classes))
     return _combined(samples, shared, better, profile) if better else shared
 
 
@@ -51,15 +56,16 @@ def _determined(samples: Sequence[Sample], profile: HardwareProfile, cache: floa
     return [s for s in samples if s.group in beyond or leaf_at(profile, f"memory_bound.{s.group}") is not None]
 
 
-def _combined(samples: Sequence[Sample], shared: Fit, better: Sequence[Fit], profile: HardwareProfile) -> Fit:
-    """Classes with rates of their own, and the others fitted again without them."""
-    apart = {fit.classes[0].name for fit in better}
-    rest = [sample for sample in samples if sample.group not in apart]
+def _combined(samples: Sequence[Sample], shared: Fit, better: Mapping[str, Fit], profile: HardwareProfile) -> Fit:
+    """Classes with rates by kernel, and the others fitted again without them."""
+    rest = [sample for sample in samples if sample.group not in better]
     others = fit_samples(rest, profile, _shares(rest, profile)) if rest else Fit(profile, ())
-    final = others.profile
-    for fit in better:
-        final = with_leaves(final, {path: leaf_at(fit.profile, path) for path in _tables(fit.classes[0].paths)})
-    return Fit(final, (*others.classes, *(fit.classes[0] for fit in better)))
+    final, classes = others.profile, others.classes
+    for fit in better.values():
+        paths = _tables(path for found in fit.classes for path in found.paths)
+        final = with_leaves(final, {path: leaf_at(fit.profile, path) for path in paths})
+        classes += fit.classes
+    return Fit(final, classes)
 
 
 def _groups(samples: Iterable[Sample]) -> list[str]:
@@ -80,27 +86,77 @@ def _shares(samples: Sequence[Sample], profile: HardwareProfile) -> list[Paramet
     return parameters
 
 
-def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float, *, start: bool) -> Fit:
-    """Rates of one class: two for each data type and direction, with or without a start, and its share beyond
-    the cache.
-    """
-    kernels: dict[str, list[Sample]] = {}
+def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float) -> Fit:
+    """Rates of the kernels of one class by type and direction, each kernel a class of its own in the report."""
+    kernels: dict[str, dict[str, list[Sample]]] = {}
     for sample in samples:
-        assert isinstance(sample.work, MemoryBound)
-        direction = "backward" if sample.work.backward else "forward"
-        path = f"kernel_rates.{sample.dtype}.{sample.work.operator_class}_{direction}"
-        kernels.setdefault(path, []).append(sample)
+        key = rates_key(_kernel(sample), _work(sample).backward)
+        own_passes = kernels.setdefault(_kernel(sample), {})
+        own_passes.setdefault(f"kernel_rates.{sample.dtype}.{key}", []).append(sample)
+    classes: list[ClassFit] = []
+    for kernel, passes in kernels.items():
+        parts: list[ClassFit] = []
+        for path, own in passes.items():
+            options = (_rates_of(path, own, profile, cache, start=start) for start in (False, True))
+            fit = min(options, key=lambda fit: mean_error(fit.classes))
+            profile, parts = fit.profile, [*parts, *fit.classes]
+        classes.append(_joined(kernel, parts))
+    return Fit(profile, tuple(classes))
+
+
+def _with_share(kernels: Sequence[ClassFit], share: Sequence[ClassFit]) -> tuple[ClassFit, ...]:
+    """The share of a class belongs to its only kernel, or is a class beside several."""
+    if len(kernels) > 1:
+        return (*kernels, *share)
+    only = kernels[0]
+    return (replace(only, paths=(*only.paths, *(path for found in share for path in found.paths))),)
+
+
+def _work(sample: Sample) -> MemoryBound:
+    assert isinstance(sample.work, MemoryBound)
+    return sample.work
+
+
+def _kernel(sample: Sample) -> MemoryBoundKernel:
+    kernel = _work(sample).kernel
+    assert kernel
+    return kernel
+
+
+def _share(samples: Sequence[Sample], profile: HardwareProfile, cache: float) -> Fit:
+    """The share of the bandwidth that kernels of a class without rates of their own take; none where all fit the cache.
+
+    Its error is that of each measured kernel at the share of the others.
+    """
     beyond = [sample for sample in samples if sample.work.bytes_moved > cache]
-    share = f"memory_bound.{samples[0].group}"
-    if beyond:
-        profile = solve(Batch(beyond), profile, [Parameter(share, LOWEST, 1)])
-    parts: list[ClassFit] = []
-    for path, own in kernels.items():
-        profile = with_leaves(profile, {path: _start(profile, own[0].group, start=start)})
-        fit = fit_samples(own, profile, _rates(path, own, cache, start=start))
-        profile, parts = fit.profile, [*parts, *fit.classes]
-    joined = _joined(parts)
-    return Fit(profile, (replace(joined, paths=(*joined.paths, share)) if beyond else joined,))
+    if not beyond:
+        return Fit(profile, ())
+    group = samples[0].group
+    path = f"memory_bound.{group}"
+
+    def at_share_of(chosen: Sequence[Sample]) -> HardwareProfile:
+        streaming = [sample for sample in chosen if _kernel(sample) in STREAMING]
+        return solve(Batch(streaming or chosen), profile, [Parameter(path, LOWEST, 1)])
+
+    batch, names = Batch(beyond), [_kernel(sample) for sample in beyond]
+    held_out = np.full(len(beyond), np.nan)
+    for left_out in dict.fromkeys(names):
+        own = np.array([name == left_out for name in names])
+        others = [sample for sample, out in zip(beyond, own, strict=True) if not out]
+        if others:
+            held_out[own] = batch.times(at_share_of(others))[own]
+    final = at_share_of(beyond)
+    text = {group: f"{leaf_at(final, path).value:g}"}
+    return Fit(
+        final,
+        (ClassFit(f"other {group}", text, batch.seconds, batch.times(final), held_out, (path,), tuple(names)),),
+    )
+
+
+def _rates_of(path: str, samples: Sequence[Sample], profile: HardwareProfile, cache: float, *, start: bool) -> Fit:
+    """Rates of one kernel, with or without a start."""
+    profile = with_leaves(profile, {path: _start(profile, samples[0].group, start=start)})
+    return fit_samples(samples, profile, _rates(path, samples, cache, start=start))
 
 
 def _start(profile: HardwareProfile, group: str, *, start: bool) -> KernelRates:
@@ -124,14 +180,14 @@ def _rates(path: str, samples: Sequence[Sample], cache: float, *, start: bool) -
     return [*rates, Parameter(f"{path}.start_us", 0, 1e3, 10)] if start else rates
 
 
-def _joined(parts: Sequence[ClassFit]) -> ClassFit:
-    """The kernels of one class together."""
+def _joined(kernel: str, parts: Sequence[ClassFit]) -> ClassFit:
+    """Types and directions of one kernel together."""
     measured, fitted, held_out = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("measured", "fitted", "held_out")
     )
     return ClassFit(
-        parts[0].name,
-        {_kernel(part): _rates_text(part) for part in parts},
+        kernel,
+        {_pass(part): _rates_text(part) for part in parts},
         measured,
         fitted,
         held_out,
@@ -140,7 +196,7 @@ def _joined(parts: Sequence[ClassFit]) -> ClassFit:
     )
 
 
-def _kernel(part: ClassFit) -> str:
+def _pass(part: ClassFit) -> str:
     """`fp32 forward` of the paths of one kernel."""
     _, dtype, kernel, _ = part.paths[0].split(".")
     return f"{dtype} {kernel.rpartition('_')[2]}"

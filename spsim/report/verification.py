@@ -89,7 +89,7 @@ def _time_caption(found: Verification) -> str:
     cpu = found.environment.backend == "gloo"
     sign = " and its error, simulated / measured − 1" if found.times_comparable else ""
     compute = (
-        "CPU time of the whole pass, with Python, autograd and the host side of collectives; simulated: kernels alone"
+        "CPU time of the pass outside its collectives, with Python and autograd; simulated: kernels alone"
         if cpu
         else "kernels of the device, measured and simulated"
     )

@@ -4,6 +4,7 @@ One transformer layer of a `Model` under a `Plan`, as Megatron-LM, DeepSpeed-Uly
 it: forward, backward, communication. Tests and `verify` hold the simulator against it. Needs torch.
 """
 
+from spsim.torch_layers.collectives import HostTime
 from spsim.torch_layers.groups import Groups
 from spsim.torch_layers.layer import ParallelLayer
 from spsim.torch_layers.recording import (
@@ -18,6 +19,7 @@ from spsim.torch_layers.recording import (
 __all__ = [
     "CollectiveCall",
     "Groups",
+    "HostTime",
     "ParallelLayer",
     "SavedTensor",
     "SavedTensors",

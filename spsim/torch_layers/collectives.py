@@ -5,9 +5,11 @@ Every one is a single message of the group; a group of None is one rank and send
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,29 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 Group = dist.ProcessGroup | None
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class HostTime:
+    """Seconds of this thread's CPU clock inside collectives: to start them and to wait for them."""
+
+    seconds = 0.0
+
+
+def _on_the_clock(call: Callable[P, T]) -> Callable[P, T]:
+    """The same call, its CPU time counted."""
+
+    @wraps(call)
+    def counted(*args: P.args, **options: P.kwargs) -> T:
+        began = time.thread_time()
+        try:
+            return call(*args, **options)
+        finally:
+            HostTime.seconds += time.thread_time() - began
+
+    return counted
+
 
 # torch 2.13 renamed two collectives and warns of the former names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,6 +53,7 @@ class Pending:
     tensor: Tensor
     works: list[Any] = field(default_factory=list)
 
+    @_on_the_clock
     def wait(self) -> Tensor:
         """The tensor, once it has arrived."""
         while self.works:
@@ -35,11 +61,13 @@ class Pending:
         return self.tensor
 
 
+@_on_the_clock
 def start_all_reduce(x: Tensor, group: Group) -> Pending:
     """The sum over all ranks, in place."""
     return Pending(x, [dist.all_reduce(x, group=group, async_op=True)] if group else [])
 
 
+@_on_the_clock
 def start_all_gather(x: Tensor, group: Group) -> Pending:
     """The parts of all ranks, in their order."""
     if group is None:
@@ -48,6 +76,7 @@ def start_all_gather(x: Tensor, group: Group) -> Pending:
     return Pending(whole, [_all_gather(whole, x.contiguous(), group=group, async_op=True)])
 
 
+@_on_the_clock
 def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
     """This rank's part of the sum over all ranks."""
     if group is None:
@@ -56,6 +85,7 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
     return Pending(part, [_reduce_scatter(part, x.contiguous(), group=group, async_op=True)])
 
 
+@_on_the_clock
 def start_exchange(x: Tensor, group: dist.ProcessGroup) -> Pending:
     """Send to the next rank of a ring and receive from the previous one."""
     ranks = dist.get_process_group_ranks(group)
@@ -66,6 +96,7 @@ def start_exchange(x: Tensor, group: dist.ProcessGroup) -> Pending:
     return Pending(received, list(dist.batch_isend_irecv(messages)))
 
 
+@_on_the_clock
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Part i goes to rank i, and part i of the result is from rank i."""
     result = torch.empty_like(x)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from spsim.operators import OperatorKind
 from spsim.torch_modules.tape import Call, Value, values_in
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundKernel, Work
 
 PRODUCTS = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2"), "baddbmm": ("batch1", "batch2")}
 """Matrix products, with the names of their factors."""
@@ -23,6 +24,25 @@ OVERWRITES = frozenset({"copy_", "fill_", "zero_", "bernoulli_", "uniform_", "no
 """Operators in place that do not read what they write."""
 
 
+KERNELS: Mapping[str, tuple[MemoryBoundKernel, bool]] = {
+    "native_layer_norm": ("layer_norm", False),
+    "native_layer_norm_backward": ("layer_norm", True),
+    "_fused_rms_norm": ("rms_norm", False),
+    "_fused_rms_norm_backward": ("rms_norm", True),
+    "_softmax": ("softmax", False),
+    "_softmax_backward_data": ("softmax", True),
+    "native_dropout": ("dropout", False),
+    "native_dropout_backward": ("dropout", True),
+    "gelu": ("gelu", False),
+    "gelu_backward": ("gelu", True),
+    "add": ("add", False),
+    "copy_": ("copy", False),
+    "clone": ("copy", False),
+    "embedding": ("embedding", False),
+}
+"""Operators that a calibration measures by themselves, and whether they are its gradient."""
+
+
 def operator_class(call: Call) -> OperatorKind:
     """The class of coefficients that a call is timed with."""
     if call.op in PRODUCTS or call.op in CONVOLUTIONS or call.op == "convolution_backward":
@@ -34,6 +54,11 @@ def operator_class(call: Call) -> OperatorKind:
     if call.op in SOFTMAX:
         return "softmax"
     return "dropout" if call.op in DROPOUT else "elementwise"
+
+
+def kernel_of(call: Call) -> tuple[MemoryBoundKernel | None, bool]:
+    """The kernel that a profile may know the rates of, and whether the call is its gradient."""
+    return KERNELS.get(call.op, (None, False))
 
 
 def bytes_moved(call: Call) -> int:
@@ -66,7 +91,7 @@ def kernels(call: Call) -> tuple[Work, ...]:
         return _convolution(call, moved)
     if kind == "attention":
         return (_attention(call, moved),)
-    return (MemoryBound(kind, moved),)
+    return (MemoryBound(kind, moved, *kernel_of(call)),)
 
 
 def _product(call: Call, moved: int) -> Gemm:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from spsim.operators import OperatorKind, TensorKind
 from spsim.torch_modules.dimensions import Dim, Dims
+from spsim.work import MemoryBoundKernel
 
 
 @dataclass(eq=False)
@@ -65,6 +66,8 @@ class Node:
     """Of a linear: its input features."""
     produces: Dims = ()
     """Of a linear: its output features."""
+    kernel: MemoryBoundKernel | None = None
+    """What it computes, if a profile may know its rates."""
 
 
 @dataclass

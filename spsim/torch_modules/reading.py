@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from spsim.errors import InputError
 from spsim.operators import OperatorKind, TensorKind
-from spsim.torch_modules.costs import ATTENTION, PRODUCTS, SOFTMAX, operator_class
+from spsim.torch_modules.costs import ATTENTION, PRODUCTS, SOFTMAX, kernel_of, operator_class
 from spsim.torch_modules.dimensions import Dim, Dims, UnrelatedDimensionsError, fresh, leaves, unify
 from spsim.torch_modules.graph import Base, Graph, Node, Use, View
 from spsim.torch_modules.tape import ALLOCATIONS, Call, Tape
@@ -120,7 +120,7 @@ class _Reader:
             Node(
                 self._unique(call.name), kind, list(inputs), [Use(base) for base in outputs], list(mixes),
                 [base for base in dict.fromkeys(saved) if base in own and base.kind not in ("weight", "constant")],
-                list(owns), list(passthrough), contracts, produces,
+                list(owns), list(passthrough), contracts, produces, kernel_of(call)[0],
             )
         )  # fmt: skip
 

@@ -65,7 +65,7 @@ class Shape:
 
 
 ATTENTION: tuple[Attention, ...] = ("flash", "unfused")
-QUICK_SHAPES = {"cpu": (Shape(256, 256, 1),), "cuda": (Shape(2048, 2048, 1),)}
+QUICK_SHAPES = {"cpu": (Shape(512, 512, 1),), "cuda": (Shape(2048, 2048, 1),)}
 SHAPES = {
     "cpu": (Shape(256, 256, 1), Shape(512, 512, 2), Shape(768, 1024, 1), Shape(1024, 512, 1, gated=True)),
     "cuda": (Shape(2048, 2048, 1), Shape(4096, 4096, 1), Shape(8192, 4096, 1), Shape(4096, 8192, 1, gated=True)),

@@ -26,7 +26,7 @@ from spsim.placement import mesh_of
 from spsim.plan import Plan
 from spsim.ranks.at_hand import Position, cpu_info
 from spsim.recording import COMPUTE_LANE
-from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
+from spsim.torch_layers import Groups, HostTime, ParallelLayer, record_collectives, record_saved
 from spsim.trace import Phase
 from spsim.units import US_PER_S
 from spsim.verify.cases import VerifyCase
@@ -100,15 +100,15 @@ class Rank:
         )  # fmt: skip
 
     def _times(self, run: _Run, job: Job) -> tuple[dict[Phase, list[float]], dict[Phase, list[float]]]:
-        """Seconds of each pass on the wall clock and, on a CPU, of the thread."""
+        """Seconds of each pass on the wall clock and, on a CPU, of the thread outside its collectives."""
         wall: dict[Phase, list[float]] = {phase: [] for phase in PASSES}
         thread: dict[Phase, list[float]] = {phase: [] for phase in PASSES}
         for repetition in range(job.warm_up + job.repeats):
             for phase, step in zip(PASSES, run.passes(), strict=True):
                 self._meet()
-                began, began_thread = time.perf_counter(), time.thread_time()
+                began, began_thread, before = time.perf_counter(), time.thread_time(), HostTime.seconds
                 step()
-                busy = time.thread_time() - began_thread
+                busy = time.thread_time() - began_thread - (HostTime.seconds - before)
                 self._finish()
                 if repetition >= job.warm_up:
                     wall[phase].append(time.perf_counter() - began)

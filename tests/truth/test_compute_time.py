@@ -94,7 +94,7 @@ def _shape(work: Work) -> tuple[object, ...]:
         case FlashAttention():
             return "attention", work.heads, work.head_dim, work.queries
         case MemoryBound():
-            return work.operator_class, work.backward, work.bytes_moved
+            return work.kernel, work.backward, work.bytes_moved
 
 
 def _row_shape(row: Measurement) -> tuple[object, ...]:
@@ -102,7 +102,12 @@ def _row_shape(row: Measurement) -> tuple[object, ...]:
         return "gemm", *sorted((row.m or 0, row.n or 0, row.k or 0)), row.batch
     if row.kind == "attention":
         return "attention", row.heads, row.head_dim, row.queries
-    return row.operator_class, int(row.name.endswith("_backward")), row.bytes_moved
+    return *_kernel(row.name), row.bytes_moved
+
+
+def _kernel(name: str) -> tuple[str, bool]:
+    """Its name, and whether it is the gradient."""
+    return name.removesuffix("_forward").removesuffix("_backward"), name.endswith("_backward")
 
 
 SHAPES = {
