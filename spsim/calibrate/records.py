@@ -156,6 +156,14 @@ def _is_date(text: str) -> bool:
     return True
 
 
+class RowError(InputError):
+    """A row that the base of a fit, or any device, rules out."""
+
+    def __init__(self, row: Measurement, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 REQUIRED = frozenset({"kind", "name"})
 RESULTS = frozenset({"clock", "repeats", "time_us", "p10_us", "p90_us", "value", "text", "skipped"})
 COLUMNS = tuple(Measurement.model_fields)
