@@ -22,8 +22,6 @@ from spsim.ranks.at_hand import is_leader
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""
 
-INTERRUPTED = 130
-"""Exit status of a command that was interrupted from the keyboard."""
 LEADER_FIRST_S = 3.0
 """How much later than the leader the other ranks end: torchrun ends all, silent or not, once one has ended."""
 

@@ -30,7 +30,7 @@ def warnings(found: Verification) -> Iterator[str]:
     if not found.times_comparable:
         yield (
             f"times cannot be compared: {found.hardware.name} is of {device_of(found.hardware)}, but the layers ran "
-            f"on {found.environment.device}; bytes and collectives can. For times, calibrate this device"
+            f"on {found.environment.device}; bytes and collectives can; for times, calibrate this device"
         )
     if found.flagged:
         yield missed(found.flagged)
