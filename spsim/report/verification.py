@@ -7,9 +7,10 @@ from math import floor, log10
 
 from rich.table import Table
 
+from spsim.placement import COLLECTIVE_SHORT
 from spsim.ranks.matching import device_of
 from spsim.report.table import table
-from spsim.report.words import COLLECTIVE_SHORT, COLLECTIVES, missed, signed
+from spsim.report.words import COLLECTIVES, missed, signed
 from spsim.units import MIB
 from spsim.verify import CaseComparison, Quantity, Verification
 from spsim.verify.comparison import WALL
