@@ -239,6 +239,19 @@ def test_without_torch_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     assert line == 'calibrate: torch is not installed; pip install "spsim[calibrate]"'
 
 
+def test_a_torch_that_does_not_load_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open\\nshared object file')")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "spsim", "calibrate", "--quick", "--out", str(tmp_path / "new" / "p.toml")],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2, "error: torch cannot be loaded (libcudart.so.12: cannot open shared object file); install it again\n"
+    )  # fmt: skip
+    assert not (tmp_path / "new").exists()
+
+
 def rank_with(store, rank, per_node=2):
     return Ranks(rank, rank, 2, per_node, store)
 

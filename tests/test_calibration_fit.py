@@ -432,6 +432,15 @@ def test_a_row_that_does_not_fit_the_base_is_one_line(row, base, message, tmp_pa
     assert not out.parent.exists()
 
 
+@pytest.mark.parametrize("change", [lambda line: line[:-20], lambda line: line + ",1"], ids=["cut", "longer"])
+def test_a_line_of_another_length_is_named(change, tmp_path, capsys):
+    raw = raw_file(tmp_path / "measurements.csv", GEMM, ATTENTION, COPY)
+    lines = raw.read_text().splitlines()
+    raw.write_text("\n".join([*lines[:2], change(lines[2]), lines[3], ""]))
+    line = refused(["calibrate", "--fit", str(raw), "--base", "cpu-2", "--out", str(tmp_path / "p.toml")], capsys)
+    assert f"{raw}: line 3 has another number of columns than the header; it was cut or edited, remove it" in line
+
+
 def test_of_equal_rows_the_last_counts():
     """A twin of each row with another time changes nothing where it comes first, held-out errors included."""
     rows = wire_rows({2**power: 20 + 2**power / 3e5 for power in range(14, 30, 2)})

@@ -187,6 +187,11 @@ def read_measurements(path: Path) -> list[Measurement]:
 
 def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Measurement]:
     for row in reader:
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path}: line {reader.line_num} has another number of columns than the header; it was cut or edited, "
+                "remove it and run calibrate again to measure it"
+            )
         try:
             yield Measurement.model_validate(row)
         except ValidationError as error:
