@@ -374,7 +374,14 @@ def test_a_model_of_the_user():
 
 def test_the_picture_of_nothing_but_compute():
     """A single GPU communicates nothing: its panel says so."""
-    row = {"strategy": "single GPU", "clock": "device kernels", "p10": 1.0, "measured": 2.0, "p90": 3.0}
+    row = {
+        "strategy": "single GPU",
+        "attention": "flash",
+        "clock": "device kernels",
+        "p10": 1.0,
+        "measured": 2.0,
+        "p90": 3.0,
+    }
     frame = pd.DataFrame(
         [{**row, "name": f"{phase}_compute_ms", "predicted": 2.5} for phase in ("forward", "backward")]
     )

@@ -167,7 +167,7 @@ def _labels(info: TaskInfo) -> tuple[str, ...]:
     """Texts for a bar, the most telling first."""
     if info.collective:
         name = info.collective.replace("_", "-")
-        return (name, name.replace("-", "-\n", 1), COLLECTIVE_SHORT[info.collective])
+        return (name, name.replace("-", "-\n", 1), COLLECTIVE_SHORT.get(info.collective, name))
     name = info.name.replace("_", " ")
     names = [name, SHORT.get(name, name)] + ([info.operator_class] if info.operator_class in name else [])
     part = f" {info.part}" if info.part in ("dgrad", "wgrad") else ""
