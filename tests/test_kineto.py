@@ -313,14 +313,14 @@ def test_no_paths(paths):
 
 
 def test_a_send_receive_has_one_name():
-    """Or, in a narrow bar, the abbreviation of the legend; a kind of collective without an abbreviation is drawn too."""
+    """Whatever the width of its bar; a kind of collective without an abbreviation is drawn too."""
     spans = [
         MeasuredSpan(0, "ring", "x", "communication", start, end, collective=kind)
         for start, end, kind in ((0, 100, "send_receive"), (101, 109, "send_receive"), (110, 118, "broadcast"))
     ]
     texts = [text.get_text() for text in plots.plot_timeline(measured_trace(spans)).axes[0].texts]
     assert "P2P" not in texts
-    assert [text for text in texts if text in ("send-receive", "SR")] == ["send-receive", "SR"]
+    assert texts.count("send-receive") == 2
     assert "broadcast" in texts
 
 
