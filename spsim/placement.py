@@ -20,6 +20,10 @@ AXES: tuple[Axis, ...] = ("dp", "ring", "ulysses", "tp")
 """Mesh axes, outer to inner: consecutive ranks differ in tp."""
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
+COLLECTIVE_SHORT: Mapping[str, str] = {
+    "all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS", "all_to_all": "A2A", "send_receive": "SR"
+}  # fmt: skip
+"""How tables and pictures abbreviate them."""
 
 
 @dataclass(frozen=True, slots=True)

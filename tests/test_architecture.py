@@ -12,12 +12,12 @@ import spsim
 
 PACKAGE = Path(spsim.__file__).parent
 ORDER = (
-    "errors", "units", "lazy", "configuration", "resources", "huggingface", "work", "hardware", "profiles", "model",
-    "plan", "workload", "scenario", "placement", "operators", "transformer", "kernels", "program", "compiler",
-    "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "recording", "trace", "measured", "engine",
-    "schedule", "layer", "folding", "metrics", "uncertainty", "simulation", "export", "plots", "sweeps", "explanation",
-    "comparison", "validation", "kineto", "ranks", "torch_modules", "torch_layers", "calibrate", "verify",
-    "report", "experiments", "cli", "__main__",
+    "interrupts", "errors", "units", "lazy", "configuration", "resources", "huggingface", "work", "hardware",
+    "profiles", "model", "plan", "workload", "scenario", "placement", "operators", "transformer", "kernels",
+    "program", "compiler", "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "recording",
+    "trace", "measured", "engine", "schedule", "layer", "folding", "metrics", "uncertainty", "simulation", "export",
+    "plots", "sweeps", "explanation", "comparison", "validation", "kineto", "ranks", "torch_modules", "torch_layers",
+    "calibrate", "verify", "report", "experiments", "cli", "__main__",
 )  # fmt: skip
 FENCES = {
     "simpy": {"engine"},
@@ -92,6 +92,15 @@ def test_heavy_packages_stay_behind_their_fence(name: str, path: Path) -> None:
 def test_import_spsim_is_light() -> None:
     """Neither torch nor matplotlib is loaded by the package or by its command line."""
     code = "import sys, spsim, spsim.cli; print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_line_answers_interrupts_before_it_loads_anything() -> None:
+    """What `python -m spsim` imports until then comes with Python."""
+    code = (
+        "import sys, spsim.__main__; print([m for m in ('numpy', 'pandas', 'pydantic', 'typer') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

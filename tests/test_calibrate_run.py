@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from spsim.calibrate import catalogue, launch, rank_process
-from spsim.calibrate.base import base_of_rows, base_profile
+from spsim.calibrate.base import base_of_rows, base_profile, check_ranks
 from spsim.calibrate.devices import Cpu
 from spsim.calibrate.ranks import Ranks
 from spsim.calibrate.records import append_measurements, read_measurements
@@ -199,10 +199,57 @@ def test_bad_options_are_refused(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory.toml", "file"]
 
 
+def as_rank(monkeypatch, rank, world, per_node):
+    for name, number in {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": per_node}.items():
+        monkeypatch.setenv(name, str(number))
+
+
+@pytest.mark.parametrize(
+    ("world", "per_node", "base", "message"),
+    [
+        (4, 4, [], "4 ranks on a node, but one of cpu-2 has 2 GPUs; start at most 2 on each, or give a --base with"),
+        (4, 2, [], "the ranks are on 2 nodes, but cpu-2 has no level beyond 'shared-memory'; give a --base with one"),
+        (16, 16, ["--base", "dgx-h100"], "16 ranks on a node, but one of dgx-h100 has 8 GPUs"),
+    ],
+)
+def test_ranks_that_the_base_cannot_hold_are_refused_before_anything(
+    world, per_node, base, message, tmp_path, capsys, monkeypatch
+):  # fmt: skip
+    """By the leader, in one line; the others end as it does, and say nothing."""
+    monkeypatch.setattr("spsim.cli.calibration.measure", lambda *arguments: pytest.fail("something was measured"))
+    monkeypatch.setattr("spsim.cli.app.LEADER_FIRST_S", 0.0)
+    arguments = ["--quick", *base, "--out", str(tmp_path / "new" / "p.toml")]
+    as_rank(monkeypatch, 0, world, per_node)
+    assert refused(capsys, *arguments).startswith(f"calibrate: {message}")
+    as_rank(monkeypatch, 1, world, per_node)
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", *arguments])
+    assert (ended.value.code, *capsys.readouterr()) == (2, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "per_node", "nodes"), [("cpu-2", 2, 1), ("dgx-h100", 8, 3), ("gb200-nvl72", 72, 2)])
+def test_ranks_that_the_base_holds(name, per_node, nodes):
+    check_ranks(load_profile(name), per_node, nodes)
+
+
 def test_without_torch_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("spsim.ranks.at_hand.find_spec", lambda name: None)
     line = refused(capsys, "--out", tmp_path / "p.toml")
     assert line == 'calibrate: torch is not installed; pip install "spsim[calibrate]"'
+
+
+def test_a_torch_that_does_not_load_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open\\nshared object file')")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "spsim", "calibrate", "--quick", "--out", str(tmp_path / "new" / "p.toml")],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2, "error: torch cannot be loaded (libcudart.so.12: cannot open shared object file); install it again\n"
+    )  # fmt: skip
+    assert not (tmp_path / "new").exists()
 
 
 def rank_with(store, rank, per_node=2):

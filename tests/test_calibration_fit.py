@@ -427,7 +427,7 @@ def test_a_row_that_cannot_be_is_one_line_with_its_place(row, message, tmp_path,
     ("row", "base", "message"),
     [
         ({**COPY, "name": "foo_forward"}, "dgx-h100", "foo_forward bf16: there is no such operator"),
-        ({**WIRE, "level": "token-ring"}, "dgx-h100", "level 'token-ring'"),
+        ({**WIRE, "level": "token-ring"}, "dgx-h100", "by token-ring: dgx-h100 has no level 'token-ring', only nvlink"),
         ({**WIRE, "ranks": 3, "level": "shared-memory"}, "cpu-2", "on 3 ranks by shared-memory: cpu-2 has 2 GPUs"),
         ({**GEMM, "m": 2**20, "n": 2**20, "k": 2**20}, "cpu-2", "gemm forward bf16 1048576x1048576x1048576: 1 us is"),
         ({**COPY, "bytes_moved": 2**49}, "cpu-2", "copy bf16: 1 us is"),
@@ -435,12 +435,22 @@ def test_a_row_that_cannot_be_is_one_line_with_its_place(row, message, tmp_path,
     ],
 )
 def test_a_row_that_does_not_fit_the_base_is_one_line(row, base, message, tmp_path, capsys):
-    raw = raw_file(tmp_path / "measurements.csv", row)
+    raw = raw_file(tmp_path / "measurements.csv", fact("date", "2026-01-31"), row)
     out = tmp_path / "new" / "mine.toml"
     line = refused(["calibrate", "--fit", str(raw), "--base", base, "--out", str(out)], capsys)
     assert str(raw) in line
     assert message in line
+    assert ": line 3: " in line or "no such operator" in line
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("change", [lambda line: line[:-20], lambda line: line + ",1"], ids=["cut", "longer"])
+def test_a_line_of_another_length_is_named(change, tmp_path, capsys):
+    raw = raw_file(tmp_path / "measurements.csv", GEMM, ATTENTION, COPY)
+    lines = raw.read_text().splitlines()
+    raw.write_text("\n".join([*lines[:2], change(lines[2]), lines[3], ""]))
+    line = refused(["calibrate", "--fit", str(raw), "--base", "cpu-2", "--out", str(tmp_path / "p.toml")], capsys)
+    assert f"{raw}: line 3 has another number of columns than the header; it was cut or edited, remove it" in line
 
 
 def test_of_equal_rows_the_last_counts():

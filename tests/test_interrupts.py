@@ -41,6 +41,26 @@ def test_an_interrupt_of_all_processes(arguments, sign, tmp_path):
     assert (running.returncode, error) == (130, LINE)
 
 
+@pytest.mark.parametrize("command", ["list", "run", "calibrate", "verify"])
+def test_an_interrupt_while_packages_are_imported(command, tmp_path):
+    """An import of pydantic that does not end, and takes an interrupt for a failure of its own."""
+    (tmp_path / "pydantic.py").write_text(
+        "import pathlib, time\n"
+        "try:\n    pathlib.Path(__file__).with_name('begun').touch(); time.sleep(60)\n"
+        "except BaseException as error:\n    raise ImportError('cannot load') from error\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    with subprocess.Popen(
+        [sys.executable, "-m", "spsim", command, "--help"], env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        while running.poll() is None and not (tmp_path / "begun").exists():
+            time.sleep(0.001)
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=60)
+    assert (running.returncode, error) == (130, "interrupted; nothing was started\n")
+
+
 def test_an_interrupted_run(capsys, monkeypatch):
     """The simulation itself is interrupted."""
 

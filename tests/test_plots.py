@@ -12,6 +12,7 @@ from matplotlib.text import Text
 import spsim
 from spsim import InputError, plots
 from spsim.metrics import phase_of
+from spsim.plots.figure import MARGIN, side_by_side
 from spsim.recording import COMPUTE_LANE
 from tests.cases import A100, H100
 
@@ -279,6 +280,72 @@ def test_a_comparison_shows_the_rank_that_computes_longest():
 
 
 # ------------------------------------------------------------ memory
+
+
+def test_passes_of_a_short_run_beside_a_long_one_are_named():
+    """Its forward pass takes less of the common axis than its name; the names stand side by side."""
+    figure = plots.plot_timelines({"long": simulated("tp", seq_len=65536), "short": simulated("tp", seq_len=256)})
+    names = [text for text, _ in drawn_texts(figure) if text.startswith(("forward", "backward"))]
+    assert [name.split()[0] for name in names] == ["forward", "backward"] * 2
+    assert_readable(figure)
+
+
+def test_labels_in_a_line_move_no_more_than_they_must():
+    assert side_by_side([50, 150], [20, 30], 200) == [50, 150]
+    assert side_by_side([2, 8], [20, 20], 200) == [10, 10 + 20 + MARGIN]
+    assert side_by_side([150, 198], [40, 60], 200) == [200 - 60 - MARGIN - 20, 170]
+
+
+@pytest.mark.parametrize(("name", "entry"), [("ring", "communication: SR send-receive"), ("tp", "AR all-reduce")])
+def test_the_legend_spells_out_every_abbreviation(name, entry):
+    (legend,) = plots.plot_timeline(RESULTS[name]).legends
+    assert any(entry in text.get_text() for text in legend.get_texts())
+
+
+def verification_frame():
+    """Two strategies under two attention kernels; compute, communication and passes of very different length."""
+    times = {"compute": 5.0, "communication": 0.1}
+    return pd.DataFrame(
+        {
+            "strategy": strategy, "attention": attention, "clock": "wall clock",
+            "name": "_".join(filter(None, [phase, kind, "ms"])), "measured": time, "p10": 0.9 * time, "p90": 2 * time,
+            "predicted": 0.8 * time,
+        }
+        for strategy in ("TP2", "Ring 2")
+        for attention in ("flash", "unfused")
+        for phase in ("forward", "backward")
+        for kind, time in {**times, "": 40.0}.items()
+    )  # fmt: skip
+
+
+def test_panels_of_a_verification_share_range_and_markers():
+    figure = plots.plot_verification(verification_frame(), title="a profile")
+    assert_readable(figure)
+    limits = {(*axes.get_xlim(), *axes.get_ylim()) for axes in figure.axes}
+    assert len(limits) == 1
+    looks = [
+        [
+            (line.get_color(), line.get_marker(), line.get_markerfacecolor())
+            for line in axes.lines
+            if line.get_marker() in "os"
+        ]
+        for axes in figure.axes
+    ]
+    assert looks[0] == looks[1] == looks[2]
+    assert len(set(looks[0])) == 8, "strategy, pass and kernel are told apart"
+
+
+def test_panels_of_peak_memory_share_their_range():
+    frame = sweep_frame()
+    frame.loc[frame["model"] == "llama-3-8b", "device_memory_gib"] /= 10
+    assert len({axes.get_ylim() for axes in plots.plot_peak_memory(frame).axes}) == 1
+
+
+def test_names_of_bars_are_level_where_there_is_room():
+    for lengths, rotation in (((2048, 8192), 0), ((2**power for power in range(10, 22)), 90)):
+        frame = sweep_frame(lengths=tuple(lengths), strategies=("TP only", "Ulysses with a name"))
+        labels = plots.plot_layer_times(frame).axes[0].get_xticklabels()
+        assert {label.get_rotation() for label in labels} == {rotation}
 
 
 def areas(figure):

@@ -45,9 +45,21 @@ def cases(**settings):
 
 @pytest.fixture(scope="module")
 def found():
-    """The quick cases on two processes, few repetitions."""
+    """The quick cases on two processes, few repetitions, as if on the CPU of the profile."""
     with open_ranks(2, "cpu", 60) as pool:
-        return verify([predict(case, CPU) for case in cases()], CPU, pool, repeats=3, profiled=2)
+        made = verify([predict(case, CPU) for case in cases()], CPU, pool, repeats=3, profiled=2)
+    return on_device(made, CPU.provenance["device"])
+
+
+def on_device(found, device, **environment):
+    """The same run as if on another device."""
+    return dataclasses.replace(found, environment=dataclasses.replace(found.environment, device=device, **environment))
+
+
+def calibrated(name, device):
+    """A profile as a calibration on this device would call it."""
+    profile = load_profile(name)
+    return profile.model_copy(update={"provenance": {**profile.provenance, "device": device}})
 
 
 def test_every_case_was_run(found):
@@ -170,14 +182,44 @@ def test_finished_cases_are_shown_when_a_rank_is_lost(found, monkeypatch, tmp_pa
     assert (tmp_path / "verification.csv").exists()
 
 
-def test_a_profile_of_another_device_is_told(found, monkeypatch, capsys):
-    with instead(monkeypatch, dataclasses.replace(found, hardware=load_profile("dgx-h100"))):
+@pytest.mark.parametrize(
+    ("hardware", "device", "line"),
+    [
+        (load_profile("dgx-h100"), "AMD EPYC", "dgx-h100 is of NVIDIA H100-SXM5-80GB, but the layers ran on AMD EPYC;"),
+        (CPU, "Intel(R) Xeon(R)", "cpu-2 is of AMD EPYC, but the layers ran on Intel(R) Xeon(R);"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_a_profile_of_another_device_is_told(hardware, device, line, found, monkeypatch, capsys):
+    with instead(monkeypatch, dataclasses.replace(on_device(found, device), hardware=hardware)):
         _, out, _ = run_main(ARGUMENTS, capsys)
-    assert out.startswith("times cannot be compared: dgx-h100 describes NVIDIA H100")
-    rows = [line for line in out.splitlines() if " forward " in line and " 128×" in line and "[" in line]
+    first, _, rest = out.partition("\n")
+    assert first.startswith(f"times cannot be compared: {line}")
+    rows = [line for line in rest.splitlines() if " forward " in line and " 128×" in line and "[" in line]
     assert len(rows) == len(found.cases)
     assert not any("%" in row for row in rows)
     assert "Error of simulated times" not in out
+
+
+@pytest.mark.parametrize(
+    ("hardware", "device", "backend", "comparable"),
+    [
+        (load_profile("dgx-h100"), "NVIDIA H100 80GB HBM3", "nccl", True),
+        (load_profile("dgx-h200"), "NVIDIA H100 80GB HBM3", "nccl", False),
+        (load_profile("h100-pcie-8"), "NVIDIA H100 80GB HBM3", "nccl", False),
+        (CPU, "NVIDIA H100 80GB HBM3", "nccl", False),
+        (calibrated("dgx-h100", "NVIDIA GeForce RTX 4090"), "NVIDIA GeForce RTX 4090", "nccl", True),
+        (calibrated("dgx-h100", "NVIDIA GeForce RTX 4090"), "NVIDIA H100 80GB HBM3", "nccl", False),
+        (calibrated("dgx-h100", "NVIDIA H200"), "NVIDIA H200", "nccl", True),
+        (CPU, "AMD EPYC", "gloo", True),
+        (CPU, "AMD EPYC 7763 64-Core Processor", "gloo", False),
+        (calibrated("cpu-2", "AMD EPYC 7763 64-Core Processor"), "AMD EPYC 7763 64-Core Processor", "gloo", True),
+        (calibrated("dgx-h100", "AMD EPYC"), "AMD EPYC", "gloo", False),
+    ],
+)
+def test_times_compare_on_the_device_of_the_profile_alone(hardware, device, backend, comparable, found):
+    run = dataclasses.replace(on_device(found, device, backend=backend), hardware=hardware)
+    assert run.times_comparable is run.to_json()["times_comparable"] is comparable
 
 
 def test_captions_explain_and_lines_have_no_trailing_blanks(found, monkeypatch, capsys):
@@ -337,7 +379,14 @@ def test_a_model_of_the_user():
 
 def test_the_picture_of_nothing_but_compute():
     """A single GPU communicates nothing: its panel says so."""
-    row = {"strategy": "single GPU", "clock": "device kernels", "p10": 1.0, "measured": 2.0, "p90": 3.0}
+    row = {
+        "strategy": "single GPU",
+        "attention": "flash",
+        "clock": "device kernels",
+        "p10": 1.0,
+        "measured": 2.0,
+        "p90": 3.0,
+    }
     frame = pd.DataFrame(
         [{**row, "name": f"{phase}_compute_ms", "predicted": 2.5} for phase in ("forward", "backward")]
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from spsim.calibrate.records import Measurement
 from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.profiles import load_profile, profile_names
+from spsim.ranks.at_hand import CPU_RANKS, count_gpus, torchrun_position
+from spsim.ranks.matching import describes
 
 CPU_BASE = "cpu-2"
 
@@ -23,7 +24,7 @@ def base_profile(name: str | None, device: str, *, gpu: bool) -> HardwareProfile
     if not gpu:
         return load_profile(CPU_BASE)
     for candidate in map(load_profile, profile_names()):
-        if is_same_device(device, candidate.datasheet.device):
+        if describes(candidate, device, gpu=True):
             return candidate
     raise InputError(
         f"calibrate: no shipped profile describes the device {device!r}; give the nearest as --base "
@@ -37,18 +38,33 @@ def base_of_rows(name: str | None, rows: Sequence[Measurement]) -> HardwareProfi
     return base_profile(name, environment.get("device", ""), gpu="cuda" in environment or "hip" in environment)
 
 
-def is_same_device(device: str, datasheet: str) -> bool:
-    """Whether the driver's name of a device and that of a datasheet mean the same: chip, form, memory if both say."""
-    ours, theirs = _traits(device), _traits(datasheet)
-    same_memory = not ours[2] or not theirs[2] or ours[2] == theirs[2]
-    return bool(ours[0]) and ours[:2] == theirs[:2] and same_memory
+def check_ranks_at_hand(base: str | None) -> None:
+    """Before anything is written: `InputError` where the base cannot hold the ranks that would measure.
+
+    Without a base, that of a GPU is known only once its driver is asked, which the first rank does.
+    """
+    gpus, position = count_gpus(), torchrun_position()
+    if base is None and gpus:
+        return
+    ranks, per_node = (position.world, position.per_node) if position else (gpus or CPU_RANKS,) * 2
+    check_ranks(base_profile(base, "", gpu=False), per_node, max(1, ranks // per_node))
 
 
-def _traits(name: str) -> tuple[str, str, str]:
-    """(chip, other form than a module, memory): of `NVIDIA A100 80GB PCIe` ("a100", "pcie", "80gb")."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-
-    def first(pattern: str) -> str:
-        return next((word for word in words if re.fullmatch(pattern, word)), "")
-
-    return first(r"[a-z]{1,2}\d{2,3}[a-z]?"), first("pcie|nvl"), first(r"\d+gb")
+def check_ranks(profile: HardwareProfile, per_node: int, nodes: int) -> None:
+    """`InputError` where a node of the base has fewer GPUs than ranks, or no level joins its nodes."""
+    levels = profile.datasheet.topology
+    if per_node > profile.gpus_per_node:
+        raise InputError(
+            f"calibrate: {per_node} ranks on a node, but one of {profile.name} has {profile.gpus_per_node} GPUs; "
+            f"start at most {profile.gpus_per_node} on each, or give a --base with more"
+        )
+    if nodes > 1 and len(levels) < 2:
+        raise InputError(
+            f"calibrate: the ranks are on {nodes} nodes, but {profile.name} has no level beyond {levels[0].name!r}; "
+            "give a --base with one"
+        )
+    if nodes > 1 and nodes * per_node > (levels[1].gpus or nodes * per_node):
+        raise InputError(
+            f"calibrate: {nodes * per_node} ranks on {nodes} nodes, but {levels[1].name!r} of {profile.name} joins "
+            f"{levels[1].gpus} GPUs; start fewer, or give a --base with more"
+        )

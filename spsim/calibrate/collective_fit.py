@@ -19,12 +19,11 @@ import numpy as np
 from spsim.calibrate.coefficients import with_leaves
 from spsim.calibrate.kernel_fit import Fit
 from spsim.calibrate.outcome import ClassFit, Seconds
-from spsim.calibrate.records import Measurement
+from spsim.calibrate.records import Measurement, RowError
 from spsim.calibrate.samples import timed
 from spsim.calibrate.session import title
 from spsim.calibrate.solver import rounded
 from spsim.comm_cost import CommCost, CurveTime, algorithm_steps
-from spsim.errors import InputError
 from spsim.hardware import CollectiveCurve, HardwareProfile, Level
 from spsim.placement import Collective, sent_bytes
 from spsim.units import GB, US_PER_S
@@ -93,9 +92,10 @@ def measured_series(rows: Sequence[Measurement], profile: HardwareProfile) -> li
     names = [level.name for level in profile.datasheet.topology]
     for row in timed(rows, "collective"):
         if row.level not in names:
-            raise InputError(
-                f"collectives were measured on level {row.level!r}, but {profile.name} has "
-                f"{', '.join(names)}; give the --base that they were measured with"
+            raise RowError(
+                row,
+                f"{title(row)}: {profile.name} has no level {row.level!r}, only {', '.join(names)}; "
+                "give the --base that it was measured with",
             )
         _check_fits(row, profile)
         if (row.nodes or 1) in (1, row.ranks):
@@ -108,13 +108,14 @@ def measured_series(rows: Sequence[Measurement], profile: HardwareProfile) -> li
 
 
 def _check_fits(row: Measurement, profile: HardwareProfile) -> None:
-    """Raise `InputError` where a level, or a node, has fewer GPUs than the row has ranks."""
+    """Raise `RowError` where a level, or a node, has fewer GPUs than the row has ranks."""
     ranks, per_node = row.ranks or 0, (row.ranks or 0) // (row.nodes or 1)
     level = next(level for level in profile.datasheet.topology if level.name == row.level)
     if ranks > (level.gpus or ranks) or per_node > profile.gpus_per_node:
-        raise InputError(
+        raise RowError(
+            row,
             f"{title(row)}: {profile.name} has {level.gpus or profile.gpus_per_node} GPUs "
-            f"{'at this level' if level.gpus else 'in a node'}; give the --base that it was measured with"
+            f"{'at this level' if level.gpus else 'in a node'}; give the --base that it was measured with",
         )
 
 

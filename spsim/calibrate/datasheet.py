@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from spsim.calibrate.collective_fit import algorithm_of, measured_series
-from spsim.calibrate.records import Measurement
+from spsim.calibrate.records import Measurement, RowError
 from spsim.calibrate.samples import attention_samples, gemm_samples, memory_samples, timed
 from spsim.calibrate.session import title
 from spsim.calibrate.solver import rounded
@@ -102,11 +102,12 @@ def _highest(rows: Sequence[Measurement], base: HardwareProfile) -> dict[str, fl
 
 
 def _check_possible(row: Measurement, share: float) -> None:
-    """Raise `InputError` for a rate, as a share of the base's, that no device comes near."""
+    """Raise `RowError` for a rate, as a share of the base's, that no device comes near."""
     if share > IMPOSSIBLE:
-        raise InputError(
+        raise RowError(
+            row,
             f"{title(row)}: {row.time_us:g} us is {share:.0e} times as fast as the base allows; it is no measurement, "
-            "remove its row"
+            "remove its row",
         )
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from spsim.calibrate.base import base_profile
+from spsim.calibrate.base import base_profile, check_ranks
 from spsim.calibrate.catalogue import Machine
 from spsim.calibrate.communication import join, measure_collective, measure_interference
 from spsim.calibrate.devices import Device, open_device
@@ -85,11 +85,7 @@ def _lead(ranks: Ranks, device: Device, settings: Settings, report: Report, fail
 
 def _machine(ranks: Ranks, device: Device, profile: HardwareProfile) -> Machine:
     levels = tuple(level.name for level in profile.datasheet.topology)
-    if ranks.nodes > 1 and len(levels) < 2:
-        raise InputError(
-            f"calibrate: the ranks are on {ranks.nodes} nodes, but {profile.name} has no level beyond {levels[0]!r}; "
-            "give a --base with one"
-        )
+    check_ranks(profile, ranks.per_node, ranks.nodes)
     if device.kind == "cuda":
         device.cache_bytes = max(device.cache_bytes, round(profile.datasheet.memory.l2_mib.value * MIB))
     return Machine(

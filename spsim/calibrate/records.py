@@ -156,6 +156,14 @@ def _is_date(text: str) -> bool:
     return True
 
 
+class RowError(InputError):
+    """A row that the base of a fit, or any device, rules out."""
+
+    def __init__(self, row: Measurement, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 REQUIRED = frozenset({"kind", "name"})
 RESULTS = frozenset({"clock", "repeats", "time_us", "p10_us", "p90_us", "value", "text", "skipped"})
 COLUMNS = tuple(Measurement.model_fields)
@@ -179,6 +187,11 @@ def read_measurements(path: Path) -> list[Measurement]:
 
 def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Measurement]:
     for row in reader:
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path}: line {reader.line_num} has another number of columns than the header; it was cut or edited, "
+                "remove it and run calibrate again to measure it"
+            )
         try:
             yield Measurement.model_validate(row)
         except ValidationError as error:

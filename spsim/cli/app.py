@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,13 @@ import typer
 from rich.console import Console
 
 from spsim.errors import InputError
+from spsim.ranks.at_hand import is_leader
 
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""
 
-INTERRUPTED = 130
-"""Exit status of a command that was interrupted from the keyboard."""
+LEADER_FIRST_S = 3.0
+"""How much later than the leader the other ranks end: torchrun ends all, silent or not, once one has ended."""
 
 app = typer.Typer(
     add_completion=False,
@@ -70,6 +72,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
 ]
+
+
+@contextmanager
+def leader_speaks() -> Iterator[None]:
+    """Of the ranks of a launcher the leader alone says what is wrong."""
+    try:
+        yield
+    except InputError:
+        if is_leader():
+            raise
+        time.sleep(LEADER_FIRST_S)
+        raise SystemExit(2) from None
 
 
 @contextmanager

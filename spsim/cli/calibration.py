@@ -12,15 +12,18 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from spsim import report
-from spsim.calibrate.base import base_of_rows
+from spsim.calibrate.base import base_of_rows, check_ranks_at_hand
 from spsim.calibrate.launch import measure
-from spsim.calibrate.records import read_measurements
+from spsim.calibrate.records import RowError, read_measurements
 from spsim.calibrate.session import RAW_FILE, Note, Report, Settings
 from spsim.calibrate.session import Progress as Standing
-from spsim.cli.app import app, make_directory, open_console, staging
+from spsim.cli.app import app, leader_speaks, make_directory, open_console, staging
 from spsim.errors import InputError
 from spsim.profiles import load_profile, profile_names
 from spsim.ranks.at_hand import check_installed, is_leader
+
+FIRST_ROW = 2
+"""Line of a raw file where its rows begin; each takes one."""
 
 
 @app.command()
@@ -53,23 +56,17 @@ def calibrate(
         return
     check_installed("calibrate", "torch", "scipy")
     settings = Settings(raw=raw if raw is not None else out.with_suffix(".raw"), base=base, quick=quick)
-    if not is_leader():
-        _follow(settings)
-        return
-    _check_profile_path(out)
-    make_directory(out.parent.absolute())
-    make_directory(settings.raw, option="--raw")
-    with _progress_bar() as show:
-        measure(settings, show)
+    with leader_speaks():
+        _check_profile_path(out)
+        check_ranks_at_hand(base)
+        if not is_leader():
+            measure(settings, lambda _: None)
+            return
+        make_directory(out.parent.absolute())
+        make_directory(settings.raw, option="--raw")
+        with _progress_bar() as show:
+            measure(settings, show)
     _fit(settings.file, base, out)
-
-
-def _follow(settings: Settings) -> None:
-    """One of the other ranks of a launcher: rank 0 says what fails."""
-    try:
-        measure(settings, lambda _: None)
-    except InputError:
-        raise typer.Exit(1) from None
 
 
 def _check_profile_path(out: Path) -> None:
@@ -117,6 +114,9 @@ def _fit(raw: Path, base: str | None, out: Path) -> None:
     start = base_of_rows(base, rows)
     try:
         fitted = fit_profile(rows, start, out.stem)
+    except RowError as error:
+        number = FIRST_ROW + len(rows) - 1 - rows[::-1].index(error.row)
+        raise InputError(f"{raw}: line {number}: {error}") from None
     except InputError as error:
         raise InputError(f"{raw}: {error}") from None
     figure = plots.plot_calibration(fitted.frame, limit_percent=LIMIT_PERCENT, note=out.stem)

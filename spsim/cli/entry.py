@@ -13,8 +13,9 @@ from typing import NoReturn
 import typer
 
 from spsim.cli import calibration, experiments, scenarios, verification  # noqa: F401  (they register their commands)
-from spsim.cli.app import INTERRUPTED, app
+from spsim.cli.app import app
 from spsim.errors import InputError
+from spsim.interrupts import INTERRUPTED
 
 _USAGE_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What the parser raises on a wrong command line, wherever typer keeps it."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from spsim.cli.app import (
     SeqLenOption,
     app,
     file_names,
+    leader_speaks,
     open_console,
     print_json,
     print_written,
@@ -29,7 +29,6 @@ from spsim.errors import InputError
 from spsim.hardware import HardwareProfile
 from spsim.model import load_model
 from spsim.profiles import load_profile
-from spsim.ranks.at_hand import is_leader
 from spsim.ranks.processes import RankError
 from spsim.report import verification as report
 from spsim.verify import (
@@ -70,7 +69,7 @@ def verify(
 
     One process a GPU, or two on a CPU, are started; under torchrun its ranks are used.
     """
-    with _followers_silent():
+    with leader_speaks():
         profile = load_profile(hardware)
         ranks, device = count_ranks(profile)
         cases = build_cases(
@@ -89,17 +88,6 @@ def _precision(given: str | None, device: str) -> Precision:
     if given not in choices:
         raise InputError(f"verify: precision {given!r} is not one of {', '.join(choices)}")
     return choices[given]
-
-
-@contextmanager
-def _followers_silent() -> Iterator[None]:
-    """One rank alone says what is wrong."""
-    try:
-        yield
-    except InputError:
-        if is_leader():
-            raise
-        raise SystemExit(2) from None
 
 
 def _run(

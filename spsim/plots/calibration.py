@@ -102,6 +102,7 @@ def _label(axes: Axes, name: str, group: pd.DataFrame, flagged: bool) -> None:
     axes.annotate(
         f"{_error(group)}{', flagged' if flagged else ''}", (0, 1), (5, -5), xycoords="axes fraction",
         textcoords="offset points", va="top", size=SMALL_SIZE, color=colour,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
     )  # fmt: skip
     for spine in axes.spines.values() if flagged else ():
         spine.set(visible=True, color=FLAG, linewidth=1.2)

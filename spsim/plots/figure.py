@@ -20,6 +20,8 @@ from spsim.simulation import Result
 WIDTH = 13.33
 """Inches of a 16:9 slide."""
 POINTS = 72
+LINE_PITCH = 1.2
+"""Heights of a letter from one line of a text to the next."""
 """Points of an inch."""
 MARGIN = 5.0
 """Points left free before and after a text in a box; hinted letters are wider than their outlines."""
@@ -101,7 +103,7 @@ def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, flo
     font = FontProperties(size=size, weight="bold" if bold else "normal")
     lines = text.split("\n")
     widths = [TextToPath().get_text_width_height_descent(line, font, ismath=False)[0] for line in lines]
-    return max(widths), 1.2 * size * len(lines)
+    return max(widths), size * (1 + LINE_PITCH * (len(lines) - 1))
 
 
 def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
@@ -113,6 +115,20 @@ def fitting(options: Sequence[str], width: float, height: float, size: float) ->
             if along + MARGIN <= box[0] and across + 1 <= box[1]:
                 return text, rotation
     return None
+
+
+def side_by_side(middles: Sequence[float], widths: Sequence[float], room: float) -> list[float]:
+    """Middles in points of texts in one line from 0 to `room`: as wanted, or as near as keeps them apart."""
+    lefts: list[float] = []
+    free = 0.0
+    for middle, width in zip(middles, widths, strict=True):
+        lefts.append(max(free, middle - width / 2))
+        free = lefts[-1] + width + MARGIN
+    limit = room
+    for index in reversed(range(len(lefts))):
+        lefts[index] = min(lefts[index], limit - widths[index])
+        limit = lefts[index] - MARGIN
+    return [left + width / 2 for left, width in zip(lefts, widths, strict=True)]
 
 
 def add_legend(figure: Figure, entries: Sequence[Artist]) -> None:

@@ -21,6 +21,7 @@ from spsim.plots.figure import (
     COLOURS,
     GRID,
     LABEL_SIZE,
+    MARGIN,
     MUTED,
     POINTS,
     SERIES,
@@ -58,15 +59,19 @@ def plot_layer_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
     """Forward and backward time of one layer per 1K tokens: a bar per strategy, grouped by sequence length."""
     panels = list(_panels(frame))
     strategies = list(dict.fromkeys(frame["strategy"]))
-    under = max(text_size(name, LABEL_SIZE, bold=True)[0] for name in strategies) / POINTS + 0.3
+    longest = max(text_size(name, LABEL_SIZE, bold=True)[0] for name in strategies) / POINTS
     groups = max(group["seq_len"].nunique() for _, group in panels)
-    width = max(WIDTH, LEFT + RIGHT + BAR_INCHES * groups * (len(strategies) + BETWEEN))
+    bars = groups * (len(strategies) + BETWEEN)
+    width = max(WIDTH, LEFT + RIGHT + BAR_INCHES * bars)
+    upright = longest + MARGIN / POINTS <= (width - LEFT - RIGHT) / (bars + 1)
+    under = (LABEL_SIZE / POINTS if upright else longest) + 0.3
     figure = Figure(figsize=(width, TOP + BOTTOM + len(panels) * (PANEL + under + GAP)))
     top = float(figure.get_figheight()) - TOP
     for name, group in panels:
         top -= GAP + PANEL
         axes = axes_at(figure, LEFT, top, width - LEFT - RIGHT, PANEL)
         _bars(axes, group, strategies, under)
+        axes.tick_params(axis="x", rotation=0 if upright else 90)
         axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
         top -= under
     _bar_legend(figure, out=not frame["fits"].astype(bool).all())
@@ -88,6 +93,9 @@ def plot_peak_memory(frame: pd.DataFrame, *, note: str = "") -> Figure:
         axes = axes_at(figure, LEFT + index % columns * across, bottom, across - LEFT, SQUARE - GAP)
         _lines(axes, group, strategies)
         axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
+    low, high = zip(*(axes.get_ylim() for axes in figure.axes), strict=True)
+    for axes in figure.axes:
+        axes.set_ylim(min(low), max(high))
     _line_legend(figure, strategies, WIDTH - legend + 0.05, out=not frame["fits"].astype(bool).all())
     subtitle = "fullest GPU, with context, communicators and reserve"
     add_title(figure, "Peak memory by strategy", _with(note, subtitle))
@@ -153,7 +161,7 @@ def _name_bars(axes: Axes, bars: pd.DataFrame) -> None:
     """Strategies under their bars; the fastest that fits of each length in bold."""
     fitting = bars[bars["fits"].astype(bool)]
     fastest = set(fitting.loc[fitting.groupby("seq_len")["layer_time_ms"].idxmin(), "x"])
-    axes.set_xticks(list(bars["x"]), list(bars["strategy"]), rotation=90, size=LABEL_SIZE)
+    axes.set_xticks(list(bars["x"]), list(bars["strategy"]), size=LABEL_SIZE)
     axes.tick_params(axis="x", length=0)
     for x, label in zip(bars["x"], axes.get_xticklabels(), strict=True):
         label.set_fontweight("bold" if x in fastest else "normal")

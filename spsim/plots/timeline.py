@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from spsim.placement import COLLECTIVE_SHORT
 from spsim.plots.figure import (
     COLOURS,
     GRID,
@@ -31,6 +32,8 @@ from spsim.plots.figure import (
     describe_workload,
     fitting,
     ink_on,
+    side_by_side,
+    text_size,
 )
 from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
 from spsim.recording import COMPUTE_LANE, Span, TaskInfo
@@ -45,13 +48,8 @@ ONE_LINE = 0.3
 RANK_GAP = 0.3
 BAR = 0.84
 HATCH = "////"
-SHORT = {
-    "all_reduce": "AR",
-    "all_gather": "AG",
-    "reduce_scatter": "RS",
-    "all_to_all": "A2A",
-}
-"""For bars that are too narrow for the name; a send-receive is always called that."""
+SHORT = {"projection": "proj"}
+"""Names of operators that narrow bars abbreviate."""
 
 
 def plot_timeline(
@@ -169,10 +167,11 @@ def _labels(info: TaskInfo) -> tuple[str, ...]:
     """Texts for a bar, the most telling first."""
     if info.collective:
         name = info.collective.replace("_", "-")
-        return (name, name.replace("-", "-\n", 1), SHORT.get(info.collective, name))
+        return (name, name.replace("-", "-\n", 1), COLLECTIVE_SHORT.get(info.collective, name))
     name = info.name.replace("_", " ")
-    name = f"{name} {info.part}" if info.part in ("dgrad", "wgrad") else name
-    return (name, name.replace(" ", "\n"))
+    names = [name, SHORT.get(name, name)] + ([info.operator_class] if info.operator_class in name else [])
+    part = f" {info.part}" if info.part in ("dgrad", "wgrad") else ""
+    return tuple(text for short in names for text in (short + part, (short + part).replace(" ", "\n")))
 
 
 # Drawing
@@ -251,17 +250,21 @@ class _Panel:
         self.axes.grid(axis="x", color=GRID, linewidth=0.6)
 
     def _phases(self) -> None:
-        """Names of the passes where there is room, and lines between them."""
-        for window in self.view.windows:
-            left = window.drawn_ps / self.scale
+        """Names of the passes, and lines between them."""
+        windows = self.view.windows
+        names = [f"{window.phase.replace('_', ' ')} {_time(window.length_ps)}" for window in windows]
+        middles = side_by_side(
+            [(window.drawn_ps + window.length_ps / 2) * self.points_per_ps for window in windows],
+            [text_size(name, SMALL_SIZE)[0] for name in names],
+            (WIDTH - LEFT - RIGHT) * POINTS,
+        )
+        for window, name, middle in zip(windows, names, middles, strict=True):
             if window.drawn_ps:
-                self.axes.axvline(left, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
-            name = f"{window.phase.replace('_', ' ')} {_time(window.length_ps)}"
-            if fitting([name], window.length_ps * self.points_per_ps, POINTS, SMALL_SIZE) == (name, 0):
-                self.axes.annotate(
-                    name, (left + window.length_ps / self.scale / 2, 1), (0, 4), xycoords=("data", "axes fraction"),
-                    textcoords="offset points", ha="center", size=SMALL_SIZE, color=MUTED, annotation_clip=False,
-                )  # fmt: skip
+                self.axes.axvline(window.drawn_ps / self.scale, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
+            self.axes.annotate(
+                name, (0, 1), (middle, 4), xycoords="axes fraction", textcoords="offset points", ha="center",
+                size=SMALL_SIZE, color=MUTED, annotation_clip=False,
+            )  # fmt: skip
 
 
 def _look(look: str) -> dict[str, Any]:
@@ -316,8 +319,8 @@ def _legend(figure: Figure, tasks: Iterable[TaskInfo]) -> None:
     found = {str(container.get_label()) for axes in figure.axes for container in axes.containers}
     classes = [name for name in COLOURS if name in found or f"{name}, recomputed" in found]
     kinds = {info.collective for info in tasks}
-    names = ", ".join(f"{short} {kind.replace('_', '-')}" for kind, short in SHORT.items() if kind in kinds)
-    full = {"communication": f"communication: {names}"}
+    names = ", ".join(f"{short} {kind.replace('_', '-')}" for kind, short in COLLECTIVE_SHORT.items() if kind in kinds)
+    full = {"communication": f"communication: {names}" if names else "communication"}
     entries = [Patch(facecolor=COLOURS[name], label=full.get(name, name)) for name in classes]
     if any(name.endswith("recomputed") for name in found):
         entries.append(Patch(facecolor=MUTED, edgecolor="white", hatch=HATCH, label="recomputed"))

@@ -46,9 +46,12 @@ def check_installed(command: str, *packages: str) -> None:
 
 
 def count_gpus() -> int:
-    """Devices of this machine that torch calls `cuda`."""
-    import torch
-
+    """Devices of this machine that torch calls `cuda`; `InputError` where torch is there but does not load."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # an OSError where a library of it is missing
+        cause = " ".join(str(error).split())[:REASON_LENGTH]
+        raise InputError(f"torch cannot be loaded ({cause}); install it again") from None
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

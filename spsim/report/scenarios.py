@@ -8,9 +8,10 @@ from rich.table import Table
 
 from spsim.explanation import Explanation, InsertedCommunication, OperatorExplanation
 from spsim.model import PRESETS
+from spsim.placement import COLLECTIVE_SHORT
 from spsim.profiles import load_profile, profile_names
 from spsim.report.table import table
-from spsim.report.words import COLLECTIVE_SHORT, COLLECTIVES, band, collective_counts, figure, missed, size, time
+from spsim.report.words import COLLECTIVES, band, collective_counts, figure, missed, size, time
 from spsim.simulation import SCOPE, Result
 from spsim.units import GIB, MIB
 from spsim.validation import Comparison, Errors, Validation

@@ -7,8 +7,10 @@ from math import floor, log10
 
 from rich.table import Table
 
+from spsim.placement import COLLECTIVE_SHORT
+from spsim.ranks.matching import device_of
 from spsim.report.table import table
-from spsim.report.words import COLLECTIVE_SHORT, COLLECTIVES, missed, signed
+from spsim.report.words import COLLECTIVES, missed, signed
 from spsim.units import MIB
 from spsim.verify import CaseComparison, Quantity, Verification
 from spsim.verify.comparison import WALL
@@ -26,11 +28,10 @@ def headline(found: Verification) -> str:
 
 def warnings(found: Verification) -> Iterator[str]:
     """What must be known before the times are read."""
-    sheet = found.hardware.datasheet
     if not found.times_comparable:
         yield (
-            f"times cannot be compared: {found.hardware.name} describes {sheet.device}, but the layers ran on "
-            f"{found.environment.device}; bytes and collectives can"
+            f"times cannot be compared: {found.hardware.name} is of {device_of(found.hardware)}, but the layers ran "
+            f"on {found.environment.device}; bytes and collectives can; for times, calibrate this device"
         )
     if found.flagged:
         yield missed(found.flagged)

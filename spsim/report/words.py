@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from spsim.placement import COLLECTIVE_SHORT
 from spsim.uncertainty import ErrorBand
 from spsim.units import GIB, KIB, MIB
 
 FULL = 100
 """From here on a figure has three digits before the point."""
-COLLECTIVE_SHORT = {
-    "all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS", "all_to_all": "A2A", "send_receive": "SR"
-}  # fmt: skip
 COLLECTIVES = ", ".join(f"{short} {kind.replace('_', '-')}" for kind, short in COLLECTIVE_SHORT.items())
 """What the abbreviations mean, for captions."""
 

@@ -15,6 +15,7 @@ from spsim.hardware import HardwareProfile
 from spsim.kineto import align
 from spsim.measured import MeasuredSpan, measured_trace
 from spsim.program import Communication
+from spsim.ranks.matching import describes
 from spsim.ranks.processes import RankError, RankMemoryError
 from spsim.recording import COMPUTE_LANE
 from spsim.scenario import Scenario
@@ -95,8 +96,8 @@ class Verification:
 
     @property
     def times_comparable(self) -> bool:
-        """Whether the profile describes a CPU where the layers ran on one, and GPUs where they ran on those."""
-        return (self.environment.backend == "gloo") == (self.hardware.datasheet.topology[0].kind == "shared_memory")
+        """Whether the profile is of the device on which the layers ran."""
+        return describes(self.hardware, self.environment.device, gpu=self.environment.backend != "gloo")
 
     @property
     def flagged(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from spsim.ranks.at_hand import (
     reason,
     torchrun_position,
 )
+from spsim.ranks.matching import describes_cpu
 from spsim.ranks.processes import Processes, RankError, RankMemoryError
 from spsim.verify.records import Environment, Job, RankMeasurement
 
@@ -47,7 +48,7 @@ def count_ranks(profile: HardwareProfile) -> tuple[int, str]:
     Raises `InputError` where torch is not installed.
     """
     check_installed("verify", "torch")
-    gpus = 0 if profile.datasheet.topology[0].kind == "shared_memory" else count_gpus()
+    gpus = 0 if describes_cpu(profile) else count_gpus()
     position = torchrun_position()
     return position.world if position else gpus or CPU_RANKS, "cuda" if gpus else "cpu"
 
