@@ -24,7 +24,7 @@ from spsim.kineto import read_spans
 from spsim.measured import MeasuredSpan
 from spsim.placement import mesh_of
 from spsim.plan import Plan
-from spsim.ranks.at_hand import Position, cpu_info
+from spsim.ranks.at_hand import Position, cpu_info, gpu_index
 from spsim.recording import COMPUTE_LANE
 from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
 from spsim.trace import Phase
@@ -42,12 +42,13 @@ class Rank:
     """One process of the group; `address` is None where a launcher has set the environment."""
 
     def __init__(self, device: str, position: Position, address: str | None, limit_s: float) -> None:
-        self.rank, self.world, local_rank = position.rank, position.world, position.local_rank
+        self.rank, self.world = position.rank, position.world
+        self.device = torch.device("cpu")
         if device == "cuda":
-            torch.cuda.set_device(local_rank)
+            self.device = torch.device("cuda", gpu_index(position.local_rank, position.per_node))
+            torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(1)
-        self.device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
         dist.init_process_group(
             BACKENDS[device], init_method=address or "env://", rank=self.rank, world_size=self.world,
             timeout=timedelta(seconds=limit_s),
