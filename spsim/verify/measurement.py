@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from spsim.kineto import read_spans
@@ -47,6 +48,8 @@ class Rank:
         if device == "cuda":
             self.device = torch.device("cuda", gpu_index(position.local_rank, position.per_node))
             torch.cuda.set_device(self.device)
+            # The kernel that calibrate measures and the ring's blocks run: Hopper's torch else prefers cuDNN's.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         else:
             torch.set_num_threads(1)
         dist.init_process_group(
@@ -127,6 +130,8 @@ class Rank:
                         self._meet()
                         step()
                     self._finish()
+            if self.device.type == "cuda":
+                _check_kernels(profiler)
             profiler.export_chrome_trace(str(path))
             base_ns, spans = read_spans(path, self.rank)
         axes = mesh_of(job.case.plan).axes
@@ -187,6 +192,12 @@ class _Run:
 def _groups(plan: Plan) -> Groups:
     """Made once a plan: a communicator takes time and memory."""
     return Groups.create(plan)
+
+
+def _check_kernels(profiler: profile) -> None:
+    """Raise `RuntimeError` where only the host's operators were recorded, whose times are not those of kernels."""
+    if not any(event.device_type == DeviceType.CUDA for event in profiler.events() or ()):
+        raise RuntimeError("torch.profiler recorded no kernels; end other profilers, and let it use CUPTI or ROCTracer")
 
 
 def _kernel_seconds(spans: Sequence[MeasuredSpan]) -> dict[Phase, list[float]]:
