@@ -229,6 +229,28 @@ def test_ranks_that_differ_are_refused_by_the_first_while_the_others_wait(device
     other.join()
 
 
+def test_a_rank_without_a_device_is_named_by_the_first(monkeypatch):
+    def busy(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(rank_process, "open_device", busy)
+    store = torch.distributed.HashStore()
+    with pytest.raises(InputError, match=r"^calibrate: out of memory$"):
+        rank_process._open(rank_with(store, 0))
+
+    def second():
+        with pytest.raises(InputError):
+            rank_process._open(rank_with(store, 1))
+
+    other = Thread(target=second)
+    other.start()
+    with pytest.raises(InputError, match="rank 1 has 'no device: out of memory'"):
+        rank_with(store, 0).check_alike("NVIDIA H100", "a")
+    assert other.is_alive()
+    store.set("alike", "")
+    other.join()
+
+
 def test_equal_ranks_on_devices_of_their_own_go_on():
     store = torch.distributed.HashStore()
     other = Thread(target=lambda: rank_with(store, 1).check_alike("NVIDIA H100", "b"))

@@ -64,7 +64,8 @@ def _open(ranks: Ranks) -> Device:
         device = open_device(ranks.local_rank, ranks.per_node)
     except (InputError, RuntimeError) as error:
         why = reason(error)
-        ranks.check_alike(why)
+        if ranks.rank:
+            ranks.check_alike(f"no device: {why}")  # rank 0 says so
         raise InputError(f"calibrate: {why}") from None
     ranks.check_alike(device.name, device.uuid)
     return device
