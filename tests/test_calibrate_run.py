@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from multiprocessing import active_children
+from threading import Thread
 
 import pytest
 import torch
@@ -257,17 +258,53 @@ def rank_with(store, rank, per_node=2):
 
 
 @pytest.mark.parametrize(
-    ("device", "per_node", "message"),
+    ("device", "uuid", "per_node", "message"),
     [
-        ("NVIDIA A100", 2, "rank 0 has the device 'NVIDIA H100', rank 1 has 'NVIDIA A100'"),
-        ("NVIDIA H100", 1, "rank 1 is one of 1 on its node, rank 0 of 2"),
+        ("NVIDIA A100", "b", 2, "rank 0 has the device 'NVIDIA H100', rank 1 has 'NVIDIA A100'"),
+        ("NVIDIA H100", "b", 1, "rank 1 is one of 1 on its node, rank 0 of 2"),
+        ("NVIDIA H100", "a", 2, r"ranks 0 and 1 have the same GPU \(a\); start one process a GPU"),
     ],
 )
-def test_ranks_that_differ_are_refused(device, per_node, message):
+def test_ranks_that_differ_are_refused_by_the_first_while_the_others_wait(device, uuid, per_node, message):
     store = torch.distributed.HashStore()
-    rank_with(store, 1, per_node).check_alike(device)
+    other = Thread(target=lambda: rank_with(store, 1, per_node).check_alike(device, uuid))
+    other.start()
     with pytest.raises(InputError, match=message):
-        rank_with(store, 0).check_alike("NVIDIA H100")
+        rank_with(store, 0).check_alike("NVIDIA H100", "a")
+    assert other.is_alive()
+    store.set("alike", "")
+    other.join()
+
+
+def test_a_rank_without_a_device_is_named_by_the_first(monkeypatch):
+    def busy(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(rank_process, "open_device", busy)
+    store = torch.distributed.HashStore()
+    with pytest.raises(InputError, match=r"^calibrate: out of memory$"):
+        rank_process._open(rank_with(store, 0))
+
+    def second():
+        with pytest.raises(InputError):
+            rank_process._open(rank_with(store, 1))
+
+    other = Thread(target=second)
+    other.start()
+    with pytest.raises(InputError, match="rank 1 has 'no device: out of memory'"):
+        rank_with(store, 0).check_alike("NVIDIA H100", "a")
+    assert other.is_alive()
+    store.set("alike", "")
+    other.join()
+
+
+def test_equal_ranks_on_devices_of_their_own_go_on():
+    store = torch.distributed.HashStore()
+    other = Thread(target=lambda: rank_with(store, 1).check_alike("NVIDIA H100", "b"))
+    other.start()
+    rank_with(store, 0).check_alike("NVIDIA H100", "a")
+    other.join(10)
+    assert not other.is_alive()
 
 
 def test_a_gpu_without_a_shipped_profile_needs_a_base():

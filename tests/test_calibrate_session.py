@@ -108,6 +108,15 @@ def test_a_device_that_is_lost_ends_the_run_and_a_rerun_begins_with_the_others(s
     assert measured[-1] == ROWS[1]
 
 
+def test_a_product_that_a_library_does_not_support_ends_nothing(settings):
+    def measure(row):
+        failed = {"skipped": "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic"}
+        return row.model_copy(update=failed if row == ROWS[0] else {"time_us": 1.0})
+
+    run(settings, measure=measure)
+    assert len(read_measurements(settings.file)) == len(ENVIRONMENT) + len(ROWS)
+
+
 def test_small_measurements_come_before_large_ones(settings):
     measured, _ = run(settings, list(reversed(ROWS)))
     expected = [expected_seconds(row, PROFILE) for row in measured]

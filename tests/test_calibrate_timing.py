@@ -1,14 +1,17 @@
 """Clocks, repeats and devices of a calibration, against sleeps, loops of known length and a stand-in for CUDA."""
 
 import time
-from contextlib import nullcontext
+from collections import deque
+from contextlib import contextmanager, nullcontext
 from itertools import cycle, repeat
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spsim.calibrate import devices, kernels
+from spsim.calibrate.catalogue import compute_rows
 from spsim.calibrate.devices import Cpu, Cuda
 from spsim.calibrate.kernels import measure_kernel, measure_launch
 from spsim.calibrate.memory import measure_memory
@@ -16,7 +19,10 @@ from spsim.calibrate.rank_process import _measure
 from spsim.calibrate.records import Measurement
 from spsim.calibrate.session import Settings
 from spsim.calibrate.shapes import MEMORY_BOUND, flash_attention, linear, memory_bound, score_products
-from spsim.calibrate.timing import QUICK, Effort, choose_repeats, sample_times, timed
+from spsim.calibrate.timing import FULL, QUICK, Effort, choose_repeats, sample_times, timed
+from spsim.errors import InputError
+from spsim.ranks import at_hand
+from tests.test_calibrate_catalogue import machine
 
 SHORT = Effort(0.002, 3, 1)
 
@@ -187,7 +193,9 @@ def cuda(monkeypatch):
         Event=lambda **options: FakeEvent(clock, **options),
         _sleep=clock.slept.append,
         synchronize=lambda: setattr(clock, "waits", clock.waits + 1),
+        Stream=lambda: None,
     )
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(devices, "_cuda", module)
     monkeypatch.setattr(torch.cuda, "synchronize", module.synchronize)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
@@ -210,6 +218,84 @@ def test_events_time_each_sample_behind_a_kernel_that_waits(cuda):
     assert clock.waits == 2
 
 
+class Stream:
+    """A stream of one device and the host that fills it: the host waits where DEPTH operations are not done yet."""
+
+    DEPTH = 1000
+    CYCLES_PER_SECOND = 1.98e9
+
+    def __init__(self):
+        self.host = self.device = 0.0
+        self.pending = deque()
+
+    def start(self, host_s, device_s):
+        self.host += host_s
+        if len(self.pending) == self.DEPTH:
+            self.host = max(self.host, self.pending.popleft())
+        self.device = max(self.device, self.host) + device_s
+        self.pending.append(self.device)
+        self.now = self.device  # for events
+
+    def sleep(self, cycles):
+        self.start(5e-6, cycles / self.CYCLES_PER_SECOND)
+
+    def synchronize(self):
+        self.host = max(self.host, self.device)
+        self.pending.clear()
+
+
+class StreamEvent(FakeEvent):
+    def record(self):
+        self.clock.start(1e-6, 0.0)
+        super().record()
+
+
+@pytest.fixture
+def stream(cuda, monkeypatch):
+    """The device of `cuda` on such a stream."""
+    made = Stream()
+    module = SimpleNamespace(Event=lambda **_: StreamEvent(made), _sleep=made.sleep, synchronize=made.synchronize)
+    monkeypatch.setattr(devices, "_cuda", module)
+    monkeypatch.setattr(torch.cuda, "synchronize", made.synchronize)
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: made.host)
+    return cuda[0], made
+
+
+@pytest.mark.parametrize(
+    ("kernels_of_a_call", "host_us", "device_us"),
+    [(1, 5, 2), (1, 12, 3), (20, 6, 2), (1, 8, 40), (3, 30, 5), (1, 10, 5000)],
+)
+@pytest.mark.parametrize("sampler", ["kernel_samples", "communication_samples"])
+def test_a_slow_host_never_shows_in_the_time_of_a_kernel(stream, sampler, kernels_of_a_call, host_us, device_us):
+    """Neither with one kernel a call nor with many, although a full stream makes the host wait."""
+    device, queue = stream
+
+    def call():
+        for _ in range(kernels_of_a_call):
+            queue.start(host_us * 1e-6, device_us * 1e-6)
+
+    samples = sample_times([call], getattr(device, sampler), FULL)
+    assert samples == pytest.approx([kernels_of_a_call * device_us * 1e-6] * len(samples), rel=1e-6)
+
+
+def test_ranks_meet_in_a_call_before_their_collectives_are_timed(stream, monkeypatch):
+    """The first collective after a pause also waits for the rank that comes last; no sample holds that."""
+    device, queue = stream
+    synchronize = queue.synchronize
+    late = []
+
+    def pause():
+        synchronize()
+        late[:] = [1e-3]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", pause)
+
+    def collective():
+        queue.start(10e-6, 50e-6 + (late.pop() if late else 0.0))
+
+    assert device.communication_samples(repeat(collective), 2, 12) == pytest.approx([50e-6] * 12)
+
+
 def test_marks_are_events(cuda):
     device, clock = cuda
     start = device.mark()
@@ -218,15 +304,22 @@ def test_marks_are_events(cuda):
 
 
 def test_kernels_of_a_graph_share_its_time(cuda, monkeypatch):
-    """100 kernels are captured, and a replay of 200 us is 2 us for each."""
+    """100 kernels are captured, none of them the first of its sort, and a replay of 200 us is 2 us for each."""
     device, clock = cuda
-    captured = []
+    captured, capturing = [], []
+
+    @contextmanager
+    def capture(graph):
+        capturing.append(len(captured))
+        yield
+        capturing.append(len(captured))
+
     replay = SimpleNamespace(replay=lambda: setattr(clock, "now", clock.now + 200e-6))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replay)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(kernels, "_small_call", lambda *_: lambda: captured.append(1))
     done = measure_launch(device, Measurement(kind="launch", name="graph_add", dtype="fp32"), SHORT)
-    assert len(captured) == 100
+    assert capturing == [1, 101]
     assert (done.time_us, done.clock) == (pytest.approx(2.0), "cuda_events")
 
 
@@ -248,7 +341,7 @@ def test_a_gpu_has_the_types_of_its_generation(cuda, monkeypatch):
 
 @pytest.mark.parametrize("row", list(linear("fp8", 16, 32, 48)), ids=lambda row: f"{row.name}-{row.accumulated}")
 def test_fp8_operands_have_the_contracted_dimension_innermost(cuda, row, monkeypatch):
-    def product(a, b, *, scale_a, scale_b, out_dtype):
+    def product(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
         assert a.dtype == b.dtype == torch.float8_e4m3fn
         assert a.stride(1) == b.stride(0) == 1
         return torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
@@ -257,6 +350,89 @@ def test_fp8_operands_have_the_contracted_dimension_innermost(cuda, row, monkeyp
     device = cuda[0]
     device.torch_device = torch.device("cpu")
     assert tuple(kernels._fp8_gemm(device, row)().shape) == (row.m, row.n)
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
+@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
+def test_products_are_such_as_a_gpu_takes(dtype, quick):
+    """Fake tensors on a GPU: torch checks shapes and types, of fp8 products also layouts and multiples of 16."""
+    kinds = {(row.name, row.m, row.n, row.k): row for row in compute_rows(machine(), quick=quick) if row.kind == "gemm"}
+    types = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+    def random(*shape, dtype="fp32"):
+        return torch.empty(shape, dtype=types[dtype], device="cuda")
+
+    with FakeTensorMode():
+        device = SimpleNamespace(random=random, type_of=types.get, torch_device=torch.device("cuda"))
+        for row in kinds.values():
+            if row.batch == 1 or dtype != "fp8":
+                result = kernels._gemm(device, row.model_copy(update={"dtype": dtype}))()
+                size = (row.n, row.m) if row.name == "wgrad" and dtype != "fp8" else (row.m, row.n)
+                assert tuple(result.shape[-2:]) == size
+
+
+def test_only_forward_products_in_fp8_accumulate_fast(cuda, monkeypatch):
+    """As Transformer Engine and torchao have it; gradients are summed in full precision."""
+    fast = []
+
+    def product(a, b, *, use_fast_accum, out_dtype, **_):
+        fast.append(use_fast_accum)
+        return torch.zeros(a.shape[0], b.shape[1], dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    cuda[0].torch_device = torch.device("cpu")
+    for row in linear("fp8", 16, 32, 48):
+        kernels._fp8_gemm(cuda[0], row)()
+    assert fast == [True, False, False, False]
+
+
+def test_a_gpu_is_asked_about_by_its_uuid(cuda, monkeypatch):
+    """nvidia-smi does not number devices as torch does under CUDA_VISIBLE_DEVICES; and a torch may lack NCCL."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout="570.00, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W\n")
+
+    monkeypatch.setattr(devices.subprocess, "run", run)
+    cuda[0].uuid = "1234-56"
+    assert cuda[0].facts()["power_limit"] == "700.00 W"
+    assert asked[0][-2:] == ["-i", "GPU-1234-56"]
+    assert cuda[0].facts()["nccl"] == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local_rank", "per_node", "index"), [(8, 3, 8, 3), (1, 3, 8, 0), (1, 0, 1, 0), (4, 1, 2, 1)]
+)
+def test_a_rank_has_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch, gpus, local_rank, per_node, index):
+    monkeypatch.setattr(at_hand, "count_gpus", lambda: gpus)
+    assert at_hand.gpu_index(local_rank, per_node) == index
+
+
+def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch):
+    monkeypatch.setattr(at_hand, "count_gpus", lambda: 2)
+    for rank in range(4):
+        with pytest.raises(InputError, match="4 ranks were started on a node where torch sees 2 GPUs"):
+            at_hand.gpu_index(rank, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be", "out of memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
+        (
+            """NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2.27.3
+            ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+            Last error:
+            Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000""",
+            "NCCL: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+        ),
+        ("No available kernel. Aborting execution.", "No available kernel. Aborting execution."),
+    ],
+)
+def test_reasons_say_what_the_user_can_change(text, expected):
+    assert at_hand.reason(RuntimeError(text)) == expected
 
 
 def test_memory_on_a_gpu_is_what_the_allocator_does_not_account_for(cuda, monkeypatch):

@@ -262,6 +262,14 @@ def test_dropout_and_norms_are_fused():
     assert list(traced.operators["saved_bytes"]) == [40, 80 + 2 * 4 * 5, 80 + 4 * 5, 0, 0, 0]
 
 
+def test_group_norm_keeps_statistics_of_its_own_dtype():
+    """On CUDA as on a CPU: one operator of torch allocates them for both."""
+    x, groups = torch.randn(3, 4, 5).bfloat16(), 2
+    _, mean, rstd = torch.native_group_norm(x, None, None, 3, 4, 5, groups, 1e-5)
+    traced = trace_module(nn.GroupNorm(groups, 4).bfloat16(), inputs(3, 4, 5, dtype=torch.bfloat16))
+    assert list(traced.operators["saved_bytes"]) == [x.nbytes + mean.nbytes + rstd.nbytes, 0]
+
+
 def test_bytes_moved_of_a_linear():
     """Input, weight, bias and output once, fp32: and the bias gradient reads the gradient again."""
     traced = trace_module(nn.Linear(6, 10), inputs(4, 6))

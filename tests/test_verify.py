@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from torch.autograd import DeviceType
 
 from spsim import Model, load_profile, plots
 from spsim.calibrate.coefficients import leaf_at, with_leaves
@@ -20,6 +22,7 @@ from spsim.ranks.at_hand import out_of_memory
 from spsim.ranks.processes import RankError, RankMemoryError
 from spsim.resources import profiles_directory
 from spsim.verify import build_cases, count_ranks, open_ranks, predict, verify
+from spsim.verify.measurement import _check_kernels
 from spsim.verify.ranks import StartedRanks
 from spsim.verify.records import Job
 
@@ -321,6 +324,15 @@ def test_a_case_without_memory_is_skipped_and_a_lost_rank_ends_the_run(found):
     assert list(result.skipped) == [prediction.case.name for prediction in predictions[:2]]
     assert set(result.skipped.values()) == {"rank 1 is out of memory"}
     assert (result.failure, list(result.cases)) == ("rank 0 failed", [])
+
+
+def test_a_profile_without_kernels_is_no_measurement_of_a_gpu():
+    """Else the times of the host's operators would pass for those of kernels, where another profiler has the device."""
+    host, device = (SimpleNamespace(device_type=kind) for kind in (DeviceType.CPU, DeviceType.CUDA))
+    _check_kernels(SimpleNamespace(events=lambda: [host, device]))
+    for events in ([host], [], None):
+        with pytest.raises(RuntimeError, match="recorded no kernels"):
+            _check_kernels(SimpleNamespace(events=lambda found=events: found))
 
 
 def test_lack_of_memory_is_told_from_other_failures():

@@ -148,10 +148,20 @@ def _product_beside(device: Device, start: Start, product: Call, products: int) 
             product()
         return device.elapsed(first, device.mark()) / count
 
-    return sequence(), _during(start, sequence)
+    _meet(device, start)
+    return sequence(), _during(device, start, sequence)
 
 
-def _during(start: Start, action: Callable[[], float]) -> float:
+def _meet(device: Device, start: Start) -> None:
+    """On a GPU a collective goes before what is timed: all ranks begin at its end, and have started by then what comes
+    after. Else the ranks that the last round left early would wait for the others, and every rank for its host.
+    """
+    if device.kind == "cuda":
+        start().wait()
+
+
+def _during(device: Device, start: Start, action: Callable[[], float]) -> float:
+    _meet(device, start)
     work = start()
     seconds = action()
     work.wait()
@@ -160,9 +170,11 @@ def _during(start: Start, action: Callable[[], float]) -> float:
 
 def _collective_beside(device: Device, start: Start, product: Call, products: int) -> tuple[float, float]:
     """Seconds of a collective, alone and with products for as long as it takes, at most four times as many."""
+    _meet(device, start)
     first = device.mark()
     start().wait()
     alone = device.elapsed(first, device.mark())
+    _meet(device, start)
     first = device.mark()
     work = start()
     for _ in range(4 * products):

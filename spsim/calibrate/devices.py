@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from spsim.calibrate.records import Clock
-from spsim.ranks.at_hand import cpu_info
+from spsim.ranks.at_hand import cpu_info, gpu_index
 from spsim.units import KIB, MIB
 
 _cuda: Any = torch.cuda
@@ -29,6 +30,10 @@ DTYPES = {
 }  # fmt: skip
 RANDOM_BLOCK = 2**20
 """Random numbers that are drawn once and repeated to fill a tensor: distinct enough for a product's power."""
+QUEUED_SAMPLES = 5
+"""Samples that wait in a stream at once. It takes some thousand kernels and events before the host has to wait for it;
+a sample of many calls is of a hundred microseconds, and so of a hundred kernels at most.
+"""
 WARM_UP_SECONDS, WARM_UP_SIDE = 1.0, 4096
 """How long a GPU multiplies matrices, and of which size, before anything is measured."""
 
@@ -43,6 +48,8 @@ class Device(ABC):
     dtypes: tuple[str, ...]
     backend: str
     """Of torch.distributed."""
+    uuid: str = ""
+    """Of the one device that no two ranks may share; empty where it is not known, or may be shared."""
 
     def __init__(self, device: torch.device, cache_bytes: int) -> None:
         self.torch_device = device
@@ -173,7 +180,8 @@ class Cuda(Device):
     """One GPU, timed by events in the stream.
 
     Calls are queued behind a kernel that only waits, so that the device runs them one after the other however
-    slowly the host starts them.
+    slowly the host starts them; never more of them than the stream takes, since a host that waits for room in it is
+    as late for all that follow as one without a queue.
     """
 
     kind = "cuda"
@@ -182,14 +190,16 @@ class Cuda(Device):
     backend = "nccl"
     max_hold = 0.2
     """Seconds that the waiting kernel runs at most."""
-    cycles_per_second = 2e9
-    """At least the clock of the device, so that the waiting kernel is not too short."""
+    cycles_per_second = 3e9
+    """More than the clock of any GPU, so that the waiting kernel is not too short."""
 
     def __init__(self, index: int) -> None:
         torch.cuda.set_device(index)
         self.properties: Any = torch.cuda.get_device_properties(index)
         super().__init__(torch.device("cuda", index), getattr(self.properties, "L2_cache_size", 0))
         rocm = torch.version.hip is not None
+        # Partitions of one AMD GPU may share theirs.
+        self.uuid = "" if rocm else str(getattr(self.properties, "uuid", ""))
         architecture = getattr(self.properties, "gcnArchName", "")
         fp8 = architecture.startswith(("gfx94", "gfx95")) if rocm else torch.cuda.get_device_capability() >= (8, 9)
         self.fp8 = torch.float8_e4m3fnuz if architecture.startswith("gfx94") else torch.float8_e4m3fn
@@ -211,13 +221,11 @@ class Cuda(Device):
         return int(total - free)
 
     def kernel_samples(self, calls: Iterator[Call], per_sample: int, repeats: int) -> list[float]:
-        start = time.perf_counter()
-        next(calls)()
-        host = time.perf_counter() - start
-        return self._events(calls, per_sample, repeats, hold=1.5 * host * per_sample * repeats)
+        return self._queued(calls, per_sample, repeats, ahead=0)
 
     def communication_samples(self, calls: Iterator[Call], per_sample: int, repeats: int) -> list[float]:
-        return self.kernel_samples(calls, per_sample, repeats)
+        """The same, behind a call in which the ranks meet."""
+        return self._queued(calls, per_sample, repeats, ahead=1)
 
     def warm_up(self) -> None:
         square = self.random(WARM_UP_SIDE, WARM_UP_SIDE, dtype="bf16")
@@ -226,17 +234,26 @@ class Cuda(Device):
             torch.mm(square, square)
             torch.cuda.synchronize()
 
-    def _events(self, calls: Iterator[Call], per_sample: int, repeats: int, hold: float) -> list[float]:
-        events = [_cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        torch.cuda.synchronize()
-        _cuda._sleep(int(min(hold, self.max_hold) * self.cycles_per_second))
-        events[0].record()
-        for event in events[1:]:
-            for _ in range(per_sample):
+    def _queued(self, calls: Iterator[Call], per_sample: int, repeats: int, ahead: int) -> list[float]:
+        """Samples in groups that fit the queue, each behind a waiting kernel and `ahead` calls that are not timed."""
+        (host,) = _samples(time.perf_counter, calls, per_sample, 1)
+        times: list[float] = []
+        while len(times) < repeats:
+            samples = min(QUEUED_SAMPLES, repeats - len(times))
+            hold = 1.5 * host * (ahead + per_sample * samples)
+            events = [_cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+            torch.cuda.synchronize()
+            _cuda._sleep(int(min(hold, self.max_hold) * self.cycles_per_second))
+            for _ in range(ahead):
                 next(calls)()
-            event.record()
-        torch.cuda.synchronize()
-        return [first.elapsed_time(second) / 1e3 / per_sample for first, second in pairwise(events)]
+            events[0].record()
+            for event in events[1:]:
+                for _ in range(per_sample):
+                    next(calls)()
+                event.record()
+            torch.cuda.synchronize()
+            times += [first.elapsed_time(second) / 1e3 / per_sample for first, second in pairwise(events)]
+        return times
 
     def host_samples(self, calls: Iterator[Call], per_sample: int, repeats: int) -> list[float]:
         """Seconds that the host takes to start a call, with nothing queued before."""
@@ -248,6 +265,7 @@ class Cuda(Device):
 
     def graph(self, call: Call, count: int) -> Call:
         """`count` calls captured in one CUDA graph: its replay."""
+        call()  # what its first call loads and sets up must not be captured
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(count):
@@ -267,22 +285,25 @@ class Cuda(Device):
         return torch.cuda.stream(_cuda.Stream())
 
     def facts(self) -> dict[str, str]:
-        nccl = ".".join(str(part) for part in _cuda.nccl.version())
+        nccl = ".".join(str(part) for part in _cuda.nccl.version()) if dist.is_nccl_available() else ""
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
         return {
             "hip" if torch.version.hip else "cuda": str(torch.version.hip or torch.version.cuda),
             "nccl": nccl,
             "cpu": cpu_info("model name"),
-            **dict(zip(_QUERIED, _nvidia_smi(query, self.torch_device.index), strict=False)),
+            **dict(zip(_QUERIED, _nvidia_smi(query, self.uuid), strict=False)),
         }
 
 
 _QUERIED = ("driver", "clock_sm", "clock_max_sm", "clock_memory", "power_limit")
 
 
-def _nvidia_smi(query: str, index: int) -> list[str]:
-    """Answers of nvidia-smi, none where it is missing (ROCm) or refuses."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(index)]
+def _nvidia_smi(query: str, uuid: str) -> list[str]:
+    """Answers of nvidia-smi, none where it is missing (ROCm) or refuses.
+
+    It numbers all devices of the machine, torch those of CUDA_VISIBLE_DEVICES: only the UUID means the same to both.
+    """
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", f"GPU-{uuid}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -291,8 +312,8 @@ def _nvidia_smi(query: str, index: int) -> list[str]:
 
 
 def open_device(local_rank: int, ranks_per_node: int) -> Device:
-    """The GPU of a local rank, or one thread of the CPU where torch sees none."""
+    """The GPU of a local rank, or one thread of the CPU where torch sees none; `InputError` without one for it."""
     if torch.cuda.is_available():
-        return Cuda(local_rank)
+        return Cuda(gpu_index(local_rank, ranks_per_node))
     torch.set_num_threads(1)
     return Cpu(ranks_per_node)

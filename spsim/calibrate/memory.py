@@ -20,7 +20,7 @@ def measure_memory(device: Device, row: Measurement) -> Measurement:
     """Fill in a memory row of one rank."""
     if row.name == "norm_statistics":
         return _norm_statistics(device, row)
-    value = _context(device) if row.name == "context" else _allocation(row.name, row.bytes_moved or 1)
+    value = _context(device) if row.name == "context" else _allocation(device, row.name, row.bytes_moved or 1)
     return row.model_copy(update={"value": value})
 
 
@@ -30,12 +30,16 @@ def _context(device: Device) -> int:
     return max(0, device.used_bytes() - torch.cuda.memory_reserved())
 
 
-def _allocation(name: str, request: int) -> int:
-    """Bytes that a request adds to what the allocator counts as allocated, or has reserved."""
+def _allocation(device: Device, name: str, request: int) -> int:
+    """Bytes that a request adds to what the allocator counts as allocated, or has reserved.
+
+    Segments belong to a stream: on one of its own, no room that the segment of another tensor has left serves.
+    """
     count = torch.cuda.memory_allocated if name == "allocated" else torch.cuda.memory_reserved
     torch.cuda.empty_cache()
     before = count()
-    kept = torch.empty(request, dtype=torch.uint8, device="cuda")
+    with device.beside():
+        kept = torch.empty(request, dtype=torch.uint8, device="cuda")
     added = count() - before
     del kept
     return int(added)

@@ -40,10 +40,9 @@ Fail = Callable[[str], None]
 
 def run_rank(ranks: Ranks, settings: Settings, report: Report, fail: Fail) -> None:
     """Measure as one of `ranks`; returns when all is measured."""
-    device = open_device(ranks.local_rank, ranks.per_node)
     absent = f"calibrate: not all of {ranks.world} ranks came together within {settings.time_limit:g} s; {KEPT}"
     with time_limit(settings.time_limit, lambda: fail(absent)):
-        ranks.check_alike(device.name)
+        device = _open(ranks)
         ranks.connect(device.backend)
     if ranks.rank == 0:
         try:
@@ -57,6 +56,19 @@ def run_rank(ranks: Ranks, settings: Settings, report: Report, fail: Fail) -> No
                 _measure(ranks, device, settings, row)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _open(ranks: Ranks) -> Device:
+    """This rank's device; `InputError` where it has none, or the others have another sort."""
+    try:
+        device = open_device(ranks.local_rank, ranks.per_node)
+    except (InputError, RuntimeError) as error:
+        why = reason(error)
+        if ranks.rank:
+            ranks.check_alike(f"no device: {why}")  # rank 0 says so
+        raise InputError(f"calibrate: {why}") from None
+    ranks.check_alike(device.name, device.uuid)
+    return device
 
 
 def _lead(ranks: Ranks, device: Device, settings: Settings, report: Report, fail: Fail) -> None:

@@ -21,6 +21,7 @@ from spsim.errors import InputError
 PATIENCE = timedelta(days=1)
 """How long a rank waits for a command, and a process group for its ranks: time limits end both earlier."""
 END = "end"
+ALIKE = "alike"
 _distributed: Any = dist
 """The same, where torch does not say what it exports."""
 
@@ -59,13 +60,18 @@ class Ranks:
             store = _distributed.PrefixStore("default_group", self.store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=PATIENCE)
 
-    def check_alike(self, device: str) -> None:
-        """Tell the others this rank's device, and refuse ranks or nodes that differ. Rank 0 alone judges."""
-        self.store.set(f"rank/{self.rank}", json.dumps([device, self.per_node]))
+    def check_alike(self, device: str, uuid: str = "") -> None:
+        """Tell rank 0 this rank's device, and wait until it has found all ranks and nodes alike.
+
+        It alone says what differs; the others wait for its end, since a launcher ends all ranks with the first.
+        """
+        self.store.set(f"rank/{self.rank}", json.dumps([device, uuid, self.per_node]))
         if self.rank:
+            self.store.wait([ALIKE], PATIENCE)
             return
-        devices, sizes = zip(*(json.loads(self.store.get(f"rank/{rank}")) for rank in range(self.world)), strict=True)
-        for rank, (other, size) in enumerate(zip(devices, sizes, strict=True)):
+        told = [json.loads(self.store.get(f"rank/{rank}")) for rank in range(self.world)]
+        users: dict[str, int] = {}
+        for rank, (other, its_uuid, size) in enumerate(told):
             if other != device:
                 raise InputError(
                     f"calibrate: rank 0 has the device {device!r}, rank {rank} has {other!r}; "
@@ -76,6 +82,12 @@ class Ranks:
                     f"calibrate: rank {rank} is one of {size} on its node, rank 0 of {self.per_node}; "
                     "start equally many ranks on each node"
                 )
+            if its_uuid and users.setdefault(its_uuid, rank) != rank:
+                raise InputError(
+                    f"calibrate: ranks {users[its_uuid]} and {rank} have the same GPU ({its_uuid}); "
+                    "start one process a GPU"
+                )
+        self.store.set(ALIKE, "")
 
     def command(self, row: Measurement | None) -> None:
         """Rank 0: have all ranks measure a row, or end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +24,10 @@ OVERHEAD_CALLS = 12
 """Warm-up, pilot and least repeats of one measurement."""
 MEMORY_OF_PACE = 0.3
 """Weight of the latest measurement in the ratio of time taken to time expected."""
-DEVICE_LOST = ("CUDA error", "HIP error")
-"""How torch begins the message of an error after which a process cannot use its device any more."""
+DEVICE_LOST = re.compile(r"(CUDA|HIP) error: (?!\w+_STATUS_)")
+"""How torch begins the message of an error after which a process cannot use its device any more. The status of a
+library, such as CUBLAS_STATUS_NOT_SUPPORTED, is of one call; if the device is lost, the next measurement says so.
+"""
 KEPT = "finished measurements are kept, run again to go on"
 
 
@@ -247,7 +250,7 @@ class Session:
             result = measure(row)
         self.raw.add([result])
         self.done += 1
-        if result.skipped.startswith(DEVICE_LOST):
+        if DEVICE_LOST.match(result.skipped):
             raise InputError(f"calibrate: {title(row)}: {result.skipped}; {KEPT}")
         if result.skipped:
             self.skipped.append(result)

@@ -55,6 +55,14 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def gpu_index(local_rank: int, per_node: int) -> int:
+    """The device of a local rank: that of its number, or the only one, where a launcher shows each rank its own."""
+    gpus = count_gpus()
+    if gpus == 0 or max(local_rank + 1, per_node) > gpus > 1:
+        raise InputError(f"{per_node} ranks were started on a node where torch sees {gpus} GPUs; start one a GPU")
+    return local_rank if gpus > 1 else 0
+
+
 def cpu_info(key: str) -> str:
     """What Linux says of the first CPU, empty where it says nothing."""
     path = Path("/proc/cpuinfo")
@@ -62,11 +70,17 @@ def cpu_info(key: str) -> str:
     return found.group(1).strip() if found else ""
 
 
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What the messages of a CPU, of CUDA beside torch's allocator (NCCL's buffers, a context) and of cuBLAS say."""
+LAST_ERROR = "Last error:"
+"""After this, torch's message of a failed collective has what NCCL itself says."""
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or a CPU could not allocate; a CPU raises a plain `RuntimeError`."""
+    """Whether a device or a CPU could not allocate; all but torch's allocator raise a plain `RuntimeError`."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def reason(error: BaseException) -> str:
@@ -74,4 +88,6 @@ def reason(error: BaseException) -> str:
     if out_of_memory(error):
         return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if LAST_ERROR in lines[:-1]:
+        return f"NCCL: {lines[lines.index(LAST_ERROR) + 1]}"[:REASON_LENGTH]
     return lines[0][:REASON_LENGTH] if lines else type(error).__name__

@@ -155,6 +155,11 @@ def _category(tensor: Tensor) -> TensorKind:
     return "activation"
 
 
+def _is_random_state(tensor: Tensor) -> bool:
+    """Fused attention on a GPU keeps seed and offset of its dropout, used or not: two numbers, no data."""
+    return _operator.get() == "attention" and tensor.dim() < 2 and tensor.dtype in (torch.uint64, torch.int64)
+
+
 @contextmanager
 def record_saved(*modules: nn.Module) -> Iterator[SavedTensors]:
     """What autograd keeps of a forward pass inside, without the parameters and buffers of the modules.
@@ -170,6 +175,8 @@ def record_saved(*modules: nn.Module) -> Iterator[SavedTensors]:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        if _is_random_state(tensor):
+            return tensor
         if storage._cdata not in held and storage._cdata not in excluded():
             held[storage._cdata] = storage
             shape = tuple(tensor.shape)

@@ -133,8 +133,8 @@ torch.library.register_autograd("spsim::rms_norm", _differentiate, setup_context
 
 
 def with_cuda_statistics(op: str, results: Any) -> Any:
-    """LayerNorm and GroupNorm keep fp32 statistics on CUDA whatever the dtype of their input."""
-    if op not in ("native_layer_norm", "native_group_norm"):
+    """LayerNorm keeps fp32 statistics on CUDA whatever the dtype of its input; GroupNorm keeps the input's, as here."""
+    if op != "native_layer_norm":
         return results
     output, *statistics = results
     return (output, *(s.new_empty(s.shape, dtype=torch.float32) for s in statistics))

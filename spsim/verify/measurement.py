@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from spsim.kineto import read_spans
 from spsim.measured import MeasuredSpan
 from spsim.placement import mesh_of
 from spsim.plan import Plan
-from spsim.ranks.at_hand import Position, cpu_info
+from spsim.ranks.at_hand import Position, cpu_info, gpu_index
 from spsim.recording import COMPUTE_LANE
 from spsim.torch_layers import Groups, HostTime, ParallelLayer, record_collectives, record_saved
 from spsim.trace import Phase
@@ -42,12 +43,15 @@ class Rank:
     """One process of the group; `address` is None where a launcher has set the environment."""
 
     def __init__(self, device: str, position: Position, address: str | None, limit_s: float) -> None:
-        self.rank, self.world, local_rank = position.rank, position.world, position.local_rank
+        self.rank, self.world = position.rank, position.world
+        self.device = torch.device("cpu")
         if device == "cuda":
-            torch.cuda.set_device(local_rank)
+            self.device = torch.device("cuda", gpu_index(position.local_rank, position.per_node))
+            torch.cuda.set_device(self.device)
+            # The kernel that calibrate measures and the ring's blocks run: Hopper's torch else prefers cuDNN's.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         else:
             torch.set_num_threads(1)
-        self.device = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
         dist.init_process_group(
             BACKENDS[device], init_method=address or "env://", rank=self.rank, world_size=self.world,
             timeout=timedelta(seconds=limit_s),
@@ -126,6 +130,8 @@ class Rank:
                         self._meet()
                         step()
                     self._finish()
+            if self.device.type == "cuda":
+                _check_kernels(profiler)
             profiler.export_chrome_trace(str(path))
             base_ns, spans = read_spans(path, self.rank)
         axes = mesh_of(job.case.plan).axes
@@ -186,6 +192,12 @@ class _Run:
 def _groups(plan: Plan) -> Groups:
     """Made once a plan: a communicator takes time and memory."""
     return Groups.create(plan)
+
+
+def _check_kernels(profiler: profile) -> None:
+    """Raise `RuntimeError` where only the host's operators were recorded, whose times are not those of kernels."""
+    if not any(event.device_type == DeviceType.CUDA for event in profiler.events() or ()):
+        raise RuntimeError("torch.profiler recorded no kernels; end other profilers, and let it use CUPTI or ROCTracer")
 
 
 def _kernel_seconds(spans: Sequence[MeasuredSpan]) -> dict[Phase, list[float]]:

@@ -73,6 +73,30 @@ def test_categories_and_operators() -> None:
     ]  # fmt: skip
 
 
+class FlashOnAGpu(torch.autograd.Function):
+    """Saves what torch's derivative of `_scaled_dot_product_flash_attention` saves on CUDA, from 2.7 on and before."""
+
+    @staticmethod
+    def forward(ctx, q, *random_state):
+        out = q.clone()
+        ctx.save_for_backward(q, out, q.new_empty(q.shape[:3], dtype=torch.float32), *random_state)
+        return out
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0], None, None
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.uint64, (2,)), (torch.int64, ())])
+def test_the_random_state_of_fused_attention_is_no_activation(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    with record_saved() as saved, operator("attention"):
+        FlashOnAGpu.apply(q, torch.empty(sizes, dtype=dtype), torch.empty((), dtype=dtype))
+    assert [(t.category, t.bytes) for t in saved.tensors] == [
+        ("activation", 256), ("activation", 256), ("log-sum-exp", 64)
+    ]  # fmt: skip
+
+
 def test_fake_tensors_have_storages_too() -> None:
     with pretended_groups(case("").plan):
         x = leaf(8, 4)
