@@ -138,7 +138,7 @@ class _Layer:
         weights = self.tensor("probabilities", "b a s j")
         self.add(
             "softmax", "softmax", "b a s j -> b a s j", [scores], [weights],
-            mixes="j", saves=[weights], kernel="softmax",
+            mixes="j", saves=[weights], kernel="masked_softmax" if self.model.causal else "softmax",
         )  # fmt: skip
         if self.model.dropout:
             weights = self.dropout("attention_dropout", weights)

@@ -17,6 +17,7 @@ from spsim.calibrate.catalogue import (
 )
 from spsim.calibrate.shapes import flash_attention, linear, memory_bound, score_products
 from spsim.kernels import Kernels
+from spsim.model import Model
 from spsim.placement import Mesh
 from spsim.profiles import load_profile, profile_names
 from spsim.ranks.matching import describes
@@ -100,9 +101,11 @@ def test_flash_attention_moves_what_the_simulator_says(direction, kv_heads):
     [
         ("layer_norm", "norm1", ROWS, 256, {}),
         ("rms_norm", "norm1", ROWS, 256, {"norm": "rmsnorm"}),
-        ("softmax", "softmax", BATCH * 8 * TOKENS, TOKENS, {"attention": "unfused"}),
+        ("masked_softmax", "softmax", BATCH * 8 * TOKENS, TOKENS, {"attention": "unfused"}),
+        ("softmax", "softmax", BATCH * 8 * TOKENS, TOKENS, {"attention": "unfused", "causal": False}),
         ("dropout", "attention_dropout", BATCH * 8 * TOKENS, TOKENS, {"attention": "unfused", "dropout": 0.1}),
         ("gelu", "gelu", ROWS, 1024, {"bias": False}),
+        ("bias_gelu", "gelu", ROWS, 1024, {}),
         ("swiglu", "swiglu", ROWS, 512, {"gated_mlp": True, "ffn_hidden": 512}),
         ("bias_dropout_add", "residual1", ROWS, 256, {"dropout": 0.1}),
     ],
@@ -112,8 +115,29 @@ def test_memory_bound_operators_move_what_the_simulator_says(operator, simulated
     expected = kernels(simulated, **changes)
     (there,), (back,) = expected.forward(True, "zigzag"), expected.backward(True, "zigzag")
     assert (forward.bytes_moved, backward.bytes_moved) == (there.bytes_moved, back.bytes_moved)
-    if operator != "bias_dropout_add":
-        assert forward.operator_class == backward.operator_class == there.operator_class
+    assert forward.operator_class == backward.operator_class == there.operator_class
+    assert (there.kernel, there.backward) == (back.kernel, not back.backward) == (operator, False)
+
+
+def test_kernels_of_one_pass_move_what_the_simulator_says():
+    (added,) = kernels("residual1").forward(True, "zigzag")
+    (alone,) = kernels("residual1", bias=False).forward(True, "zigzag")
+    (gradient,) = kernels("residual1").backward(True, "zigzag")
+    for work, name in ((added, "bias_add"), (alone, "add"), (gradient, "bias_gradient")):
+        (row,) = memory_bound(name, "bf16", ROWS, 256)
+        assert (row.bytes_moved, row.operator_class, work.kernel) == (work.bytes_moved, work.operator_class, name)
+
+
+def test_rotations_move_what_the_simulator_says():
+    """Heads of 128, as they are measured; one sequence, since all sequences share the table."""
+    operators = transformer_layer(
+        Model(layers=1, hidden=512, heads=4, vocab=64, positions="rope"), Workload(seq_len=64, micro_batch=1)
+    )
+    rope = Kernels(next(o for o in operators if o.name == "rope_q"), (), Mesh({}))
+    forward, backward = memory_bound("rope", "bf16", 64, 512)
+    (there,), (back,) = rope.forward(True, "zigzag"), rope.backward(True, "zigzag")
+    assert (forward.bytes_moved, backward.bytes_moved) == (there.bytes_moved, back.bytes_moved)
+    assert there.kernel == back.kernel == "rope"
 
 
 def test_fp32_moves_twice_the_bytes_of_bf16_but_for_masks_and_statistics():

@@ -114,11 +114,12 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
 
 def _start_of_a_kernel(rows: Sequence[Measurement], draft: _Draft) -> None:
     """What every kernel takes at least: the fastest of those too small to take time; more is its own start."""
-    times = {row.name: row.time_us for row in timed(rows, "launch") if row.time_us and row.name.startswith("stream")}
-    if times:
-        listed = ", ".join(f"{name.removeprefix('stream_')} {time:.3g} us" for name, time in times.items())
-        text = f"kernels of 8 x 8 elements, of which the fastest counts: {listed}"
-        draft.put("kernel_overhead_us", rounded(min(times.values())), "kernel-start", text)
+    times = {row.name: row.time_us for row in timed(rows, "launch") if row.time_us}
+    in_stream = [time for name, time in times.items() if name.startswith("stream")]
+    if in_stream:
+        listed = ", ".join(f"{name.replace('_', ' ')} {time:.3g} us" for name, time in times.items())
+        text = f"kernels of 8 x 8 elements, of which the fastest in a busy stream counts: {listed}"
+        draft.put("kernel_overhead_us", rounded(min(in_stream)), "kernel-start", text)
 
 
 def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:
@@ -187,9 +188,9 @@ def _notes(
     """What a reader of the report must know."""
     if raised:
         yield f"measured above the datasheet of {base}, and put in its place: {', '.join(raised)}"
-    fitted = {fit.name for fit in classes}
+    fitted = {path for fit in classes for path in fit.paths}
     left_out = dict.fromkeys(row.operator_class for row in timed(rows, "memory_bound"))
-    for name in (name for name in left_out if name not in fitted):
+    for name in (name for name in left_out if f"memory_bound.{name}" not in fitted):
         yield f"{name} is not fitted: no kernel of it moves more than the last-level cache, and {base} has no figure"
     skipped = [f"{row.kind} {row.name}: {row.skipped}" for row in rows if row.skipped]
     if skipped:

@@ -15,6 +15,7 @@ from spsim.calibrate.records import Measurement
 from spsim.calibrate.shapes import ROTATED, VOCABULARY_SHARE
 from spsim.calibrate.timing import Effort, sample_times, timed
 from spsim.torch_layers.elementwise import rope
+from spsim.torch_layers.unfused import softmax
 
 ROTATION = 2
 """Bytes of all buffers over those of the cache: every call finds its operands in memory."""
@@ -22,6 +23,8 @@ INSIDE = 0.5
 """The same of buffers that stay in the last-level cache, and not in those before it."""
 MAX_SETS = 512
 DROPOUT = 0.1
+MASKED_HEADS = 8
+"""That share one mask."""
 SMALL = 8
 """Side of the tensors of a kernel that does nothing but start."""
 GRAPH_KERNELS = 100
@@ -176,6 +179,12 @@ def _softmax(device: Device, row: Measurement) -> Prepared:
     return partial(functional.softmax, x, -1), (x,)
 
 
+def _masked_softmax(device: Device, row: Measurement) -> Prepared:
+    x, rows = _input(device, row), (row.m or MASKED_HEADS) // MASKED_HEADS
+    scores, mask = x.view(MASKED_HEADS, rows, -1), device.random(rows, row.n or 1, dtype=row.dtype)
+    return partial(softmax, scores, 0.125, mask), (x,)
+
+
 def _dropout(device: Device, row: Measurement) -> Prepared:
     x = _input(device, row)
     return lambda: torch.native_dropout(x, DROPOUT, True)[0], (x,)
@@ -226,7 +235,8 @@ def _cross_entropy(device: Device, row: Measurement) -> Prepared:
 
 
 _OPERATORS: dict[str, Callable[[Device, Measurement], Prepared]] = {
-    "layer_norm": _layer_norm, "rms_norm": _rms_norm, "softmax": _softmax, "dropout": _dropout, "gelu": _gelu,
+    "layer_norm": _layer_norm, "rms_norm": _rms_norm, "softmax": _softmax,
+    "masked_softmax": _masked_softmax, "dropout": _dropout, "gelu": _gelu,
     "bias_gelu": _bias_gelu,
     "swiglu": _swiglu, "bias_dropout_add": _bias_dropout_add, "rope": _rope, "embedding": _embedding,
     "cross_entropy": _cross_entropy,

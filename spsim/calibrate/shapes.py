@@ -91,6 +91,8 @@ MEMORY_BOUND = {
         "norm", lambda r, w, i: 2 * r * w * i + w * i + 4 * r, lambda r, w, i: 3 * r * w * i + 4 * r
     ),
     "softmax": MemoryBoundOperator("softmax", lambda r, w, i: 2 * r * w * i, lambda r, w, i: 3 * r * w * i),
+    # With scale and additive mask, as unfused attention has it; the mask is one for all heads.
+    "masked_softmax": MemoryBoundOperator("softmax", lambda r, w, i: 2 * r * w * i, lambda r, w, i: 3 * r * w * i),
     "dropout": MemoryBoundOperator("dropout", lambda r, w, i: r * w * (2 * i + 1), lambda r, w, i: r * w * (2 * i + 1)),
     "gelu": MemoryBoundOperator("elementwise", lambda r, w, i: 2 * r * w * i, lambda r, w, i: 3 * r * w * i),
     # The bias has the width; its gradient reads once more what it sums.
