@@ -226,6 +226,8 @@ def test_messages_go_from_a_kibibyte_to_a_gibibyte_for_every_group():
         ("NVIDIA B300 SXM6 AC", None),
         ("NVIDIA GB300", None),
         ("AMD Instinct MI325X", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )

@@ -280,6 +280,7 @@ def test_compute_of_a_pass_is_the_time_outside_its_collectives(clock, monkeypatc
         (calibrated("dgx-h100", "NVIDIA GeForce RTX 4090"), "NVIDIA GeForce RTX 4090", "nccl", True),
         (calibrated("dgx-h100", "NVIDIA GeForce RTX 4090"), "NVIDIA H100 80GB HBM3", "nccl", False),
         (calibrated("dgx-h100", "NVIDIA H200"), "NVIDIA H200", "nccl", True),
+        (calibrated("dgx-h100", "NVIDIA H100 MIG 1g.10gb"), "NVIDIA H100 MIG 1g.10gb", "nccl", True),
         (CPU, "AMD EPYC", "gloo", True),
         (CPU, "AMD EPYC 7763 64-Core Processor", "gloo", False),
         (calibrated("cpu-2", "AMD EPYC 7763 64-Core Processor"), "AMD EPYC 7763 64-Core Processor", "gloo", True),
