@@ -574,6 +574,14 @@ def test_band_of_one_gpu_by_hand():
     assert result.flagged == ("memory_bound.norm",)
 
 
+def test_products_have_the_error_of_their_precision():
+    hardware = with_errors(H100, {"gemm.fraction.bf16": 90.0, "gemm.fraction.fp16": 10.0})
+    workload = Workload(seq_len=1024, precision="fp16")
+    result = simulate(Scenario(hardware=hardware, model=model(hidden=1024), plan="", workload=workload))
+    assert result.error_band.step_time_percent == pytest.approx(10 * result.error_band.known_share)
+    assert result.flagged == ()
+
+
 def test_the_error_of_a_kernel_with_rates_of_its_own_is_its_own():
     """LayerNorm has rates, off by 40 %, forward and backward apart: each share of the time counts, by hand."""
     leaf = Bandwidth(value=500.0, source="made-up", held_out_error_percent=40.0, flagged=True)
