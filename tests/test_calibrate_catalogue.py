@@ -128,6 +128,17 @@ def test_kernels_of_one_pass_move_what_the_simulator_says():
         assert (row.bytes_moved, row.operator_class, work.kernel) == (work.bytes_moved, work.operator_class, name)
 
 
+def test_a_bias_gradient_of_a_linear_moves_what_is_measured():
+    qkv = kernels("qkv")
+    _, gradient = qkv.weight_gradients()
+    (row,) = memory_bound("bias_gradient", "bf16", ROWS, shape_of(qkv)[1])
+    assert (gradient.kernel, gradient.bytes_moved) == (row.name, row.bytes_moved)
+
+
+def test_norms_of_queries_are_rms_norms():
+    assert kernels("q_norm", qk_norm=True).forward(True, "zigzag")[0].kernel == "rms_norm"
+
+
 def test_rotations_move_what_the_simulator_says():
     """Heads of 128, as they are measured; one sequence, since all sequences share the table."""
     operators = transformer_layer(
@@ -215,6 +226,8 @@ def test_messages_go_from_a_kibibyte_to_a_gibibyte_for_every_group():
         ("NVIDIA B300 SXM6 AC", None),
         ("NVIDIA GB300", None),
         ("AMD Instinct MI325X", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )

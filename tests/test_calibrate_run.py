@@ -209,6 +209,7 @@ def as_rank(monkeypatch, rank, world, per_node):
     ("world", "per_node", "base", "message"),
     [
         (4, 4, [], "4 ranks on a node, but one of cpu-2 has 2 GPUs; start at most 2 on each, or give a --base with"),
+        (3, 3, [], "3 ranks on a node, but one of cpu-2 has 2 GPUs"),
         (4, 2, [], "the ranks are on 2 nodes, but cpu-2 has no level beyond 'shared-memory'; give a --base with one"),
         (16, 16, ["--base", "dgx-h100"], "16 ranks on a node, but one of dgx-h100 has 8 GPUs"),
     ],
@@ -232,6 +233,17 @@ def test_ranks_that_the_base_cannot_hold_are_refused_before_anything(
 @pytest.mark.parametrize(("name", "per_node", "nodes"), [("cpu-2", 2, 1), ("dgx-h100", 8, 3), ("gb200-nvl72", 72, 2)])
 def test_ranks_that_the_base_holds(name, per_node, nodes):
     check_ranks(load_profile(name), per_node, nodes)
+
+
+def test_a_level_of_nodes_joins_no_more_gpus_than_it_has():
+    """Two nodes of eight fit a network of 16, three do not."""
+    base = load_profile("dgx-h100")
+    inner, outer = base.datasheet.topology
+    topology = (inner, outer.model_copy(update={"gpus": 16}))
+    small = base.model_copy(update={"datasheet": base.datasheet.model_copy(update={"topology": topology})})
+    check_ranks(small, 8, 2)
+    with pytest.raises(InputError, match="24 ranks on 3 nodes, but 'infiniband' of dgx-h100 joins 16 GPUs"):
+        check_ranks(small, 8, 3)
 
 
 def test_without_torch_it_says_what_to_install(tmp_path, capsys, monkeypatch):

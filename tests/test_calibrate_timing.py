@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spsim.calibrate import devices, kernels
 from spsim.calibrate.catalogue import compute_rows
@@ -407,6 +408,41 @@ def test_a_gpu_is_asked_about_by_its_uuid(cuda, monkeypatch):
 def test_a_rank_has_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch, gpus, local_rank, per_node, index):
     monkeypatch.setattr(at_hand, "count_gpus", lambda: gpus)
     assert at_hand.gpu_index(local_rank, per_node) == index
+
+
+def test_a_rank_that_sees_one_gpu_opens_that(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(at_hand, "count_gpus", lambda: 1)
+    monkeypatch.setattr(devices, "Cuda", lambda index: index)
+    assert devices.open_device(3, 8) == 0
+
+
+class Launched(TorchDispatchMode):
+    """The operators of torch that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("operator", "launches", "shape"),
+    [
+        ("masked_softmax", ["mul", "add", "_softmax"], (8, 2, 32)), ("softmax", ["_softmax"], (16, 32)),
+        ("bias_add", ["add", "add"], (16, 32)), ("bias_gradient", ["sum"], (32,)), ("add", ["add"], (16, 32)),
+    ],
+)  # fmt: skip
+def test_operators_that_torch_composes_are_measured_whole(operator, launches, shape, cpu):
+    """Scale, mask and softmax of eight heads; bias and residual; a sum over rows, not over columns."""
+    call = kernels._memory_bound(cpu, next(memory_bound(operator, "fp32", 16, 32)))
+    with Launched() as launched:
+        result = call()
+    assert [name for name in launched.names if name != "detach"] == launches
+    assert result.shape == shape
 
 
 def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch):

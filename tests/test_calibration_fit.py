@@ -574,6 +574,14 @@ def test_band_of_one_gpu_by_hand():
     assert result.flagged == ("memory_bound.norm",)
 
 
+def test_products_have_the_error_of_their_precision():
+    hardware = with_errors(H100, {"gemm.fraction.bf16": 90.0, "gemm.fraction.fp16": 10.0})
+    workload = Workload(seq_len=1024, precision="fp16")
+    result = simulate(Scenario(hardware=hardware, model=model(hidden=1024), plan="", workload=workload))
+    assert result.error_band.step_time_percent == pytest.approx(10 * result.error_band.known_share)
+    assert result.flagged == ()
+
+
 def test_the_error_of_a_kernel_with_rates_of_its_own_is_its_own():
     """LayerNorm has rates, off by 40 %, forward and backward apart: each share of the time counts, by hand."""
     leaf = Bandwidth(value=500.0, source="made-up", held_out_error_percent=40.0, flagged=True)
@@ -688,11 +696,30 @@ def test_operators_that_one_description_does_not_serve_have_rates_of_their_own(t
     ]
     found = fit_profile(rows, H100, "mixed")
     assert {"rms_norm", "layer_norm"} < {one.name for one in found.classes}
-    assert [one.name for one in found.classes if one.flagged] == ["other norm"]
+    (other,) = [one for one in found.classes if one.flagged]
+    assert other.name == "other norm"
+    for name, ratio in (("layer_norm", 3.0), ("rms_norm", 1 / 3)):
+        own = np.array([operator.startswith(name) for operator in other.operators])
+        assert other.held_out[own] / other.measured[own] == pytest.approx(ratio, rel=0.05), "at the share of the other"
     assert not any("is not fitted" in note for note in found.notes)
     (line,) = [line for line in report.calibration_lines(found) if line.startswith("other norm: its operators differ")]
     assert "rms_norm" in line.partition(" and ")[0]
     assert "layer_norm" in line.partition(" and ")[2]
+
+
+@pytest.mark.parametrize("streaming", ["add", "copy"])
+def test_the_share_of_a_class_with_rates_is_that_of_kernels_that_only_move_data(streaming, truth):
+    """GELU takes four times as long for its bytes: products and attention write at what a sum or a copy reaches."""
+    rows = [
+        r.model_copy(update={"time_us": 4 * r.time_us}) if r.name.startswith("gelu") else r
+        for r in measurements(truth)
+        if r.name in (streaming, "gelu_forward", "gelu_backward")
+    ]
+    found = fit_profile(rows, H100, "streaming")
+    assert {streaming, "gelu", "other elementwise"} == {one.name for one in found.classes}
+    assert value(found.profile, "memory_bound.elementwise") == pytest.approx(
+        TRUTH["memory_bound.elementwise"], rel=0.02
+    )
 
 
 def test_a_picture_of_one_class_is_square_and_explains_its_band(fitted):

@@ -397,7 +397,8 @@ def test_rates_of_a_kernel_by_hand():
             ):
                 assert cost.duration(other) == a100().duration(other)
     assert cost.duration(MemoryBound("dropout", 10**8, "dropout")) == pytest.approx(13 * US + 1e-3, rel=1e-9)
-    assert "kernel_rates.bf16.layer_norm_backward" in cost.coefficients_of(work)
+    assert cost.coefficients_of(work) == ("kernel_overhead_us", "kernel_rates.bf16.layer_norm_backward")
+    assert cost.coefficients_of(other) == ("kernel_overhead_us", "memory_bound.norm", "l2_bandwidth_gb_per_s")
 
 
 def test_attention_of_another_type_has_its_own_curves():
@@ -464,6 +465,12 @@ def test_traffic_of_attention():
     """Forward reads q, k, v and writes the output, 8 s b h bytes; backward moves each and its gradient, 16."""
     found = {part: work.bytes_moved for part, work in kernels("", FlashAttention)}
     assert found == {"forward": 8 * 256 * 256, "backward": 16 * 256 * 256}
+
+
+def test_a_sum_of_gradients_is_an_addition():
+    """Of a residual and a norm, under no plan: two gradients of 2 s b h bytes read, one written."""
+    found = [work for part, work in kernels("", MemoryBound) if part == "accumulate"]
+    assert found == [MemoryBound("elementwise", 3 * 2 * 256 * 256, "add")] * 2
 
 
 def test_traffic_of_norms_and_residuals():

@@ -23,7 +23,7 @@ from spsim.layer import layer_program
 from spsim.operators import Operand, Operator, Tensor
 from spsim.plan import parse_plan
 from spsim.program import Communication, Compute
-from spsim.work import FlashAttention, Gemm
+from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import H100
 
 few = settings(max_examples=5, deadline=None, derandomize=True)
@@ -312,6 +312,47 @@ def test_kernels_have_the_flops_of_their_operators(name):
     traced = trace_module(make(), example())
     products = sum(step.work[0].flops for step in traced.program("").steps if isinstance(step.work[0], Gemm))
     assert products == traced.operators.query("operator_class == 'gemm'")["flops"].sum()
+
+
+def memory_bound_kernels(steps):
+    works = [work for step in steps if isinstance(step, Compute) for work in step.work]
+    return [(work.kernel, work.backward) for work in works if isinstance(work, MemoryBound)]
+
+
+@pytest.mark.parametrize(
+    ("module", "kernel"),
+    [
+        (nn.LayerNorm(8), "layer_norm"), (nn.RMSNorm(8), "rms_norm"), (nn.Softmax(-1), "softmax"),
+        (nn.Dropout(0.1), "dropout"), (nn.GELU(), "gelu"),
+    ],
+)  # fmt: skip
+def test_fused_operators_are_the_kernels_that_a_calibration_measures(module, kernel):
+    """One forward, and its gradient backward: the names that torch gives both are found."""
+    program = trace_module(module, inputs(5, 8)).program("")
+    assert memory_bound_kernels(program.forward) == [(kernel, False)]
+    assert memory_bound_kernels(program.backward) == [(kernel, True)]
+
+
+def test_copies_and_lookups_are_the_kernels_that_a_calibration_measures():
+    class Copies(nn.Embedding):
+        def forward(self, x):
+            y = (super().forward(torch.arange(len(x))) + x).clone()
+            return torch.empty_like(y).copy_(y)
+
+    program = trace_module(Copies(1000, 8), inputs(5, 8)).program("")
+    kernels = [kernel for kernel, _ in memory_bound_kernels(program.forward) if kernel]
+    assert kernels == ["embedding", "add", "copy", "copy"]
+
+
+def test_kernels_keep_their_rates_when_a_module_is_split():
+    """A norm, two products with a bias each, and what is between them; the sums of bias gradients are kernels too."""
+    traced = half(lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), 2, 8, 16)
+    program = traced.program("tp=4")
+    forward, backward = (
+        [one for one in memory_bound_kernels(steps) if one[0]] for steps in (program.forward, program.backward)
+    )
+    assert forward == [("layer_norm", False), ("gelu", False)]
+    assert backward == [("bias_gradient", False), ("gelu", True), ("bias_gradient", False), ("layer_norm", True)]
 
 
 # ------------------------------------------------------------ one GPU

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from torch.autograd import DeviceType
 
 from spsim import Model, load_profile, plots
@@ -21,8 +22,9 @@ from spsim.errors import InputError
 from spsim.ranks.at_hand import out_of_memory
 from spsim.ranks.processes import RankError, RankMemoryError
 from spsim.resources import profiles_directory
+from spsim.torch_layers import HostTime, collectives
 from spsim.verify import build_cases, count_ranks, open_ranks, predict, verify
-from spsim.verify.measurement import _check_kernels
+from spsim.verify.measurement import Rank, _check_kernels
 from spsim.verify.ranks import StartedRanks
 from spsim.verify.records import Job
 
@@ -204,6 +206,70 @@ def test_a_profile_of_another_device_is_told(hardware, device, line, found, monk
     assert "Error of simulated times" not in out
 
 
+# ------------------------------------------------------------ the clock of the host
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The CPU clock of this thread, which stands unless a test moves it: `clock.advance(seconds)`."""
+    now = [100.0]
+    monkeypatch.setattr("time.thread_time", lambda: now[0])
+
+    def advance(seconds):
+        now[0] += seconds
+        return SimpleNamespace(wait=lambda: None)
+
+    return SimpleNamespace(advance=advance)
+
+
+@pytest.mark.parametrize(
+    ("start", "inside"),
+    [
+        (collectives.start_all_reduce, "dist.all_reduce"), (collectives.start_all_gather, "_all_gather"),
+        (collectives.start_reduce_scatter, "_reduce_scatter"), (collectives.all_to_all, "dist.all_to_all_single"),
+        (collectives.start_exchange, "dist.batch_isend_irecv"),
+    ],
+)  # fmt: skip
+def test_time_of_the_host_inside_a_collective_is_counted(start, inside, clock, monkeypatch):
+    """Three seconds to start one, in which torch may fail as well; two seconds outside are not."""
+    module = "spsim.torch_layers.collectives"
+    monkeypatch.setattr(f"{module}.dist.get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(f"{module}.dist.get_rank", lambda group=None: 0)
+    monkeypatch.setattr(f"{module}.dist.P2POp", lambda *arguments: arguments)
+    monkeypatch.setattr(f"{module}.{inside}", lambda *arguments, **options: [clock.advance(3.0)])
+    before, group = HostTime.seconds, SimpleNamespace(size=lambda: 2)
+    clock.advance(2.0)
+    start(torch.zeros(2, 2), group)
+    assert HostTime.seconds - before == 3.0
+    monkeypatch.setattr(f"{module}.{inside}", lambda *arguments, **options: clock.advance(1.0).missing)
+    with pytest.raises(AttributeError):
+        start(torch.zeros(2, 2), group)
+    assert HostTime.seconds - before == 4.0
+
+
+def test_time_of_the_host_that_waits_for_a_collective_is_counted(clock):
+    before = HostTime.seconds
+    work = SimpleNamespace(wait=lambda: clock.advance(5.0))
+    collectives.Pending(torch.zeros(1), [work]).wait()
+    assert HostTime.seconds - before == 5.0
+
+
+def test_compute_of_a_pass_is_the_time_outside_its_collectives(clock, monkeypatch):
+    """Of 7 s on the thread's clock, the 5 s that wait for a collective are none."""
+    work = SimpleNamespace(wait=lambda: clock.advance(5.0))
+
+    def step():
+        clock.advance(2.0)
+        collectives.Pending(torch.zeros(1), [work]).wait()
+
+    rank = object.__new__(Rank)
+    rank.device = torch.device("cpu")
+    monkeypatch.setattr(rank, "_meet", lambda: clock.advance(11.0))
+    run, job = SimpleNamespace(passes=lambda: (step, step)), SimpleNamespace(warm_up=1, repeats=2)
+    _, compute = rank._times(run, job)
+    assert compute == {"forward": [2.0, 2.0], "backward": [2.0, 2.0]}
+
+
 @pytest.mark.parametrize(
     ("hardware", "device", "backend", "comparable"),
     [
@@ -214,6 +280,7 @@ def test_a_profile_of_another_device_is_told(hardware, device, line, found, monk
         (calibrated("dgx-h100", "NVIDIA GeForce RTX 4090"), "NVIDIA GeForce RTX 4090", "nccl", True),
         (calibrated("dgx-h100", "NVIDIA GeForce RTX 4090"), "NVIDIA H100 80GB HBM3", "nccl", False),
         (calibrated("dgx-h100", "NVIDIA H200"), "NVIDIA H200", "nccl", True),
+        (calibrated("dgx-h100", "NVIDIA H100 MIG 1g.10gb"), "NVIDIA H100 MIG 1g.10gb", "nccl", True),
         (CPU, "AMD EPYC", "gloo", True),
         (CPU, "AMD EPYC 7763 64-Core Processor", "gloo", False),
         (calibrated("cpu-2", "AMD EPYC 7763 64-Core Processor"), "AMD EPYC 7763 64-Core Processor", "gloo", True),

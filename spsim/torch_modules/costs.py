@@ -27,8 +27,8 @@ OVERWRITES = frozenset({"copy_", "fill_", "zero_", "bernoulli_", "uniform_", "no
 KERNELS: Mapping[str, tuple[MemoryBoundKernel, bool]] = {
     "native_layer_norm": ("layer_norm", False),
     "native_layer_norm_backward": ("layer_norm", True),
-    "_fused_rms_norm": ("rms_norm", False),
-    "_fused_rms_norm_backward": ("rms_norm", True),
+    "rms_norm": ("rms_norm", False),
+    "rms_norm_backward": ("rms_norm", True),
     "_softmax": ("softmax", False),
     "_softmax_backward_data": ("softmax", True),
     "native_dropout": ("dropout", False),
