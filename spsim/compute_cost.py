@@ -2,8 +2,9 @@
 
 A GEMM takes its FLOPs at a share of the dense peak, or its bytes, whichever is longer; K is padded by the
 prologue and epilogue of a tile, and the last wave of tiles is half empty on average. Flash attention takes
-its FLOPs at a share that falls for short sequences. All else takes its memory traffic at a share of the
-memory bandwidth by operator class, faster while the tensors fit the last-level cache.
+its FLOPs at a share that falls for short sequences. All else takes its memory traffic at the rates of its kernel
+where a calibration has measured them, else at a share of the memory bandwidth by operator class, faster while
+the tensors fit the last-level cache.
 """
 
 from __future__ import annotations

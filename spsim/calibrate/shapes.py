@@ -9,10 +9,10 @@ no implementation avoids; each has its count beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from spsim.calibrate.records import Measurement
-from spsim.work import Direction
+from spsim.work import Direction, MemoryBoundClass
 
 ITEMSIZE = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 OUTPUT_ITEMSIZE = {**ITEMSIZE, "fp8": 2}
@@ -65,14 +65,13 @@ def flash_attention(
     )  # fmt: skip
 
 
-OperatorClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
 Bytes = Callable[[int, int, int], int]
 
 
 class MemoryBoundOperator(NamedTuple):
     """The class of an operator and the bytes of its passes for (rows, width, bytes of an element)."""
 
-    operator_class: OperatorClass
+    operator_class: MemoryBoundClass
     forward: Bytes
     backward: Bytes | None = None
 
