@@ -14,7 +14,7 @@ class InputError(ValueError):
 def first_problem(error: ValidationError, where: str) -> InputError:
     """The first complaint of a pydantic validation as one line, with the place in the file or call."""
     problem = error.errors()[0]
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     value = problem.get("input")
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, InputError):

@@ -6,6 +6,7 @@ flow joins the ranks of one collective. Identical ranks that were simulated once
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -35,10 +36,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"cannot write {str(path)!r}: {reason}; give a file in an existing directory that you may write to"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "give a file in an existing directory that you may write to"
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}; {remedy}") from None
     finally:
         with suppress(OSError):
             temporary.unlink()

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from spsim.errors import InputError
-from spsim.work import MemoryBoundKernel
+from spsim.work import known_data_type, known_kernel_pass
 
 Direction = Literal["forward", "backward"]
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
@@ -35,8 +35,9 @@ class Table(BaseModel):
 
 
 Number = Annotated[float, Field(strict=True)]
-KernelPass = Annotated[str, Field(pattern=rf"^({'|'.join(get_args(MemoryBoundKernel))})_(forward|backward)$")]
+KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
 """Such as gelu_backward."""
+DataType = Annotated[str, AfterValidator(known_data_type)]
 HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 
 
@@ -255,10 +256,10 @@ class Coefficients(Table):
 
     gemm: GemmCoefficients
     attention: AttentionCoefficients
-    attention_by_dtype: dict[str, AttentionCoefficients] = {}
+    attention_by_dtype: dict[DataType, AttentionCoefficients] = {}
     """Where the kernel of a data type is another than `attention` describes."""
     memory_bound: MemoryBoundFractions
-    kernel_rates: dict[str, dict[KernelPass, KernelRates]] = {}
+    kernel_rates: dict[DataType, dict[KernelPass, KernelRates]] = {}
     """By data type and kernel_direction, such as gelu_backward, where more than the traffic matters; others have
     `memory_bound`. Types without rates take those of `bf16`: tensors between products are of 16 bits."""
     l2_bandwidth_gb_per_s: Bandwidth

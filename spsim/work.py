@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -21,6 +21,23 @@ MemoryBoundKernel = Literal[
     "adam",
 ]  # fmt: skip
 """Kernels that a profile may have rates of their own for; others are known by their class only."""
+DATA_TYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
+
+
+def known_kernel_pass(name: str) -> str:
+    """A kernel and its direction, such as gelu_backward; `ValueError` for any other name."""
+    kernel, _, direction = name.rpartition("_")
+    if kernel not in get_args(MemoryBoundKernel) or direction not in ("forward", "backward"):
+        known = ", ".join(get_args(MemoryBoundKernel))
+        raise ValueError(f"no such kernel; use one of {known}, ending in _forward or _backward")
+    return name
+
+
+def known_data_type(name: str) -> str:
+    """One of `DATA_TYPES`; `ValueError` for any other name."""
+    if name not in DATA_TYPES:
+        raise ValueError(f"no such data type; use one of {', '.join(DATA_TYPES)}")
+    return name
 
 
 def each(look_up: Callable[..., Any], *keys: Any) -> Any:

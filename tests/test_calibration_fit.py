@@ -27,6 +27,7 @@ from spsim.comm_cost import CommCost
 from spsim.comparison import PlanAccount, PlanComparison
 from spsim.errors import InputError
 from spsim.hardware import Bandwidth, KernelRates, NonNegative, leaves
+from spsim.plots.figure import COLOURS
 from spsim.profiles import load_profile, parse_profile, profile_names
 from spsim.sweeps import Point, row
 from tests.cases import model
@@ -688,21 +689,26 @@ def test_the_report_fits_eighty_columns_and_names_the_coefficients(fitted):
     assert not any("latency_us" in line or "start_us" in line for line in lines if ": " in line)
 
 
-def test_operators_that_one_description_does_not_serve_have_rates_of_their_own(truth):
-    """RMSNorm takes three times as long as LayerNorm for its bytes: no rate describes both, nor any other norm."""
+@pytest.fixture(scope="module")
+def mixed(truth):
+    """Norms that one rate cannot describe: each has rates of its own."""
     rows = [
         r.model_copy(update={"time_us": 3 * r.time_us}) if r.name.startswith("rms_norm") else r
         for r in measurements(truth, quick=True)
     ]
-    found = fit_profile(rows, H100, "mixed")
-    assert {"rms_norm", "layer_norm"} < {one.name for one in found.classes}
-    (other,) = [one for one in found.classes if one.flagged]
+    return fit_profile(rows, H100, "mixed")
+
+
+def test_operators_that_one_description_does_not_serve_have_rates_of_their_own(mixed):
+    """RMSNorm takes three times as long as LayerNorm for its bytes: no rate describes both, nor any other norm."""
+    assert {"rms_norm", "layer_norm"} < {one.name for one in mixed.classes}
+    (other,) = [one for one in mixed.classes if one.flagged]
     assert other.name == "other norm"
     for name, ratio in (("layer_norm", 3.0), ("rms_norm", 1 / 3)):
         own = np.array([operator.startswith(name) for operator in other.operators])
         assert other.held_out[own] / other.measured[own] == pytest.approx(ratio, rel=0.05), "at the share of the other"
-    assert not any("is not fitted" in note for note in found.notes)
-    (line,) = [line for line in report.calibration_lines(found) if line.startswith("other norm: its operators differ")]
+    assert not any("is not fitted" in note for note in mixed.notes)
+    (line,) = [line for line in report.calibration_lines(mixed) if line.startswith("other norm: its operators differ")]
     assert "rms_norm" in line.partition(" and ")[0]
     assert "layer_norm" in line.partition(" and ")[2]
 
@@ -719,6 +725,46 @@ def test_the_share_of_a_class_with_rates_is_that_of_kernels_that_only_move_data(
     assert {streaming, "gelu", "other elementwise"} == {one.name for one in found.classes}
     assert value(found.profile, "memory_bound.elementwise") == pytest.approx(
         TRUTH["memory_bound.elementwise"], rel=0.02
+    )
+
+
+def test_rates_of_kernels_are_a_table_that_fits_eighty_columns(mixed, fitted):
+    """A cell for each number of the profile, a row a type and direction; a report without such kernels has none."""
+    console = Console(width=80, file=StringIO())
+    console.print(report.rates_table(mixed))
+    cells = [line.split() for line in console.file.getvalue().splitlines()]
+    rates = mixed.profile.coefficients.kernel_rates["bf16"]["rms_norm_backward"]
+    start = f"{rates.start_us.value:g}" if rates.start_us else "–"
+    expected = [
+        "rms_norm",
+        "bf16",
+        "backward",
+        f"{rates.memory_gb_per_s.value:g}",
+        f"{rates.cache_gb_per_s.value:g}",
+        start,
+    ]
+    assert cells.count(expected) == 1
+    assert not any(line.startswith("rms_norm:") for line in report.calibration_lines(mixed))
+    assert report.rates_table(fitted) is None
+
+
+def test_kernels_are_drawn_in_the_colour_of_their_class(mixed):
+    figure = plots.plot_calibration(mixed.frame, limit_percent=LIMIT_PERCENT)
+    colours = {axes.get_title(loc="left"): axes.lines[-1].get_markerfacecolor() for axes in figure.axes}
+    assert colours["rms_norm"] == colours["layer_norm"] == colours["other norm"]
+    assert colours["rms_norm"] not in (colours["gemm bf16"], colours["attention forward full"])
+    assert colours["rms_norm"] == COLOURS["norm"]
+
+
+def test_a_raw_file_with_a_former_class_of_a_kernel_gives_the_same_profile(truth):
+    """bias_dropout_add counted to dropout once; a file that was gone on with has rows of both spellings."""
+    rows = measurements(truth, quick=True, noise=0.03)
+    before = [
+        r.model_copy(update={"operator_class": "dropout"}) if r.name.startswith("bias_dropout_add") else r for r in rows
+    ]
+    assert before != rows
+    assert profile_text(fit_profile(before, H100, "old").profile) == profile_text(
+        fit_profile(rows, H100, "old").profile
     )
 
 

@@ -1,5 +1,6 @@
 """Traces for Perfetto: every span, lane, arrow and byte of memory, the same from run to run."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 
 import spsim
 from spsim import InputError
-from spsim.export import chrome_trace, write_chrome_trace
+from spsim.cli.app import staging
+from spsim.export import chrome_trace, whole_file, write_chrome_trace
 from tests.cases import result
 
 PLANS = [
@@ -186,6 +188,18 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     assert one == two
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
     assert json.loads(one) == chrome_trace(result("tp=2,ring=4,ring_cut=contiguous"))
+
+
+def test_a_full_disk_asks_for_space_and_names_the_file_where_it_was_to_stand(tmp_path):
+    def write():
+        with staging(tmp_path) as partial, whole_file(partial / "y.png") as file:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(InputError) as caught:
+        write()
+    assert str(caught.value) == f"cannot write {str(tmp_path / 'y.png')!r}: No space left on device; free some space"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_result_writes_its_trace(tmp_path):

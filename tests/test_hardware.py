@@ -395,6 +395,24 @@ def test_wrong_unit_in_the_name_is_refused():
     assert "datasheet.memory.bandwidth_gbps: unknown key" in refusal(data)
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("fp32.norm_backward", ["kernel_rates.fp32.norm_backward: no such kernel; use one of layer_norm, rms_norm"]),
+        ("fp32.gelu", ["kernel_rates.fp32.gelu: no such kernel", "_forward or _backward"]),
+        ("fp31.gelu_forward", ["kernel_rates.fp31: no such data type; use one of fp32"]),
+    ],
+)
+def test_rates_of_an_unknown_kernel_or_type_are_refused_with_what_there_is(path, words):
+    dtype, name = path.split(".")
+    rate = {"value": 10.0, "source": "ml-network"}
+    rates = {dtype: {name: {"memory_gb_per_s": rate, "cache_gb_per_s": rate}}}
+    message = refusal(changed("dgx-h100", "calibrated.kernel_rates", rates))
+    assert all(word in message for word in words), message
+    assert "pattern" not in message
+    assert "[key]" not in message
+
+
 def test_sparse_peak_is_refused():
     message = refusal(changed("dgx-h100", "datasheet.peak_tflops.bf16.value", 1979))
     assert "1979" in message

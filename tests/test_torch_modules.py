@@ -344,6 +344,16 @@ def test_copies_and_lookups_are_the_kernels_that_a_calibration_measures():
     assert kernels == ["embedding", "add", "copy", "copy"]
 
 
+def test_the_sum_over_all_rows_is_the_gradient_of_a_bias_and_no_other_sum_is():
+    class Sums(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sum(-1, keepdim=True).sum()
+
+    program = trace_module(Sums(8, 16), inputs(5, 8)).program("")
+    assert [kernel for kernel, _ in memory_bound_kernels(program.backward)].count("bias_gradient") == 1
+    assert not [kernel for kernel, _ in memory_bound_kernels(program.forward) if kernel]
+
+
 def test_kernels_keep_their_rates_when_a_module_is_split():
     """A norm, two products with a bias each, and what is between them; the sums of bias gradients are kernels too."""
     traced = half(lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), 2, 8, 16)

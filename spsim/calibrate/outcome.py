@@ -17,6 +17,8 @@ from spsim.units import US_PER_S
 LIMIT_PERCENT = 20
 """Held-out error above which a class is flagged."""
 
+COLUMNS = ["class", "operator_class", "measured_us", "fitted_us", "held_out_us", "flagged"]
+
 Seconds = npt.NDArray[np.float64]
 
 
@@ -45,6 +47,8 @@ class ClassFit:
     """Dotted paths of the coefficients that were fitted on it."""
     operators: tuple[str, ...] = ()
     """What each measurement is of."""
+    operator_class: str = ""
+    """Where the name does not begin with it: of one kernel, or of the others of a class."""
 
     @cached_property
     def operator_times(self) -> dict[str, float]:
@@ -103,10 +107,17 @@ class FittedProfile:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """A row a measurement: class, measured, fitted and held-out time in us, and whether the class is flagged."""
-        return pd.DataFrame(self._rows(), columns=["class", "measured_us", "fitted_us", "held_out_us", "flagged"])
+        """A row a measurement: times in us, and whether its class is flagged."""
+        return pd.DataFrame(self._rows(), columns=COLUMNS)
 
-    def _rows(self) -> Iterator[tuple[str, float, float, float, bool]]:
+    def _rows(self) -> Iterator[tuple[str, str, float, float, float, bool]]:
         for fit in self.classes:
             for measured, fitted, held_out in US_PER_S * np.array([fit.measured, fit.fitted, fit.held_out]).T:
-                yield fit.name, float(measured), float(fitted), float(held_out), fit.flagged
+                yield (
+                    fit.name,
+                    fit.operator_class or fit.name.split()[0],
+                    float(measured),
+                    float(fitted),
+                    float(held_out),
+                    fit.flagged,
+                )

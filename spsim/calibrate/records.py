@@ -18,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from spsim.errors import InputError, first_problem
 from spsim.hardware import CollectiveName, MemoryBoundFractions
+from spsim.work import DATA_TYPES
 
 Kind = Literal["environment", "gemm", "attention", "memory_bound", "launch", "collective", "interference", "memory"]
 Clock = Literal["cuda_events", "thread_cpu", "wall"]
 
 
-DTYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
 Count = Annotated[int, Field(gt=0, lt=2**40)]
 Ranks = Annotated[int, Field(gt=0, lt=2**20)]
 Size = Annotated[int, Field(gt=0, lt=2**50)]
@@ -61,7 +61,7 @@ class Measurement(BaseModel):
     kind: Kind
     name: str
     """What was measured: forward, dgrad, wgrad; layer_norm_backward; all_reduce; context; torch; and so on."""
-    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})?$")] = ""
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DATA_TYPES)})?$")] = ""
     operator_class: str = ""
     """Of a memory-bound kernel: elementwise, norm, softmax, dropout, embedding, cross_entropy, optimizer."""
     m: Count | None = None

@@ -61,9 +61,9 @@ def attention_samples(rows: Sequence[Measurement]) -> list[Sample]:
 
 
 def memory_samples(rows: Sequence[Measurement], cache_bytes: float) -> list[Sample]:
-    """Memory-bound kernels by operator class."""
+    """Memory-bound kernels by operator class: that of the catalogue, whatever an older raw file calls it."""
     return [
-        _sample(row, row.operator_class, _memory_bound, (row.bytes_moved or 0) > cache_bytes)
+        _sample(row, _memory_bound(row).operator_class, _memory_bound, (row.bytes_moved or 0) > cache_bytes)
         for row in timed(rows, "memory_bound")
     ]
 
@@ -111,7 +111,7 @@ def _memory_bound(row: Measurement) -> MemoryBound:
     if kernel not in MEMORY_BOUND or (kernel == operator and direction not in ("forward", "backward")):
         raise InputError(f"{title(row)}: there is no such operator; use one of {', '.join(MEMORY_BOUND)}")
     backward = direction == "backward"
-    return MemoryBound(row.operator_class, row.bytes_moved or 0, kernel, backward)  # type: ignore[arg-type]
+    return MemoryBound(MEMORY_BOUND[kernel].operator_class, row.bytes_moved or 0, kernel, backward)  # type: ignore[arg-type]
 
 
 class Batch:

@@ -149,7 +149,7 @@ def _share(samples: Sequence[Sample], profile: HardwareProfile, cache: float) ->
     text = {group: f"{leaf_at(final, path).value:g}"}
     return Fit(
         final,
-        (ClassFit(f"other {group}", text, batch.seconds, batch.times(final), held_out, (path,), tuple(names)),),
+        (ClassFit(f"other {group}", text, batch.seconds, batch.times(final), held_out, (path,), tuple(names), group),),
     )
 
 
@@ -187,21 +187,11 @@ def _joined(kernel: str, parts: Sequence[ClassFit]) -> ClassFit:
     )
     return ClassFit(
         kernel,
-        {_pass(part): _rates_text(part) for part in parts},
+        {},
         measured,
         fitted,
         held_out,
         tuple(path for part in parts for path in part.paths),
         tuple(name for part in parts for name in part.operators),
+        parts[0].name,
     )
-
-
-def _pass(part: ClassFit) -> str:
-    """`fp32 forward` of the paths of one kernel."""
-    _, dtype, kernel, _ = part.paths[0].split(".")
-    return f"{dtype} {kernel.rpartition('_')[2]}"
-
-
-def _rates_text(part: ClassFit) -> str:
-    units = {"memory_gb_per_s": "memory {} GB/s", "cache_gb_per_s": "cache {} GB/s", "start_us": "start {} us"}
-    return ", ".join(units[name].format(value) for name, value in part.coefficients.items())

@@ -91,7 +91,10 @@ def staging(out: Path) -> Iterator[Path]:
     """A directory whose files move to `out` at the end: all of them, or none."""
     make_directory(out)
     with TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-        yield Path(partial)
+        try:
+            yield Path(partial)
+        except InputError as error:  # the user knows the file by the place where it was to stand
+            raise InputError(str(error).replace(partial, str(out))) from None
         names = file_names(Path(partial))
         for name in names:
             if (out / name).is_dir():

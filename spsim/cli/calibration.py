@@ -126,6 +126,9 @@ def _fit(raw: Path, base: str | None, out: Path) -> None:
         write_profile(fitted.profile, directory / out.name)
     console = open_console()
     console.print(report.calibration_table(fitted))
+    rates = report.rates_table(fitted)
+    if rates:
+        console.print(rates)
     for line in report.calibration_lines(fitted):
         console.print(line, soft_wrap=True)
     console.print(f"written: {out}, {picture}; measured rows in {raw}", soft_wrap=True)

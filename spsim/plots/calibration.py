@@ -39,6 +39,8 @@ FLAG = "#CC3311"
 """Colour of what a flagged class is marked with."""
 OUTSIDE = "#555555"
 """Colour of classes that stand outside the layers."""
+DARK = frozenset({"embedding", "cross_entropy", "optimizer", "elementwise"})
+"""These classes, and one whose own grey would vanish in the band."""
 BAND = "#E3E3E3"
 """Colour of what is within the limit."""
 FITTED, HELD_OUT = "final coefficients", "held out: coefficients from other shapes"
@@ -72,7 +74,7 @@ def plot_calibration(frame: pd.DataFrame, *, limit_percent: float, note: str = "
 
 def _panel(axes: Axes, name: str, group: pd.DataFrame, limit_percent: float) -> None:
     flagged = bool(group["flagged"].iloc[0])
-    colour = _colour(name)
+    colour = _colour(str(group["operator_class"].iloc[0]))
     times = group[["measured_us", "fitted_us", "held_out_us"]].to_numpy()
     low, high = np.nanmin(times) / MARGIN, np.nanmax(times) * MARGIN
     line = np.array([low, high])
@@ -129,13 +131,9 @@ def _error(group: pd.DataFrame) -> str:
     return f"{np.percentile(errors, 90):.1f} %, n = {len(group)}" if len(errors) else f"not checked, n = {len(group)}"
 
 
-def _colour(name: str) -> str:
+def _colour(kind: str) -> str:
     """The colour of an operator class in every picture; of collectives that of communication."""
-    kind = name.split()[0]
-    if kind == "kernel":
-        return OUTSIDE
-    outside = {"embedding", "cross_entropy", "optimizer"}
-    return COLOURS.get(kind, OUTSIDE if kind in outside else COLOURS["communication"])
+    return OUTSIDE if kind in DARK else COLOURS.get(kind, COLOURS["communication"])
 
 
 def _hollow(colour: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tables and sentences for a terminal."""
 
-from spsim.report.calibration import calibration_lines, calibration_table
+from spsim.report.calibration import calibration_lines, calibration_table, rates_table
 from spsim.report.comparison import comparison_lines, memory_table, plans_table, time_table
 from spsim.report.scenarios import (
     comparison_table,
@@ -29,6 +29,7 @@ __all__ = [
     "notes",
     "operator_table",
     "plans_table",
+    "rates_table",
     "saving_lines",
     "skipped_lines",
     "summary",

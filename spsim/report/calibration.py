@@ -20,8 +20,8 @@ WORDS = {
     "kernel_overhead_us": "start of a kernel {} us",
     "start_us": "start {} us",
     "weight_gradient_rate": "rate of the weight gradient {} of forward",
-    "accumulation_exposed": "exposed share of gradient accumulation {}",
-    "traffic_exposed": "exposed share of the shorter of arithmetic and memory traffic {}",
+    "accumulation_exposed": "{} times the traffic of gradient accumulation added",
+    "traffic_exposed": "{} times the shorter of arithmetic and memory traffic added",
     "fraction": "fraction of peak {}",
     "half_tokens": "half of it reached at {} tokens",
     "block_tokens": "block of {} tokens under the causal mask",
@@ -40,9 +40,10 @@ def calibration_table(fitted: FittedProfile) -> Table:
         made.add_row(one.name, str(len(one.measured)), *_errors(one))
     made.caption = (
         "Errors of the time on shapes (of collectives: sizes) that were left out of the fit, half at a time; p90: "
-        "90th percentile. A class whose p90 is above 20 % is flagged, as is every result that uses it. "
-        f"{NOT_CHECKED.capitalize()}: too few shapes"
+        "90th percentile. A class whose p90 is above 20 % is flagged, as is every result that uses it"
     )
+    if any(one.errors is None for one in fitted.classes):
+        made.caption += f". {NOT_CHECKED.capitalize()}: too few shapes"
     made.caption_justify = "left"
     return made
 
@@ -56,9 +57,28 @@ def _errors(one: ClassFit) -> tuple[str, str, str, str]:
     )  # fmt: skip
 
 
-def coefficient_lines(fitted: FittedProfile) -> Iterator[str]:
-    """A line a class: its coefficients, of all rows, in words and with their units."""
+def rates_table(fitted: FittedProfile) -> Table | None:
+    """A row for each type and direction of the kernels with rates of their own; None where there are none."""
+    measured = ["memory, GB/s", "cache, GB/s", "start, us"]
+    made = table("Rates of single kernels", ["kernel", "type", "direction", *measured], numbers=measured)
     for one in fitted.classes:
+        for dtype, name in sorted(_rates(one), key=lambda found: (found[0], found[1].endswith("_backward"))):
+            rates = fitted.profile.coefficients.kernel_rates[dtype][name]
+            numbers = (rates.memory_gb_per_s, rates.cache_gb_per_s, rates.start_us)
+            made.add_row(one.name, dtype, name.rpartition("_")[2], *(f"{n.value:g}" if n else "–" for n in numbers))
+    made.caption = "Rates count all traffic of a kernel; start: beyond that of any kernel"
+    made.caption_justify = "left"
+    return made if made.row_count else None
+
+
+def _rates(one: ClassFit) -> set[tuple[str, str]]:
+    """Type and pass of each table of rates that was fitted on a class."""
+    return {(path.split(".")[1], path.split(".")[2]) for path in one.paths if path.startswith("kernel_rates.")}
+
+
+def coefficient_lines(fitted: FittedProfile) -> Iterator[str]:
+    """A line a class: its coefficients, of all rows, in words and with their units; rates of kernels are a table."""
+    for one in (one for one in fitted.classes if not _rates(one)):
         yield f"{one.name}: {_coefficients(one.coefficients)}"
 
 

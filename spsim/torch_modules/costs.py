@@ -58,7 +58,15 @@ def operator_class(call: Call) -> OperatorKind:
 
 def kernel_of(call: Call) -> tuple[MemoryBoundKernel | None, bool]:
     """The kernel that a profile may know the rates of, and whether the call is its gradient."""
-    return KERNELS.get(call.op, (None, False))
+    return ("bias_gradient", False) if _sums_rows(call) else KERNELS.get(call.op, (None, False))
+
+
+def _sums_rows(call: Call) -> bool:
+    """Whether it is the gradient of a bias: the sum over all dimensions but the last."""
+    if call.op != "sum" or not call.results:
+        return False
+    given, result = call.arguments["self"].shape, call.results[0].shape
+    return len(given) > 1 and bool(result[-1:] == given[-1:]) and math.prod(result) == int(given[-1])
 
 
 def bytes_moved(call: Call) -> int:
