@@ -21,7 +21,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from spsim.errors import InputError
 from spsim.work import known_data_type, known_kernel_pass
 
-Direction = Literal["forward", "backward"]
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
 
 PEAK_IDENTITY_TOLERANCE = 0.01
