@@ -26,9 +26,9 @@ from rich.table import Table
 
 import spsim
 from spsim import report
-from spsim.engine import Meeting, Task, run
-from spsim.plan import parse_plan
-from spsim.sweeps import Point, row
+from spsim.engine.engine import Meeting, Task, run
+from spsim.inputs.plan import parse_plan
+from spsim.studies.sweeps import Point, row
 
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "ring=8", "ulysses=4,ring=2", "tp=2,sequence_parallel,ring=4")
 REPETITIONS = 5

@@ -1,7 +1,7 @@
 """How well do the closed forms of collectives hold, and what does it cost a layer to cross nodes?
 
 794 published times of collectives on A100, H100, H200, B200, GB200 and MI300X, on one node and on up to 32,
-against the closed forms of `spsim.comm_cost`. Rows that a curve was made from are marked; the others are
+against the closed forms of `spsim.costs.collectives`. Rows that a curve was made from are marked; the others are
 predictions: other machines, group sizes, and everything that crosses nodes with several GPUs each. Then a
 layer of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
 
@@ -40,10 +40,10 @@ from rich.table import Table
 
 import spsim
 from spsim import report
-from spsim.comm_cost import CommCost, algorithm_steps
-from spsim.hardware import CollectiveCurve, CollectiveName, HardwareProfile
-from spsim.placement import sent_bytes
-from spsim.profiles import load_profile
+from spsim.costs.collectives import CommCost, algorithm_steps
+from spsim.inputs.hardware import CollectiveCurve, CollectiveName, HardwareProfile
+from spsim.inputs.profiles import load_profile
+from spsim.program.placement import sent_bytes
 from spsim.units import GB, MIB
 
 DATA = Path(__file__).parent / "data" / "collectives.csv"

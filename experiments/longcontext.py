@@ -24,8 +24,8 @@ from rich.table import Table
 
 import spsim
 from spsim import report
-from spsim.hardware import CollectiveCurve, Datasheet, HardwareProfile
-from spsim.plan import parse_plan
+from spsim.inputs.hardware import CollectiveCurve, Datasheet, HardwareProfile
+from spsim.inputs.plan import parse_plan
 
 DATA = Path(__file__).parent / "data" / "longcontext.csv"
 TIE = 0.03

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spsim.errors import InputError
-    from spsim.hardware import HardwareProfile
-    from spsim.kineto import load_kineto_trace
-    from spsim.measured import MeasuredSpan, measured_trace
-    from spsim.model import Model, load_model
-    from spsim.plan import Plan
-    from spsim.profiles import load_profile
-    from spsim.scenario import Scenario
-    from spsim.simulation import Result, simulate
-    from spsim.sweeps import Experiment, Point, sweep
-    from spsim.torch_modules import trace_module
-    from spsim.workload import Workload
+    from spsim.inputs.hardware import HardwareProfile
+    from spsim.inputs.model import Model, load_model
+    from spsim.inputs.plan import Plan
+    from spsim.inputs.profiles import load_profile
+    from spsim.inputs.scenario import Scenario
+    from spsim.inputs.workload import Workload
+    from spsim.pytorch.kineto import load_kineto_trace
+    from spsim.pytorch.modules import trace_module
+    from spsim.results.measured import MeasuredSpan, measured_trace
+    from spsim.results.result import Result
+    from spsim.simulation import simulate
+    from spsim.studies.sweeps import Experiment, Point, sweep
 
 __all__ = [
     "Experiment",
@@ -45,17 +46,18 @@ __all__ = [
 
 _HOMES = {
     "errors": ("InputError",),
-    "hardware": ("HardwareProfile",),
-    "kineto": ("load_kineto_trace",),
-    "measured": ("MeasuredSpan", "measured_trace"),
-    "model": ("Model", "load_model"),
-    "plan": ("Plan",),
-    "profiles": ("load_profile",),
-    "scenario": ("Scenario",),
-    "simulation": ("Result", "simulate"),
-    "sweeps": ("Experiment", "Point", "sweep"),
-    "torch_modules": ("trace_module",),
-    "workload": ("Workload",),
+    "inputs.hardware": ("HardwareProfile",),
+    "pytorch.kineto": ("load_kineto_trace",),
+    "results.measured": ("MeasuredSpan", "measured_trace"),
+    "inputs.model": ("Model", "load_model"),
+    "inputs.plan": ("Plan",),
+    "inputs.profiles": ("load_profile",),
+    "inputs.scenario": ("Scenario",),
+    "results.result": ("Result",),
+    "simulation": ("simulate",),
+    "studies.sweeps": ("Experiment", "Point", "sweep"),
+    "pytorch.modules": ("trace_module",),
+    "inputs.workload": ("Workload",),
 }
 """The module of each public name."""
 

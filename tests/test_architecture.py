@@ -12,22 +12,21 @@ import spsim
 
 PACKAGE = Path(spsim.__file__).parent
 ORDER = (
-    "interrupts", "errors", "units", "lazy", "configuration", "resources", "huggingface", "work", "hardware",
-    "profiles", "model", "plan", "workload", "scenario", "placement", "operators", "transformer", "kernels",
-    "program", "compiler", "lowering", "template", "flops", "memory", "compute_cost", "comm_cost", "recording",
-    "trace", "measured", "engine", "schedule", "layer", "folding", "metrics", "uncertainty", "simulation", "export",
-    "plots", "sweeps", "explanation", "comparison", "validation", "kineto", "ranks", "torch_modules", "torch_layers",
-    "calibrate", "verify", "report", "experiments", "cli", "__main__",
+    "interrupts", "errors", "units", "lazy", "work", "files", "inputs", "engine", "program", "costs", "step",
+    "results", "simulation", "studies", "export", "plots", "pytorch", "measuring", "report", "cli", "__main__",
 )  # fmt: skip
+"""Folders and the modules beside them; each imports only what stands before it."""
+STRANGERS = (("inputs", "engine"), ("engine", "inputs"))
+"""Folders that know nothing of each other, whatever their order."""
 FENCES = {
     "simpy": {"engine"},
     "matplotlib": {"plots"},
-    "rich": {"report", "experiments", "cli"},
+    "rich": {"report", "studies", "cli"},
     "typer": {"cli"},
-    "torch": {"torch_modules", "torch_layers", "calibrate", "verify"},
-    "scipy": {"calibrate"},
+    "torch": {"pytorch", "measuring"},
+    "scipy": {"measuring"},
 }
-LAZY = {"simulation": {"plots", "export"}, "sweeps": {"matplotlib"}, "ranks": {"torch"}}
+LAZY = {"results": {"plots", "export"}, "studies": {"plots", "matplotlib"}}
 """What may be imported inside a function or for types only, so that `import spsim` stays light."""
 
 
@@ -78,6 +77,7 @@ def test_a_module_imports_only_modules_above_it(name: str, path: Path) -> None:
         if target == name or (not at_top and target in LAZY.get(name, ())):
             continue
         assert ORDER.index(target) < ORDER.index(name), f"{name} imports {target}, which stands below it"
+        assert (name, target) not in STRANGERS, f"{name} imports {target}, of which it knows nothing"
 
 
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
@@ -87,6 +87,43 @@ def test_heavy_packages_stay_behind_their_fence(name: str, path: Path) -> None:
         if root in FENCES and name not in FENCES[root]:
             assert not at_top
             assert root in LAZY.get(name, ()), f"{name} imports {root}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """At the top level of modules, folders or not."""
+    known = {_dotted(path) for _, path in modules()}
+    imported = {_dotted(path): set(_modules_imported(path, known)) for _, path in modules()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in imported[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in imported:
+        visit(name, ())
+
+
+def _modules_imported(path: Path, known: set[str]) -> Iterator[str]:
+    """Modules of the package that a file imports as it is loaded."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            yield from found or {node.module} & known
+
+
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_the_package_reads_as_its_architecture() -> None:
+    """At most nine modules beside the folders, and every folder says in a sentence what is in it."""
+    assert len(list(PACKAGE.glob("*.py"))) <= 9
+    for path in PACKAGE.rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
 def test_import_spsim_is_light() -> None:

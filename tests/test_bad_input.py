@@ -227,7 +227,7 @@ def test_case_and_options_together(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_profile_with_a_wrong_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`gbps` is ambiguous and no key of the schema."""
-    from spsim.resources import profiles_directory
+    from spsim.inputs.resources import profiles_directory
 
     text = (profiles_directory() / "dgx-h100.toml").read_text()
     path = tmp_path / "wrong.toml"
@@ -296,7 +296,7 @@ def test_measured_file_refused(text: str, words: list[str], tmp_path: Path, caps
 
 
 def test_measured_value_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from spsim.resources import measured_cases
+    from spsim.inputs.resources import measured_cases
 
     header, first, *_ = measured_cases().read_text().splitlines()
     columns = header.split(",")

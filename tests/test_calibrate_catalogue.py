@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-from spsim.calibrate.catalogue import (
+from spsim.inputs.model import Model
+from spsim.inputs.profiles import load_profile, profile_names
+from spsim.inputs.workload import Workload
+from spsim.measuring.calibrate.catalogue import (
     COLLECTIVES,
     Group,
     Machine,
@@ -15,16 +18,13 @@ from spsim.calibrate.catalogue import (
     interference_rows,
     memory_rows,
 )
-from spsim.calibrate.shapes import flash_attention, linear, memory_bound, score_products
-from spsim.kernels import Kernels
-from spsim.model import Model
-from spsim.placement import Mesh
-from spsim.profiles import load_profile, profile_names
-from spsim.ranks.matching import describes
-from spsim.transformer import transformer_layer
+from spsim.measuring.calibrate.shapes import flash_attention, linear, memory_bound, score_products
+from spsim.measuring.processes.matching import describes
+from spsim.program.blocks.transformer import transformer_layer
+from spsim.program.kernels import Kernels
+from spsim.program.mesh import Mesh
 from spsim.units import GIB, KIB, MIB
 from spsim.work import Gemm
-from spsim.workload import Workload
 from tests.cases import model
 
 TOKENS, BATCH = 96, 2
@@ -238,7 +238,7 @@ def test_names_of_drivers_find_their_profile_and_no_other(device, profile):
 
 def test_all_but_the_measuring_itself_does_without_torch():
     code = (
-        "import sys; from spsim.calibrate import base, catalogue, launch, records, session, shapes, timing; "
+        "import sys; from spsim.measuring.calibrate import base, catalogue, launch, records, session, shapes, timing; "
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

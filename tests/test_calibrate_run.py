@@ -14,15 +14,15 @@ from threading import Thread
 import pytest
 import torch
 
-from spsim.calibrate import catalogue, launch, rank_process
-from spsim.calibrate.base import base_of_rows, base_profile, check_ranks
-from spsim.calibrate.devices import Cpu
-from spsim.calibrate.ranks import Ranks
-from spsim.calibrate.records import append_measurements, read_measurements
-from spsim.calibrate.session import Note, Progress, Settings, expected_seconds, sections, title
 from spsim.cli import main
 from spsim.errors import InputError
-from spsim.profiles import load_profile
+from spsim.inputs.profiles import load_profile
+from spsim.measuring.calibrate import catalogue, launch, rank_process
+from spsim.measuring.calibrate.base import base_of_rows, base_profile, check_ranks
+from spsim.measuring.calibrate.devices import Cpu
+from spsim.measuring.calibrate.ranks import Ranks
+from spsim.measuring.calibrate.records import append_measurements, read_measurements
+from spsim.measuring.calibrate.session import Note, Progress, Settings, expected_seconds, sections, title
 from spsim.units import MIB
 from tests.test_calibrate_catalogue import CPU, machine
 
@@ -247,7 +247,7 @@ def test_a_level_of_nodes_joins_no_more_gpus_than_it_has():
 
 
 def test_without_torch_it_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("spsim.ranks.at_hand.find_spec", lambda name: None)
+    monkeypatch.setattr("spsim.measuring.processes.at_hand.find_spec", lambda name: None)
     line = refused(capsys, "--out", tmp_path / "p.toml")
     assert line == 'calibrate: torch is not installed; pip install "spsim[calibrate]"'
 

@@ -6,9 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 
-from spsim.calibrate import session as module
-from spsim.calibrate.records import Measurement, read_measurements
-from spsim.calibrate.session import (
+from spsim.errors import InputError
+from spsim.inputs.profiles import load_profile
+from spsim.measuring.calibrate import session as module
+from spsim.measuring.calibrate.records import Measurement, read_measurements
+from spsim.measuring.calibrate.session import (
     Note,
     Progress,
     RawFile,
@@ -21,9 +23,7 @@ from spsim.calibrate.session import (
     time_limit,
     title,
 )
-from spsim.calibrate.shapes import flash_attention, linear
-from spsim.errors import InputError
-from spsim.profiles import load_profile
+from spsim.measuring.calibrate.shapes import flash_attention, linear
 from tests.test_calibrate_catalogue import CPU, machine
 
 PROFILE = load_profile("cpu-2")

@@ -11,18 +11,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spsim.calibrate import devices, kernels
-from spsim.calibrate.catalogue import compute_rows
-from spsim.calibrate.devices import Cpu, Cuda
-from spsim.calibrate.kernels import measure_kernel, measure_launch
-from spsim.calibrate.memory import measure_memory
-from spsim.calibrate.rank_process import _measure
-from spsim.calibrate.records import Measurement
-from spsim.calibrate.session import Settings
-from spsim.calibrate.shapes import MEMORY_BOUND, flash_attention, linear, memory_bound, score_products
-from spsim.calibrate.timing import FULL, QUICK, Effort, choose_repeats, sample_times, timed
 from spsim.errors import InputError
-from spsim.ranks import at_hand
+from spsim.measuring.calibrate import devices, kernels
+from spsim.measuring.calibrate.catalogue import compute_rows
+from spsim.measuring.calibrate.devices import Cpu, Cuda
+from spsim.measuring.calibrate.kernels import measure_kernel, measure_launch
+from spsim.measuring.calibrate.memory import measure_memory
+from spsim.measuring.calibrate.rank_process import _measure
+from spsim.measuring.calibrate.records import Measurement
+from spsim.measuring.calibrate.session import Settings
+from spsim.measuring.calibrate.shapes import MEMORY_BOUND, flash_attention, linear, memory_bound, score_products
+from spsim.measuring.calibrate.timing import FULL, QUICK, Effort, choose_repeats, sample_times, timed
+from spsim.measuring.processes import at_hand
 from tests.test_calibrate_catalogue import machine
 
 SHORT = Effort(0.002, 3, 1)

@@ -13,23 +13,23 @@ import pytest
 from rich.console import Console
 
 from spsim import Scenario, Workload, plots, report, simulate
-from spsim.calibrate.catalogue import collective_rows, compute_rows
-from spsim.calibrate.coefficients import document, leaf_at, with_leaves, with_values
-from spsim.calibrate.collective_fit import measured_series
-from spsim.calibrate.fit import fit_profile
-from spsim.calibrate.outcome import LIMIT_PERCENT
-from spsim.calibrate.profile_file import profile_text, write_profile
-from spsim.calibrate.records import Measurement, append_measurements
-from spsim.calibrate.samples import Batch, attention_samples, gemm_samples, memory_samples
-from spsim.calibrate.solver import halves
 from spsim.cli import main
-from spsim.comm_cost import CommCost
-from spsim.comparison import PlanAccount, PlanComparison
+from spsim.costs.collectives import CommCost
 from spsim.errors import InputError
-from spsim.hardware import Bandwidth, KernelRates, NonNegative, leaves
+from spsim.inputs.hardware import Bandwidth, KernelRates, NonNegative, leaves
+from spsim.inputs.profiles import load_profile, parse_profile, profile_names
+from spsim.measuring.calibrate.catalogue import collective_rows, compute_rows
+from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, with_values
+from spsim.measuring.calibrate.collective_fit import measured_series
+from spsim.measuring.calibrate.fit import fit_profile
+from spsim.measuring.calibrate.outcome import LIMIT_PERCENT
+from spsim.measuring.calibrate.profile_file import profile_text, write_profile
+from spsim.measuring.calibrate.records import Measurement, append_measurements
+from spsim.measuring.calibrate.samples import Batch, attention_samples, gemm_samples, memory_samples
+from spsim.measuring.calibrate.solver import halves
 from spsim.plots.figure import COLOURS
-from spsim.profiles import load_profile, parse_profile, profile_names
-from spsim.sweeps import Point, row
+from spsim.studies.comparison import PlanAccount, PlanComparison
+from spsim.studies.sweeps import Point, row
 from tests.cases import model
 from tests.test_calibrate_catalogue import CPU, machine
 

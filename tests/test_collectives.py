@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim import Plan, Scenario, Workload
-from spsim.comm_cost import CommCost
+from spsim.costs.collectives import CommCost
 from spsim.errors import InputError
-from spsim.placement import AXES, Mesh, mesh_of, nodes_of
-from spsim.profiles import load_profile, profile_names
+from spsim.inputs.profiles import load_profile, profile_names
+from spsim.program.mesh import AXES, Mesh, mesh_of, nodes_of
 from tests.cases import H100, model
 from tests.test_costs import COLLECTIVES, US, profile, wire_share
 

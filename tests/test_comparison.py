@@ -7,7 +7,12 @@ import pytest
 
 from spsim import InputError, plots
 from spsim.cli import main
-from spsim.comparison import (
+from spsim.costs.kernels import ComputeCost
+from spsim.program.instructions import Compute
+from spsim.program.operators import OPERATOR_CLASSES
+from spsim.report import comparison_lines
+from spsim.results.metrics import compute_by_class
+from spsim.studies.comparison import (
     EXPOSED,
     KERNEL,
     OTHER,
@@ -23,11 +28,6 @@ from spsim.comparison import (
     compare_plans,
     grouped,
 )
-from spsim.compute_cost import ComputeCost
-from spsim.metrics import compute_by_class
-from spsim.operators import OPERATOR_CLASSES
-from spsim.program import Compute
-from spsim.report import comparison_lines
 from spsim.units import GIB, picoseconds
 from tests.cases import A100, H100
 from tests.test_plots import assert_readable

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim import simulate
-from spsim.comm_cost import CommCost, CurveTime
-from spsim.compute_cost import ComputeCost
+from spsim.costs.collectives import CommCost, CurveTime
+from spsim.costs.kernels import ComputeCost
 from spsim.errors import InputError
-from spsim.hardware import CollectiveCurve
-from spsim.lowering import ring_blocks
-from spsim.profiles import load_profile, parse_profile, profile_names
-from spsim.program import Compute
-from spsim.resources import profiles_directory, read_toml
+from spsim.inputs.hardware import CollectiveCurve
+from spsim.inputs.profiles import load_profile, parse_profile, profile_names
+from spsim.inputs.resources import profiles_directory, read_toml
+from spsim.program.instructions import Compute
+from spsim.program.lowerings.ring import ring_blocks
 from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import A100, H100, program, scenario
 

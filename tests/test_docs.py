@@ -11,7 +11,7 @@ import pytest
 
 import spsim
 from spsim.cli import main
-from spsim.validation import load_cases, validate
+from spsim.studies.validation import load_cases, validate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.engine import DeadlockError, Meeting, RankProgram, Task, run
+from spsim.engine.engine import DeadlockError, Meeting, RankProgram, Task, run
 
 LANES = ("compute", "net", "link")
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from spsim.explanation import applies_alone, explain
-from spsim.model import PRESETS, load_model
-from spsim.operators import Operand, Operator, Tensor
-from spsim.plan import parse_plan
-from spsim.transformer import transformer_layer
-from spsim.workload import Workload
+from spsim.inputs.model import PRESETS, load_model
+from spsim.inputs.plan import parse_plan
+from spsim.inputs.workload import Workload
+from spsim.program.blocks.transformer import transformer_layer
+from spsim.program.operators import Operand, Operator, Tensor
+from spsim.studies.explanation import applies_alone, explain
 
 WORKLOAD = Workload(seq_len=2048, micro_batch=4)
 

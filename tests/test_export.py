@@ -12,7 +12,8 @@ import pytest
 import spsim
 from spsim import InputError
 from spsim.cli.app import staging
-from spsim.export import chrome_trace, whole_file, write_chrome_trace
+from spsim.export.chrome_trace import chrome_trace, write_chrome_trace
+from spsim.files import whole_file
 from tests.cases import result
 
 PLANS = [
@@ -179,7 +180,7 @@ def test_folding_does_not_change_the_trace(plan):
 
 def test_two_processes_write_the_same_bytes(tmp_path):
     code = (
-        "import sys; from tests.cases import result; from spsim.export import write_chrome_trace; "
+        "import sys; from tests.cases import result; from spsim.export.chrome_trace import write_chrome_trace; "
         "write_chrome_trace(result('tp=2,ring=4,ring_cut=contiguous'), sys.argv[1])"
     )
     for name in ("one.json", "two.json"):
@@ -218,6 +219,6 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path, path):
 
 
 def test_import_spsim_loads_no_matplotlib():
-    code = "import sys, spsim, spsim.export; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, spsim, spsim.export.chrome_trace; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert spsim.Result.to_chrome_trace

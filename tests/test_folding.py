@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
-from spsim.engine import Meeting, RankProgram, Task
-from spsim.folding import Step, run_step
-from spsim.metrics import peak_memory
-from spsim.program import Compute
-from spsim.recording import BufferUse, TaskInfo
-from spsim.schedule import Item, LayerSchedule, Pass
-from spsim.trace import Trace
+from spsim.engine.engine import Meeting, RankProgram, Task
+from spsim.engine.recording import BufferUse, TaskInfo
+from spsim.engine.trace import Trace
+from spsim.program.instructions import Compute
+from spsim.results.metrics import peak_memory
+from spsim.step.folding import Step, run_step
+from spsim.step.schedule import Item, LayerSchedule, Pass
 from spsim.work import FlashAttention
 from tests.cases import H100, program, random_scenarios, result
 

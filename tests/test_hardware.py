@@ -6,8 +6,8 @@ from math import nan
 import pytest
 
 from spsim.errors import InputError
-from spsim.profiles import load_profile, parse_profile, profile_names
-from spsim.resources import profiles_directory, read_toml
+from spsim.inputs.profiles import load_profile, parse_profile, profile_names
+from spsim.inputs.resources import profiles_directory, read_toml
 
 GPU_PROFILES = [name for name in profile_names() if name != "cpu-2"]
 NVSWITCH_WITH_NVLS = {"dgx-h100", "dgx-h200", "dgx-b200", "gb200-nvl72"}

@@ -8,7 +8,7 @@ import pytest
 
 from spsim import Scenario, Workload, simulate
 from spsim.errors import InputError
-from spsim.model import PRESETS, load_model
+from spsim.inputs.model import PRESETS, load_model
 
 # The keys of the released files that say shapes, traits or nothing (rope_theta, torch_dtype, ...).
 LLAMA = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.metrics import exposed_communication
+from spsim.results.metrics import exposed_communication
 from spsim.units import PS_PER_S
 from tests.cases import random_scenarios, result
 

@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 
 import spsim
-from spsim import MeasuredSpan, load_kineto_trace, measured_trace, metrics, plots
+from spsim import MeasuredSpan, load_kineto_trace, measured_trace, plots
 from spsim.errors import InputError
-from spsim.kineto.names import collective, operator_class, short_name
+from spsim.pytorch.kineto.names import collective, operator_class, short_name
+from spsim.results import metrics, tables
 from spsim.units import PS_PER_US
 
 GEMM = "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64"
@@ -79,7 +80,7 @@ def gpu_trace(tmp_path):
 
 def rows(trace, **where):
     """(name, start, end) of the spans of a trace that have some values, in microseconds."""
-    frame = metrics.spans_frame(trace)
+    frame = tables.spans_frame(trace)
     for column, value in where.items():
         frame = frame[frame[column] == value]
     return [(row.name, round(row.start_us), round(row.end_us)) for row in frame.itertuples(index=False)]
@@ -98,7 +99,7 @@ def test_kernels_stand_on_lanes_by_stream_and_ranks_share_a_clock(gpu_trace):
 
 def test_a_collective_starts_when_its_last_rank_is_there(gpu_trace):
     """Rank 0 posts at 50 us and waits for rank 1 until 80 us; the transfer is the rest of both kernels."""
-    frame = metrics.spans_frame(gpu_trace)
+    frame = tables.spans_frame(gpu_trace)
     frame = frame[frame["collective"] == "all_reduce"]
     assert [round(time) for time in frame["posted_us"]] == [50, 80]
     assert [round(time) for time in frame["start_us"]] == [80, 80]
@@ -122,7 +123,7 @@ def test_metrics_of_a_measured_trace(gpu_trace):
     assert metrics.compute_by_class(gpu_trace, 0) == {
         "norm": 10 * PS_PER_US, "gemm": 90 * PS_PER_US, "elementwise": 25 * PS_PER_US, "other": 5 * PS_PER_US,
     }  # fmt: skip
-    assert set(metrics.operators_frame(gpu_trace)["operator"]) >= {"all_reduce", GEMM}
+    assert set(tables.operators_frame(gpu_trace)["operator"]) >= {"all_reduce", GEMM}
 
 
 def test_kernels_at_once_hide_communication_once():
@@ -232,10 +233,10 @@ def test_a_trace_that_torch_wrote(recorded):
     assert [name for name in forward if name not in ("clone", "ones_like")] == [
         "linear", "layer_norm", "gelu", "scaled_dot_product_attention", "sum",
     ]  # fmt: skip
-    backward = metrics.spans_frame(trace).query("part == 'backward'")
+    backward = tables.spans_frame(trace).query("part == 'backward'")
     assert Counter(backward["operator_class"])["gemm"] == 1, "the input needs no gradient"
     assert {"attention", "norm", "elementwise"} <= set(backward["operator_class"])
-    assert set(metrics.spans_frame(trace)["lane"]) == {"compute"}
+    assert set(tables.spans_frame(trace)["lane"]) == {"compute"}
 
 
 def test_spans_of_a_lane_do_not_overlap(recorded):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spsim import Plan, Scenario, Workload, load_profile, simulate
-from spsim.plan import parse_plan
+from spsim.inputs.plan import parse_plan
 
 EXPERIMENT = runpy.run_path(str(Path(__file__).parent.parent / "experiments" / "longcontext.py"), run_name="experiment")
 COMPARED = EXPERIMENT["compared"]()

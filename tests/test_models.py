@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from spsim.errors import InputError
-from spsim.model import PRESETS, Model, load_model
-from spsim.program import Communication, Compute, Program
-from spsim.transformer import transformer_layer
+from spsim.inputs.model import PRESETS, Model, load_model
+from spsim.inputs.workload import Workload
+from spsim.program.blocks.transformer import transformer_layer
+from spsim.program.instructions import Communication, Compute, Program
 from spsim.work import MemoryBound
-from spsim.workload import Workload
 from tests.cases import model, program
 
 

@@ -8,23 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.placement import (
-    AXES,
+from spsim.inputs.plan import Plan
+from spsim.program.mesh import AXES, Mesh, mesh_of
+from spsim.program.placement import (
     PARTIAL,
     REPLICATE,
-    Mesh,
     Partial,
     Replicate,
     Shard,
     local_bytes,
     local_elements,
-    mesh_of,
     message_bytes,
     redistribute,
     sent_bytes,
-    split_rules,
 )
-from spsim.plan import Plan
+from spsim.program.strategies import split_rules
 
 S, A = Shard("s"), Shard("a")
 

@@ -11,9 +11,9 @@ from matplotlib.text import Text
 
 import spsim
 from spsim import InputError, plots
-from spsim.metrics import phase_of
+from spsim.engine.recording import COMPUTE_LANE
 from spsim.plots.figure import MARGIN, side_by_side
-from spsim.recording import COMPUTE_LANE
+from spsim.results.metrics import phase_of
 from tests.cases import A100, H100
 
 PLANS = {

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from spsim.cli import main
-from spsim.simulation import Result, simulate
-from spsim.validation import MeasuredCase, Validation, load_cases, validate
+from spsim.results.result import Result
+from spsim.simulation import simulate
+from spsim.studies.validation import MeasuredCase, Validation, load_cases, validate
 
 
 @pytest.fixture(scope="module")

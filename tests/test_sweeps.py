@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import spsim
-from spsim.sweeps import Point, RowFile, manifest, rows_of, run_points, sweep
+from spsim.studies.sweeps import Point, RowFile, manifest, rows_of, run_points, sweep
 
 MODEL = spsim.Model(name="small", layers=2, hidden=256, heads=8, vocab=1000)
 
@@ -73,7 +73,7 @@ def test_interruption_keeps_rows_and_a_rerun_computes_what_is_missing(
         computed.extend(p.key for p in points)
         return rows_of(points)
 
-    monkeypatch.setattr("spsim.sweeps.rows_of", counting)
+    monkeypatch.setattr("spsim.studies.sweeps.rows_of", counting)
     frame = run_points(GRID, file, None, lambda finished: None)
     assert computed == [GRID[2].key, GRID[3].key]
     assert list(frame["key"]) == [item.key for item in GRID]

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.layer import layer_program, prepared_layer
-from spsim.model import Model
-from spsim.placement import mesh_of
-from spsim.plan import parse_plan
-from spsim.program import Communication, Compute
-from spsim.scenario import check_shapes, sequence_unit
-from spsim.simulation import cost_models
+from spsim.costs.models import cost_models
+from spsim.inputs.model import Model
+from spsim.inputs.plan import parse_plan
+from spsim.inputs.rules import check_shapes, sequence_unit
+from spsim.inputs.workload import Workload
+from spsim.program.instructions import Communication, Compute
+from spsim.program.mesh import mesh_of
+from spsim.step.preparation import layer_program, prepared_layer
 from spsim.units import picoseconds
-from spsim.workload import Workload
 from tests.cases import A100, H100, random_plans, scenario
 
 HUGE = Workload(seq_len=2**30, micro_batch=2**20)

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spsim
 from spsim import InputError, Model, Workload, trace_module
-from spsim.compute_cost import ComputeCost
-from spsim.layer import layer_program
-from spsim.operators import Operand, Operator, Tensor
-from spsim.plan import parse_plan
-from spsim.program import Communication, Compute
+from spsim.costs.kernels import ComputeCost
+from spsim.inputs.plan import parse_plan
+from spsim.program.instructions import Communication, Compute
+from spsim.program.operators import Operand, Operator, Tensor
+from spsim.step.preparation import layer_program
 from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import H100
 

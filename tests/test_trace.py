@@ -5,10 +5,10 @@ and where the pieces of a stretch stand.
 import numpy as np
 import pytest
 
-from spsim.engine import Meeting, Task, run
-from spsim.metrics import Peak, first_above, peak_memory
-from spsim.recording import BufferUse, Outline, Recording, TaskInfo
-from spsim.trace import Stretch, Trace
+from spsim.engine.engine import Meeting, Task, run
+from spsim.engine.recording import BufferUse, Outline, Recording, TaskInfo
+from spsim.engine.trace import Stretch, Trace
+from spsim.results.metrics import Peak, first_above, peak_memory
 
 
 def recording(programs, buffers, **settings):

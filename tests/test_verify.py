@@ -15,18 +15,18 @@ import torch
 from torch.autograd import DeviceType
 
 from spsim import Model, load_profile, plots
-from spsim.calibrate.coefficients import leaf_at, with_leaves
 from spsim.cli import main
 from spsim.cli import verification as command
 from spsim.errors import InputError
-from spsim.ranks.at_hand import out_of_memory
-from spsim.ranks.processes import RankError, RankMemoryError
-from spsim.resources import profiles_directory
-from spsim.torch_layers import HostTime, collectives
-from spsim.verify import build_cases, count_ranks, open_ranks, predict, verify
-from spsim.verify.measurement import Rank, _check_kernels
-from spsim.verify.ranks import StartedRanks
-from spsim.verify.records import Job
+from spsim.inputs.resources import profiles_directory
+from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
+from spsim.measuring.processes.at_hand import out_of_memory
+from spsim.measuring.processes.processes import RankError, RankMemoryError
+from spsim.measuring.verify import build_cases, count_ranks, open_ranks, predict, verify
+from spsim.measuring.verify.measurement import Rank, _check_kernels
+from spsim.measuring.verify.ranks import StartedRanks
+from spsim.measuring.verify.records import Job
+from spsim.pytorch.layers import HostTime, collectives
 
 pytest.importorskip("torch")
 
@@ -232,7 +232,7 @@ def clock(monkeypatch):
 )  # fmt: skip
 def test_time_of_the_host_inside_a_collective_is_counted(start, inside, clock, monkeypatch):
     """Three seconds to start one, in which torch may fail as well; two seconds outside are not."""
-    module = "spsim.torch_layers.collectives"
+    module = "spsim.pytorch.layers.collectives"
     monkeypatch.setattr(f"{module}.dist.get_process_group_ranks", lambda group: [0, 1])
     monkeypatch.setattr(f"{module}.dist.get_rank", lambda group=None: 0)
     monkeypatch.setattr(f"{module}.dist.P2POp", lambda *arguments: arguments)
@@ -443,7 +443,7 @@ def test_a_profile_without_curves(tmp_path, capsys):
 
 
 def test_without_torch(monkeypatch):
-    monkeypatch.setattr("spsim.ranks.at_hand.find_spec", lambda name: None)
+    monkeypatch.setattr("spsim.measuring.processes.at_hand.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'^verify: torch is not installed; pip install "spsim\[calibrate\]"$'):
         count_ranks(CPU)
 

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from spsim.errors import InputError
-from spsim.ranks.at_hand import is_leader
+from spsim.measuring.processes.at_hand import is_leader
 
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""

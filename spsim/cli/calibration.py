@@ -12,15 +12,15 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from spsim import report
-from spsim.calibrate.base import base_of_rows, check_ranks_at_hand
-from spsim.calibrate.launch import measure
-from spsim.calibrate.records import RowError, read_measurements
-from spsim.calibrate.session import RAW_FILE, Note, Report, Settings
-from spsim.calibrate.session import Progress as Standing
 from spsim.cli.app import app, leader_speaks, make_directory, open_console, staging
 from spsim.errors import InputError
-from spsim.profiles import load_profile, profile_names
-from spsim.ranks.at_hand import check_installed, is_leader
+from spsim.inputs.profiles import load_profile, profile_names
+from spsim.measuring.calibrate.base import base_of_rows, check_ranks_at_hand
+from spsim.measuring.calibrate.launch import measure
+from spsim.measuring.calibrate.records import RowError, read_measurements
+from spsim.measuring.calibrate.session import RAW_FILE, Note, Report, Settings
+from spsim.measuring.calibrate.session import Progress as Standing
+from spsim.measuring.processes.at_hand import check_installed, is_leader
 
 FIRST_ROW = 2
 """Line of a raw file where its rows begin; each takes one."""
@@ -106,9 +106,9 @@ def _progress_bar() -> Iterator[Report]:
 def _fit(raw: Path, base: str | None, out: Path) -> None:
     """Fit the rows of a raw file, write profile and picture, and print the report."""
     from spsim import plots
-    from spsim.calibrate.fit import fit_profile
-    from spsim.calibrate.outcome import LIMIT_PERCENT
-    from spsim.calibrate.profile_file import write_profile
+    from spsim.measuring.calibrate.fit import fit_profile
+    from spsim.measuring.calibrate.outcome import LIMIT_PERCENT
+    from spsim.measuring.calibrate.profile_file import write_profile
 
     rows = read_measurements(raw)
     start = base_of_rows(base, rows)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from spsim.cli.app import app, make_directory, open_console
-from spsim.ranks.processes import end_with_parent
+from spsim.measuring.processes.processes import end_with_parent
 
 
 @app.command(hidden=True)
@@ -26,7 +26,7 @@ def experiment(
     quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
 ) -> None:
     """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
-    from spsim.experiments import load_experiment, run_experiment
+    from spsim.studies.experiments import load_experiment, run_experiment
 
     loaded = load_experiment(file)
     directory = out / loaded.name

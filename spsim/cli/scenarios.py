@@ -30,16 +30,18 @@ from spsim.cli.app import (
     print_written,
     staging,
 )
-from spsim.comparison import PlanComparison, compare_plans
 from spsim.errors import InputError
-from spsim.explanation import explain as explain_plan
-from spsim.model import load_model
-from spsim.plan import parse_plan
-from spsim.scenario import Scenario, check_shapes, load_scenario
-from spsim.simulation import Result, simulate
-from spsim.validation import load_cases
-from spsim.validation import validate as validate_cases
-from spsim.workload import Workload
+from spsim.inputs.model import load_model
+from spsim.inputs.plan import parse_plan
+from spsim.inputs.rules import check_shapes
+from spsim.inputs.scenario import Scenario, load_scenario
+from spsim.inputs.workload import Workload
+from spsim.results.result import Result
+from spsim.simulation import simulate
+from spsim.studies.comparison import PlanComparison, compare_plans
+from spsim.studies.explanation import explain as explain_plan
+from spsim.studies.validation import load_cases
+from spsim.studies.validation import validate as validate_cases
 
 MAX_RECORDS = 2_000_000
 """Spans of all ranks that are written out: some hundred megabytes."""

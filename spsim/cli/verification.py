@@ -26,12 +26,12 @@ from spsim.cli.app import (
     staging,
 )
 from spsim.errors import InputError
-from spsim.hardware import HardwareProfile
-from spsim.model import load_model
-from spsim.profiles import load_profile
-from spsim.ranks.processes import RankError
-from spsim.report import verification as report
-from spsim.verify import (
+from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.model import load_model
+from spsim.inputs.profiles import load_profile
+from spsim.inputs.workload import Precision
+from spsim.measuring.processes.processes import RankError
+from spsim.measuring.verify import (
     Verification,
     VerifyCase,
     build_cases,
@@ -39,8 +39,8 @@ from spsim.verify import (
     open_ranks,
     predict,
 )
-from spsim.verify import verify as verify_cases
-from spsim.workload import Precision
+from spsim.measuring.verify import verify as verify_cases
+from spsim.report import verification as report
 
 REPEATS, PROFILED = 10, 5
 QUICK_REPEATS, QUICK_PROFILED = 5, 3

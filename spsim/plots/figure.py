@@ -14,8 +14,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 from spsim.errors import InputError
-from spsim.export import whole_file
-from spsim.simulation import Result
+from spsim.files import whole_file
+from spsim.results.result import Result
 
 WIDTH = 13.33
 """Inches of a 16:9 slide."""

@@ -25,7 +25,7 @@ from spsim.plots.figure import (
     describe_workload,
     text_size,
 )
-from spsim.simulation import Result
+from spsim.results.result import Result
 from spsim.units import MS_PER_S, PS_PER_MS, PS_PER_US, US_PER_S
 
 CATEGORIES = {

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from spsim.placement import COLLECTIVE_SHORT
+from spsim.engine.recording import COMPUTE_LANE, Span, TaskInfo
+from spsim.engine.trace import Trace
 from spsim.plots.figure import (
     COLOURS,
     GRID,
@@ -36,9 +37,8 @@ from spsim.plots.figure import (
     text_size,
 )
 from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
-from spsim.recording import COMPUTE_LANE, Span, TaskInfo
-from spsim.simulation import Result
-from spsim.trace import Trace
+from spsim.program.placement import COLLECTIVE_SHORT
+from spsim.results.result import Result
 from spsim.units import PS_PER_MS, PS_PER_US
 
 LEFT, RIGHT, BOTTOM, TOP, HEADER = 1.35, 0.3, 0.95, 0.75, 0.55

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from spsim.engine.recording import COMPUTE_LANE, Span
+from spsim.engine.trace import Trace
 from spsim.errors import InputError
-from spsim.export import lane_order
-from spsim.metrics import phase_of
-from spsim.recording import COMPUTE_LANE, Span
-from spsim.trace import Trace
+from spsim.export.chrome_trace import lane_order
+from spsim.results.metrics import phase_of
 
 
 @dataclass(frozen=True, slots=True)

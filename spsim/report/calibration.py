@@ -11,7 +11,7 @@ from spsim.report.table import table
 from spsim.work import MemoryBoundClass
 
 if TYPE_CHECKING:
-    from spsim.calibrate.outcome import ClassFit, FittedProfile
+    from spsim.measuring.calibrate.outcome import ClassFit, FittedProfile
 
 
 NOT_CHECKED = "not checked"

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from spsim.comparison import Difference, PlanAccount, PlanComparison, grouped
 from spsim.report.table import table
 from spsim.report.words import band_parts, collective_counts, figure, memory_unit, missed, signed, size, time
+from spsim.studies.comparison import Difference, PlanAccount, PlanComparison, grouped
 from spsim.units import GIB, MIB, PS_PER_MS
 
 

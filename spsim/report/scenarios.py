@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from spsim.explanation import Explanation, InsertedCommunication, OperatorExplanation
-from spsim.model import PRESETS
-from spsim.placement import COLLECTIVE_SHORT
-from spsim.profiles import load_profile, profile_names
+from spsim.inputs.model import PRESETS
+from spsim.inputs.profiles import load_profile, profile_names
+from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.report.table import table
 from spsim.report.words import COLLECTIVES, band, collective_counts, figure, missed, size, time
-from spsim.simulation import SCOPE, Result
+from spsim.results.result import SCOPE, Result
+from spsim.studies.explanation import Explanation, InsertedCommunication, OperatorExplanation
+from spsim.studies.validation import Comparison, Errors, Validation
 from spsim.units import GIB, MIB
-from spsim.validation import Comparison, Errors, Validation
 
 SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
 

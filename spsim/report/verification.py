@@ -7,14 +7,14 @@ from math import floor, log10
 
 from rich.table import Table
 
-from spsim.placement import COLLECTIVE_SHORT
-from spsim.ranks.matching import device_of
+from spsim.measuring.processes.matching import device_of
+from spsim.measuring.verify import CaseComparison, Quantity, Verification
+from spsim.measuring.verify.comparison import WALL
+from spsim.measuring.verify.records import PASSES
+from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.report.table import table
 from spsim.report.words import COLLECTIVES, missed, signed
 from spsim.units import MIB
-from spsim.verify import CaseComparison, Quantity, Verification
-from spsim.verify.comparison import WALL
-from spsim.verify.records import PASSES
 
 
 def headline(found: Verification) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from spsim.placement import COLLECTIVE_SHORT
-from spsim.uncertainty import ErrorBand
+from spsim.program.placement import COLLECTIVE_SHORT
+from spsim.results.uncertainty import ErrorBand
 from spsim.units import GIB, KIB, MIB
 
 FULL = 100

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from spsim import Model, Plan, Workload
-from spsim.layer import layer_program
-from spsim.plan import parse_plan
-from spsim.program import Communication, Program
-from spsim.torch_layers import Groups, ParallelLayer, record_collectives, record_saved
+from spsim.inputs.plan import parse_plan
+from spsim.program.instructions import Communication, Program
+from spsim.pytorch.layers import Groups, ParallelLayer, record_collectives, record_saved
+from spsim.step.preparation import layer_program
 from tests.truth.processes import groups_of
 
 SIMULATED = torch.bfloat16

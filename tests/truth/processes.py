@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spsim import Plan
-from spsim.torch_layers import Groups
+from spsim.pytorch.layers import Groups
 
 TIMEOUT_S = 30
 

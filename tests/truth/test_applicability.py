@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spsim.explanation import Applies, applies_alone
-from spsim.operators import LAGGED, Operand, Operator, input_layout, operator_splits, output_layout, parse
-from spsim.operators import Tensor as Named
-from spsim.placement import REPLICATE, Mesh, Shard, SplitRule
-from spsim.torch_layers import elementwise, flash, unfused
-from spsim.transformer import transformer_layer
+from spsim.program.blocks.transformer import transformer_layer
+from spsim.program.mesh import Mesh
+from spsim.program.operators import LAGGED, Operand, Operator, input_layout, operator_splits, output_layout, parse
+from spsim.program.operators import Tensor as Named
+from spsim.program.placement import REPLICATE, Shard
+from spsim.program.strategies import SplitRule
+from spsim.pytorch.layers import elementwise, flash, unfused
+from spsim.studies.explanation import Applies, applies_alone
 from tests.truth.cases import MODELS, case
 
 SHARDS = 4

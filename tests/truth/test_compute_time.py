@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from spsim import Model, Plan, Scenario, Workload, load_profile, simulate
-from spsim.calibrate.catalogue import Machine, compute_rows
-from spsim.calibrate.devices import Cpu
-from spsim.calibrate.fit import fit_profile
-from spsim.calibrate.kernels import measure_kernel, measure_launch
-from spsim.calibrate.records import Measurement
-from spsim.calibrate.timing import Effort
-from spsim.layer import layer_program
-from spsim.program import Compute
-from spsim.torch_layers import Groups, ParallelLayer
+from spsim.measuring.calibrate.catalogue import Machine, compute_rows
+from spsim.measuring.calibrate.devices import Cpu
+from spsim.measuring.calibrate.fit import fit_profile
+from spsim.measuring.calibrate.kernels import measure_kernel, measure_launch
+from spsim.measuring.calibrate.records import Measurement
+from spsim.measuring.calibrate.timing import Effort
+from spsim.program.instructions import Compute
+from spsim.pytorch.layers import Groups, ParallelLayer
+from spsim.step.preparation import layer_program
 from spsim.units import MIB
 from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spsim import Plan
-from spsim.torch_layers import Groups, ParallelLayer
+from spsim.pytorch.layers import Groups, ParallelLayer
 from tests.truth.cases import COMBINATIONS, MODELS, Case, case
 from tests.truth.processes import Processes, groups_of
 

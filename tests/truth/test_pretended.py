@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from spsim import Workload
 from spsim.errors import InputError
-from spsim.model import load_model
-from spsim.plan import parse_plan
-from spsim.scenario import check_shapes
+from spsim.inputs.model import load_model
+from spsim.inputs.plan import parse_plan
+from spsim.inputs.rules import check_shapes
 from tests.cases import random_scenarios
 from tests.truth.cases import Case, case, expected_calls, expected_saved, observe
 from tests.truth.processes import pretended_groups

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from spsim.torch_layers import Groups, operator, record_collectives, record_saved
-from spsim.torch_layers.collectives import start_all_gather, start_all_reduce, start_exchange
+from spsim.pytorch.layers import Groups, operator, record_collectives, record_saved
+from spsim.pytorch.layers.collectives import start_all_gather, start_all_reduce, start_exchange
 from tests.truth.cases import case
 from tests.truth.processes import Processes, groups_of, pretended_groups
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from spsim.kernels import Kernels
-from spsim.lowering import ring_blocks
-from spsim.operators import operator_splits
-from spsim.placement import mesh_of, split_rules
-from spsim.torch_layers.flash import Block
-from spsim.torch_layers.ring import Ring
-from spsim.transformer import transformer_layer
+from spsim.program.blocks.transformer import transformer_layer
+from spsim.program.kernels import Kernels
+from spsim.program.lowerings.ring import ring_blocks
+from spsim.program.mesh import mesh_of
+from spsim.program.operators import operator_splits
+from spsim.program.strategies import split_rules
+from spsim.pytorch.layers.flash import Block
+from spsim.pytorch.layers.ring import Ring
 from tests.truth.cases import case
 from tests.truth.processes import pretended_groups
 

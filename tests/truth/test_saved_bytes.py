@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from spsim import simulate
-from spsim.torch_layers import Groups, ParallelLayer, operator, record_saved
+from spsim.pytorch.layers import Groups, ParallelLayer, operator, record_saved
 from tests.cases import scenario
 from tests.truth.cases import COMBINATIONS, GPT, LLAMA, MODELS, PLANS, Case, case, expected_saved, observe, observe_here
 from tests.truth.processes import Processes, groups_of

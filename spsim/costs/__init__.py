@@ -1,0 +1,1 @@
+"""Seconds and bytes from a hardware profile; no order of events."""

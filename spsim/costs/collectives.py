@@ -1,0 +1,254 @@
+"""Closed forms of collectives from measured curves, over one or two levels of the topology.
+
+A curve is measured at some number of ranks. For another number, and between sizes, two rules carry it over:
+the latency changes by a constant per step of the algorithm, and equal bytes on the wire of one rank take
+equal time beyond the latency (on eight H100 an all-gather of S moves as an all-reduce of S/2 by the ring).
+On a full mesh, where n ranks use n-1 links each, it is equal bytes per link. Between sizes the time is
+interpolated linearly in bytes; below the smallest it is the latency, above the largest the last bandwidth
+holds. Algorithms compete, and the fastest that the number of ranks allows wins.
+
+Steps: ring all-reduce 2(n-1), ring all-gather and reduce-scatter n-1, pairwise all-to-all n-1, in-network
+reduction (NVLS) and send-receive 1 (Thakur et al. 2005; NCCL).
+
+Across nodes each GPU has its own network adapter: curves of the outer level are of one GPU per node, and the
+g ranks of a node divide among their adapters what leaves the node. Rings run through all ranks; all-reduce may
+take a double binary tree over the nodes (Sanders et al. 2009; NCCL 2.4). Both pass data on in chunks, each hop
+storing one before it sends it on, which is what short messages wait for. `docs/model.md` has the formulas.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from math import ceil, log2
+
+from spsim.errors import InputError
+from spsim.inputs.hardware import CollectiveCurve, HardwareProfile, Level
+from spsim.program.placement import Collective, sent_bytes
+from spsim.units import GB, MIB, US_PER_S
+
+CHUNKED = ("all_reduce", "all_gather", "reduce_scatter")
+"""Collectives that pass data on from rank to rank, chunk by chunk."""
+
+TREE_CHUNKS = 4
+"""Fewest chunks that a tree cuts an adapter's part into (NCCL `src/enqueue.cc`: it halves the chunk below that)."""
+
+
+def algorithm_steps(algorithm: str, collective: Collective, ranks: int) -> int:
+    """Steps of an algorithm, each of which pays the step latency."""
+    if algorithm in ("nvls", "send_receive"):
+        return 1
+    return 2 * (ranks - 1) if collective == "all_reduce" else ranks - 1
+
+
+class CurveTime:
+    """Time of one collective by one algorithm, as a function of message size and ranks."""
+
+    def __init__(self, curve: CollectiveCurve, collective: Collective, *, full_mesh: bool = False) -> None:
+        self.curve = curve
+        self.collective = collective
+        self.full_mesh = full_mesh and collective != "send_receive"
+        latency = curve.latency_us / US_PER_S
+        self._latencies: dict[int, float] = {}
+        self.wire = [0.0]
+        self.time_on_wire = [0.0]
+        for message, bandwidth in curve.points:
+            wire = sent_bytes(collective, int(message), curve.ranks)
+            time = wire / (bandwidth * GB)
+            self.wire.append(wire)
+            self.time_on_wire.append(max(self.time_on_wire[-1], time - latency))
+
+    def __call__(self, message: int, ranks: int) -> float:
+        """Seconds for a message of the size that nccl-tests would name."""
+        wire = sent_bytes(self.collective, message, ranks)
+        return self.latency(ranks) + self.transfer(wire, ranks)
+
+    def allows(self, ranks: int) -> bool:
+        """Whether the algorithm serves, and the measurement describes, a group of so many ranks."""
+        return self.curve.min_ranks <= ranks <= (self.curve.max_ranks or ranks)
+
+    def latency(self, ranks: int) -> float:
+        """Time of the smallest messages: measured, plus or minus the steps that differ; never negative."""
+        if ranks not in self._latencies:
+            curve = self.curve
+            steps = self.steps(ranks) - self.steps(curve.ranks)
+            self._latencies[ranks] = max(0.0, curve.latency_us + steps * curve.step_latency_us) / US_PER_S
+        return self._latencies[ranks]
+
+    @property
+    def start(self) -> float:
+        """Seconds of the latency that no step accounts for."""
+        return self.latency(1)
+
+    def steps(self, ranks: int) -> int:
+        """Steps that the algorithm takes among so many ranks."""
+        return algorithm_steps(self.curve.algorithm, self.collective, ranks)
+
+    def step(self, block: float) -> float:
+        """Seconds of one step of a ring that sends `block` bytes: the share of a step in the measured time."""
+        ranks = self.curve.ranks
+        return (self(int(block * ranks), ranks) - self.start) / self.steps(ranks)
+
+    def transfer(self, wire: float, ranks: int) -> float:
+        """Seconds beyond the latency for bytes that one rank sends."""
+        if self.full_mesh:
+            wire *= (self.curve.ranks - 1) / (ranks - 1)
+        index = bisect_right(self.wire, wire)
+        if index == len(self.wire):
+            bandwidth = self.curve.points[-1][1] * GB
+            return self.time_on_wire[-1] + (wire - self.wire[-1]) / bandwidth
+        x0, x1 = self.wire[index - 1], self.wire[index]
+        y0, y1 = self.time_on_wire[index - 1], self.time_on_wire[index]
+        return y0 + (y1 - y0) * (wire - x0) / (x1 - x0)
+
+
+class LevelCost:
+    """The curves of one level of the topology."""
+
+    def __init__(self, profile: HardwareProfile, level: Level) -> None:
+        self.profile = profile
+        self.name = level.name
+        self._allowed: dict[tuple[Collective, int, str | None], list[CurveTime]] = {}
+        table = profile.coefficients.collectives.get(level.name, {})
+        mesh = level.kind == "full_mesh"
+        self.curves = {
+            name: [CurveTime(curve, name, full_mesh=mesh) for curve in curves] for name, curves in table.items()
+        }
+
+    def time(self, collective: Collective, message: int, ranks: int) -> float:
+        """Seconds by the fastest algorithm that the number of ranks allows."""
+        return min([curve(message, ranks) for curve in self.allowed(collective, ranks)])
+
+    def allowed(self, collective: Collective, ranks: int, algorithm: str | None = None) -> list[CurveTime]:
+        """Curves, of one algorithm or all, that so many ranks may use; `InputError` where there is none."""
+        key = (collective, ranks, algorithm)
+        if key not in self._allowed:
+            self._allowed[key] = [
+                curve
+                for curve in self.curves.get(collective, ())
+                if curve.allows(ranks) and algorithm in (None, curve.curve.algorithm)
+            ]
+        curves = self._allowed[key]
+        if not curves:
+            raise InputError(
+                f"hardware {self.profile.name}: level {self.name!r} has no {collective} curve for {ranks} ranks; "
+                "add one to the profile"
+            )
+        return curves
+
+
+class CommCost:
+    """Durations of collectives on one profile."""
+
+    def __init__(self, profile: HardwareProfile) -> None:
+        inner, *outer = profile.datasheet.topology
+        self.profile = profile
+        self.gpus_per_node = profile.gpus_per_node
+        self.inner = LevelCost(profile, inner)
+        self.outer = LevelCost(profile, outer[0]) if outer else None
+        self.overhead = profile.coefficients.collective_overhead_us.value / US_PER_S
+        chunk = profile.coefficients.adapter_chunk_mib
+        self.chunk = chunk.value * MIB if chunk else 0.0
+
+    def duration(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> float:
+        """Seconds of a collective among `ranks` ranks, spread evenly over `nodes`, started from a framework.
+
+        Raises `InputError` where the profile has no curve for it.
+        """
+        return self.overhead + self.time(collective, message, ranks, nodes)
+
+    def time(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> float:
+        """Seconds as a benchmark of the library alone measures them."""
+        if ranks % nodes or ranks // nodes > self.gpus_per_node:
+            raise ValueError(f"{ranks} ranks do not fit {nodes} nodes of {self.gpus_per_node} evenly")
+        if nodes == 1:
+            return self.inner.time(collective, message, ranks)
+        across = self._over_nodes(collective, message, ranks, nodes)
+        if ranks > self.gpus_per_node:
+            return across
+        # Curves between nodes begin at larger messages; below those no adapter is faster than the links inside.
+        return max(across, self.inner.time(collective, message, ranks))
+
+    def _over_nodes(self, collective: Collective, message: int, ranks: int, nodes: int) -> float:
+        outer = self._outer()
+        if nodes == ranks or collective == "send_receive":
+            return outer.time(collective, message, nodes)
+        if collective == "all_to_all":
+            return self._all_to_all(outer, message, ranks, nodes)
+        ring = self._ring(outer, collective, message, ranks, nodes)
+        if collective != "all_reduce":
+            return ring
+        return min(ring, self._tree(outer, message, ranks // nodes, nodes))
+
+    def _outer(self) -> LevelCost:
+        if self.outer is None:
+            raise InputError(
+                f"hardware {self.profile.name}: the topology has no level beyond {self.inner.name!r}; "
+                "use one node, or add a level with its curves to the profile"
+            )
+        return self.outer
+
+    def _ring(self, outer: LevelCost, collective: Collective, message: int, ranks: int, nodes: int) -> float:
+        """Rings through all ranks, one per adapter.
+
+        Long messages keep all hops of both levels busy, and the slower level paces. A block of a short one
+        goes round hop by hop, each of which stores it, or the first chunk of it, before it sends it on; a hop
+        between nodes takes no less than one inside, for the same kernels drive it.
+        """
+        per_node = ranks // nodes
+        wire = sent_bytes(collective, message, ranks)
+        block = min(message / ranks, self.chunk * per_node)
+        times = []
+        for inside in self.inner.allowed(collective, per_node, "ring"):
+            for across in outer.allowed(collective, nodes, "ring"):
+                start = min(inside.start, across.start)
+                latency = inside.latency(ranks - nodes + 1) + across.latency(nodes) - start
+                busy = latency + max(inside.transfer(wire, per_node), across.transfer(wire / per_node, nodes))
+                hop = inside.step(block)
+                between = max(hop, across.step(block / per_node))
+                hops = inside.steps(ranks - nodes + 1) * hop + across.steps(nodes) * between
+                times.append(max(busy, start + hops))
+        return min(times)
+
+    def _tree(self, outer: LevelCost, message: int, per_node: int, nodes: int) -> float:
+        """All-reduce by a double binary tree over the nodes, in each by its switch (NVLS) or along a chain.
+
+        An adapter sends its part up and down the tree, but on two nodes, each the root of half the data, once.
+        The first chunk goes up and down node by node; then both levels move at once, and the slower one paces.
+        """
+        part = message / per_node
+        chunk = min(self.chunk, part / TREE_CHUNKS)
+        share = chunk / part if part else 0.0
+        hops = 2 * ceil(log2(nodes))
+        times = []
+        for inside in self.inner.allowed("all_reduce", per_node):
+            # Along a chain every GPU sends the sum up and the result down.
+            chain = inside.curve.algorithm == "ring"
+            wire = 2 * message if chain else sent_bytes("all_reduce", message, per_node)
+            for across in outer.allowed("all_reduce", nodes, "ring"):
+                first = inside.latency(per_node) + inside.transfer(share * wire, per_node) + hops * across.step(chunk)
+                sent = part if nodes == 2 else 2 * part
+                times.append(first + max(inside.transfer(wire, per_node), across.transfer(sent, nodes)))
+        return min(times)
+
+    def _all_to_all(self, outer: LevelCost, message: int, ranks: int, nodes: int) -> float:
+        """Parts for peers of the node and parts for other nodes at the same time, the latter by one adapter."""
+        per_node = ranks // nodes
+        part = message / ranks
+        inside = min(
+            curve.latency(per_node) + curve.transfer(part * (per_node - 1), per_node)
+            for curve in self.inner.allowed("all_to_all", per_node)
+        )
+        remote = ranks - per_node
+        across = min(
+            curve.latency(remote + 1) + curve.transfer(part * remote, nodes)
+            for curve in outer.allowed("all_to_all", nodes)
+        )
+        return max(inside, across)
+
+    def coefficients_of(self, collective: Collective, nodes: int = 1) -> tuple[str, ...]:
+        """Dotted paths of the curves behind a duration."""
+        names = [f"collectives.{self.inner.name}.{collective}", "collective_overhead_us"]
+        if nodes > 1 and self.outer is not None:
+            names.append(f"collectives.{self.outer.name}.{collective}")
+            names += ["adapter_chunk_mib"] if collective in CHUNKED else []
+        return tuple(names)

@@ -1,0 +1,48 @@
+"""FLOPs of a model by the published formulas, which count the full square of attention.
+
+Narayanan et al. 2021 (arXiv:2104.04473, section 3) and Korthikanti et al. 2022, appendix A: a forward pass
+of a layer is 24 s b h^2 + 4 s^2 b h for the GPT shape; backward twice that. Model FLOPs (MFU) leave out
+what is recomputed, hardware FLOPs (HFU) count it. `causal` halves attention, which is what a causal flash
+kernel computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFlops:
+    """FLOPs of one layer for one micro-batch, all ranks together."""
+
+    linear: int
+    attention: int
+
+    @property
+    def forward(self) -> int:
+        """Forward pass."""
+        return self.linear + self.attention
+
+    def training(self) -> int:
+        """Forward and backward, recomputation not counted."""
+        return 3 * self.forward
+
+    def executed(self, plan: Plan) -> int:
+        """Forward, backward and what the plan recomputes."""
+        extra = {"none": 0, "selective": self.attention, "full": self.forward}
+        return self.training() + extra[plan.recompute]
+
+
+def layer_flops(model: Model, workload: Workload, *, causal: bool = False) -> LayerFlops:
+    """FLOPs of one layer; `causal` counts the half of the square that a causal mask leaves."""
+    tokens = workload.seq_len * workload.micro_batch
+    qkv_width = (model.heads + 2 * model.kv_heads) * model.head_dim
+    attention_width = model.heads * model.head_dim
+    matrices = model.hidden * (qkv_width + attention_width + model.ffn_hidden * (3 if model.gated_mlp else 2))
+    pairs = tokens * workload.seq_len
+    attention = 4 * attention_width * (pairs // 2 if causal and model.causal else pairs)
+    return LayerFlops(2 * tokens * matrices, attention)

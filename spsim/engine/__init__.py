@@ -1,0 +1,1 @@
+"""The only clock, and what it records; tasks with durations, no transformers."""

@@ -1,0 +1,1 @@
+"""Traces for other programs to read; no pictures."""

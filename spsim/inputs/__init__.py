@@ -1,0 +1,1 @@
+"""What a user states, checked together: hardware, model, plan and workload; nothing that is derived from them."""

@@ -1,0 +1,204 @@
+"""Transformer models: dimensions, and the parameters that follow from them.
+
+Two families share one layer: GPT (LayerNorm, learned positions, biases, tied embeddings, GeLU) and Llama
+(`gated_mlp`: RMSNorm, rotary positions, no biases, untied embeddings, SwiGLU). Each trait can be set. Variants
+of equal shape and cost are one: LayerNorm1p and Gemma's RMSNorm, exact and approximate GeLU, rotation of a
+part of the head.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from spsim.errors import InputError
+from spsim.inputs.configuration import Configuration
+from spsim.inputs.huggingface import read_config
+from spsim.inputs.resources import read_toml
+
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Activation = Literal["gelu", "squared_relu", "swiglu", "geglu"]
+Attention = Literal["flash", "unfused"]
+GATED: tuple[Activation, ...] = ("swiglu", "geglu")
+
+
+_DERIVED: Any = Field(default=None)
+"""Follows from other fields unless given; see `Model._fill_defaults`."""
+
+
+class Model(Configuration):
+    """A decoder-only transformer; every layer is the same."""
+
+    name: str = "custom"
+    layers: Annotated[int, Field(ge=1, le=10_000)]
+    hidden: Size
+    ffn_hidden: Size = _DERIVED
+    """Width of the MLP; 4 x hidden unless given, and required for a gated MLP."""
+    heads: Annotated[int, Field(ge=1, le=2**16)]
+    kv_heads: Annotated[int, Field(ge=1, le=2**16)] = _DERIVED
+    head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
+    vocab: Size
+    gated_mlp: bool = False
+    activation: Activation = _DERIVED
+    norm: Literal["layernorm", "rmsnorm"] = _DERIVED
+    positions: Literal["learned", "rope", "none"] = _DERIVED
+    max_positions: Size = 2048
+    """Rows of the learned position table."""
+    bias: bool = _DERIVED
+    """Of every linear, q, k and v apart if `qkv_bias` says so."""
+    qkv_bias: bool = _DERIVED
+    """Of the q, k and v projections (Qwen2); as the others unless given."""
+    qk_norm: bool = False
+    """RMSNorm over the head size of q and k, before the rotation (Qwen3)."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same input through a norm each: x + attention + MLP (GPT-NeoX)."""
+    tied_embeddings: bool = _DERIVED
+    attention: Attention = "flash"
+    causal: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, data: Any) -> Any:
+        """Traits that follow from others: the family from `gated_mlp`, sizes from `hidden` and `heads`."""
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        gated = filled.get("gated_mlp", False) is True
+        filled.setdefault("activation", "swiglu" if gated else "gelu")
+        filled.setdefault("norm", "rmsnorm" if gated else "layernorm")
+        filled.setdefault("positions", "rope" if gated else "learned")
+        filled.setdefault("bias", not gated)
+        filled.setdefault("qkv_bias", filled["bias"])
+        filled.setdefault("tied_embeddings", not gated)
+        hidden, heads = filled.get("hidden"), filled.get("heads")
+        if "heads" in filled:
+            filled.setdefault("kv_heads", heads)
+        if isinstance(hidden, int) and not gated:
+            filled.setdefault("ffn_hidden", 4 * hidden)
+        if gated and "ffn_hidden" not in filled:
+            raise ValueError("ffn_hidden is missing; a gated MLP needs it")
+        if "head_dim" not in filled and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            if hidden % heads:
+                raise ValueError(f"hidden {hidden} is not divisible by heads {heads}; change one or give head_dim")
+            filled["head_dim"] = hidden // heads
+        return filled
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.kv_heads > self.heads or self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}; change one")
+        return self
+
+    @model_validator(mode="after")
+    def _activation_fits(self) -> Self:
+        if (self.activation in GATED) != self.gated_mlp:
+            raise ValueError(
+                f"activation {self.activation!r} and gated_mlp = {self.gated_mlp} exclude each other; change one"
+            )
+        return self
+
+    @cached_property
+    def layer_parameters(self) -> int:
+        """Parameters of one transformer layer."""
+        norms = 2 * self.hidden * (2 if self.norm == "layernorm" else 1)
+        qkv_width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        attention = self.hidden * qkv_width + self.heads * self.head_dim * self.hidden
+        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2)
+        fc1_width = self.ffn_hidden * (2 if self.gated_mlp else 1)
+        biases = self.hidden + fc1_width + self.hidden if self.bias else 0
+        biases += qkv_width if self.qkv_bias else 0
+        head_norms = 2 * self.head_dim if self.qk_norm else 0
+        return norms + attention + mlp + biases + head_norms
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model: embeddings, layers, final norm and, if untied, the head."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        positions = self.max_positions * self.hidden if self.positions == "learned" else 0
+        final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
+        return embeddings + positions + self.layers * self.layer_parameters + final_norm
+
+
+def _gpt(name: str, layers: int, hidden: int, heads: int) -> Model:
+    return Model(name=name, layers=layers, hidden=hidden, heads=heads, vocab=51200, attention="unfused", dropout=0.1)
+
+
+def _llama(
+    name: str, layers: int, hidden: int, ffn_hidden: int, heads: int, kv_heads: int, vocab: int, **traits: Any
+) -> Model:
+    return Model(
+        name=name, layers=layers, hidden=hidden, ffn_hidden=ffn_hidden, heads=heads, kv_heads=kv_heads,
+        vocab=vocab, gated_mlp=True, **traits,
+    )  # fmt: skip
+
+
+def _nemotron(name: str, layers: int, hidden: int, heads: int) -> Model:
+    """LayerNorm, rotary positions, no biases, untied embeddings, squared ReLU."""
+    return Model(
+        name=name, layers=layers, hidden=hidden, heads=heads, kv_heads=8, vocab=256000,
+        activation="squared_relu", positions="rope", bias=False, tied_embeddings=False,
+    )  # fmt: skip
+
+
+# GPT: Korthikanti et al. 2022 (arXiv:2205.05198), Table 3. Llama: Touvron et al. 2023 (arXiv:2307.09288); Llama
+# Team 2024 (arXiv:2407.21783), Table 3. Mistral 7B: Jiang et al. 2023 (arXiv:2310.06825), Table 1, without its
+# sliding window, as of v0.2. Qwen2.5: Qwen Team 2024 (arXiv:2412.15115) and config.json of Qwen/Qwen2.5-32B.
+# Nemotron-4: Parmar et al. 2024 (arXiv:2402.16819), section 2; Adler et al. 2024 (arXiv:2406.11704), Table 1.
+PRESETS: dict[str, Model] = {
+    model.name: model
+    for model in (
+        _gpt("gpt-22b", 48, 6144, 64),
+        _gpt("gpt-175b", 96, 12288, 96),
+        _gpt("gpt-530b", 105, 20480, 128),
+        _gpt("gpt-1t", 128, 25600, 160),
+        _llama("llama-2-7b", 32, 4096, 11008, 32, 32, 32000),
+        _llama("llama-2-13b", 40, 5120, 13824, 40, 40, 32000),
+        _llama("llama-2-70b", 80, 8192, 28672, 64, 8, 32000),
+        _llama("llama-3-8b", 32, 4096, 14336, 32, 8, 128256),
+        _llama("llama-3-70b", 80, 8192, 28672, 64, 8, 128256),
+        _llama("llama-3-405b", 126, 16384, 53248, 128, 8, 128256),
+        _llama("mistral-7b", 32, 4096, 14336, 32, 8, 32000),
+        _llama("qwen2.5-32b", 64, 5120, 27648, 40, 8, 152064, qkv_bias=True),
+        _nemotron("nemotron-4-15b", 32, 6144, 48),
+        _nemotron("nemotron-4-340b", 96, 18432, 96),
+    )
+}
+
+
+def load_model(name_or_path: str | Path) -> Model:
+    """The model of a preset name, of a TOML file with the fields of `Model`, or of a Hugging Face config.json
+    (or the directory that holds one); `InputError` otherwise.
+    """
+    text, path = str(name_or_path), Path(name_or_path)
+    if text in PRESETS:
+        return PRESETS[text]
+    if path.suffix == ".toml":
+        table = read_toml(path)
+        if not isinstance(table.get("model", table), dict):
+            raise InputError(f"{text}: model: must be a table of dimensions, not a name; write [model]")
+        return Model(**{"name": path.stem, **table.get("model", table)})
+    if path.suffix == ".json":
+        return _from_config(path)
+    if text and _is_directory(path):
+        return _from_config(path / "config.json")
+    raise InputError(
+        f"unknown model {text!r}; use one of {', '.join(PRESETS)}, or the path of a .toml table or a config.json"
+    )
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long or with a null byte
+        return False
+
+
+def _from_config(path: Path) -> Model:
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    fields = read_config(path)
+    try:
+        return Model(name=name, **fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -1,0 +1,76 @@
+"""The parallel plan: degrees of the mesh axes and the options of the schedule."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from spsim.inputs.configuration import Configuration, parse_options
+
+Degree = Annotated[int, Field(ge=1, le=2**16)]
+
+
+class Plan(Configuration):
+    """Degrees and options; the number of GPUs is the product of the degrees."""
+
+    tp: Degree = 1
+    sequence_parallel: bool = False
+    """Megatron sequence parallelism over the `tp` axis (Korthikanti et al. 2022)."""
+    ulysses: Degree = 1
+    """All-to-all sequence parallelism (DeepSpeed-Ulysses, Jacobs et al. 2023)."""
+    ring: Degree = 1
+    """Ring attention or context parallelism (Liu et al. 2023; Megatron-Core)."""
+    ring_kind: Literal["p2p", "all_gather"] = "p2p"
+    """Circulate K and V, or gather them before attention."""
+    ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
+    pp: Degree = 1
+    virtual_pp: Degree = 1
+    dp: Degree = 1
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over dp x ulysses x ring, as Megatron does: ZeRO stage 1."""
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Recompute core attention (selective) or the whole layer (full) in the backward pass."""
+    tp_backward_overlap: bool = True
+    """Megatron's default: gradient communication behind the weight gradient, re-gather behind the data gradient."""
+    tp_overlap: bool = False
+    dp_overlap: bool = False
+    keep_gathered: bool = False
+    """Keep the gathered input of a linear instead of its shard, as DTensor does; no re-gather in backward."""
+
+    @property
+    def gpus(self) -> int:
+        """Product of the degrees."""
+        return self.tp * self.ulysses * self.ring * self.pp * self.dp
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage; the distributed optimizer is stage 1."""
+        return max(self.zero, int(self.distributed_optimizer))
+
+    @property
+    def text(self) -> str:
+        """The plan as the command line writes it: what differs from one GPU without options."""
+        given = {name: getattr(self, name) for name, usual in _DEFAULTS.items() if getattr(self, name) != usual}
+        return ",".join(name if value is True else f"{name}={value}" for name, value in given.items())
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Ring cut and recomputation, for subtitles."""
+        parts = [f"{self.ring_cut} ring"] if self.ring > 1 else []
+        return (*parts, *([f"{self.recompute} recompute"] if self.recompute != "none" else []))
+
+    @property
+    def label(self) -> str:
+        """Short name for titles and tables, such as `TP8+SP` or `Ulysses 8`."""
+        parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []
+        parts += [f"Ulysses {self.ulysses}"] if self.ulysses > 1 else []
+        parts += [f"Ring {self.ring}"] if self.ring > 1 else []
+        return " × ".join(parts) or "single GPU"
+
+
+_DEFAULTS = {name: field.default for name, field in Plan.model_fields.items()}
+
+
+def parse_plan(text: str) -> Plan:
+    """A plan from the form of the command line: `tp=8,sequence_parallel,recompute=selective`."""
+    return Plan(**parse_options(text, "plan"))

@@ -1,0 +1,152 @@
+"""The rules between model, plan, workload and hardware; each error names the value, the rule and the fix."""
+
+from __future__ import annotations
+
+import math
+
+from spsim.errors import InputError
+from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.workload import Workload
+
+MAX_MICRO_BATCHES = 100_000
+"""Of one step; more take seconds and say nothing new."""
+
+
+def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
+    """The rules between model, plan and workload, whatever the hardware; `InputError` names the first broken."""
+    for check in (_check_scope, _check_heads, _check_widths, _check_sequence, _check_batch):
+        check(model, plan, workload)
+
+
+def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
+    sharded = plan.ulysses * plan.ring > 1 or (plan.sequence_parallel and plan.tp > 1)
+    if workload.phase == "decode" and sharded:
+        raise InputError(
+            f"plan: {plan.label} with phase 'decode': one new token has no sequence to shard; "
+            "use tp without sequence_parallel, ulysses or ring"
+        )
+    pending = (
+        (workload, "phase", workload.phase != "training"),
+        (workload, "precision", workload.precision == "fp8"),
+        (plan, "pp", plan.pp > 1),
+        (plan, "virtual_pp", plan.virtual_pp > 1),
+        (plan, "dp", plan.dp > 1),
+        (plan, "zero", plan.zero > 1),
+        (plan, "tp_overlap", plan.tp_overlap and plan.tp > 1),
+    )
+    for owner, name, used in pending:
+        if used:
+            value = getattr(owner, name)
+            setting = name if value is True else f"{name} = {value!r}"
+            raise InputError(f"{setting}: not simulated yet; leave it at its default")
+
+
+def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
+    degree = plan.tp * plan.ulysses
+    if model.heads % degree:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
+            f"use a divisor of it, such as {math.gcd(model.heads, degree)}"
+        )
+    if model.kv_heads % degree and degree % model.kv_heads:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
+            f"use {model.kv_heads} or a divisor of it"
+        )
+    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind == "p2p":
+        raise InputError(
+            "plan: ring_kind = 'p2p' needs attention = 'flash', since an unfused softmax mixes all keys; "
+            "use flash attention or ring_kind = 'all_gather'"
+        )
+
+
+def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
+    if model.ffn_hidden % plan.tp:
+        raise InputError(
+            f"plan: tp = {plan.tp} does not divide ffn_hidden = {model.ffn_hidden}; "
+            f"use a divisor of it, such as {math.gcd(model.ffn_hidden, plan.tp)}"
+        )
+
+
+def sequence_unit(model: Model, plan: Plan) -> int:
+    """What must divide the sequence length: the product of the sequence shards, twice for a zigzag ring."""
+    zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
+    return plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
+
+
+def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:
+    seq_len = workload.seq_len
+    unit = sequence_unit(model, plan)
+    if seq_len % unit:
+        below, above = seq_len // unit * unit, -(-seq_len // unit) * unit
+        near = f"{below} or {above}" if below else f"{above}"
+        raise InputError(
+            f"workload: seq_len = {seq_len} is not divisible by {unit}, the product of the sequence shards "
+            f"(x 2 for a zigzag ring); use {near}"
+        )
+
+
+def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
+    unit = workload.micro_batch * plan.dp
+    if workload.global_batch is not None and workload.global_batch // unit > MAX_MICRO_BATCHES:
+        raise InputError(
+            f"workload: global_batch = {workload.global_batch} makes over {MAX_MICRO_BATCHES} micro-batches of "
+            f"micro_batch x dp = {unit}; they are alike, so use a smaller global_batch"
+        )
+    if workload.global_batch is not None and workload.global_batch % unit:
+        raise InputError(
+            f"workload: global_batch = {workload.global_batch} is not divisible by micro_batch x dp = {unit}; "
+            f"use a multiple of {unit}"
+        )
+
+
+def gpus_per_node(hardware: HardwareProfile, plan: Plan, nodes: int | None = None) -> int:
+    """GPUs of each node that a plan uses: spread evenly over `nodes`, or over the fewest that hold them."""
+    gpus = plan.gpus
+    if nodes is not None:
+        return gpus // nodes
+    return next(n for n in range(min(gpus, hardware.gpus_per_node), 0, -1) if gpus % n == 0)
+
+
+def check_nodes(hardware: HardwareProfile, plan: Plan, nodes: int | None = None) -> None:
+    """The rules between a plan, the nodes it is spread over and their hardware; `InputError` names the broken one."""
+    gpus, per_node = plan.gpus, hardware.gpus_per_node
+    needed = -(-gpus // per_node)
+    if nodes is not None and nodes < needed:
+        raise InputError(
+            f"nodes = {nodes}: the plan needs {gpus} GPUs, {needed} nodes of {per_node}; "
+            f"use at least {needed} or smaller degrees"
+        )
+    if nodes is not None and gpus % nodes:
+        raise InputError(
+            f"nodes = {nodes} does not divide the {gpus} GPUs of the plan evenly; "
+            f"use {gpus // gpus_per_node(hardware, plan)} or another divisor"
+        )
+    used = gpus_per_node(hardware, plan, nodes)
+    if used < gpus:
+        _check_levels(hardware, plan)
+        _check_groups(plan, used)
+
+
+def _check_levels(hardware: HardwareProfile, plan: Plan) -> None:
+    """Plans over several nodes need curves of a level between nodes."""
+    measured = [level.name for level in hardware.datasheet.topology[1:2]]
+    if not any(hardware.coefficients.collectives.get(name) for name in measured):
+        raise InputError(
+            f"plan: {plan.gpus} GPUs span several nodes, but {hardware.name} has no collective curves between "
+            f"nodes; use at most {hardware.gpus_per_node} GPUs of one node, or a profile with such a level"
+        )
+
+
+def _check_groups(plan: Plan, per_node: int) -> None:
+    """Every group has as many ranks on each of its nodes as on the others."""
+    degree = 1
+    for name in ("tp", "ulysses", "ring", "dp"):
+        degree *= getattr(plan, name)
+        if degree % per_node and per_node % degree:
+            raise InputError(
+                f"plan: {name} = {getattr(plan, name)} makes blocks of {degree} ranks, which nodes of {per_node} GPUs "
+                f"cut unevenly; use degrees whose product divides {per_node} or is a multiple of it, or set nodes"
+            )

@@ -1,0 +1,197 @@
+"""From the raw file of a calibration to a complete profile: a function of its rows and the base alone.
+
+The simulator's own formulas are fitted, class by class in the order in which they need each other:
+memory-bound kernels, matrix products and attention (which may take the time of their memory
+traffic), then collectives. What was not measured comes from the base and stands where it stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spsim.errors import InputError
+from spsim.inputs.hardware import HardwareProfile, Leaf, Provenance, leaves
+from spsim.inputs.profiles import parse_profile
+from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves
+from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
+from spsim.measuring.calibrate.datasheet import datasheet_for
+from spsim.measuring.calibrate.kernel_fit import Fit, fit_attention, fit_gemm
+from spsim.measuring.calibrate.outcome import ClassFit, FittedProfile
+from spsim.measuring.calibrate.records import Measurement
+from spsim.measuring.calibrate.samples import timed
+from spsim.measuring.calibrate.solver import rounded
+from spsim.measuring.calibrate.traffic_fit import fit_memory_bound
+from spsim.units import MIB
+
+CLASSES: Mapping[str, Callable[[Sequence[Measurement], HardwareProfile], Fit]] = {
+    "memory-bound": fit_memory_bound,
+    "gemm": fit_gemm,
+    "attention": fit_attention,
+    "collectives": fit_collectives,
+}
+"""What is fitted, in order; the names are those of the sources in the profile."""
+HIGHEST_SLOWDOWN = 0.99
+"""A product that stands still beside a collective still has a rate."""
+
+
+@dataclass
+class _Draft:
+    """A profile in the making."""
+
+    profile: HardwareProfile
+    date: str
+    sources: dict[str, str] = field(default_factory=dict)
+    measured: set[str] = field(default_factory=set)
+    """Dotted paths that no longer come from the base."""
+
+    def cite(self, topic: str, text: str) -> str:
+        """The key of a source."""
+        key = f"calibrate-{topic}"
+        self.sources[key] = f"Measured by spsim calibrate on {self.date}: {text}"
+        return key
+
+    def take(self, fit: Fit, topic: str) -> None:
+        """Coefficients of classes fitted together, with the error of the class; of the worst where several share."""
+        self.profile = fit.profile
+        if not fit.classes:
+            return
+        source = self.cite(topic, _rows_text(fit.classes))
+        for fitted in sorted(fit.classes, key=lambda c: c.errors.p90 if c.errors else 0.0):
+            changes = fitted.provenance(source)
+            self.profile = with_leaves(
+                self.profile, {path: _sourced(leaf_at(self.profile, path), changes) for path in fitted.paths}
+            )
+            self.measured |= set(fitted.paths)
+
+    def put(self, path: str, value: float, topic: str, text: str) -> None:
+        """One number that was measured by itself."""
+        update = {"value": value, "source": self.cite(topic, text), "held_out_error_percent": None, "flagged": False}
+        self.profile = with_leaves(self.profile, {path: leaf_at(self.profile, path).model_copy(update=update)})
+        self.measured.add(path)
+
+
+def _sourced(leaf: Leaf, changes: Mapping[str, object]) -> Leaf:
+    if isinstance(leaf, Provenance):
+        return leaf.model_copy(update={**changes, "fitted_on": ()})
+    return tuple(curve.model_copy(update=changes) if curve.source == PENDING else curve for curve in leaf)
+
+
+def _rows_text(classes: Sequence[ClassFit]) -> str:
+    parts = [f"{fitted.name}, {len(fitted.measured)} rows" for fitted in classes]
+    return "; ".join(parts)
+
+
+def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name: str) -> FittedProfile:
+    """The profile that describes the measurements, completed by `base`.
+
+    Of rows that measure the same the last counts. Raises `InputError` where nothing usable was measured, or where
+    the base is of another device.
+    """
+    measurements = list({row.key: row for row in measurements}.values())
+    environment = {row.name: row.text for row in measurements if row.kind == "environment" and row.text}
+    start, raised = datasheet_for(measurements, base)
+    draft = _Draft(start, environment.get("date", base.as_of))
+    _start_of_a_kernel(measurements, draft)
+    classes: list[ClassFit] = []
+    for topic, fit_class in CLASSES.items():
+        fit = fit_class(measurements, draft.profile)
+        draft.take(fit, topic)
+        classes += fit.classes
+    _measured_by_themselves(measurements, draft)
+    if not draft.measured:
+        raise InputError("no measurement has a result; run calibrate again, or give another raw file")
+    composed = check_over_nodes(measurements, draft.profile)
+    classes += [composed] if composed else []
+    kept = tuple(path for path, _ in leaves(draft.profile.coefficients) if path not in draft.measured)
+    profile = _finished(draft, base, name, environment, kept)
+    return FittedProfile(
+        profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base.name, raised, classes))
+    )
+
+
+def _start_of_a_kernel(rows: Sequence[Measurement], draft: _Draft) -> None:
+    """What every kernel takes at least: the fastest of those too small to take time; more is its own start."""
+    times = {row.name: row.time_us for row in timed(rows, "launch") if row.time_us}
+    in_stream = [time for name, time in times.items() if name.startswith("stream")]
+    if in_stream:
+        listed = ", ".join(f"{name.replace('_', ' ')} {time:.3g} us" for name, time in times.items())
+        text = f"kernels of 8 x 8 elements, of which the fastest in a busy stream counts: {listed}"
+        draft.put("kernel_overhead_us", rounded(min(in_stream)), "kernel-start", text)
+
+
+def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:
+    """What is a number and not a time: interference, memory, and the start of a collective."""
+    lost = _values(rows, "interference", "gemm_beside")
+    if lost:
+        share = min(max(float(np.median(lost)), 0.0), HIGHEST_SLOWDOWN)
+        listed = ", ".join(f"{value:.2f}" for value in lost)
+        draft.put("overlap_slowdown", rounded(share), "interference", f"a product beside collectives loses {listed}")
+    for name in ("context", "communicator"):
+        sizes = _values(rows, "memory", name)
+        if sizes:
+            mib = rounded(float(np.median(sizes)) / MIB)
+            draft.put(f"memory.{name}_mib", mib, f"{name}-memory", "device memory before and after")
+    if timed(rows, "collective"):
+        text = "collectives were timed through torch, both hand-overs between streams included"
+        draft.put("collective_overhead_us", 0.0, "collective-start", text)
+
+
+def _values(rows: Iterable[Measurement], kind: str, name: str) -> list[float]:
+    """Results that are not times, of rows whose name begins so."""
+    found = (row for row in rows if row.kind == kind and row.name.startswith(name) and not row.skipped)
+    return [row.value for row in found if row.value is not None]
+
+
+def _finished(
+    draft: _Draft, base: HardwareProfile, name: str, environment: Mapping[str, str], kept: Sequence[str]
+) -> HardwareProfile:  # fmt: skip
+    """The profile as it is read back from its file: checked whole, with the sources that it cites."""
+    profile = draft.profile.model_copy(
+        update={
+            "name": name,
+            "description": f"Calibrated on {environment.get('device', base.datasheet.device)}; base {base.name}",
+            "as_of": draft.date,
+            "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}"},
+            "sources": {**draft.profile.sources, **draft.sources},
+            "assumed": frozenset(path for path in kept if _in_base(path) in base.assumed),
+        }
+    )
+    tables = document(profile)
+    cited = set(_cited(tables))
+    tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
+    return parse_profile(tables, name)
+
+
+def _in_base(path: str) -> str:
+    """Where a coefficient that was not measured stands in the base: curves of a data type begin as a copy."""
+    own, _, rest = path.partition(".")
+    return f"attention.{rest.partition('.')[2]}" if own == "attention_by_dtype" else path
+
+
+def _cited(value: object) -> Iterable[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("source"), str):
+            yield value["source"]
+        for item in value.values():
+            yield from _cited(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _cited(item)
+
+
+def _notes(
+    rows: Sequence[Measurement], base: str, raised: Sequence[str], classes: Sequence[ClassFit]
+) -> Iterator[str]:  # fmt: skip
+    """What a reader of the report must know."""
+    if raised:
+        yield f"measured above the datasheet of {base}, and put in its place: {', '.join(raised)}"
+    fitted = {path for fit in classes for path in fit.paths}
+    left_out = dict.fromkeys(row.operator_class for row in timed(rows, "memory_bound"))
+    for name in (name for name in left_out if f"memory_bound.{name}" not in fitted):
+        yield f"{name} is not fitted: no kernel of it moves more than the last-level cache, and {base} has no figure"
+    skipped = [f"{row.kind} {row.name}: {row.skipped}" for row in rows if row.skipped]
+    if skipped:
+        yield f"{len(skipped)} measurements were skipped, such as {skipped[0]}"

@@ -1,0 +1,228 @@
+"""The transformer layer, written once as operators with named dimensions; no plan is known here.
+
+What each operator keeps for its backward pass follows Korthikanti et al. 2022 (arXiv:2205.05198, section
+4.1) for the unfused GPT layer, and Dao et al. 2022 (arXiv:2205.14135) for flash attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spsim.inputs.model import Model
+from spsim.inputs.workload import Workload
+from spsim.program.operators import Operand, Operator, OperatorKind, Tensor, TensorKind, parse
+from spsim.work import MemoryBoundKernel
+
+
+class _Layer:
+    """Collects the operators of one layer; sizes come from the model and the workload."""
+
+    def __init__(self, model: Model, workload: Workload) -> None:
+        self.model = model
+        self.element_bytes = workload.element_bytes
+        self.sizes = {
+            "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch, "h": model.hidden,
+            "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
+        }  # fmt: skip
+        self.operators: list[Operator] = []
+
+    def tensor(
+        self,
+        name: str,
+        dims: str,
+        kind: TensorKind = "activation",
+        itemsize: int | None = None,
+        heads: int = 0,
+    ) -> Tensor:
+        """A tensor whose sizes follow from its dimensions; `heads` overrides the number of heads (K and V),
+        `itemsize` the bytes of an element.
+        """
+        names = tuple(dims.split())
+        sizes = tuple(heads if dim == "a" and heads else self.sizes[dim] for dim in names)
+        return Tensor(name, names, sizes, itemsize or self.element_bytes, kind)
+
+    def weight(self, name: str, dims: str, heads: int = 0) -> Tensor:
+        return self.tensor(name, dims, "weight", heads=heads)
+
+    def add(
+        self,
+        name: str,
+        kind: OperatorKind,
+        signature: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        *,
+        mixes: str = "",
+        saves: Sequence[Tensor] = (),
+        owns_gather: Sequence[Tensor] = (),
+        passthrough: Sequence[Tensor] = (),
+        kernel: MemoryBoundKernel | None = None,
+    ) -> None:
+        """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
+        left, right = parse(signature)
+        right += [tensor.dims for tensor in outputs[len(right) :]]
+        self.operators.append(
+            Operator(
+                name=name,
+                kind=kind,
+                inputs=tuple(Operand(t, s) for t, s in zip(inputs, left, strict=True)),
+                outputs=tuple(Operand(t, s) for t, s in zip(outputs, right, strict=True)),
+                mixes=frozenset(mixes.split()),
+                saves=tuple(tensor.name for tensor in saves),
+                owns_gather=frozenset(tensor.name for tensor in owns_gather),
+                passthrough=frozenset(tensor.name for tensor in passthrough),
+                kernel=kernel,
+            )
+        )
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """LayerNorm keeps its input and fp32 mean and reciprocal deviation, RMSNorm the latter only."""
+        layernorm = self.model.norm == "layernorm"
+        weights = [self.weight(f"{name}_weight", "h")] + ([self.weight(f"{name}_bias", "h")] if layernorm else [])
+        out = self.tensor(f"{name}_out", "s b h")
+        statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
+        self.add(
+            name, "norm", f"s b h{', h' * len(weights)} -> s b h", [x, *weights], [out, statistics],
+            mixes="h", saves=[x, statistics], kernel="layer_norm" if layernorm else "rms_norm",
+        )  # fmt: skip
+        return out
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three projections as one GEMM, as Megatron's fused column-parallel linear."""
+        kv = self.model.kv_heads
+        heads = {"q": self.model.heads, "k": kv, "v": kv}
+        outs = [self.tensor(name, "s b a d", heads=n) for name, n in heads.items()]
+        weights = [self.weight(f"{name}_weight", "h a d", heads=n) for name, n in heads.items()]
+        biases = [self.weight(f"{name}_bias", "a d", heads=n) for name, n in heads.items() if self.model.qkv_bias]
+        left = ["s b h"] + ["h a d"] * 3 + ["a d"] * len(biases)
+        self.add(
+            "qkv", "gemm", f"{', '.join(left)} -> s b a d, s b a d, s b a d", [x, *weights, *biases], outs,
+            saves=[x], owns_gather=[x],
+        )  # fmt: skip
+        return outs[0], outs[1], outs[2]
+
+    def head_norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm of each head of q or k (Qwen Team 2025, arXiv:2505.09388, section 2): one weight of [d] for all."""
+        out = self.tensor(f"{x.name}_normed", "s b a d", heads=x.sizes[2])
+        statistics = self.tensor(f"{name}_statistics", "s b a", "norm statistics", itemsize=4, heads=x.sizes[2])
+        self.add(
+            name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics],
+            mixes="d", saves=[x, statistics], kernel="rms_norm",
+        )  # fmt: skip
+        return out
+
+    def rope(self, name: str, x: Tensor) -> Tensor:
+        """Rotary positions (Su et al. 2021): runs on a shard, given the global positions of its tokens.
+
+        A rotation of a part of the head reads and writes all of it.
+        """
+        out = self.tensor(f"{x.name}_rotated", "s b a d", heads=x.sizes[2])
+        table = self.tensor("rotations", "s d", "constant")
+        self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope")
+        return out
+
+    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Core attention in one kernel; keeps q, k, v, its output and the log-sum-exp of each row."""
+        context = self.tensor("context", "s b a d")
+        log_sum_exp = self.tensor("log_sum_exp", "a s b", "log-sum-exp", itemsize=4)
+        self.add(
+            "attention", "attention", "s b a d, j b a d, j b a d -> s b a d", [q, k, v], [context, log_sum_exp],
+            mixes="j d", saves=[q, k, v, context, log_sum_exp], owns_gather=[k, v],
+        )  # fmt: skip
+        return context
+
+    def unfused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Core attention as QK^T, scaled and masked softmax, dropout and AV, the scores in memory."""
+        scores = self.tensor("scores", "b a s j")
+        self.add("qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
+        weights = self.tensor("probabilities", "b a s j")
+        self.add(
+            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights],
+            mixes="j", saves=[weights], kernel="masked_softmax" if self.model.causal else "softmax",
+        )  # fmt: skip
+        if self.model.dropout:
+            weights = self.dropout("attention_dropout", weights)
+        context = self.tensor("context", "s b a d")
+        self.add(
+            "av",
+            "gemm",
+            "b a s j, j b a d -> s b a d",
+            [weights, v],
+            [context],
+            saves=[weights, v],
+            owns_gather=[v],
+        )
+        return context
+
+    def self_attention(self, x: Tensor) -> Tensor:
+        """Projections, norms and rotations of q and k, core attention and the output projection."""
+        q, k, v = self.qkv(x)
+        if self.model.qk_norm:
+            q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
+        if self.model.positions == "rope":
+            q, k = self.rope("rope_q", q), self.rope("rope_k", k)
+        context = (self.flash_attention if self.model.attention == "flash" else self.unfused_attention)(q, k, v)
+        out = self.tensor("projection_out", "s b h")
+        self.add(
+            "projection", "gemm", "s b a d, a d h -> s b h", [context, self.weight("projection_weight", "a d h")],
+            [out], saves=[context], owns_gather=[context],
+        )  # fmt: skip
+        return out
+
+    def dropout(self, name: str, x: Tensor) -> Tensor:
+        """Dropout with a mask of one byte an element."""
+        dims = " ".join(x.dims)
+        out = self.tensor(f"{name}_out", dims)
+        mask = self.tensor(f"{name}_mask", dims, "mask", itemsize=1)
+        self.add(name, "dropout", f"{dims} -> {dims}", [x], [out, mask], saves=[mask], kernel="dropout")
+        return out
+
+    def residual(self, name: str, x: Tensor, residual: Tensor) -> Tensor:
+        """Bias, dropout and residual in one kernel; without dropout the gradient passes through untouched."""
+        bias = [self.weight(f"{name}_bias", "h")] if self.model.bias else []
+        out = self.tensor(f"{name}_out", "s b h")
+        mask = [self.tensor(f"{name}_mask", "s b h", "mask", itemsize=1)] if self.model.dropout else []
+        self.add(
+            name, "elementwise", f"s b h, s b h{', h' * len(bias)} -> s b h", [x, residual, *bias], [out, *mask],
+            saves=mask, passthrough=[residual] if mask else [x, residual],
+            kernel="bias_dropout_add" if mask else "bias_add" if bias else "add",
+        )  # fmt: skip
+        return out
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """fc1, activation and fc2; the bias of fc1 is fused into the activation, which keeps its input."""
+        gated = self.model.gated_mlp
+        inner = "s b g f" if gated else "s b f"
+        hidden = self.tensor("fc1_out", inner)
+        weight = self.weight("fc1_weight", "h g f" if gated else "h f")
+        self.add(
+            "fc1", "gemm", f"s b h, {' '.join(weight.dims)} -> {inner}", [x, weight], [hidden],
+            saves=[x], owns_gather=[x],
+        )  # fmt: skip
+        bias = [self.weight("fc1_bias", "g f" if gated else "f")] if self.model.bias else []
+        left = ", ".join([inner] + [" ".join(b.dims) for b in bias])
+        active = self.tensor("activation_out", "s b f")
+        self.add(
+            self.model.activation, "elementwise", f"{left} -> s b f", [hidden, *bias], [active],
+            mixes="g" if gated else "", saves=[hidden],
+            kernel="bias_gelu" if bias and self.model.activation == "gelu" else self.model.activation,
+        )  # fmt: skip
+        out = self.tensor("fc2_out", "s b h")
+        self.add(
+            "fc2", "gemm", "s b f, f h -> s b h", [active, self.weight("fc2_weight", "f h")], [out],
+            saves=[active], owns_gather=[active],
+        )  # fmt: skip
+        return out
+
+
+LAYER_INPUT = "layer_input"
+
+
+def transformer_layer(model: Model, workload: Workload) -> tuple[Operator, ...]:
+    """The operators of one layer in forward order; the first reads the tensor `layer_input`."""
+    layer = _Layer(model, workload)
+    x = layer.tensor(LAYER_INPUT, "s b h")
+    attended = layer.residual("residual1", layer.self_attention(layer.norm("norm1", x)), x)
+    normed = layer.norm("norm2", x if model.parallel_residual else attended)
+    layer.residual("residual2", layer.mlp(normed), attended)
+    return tuple(layer.operators)

@@ -1,0 +1,1 @@
+"""One redistribution and one operator become several instructions, program to program; no rules."""

@@ -1,0 +1,177 @@
+"""Operators with named dimensions: what an operator reads, writes, mixes and keeps for its backward pass.
+
+Subscripts are written as in einsum. A dimension on the left and not on the right is contracted: the
+operator is linear along it and may be split there, which leaves a partial sum. A dimension that the
+operator *mixes* is never split.
+
+A tensor read at `s-k` is read k positions before s, for every k from 0: `s-k b h, k h -> s b h` is a causal
+convolution over a window of k positions.
+
+Dimensions: s query positions, j key positions, b micro-batch, h hidden, a heads, d head size, f MLP
+width, g gate and up projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from spsim.program.mesh import Axis, Mesh
+from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, Shard
+from spsim.program.strategies import SplitRule
+from spsim.work import MemoryBoundKernel
+
+TensorKind = Literal["activation", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
+OperatorKind = Literal["gemm", "attention", "norm", "softmax", "dropout", "elementwise"]
+OPERATOR_CLASSES: tuple[OperatorKind, ...] = get_args(OperatorKind)
+
+
+LAGGED = "s-"
+"""Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the unsplit layer: global sizes."""
+
+    name: str
+    dims: tuple[str, ...]
+    sizes: tuple[int, ...]
+    itemsize: int
+    kind: TensorKind = "activation"
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor as one operator reads or writes it: K is a tensor `s b a d` that attention reads as `j b a d`."""
+
+    tensor: Tensor
+    subscript: tuple[str, ...]
+
+    @property
+    def needs_grad(self) -> bool:
+        """Activations and weights have gradients; masks, statistics and constants do not."""
+        return self.tensor.kind in ("activation", "weight")
+
+    def placement(self, split: str | None, otherwise: Placement) -> Placement:
+        """Placement on an axis where the operator is split along `split`."""
+        if split is not None and split in self.subscript:
+            return Shard(self.tensor.dims[self.subscript.index(split)])
+        return otherwise if split is not None else REPLICATE
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator of the layer, written once for all plans."""
+
+    name: str
+    kind: OperatorKind
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    mixes: frozenset[str] = frozenset()
+    saves: tuple[str, ...] = ()
+    """Names of the inputs and outputs that the backward pass reads."""
+    owns_gather: frozenset[str] = frozenset()
+    """Inputs that are kept as they were before their all-gather, and gathered again in backward."""
+    passthrough: frozenset[str] = frozenset()
+    """Inputs whose gradient is the gradient of the output, the same storage."""
+    kernel: MemoryBoundKernel | None = None
+    """What a memory-bound operator computes, if a profile may know its rates."""
+
+    @property
+    def extents(self) -> dict[str, int]:
+        """Global size of each dimension; K and V may have fewer heads than the operator."""
+        sizes: dict[str, int] = {}
+        for operand in self.inputs + self.outputs:
+            for dim, size in zip(operand.subscript, operand.tensor.sizes, strict=True):
+                dim = "s" if dim.startswith(LAGGED) else dim
+                sizes[dim] = max(size, sizes.get(dim, 0))
+        return sizes
+
+    @property
+    def mixes_positions(self) -> bool:
+        """Core attention: the key positions are among its dimensions."""
+        return "j" in self.extents
+
+    @property
+    def contracted(self) -> frozenset[str]:
+        """Dimensions on the left and not on the right, along which the operator is linear."""
+        left = {dim for operand in self.inputs for dim in operand.subscript if not dim.startswith(LAGGED)}
+        right = {dim for operand in self.outputs for dim in operand.subscript}
+        return frozenset(left - right - self.mixes)
+
+    @property
+    def activations(self) -> tuple[Operand, ...]:
+        """Inputs that are activations."""
+        return tuple(operand for operand in self.inputs if operand.tensor.kind == "activation")
+
+    @property
+    def weights(self) -> tuple[Operand, ...]:
+        """Inputs that are weights."""
+        return tuple(operand for operand in self.inputs if operand.tensor.kind == "weight")
+
+    @property
+    def results(self) -> tuple[Operand, ...]:
+        """Outputs that other operators read, without masks and statistics."""
+        return tuple(operand for operand in self.outputs if operand.tensor.kind == "activation")
+
+    @property
+    def subscripts(self) -> str:
+        """The einsum form, for people: operands of equal dimensions are named once."""
+        sides = (dict.fromkeys(" ".join(o.subscript) for o in side) for side in (self.inputs, self.results))
+        return " -> ".join(", ".join(side) for side in sides)
+
+    def split(self, rule: SplitRule) -> str | None:
+        """The dimension along which a rule splits this operator: the first that it has and does not mix."""
+        candidates = rule.position_mixing if self.mixes_positions else rule.token_wise
+        extents = self.extents
+        return next((dim for dim in candidates if dim in extents and dim not in self.mixes), None)
+
+    def local_sizes(self, splits: Sequence[tuple[int, str | None]]) -> dict[str, int]:
+        """Size of each dimension on one rank, for (degree, dimension) of each axis."""
+        sizes = self.extents
+        parts = dict.fromkeys(sizes, 1)
+        for degree, dim in splits:
+            if dim is not None:
+                parts[dim] *= degree
+        return {dim: -(-size // parts[dim]) for dim, size in sizes.items()}
+
+
+Splits = tuple[tuple[Axis, str | None], ...]
+"""(axis, dimension or None) for each axis of the mesh, outer to inner."""
+
+
+def input_layout(operand: Operand, splits: Splits) -> Layout:
+    """How an operand must arrive: sharded where it has the dimension, whole otherwise."""
+    return _layout(operand, splits, REPLICATE)
+
+
+def output_layout(operand: Operand, splits: Splits) -> Layout:
+    """How an output leaves: a partial sum where the split dimension is contracted."""
+    return _layout(operand, splits, PARTIAL)
+
+
+def input_gradient_layout(operand: Operand, splits: Splits) -> Layout:
+    """How the gradient of an operand or weight leaves: partial where the operand was whole on a split axis."""
+    return _layout(operand, splits, PARTIAL)
+
+
+def output_gradient_layout(operand: Operand, splits: Splits) -> Layout:
+    """How the gradient of an output must arrive: whole where the split dimension was contracted."""
+    return _layout(operand, splits, REPLICATE)
+
+
+def _layout(operand: Operand, splits: Splits, otherwise: Placement) -> Layout:
+    return tuple((axis, operand.placement(dim, otherwise)) for axis, dim in splits)
+
+
+def operator_splits(operator: Operator, rules: dict[Axis, SplitRule], mesh: Mesh) -> Splits:
+    """The dimension an operator is split along on each axis of the mesh."""
+    return tuple((axis, operator.split(rules[axis])) for axis in mesh.axes)
+
+
+def parse(signature: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Input and output subscripts of `"s b h, h -> s b h"`."""
+    left, right = signature.split("->")
+    return [tuple(part.split()) for part in left.split(",")], [tuple(part.split()) for part in right.split(",")]

@@ -1,0 +1,31 @@
+"""The strategies, one line each: along which dimension operators are split on each axis of the mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spsim.inputs.plan import Plan
+from spsim.program.mesh import Axis
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """Dimensions to split operators along on one axis: the first that an operator has and does not mix."""
+
+    token_wise: tuple[str, ...]
+    """For operators that do not mix positions."""
+    position_mixing: tuple[str, ...]
+    """For operators that have the key positions `j` among their dimensions."""
+
+
+def split_rules(plan: Plan) -> dict[Axis, SplitRule]:
+    """The whole of the strategies: Megatron tp (Shoeybi et al. 2019, with sequence parallelism Korthikanti
+    et al. 2022), Ulysses (Jacobs et al. 2023), ring or context parallelism (Liu et al. 2023), data parallel.
+    """
+    tp = ("a", "f", "v", "s") if plan.sequence_parallel else ("a", "f", "v")
+    return {
+        "dp": SplitRule(("b",), ("b",)),
+        "ring": SplitRule(("s",), ("s",)),
+        "ulysses": SplitRule(("s",), ("a",)),
+        "tp": SplitRule(tp, ("a",)),
+    }

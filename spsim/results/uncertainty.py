@@ -1,0 +1,160 @@
+"""How sure a result is: flags and an error band, from the held-out errors of a calibrated profile.
+
+The error of a class of kernels or collectives is common to all of them (a rate that is off by 10 % is off for
+every product), and those of different classes are independent. So a time has the relative error
+
+    sqrt( sum over classes of (share of the time x held-out error)^2 )
+
+Shares are of the first simulated rank: of kernels their own time, of collectives what no kernel hides,
+divided among them by their own times. Held-out errors are 90th percentiles, and so is the band. Classes
+without one add nothing; `known_share` says how much of the step has one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import sqrt
+
+from spsim.costs.collectives import CommCost
+from spsim.costs.kernels import ComputeCost
+from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
+from spsim.program.placement import Collective
+from spsim.program.mesh import Axis, mesh_of, nodes_of
+from spsim.program.instructions import Communication, Program, Step
+from spsim.engine.recording import COMPUTE_LANE, Recording, TaskInfo
+from spsim.inputs.scenario import Scenario
+from spsim.engine.trace import Trace
+
+Classes = tuple[str, ...]
+"""Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBand:
+    """Half-widths in percent of the time; None where nothing of it has a held-out error."""
+
+    step_time_percent: float | None
+    layer_forward_percent: float | None
+    layer_backward_percent: float | None
+    known_share: float
+    """Of the step time, what comes from coefficients with a held-out error."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a calibration says about one class."""
+
+    error_percent: float
+    flagged: bool
+
+
+@lru_cache(maxsize=64)
+def held_out_errors(profile: HardwareProfile) -> Mapping[str, HeldOut]:
+    """Held-out errors by dotted path of the coefficient."""
+    found = {}
+    for path, leaf in leaves(profile.coefficients):
+        numbers = (leaf,) if isinstance(leaf, Provenance) else leaf
+        errors = [number.held_out_error_percent for number in numbers if number.held_out_error_percent is not None]
+        if errors:
+            found[path] = HeldOut(max(errors), any(number.flagged for number in numbers))
+    return found
+
+
+def is_calibrated(profile: HardwareProfile) -> bool:
+    """Whether products, which take most of a step, have held-out errors: without them a band would say little."""
+    return any(path.startswith("gemm.fraction.") for path in held_out_errors(profile))
+
+
+def has_flags(profile: HardwareProfile) -> bool:
+    """Whether any coefficient is flagged."""
+    return any(error.flagged for error in held_out_errors(profile).values())
+
+
+def held_out_of(profile: HardwareProfile, classes: Classes) -> HeldOut | None:
+    """The worst of the coefficients of some classes; None where none has an error."""
+    known = [
+        error
+        for path, error in held_out_errors(profile).items()
+        if any(path == name or path.startswith(f"{name}.") for name in classes)
+    ]
+    return HeldOut(max(e.error_percent for e in known), any(e.flagged for e in known)) if known else None
+
+
+class Account:
+    """Which classes the tasks of one scenario belong to, and the time that each takes."""
+
+    def __init__(self, scenario: Scenario, trace: Trace, program: Program) -> None:
+        self.scenario = scenario
+        self.profile = scenario.hardware
+        self.trace = trace
+        self.rank = next(iter(trace.copies))
+        self.compute = ComputeCost(scenario.hardware, scenario.workload.precision)
+        self.comm = CommCost(scenario.hardware)
+        self.mesh = mesh_of(scenario.plan)
+        self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
+        self.classes: dict[str, list[Classes]] = {
+            "forward": [self._of_step(step) for step in program.forward],
+            "backward": [self._of_step(step) for step in program.backward],
+        }
+        for recording, tasks, _ in trace.described():
+            if trace.recordings[recording][0] == "weight_sync":
+                self.classes["weight_sync"] = [self._of_sync(task) for task in tasks]
+
+    def _of_step(self, step: Step) -> Classes:
+        if isinstance(step, Communication):
+            return self._of_collective((step.axis,), step.collective, step.ranks)
+        return (self.compute.class_of(next(work for work in step.work if work)),)
+
+    def _of_sync(self, task: TaskInfo) -> Classes:
+        return self._of_collective(tuple(task.axis.split(" × ")), task.collective, None)  # type: ignore[arg-type]
+
+    def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:
+        key = (axes, collective, ranks)
+        if key not in self._collectives:
+            nodes = nodes_of(self.mesh, axes, self.scenario.gpus_per_node, ranks)
+            paths = self.comm.coefficients_of(collective, nodes)
+            self._collectives[key] = tuple(path for path in paths if path.startswith("collectives."))
+        return self._collectives[key]
+
+    def flagged(self) -> tuple[str, ...]:
+        """Classes in use whose calibration missed its limit."""
+        used = {name for own in self.classes.values() for classes in own for name in classes}
+        found = {name: held_out_of(self.profile, (name,)) for name in used}
+        return tuple(sorted(name for name, error in found.items() if error and error.flagged))
+
+    def band(self) -> ErrorBand:
+        """The error band of the step and of one layer."""
+        step: Counter[Classes] = Counter()
+        layer: dict[str, Mapping[Classes, float]] = {}
+        for recording, (phase, count) in self.trace.recordings.items():
+            times = dict(self._times(recording, self.classes[phase]))
+            layer.setdefault(phase, times)
+            step.update({classes: count * time for classes, time in times.items()})
+        known = sum(time for classes, time in step.items() if held_out_of(self.profile, classes))
+        return ErrorBand(
+            self._percent(step, self.trace.end_ps),
+            self._percent(layer["forward"], sum(layer["forward"].values())),
+            self._percent(layer.get("backward", {}), sum(layer.get("backward", {}).values())),
+            known / self.trace.end_ps if self.trace.end_ps else 0.0,
+        )
+
+    def _times(self, recording: Recording, classes: Sequence[Classes]) -> Iterator[tuple[Classes, float]]:
+        """Picoseconds by class of one pass: of kernels, and of communication while none runs, which it makes wait."""
+        spans = [span for span in recording.spans if span.rank == self.rank]
+        kernels: Counter[Classes] = Counter()
+        transfers: Counter[Classes] = Counter()
+        for span in spans:
+            counter = kernels if span.lane == COMPUTE_LANE else transfers
+            counter[classes[span.task]] += span.end_ps - span.start_ps
+        length = max(span.end_ps for span in spans) - min(span.posted_ps for span in spans)
+        share = (length - kernels.total()) / transfers.total() if transfers.total() else 0.0
+        yield from kernels.items()
+        yield from ((name, share * time) for name, time in transfers.items())
+
+    def _percent(self, times: Mapping[Classes, float], length: float) -> float | None:
+        errors = {classes: held_out_of(self.profile, classes) for classes in times}
+        parts = [times[classes] / length * error.error_percent for classes, error in errors.items() if error]
+        return sqrt(sum(part**2 for part in parts)) if parts else None

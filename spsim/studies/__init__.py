@@ -1,0 +1,1 @@
+"""Questions over many results: explain, compare, validate, sweep; no pictures."""

@@ -1,0 +1,398 @@
+"""Two or more plans for one model, hardware and workload: where their time and their memory differ, and why.
+
+**Time.** A window is the forward or backward pass of the first layer and micro-batch, or the whole step: from
+the first task to the last end over all ranks. It is read on the rank that ends last, of several the one that
+computes longest. Every picosecond of the window belongs to one part, so that parts add up to the window and
+their differences to its difference:
+
+| on that rank | part |
+|---|---|
+| a kernel runs | the class of its operator, or `recomputation` |
+| ... while communication is posted | `overlap_slowdown` of that time: `slowed by communication`; the rest as above |
+| no kernel runs, a collective transfers | `exposed <kind>`, or `exposed several kinds` at once |
+| ... and it synchronises weight gradients | `weight synchronisation` |
+| neither, a collective is posted | `waiting for peers` |
+| nothing of these | `idle` |
+| in the window of a pass: a task of another layer or pass | `other layers` |
+
+**Memory.** The categories of the memory curve at the peak of the fullest rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from spsim.engine.recording import COMPUTE_LANE
+from spsim.errors import InputError
+from spsim.inputs.configuration import parse_options
+from spsim.inputs.model import load_model
+from spsim.inputs.profiles import load_profile
+from spsim.inputs.scenario import Scenario
+from spsim.inputs.workload import Workload
+from spsim.program.operators import OPERATOR_CLASSES
+from spsim.results.result import SCOPE, Result
+from spsim.simulation import simulate
+from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
+
+if TYPE_CHECKING:
+    from spsim.plots import Waterfall
+
+Parts = dict[str, int]
+"""Picoseconds or bytes by part, in the order in which they are shown; parts of nothing are left out."""
+
+RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
+EXPOSED, SEVERAL = "exposed communication", "exposed several kinds"
+WAITING, IDLE, OTHER = "waiting for peers", "idle", "other layers"
+_LAST = (SYNC, WAITING, IDLE, OTHER)
+
+LABELLED = ("tp", "sequence_parallel", "ulysses", "ring")
+"""Options of a plan that its label shows."""
+KERNEL, TRANSFER, POSTED = range(3)
+"""What a rank does, the first of these that applies."""
+
+
+# ------------------------------------------------------------ parts of one result
+
+
+def pass_time(result: Result, phase: str, *, layer: int = 0, micro_batch: int = 0) -> Parts:
+    """Picoseconds of the `forward` or `backward` pass of one layer and micro-batch, by part."""
+    spans = result.spans
+    here = (spans["layer"] == layer) & (spans["micro_batch"] == micro_batch)
+    own = here.fillna(False).astype(bool) & ((spans["part"] == "forward") == (phase == "forward"))
+    return _window_parts(result, own)
+
+
+def step_time(result: Result) -> Parts:
+    """Picoseconds of the step by part."""
+    return _window_parts(result, pd.Series(True, index=result.spans.index))
+
+
+def peak_memory(result: Result) -> Parts:
+    """Bytes of the fullest rank at its peak, by category."""
+    curve = result.memory_curve
+    peak = curve.iloc[int(curve["total_gib"].argmax())].drop(["rank", "time_us", "operator", "total_gib"])
+    sizes = {str(name).removesuffix("_gib").replace("_", " "): round(size * GIB) for name, size in peak.items()}
+    return {name: size for name, size in sizes.items() if size}
+
+
+@dataclass(frozen=True, slots=True)
+class _Activity:
+    """Something that a rank does from `start` to `end`."""
+
+    start: int
+    end: int
+    level: int
+    part: str
+
+
+def _window_parts(result: Result, own: pd.Series[bool]) -> Parts:
+    """Parts of the window of the spans chosen by `own`."""
+    spans = result.spans.assign(own=own)
+    for name in ("posted", "start", "end"):
+        spans[name] = (spans[f"{name}_us"] * PS_PER_US).round().astype("int64")
+    chosen = spans[spans["own"]]
+    start, end = int(chosen["posted"].min()), int(chosen["end"].max())
+    inside = spans[(spans["rank"] == _last_rank(chosen)) & (spans["posted"] < end) & (spans["end"] > start)]
+    activities = [activity for row in inside.itertuples() for activity in _activities(row)]
+    return _ordered(_account(activities, start, end, result.scenario.hardware.coefficients.overlap_slowdown.value))
+
+
+def _last_rank(chosen: pd.DataFrame) -> int:
+    """The rank that ends last; of several the one that computes longest, then the first."""
+    ends = chosen.groupby("rank")["end"].max()
+    kernels = chosen[chosen["lane"] == COMPUTE_LANE]
+    busy = (kernels["end"] - kernels["start"]).groupby(kernels["rank"]).sum()
+    return max(map(int, ends.index), key=lambda rank: (ends[rank], busy.get(rank, 0), -rank))
+
+
+def _activities(span: Any) -> Iterator[_Activity]:
+    """A kernel, or the wait and the transfer of a collective; `span` is a row of the frame."""
+    if span.lane == COMPUTE_LANE:
+        part = RECOMPUTATION if span.part == "recompute" else span.operator_class
+        yield _Activity(span.start, span.end, KERNEL, part if span.own else OTHER)
+        return
+    part = SYNC if span.part == "weight_sync" else f"exposed {span.collective.replace('_', '-')}"
+    yield _Activity(span.start, span.end, TRANSFER, part if span.own else OTHER)
+    yield _Activity(span.posted, span.start, POSTED, WAITING if span.own else OTHER)
+
+
+def _account(activities: Sequence[_Activity], start: int, end: int, slowdown: float) -> Counter[str]:
+    """Each picosecond from `start` to `end` to one part."""
+    parts: Counter[str] = Counter()
+    contended: Counter[str] = Counter()
+    for length, active in _intervals(activities, start, end):
+        part = _part_of(active)
+        parts[part] += length
+        if active[KERNEL] and part != OTHER and (active[TRANSFER] or active[POSTED]):
+            contended[part] += length
+    for part, length in contended.items():
+        lost = round(length * slowdown)
+        parts[part] -= lost
+        parts[SLOWED] += lost
+    return parts
+
+
+def _intervals(activities: Sequence[_Activity], start: int, end: int) -> Iterator[tuple[int, tuple[Counter[str], ...]]]:
+    """Length of each interval in which nothing begins or ends, and the parts active in it by level."""
+    edges: dict[int, list[tuple[_Activity, int]]] = {start: [], end: []}
+    for activity in activities:
+        first, last = max(activity.start, start), min(activity.end, end)
+        if first < last:
+            edges.setdefault(first, []).append((activity, 1))
+            edges.setdefault(last, []).append((activity, -1))
+    active: tuple[Counter[str], ...] = (Counter(), Counter(), Counter())
+    for here, after in pairwise(sorted(edges)):
+        for activity, change in edges[here]:
+            level = active[activity.level]
+            level[activity.part] += change
+            if not level[activity.part]:
+                del level[activity.part]
+        yield after - here, active
+
+
+def _part_of(active: tuple[Counter[str], ...]) -> str:
+    for level in active:
+        if level:
+            return next(iter(level)) if len(level) == 1 else SEVERAL
+    return IDLE
+
+
+def _is_exposed(part: str) -> bool:
+    return part.startswith("exposed")
+
+
+def _ordered(parts: Mapping[str, int]) -> Parts:
+    """Kernels, what communication adds, and the rest; parts of nothing are left out."""
+    exposed = sorted(filter(_is_exposed, parts))
+    known = [*OPERATOR_CLASSES, RECOMPUTATION, SLOWED, *exposed, *_LAST]
+    names = [*(name for name in parts if name not in known), *known]
+    return {name: parts[name] for name in names if parts.get(name)}
+
+
+def grouped(parts: Mapping[str, int]) -> Parts:
+    """The same with the kinds of exposed communication as one part."""
+    groups: Parts = {}
+    for name, amount in parts.items():
+        group = EXPOSED if _is_exposed(name) else name
+        groups[group] = groups.get(group, 0) + amount
+    return groups
+
+
+# ------------------------------------------------------------ plans side by side
+
+
+@dataclass(frozen=True)
+class PlanAccount:
+    """One plan: its result, and where its time and memory go."""
+
+    name: str
+    text: str
+    """The plan as it was given."""
+    result: Result
+
+    @cached_property
+    def passes(self) -> dict[str, Parts]:
+        """Picoseconds of the passes of one layer, by part."""
+        return {phase: pass_time(self.result, phase) for phase in ("forward", "backward")}
+
+    @cached_property
+    def layer(self) -> Parts:
+        """Forward and backward together."""
+        return _ordered(Counter(self.passes["forward"]) + Counter(self.passes["backward"]))
+
+    @cached_property
+    def step(self) -> Parts:
+        """Picoseconds of the step, by part."""
+        return step_time(self.result)
+
+    @cached_property
+    def memory(self) -> Parts:
+        """Bytes at the peak, by category."""
+        return peak_memory(self.result)
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures of `run --json`, and the parts as whole picoseconds and bytes."""
+        figures = self.result.to_json()
+        common = ("scope", "hardware", "model", "workload", "assumed", "notes")
+        return {
+            "name": self.name,
+            "plan_text": self.text,
+            **{key: value for key, value in figures.items() if key not in common},
+            "layer_time_s": sum(self.layer.values()) / PS_PER_S,
+            "layer_forward_ps": self.passes["forward"],
+            "layer_backward_ps": self.passes["backward"],
+            "layer_ps": self.layer,
+            "step_ps": self.step,
+            "peak_memory_bytes": self.memory,
+            "assumed": figures["assumed"],
+            "notes": figures["notes"],
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changes from one plan to another; positive where the second takes more."""
+
+    before: PlanAccount
+    after: PlanAccount
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the two plans."""
+        return self.before.name, self.after.name
+
+    @cached_property
+    def layer(self) -> Parts:
+        """Picoseconds of one layer, by part; they add up to the difference of the layer times."""
+        return _change(self.before.layer, self.after.layer)
+
+    @cached_property
+    def step(self) -> Parts:
+        """The same of the step."""
+        return _change(self.before.step, self.after.step)
+
+    @cached_property
+    def memory(self) -> Parts:
+        """Bytes by category; they add up to the difference of the peaks."""
+        return _change(self.before.memory, self.after.memory)
+
+    def to_json(self) -> dict[str, Any]:
+        """Whole picoseconds and bytes."""
+        return {
+            "from": self.before.name,
+            "to": self.after.name,
+            "layer_ps": self.layer,
+            "step_ps": self.step,
+            "peak_memory_bytes": self.memory,
+            "layer_difference_ps": sum(self.layer.values()),
+            "step_difference_ps": sum(self.step.values()),
+            "peak_memory_difference_bytes": sum(self.memory.values()),
+        }
+
+
+def _change(before: Parts, after: Parts) -> Parts:
+    names = _ordered(dict.fromkeys([*before, *after], 1))
+    return {name: after.get(name, 0) - before.get(name, 0) for name in names}
+
+
+@dataclass(frozen=True)
+class PlanComparison:
+    """Plans beside each other; each of the others is compared with the first."""
+
+    accounts: tuple[PlanAccount, ...]
+
+    @property
+    def results(self) -> dict[str, Result]:
+        """Results by the name of the plan, for plots."""
+        return {account.name: account.result for account in self.accounts}
+
+    @cached_property
+    def differences(self) -> tuple[Difference, ...]:
+        """From the first plan to each of the others."""
+        return tuple(Difference(self.accounts[0], other) for other in self.accounts[1:])
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `compare --json`."""
+        scenario = self.accounts[0].result.scenario
+        return {
+            "scope": SCOPE,
+            "hardware": scenario.hardware.name,
+            "model": scenario.model.name,
+            "workload": scenario.workload.model_dump(),
+            "plans": [account.to_json() for account in self.accounts],
+            "differences": [difference.to_json() for difference in self.differences],
+        }
+
+    def plot_waterfalls(self, path: str | Path) -> None:
+        """Draw time and memory from the first plan to each of the others; see `plots.plot_waterfalls`."""
+        from spsim import plots
+
+        first = self.accounts[0].result
+        others = " and ".join(account.name for account in self.accounts[1:])
+        title = f"{first.scenario.model.name}, {first.scenario.hardware.name}: {self.accounts[0].name} → {others}"
+        falls = [fall for pair in self.differences for fall in (_time_fall(pair), _memory_fall(pair))]
+        workload = first.scenario.workload
+        subtitle = f"sequence {workload.seq_len:,} · micro-batch {workload.micro_batch}"
+        plots.save(plots.plot_waterfalls(falls, title=title, subtitle=subtitle), path)
+
+
+def compare_plans(
+    plans: Sequence[str], *, hardware: str | Path, model: str | Path, workload: Mapping[str, Any]
+) -> PlanComparison:
+    """Simulate plans that are given as on the command line, after all of them have been checked.
+
+    Raises `InputError` for fewer than two plans, a plan given twice, and whatever breaks a rule.
+    """
+    _check_plans(plans)
+    profile, loaded, checked = load_profile(hardware), load_model(model), Workload(**workload)
+    scenarios = {}
+    for text in plans:
+        try:
+            scenarios[text] = Scenario(hardware=profile, model=loaded, plan=text, workload=checked)
+        except InputError as error:
+            raise InputError(f"--plan {text!r}: {str(error).removeprefix('plan: ')}") from None
+    names = _names({text: scenario.plan.label for text, scenario in scenarios.items()})
+    return PlanComparison(tuple(PlanAccount(names[text], text, simulate(scenarios[text])) for text in scenarios))
+
+
+def _check_plans(plans: Sequence[str]) -> None:
+    if len(plans) < 2:
+        raise InputError(
+            f"compare: at least two plans are needed, got {len(plans)}; "
+            "give --plan once for each, such as --plan tp=8 --plan tp=8,sequence_parallel"
+        )
+    seen: list[dict[str, Any]] = []
+    for text in plans:
+        options = parse_options(text, "plan")
+        if options in seen:
+            raise InputError(f"compare: plan {text!r} is given twice; change one of the two or leave it out")
+        seen.append(options)
+
+
+def _names(labels: Mapping[str, str]) -> dict[str, str]:
+    """Label and further options of each plan; where several have the same, the plan as it was given."""
+    names = {}
+    for text, label in labels.items():
+        options = [option.strip() for option in text.split(",")]
+        further = [option for option in options if option and option.partition("=")[0].strip() not in LABELLED]
+        names[text] = ", ".join([label, *further])
+    shared = Counter(names.values())
+    return {text: text if text and shared[name] > 1 else name for text, name in names.items()}
+
+
+# ------------------------------------------------------------ pictures
+
+
+def _time_fall(pair: Difference) -> Waterfall:
+    """Of one layer, exposed communication as one bar."""
+    from spsim.plots import Waterfall
+
+    totals = [sum(account.layer.values()) for account in (pair.before, pair.after)]
+    scale, unit = (PS_PER_MS, "ms") if max(totals) >= PS_PER_MS else (PS_PER_US, "µs")
+    order = dict.fromkeys(pair.layer, 0)
+    before, after = (_scaled(grouped(order | account.layer), scale) for account in (pair.before, pair.after))
+    kinds = {part.removeprefix("exposed "): change / scale for part, change in pair.layer.items() if _is_exposed(part)}
+    parts = (before, after)
+    return Waterfall("Time of one layer, forward and backward", unit, pair.names, parts, {EXPOSED: kinds})
+
+
+def _memory_fall(pair: Difference) -> Waterfall:
+    """At the peak, by category."""
+    from spsim.plots import Waterfall
+
+    totals = [sum(account.memory.values()) for account in (pair.before, pair.after)]
+    scale, unit = (GIB, "GiB") if max(totals) >= GIB else (MIB, "MiB")
+    before, after = (_scaled(account.memory, scale) for account in (pair.before, pair.after))
+    return Waterfall("Memory at the peak of the fullest rank", unit, pair.names, (before, after))
+
+
+def _scaled(parts: Mapping[str, int], unit: int) -> dict[str, float]:
+    return {name: amount / unit for name, amount in parts.items()}

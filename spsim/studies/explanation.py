@@ -1,0 +1,195 @@
+"""Which operators does sequence parallelism apply to? Answered by the rules, operator by operator.
+
+An operator may run on a sequence shard alone when it reads the sequence of every operand at its own
+position and does not mix it. Whether a plan places it there is another question: GeLU may, but Megatron
+places it on the shard of the MLP width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.workload import Workload
+from spsim.program.blocks.transformer import transformer_layer
+from spsim.program.instructions import Communication, Compute, Program
+from spsim.program.mesh import mesh_of
+from spsim.program.operators import LAGGED, Operator, operator_splits
+from spsim.program.strategies import split_rules
+from spsim.step.preparation import layer_program
+
+Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
+
+DIMENSION_NAMES = {
+    "s": "sequence", "j": "key positions", "b": "micro-batch", "h": "hidden", "a": "heads", "d": "head size",
+    "f": "MLP width", "g": "gate",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class InsertedCommunication:
+    """Equal collectives that the rules insert for one operator."""
+
+    part: str
+    collective: str
+    axis: str
+    purpose: str
+    """input: for what it reads; regather: the same again in backward; gradient: for the gradient of its output."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorExplanation:
+    """One operator of the layer under one plan; FLOPs and bytes are of one rank, forward, one micro-batch."""
+
+    operator: str
+    subscripts: str
+    mixes: tuple[str, ...]
+    contracts: tuple[str, ...]
+    applies: Applies
+    why: str
+    placed: Mapping[str, str | None]
+    """Axis -> the dimension that the operator is split along, or None where every rank does all of it."""
+    flops: int
+    bytes_moved: int
+    saved_bytes_without: int
+    saved_bytes_with: int
+    communication: tuple[InsertedCommunication, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The operators of a layer, and what sharding the sequence saves on those that it is applied to."""
+
+    model: str
+    without: str
+    with_: str
+    operators: tuple[OperatorExplanation, ...]
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `explain --json`."""
+        return {
+            "model": self.model, "without": self.without, "with": self.with_,
+            "operators": [asdict(operator) for operator in self.operators], "saved": self.parts,
+        }  # fmt: skip
+
+
+def applies_alone(operator: Operator) -> tuple[Applies, str]:
+    """Whether an operator may run on a sequence shard without the others, and why."""
+    if "s" in operator.mixes:
+        return "no", "mixes positions"
+    for operand in operator.inputs:
+        for dim, read in zip(operand.tensor.dims, operand.subscript, strict=True):
+            if dim == "s" and read.startswith(LAGGED):
+                halo = operator.extents[read.removeprefix(LAGGED)] - 1
+                return "yes, with halo", f"reads the {halo} positions before its own too"
+            if dim == "s" and read != "s":
+                return "no", f"reads {operand.tensor.name} at every position"
+    if any(o.tensor.kind in ("constant", "weight") and "s" in o.subscript for o in operator.inputs):
+        return "yes, with position offset", "per position, given its place in the whole sequence"
+    if "j" in operator.extents:
+        return (
+            "yes",
+            f"per query{'; mixes its keys, so not on a shard of keys' if 'j' in operator.mixes else ''}",
+        )
+    details = [f"mixes {_names(operator.mixes)}"] if operator.mixes else []
+    details += [f"contracts {_names(operator.contracted)}"] if operator.contracted else []
+    return "yes", "; ".join(["per position", *details])
+
+
+def _names(dims: frozenset[str]) -> str:
+    return " and ".join(DIMENSION_NAMES[dim] for dim in sorted(dims))
+
+
+def explain(model: Model, plan: Plan, workload: Workload) -> Explanation:
+    """The operator table of a model under a plan.
+
+    Saved bytes are compared between the plan without any sequence sharding and the plan itself; a plan
+    that shards no sequence is compared with Megatron sequence parallelism on its tp axis.
+    """
+    without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1})
+    shards = plan.ulysses * plan.ring > 1 or plan.sequence_parallel
+    with_ = plan if shards else plan.model_copy(update={"sequence_parallel": True})
+    operators = transformer_layer(model, workload)
+    program = layer_program(model, plan, workload)
+    saved = [_saved_by_operator(layer_program(model, p, workload)) for p in (without, with_)]
+    mesh, rules = mesh_of(plan), split_rules(plan)
+    splits = {op.name: dict(operator_splits(op, rules, mesh)) for op in operators}
+    rows = tuple(
+        _explain_operator(op, program, splits[op.name], saved[0].get(op.name, 0), saved[1].get(op.name, 0))
+        for op in operators
+    )
+    sharded = {op.name: dict(operator_splits(op, split_rules(with_), mesh_of(with_))) for op in operators}
+    return Explanation(
+        model=model.name, without=without.label, with_=with_.label, operators=rows,
+        parts=_savings(rows, operators, sharded),
+    )  # fmt: skip
+
+
+def _saved_by_operator(program: Program) -> dict[str, int]:
+    totals: dict[str, int] = defaultdict(int)
+    for saved in program.saved:
+        if saved.category in ("activation", "mask"):
+            totals[saved.operator] += saved.bytes
+    return totals
+
+
+def _explain_operator(
+    op: Operator, program: Program, placed: Mapping[Any, str | None], without: int, with_: int
+) -> OperatorExplanation:
+    applies, why = applies_alone(op)
+    work = [
+        item
+        for step in program.forward
+        if isinstance(step, Compute) and step.operator == op.name and step.part == "forward"
+        for item in step.work[:1]
+        if item is not None
+    ]
+    return OperatorExplanation(
+        operator=op.name, subscripts=op.subscripts, mixes=tuple(sorted(op.mixes)),
+        contracts=tuple(sorted(op.contracted)), applies=applies, why=why, placed=dict(placed),
+        flops=sum(item.flops for item in work), bytes_moved=sum(item.bytes_moved for item in work),
+        saved_bytes_without=without, saved_bytes_with=with_, communication=tuple(_communication(program, op)),
+    )  # fmt: skip
+
+
+def _communication(program: Program, op: Operator) -> list[InsertedCommunication]:
+    """Collectives inserted for an operator, counted."""
+    counts: Counter[tuple[str, str, str, str]] = Counter(
+        (step.part, step.collective, step.axis, step.purpose)
+        for step in program.steps
+        if isinstance(step, Communication) and step.operator == op.name
+    )
+    return [InsertedCommunication(*key, count) for key, count in counts.items()]
+
+
+def _savings(
+    rows: tuple[OperatorExplanation, ...],
+    operators: tuple[Operator, ...],
+    splits: Mapping[str, Mapping[Any, str | None]],
+) -> dict[str, dict[str, float]]:
+    """Saved bytes of the norms and dropouts around the blocks, of the rest, and of the layer."""
+    kinds = {op.name: op.kind for op in operators}
+    around = {
+        name for name, placed in splits.items()
+        if kinds[name] in ("norm", "elementwise") and "s" in placed.values()
+        and name.startswith(("norm", "residual"))
+    }  # fmt: skip
+    groups = {
+        "norms and dropouts": [row for row in rows if row.operator in around],
+        "other operators": [row for row in rows if row.operator not in around],
+        "layer": list(rows),
+    }
+    return {name: _saving(group) for name, group in groups.items() if group}
+
+
+def _saving(rows: list[OperatorExplanation]) -> dict[str, float]:
+    without = sum(row.saved_bytes_without for row in rows)
+    with_ = sum(row.saved_bytes_with for row in rows)
+    percent = 100 * (1 - with_ / without) if without else 0.0
+    return {"without_bytes": without, "with_bytes": with_, "saving_percent": percent}
