@@ -11,7 +11,7 @@ from spsim.inputs.profiles import load_profile, profile_names
 from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.report.table import table
 from spsim.report.words import COLLECTIVES, band, collective_counts, figure, missed, size, time
-from spsim.results.result import SCOPE, Result
+from spsim.results.result import Result
 from spsim.studies.explanation import Explanation, InsertedCommunication, OperatorExplanation
 from spsim.studies.validation import Comparison, Errors, Validation
 from spsim.units import GIB, MIB
@@ -38,7 +38,7 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     yield (
         "step time",
         time(result.step_time_s),
-        f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[SCOPE]}",
+        f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[result.scope]}",
     )
     yield "layer forward", time(result.layer_forward_s), collective_counts(counts["forward"])
     yield "layer backward", time(result.layer_backward_s), collective_counts(counts["backward"])
