@@ -40,8 +40,8 @@ class KernelGroup:
     """Where the duration of each kernel goes."""
 
     def work(self, values: npt.NDArray[np.float64]) -> Work:
-        """All kernels of the group as one `Work` of arrays."""
-        numbers: dict[str, Any] = {name: values[where] for name, where in self.numbers.items()}
+        """All kernels of the group as one `Work` of arrays; `values` of many workloads have a row for each."""
+        numbers: dict[str, Any] = {name: values[..., where] for name, where in self.numbers.items()}
         return self.kind(**self.constants, **numbers)
 
 
@@ -61,14 +61,27 @@ class Template:
     def at(self, workload: Workload) -> Numbers:
         """The sizes of the program for a workload."""
         x, b = workload.seq_len // self.unit, workload.micro_batch
-        basis = (1, x, x * x, b, x * b, x * x * b)
+        basis = _monomials(x, b)
         number = np.int64 if basis[-1] * self._total < 2**62 else object
         return Numbers(self, self.coefficients.astype(number, copy=False) @ np.array(basis, dtype=number))
+
+    def basis(self, seq_len: npt.NDArray[np.int64], micro_batch: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The monomials of many workloads, a column for each: its product with the coefficients is their sizes."""
+        found = np.empty((len(SAMPLES), len(seq_len)))
+        x, b = (seq_len // self.unit).astype(np.float64), micro_batch.astype(np.float64)
+        for row, monomial in zip(found, _monomials(x, b), strict=True):
+            row[:] = monomial
+        return found
 
     @cached_property
     def _total(self) -> float:
         """Of all coefficients, so that sums of numbers are exact, too."""
         return float(np.abs(self.coefficients.astype(np.float64)).sum())
+
+
+def _monomials(x: Any, b: Any) -> tuple[Any, ...]:
+    """Of sequence in units and micro-batch."""
+    return 1, x, x * x, b, x * b, x * x * b
 
 
 class Numbers:

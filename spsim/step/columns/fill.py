@@ -1,0 +1,213 @@
+"""How full the memory of a rank is over a pass, for many workloads at once.
+
+Memory is fullest where something is allocated. What has been allocated and freed at such a moment is mostly known
+from the order of tasks alone, and then the bytes are one row of coefficients; where it depends on the workload, the
+times decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from spsim.engine.recording import BufferUse
+from spsim.lazy import lazy
+from spsim.step.columns.order import Order
+from spsim.step.columns.replay import Replay, Times
+
+Floats = npt.NDArray[np.float64]
+"""Bytes and the like: whole numbers below 2^53, whose products and sums are exact."""
+Places = npt.NDArray[np.intp]
+NEVER = np.iinfo(np.int64).max
+
+
+class _Change(NamedTuple):
+    """One buffer of one piece that is allocated or freed."""
+
+    piece: int
+    tasks: tuple[int, ...]
+    """The one that allocates it when it is posted, or those of which the last to end frees it."""
+    position: int
+    """Of its bytes among the numbers of the program."""
+
+
+class Fills:
+    """The changes of memory of a pass, whatever the workload."""
+
+    def __init__(self, order: Order, positions: Mapping[str, Places], coefficients: npt.NDArray[np.int64]) -> None:
+        """`positions` of the bytes of the buffers of each segment, among numbers with `coefficients`."""
+        self.order = order
+        self.allocated: list[_Change] = []
+        self.freed: list[_Change] = []
+        for index, piece in enumerate(order.pieces):
+            uses = zip(piece.segment.buffers, positions[piece.segment.name].tolist(), strict=True)
+            for use, position in reversed([*uses]):
+                self._add(use, index, piece.first, position)
+        self.bounds = [order.end(piece) for piece in order.pieces]
+        self.starts = np.searchsorted([change.piece for change in self.allocated], range(len(order.pieces) + 1))
+        self._relate(coefficients.astype(np.float64))
+
+    def _add(self, use: BufferUse, piece: int, first: int, position: int) -> None:
+        if use.writer is not None:
+            self.allocated.append(_Change(piece, (use.writer + first,), position))
+        if not use.outlives:
+            lane = self.order.tasks
+            readers = sorted(use.readers or (use.writer or 0,))
+            last = {lane[task + first].lane: task + first for task in readers}
+            self.freed.append(_Change(piece, tuple(last.values()), position))
+
+    def _relate(self, coefficients: Floats) -> None:
+        """Which changes come before each allocation and each end of a piece: surely, never, or as it may be."""
+        pieces = np.array([change.piece for change in self.allocated] + [*range(len(self.bounds))])
+        tasks = np.array([change.tasks[0] for change in self.allocated] + self.bounds)
+        moments = _Moments(self.order.matrix, pieces, tasks, len(self.allocated))
+        allocated, freed = _Table(self.allocated), _Table(self.freed)
+        surely, perhaps = moments.allocated(allocated)
+        surely_freed, perhaps_freed = moments.freed(freed)
+        self.known = surely @ coefficients[allocated.positions] - surely_freed @ coefficients[freed.positions]
+        self.sizes = coefficients[allocated.positions]
+        at, which = perhaps.nonzero()
+        at_freed, which_freed = perhaps_freed.nonzero()
+        every = np.concatenate([at, at_freed])
+        order = every.argsort(kind="stable")
+        most, count = len(freed.tasks), len(self.order.tasks)
+        ends = np.concatenate(
+            [np.repeat(allocated.tasks[:, which], most, axis=0), freed.tasks[:, which_freed] + count], axis=1
+        )
+        signed = np.concatenate([
+            coefficients[allocated.positions[which]], -coefficients[freed.positions[which_freed]]
+        ])  # fmt: skip
+        self.open = _Open(every[order], ends[:, order], moments.places(count)[every[order]], signed[order])
+
+    def of(self, replay: Replay, basis: Floats) -> list[Fill]:
+        """Of each piece of a pass as it ran, with the monomials of its sizes."""
+        levels = self.known @ basis
+        self.open.add_to(levels, replay.moments, basis)
+        bounds = levels[len(self.allocated) :]
+        found, before = [], np.zeros(levels.shape[1])
+        for piece, bound in enumerate(bounds):
+            own = levels[self.starts[piece] : self.starts[piece + 1]]
+            found.append(Fill(self, piece, own - before if piece else own, bound - before, replay, basis))
+            before = bound
+        return found
+
+
+class _Table:
+    """Changes as arrays: a column for each."""
+
+    def __init__(self, changes: Sequence[_Change]) -> None:
+        most = max((len(change.tasks) for change in changes), default=1)
+        padded = [change.tasks + change.tasks[-1:] * (most - len(change.tasks)) for change in changes]
+        self.tasks = np.array(padded, dtype=np.intp).reshape(-1, most).T
+        """Some of them more than once."""
+        self.pieces = np.array([change.piece for change in changes], dtype=np.intp)
+        self.positions = np.array([change.position for change in changes], dtype=np.intp)
+
+
+class _Moments:
+    """Moments at which the level of memory is asked for: when a task is posted; the last, when a kernel ends."""
+
+    def __init__(self, ended: npt.NDArray[np.bool_], pieces: Places, tasks: Places, posts: int) -> None:
+        self.ended = ended
+        self.pieces = pieces
+        self.tasks = tasks
+        self.posts = posts
+        """Number of those that are when a task is posted."""
+        self.done = ended[tasks]
+        self.done[range(posts, len(tasks)), tasks[posts:]] = True
+
+    def places(self, count: int) -> Places:
+        """Where their times stand in the moments of a replay of so many tasks."""
+        return self.tasks + count * (np.arange(len(self.tasks)) >= self.posts)
+
+    def allocated(self, changes: _Table) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """What surely is by then, and what may be. At the end of a piece all of its tasks have been posted."""
+        tasks = changes.tasks[0]
+        here = changes.pieces <= self.pieces[:, None]
+        begun = self.done[:, tasks] | (tasks == self.tasks[:, None])
+        begun[self.posts :] = True
+        later = self.ended[tasks][:, self.tasks].T
+        return here & begun, here & ~begun & ~later
+
+    def freed(self, changes: _Table) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """The same of what the last of some tasks frees."""
+        here = changes.pieces <= self.pieces[:, None]
+        done = self.done[:, changes.tasks].all(axis=1)
+        own = changes.tasks[:, None] == self.tasks[:, None]
+        own[:, self.posts :] = False
+        later = (own | self.ended[changes.tasks][..., self.tasks].swapaxes(1, 2)).any(axis=0)
+        return here & done, here & ~done & ~later
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """Changes of which the times decide whether they come before a moment."""
+
+    at: Places
+    """Of each the moment, in order."""
+    ends: Places
+    """Where times stand of which the latest is that of the change."""
+    limits: Places
+    """Where the time of the moment stands."""
+    sizes: Floats
+    """Coefficients, negative where memory is freed."""
+
+    def add_to(self, levels: Floats, moments: Times, basis: Floats) -> None:
+        """The changes that come before each moment."""
+        if not len(self.at):
+            return
+        times = moments[self.ends[0]] if len(self.ends) == 1 else np.maximum.reduce(moments[self.ends])
+        changes = (times <= moments[self.limits]) * (self.sizes @ basis)
+        first = np.flatnonzero(np.diff(self.at, prepend=-1))
+        levels[self.at[first]] += np.add.reduceat(changes, first, axis=0)
+
+
+class Fill:
+    """The memory of one piece over what is there before it, for each workload."""
+
+    def __init__(self, fills: Fills, piece: int, levels: Floats, total: Floats, replay: Replay, basis: Floats) -> None:
+        own = slice(fills.starts[piece], fills.starts[piece + 1])
+        self.levels = levels
+        """Just after each allocation; of equal ones the later buffer stands first."""
+        self.highest: Floats = np.maximum(levels.max(axis=0, initial=0.0), 0.0)
+        """The fullest; not below what is there before."""
+        self.total = total
+        """What is there after it."""
+        self._tasks = np.array([change.tasks[0] for change in fills.allocated[own]], dtype=np.intp)
+        self._first = fills.order.pieces[piece].first
+        self._coefficients = fills.sizes[own]
+        self._replay = replay
+        self._basis = basis
+
+    @lazy
+    def _times(self) -> Times:
+        return self._replay.posted[self._tasks]
+
+    @lazy
+    def _sizes(self) -> Floats:
+        sizes: Floats = self._coefficients @ self._basis
+        return sizes
+
+    @lazy
+    def fullest(self) -> Places:
+        """The task whose allocation reaches the fullest level: the first, of those of a moment the largest."""
+        times = np.where(self.levels == self.highest, self._times, NEVER)
+        found = np.where(times == times.min(axis=0), self._sizes, -1.0).argmax(axis=0)
+        return np.where(self.highest > 0, self._tasks[found] - self._first, 0)
+
+    def first_above(self, room: Floats) -> Places:
+        """The task whose allocation first takes the level above `room`, where there is one; the first of all where
+        what is there before takes more.
+        """
+        times = np.where(self.levels > room, self._times, NEVER)
+        first = times.argmin(axis=0)
+        columns = np.arange(len(first))
+        sizes = np.where(self._times == times[first, columns], self._sizes, 0.0)[::-1]
+        order = sizes.argsort(axis=0, kind="stable")
+        sums = np.take_along_axis(sizes, order, axis=0).cumsum(axis=0)
+        above = (self.levels[first, columns] - sums[-1] + sums > room).argmax(axis=0)
+        return np.where(room < 0, 0, self._tasks[::-1][order[above, columns]] - self._first)
