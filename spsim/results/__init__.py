@@ -1,0 +1,1 @@
+"""What happened, in figures and tables; nothing is simulated here."""

@@ -1,0 +1,307 @@
+"""What one simulation found."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spsim.costs.collectives import CommCost
+from spsim.costs.kernels import ComputeCost
+from spsim.costs.flops import layer_flops
+from spsim.step.folding import OUTLASTS, Step, run_step
+from spsim.inputs.hardware import HardwareProfile
+from spsim.step.preparation import PreparedLayer, layer_program, prepared_layer
+from spsim.lazy import lazy
+from spsim.costs.static_memory import StaticMemory, capacity, outside_tensors, static_memory
+from spsim.program.operators import TensorKind
+from spsim.program.mesh import mesh_of, nodes_of
+from spsim.program.instructions import Communication, Compute, Program
+from spsim.engine.recording import TaskInfo
+from spsim.inputs.scenario import Scenario
+from spsim.step.schedule import task_info
+from spsim.program.sizes import Numbers
+from spsim.engine.trace import Piece, Trace
+from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
+from spsim.units import GIB, seconds
+
+from spsim.costs.models import cost_models
+from spsim.results import metrics, tables
+SCOPE = "layers"
+"""What a step contains so far: the transformer layers of one pipeline stage."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
+
+    scenario: Scenario
+    numbers: Numbers
+    trace: Trace
+    static: StaticMemory
+    events: int
+    """Tasks that went through the engine."""
+    folded: bool
+    reasons: tuple[str, ...]
+
+    @lazy
+    def program(self) -> Program:
+        """One layer under the plan."""
+        return layer_program(self.scenario.model, self.scenario.plan, self.scenario.workload)
+
+    @lazy
+    def assumed(self) -> tuple[str, ...]:
+        """Assumed coefficients that a duration of this run came from."""
+        return _assumed_inputs(self.scenario, self.program)
+
+    @lazy
+    def _account(self) -> Account:
+        return Account(self.scenario, self.trace, self.numbers.template.program)
+
+    @lazy
+    def flagged(self) -> tuple[str, ...]:
+        """Classes of coefficients in use whose calibration missed its error limit."""
+        return self._account.flagged() if has_flags(self.scenario.hardware) else ()
+
+    @lazy
+    def error_band(self) -> ErrorBand | None:
+        """Errors of the times from those of the coefficients, see `uncertainty`; None without a calibration."""
+        return self._account.band() if is_calibrated(self.scenario.hardware) else None
+
+    # Times
+
+    @property
+    def step_time_s(self) -> float:
+        """All layers and micro-batches, and the synchronisation of weight gradients."""
+        return seconds(self.trace.end_ps)
+
+    @property
+    def layer_forward_s(self) -> float:
+        """One layer and micro-batch, from its start to the end of its slowest rank."""
+        return seconds(metrics.layer_window(self.trace, "forward"))
+
+    @property
+    def layer_backward_s(self) -> float:
+        """The same of its backward pass, recomputation included."""
+        return seconds(metrics.layer_window(self.trace, "backward"))
+
+    @property
+    def exposed_comm_s(self) -> float:
+        """Communication that no kernel hides, on the rank with most of it; weight synchronisation apart."""
+        return seconds(max(metrics.exposed_communication(self.trace).values()))
+
+    @property
+    def weight_sync_s(self) -> float:
+        """Synchronisation of weight gradients at the end of the step."""
+        return seconds(metrics.weight_sync(self.trace))
+
+    # Rates
+
+    def _rate(self, flops_per_layer: int) -> float:
+        """FLOP/s per GPU for FLOPs counted per layer and micro-batch."""
+        scenario = self.scenario
+        total = flops_per_layer * scenario.model.layers * scenario.num_micro_batches
+        return total / self.step_time_s / scenario.plan.gpus
+
+    @property
+    def _peak(self) -> float:
+        return self.scenario.hardware.peak(self.scenario.workload.precision)
+
+    @property
+    def tflops_per_gpu(self) -> float:
+        """Model TFLOP/s of one GPU, full square of attention, recomputation not counted."""
+        return self._model_rate / 1e12
+
+    @property
+    def _model_rate(self) -> float:
+        return self._rate(layer_flops(self.scenario.model, self.scenario.workload).training())
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation by the published formula (full square)."""
+        return self._model_rate / self._peak
+
+    @property
+    def mfu_causal(self) -> float:
+        """The same, counting the half of the square that a causal mask leaves."""
+        flops = layer_flops(self.scenario.model, self.scenario.workload, causal=True)
+        return self._rate(flops.training()) / self._peak
+
+    @property
+    def hfu(self) -> float:
+        """Hardware FLOPs utilisation: what is recomputed counts, full square."""
+        flops = layer_flops(self.scenario.model, self.scenario.workload)
+        return self._rate(flops.executed(self.scenario.plan)) / self._peak
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Tokens of a step over its time and GPUs."""
+        tokens = self.scenario.global_batch * self.scenario.workload.seq_len
+        return tokens / self.step_time_s / self.scenario.plan.gpus
+
+    # Memory
+
+    @lazy
+    def peak(self) -> metrics.Peak:
+        """The fullest rank, when, and by which task."""
+        return metrics.peak_memory(self.trace, self.static.total)
+
+    @property
+    def peak_memory_gib(self) -> float:
+        """What the allocator's peak counter would report on the fullest rank."""
+        return self.peak.bytes / GIB
+
+    @property
+    def peak_operator(self) -> str:
+        """The operator whose allocation makes the peak."""
+        return self._task_name(self.peak.task)
+
+    def _task_name(self, task: int | None) -> str:
+        if task is None:
+            return "weights, gradients and optimizer state"
+        piece = self.trace.piece_of(task)
+        label = piece.recording.outline.labels[task - piece.first_task]
+        where = f" of layer {piece.layer}" if piece.layer is not None else ""
+        return f"{label.name} ({label.part}){where}"
+
+    @lazy
+    def _outside(self) -> int:
+        return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
+
+    @property
+    def device_memory_gib(self) -> float:
+        """Peak with context, communicator buffers and reserve."""
+        return (self.peak.bytes + self._outside) / GIB
+
+    @property
+    def capacity_gib(self) -> float:
+        """Memory that the driver reports."""
+        return capacity(self.scenario.hardware) / GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device memory suffices."""
+        return self.device_memory_gib <= self.capacity_gib
+
+    @property
+    def out_of_memory_at(self) -> str | None:
+        """The operator at which memory runs out, if it does."""
+        if self.fits:
+            return None
+        limit = capacity(self.scenario.hardware) - self._outside
+        if self.static.total > limit:
+            return self._task_name(None)
+        return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, limit))
+
+    @property
+    def activation_bytes_per_layer(self) -> int:
+        """What one layer keeps for one micro-batch on the fullest rank, masks included."""
+        return self._saved("activation", "mask")
+
+    @property
+    def statistics_bytes_per_layer(self) -> int:
+        """Norm statistics and log-sum-exp kept beside them."""
+        return self._saved("norm statistics", "log-sum-exp")
+
+    def _saved(self, *categories: TensorKind) -> int:
+        kept = zip(self.numbers.template.program.saved, self.numbers.saved, strict=True)
+        return sum(size for saved, size in kept if saved.category in categories)
+
+    # Communication
+
+    @lazy
+    def collectives_per_layer(self) -> dict[str, dict[str, int]]:
+        """Number of collectives of one layer and micro-batch, by pass and kind."""
+        program = self.numbers.template.program
+        phases = {"forward": program.forward, "backward": program.backward}
+        return {
+            phase: dict(sorted(Counter(s.collective for s in steps if isinstance(s, Communication)).items()))
+            for phase, steps in phases.items()
+        }
+
+    @lazy
+    def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
+        """Bytes that one GPU sends in a step, by kind of collective."""
+        total: dict[str, int] = defaultdict(int)
+        for _, infos, count in self.trace.described():
+            for info in infos:
+                if info.collective:
+                    total[info.collective] += count * info.sent_bytes
+        return dict(sorted(total.items()))
+
+    # Tables and pictures
+
+    @lazy
+    def spans(self) -> pd.DataFrame:
+        """One row per span and rank; see `tables.spans_frame`."""
+        return tables.spans_frame(self.trace)
+
+    @lazy
+    def memory_curve(self) -> pd.DataFrame:
+        """Memory by category over time; see `tables.memory_frame`."""
+        return tables.memory_frame(self.trace, self.static.by_category())
+
+    @lazy
+    def operators(self) -> pd.DataFrame:
+        """Time of the first rank by operator; see `tables.operators_frame`."""
+        return tables.operators_frame(self.trace)
+
+    def plot_timeline(self, path: str | Path, **options: Any) -> None:
+        """Draw the lanes of the ranks; see `plots.plot_timeline`."""
+        from spsim import plots
+
+        plots.save(plots.plot_timeline(self, **options), Path(path))
+
+    def plot_memory(self, path: str | Path, **options: Any) -> None:
+        """Draw memory by category over time; see `plots.plot_memory`."""
+        from spsim import plots
+
+        plots.save(plots.plot_memory(self, **options), Path(path))
+
+    def to_chrome_trace(self, path: str | Path) -> None:
+        """Write a trace for Perfetto or chrome://tracing; see `export.chrome_trace`."""
+        from spsim.export import chrome_trace
+
+        chrome_trace.write_chrome_trace(self, Path(path))
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `run --json`."""
+        names = (
+            "step_time_s", "layer_forward_s", "layer_backward_s", "exposed_comm_s", "weight_sync_s", "mfu",
+            "mfu_causal", "hfu", "tflops_per_gpu", "tokens_per_s_per_gpu", "peak_memory_gib", "device_memory_gib",
+            "capacity_gib", "fits", "peak_operator", "out_of_memory_at", "activation_bytes_per_layer",
+            "statistics_bytes_per_layer", "comm_bytes_per_gpu_by_op", "collectives_per_layer",
+        )  # fmt: skip
+        scenario = self.scenario
+        return {
+            "scope": SCOPE,
+            "hardware": scenario.hardware.name,
+            "model": scenario.model.name,
+            "plan": scenario.plan.model_dump(),
+            "workload": scenario.workload.model_dump(),
+            "gpus": scenario.plan.gpus,
+            **{name: getattr(self, name) for name in names},
+            "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
+            "assumed": list(self.assumed),
+            "flagged": list(self.flagged),
+            "error_band": None if self.error_band is None else asdict(self.error_band),
+            "notes": list(scenario.notes),
+        }
+
+
+def _assumed_inputs(scenario: Scenario, program: Program) -> tuple[str, ...]:
+    hardware = scenario.hardware
+    compute, comm = cost_models(hardware, scenario.workload.precision)
+    used = {"memory"}
+    for step in program.steps:
+        if isinstance(step, Compute):
+            used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
+        else:
+            nodes = nodes_of(mesh_of(scenario.plan), (step.axis,), scenario.gpus_per_node, step.ranks)
+            used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
+    return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
