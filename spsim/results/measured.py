@@ -9,10 +9,10 @@ from typing import cast, get_args
 
 import numpy as np
 
-from spsim.errors import InputError
-from spsim.program.placement import Collective, sent_bytes
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording, TaskInfo
 from spsim.engine.trace import Phase, Stretch, Trace
+from spsim.errors import InputError
+from spsim.program.placement import Collective, sent_bytes
 from spsim.units import PS_PER_US
 
 

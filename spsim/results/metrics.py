@@ -8,9 +8,9 @@ from __future__ import annotations
 from itertools import accumulate, islice
 from typing import NamedTuple
 
-from spsim.results import measured
 from spsim.engine.recording import MemoryChange, Recording
 from spsim.engine.trace import Phase, Trace
+from spsim.results import measured
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
 
@@ -122,7 +122,11 @@ def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
     base = static
     if trace.overlapping:
         totals = accumulate((change.bytes for change in memory_changes(trace, rank)), initial=static)
-        tasks = (c.task for c, total in zip(memory_changes(trace, rank), islice(totals, 1, None), strict=True) if total > limit)
+        tasks = (
+            c.task
+            for c, total in zip(memory_changes(trace, rank), islice(totals, 1, None), strict=True)
+            if total > limit
+        )
         return next(tasks, None)
     for stretch in trace.stretches:
         recording, layers = stretch.recording, len(stretch.layers)

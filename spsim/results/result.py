@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from spsim.costs.collectives import CommCost
-from spsim.costs.kernels import ComputeCost
 from spsim.costs.flops import layer_flops
-from spsim.step.folding import OUTLASTS, Step, run_step
-from spsim.inputs.hardware import HardwareProfile
-from spsim.step.preparation import PreparedLayer, layer_program, prepared_layer
-from spsim.lazy import lazy
-from spsim.costs.static_memory import StaticMemory, capacity, outside_tensors, static_memory
-from spsim.program.operators import TensorKind
-from spsim.program.mesh import mesh_of, nodes_of
-from spsim.program.instructions import Communication, Compute, Program
-from spsim.engine.recording import TaskInfo
+from spsim.costs.models import cost_models
+from spsim.costs.static_memory import StaticMemory, capacity, outside_tensors
+from spsim.engine.trace import Trace
 from spsim.inputs.scenario import Scenario
-from spsim.step.schedule import task_info
+from spsim.lazy import lazy
+from spsim.program.instructions import Communication, Compute, Program
+from spsim.program.mesh import mesh_of, nodes_of
+from spsim.program.operators import TensorKind
 from spsim.program.sizes import Numbers
-from spsim.engine.trace import Piece, Trace
+from spsim.results import metrics, tables
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
+from spsim.step.preparation import layer_program
 from spsim.units import GIB, seconds
 
-from spsim.costs.models import cost_models
-from spsim.results import metrics, tables
 SCOPE = "layers"
 """What a step contains so far: the transformer layers of one pipeline stage."""
 
@@ -298,7 +290,7 @@ def _assumed_inputs(scenario: Scenario, program: Program) -> tuple[str, ...]:
     hardware = scenario.hardware
     compute, comm = cost_models(hardware, scenario.workload.precision)
     used = {"memory"}
-    for step in program.steps:
+    for step in program.instructions:
         if isinstance(step, Compute):
             used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
         else:

@@ -20,13 +20,13 @@ from math import sqrt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
-from spsim.program.placement import Collective
-from spsim.program.mesh import Axis, mesh_of, nodes_of
-from spsim.program.instructions import Communication, Program, Step
 from spsim.engine.recording import COMPUTE_LANE, Recording, TaskInfo
-from spsim.inputs.scenario import Scenario
 from spsim.engine.trace import Trace
+from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
+from spsim.inputs.scenario import Scenario
+from spsim.program.instructions import Communication, Program, Step
+from spsim.program.mesh import Axis, mesh_of, nodes_of
+from spsim.program.placement import Collective
 
 Classes = tuple[str, ...]
 """Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
