@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from spsim.costs.flops import layer_flops
 from spsim.costs.models import cost_models
@@ -23,6 +21,9 @@ from spsim.results import metrics, tables
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.preparation import layer_program
 from spsim.units import GIB, seconds
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCOPE = "layers"
 """What a step contains so far: the transformer layers of one pipeline stage."""
