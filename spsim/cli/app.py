@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -33,11 +36,27 @@ class _Unopened(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the command itself, which takes over from here."""
-        with ending_at_once():
+        with ending_at_once(), _without_threads():
             module = import_module(f"spsim.cli.commands.{self.name}")
         alone = typer.Typer(**_LOOK)
         alone.command(self.name)(module.command)
         return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    """numpy, where it is imported here, starts no threads for linear algebra: to start them takes longer than a command
+    computes with arrays. What is imported later, or by other processes, starts its own.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _print_version(asked: bool) -> None:

@@ -19,13 +19,16 @@ from spsim.errors import InputError
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""
 
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+"""Names stand as they are given."""
+
 
 def open_console() -> Console:
     """A console that wraps nothing where output is not a terminal."""
     if sys.stdout.isatty():
-        return Console(highlight=False, markup=False)
+        return Console(**_PLAIN)
     width = max(MIN_WIDTH, Console().width)
-    return Console(file=cast("IO[str]", _Unpadded()), width=width, highlight=False, markup=False)
+    return Console(file=cast("IO[str]", _Unpadded()), width=width, **_PLAIN)
 
 
 class _Unpadded:
