@@ -338,7 +338,7 @@ def test_usp_of_one_ulysses_rank_is_ring(kind):
     """With ulysses 1 there is no all-to-all, and its mesh axis leaves no trace."""
     plan = Plan(ring=4, ring_kind=kind)
     assert compiled({"ring": 4, "ulysses": 1}, plan) == compiled({"ring": 4}, plan)
-    assert not [c for c in communications(program(plan).steps) if c.axis != "ring"]
+    assert not [c for c in communications(program(plan).instructions) if c.axis != "ring"]
 
 
 ONE_RANK = [

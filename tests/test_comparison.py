@@ -93,7 +93,7 @@ def test_slowed_is_what_kernels_take_beyond_their_uncontended_time(account):
     """Uncontended durations of a layer are those of the cost model; the engine rounds up, once a kernel."""
     result = account.result
     cost = ComputeCost(result.scenario.hardware, result.scenario.workload.precision)
-    kernels = [step for step in result.program.steps if isinstance(step, Compute)]
+    kernels = [step for step in result.program.instructions if isinstance(step, Compute)]
     alone = sum(picoseconds(cost.duration(step.work[-1])) for step in kernels if step.work[-1])
     layers = result.scenario.model.layers
     measured = sum(account.step.get(name, 0) for name in (*OPERATOR_CLASSES, RECOMPUTATION))

@@ -421,7 +421,7 @@ def test_attention_of_another_type_has_its_own_curves():
 
 def kernels(plan, kind, **changes):
     """(part, work) of the kernels of one kind in a compiled layer, first ring position."""
-    steps = [step for step in program(plan, **changes).steps if isinstance(step, Compute)]
+    steps = [step for step in program(plan, **changes).instructions if isinstance(step, Compute)]
     return [(step.part, step.work[0]) for step in steps if isinstance(step.work[0], kind)]
 
 
@@ -482,7 +482,7 @@ def test_traffic_of_norms_and_residuals():
     unit = 2 * 256 * 256
 
     def traffic(operator, part, dropout):
-        steps = program("", dropout=dropout).steps
+        steps = program("", dropout=dropout).instructions
         found = [s for s in steps if isinstance(s, Compute) and (s.operator, s.part) == (operator, part)]
         return sum(step.work[0].bytes_moved for step in found) / unit
 

@@ -340,7 +340,7 @@ def outlasts(piece):
 def attention_flops(plan, degree, **changes):
     """Attention FLOPs of each ring position, forward and backward."""
     totals = defaultdict(int)
-    for step in program(plan, **changes).steps:
+    for step in program(plan, **changes).instructions:
         if isinstance(step, Compute) and any(isinstance(work, FlashAttention) for work in step.work):
             for rank in range(degree):
                 work = step.work[rank if len(step.work) > 1 else 0]

@@ -46,9 +46,9 @@ def data_dependencies(program):
     written = {}
     for layer, steps in instances(program):
         if layer > 0 and steps is program.forward:
-            written[layer, program.input.id] = written[layer - 1, program.output.id]
+            written[layer, program.inputs[0].id] = written[layer - 1, program.outputs[0].id]
         if layer < LAYERS - 1 and steps is program.backward:
-            written[layer, program.output_gradient.id] = written[layer + 1, program.input_gradient.id]
+            written[layer, program.output_gradients[0].id] = written[layer + 1, program.input_gradients[0].id]
         for task, step in enumerate(steps, first):
             for buffer in step.reads:
                 if (layer, buffer) in written:
@@ -66,7 +66,7 @@ def test_tasks_start_after_what_they_read_was_written(run):
     """On every rank, from the program's buffers alone."""
     found = result(**run)
     dependencies = set(data_dependencies(found.program))
-    assert len(dependencies) > len(found.program.steps)
+    assert len(dependencies) > len(found.program.instructions)
     for spans in spans_by_rank(found).values():
         assert all(spans[writer].end_ps <= spans[reader].posted_ps for writer, reader in dependencies)
 

@@ -90,15 +90,15 @@ def assert_equals_compilation(model, plan, workload):
     template = prepared_layer(model, plan, True).template
     numbers, program = template.at(workload), layer_program(model, plan, workload)
     index, kernels = template.index, kernels_of(template, numbers.values)
-    assert list(map(structure, template.program.steps)) == list(map(structure, program.steps))
-    for step in program.steps:
+    assert list(map(structure, template.program.instructions)) == list(map(structure, program.instructions))
+    for step in program.instructions:
         if isinstance(step, Communication):
             assert numbers.values[index.messages[step.id]] == step.message_bytes
         else:
             found = [kernels.pop(slot) if slot else None for slot in index.slots[step.id]]
             assert found == list(step.work)
     assert not kernels, "no kernel is left over"
-    buffers = [program.input, program.output_gradient, *(b for step in program.steps for b in step.writes)]
+    buffers = [*program.inputs, *program.output_gradients, *(b for step in program.instructions for b in step.writes)]
     assert {b.id: numbers.values[index.buffers[b.id]] for b in buffers} == {b.id: b.bytes for b in buffers}
     assert index.buffers.keys() == {buffer.id for buffer in buffers}
     assert numbers.saved == [saved.bytes for saved in program.saved]

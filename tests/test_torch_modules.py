@@ -246,7 +246,7 @@ def test_attention_is_one_kernel(b, s, heads, half):
     traced = trace_module(Attention(), (q, k, v))
     assert traced.flops == (4 * s * s * a * 16 * b, 10 * s * s * a * 16 * b)
     assert list(traced.operators["operator_class"]) == ["attention", "attention"]
-    works = [step.work[0] for step in traced.program("").steps]
+    works = [step.work[0] for step in traced.program("").instructions]
     assert [type(work) for work in works] == [FlashAttention, FlashAttention]
     assert [2 * work.flops for work in works] == list(traced.flops)
 
@@ -310,7 +310,7 @@ def test_kernels_have_the_flops_of_their_operators(name):
     """Each product by its m, n and k."""
     make, example = MODULES[name]
     traced = trace_module(make(), example())
-    products = sum(step.work[0].flops for step in traced.program("").steps if isinstance(step.work[0], Gemm))
+    products = sum(step.work[0].flops for step in traced.program("").instructions if isinstance(step.work[0], Gemm))
     assert products == traced.operators.query("operator_class == 'gemm'")["flops"].sum()
 
 
@@ -429,7 +429,7 @@ def moved(steps):
 
 
 def flops_of(program):
-    return sum(w.flops for step in program.steps if isinstance(step, Compute) for w in step.work if w)
+    return sum(w.flops for step in program.instructions if isinstance(step, Compute) for w in step.work if w)
 
 
 def reduced_weights(program):
@@ -630,7 +630,7 @@ def test_a_linear_without_a_partner_is_whole():
 
     for traced in (head, half(lambda: Residual(16, 16), 2, 8, 16)):
         program = traced.program("tp=4")
-        assert not moved(program.steps)
+        assert not moved(program.instructions)
         assert program.parameters == traced.parameters
         assert flops_of(program) == traced.flops.total
         assert 4 * flops_of(traced.program("tp=4,sequence_parallel")) == traced.flops.total

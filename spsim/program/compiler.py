@@ -17,12 +17,12 @@ from spsim.program.instructions import (
     Category,
     Communication,
     Compute,
+    Instruction,
     Part,
-    Phase,
     Program,
     Purpose,
     Saved,
-    Step,
+    Section,
     WeightSync,
 )
 from spsim.program.kernels import Kernels
@@ -71,6 +71,19 @@ def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
     return frozenset(op.name for op in operators if plan.recompute == "full" or op.mixes_positions)
 
 
+def _from_outside(operators: Sequence[Operator]) -> tuple[Tensor, ...]:
+    """Activations that no operator makes, in the order in which they are read."""
+    made = {output.tensor.name for op in operators for output in op.outputs}
+    read = (operand.tensor for op in operators for operand in op.activations)
+    return tuple({tensor.name: tensor for tensor in read if tensor.name not in made}.values())
+
+
+def _to_outside(operators: Sequence[Operator]) -> tuple[Tensor, ...]:
+    """Activations that no operator reads."""
+    read = {operand.tensor.name for op in operators for operand in op.inputs}
+    return tuple(o.tensor for op in operators for o in op.results if o.tensor.name not in read)
+
+
 class _Compiler:
     """State of one compilation: the steps so far, and which buffer holds which tensor in which layout."""
 
@@ -80,11 +93,10 @@ class _Compiler:
         self.mesh = mesh
         self.causal = causal
         self.rules = split_rules(plan)
-        self.entry = operators[0].activations[0].tensor
-        self.exit = operators[-1].results[0].tensor
-        # The layer input is placed as any output of an operator that does not mix positions.
-        source = Operator(self.entry.name, "elementwise", (), (Operand(self.entry, self.entry.dims),))
-        every = (source, *operators)
+        self.entries, self.exits = _from_outside(operators), _to_outside(operators)
+        # What comes from outside is placed as any output of an operator that does not mix positions.
+        sources = (Operator(entry.name, "elementwise", (), (Operand(entry, entry.dims),)) for entry in self.entries)
+        every = (*sources, *operators)
         self.splits: dict[str, Splits] = {op.name: operator_splits(op, self.rules, mesh) for op in every}
         self.kernels = {op.name: Kernels(op, self.splits[op.name], mesh) for op in operators}
         self.recomputed = self.to_recompute = recomputed(operators, plan)
@@ -92,8 +104,8 @@ class _Compiler:
         self.produced = {
             name: output_layout(output, self.splits[op.name]) for name, (op, output) in self.producers.items()
         }
-        self.phase: Phase = "forward"
-        self.steps: list[Step] = []
+        self.part: Part = "forward"
+        self.steps: list[Instruction] = []
         self.values: dict[Key, Buffer] = {}
         self.gradients: dict[str, list[tuple[Layout, Buffer]]] = defaultdict(list)
         self.collected: dict[str, Buffer] = {}
@@ -102,25 +114,29 @@ class _Compiler:
 
     def compile(self) -> Program:
         """Forward, then backward from the gradient of the layer output."""
-        entry = self._hold(self.entry, self.produced[self.entry.name], "forward")
+        entries = tuple(self._hold(entry, self.produced[entry.name], "forward") for entry in self.entries)
         for op in self.operators:
             self._run_forward(op, "forward")
-        forward, self.steps = tuple(self.steps), []
-        output = self.values[self.exit.name, self.produced[self.exit.name], "forward"]
-        output_gradient = self._buffer(f"{self.exit.name} gradient", output.bytes, "temporary")
-        self.gradients[self.exit.name].append((self.produced[self.exit.name], output_gradient))
+        forward, self.steps = Section(tuple(self.steps)), []
+        outputs = tuple(self.values[exit_.name, self.produced[exit_.name], "forward"] for exit_ in self.exits)
+        output_gradients = tuple(map(self._gradient_from_outside, self.exits, outputs))
         self._run_backward_pass()
         return Program(
-            forward=forward,
-            input_gradient=self.collected[self.entry.name],
-            backward=tuple(self.steps),
+            forward_sections=(forward,),
+            backward_sections=(Section(tuple(self.steps)),),
+            input_gradients=tuple(self.collected[entry.name] for entry in self.entries),
             saved=tuple(self._saved()),
             weight_sync=tuple(self._weight_sync()),
             parameters=self._parameters(),
-            input=entry,
-            output=output,
-            output_gradient=output_gradient,
+            inputs=entries,
+            outputs=outputs,
+            output_gradients=output_gradients,
         )
+
+    def _gradient_from_outside(self, tensor: Tensor, output: Buffer) -> Buffer:
+        buffer = self._buffer(f"{tensor.name} gradient", output.bytes, "temporary")
+        self.gradients[tensor.name].append((self.produced[tensor.name], buffer))
+        return buffer
 
     # Steps and buffers
 
@@ -163,7 +179,7 @@ class _Compiler:
         self.steps.append(
             Communication(
                 self._next_step(), operator, tensor.name, step.axis, step.collective, ranks, message, sent,
-                purpose, self.phase, (have.id,), (buffer,),
+                purpose, self.part, (have.id,), (buffer,),
             )
         )  # fmt: skip
         return buffer
@@ -234,8 +250,9 @@ class _Compiler:
 
     def _run_backward_pass(self) -> None:
         """A gradient moves to where its producer needs it as soon as its last summand is there."""
-        self.phase = "backward"
-        self._collect_gradient(self.exit)
+        self.part = "backward"
+        for exit_ in self.exits:
+            self._collect_gradient(exit_)
         last_summand = {o.tensor.name: op for op in reversed(self.operators) for o in op.activations}
         for op in reversed(self.operators):
             self._recompute_for(op)
@@ -251,7 +268,7 @@ class _Compiler:
         if op.name not in self.to_recompute:
             return
         self.to_recompute = frozenset()
-        self.phase = "recompute"
+        self.part = "recompute"
         again = [op for op in self.operators if op.name in self.recomputed]
         for op in again:
             for operand in op.activations:
@@ -266,7 +283,7 @@ class _Compiler:
             for operand in op.activations:
                 if op.name not in self.recomputed and operand.tensor.name in inside:
                     self._fetch_input(op, operand, "recompute")
-        self.phase = "backward"
+        self.part = "backward"
 
     def _run_backward(self, op: Operator) -> None:
         gradients = [self.collected[o.tensor.name] for o in op.results]
@@ -387,13 +404,22 @@ def categorise(program: Program) -> Program:
     def name(buffer: Buffer, kept_here: bool) -> Buffer:
         return replace(buffer, category="activations") if kept_here else buffer
 
-    entry = name(program.input, program.input.id in kept)
-    output_kept = entry.category == "activations" or program.output.id in kept
-    forward = tuple(
-        replace(
-            step,
-            writes=tuple(name(b, b.id in kept or (b.id == program.output.id and output_kept)) for b in step.writes),
+    inputs = tuple(name(entry, entry.id in kept) for entry in program.inputs)
+    chained = any(entry.category == "activations" for entry in inputs)
+    handed_on = {output.id for output in program.outputs} if chained else set()
+
+    def of_section(section: Section) -> Section:
+        return replace(
+            section,
+            instructions=tuple(
+                replace(step, writes=tuple(name(b, b.id in kept or b.id in handed_on) for b in step.writes))
+                for step in section.instructions
+            ),
         )
-        for step in program.forward
+
+    return replace(
+        program,
+        forward_sections=tuple(map(of_section, program.forward_sections)),
+        inputs=inputs,
+        outputs=tuple(name(output, output.id in kept or chained) for output in program.outputs),
     )
-    return replace(program, forward=forward, input=entry, output=name(program.output, output_kept))

@@ -1,4 +1,4 @@
-"""The program of one layer under a plan: kernels and collectives in issue order, without a clock.
+"""The program of one block under a plan: kernels and collectives in issue order, without a clock.
 
 What a step depends on is what it reads; memory lives from the step that writes a buffer to its last
 reader. `compiler` makes programs, `lowering` turns the gather of ring attention into an exchange.
@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import OperatorKind, TensorKind
 from spsim.program.placement import Collective, Layout
 from spsim.work import Work
 
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
-Phase = Literal["forward", "recompute", "backward"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
 Category = Literal["activations", "communication buffers", "temporary"]
 
@@ -58,14 +58,14 @@ class Communication:
     message_bytes: int
     sent_bytes: int
     purpose: Purpose
-    part: Phase
+    part: Part
     reads: tuple[int, ...]
     writes: tuple[Buffer, ...]
     issued_after: tuple[int, ...] = ()
     """Steps that must have ended, beyond those whose buffers it reads."""
 
 
-Step = Compute | Communication
+Instruction = Compute | Communication
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +90,52 @@ class WeightSync:
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """One layer, one micro-batch: layers chain from `output` to the next `input`, gradients back."""
+class Section:
+    """Instructions in a row that run `count` times, such as the equal steps of a ring."""
 
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
+    instructions: tuple[Instruction, ...]
+    count: int = 1
+    carried: tuple[tuple[int, int], ...] = ()
+    """(buffer that a run finds, buffer that it leaves in its place): the next run finds the latter as the former, and
+    what comes after the last run reads the latter.
+    """
+
+
+@dataclass(frozen=True)
+class Program:
+    """One block, one micro-batch: equal blocks chain from `outputs` to the next `inputs`, gradients back."""
+
+    forward_sections: tuple[Section, ...]
+    backward_sections: tuple[Section, ...]
     saved: tuple[Saved, ...]
     weight_sync: tuple[WeightSync, ...]
     parameters: int
-    """Of one layer on one rank."""
-    input: Buffer
-    output: Buffer
-    output_gradient: Buffer
-    input_gradient: Buffer
+    """Of one block on one rank."""
+    inputs: tuple[Buffer, ...]
+    outputs: tuple[Buffer, ...]
+    output_gradients: tuple[Buffer, ...]
+    input_gradients: tuple[Buffer, ...]
+
+    @lazy
+    def forward(self) -> tuple[Instruction, ...]:
+        """Of the forward pass in order of issue, sections that repeat written out."""
+        return unrolled(self.forward_sections)
+
+    @lazy
+    def backward(self) -> tuple[Instruction, ...]:
+        """The same of the backward pass."""
+        return unrolled(self.backward_sections)
 
     @property
-    def steps(self) -> tuple[Step, ...]:
-        """Forward and backward, in issue order."""
+    def instructions(self) -> tuple[Instruction, ...]:
+        """Forward and backward, in order of issue."""
         return self.forward + self.backward
 
     def saved_bytes(self, *categories: TensorKind) -> int:
-        """Bytes kept per layer and micro-batch on one rank, of the given categories."""
+        """Bytes kept per block and micro-batch on one rank, of the given categories."""
         return sum(saved.bytes for saved in self.saved if saved.category in categories)
+
+
+def unrolled(sections: tuple[Section, ...]) -> tuple[Instruction, ...]:
+    """The instructions of sections in order of issue."""
+    return tuple(instruction for section in sections for instruction in section.instructions)

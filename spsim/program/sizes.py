@@ -107,7 +107,7 @@ class Index:
     messages: dict[int, int]
     """Communication step -> position of its message."""
     slots: dict[int, tuple[int, ...]]
-    """Step -> slots of its durations: one, or one per position on the ring."""
+    """Instruction -> slots of its durations: one, or one per position on the ring."""
     saved: slice
     weight_sync: slice
     num_slots: int
@@ -115,13 +115,13 @@ class Index:
 
 def _numbers(program: Program) -> Iterator[int]:
     """Every size of a program, in one order."""
-    for step in program.steps:
+    for step in program.instructions:
         if isinstance(step, Compute):
             yield from (value for work in step.work if work is not None for value in _sizes(work).values())
         else:
             yield step.message_bytes
         yield from (buffer.bytes for buffer in step.writes)
-    yield from (program.input.bytes, program.output_gradient.bytes)
+    yield from (buffer.bytes for buffer in (*program.inputs, *program.output_gradients))
     yield from (saved.bytes for saved in program.saved)
     yield from (sync.elements for sync in program.weight_sync)
     yield program.parameters
@@ -152,7 +152,7 @@ def _index(program: Program) -> tuple[Index, list[list[Member]]]:
     slots: dict[int, tuple[int, ...]] = {}
     members: dict[type[Work], list[Member]] = defaultdict(list)
     position, slot = 0, 1
-    for step in program.steps:
+    for step in program.instructions:
         own: list[int] = []
         for work in step.work if isinstance(step, Compute) else ():
             own.append(0 if work is None else slot)
@@ -167,8 +167,9 @@ def _index(program: Program) -> tuple[Index, list[list[Member]]]:
         for buffer in step.writes:
             buffers[buffer.id] = position
             position += 1
-    buffers |= {program.input.id: position, program.output_gradient.id: position + 1}
-    saved = slice(position + 2, position + 2 + len(program.saved))
+    outside = (*program.inputs, *program.output_gradients)
+    buffers |= {buffer.id: position + place for place, buffer in enumerate(outside)}
+    saved = slice(position + len(outside), position + len(outside) + len(program.saved))
     sync = slice(saved.stop, saved.stop + len(program.weight_sync))
     index = Index(buffers, messages, slots, saved, sync, slot)
     return index, list(members.values())

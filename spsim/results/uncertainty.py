@@ -24,7 +24,7 @@ from spsim.engine.recording import COMPUTE_LANE, Recording, TaskInfo
 from spsim.engine.trace import Trace
 from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
 from spsim.inputs.scenario import Scenario
-from spsim.program.instructions import Communication, Program, Step
+from spsim.program.instructions import Communication, Instruction, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 
@@ -103,7 +103,7 @@ class Account:
             if trace.recordings[recording][0] == "weight_sync":
                 self.classes["weight_sync"] = [self._of_sync(task) for task in tasks]
 
-    def _of_step(self, step: Step) -> Classes:
+    def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
             return self._of_collective((step.axis,), step.collective, step.ranks)
         return (self.compute.class_of(next(work for work in step.work if work)),)

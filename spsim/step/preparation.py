@@ -48,7 +48,7 @@ class PreparedLayer:
         self.schedule = schedule_layer(
             self.template.program, plan, mesh_of(plan), fold=fold, weight_bytes=weight_bytes
         )  # fmt: skip
-        self.communications = [s for s in self.template.program.steps if isinstance(s, Communication)]
+        self.communications = [s for s in self.template.program.instructions if isinstance(s, Communication)]
         self.mesh = mesh_of(plan)
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
 

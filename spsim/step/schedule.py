@@ -29,7 +29,7 @@ from spsim.engine.engine import Meeting, RankProgram, Task
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
 from spsim.engine.trace import Phase
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import Buffer, Communication, Compute, Program, Step
+from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Program
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import Collective, sent_bytes
 
@@ -50,7 +50,7 @@ class Pass:
     """The forward or backward pass of one layer, or the synchronisation of weight gradients."""
 
     phase: Phase
-    steps: tuple[Step, ...]
+    steps: tuple[Instruction, ...]
     items: tuple[Item, ...]
     buffers: tuple[BufferUse, ...] = ()
     ids: tuple[int, ...] = ()
@@ -114,9 +114,9 @@ def schedule_layer(program: Program, plan: Plan, mesh: Mesh, *, fold: bool, weig
     """The passes of a layer under a plan; `fold` simulates identical ranks once."""
     roots = _roots(program)
     read_later = {roots[buffer] for step in program.backward for buffer in step.reads}
-    forward = _pass("forward", program.forward, plan, roots, (program.input,), read_later, program.output)
+    forward = _pass("forward", program.forward, plan, roots, program.inputs, read_later, program.outputs[0])
     inherited = _inherited(program, roots)
-    backward = _pass("backward", program.backward, plan, roots, inherited, set(), program.input_gradient)
+    backward = _pass("backward", program.backward, plan, roots, inherited, set(), program.input_gradients[0])
     syncs = tuple(_syncs(program, plan, weight_bytes))
     chain = tuple(
         Item("tp" if sync.axes == ("tp",) else "dp", sync.axes, needs=(index - 1,) if index else ())
@@ -134,7 +134,7 @@ def schedule_layer(program: Program, plan: Plan, mesh: Mesh, *, fold: bool, weig
 
 def _pass(
     phase: Phase,
-    steps: tuple[Step, ...],
+    steps: tuple[Instruction, ...],
     plan: Plan,
     roots: dict[int, int],
     inherited: Sequence[Buffer],
@@ -153,7 +153,7 @@ def _pass(
 # Issue order
 
 
-def _items(steps: Sequence[Step], plan: Plan) -> tuple[Item, ...]:
+def _items(steps: Sequence[Instruction], plan: Plan) -> tuple[Item, ...]:
     """The policy table: each step with its lane and what it waits for."""
     items: list[Item] = []
     place = {step.id: index for index, step in enumerate(steps)}
@@ -196,8 +196,8 @@ def _blocks(step: Communication, plan: Plan) -> bool:
 
 def _roots(program: Program) -> dict[int, int]:
     """Buffer -> the buffer whose memory it is."""
-    roots = {program.input.id: program.input.id, program.output_gradient.id: program.output_gradient.id}
-    for step in program.steps:
+    roots = {buffer.id: buffer.id for buffer in (*program.inputs, *program.output_gradients)}
+    for step in program.instructions:
         for buffer in step.writes:
             roots[buffer.id] = buffer.id if buffer.alias_of is None else roots[buffer.alias_of]
     return roots
@@ -205,14 +205,14 @@ def _roots(program: Program) -> dict[int, int]:
 
 def _inherited(program: Program, roots: dict[int, int]) -> tuple[Buffer, ...]:
     """What the backward pass finds: its gradient, and what it reads of the forward pass."""
-    own = {buffer.id for step in program.backward for buffer in step.writes} | {program.output_gradient.id}
+    own = {b.id for step in program.backward for b in step.writes} | {b.id for b in program.output_gradients}
     wanted = {roots[buffer] for step in program.backward for buffer in step.reads} - own
-    known = {b.id: b for b in (program.input, *(b for step in program.forward for b in step.writes))}
-    return (program.output_gradient, *(known[buffer] for buffer in sorted(wanted)))
+    known = {b.id: b for b in (*program.inputs, *(b for step in program.forward for b in step.writes))}
+    return (*program.output_gradients, *(known[buffer] for buffer in sorted(wanted)))
 
 
 def _buffer_uses(
-    steps: Sequence[Step], roots: dict[int, int], inherited: Sequence[Buffer], outlives: set[int]
+    steps: Sequence[Instruction], roots: dict[int, int], inherited: Sequence[Buffer], outlives: set[int]
 ) -> dict[int, BufferUse]:
     """Buffers of a pass by their number in the program, the inherited ones first."""
     readers: dict[int, list[int]] = defaultdict(list)
@@ -309,11 +309,11 @@ class _Peers:
         return tuple(Meeting((task, *edge), len(set(edge))) for edge in dict.fromkeys(edges))
 
 
-def _label(step: Step) -> TaskInfo:
+def _label(step: Instruction) -> TaskInfo:
     return replace(task_info(step), message_bytes=0, sent_bytes=0, flops=0)
 
 
-def task_info(step: Step, layer: int | None = None, micro_batch: int | None = None) -> TaskInfo:
+def task_info(step: Instruction, layer: int | None = None, micro_batch: int | None = None) -> TaskInfo:
     """What the task of a step is."""
     if isinstance(step, Compute):
         flops = sum(work.flops for work in step.work if work) // len(step.work)

@@ -162,7 +162,7 @@ def _communication(program: Program, op: Operator) -> list[InsertedCommunication
     """Collectives inserted for an operator, counted."""
     counts: Counter[tuple[str, str, str, str]] = Counter(
         (step.part, step.collective, step.axis, step.purpose)
-        for step in program.steps
+        for step in program.instructions
         if isinstance(step, Communication) and step.operator == op.name
     )
     return [InsertedCommunication(*key, count) for key, count in counts.items()]

@@ -137,7 +137,7 @@ def _operator(case: Case, operator: str) -> str:
 def expected_calls(case: Case, dtype: torch.dtype) -> Calls:
     """The collectives that the simulator derives, in issue order."""
     by_axis: Calls = defaultdict(list)
-    for step in case.program.steps:
+    for step in case.program.instructions:
         if isinstance(step, Communication):
             message = step.message_bytes * dtype.itemsize // SIMULATED.itemsize
             by_axis[step.axis].append((step.collective, message, step.ranks, step.part))

@@ -113,7 +113,7 @@ def _kernel(name: str) -> tuple[str, bool]:
 SHAPES = {
     _shape(work)
     for case in CASES
-    for step in layer_program(case.model, Plan(), case.workload).steps
+    for step in layer_program(case.model, Plan(), case.workload).instructions
     if isinstance(step, Compute)
     for work in step.work
     if work

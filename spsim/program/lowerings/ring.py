@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import Buffer, Category, Communication, Compute, Phase, Program, Purpose, Step
+from spsim.program.instructions import (
+    Buffer,
+    Category,
+    Communication,
+    Compute,
+    Instruction,
+    Part,
+    Program,
+    Purpose,
+    Section,
+)
 from spsim.program.kernels import Kernels
 from spsim.program.mesh import Mesh
 from spsim.work import Direction, FlashAttention, MemoryBound, Work
@@ -49,7 +59,11 @@ def ring_blocks(tokens: int, degree: int, step: int, *, causal: bool, cut: str) 
 def lower_ring(program: Program, plan: Plan, mesh: Mesh, attention: Kernels, *, causal: bool) -> Program:
     """Ring attention as steps and messages; `attention` holds the kernels of the core attention operator."""
     lowering = _RingLowering(program, plan, mesh, attention, causal)
-    return replace(program, forward=lowering.lower(program.forward), backward=lowering.lower(program.backward))
+    return replace(
+        program,
+        forward_sections=(Section(lowering.lower(program.forward)),),
+        backward_sections=(Section(lowering.lower(program.backward)),),
+    )
 
 
 class _RingLowering:
@@ -60,16 +74,16 @@ class _RingLowering:
         self.kernels = attention
         self.name = attention.operator.name
         self.keys_and_values = {operand.tensor.name for operand in attention.operator.inputs[1:]}
-        self.num_steps = 1 + max(step.id for step in program.steps)
+        self.num_steps = 1 + max(step.id for step in program.instructions)
         self.num_buffers = 1 + max(
             buffer.id
             for buffer in (
-                program.input, program.output_gradient, *(b for step in program.steps for b in step.writes)
+                *program.inputs, *program.output_gradients, *(b for step in program.instructions for b in step.writes)
             )
         )  # fmt: skip
-        self.steps: list[Step] = []
+        self.steps: list[Instruction] = []
 
-    def lower(self, steps: Sequence[Step]) -> tuple[Step, ...]:
+    def lower(self, steps: Sequence[Instruction]) -> tuple[Instruction, ...]:
         """One phase of the program with each gathered attention replaced."""
         self.steps = []
         gathers: list[Communication] = []
@@ -88,7 +102,7 @@ class _RingLowering:
     def _moves_keys(self, step: Communication) -> bool:
         return step.axis == "ring" and step.tensor in self.keys_and_values
 
-    def _scatters(self, steps: Sequence[Step]) -> list[Communication]:
+    def _scatters(self, steps: Sequence[Instruction]) -> list[Communication]:
         return [
             step
             for step in steps
@@ -102,7 +116,7 @@ class _RingLowering:
         category: Category = "communication buffers" if received else "temporary"
         return Buffer(self.num_buffers - 1, tensor, size, category, alias_of)
 
-    def _add(self, step: Step) -> None:
+    def _add(self, step: Instruction) -> None:
         self.steps.append(replace(step, id=self.num_steps))
         self.num_steps += 1
 
@@ -112,7 +126,7 @@ class _RingLowering:
         size: int,
         reads: tuple[int, ...],
         purpose: Purpose,
-        phase: Phase,
+        phase: Part,
         after: tuple[int, ...],
     ) -> tuple[int, ...]:
         """Send to the next rank and receive from the previous one; returns what arrived."""
@@ -165,7 +179,7 @@ class _RingLowering:
         running = self._buffer(context.tensor, FP32_PER_BF16 * context.bytes)
         keys, size = self._local_keys(gathers)
         queries = tuple(b for b in compute.reads if b not in {w.id for g in gathers for w in g.writes})
-        phase: Phase = "recompute" if compute.part == "recompute" else "forward"
+        phase: Part = "recompute" if compute.part == "recompute" else "forward"
         previous = self._last_kernel()
         for step in range(self.degree):
             arriving = keys

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spsim.program.instructions import Phase
+from spsim.program.instructions import Part
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective
@@ -50,7 +50,7 @@ def recomputation() -> Iterator[None]:
         _recomputing.reset(token)
 
 
-def _phase() -> Phase:
+def _phase() -> Part:
     if _recomputing.get():
         return "recompute"
     return "forward" if torch._C._current_graph_task_id() == -1 else "backward"
@@ -69,7 +69,7 @@ class CollectiveCall:
     axis: Axis
     message_bytes: int
     ranks: int
-    phase: Phase
+    phase: Part
 
 
 _COLLECTIVES: dict[str, Collective] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from spsim.errors import InputError
 from spsim.program.compiler import categorise
-from spsim.program.instructions import Buffer, Compute, Part, Program, Saved
+from spsim.program.instructions import Buffer, Compute, Part, Program, Saved, Section
 from spsim.program.operators import TensorKind
 from spsim.pytorch.modules.costs import kernels, operator_class
 from spsim.pytorch.modules.tape import Call, Tape, Value
@@ -69,9 +69,11 @@ class _Program:
         gradients = [value for value in tape.input_gradients if value is not None]
         return categorise(
             Program(
-                forward=tuple(forward), backward=tuple(backward), saved=tuple(saved(tape)), weight_sync=(),
-                parameters=tape.trainable, input=self.input, output=self._first(tape.outputs, self.input),
-                output_gradient=self.output_gradient, input_gradient=self._first(gradients, self.output_gradient),
+                forward_sections=(Section(tuple(forward)),), backward_sections=(Section(tuple(backward)),),
+                saved=tuple(saved(tape)), weight_sync=(), parameters=tape.trainable,
+                inputs=(self.input,), outputs=(self._first(tape.outputs, self.input),),
+                output_gradients=(self.output_gradient,),
+                input_gradients=(self._first(gradients, self.output_gradient),),
             )
         )  # fmt: skip
 

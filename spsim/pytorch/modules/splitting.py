@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import Communication, Compute, Program, Step
+from spsim.program.instructions import Communication, Compute, Instruction, Program, Section
 from spsim.program.layer import program_of
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator, operator_splits
@@ -26,15 +26,20 @@ def split_program(operators: Sequence[Operator], plan: Plan, *, causal: bool, in
     program = program_of(operators, plan, causal=causal)
     if not input_gradient:
         program = _without_input_gradient(program, {op.name for op in operators if op.weights})
-    forward, backward = (tuple(map(_as_torch, steps)) for steps in (program.forward, program.backward))
+    passes = (program.forward_sections, program.backward_sections)
+    forward, backward = (tuple(map(_sections_as_torch, sections)) for sections in passes)
     handed_on = Compute(
-        1 + max(step.id for step in program.steps), "input", "elementwise", "backward", (None,),
-        (program.input_gradient.id,), (),
+        1 + max(step.id for step in program.instructions), "input", "elementwise", "backward", (None,),
+        tuple(gradient.id for gradient in program.input_gradients), (),
     )  # fmt: skip
-    return replace(program, forward=forward, backward=(*backward, handed_on))
+    return replace(program, forward_sections=forward, backward_sections=(*backward, Section((handed_on,))))
 
 
-def _as_torch(step: Step) -> Step:
+def _sections_as_torch(section: Section) -> Section:
+    return replace(section, instructions=tuple(map(_as_torch, section.instructions)))
+
+
+def _as_torch(step: Instruction) -> Instruction:
     if isinstance(step, Communication):
         return step
     if step.operator == OUTPUT:  # nothing runs: the caller gets the buffer
@@ -45,7 +50,7 @@ def _as_torch(step: Step) -> Step:
 def _without_input_gradient(program: Program, with_weights: set[str]) -> Program:
     """Drop, from the last on, what writes nothing that is read and sums no gradient of a weight."""
     read: set[int] = set()
-    kept: list[Step] = []
+    kept: list[Instruction] = []
     for step in reversed(program.backward):
         sums = isinstance(step, Compute) and (
             step.part == "wgrad" or (step.part == "backward" and step.operator in with_weights)
@@ -53,7 +58,7 @@ def _without_input_gradient(program: Program, with_weights: set[str]) -> Program
         if sums or any(buffer.id in read for buffer in step.writes):
             read |= set(step.reads)
             kept.append(step)
-    return replace(program, backward=tuple(kept[::-1]), input_gradient=program.output_gradient)
+    return replace(program, backward_sections=(Section(tuple(kept[::-1])),), input_gradients=program.output_gradients)
 
 
 def _check_divisibility(operators: Sequence[Operator], plan: Plan, causal: bool) -> None:

@@ -113,7 +113,7 @@ class TracedResult(Result):
     @property
     def hfu(self) -> float:
         """Hardware FLOPs utilisation: what is recomputed counts, and what the ranks compute each for itself."""
-        steps = (step for step in self.compiled.steps if isinstance(step, Compute))
+        steps = (step for step in self.compiled.instructions if isinstance(step, Compute))
         executed = sum(work.flops for step in steps for work in step.work if work) * self.scenario.plan.gpus
         return self.mfu * executed / self._kernel_flops
 
