@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -12,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import spsim
-from spsim.interrupts import ending_at_once
+from spsim.cli.loading import loading
 
 COMMANDS = {
     "run": "Simulate one scenario.",
@@ -36,27 +34,15 @@ class _Unopened(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the command itself, which takes over from here."""
-        with ending_at_once(), _without_threads():
-            module = import_module(f"spsim.cli.commands.{self.name}")
         alone = typer.Typer(**_LOOK)
-        alone.command(self.name)(module.command)
+        alone.command(self.name)(_loaded(f"spsim.cli.commands.{self.name}").command)
         return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
 
 
-@contextmanager
-def _without_threads() -> Iterator[None]:
-    """numpy, where it is imported here, starts no threads for linear algebra: to start them takes longer than a command
-    computes with arrays. What is imported later, or by other processes, starts its own.
-    """
-    name = "OPENBLAS_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
+@cache
+def _loaded(module: str) -> Any:
+    with loading():
+        return import_module(module)
 
 
 def _print_version(asked: bool) -> None:
