@@ -8,7 +8,7 @@ from rich.table import Table
 
 from spsim.report.table import table
 from spsim.report.words import band, collective_counts, figure, missed, size, time
-from spsim.results.result import SCOPE, Result
+from spsim.results.result import Result
 from spsim.results.tables import operator_rows
 from spsim.units import GIB, MIB
 
@@ -34,7 +34,7 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     yield (
         "step time",
         time(result.step_time_s),
-        f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[SCOPE]}",
+        f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[result.scope]}",
     )
     yield "layer forward", time(result.layer_forward_s), collective_counts(counts["forward"])
     yield "layer backward", time(result.layer_backward_s), collective_counts(counts["backward"])

@@ -36,7 +36,7 @@ from spsim.inputs.profiles import load_profile
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
 from spsim.program.operators import OPERATOR_CLASSES
-from spsim.results.result import SCOPE, Result
+from spsim.results.result import SCHEMA_VERSION, Result
 from spsim.simulation import simulate
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
 
@@ -223,7 +223,7 @@ class PlanAccount:
     def to_json(self) -> dict[str, Any]:
         """Figures of `run --json`, and the parts as whole picoseconds and bytes."""
         figures = self.result.to_json()
-        common = ("scope", "hardware", "model", "workload", "assumed", "notes")
+        common = ("schema_version", "scope", "hardware", "model", "workload", "assumed", "notes")
         return {
             "name": self.name,
             "plan_text": self.text,
@@ -305,7 +305,8 @@ class PlanComparison:
         """The document of `compare --json`."""
         scenario = self.accounts[0].result.scenario
         return {
-            "scope": SCOPE,
+            "schema_version": SCHEMA_VERSION,
+            "scope": self.accounts[0].result.scope,
             "hardware": scenario.hardware.name,
             "model": scenario.model.name,
             "workload": scenario.workload.model_dump(),
