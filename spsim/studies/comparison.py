@@ -72,9 +72,7 @@ def pass_time(result: Result, phase: str, *, layer: int = 0, micro_batch: int = 
 
 def step_time(result: Result) -> Parts:
     """Picoseconds of the step by part."""
-    import pandas as pd
-
-    return _window_parts(result, pd.Series(True, index=result.spans.index))
+    return _window_parts(result, result.spans["rank"].notna())
 
 
 def peak_memory(result: Result) -> Parts:
