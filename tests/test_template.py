@@ -13,8 +13,9 @@ from spsim.inputs.plan import parse_plan
 from spsim.inputs.rules import check_shapes, sequence_unit
 from spsim.inputs.workload import Workload
 from spsim.program.instructions import Communication, Compute
+from spsim.program.layer import layer_program
 from spsim.program.mesh import mesh_of
-from spsim.step.preparation import layer_program, prepared_layer
+from spsim.step.preparation import prepared_layer
 from spsim.units import picoseconds
 from tests.cases import A100, H100, random_plans, scenario
 
