@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim.inputs.plan import Plan
-from spsim.program.mesh import AXES, Mesh, mesh_of
+from spsim.program.mesh import AXES, Mesh, mesh_of, nodes_of
 from spsim.program.placement import (
     PARTIAL,
     REPLICATE,
@@ -269,6 +269,38 @@ def test_groups_are_slices_of_the_grid(degrees, axes):
         assert tuple(mesh.coordinate(rank, axis) for axis in AXES) == index
         group = grid[tuple(slice(None) if axis in axes else i for axis, i in zip(AXES, index, strict=True))]
         assert mesh.group(rank, tuple(axes)) == tuple(np.ravel(group))
+        assert mesh.first(rank, tuple(axes)) == np.min(group)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(DEGREES, st.sets(st.sampled_from(AXES)))
+def test_every_group_is_named_once(degrees, axes):
+    """In order of first ranks; together they are all ranks."""
+    mesh = Mesh(degrees)
+    groups = list(mesh.groups(tuple(axes)))
+    assert groups == list(dict.fromkeys(mesh.group(rank, tuple(axes)) for rank in range(mesh.ranks)))
+    assert {len(group) for group in groups} == {mesh.size(tuple(axes))}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(DEGREES, st.sampled_from(AXES))
+def test_neighbours_stand_beside_a_rank_in_its_group(degrees, axis):
+    mesh = Mesh(degrees)
+    for rank in range(mesh.ranks):
+        group = mesh.group(rank, (axis,))
+        here = group.index(rank)
+        assert mesh.neighbours(rank, axis) == (group[here - 1], group[(here + 1) % len(group)])
+
+
+def test_a_mesh_of_any_size_costs_the_same():
+    """2^48 ranks: nothing is enumerated that was not asked for."""
+    mesh = Mesh(dict.fromkeys(("ring", "ulysses", "tp"), 2**16))
+    last = mesh.ranks - 1
+    assert mesh.first(last, ("ulysses",)) == last - 2**32 + 2**16
+    assert mesh.neighbours(last, "ring") == (last - 2**32, 2**32 - 1)
+    assert len(mesh.group(last, ("tp",))) == len(next(iter(mesh.groups(("tp",))))) == 2**16
+    assert nodes_of(mesh, ("ring", "tp"), 8) == 2**29
+    assert nodes_of(mesh, ("ulysses",), 72) == 2**16
 
 
 def test_consecutive_ranks_differ_in_tp():

@@ -374,8 +374,7 @@ class _Compiler:
                 partial = tuple(axis for axis, placement in layout if isinstance(placement, Partial))
                 outer = tuple(axis for axis in partial if axis != "tp")
                 if outer:
-                    ranks = Mesh({axis: self.mesh.degree(axis) for axis in outer}).ranks
-                    yield WeightSync(weight.tensor.name, outer, ranks, elements)
+                    yield WeightSync(weight.tensor.name, outer, self.mesh.size(outer), elements)
                 copies = self.mesh.degree("tp") if "tp" in partial else self._copies(weight.tensor, layout)
                 if copies > 1:
                     yield WeightSync(weight.tensor.name, ("tp",), copies, elements)
