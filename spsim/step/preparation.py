@@ -27,7 +27,7 @@ from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.operators import Operator, operator_splits
 from spsim.program.placement import Collective
-from spsim.program.sizes import Numbers, Template
+from spsim.program.sizes import Numbers, Template, every_workload
 from spsim.program.strategies import split_rules
 from spsim.step.schedule import schedule_layer
 from spsim.units import PS_PER_S, picoseconds
@@ -56,11 +56,9 @@ def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Pr
 @lru_cache(maxsize=1024)
 def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedLayer:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    template = Template(
-        lambda workload: layer_program.__wrapped__(model, plan, workload.model_copy(update={"precision": precision})),
-        sequence_unit(model, plan),
-    )
-    return PreparedLayer(template, plan, fold, ELEMENT_BYTES[precision])
+    unit = sequence_unit(model, plan)
+    program = layer_program.__wrapped__(model, plan, every_workload(unit, precision))
+    return PreparedLayer(Template(program, unit), plan, fold, ELEMENT_BYTES[precision])
 
 
 class PreparedLayer:

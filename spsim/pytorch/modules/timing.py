@@ -148,7 +148,7 @@ def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, pl
     """
     scenario = _scenario(tape, hardware, plan)
     precision = scenario.workload.precision
-    layer = PreparedLayer(Template(lambda _: program, 1), plan, fold=True)
+    layer = PreparedLayer(Template(program, 1), plan, fold=True)
     syncs = (replace(sync, itemsize=ELEMENT_BYTES[precision]) for sync in layer.schedule.syncs)
     layer.schedule = replace(layer.schedule, syncs=tuple(syncs))
     numbers = layer.template.at(Workload(seq_len=1))
