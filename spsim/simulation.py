@@ -10,9 +10,10 @@ from spsim.costs.static_memory import static_memory
 from spsim.engine.recording import TaskInfo
 from spsim.engine.trace import Piece, Trace
 from spsim.inputs.scenario import Scenario
+from spsim.program.assembly import layer_program
 from spsim.results.result import Result
 from spsim.step.folding import OUTLASTS, Step, run_step
-from spsim.step.preparation import PreparedLayer, layer_program, prepared_layer
+from spsim.step.preparation import PreparedLayer, prepared_layer
 from spsim.step.schedule import task_info
 
 

@@ -13,10 +13,11 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.rules import check_shapes, sequence_unit
 from spsim.inputs.workload import Workload
+from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import mesh_of
 from spsim.program.sizes import Template, every_workload
-from spsim.step.preparation import layer_program, prepared_layer
+from spsim.step.preparation import prepared_layer
 from spsim.units import picoseconds
 from tests.cases import A100, H100, random_plans, scenario
 

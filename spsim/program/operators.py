@@ -13,12 +13,12 @@ width, g gate and up projection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
-from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, Shard
+from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from spsim.program.strategies import SplitRule
 from spsim.work import MemoryBoundKernel
 
@@ -49,19 +49,14 @@ class Operand:
     tensor: Tensor
     subscript: tuple[str, ...]
 
-    @property
-    def needs_grad(self) -> bool:
-        """Activations and weights have gradients; masks, statistics and constants do not."""
-        return self.tensor.kind in ("activation", "weight")
-
     def placement(self, split: str | None, otherwise: Placement) -> Placement:
         """Placement on an axis where the operator is split along `split`."""
-        if split is not None and split in self.subscript:
-            return Shard(self.tensor.dims[self.subscript.index(split)])
-        return otherwise if split is not None else REPLICATE
+        if split is None:
+            return REPLICATE
+        return shard(self.tensor.dims[self.subscript.index(split)]) if split in self.subscript else otherwise
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Operator:
     """One operator of the layer, written once for all plans."""
 
@@ -79,7 +74,7 @@ class Operator:
     kernel: MemoryBoundKernel | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
 
-    @property
+    @lazy
     def extents(self) -> dict[str, int]:
         """Global size of each dimension; K and V may have fewer heads than the operator."""
         sizes: dict[str, int] = {}
@@ -94,24 +89,24 @@ class Operator:
         """Core attention: the key positions are among its dimensions."""
         return "j" in self.extents
 
-    @property
+    @lazy
     def contracted(self) -> frozenset[str]:
         """Dimensions on the left and not on the right, along which the operator is linear."""
         left = {dim for operand in self.inputs for dim in operand.subscript if not dim.startswith(LAGGED)}
         right = {dim for operand in self.outputs for dim in operand.subscript}
         return frozenset(left - right - self.mixes)
 
-    @property
+    @lazy
     def activations(self) -> tuple[Operand, ...]:
         """Inputs that are activations."""
         return tuple(operand for operand in self.inputs if operand.tensor.kind == "activation")
 
-    @property
+    @lazy
     def weights(self) -> tuple[Operand, ...]:
         """Inputs that are weights."""
         return tuple(operand for operand in self.inputs if operand.tensor.kind == "weight")
 
-    @property
+    @lazy
     def results(self) -> tuple[Operand, ...]:
         """Outputs that other operators read, without masks and statistics."""
         return tuple(operand for operand in self.outputs if operand.tensor.kind == "activation")
@@ -125,17 +120,7 @@ class Operator:
     def split(self, rule: SplitRule) -> str | None:
         """The dimension along which a rule splits this operator: the first that it has and does not mix."""
         candidates = rule.position_mixing if self.mixes_positions else rule.token_wise
-        extents = self.extents
-        return next((dim for dim in candidates if dim in extents and dim not in self.mixes), None)
-
-    def local_sizes(self, splits: Sequence[tuple[int, str | None]]) -> dict[str, int]:
-        """Size of each dimension on one rank, for (degree, dimension) of each axis."""
-        sizes = self.extents
-        parts = dict.fromkeys(sizes, 1)
-        for degree, dim in splits:
-            if dim is not None:
-                parts[dim] *= degree
-        return {dim: -(-size // parts[dim]) for dim, size in sizes.items()}
+        return next((dim for dim in candidates if dim in self.extents and dim not in self.mixes), None)
 
 
 Splits = tuple[tuple[Axis, str | None], ...]
@@ -163,7 +148,7 @@ def output_gradient_layout(operand: Operand, splits: Splits) -> Layout:
 
 
 def _layout(operand: Operand, splits: Splits, otherwise: Placement) -> Layout:
-    return tuple((axis, operand.placement(dim, otherwise)) for axis, dim in splits)
+    return tuple([(axis, operand.placement(dim, otherwise)) for axis, dim in splits])
 
 
 def operator_splits(operator: Operator, rules: dict[Axis, SplitRule], mesh: Mesh) -> Splits:

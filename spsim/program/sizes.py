@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from spsim.inputs.workload import Precision, Workload
 from spsim.program.instructions import Compute, Program
+from spsim.units import KIB
 from spsim.work import Work
 
 Vector = npt.NDArray[np.int64]
@@ -75,6 +76,11 @@ class Template:
         basis = (1, x, x * x, b, x * b, x * x * b)
         number = np.int64 if basis[-1] * self._total < 2**62 else object
         return Numbers(self, self.coefficients.astype(number, copy=False) @ np.array(basis, dtype=number))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, about."""
+        return KIB * len(self.program.instructions) + 256 * self.index.num_slots + self.coefficients.nbytes
 
     @cached_property
     def _total(self) -> float:

@@ -15,13 +15,13 @@ from spsim.costs.static_memory import StaticMemory, capacity, outside_tensors
 from spsim.engine.trace import Trace
 from spsim.inputs.scenario import Scenario
 from spsim.lazy import lazy
+from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import mesh_of, nodes_of
 from spsim.program.operators import TensorKind
 from spsim.program.sizes import Numbers
 from spsim.results import metrics, tables
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
-from spsim.step.preparation import layer_program
 from spsim.units import GIB, seconds
 
 SCOPE = "layers"

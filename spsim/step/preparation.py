@@ -17,48 +17,22 @@ from spsim.engine.recording import Integers
 from spsim.engine.trace import Phase
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
-from spsim.program.blocks.transformer import transformer_layer
-from spsim.program.compiler import compile_program
-from spsim.program.instructions import Communication, Program
-from spsim.program.kernels import Kernels
-from spsim.program.lowerings.ring import lower_ring
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.program.assembly import layer_template
+from spsim.program.instructions import Communication
 from spsim.program.mesh import Axis, mesh_of, nodes_of
-from spsim.program.operators import Operator, operator_splits
 from spsim.program.placement import Collective
-from spsim.program.sizes import Numbers, Template, every_workload
-from spsim.program.strategies import split_rules
+from spsim.program.sizes import Numbers, Template
 from spsim.step.schedule import schedule_layer
 from spsim.units import PS_PER_S, picoseconds
 
 PASSES: tuple[Phase, ...] = ("forward", "backward")
 
 
-@lru_cache(maxsize=256)
-def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer of a model."""
-    return program_of(transformer_layer(model, workload), plan, causal=model.causal)
-
-
-def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Program:
-    """The program of some operators, ring attention lowered to its exchange where the plan says p2p."""
-    mesh = mesh_of(plan)
-    program = compile_program(operators, plan, mesh, causal=causal)
-    if plan.ring == 1 or plan.ring_kind != "p2p":
-        return program
-    for attention in (op for op in operators if op.kind == "attention"):
-        kernels = Kernels(attention, operator_splits(attention, split_rules(plan), mesh), mesh)
-        program = lower_ring(program, plan, mesh, kernels, causal=causal)
-    return program
-
-
 @lru_cache(maxsize=1024)
 def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedLayer:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    unit = sequence_unit(model, plan)
-    program = layer_program.__wrapped__(model, plan, every_workload(unit, precision))
-    return PreparedLayer(Template(program, unit), plan, fold, ELEMENT_BYTES[precision])
+    return PreparedLayer(layer_template(model, plan, precision), plan, fold, ELEMENT_BYTES[precision])
 
 
 class PreparedLayer:
