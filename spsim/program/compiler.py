@@ -30,7 +30,6 @@ from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
 from spsim.program.region import Move, Region
 from spsim.program.strategies import split_rules
-from spsim.program.weights import parameters, weight_syncs
 from spsim.work import MemoryBound, Work
 
 Key = tuple[str, Layout, str]
@@ -90,8 +89,8 @@ class _Compiler:
             backward_sections=(Section(tuple(self.instructions)),),
             input_gradients=tuple(self.collected[entry.name] for entry in self.region.entries),
             saved=tuple(self._kept()),
-            weight_sync=tuple(weight_syncs(self.operators, self.region.mesh)),
-            parameters=parameters(self.operators),
+            weight_sync=self.region.weight_syncs,
+            parameters=self.region.parameters,
             inputs=entries,
             outputs=outputs,
             output_gradients=output_gradients,
@@ -296,6 +295,8 @@ class _Compiler:
 
     def _sum(self, tensor: Tensor, layout: Layout, buffers: list[Buffer]) -> Buffer:
         """n - 1 additions, as autograd accumulates a tensor with n consumers."""
+        if len(buffers) == 1:
+            return buffers[0]
         total, name = buffers[0], f"{tensor.name} gradient"
         for other in buffers[1:]:
             size = self.region.bytes_of(tensor, layout)

@@ -33,12 +33,12 @@ class Kernels:
     def matrices(self) -> tuple[PlacedOperand, ...]:
         """Weights that are multiplied, not added."""
         contracted = self.operator.contracted
-        return tuple([w for w in self.placed.weights if not contracted.isdisjoint(w.operand.subscript)])
+        return tuple([w for w in self.placed.weights if not contracted.isdisjoint(w.subscript)])
 
     @lazy
     def vectors(self) -> tuple[PlacedOperand, ...]:
         """Weights that are added or scaled by: biases and norm weights."""
-        return tuple([w for w in self.placed.weights if w not in self.matrices])
+        return tuple([w for w in self.placed.weights if self.operator.contracted.isdisjoint(w.subscript)])
 
     def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""

@@ -14,6 +14,7 @@ width, g gate and up projection.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 from spsim.lazy import lazy
@@ -48,12 +49,6 @@ class Operand:
 
     tensor: Tensor
     subscript: tuple[str, ...]
-
-    def placement(self, split: str | None, otherwise: Placement) -> Placement:
-        """Placement on an axis where the operator is split along `split`."""
-        if split is None:
-            return REPLICATE
-        return shard(self.tensor.dims[self.subscript.index(split)]) if split in self.subscript else otherwise
 
 
 @dataclass(frozen=True)
@@ -127,28 +122,26 @@ Splits = tuple[tuple[Axis, str | None], ...]
 """(axis, dimension or None) for each axis of the mesh, outer to inner."""
 
 
-def input_layout(operand: Operand, splits: Splits) -> Layout:
-    """How an operand must arrive: sharded where it has the dimension, whole otherwise."""
-    return _layout(operand, splits, REPLICATE)
+def arriving(operand: Operand, splits: Splits) -> Layout:
+    """How an input, or the gradient of an output, must arrive: sharded where it has the dimension, whole otherwise."""
+    return _layout(operand.tensor.dims, operand.subscript, splits, REPLICATE)
 
 
-def output_layout(operand: Operand, splits: Splits) -> Layout:
-    """How an output leaves: a partial sum where the split dimension is contracted."""
-    return _layout(operand, splits, PARTIAL)
+def leaving(operand: Operand, splits: Splits) -> Layout:
+    """How an output leaves, a partial sum where the split dimension is contracted; and so does the gradient of an
+    input or weight, partial where that was whole on a split axis.
+    """
+    return _layout(operand.tensor.dims, operand.subscript, splits, PARTIAL)
 
 
-def input_gradient_layout(operand: Operand, splits: Splits) -> Layout:
-    """How the gradient of an operand or weight leaves: partial where the operand was whole on a split axis."""
-    return _layout(operand, splits, PARTIAL)
+@lru_cache(maxsize=4096)
+def _layout(dims: tuple[str, ...], subscript: tuple[str, ...], splits: Splits, otherwise: Placement) -> Layout:
+    def placement(split: str | None) -> Placement:
+        if split is None:
+            return REPLICATE
+        return shard(dims[subscript.index(split)]) if split in subscript else otherwise
 
-
-def output_gradient_layout(operand: Operand, splits: Splits) -> Layout:
-    """How the gradient of an output must arrive: whole where the split dimension was contracted."""
-    return _layout(operand, splits, REPLICATE)
-
-
-def _layout(operand: Operand, splits: Splits, otherwise: Placement) -> Layout:
-    return tuple([(axis, operand.placement(dim, otherwise)) for axis, dim in splits])
+    return tuple((axis, placement(split)) for axis, split in splits)
 
 
 def operator_splits(operator: Operator, rules: dict[Axis, SplitRule], mesh: Mesh) -> Splits:
@@ -156,7 +149,11 @@ def operator_splits(operator: Operator, rules: dict[Axis, SplitRule], mesh: Mesh
     return tuple((axis, operator.split(rules[axis])) for axis in mesh.axes)
 
 
-def parse(signature: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+Subscripts = tuple[tuple[str, ...], ...]
+
+
+@lru_cache(maxsize=1024)
+def parse(signature: str) -> tuple[Subscripts, Subscripts]:
     """Input and output subscripts of `"s b h, h -> s b h"`."""
-    left, right = signature.split("->")
-    return [tuple(part.split()) for part in left.split(",")], [tuple(part.split()) for part in right.split(",")]
+    left, right = (tuple(tuple(part.split()) for part in side.split(",")) for side in signature.split("->"))
+    return left, right

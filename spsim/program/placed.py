@@ -7,16 +7,7 @@ from dataclasses import dataclass
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Mesh
-from spsim.program.operators import (
-    Operand,
-    Operator,
-    Splits,
-    Tensor,
-    input_gradient_layout,
-    input_layout,
-    output_gradient_layout,
-    output_layout,
-)
+from spsim.program.operators import Operand, Operator, Splits, Tensor, arriving, leaving
 from spsim.program.placement import Layout
 
 
@@ -24,23 +15,16 @@ from spsim.program.placement import Layout
 class PlacedOperand:
     """An operand as an operator reads or writes it on one rank."""
 
-    operand: Operand
+    name: str
+    """Of its tensor."""
+    tensor: Tensor
+    subscript: tuple[str, ...]
     layout: Layout
     """How it must arrive, or leaves."""
     gradient: Layout
     """How its gradient leaves, or must arrive."""
     elements: int
     bytes: int
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor of the operand."""
-        return self.operand.tensor
-
-    @property
-    def name(self) -> str:
-        """Name of the tensor."""
-        return self.operand.tensor.name
 
 
 class PlacedOperator:
@@ -68,12 +52,12 @@ class PlacedOperator:
         return {dim: -(-size // self._parts.get(dim, 1)) for dim, size in self.operator.extents.items()}
 
     def _place(self, operand: Operand, *, read: bool) -> PlacedOperand:
-        tensor, splits = operand.tensor, self.splits
-        sizes = zip(operand.subscript, tensor.sizes, strict=True)
-        elements = math.prod([-(-size // self._parts.get(dim, 1)) for dim, size in sizes])
-        layout = (input_layout if read else output_layout)(operand, splits)
-        gradient = (input_gradient_layout if read else output_gradient_layout)(operand, splits)
-        return PlacedOperand(operand, layout, gradient, elements, elements * tensor.itemsize)
+        tensor, subscript = operand.tensor, operand.subscript
+        parts = self._parts
+        elements = math.prod([-(-n // parts.get(dim, 1)) for dim, n in zip(subscript, tensor.sizes, strict=True)])
+        layouts = arriving(operand, self.splits), leaving(operand, self.splits)
+        layout, gradient = layouts if read else layouts[::-1]
+        return PlacedOperand(tensor.name, tensor, subscript, layout, gradient, elements, elements * tensor.itemsize)
 
     @staticmethod
     def _of_kind(operands: tuple[PlacedOperand, ...], kind: str) -> tuple[PlacedOperand, ...]:

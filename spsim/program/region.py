@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from spsim.lazy import lazy
+from spsim.program.instructions import WeightSync
 from spsim.program.kernels import Kernels
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
@@ -19,6 +21,7 @@ from spsim.program.placement import (
     sent_bytes,
 )
 from spsim.program.strategies import SplitRule
+from spsim.program.weights import weight_syncs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Region:
         self.last_summand = {o.name: op for op in reversed(self.operators) for o in op.activations}
         """Tensor -> the operator that reads it first, whose gradient of it is the last."""
         self._moves: dict[tuple[str, Layout, Layout, bool], tuple[Move, ...]] = {}
+        self._bytes: dict[tuple[str, Layout], int] = {}
 
     def moves(self, tensor: Tensor, source: Layout, target: Layout, *, backward: bool = False) -> tuple[Move, ...]:
         """From one layout of a tensor to another."""
@@ -78,7 +82,20 @@ class Region:
 
     def bytes_of(self, tensor: Tensor, layout: Layout) -> int:
         """Bytes of a tensor on one rank."""
-        return local_bytes(tensor, layout, self.mesh)
+        key = (tensor.name, layout)
+        if key not in self._bytes:
+            self._bytes[key] = local_bytes(tensor, layout, self.mesh)
+        return self._bytes[key]
+
+    @lazy
+    def weight_syncs(self) -> tuple[WeightSync, ...]:
+        """Weights whose gradients are partial sums."""
+        return tuple(weight_syncs(self.operators, self.mesh))
+
+    @lazy
+    def parameters(self) -> int:
+        """Of the block, on one rank."""
+        return sum(weight.elements for op in self.operators for weight in op.weights)
 
 
 def _from_outside(operators: Sequence[Operator]) -> Iterator[Tensor]:

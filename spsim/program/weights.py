@@ -1,4 +1,4 @@
-"""The weights of a block on one rank: how many, and whose gradients are partial sums."""
+"""The weights of a block whose gradients are partial sums."""
 
 from __future__ import annotations
 
@@ -28,8 +28,3 @@ def _copies(weight: PlacedOperand, mesh: Mesh) -> int:
     if dim is None:
         return 1
     return max(1, mesh.degree("tp") // weight.tensor.sizes[weight.tensor.dims.index(dim)])
-
-
-def parameters(operators: tuple[PlacedOperator, ...]) -> int:
-    """Of one block on one rank."""
-    return sum([weight.elements for op in operators for weight in op.weights])

@@ -61,7 +61,7 @@ class _Layer:
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
         left, right = parse(signature)
-        right += [tensor.dims for tensor in outputs[len(right) :]]
+        right += tuple(tensor.dims for tensor in outputs[len(right) :])
         self.operators.append(
             Operator(
                 name=name,
