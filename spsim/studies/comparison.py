@@ -28,8 +28,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.errors import InputError
 from spsim.inputs.configuration import parse_options
@@ -43,6 +41,8 @@ from spsim.simulation import simulate
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from spsim.plots import Waterfall
 
 Parts = dict[str, int]
@@ -72,7 +72,7 @@ def pass_time(result: Result, phase: str, *, layer: int = 0, micro_batch: int = 
 
 def step_time(result: Result) -> Parts:
     """Picoseconds of the step by part."""
-    return _window_parts(result, pd.Series(True, index=result.spans.index))
+    return _window_parts(result, result.spans["rank"].notna())
 
 
 def peak_memory(result: Result) -> Parts:
