@@ -16,7 +16,7 @@ from spsim.engine.trace import Piece, Trace
 from spsim.inputs.scenario import Grid, Scenario
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.instructions import Instruction
-from spsim.program.sizes import Numbers
+from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -47,20 +47,16 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     if block.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
         return None
     known = block.template.at(scenario.workload)
+    compute, comm = cost_models(grid.hardware, grid.workload.precision)
+    messages = block.sync_messages(known, grid.model.layers)
     basis = block.template.basis(grid.workload.seq_len, grid.workload.micro_batch)
     with np.errstate(over="ignore", invalid="ignore"):
-        numbers = block.template.coefficients.astype(np.float64) @ basis
-        durations = block.durations_of_many(
-            numbers,
-            *cost_models(grid.hardware, grid.workload.precision),
-            gpus_per_node=grid.gpus_per_node,
-            sync_messages=block.sync_messages(known, grid.model.layers),
-        )
+        numbers = products(block.columns.coefficients, basis)
         step = block.columns.run(
             block.itinerary(grid.model.layers, grid.num_micro_batches),
-            durations,
+            block.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
+            sum(block.sync_durations(comm, grid.gpus_per_node, messages)),
             basis,
-            numbers,
             grid.hardware.coefficients.overlap_slowdown.value,
         )
     return ResultColumns("layers", grid, block, numbers, _amounts(grid, _counted(grid)), step, _static(scenario, known))

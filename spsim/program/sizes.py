@@ -26,6 +26,8 @@ from spsim.work import Work
 Vector = npt.NDArray[np.int64]
 
 MONOMIALS = 6
+ONE_THREAD = 2**17
+"""Multiplications of a product of matrices that are not worth another thread."""
 WORD = 16
 """Bytes of one coefficient, K = 128 bits; half of them stay empty, which tells a polynomial from what is none."""
 
@@ -94,6 +96,16 @@ class Template:
     def _total(self) -> float:
         """Of all coefficients, so that sums of numbers are exact, too."""
         return float(self.coefficients.astype(np.float64).sum())
+
+
+def products(coefficients: npt.NDArray[np.float64], basis: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The sizes of many workloads, exact below 2^53; in parts for each of which one thread is enough, since threads
+    would wait for each other longer than they compute.
+    """
+    step = max(1, ONE_THREAD // coefficients.size)
+    if basis.shape[1] <= step:
+        return coefficients @ basis
+    return np.concatenate([coefficients @ basis[:, at : at + step] for at in range(0, basis.shape[1], step)], axis=1)
 
 
 def _monomials(x: Any, b: Any) -> tuple[Any, ...]:

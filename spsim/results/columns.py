@@ -72,7 +72,7 @@ class ResultColumns(Derived):
     @lazy
     def peak_operator(self) -> Any:
         """The operators whose allocations make the peaks."""
-        return self._names(self.step.peak, self.step.level.highest > 0)
+        return self._names(self.step.memory.fullest(self.step.level), self.step.level.highest > 0)
 
     @lazy
     def out_of_memory_at(self) -> Any:
@@ -82,7 +82,7 @@ class ResultColumns(Derived):
             return np.full(short.shape, None)
         room = np.full(short.shape, float(self.limit - self.static.total))
         by_task = short & (room >= 0)
-        names = self._names(self.step.walk.first_above(room, by_task), by_task)
+        names = self._names(self.step.memory.first_above(room, by_task), by_task)
         return np.where(short, names, None)
 
     def _names(self, spots: Spots, by_task: Points) -> Any:
@@ -93,7 +93,7 @@ class ResultColumns(Derived):
             if by_task[place]:
                 if spot not in known:
                     leaf, layer, task = spot
-                    label = self.step.walk.ran[leaf].segment.labels[task]
+                    label = self.step.block.segments[leaf].labels[task]
                     known[spot] = operator_name(label, layer if layer >= 0 else None)
                 found[place] = known[spot]
         return found

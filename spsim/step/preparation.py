@@ -27,7 +27,8 @@ from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
 from spsim.step.columns.fill import Floats
-from spsim.step.columns.step import MOST_TASKS, BlockColumns
+from spsim.step.columns.order import MOST_TASKS
+from spsim.step.columns.step import BlockColumns
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Item, Runs, Visit, accumulation
@@ -88,7 +89,9 @@ class PreparedBlock:
         most = max(sum(len(part.segment.tasks) for part in own.parts) for own in self.passes.values())
         if self.ranks.simulated != "one" or most > MOST_TASKS:
             return None
-        return BlockColumns(self.passes, self.sync, self._buffer_positions, self.template.coefficients)
+        slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
+        coefficients = self.template.coefficients.astype(np.float64)
+        return BlockColumns(self.passes, self.sync, slots, self._buffer_positions, coefficients)
 
     @lazy
     def groups(self) -> Groups:
@@ -176,26 +179,15 @@ class PreparedBlock:
             name: {rank: ps[slots].tolist() for rank, slots in by_rank.items()} for name, by_rank in self._slots.items()
         }
         if self.sync:
-            syncs = [*self._sync_durations(comm, gpus_per_node, sync_messages)]
+            syncs = self.sync_durations(comm, gpus_per_node, sync_messages)
             found[self.sync.name] = dict.fromkeys(self.ranks.copies, syncs)
         return found
 
     def durations_of_many(
-        self,
-        numbers: Floats,
-        compute: ComputeCost,
-        comm: CommCost,
-        *,
-        gpus_per_node: int,
-        sync_messages: Sequence[int],
-    ) -> dict[str, npt.NDArray[np.int64]]:
-        """The same of the one simulated rank for many workloads: rows of tasks, by segment."""
-        ps = np.rint(self._seconds(numbers, compute, comm, gpus_per_node) * PS_PER_S).astype(np.int64)
-        found = {name: ps[slots] for name, by_rank in self._slots.items() for slots in by_rank.values()}
-        if self.sync:
-            syncs = [*self._sync_durations(comm, gpus_per_node, sync_messages)]
-            found[self.sync.name] = np.array(syncs, dtype=np.int64).reshape(-1, 1)
-        return found
+        self, numbers: Floats, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
+    ) -> npt.NDArray[np.int64]:
+        """Picoseconds by slot, for many workloads whose numbers are columns: a column for each."""
+        return np.rint(self._seconds(numbers, compute, comm, gpus_per_node) * PS_PER_S).astype(np.int64)
 
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
@@ -210,7 +202,9 @@ class PreparedBlock:
             seconds[slots] = comm.duration(step.collective, message, step.ranks, nodes)
         return seconds
 
-    def _sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> Iterator[int]:
-        for sync, message in zip(self.syncs, messages, strict=True):
-            nodes = self.nodes(sync.axes, sync.ranks, gpus_per_node)
-            yield picoseconds(comm.duration(sync.collective, message, sync.ranks, nodes))
+    def sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> list[int]:
+        """Picoseconds of each task of the synchronisation."""
+        return [
+            picoseconds(comm.duration(s.collective, message, s.ranks, self.nodes(s.axes, s.ranks, gpus_per_node)))
+            for s, message in zip(self.syncs, messages, strict=True)
+        ]

@@ -38,61 +38,66 @@ class _Change(NamedTuple):
 class Fills:
     """The changes of memory of a pass, whatever the workload."""
 
-    def __init__(self, order: Order, positions: Mapping[str, Places], coefficients: npt.NDArray[np.int64]) -> None:
+    def __init__(self, order: Order, positions: Mapping[str, Places], coefficients: Floats) -> None:
         """`positions` of the bytes of the buffers of each segment, among numbers with `coefficients`."""
         self.order = order
         self.allocated: list[_Change] = []
         self.freed: list[_Change] = []
+        self.own: list[slice] = []
+        """Allocations of each piece; the later buffer stands first."""
         for index, piece in enumerate(order.pieces):
             uses = zip(piece.segment.buffers, positions[piece.segment.name].tolist(), strict=True)
+            first = len(self.allocated)
             for use, position in reversed([*uses]):
                 self._add(use, index, piece.first, position)
-        self.bounds = [order.end(piece) for piece in order.pieces]
-        self.starts = np.searchsorted([change.piece for change in self.allocated], range(len(order.pieces) + 1))
-        self._relate(coefficients.astype(np.float64))
+            self.own.append(slice(first, len(self.allocated)))
+        self._relate(coefficients)
 
     def _add(self, use: BufferUse, piece: int, first: int, position: int) -> None:
         if use.writer is not None:
             self.allocated.append(_Change(piece, (use.writer + first,), position))
         if not use.outlives:
-            lane = self.order.tasks
             readers = sorted(use.readers or (use.writer or 0,))
-            last = {lane[task + first].lane: task + first for task in readers}
+            last = {self.order.tasks[task + first].lane: task + first for task in readers}
             self.freed.append(_Change(piece, tuple(last.values()), position))
 
     def _relate(self, coefficients: Floats) -> None:
         """Which changes come before each allocation and each end of a piece: surely, never, or as it may be."""
-        pieces = np.array([change.piece for change in self.allocated] + [*range(len(self.bounds))])
-        tasks = np.array([change.tasks[0] for change in self.allocated] + self.bounds)
-        moments = _Moments(self.order.matrix, pieces, tasks, len(self.allocated))
+        ends = [self.order.end(piece) for piece in self.order.pieces]
+        pieces = np.array([change.piece for change in self.allocated] + [*range(len(ends))])
+        tasks = np.array([change.tasks[0] for change in self.allocated] + ends)
         allocated, freed = _Table(self.allocated), _Table(self.freed)
+        moments = _Moments(self.order.matrix, pieces, tasks, len(self.allocated))
         surely, perhaps = moments.allocated(allocated)
         surely_freed, perhaps_freed = moments.freed(freed)
-        self.known = surely @ coefficients[allocated.positions] - surely_freed @ coefficients[freed.positions]
+        self.tasks = allocated.tasks[0]
+        """That allocate."""
         self.sizes = coefficients[allocated.positions]
+        """Coefficients of what they allocate."""
+        self.known = surely @ self.sizes - surely_freed @ coefficients[freed.positions]
+        """Coefficients of the level at each moment, as far as it is known."""
+        count = len(self.order.tasks)
         at, which = perhaps.nonzero()
         at_freed, which_freed = perhaps_freed.nonzero()
-        every = np.concatenate([at, at_freed])
-        order = every.argsort(kind="stable")
-        most, count = len(freed.tasks), len(self.order.tasks)
-        ends = np.concatenate(
-            [np.repeat(allocated.tasks[:, which], most, axis=0), freed.tasks[:, which_freed] + count], axis=1
+        posted = np.repeat(allocated.tasks[:, which], len(freed.tasks), axis=0)
+        self.open = _Open.of(
+            np.concatenate([at, at_freed]),
+            np.concatenate([posted, freed.tasks[:, which_freed] + count], axis=1),
+            moments.places(count),
+            np.concatenate([self.sizes[which], -coefficients[freed.positions[which_freed]]]),
         )
-        signed = np.concatenate([
-            coefficients[allocated.positions[which]], -coefficients[freed.positions[which_freed]]
-        ])  # fmt: skip
-        self.open = _Open(every[order], ends[:, order], moments.places(count)[every[order]], signed[order])
 
     def of(self, replay: Replay, basis: Floats) -> list[Fill]:
         """Of each piece of a pass as it ran, with the monomials of its sizes."""
-        levels = self.known @ basis
-        self.open.add_to(levels, replay.moments, basis)
-        bounds = levels[len(self.allocated) :]
-        found, before = [], np.zeros(levels.shape[1])
-        for piece, bound in enumerate(bounds):
-            own = levels[self.starts[piece] : self.starts[piece + 1]]
-            found.append(Fill(self, piece, own - before if piece else own, bound - before, replay, basis))
-            before = bound
+        levels: Floats = self.known @ basis
+        if len(self.open.at):
+            self.open.add_to(levels, replay.moments, basis)
+        ends = levels[len(self.allocated) :]
+        first, *more = self.own
+        found = [Fill(self, 0, levels[first], ends[0], replay, basis)]
+        for piece, own in enumerate(more, 1):
+            before = ends[piece - 1]
+            found.append(Fill(self, piece, levels[own] - before, ends[piece] - before, replay, basis))
         return found
 
 
@@ -148,7 +153,9 @@ class _Open:
     """Changes of which the times decide whether they come before a moment."""
 
     at: Places
-    """Of each the moment, in order."""
+    """The moments that have some,"""
+    starts: Places
+    """and where theirs begin."""
     ends: Places
     """Where times stand of which the latest is that of the change."""
     limits: Places
@@ -156,32 +163,40 @@ class _Open:
     sizes: Floats
     """Coefficients, negative where memory is freed."""
 
+    @classmethod
+    def of(cls, moments: Places, ends: Places, places: Places, sizes: Floats) -> _Open:
+        """The changes in the order of their moments, whose times stand at `places`."""
+        order = moments.argsort(kind="stable")
+        at, starts = np.unique(moments[order], return_index=True)
+        return cls(at, starts, ends[:, order], places[moments[order]], sizes[order])
+
     def add_to(self, levels: Floats, moments: Times, basis: Floats) -> None:
         """The changes that come before each moment."""
-        if not len(self.at):
-            return
         times = moments[self.ends[0]] if len(self.ends) == 1 else np.maximum.reduce(moments[self.ends])
         changes = (times <= moments[self.limits]) * (self.sizes @ basis)
-        first = np.flatnonzero(np.diff(self.at, prepend=-1))
-        levels[self.at[first]] += np.add.reduceat(changes, first, axis=0)
+        levels[self.at] += np.add.reduceat(changes, self.starts, axis=0)
 
 
 class Fill:
     """The memory of one piece over what is there before it, for each workload."""
 
     def __init__(self, fills: Fills, piece: int, levels: Floats, total: Floats, replay: Replay, basis: Floats) -> None:
-        own = slice(fills.starts[piece], fills.starts[piece + 1])
         self.levels = levels
-        """Just after each allocation; of equal ones the later buffer stands first."""
-        self.highest: Floats = np.maximum(levels.max(axis=0, initial=0.0), 0.0)
+        """Just after each allocation."""
+        self.highest: Floats = levels.max(axis=0, initial=0.0)
         """The fullest; not below what is there before."""
         self.total = total
         """What is there after it."""
-        self._tasks = np.array([change.tasks[0] for change in fills.allocated[own]], dtype=np.intp)
+        self._own = fills.own[piece]
         self._first = fills.order.pieces[piece].first
-        self._coefficients = fills.sizes[own]
+        self._fills = fills
         self._replay = replay
         self._basis = basis
+
+    @property
+    def _tasks(self) -> Places:
+        tasks: Places = self._fills.tasks[self._own]
+        return tasks
 
     @lazy
     def _times(self) -> Times:
@@ -189,7 +204,7 @@ class Fill:
 
     @lazy
     def _sizes(self) -> Floats:
-        sizes: Floats = self._coefficients @ self._basis
+        sizes: Floats = self._fills.sizes[self._own] @ self._basis
         return sizes
 
     @lazy

@@ -19,6 +19,8 @@ from spsim.engine.recording import COMPUTE_LANE
 from spsim.step.chain import Chain
 from spsim.step.segments import BlockPass, Segment
 
+MOST_TASKS = 1000
+"""Of a pass: what comes before what is a table of tasks by tasks."""
 LONGEST_WALK = 4
 """Runs of a loop after which it should have come to a steady state."""
 

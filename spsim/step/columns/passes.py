@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from spsim.step.columns.fill import Fill, Fills, Floats, Places
+from spsim.step.columns.fill import Fills, Floats, Places
 from spsim.step.columns.order import Order
 from spsim.step.columns.replay import Points, Replay
 from spsim.step.segments import Segment
 
 
-@dataclass(frozen=True, eq=False)
-class Ran:
-    """One run of a segment as it was, for each workload, and how many in a row were like it."""
-
-    segment: Segment
-    runs: int
-    length: Floats
-    """Picoseconds from the end of the kernels before it to the end of its own, or of all where it has none."""
-    compute: Mapping[str, Floats]
-    """Picoseconds of its kernels by class."""
-    fill: Fill
-
-
 class PassColumns:
     """One pass that begins with all lanes free, prepared."""
 
-    def __init__(self, order: Order, positions: Mapping[str, Places], coefficients: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, order: Order, positions: Mapping[str, Places], coefficients: Floats, classes: Sequence[str]
+    ) -> None:
+        """`positions` of the bytes of the buffers of each segment, among numbers with `coefficients`."""
         self.order = order
         self.fills = Fills(order, positions, coefficients)
         self.ends = [order.end(piece) for piece in order.pieces]
         self.loose = [np.array(order.loose(piece), dtype=np.intp) for piece in order.pieces]
         """Of each piece, the communications up to its end that may outlast it."""
+        self.runs = np.array([float(piece.runs) for piece in order.pieces])
+        """Of each piece, how many in a row are like it."""
+        self._members = [_members(piece.segment, classes) for piece in order.pieces]
 
-    def ran(self, run: Replay, basis: Floats) -> Iterator[Ran]:
-        """Its pieces as they ran."""
+    def lengths(self, run: Replay) -> Floats:
+        """Picoseconds of each piece, from the end of the kernels before it to the end of its own."""
+        return np.diff(run.ended[self.ends], axis=0, prepend=0).astype(np.float64)
+
+    def compute(self, run: Replay) -> list[Floats]:
+        """Picoseconds of the kernels of each piece, a row for each class."""
         took = (run.ended - run.posted).astype(np.float64)
-        ends = run.ended[self.ends].astype(np.float64)
-        before: Floats | float = 0.0
-        for piece, end, fill in zip(self.order.pieces, ends, self.fills.of(run, basis), strict=True):
-            names, members = piece.segment.outline.classes
-            compute = dict(zip(names, members @ took[piece.first : piece.stop], strict=True))
-            yield Ran(piece.segment, piece.runs, end - before, compute, fill)
-            before = end
+        own = zip(self.order.pieces, self._members, strict=True)
+        return [members @ took[piece.first : piece.stop] for piece, members in own]
 
     def holds(self, run: Replay) -> Points:
         """For which workloads the pieces stand for the whole pass: nothing is under way at its end, nothing is posted
@@ -75,3 +65,11 @@ class PassColumns:
         open_ = (before[1] > 0) | (now[1] > 0)
         found &= ((before == now).all(axis=0) | ~open_).all(axis=0)
         return found
+
+
+def _members(segment: Segment, classes: Sequence[str]) -> Floats:
+    """A row for each class of kernels: which tasks of a segment belong to it."""
+    names, members = segment.outline.classes
+    found = np.zeros((len(classes), len(segment.tasks)))
+    found[[classes.index(name) for name in names]] = members
+    return found

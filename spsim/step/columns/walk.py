@@ -6,13 +6,12 @@ it finds what `metrics` finds in a trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from spsim.step.columns.fill import Floats, Places
-from spsim.step.columns.passes import Ran
+from spsim.step.columns.fill import Fill, Floats, Places
 from spsim.step.columns.replay import Points
 from spsim.step.itinerary import Item, Loop, Runs, Visit, segments_of
 from spsim.step.segments import Segment
@@ -22,11 +21,11 @@ NO_LAYER = -(2**40)
 
 
 class Leaf(NamedTuple):
-    """Runs of a segment in a row."""
+    """Runs of a segment in a row, as they were written out."""
 
     number: int
     runs: Runs
-    layer: int
+    layer: int = NO_LAYER
     brings: Floats | float = 0.0
     """Bytes that come from outside, as of a visit."""
     drops: Floats | float = 0.0
@@ -47,13 +46,47 @@ class Branch(NamedTuple):
 Node = Leaf | Branch
 
 
+def nodes_of(
+    items: Sequence[Item],
+    leaves: Mapping[str, Sequence[Leaf]],
+    size: Callable[[Segment, Sequence[int]], Floats | float],
+) -> list[Node]:
+    """The nodes of an itinerary, with the runs of each segment and the bytes of some of its buffers."""
+    nodes: list[Node] = []
+    for item in items:
+        visit = item.body[0] if isinstance(item, Loop) else item
+        if isinstance(visit, Visit) and (visit is item or len(leaves[visit.segment.name]) > 1):
+            layer = NO_LAYER if visit.layer is None else visit.layer
+            own: list[Node] = [leaf._replace(layer=layer) for leaf in leaves[visit.segment.name]]
+        else:
+            assert isinstance(item, Loop)
+            own = [Branch(nodes_of(item.body, leaves, size), item.runs, item.layers)]
+        if item.brings:
+            own[0] = own[0]._replace(brings=size(next(segments_of([item])), item.brings))
+        if item.drops:
+            own[-1] = own[-1]._replace(drops=size([*segments_of([item])][-1], item.drops))
+        nodes += own
+    return nodes
+
+
+def counts(nodes: Sequence[Node], times: Runs = 1) -> dict[int, Runs]:
+    """How often each leaf runs in the step."""
+    found: dict[int, Runs] = {}
+    for node in nodes:
+        if isinstance(node, Branch):
+            found |= counts(node.body, times * node.runs)
+        else:
+            found[node.number] = times * node.runs
+    return found
+
+
 class Level(NamedTuple):
     """The memory of some nodes over what is there before them, for each workload."""
 
     highest: Floats
-    leaf: Places
+    leaf: Places | int
     """The number of the leaf in which it is highest,"""
-    layer: Places
+    layer: Places | int
     """and the layer."""
     total: Floats
     """What is there after them."""
@@ -69,60 +102,16 @@ class Spots(NamedTuple):
     """Its place in its segment."""
 
 
-class Walk:
-    """An itinerary whose segments ran as known."""
+class Memory:
+    """The memory of a step whose leaves are filled as known; those that are not do not change it."""
 
-    def __init__(
-        self, itinerary: Sequence[Item], ran: Mapping[str, Sequence[Ran]], sizes: Mapping[str, Floats]
-    ) -> None:
-        """`ran` has the runs in a pass of each segment by its name, `sizes` the bytes of its buffers."""
-        self.ran = [run for runs in ran.values() for run in runs]
-        self._numbers = {id(run): number for number, run in enumerate(self.ran)}
-        self._of = ran
-        self._sizes = sizes
-        self.nodes = self._nodes(itinerary)
+    def __init__(self, nodes: Sequence[Node], fills: Mapping[int, Fill]) -> None:
+        self.fills = fills
+        self.nodes = self._filled(nodes)
 
-    # The tree
+    def _filled(self, nodes: Sequence[Node]) -> list[Node]:
+        return [node for node in nodes if isinstance(node, Branch) or node.number in self.fills]
 
-    def _nodes(self, items: Sequence[Item]) -> list[Node]:
-        return [node for item in items for node in self._node(item)]
-
-    def _node(self, item: Item) -> list[Node]:
-        visit = item.body[0] if isinstance(item, Loop) else item
-        if isinstance(item, Visit) or (isinstance(visit, Visit) and len(self._of[visit.segment.name]) > 1):
-            assert isinstance(visit, Visit)
-            layer = NO_LAYER if visit.layer is None else visit.layer
-            runs = self._of[visit.segment.name]
-            nodes: list[Node] = [Leaf(self._numbers[id(run)], run.runs, layer) for run in runs]
-        else:
-            nodes = [Branch(self._nodes(item.body), item.runs, item.layers)]
-        segments = [*segments_of([item])]
-        nodes[0] = nodes[0]._replace(brings=self._size(segments[0], item.brings))
-        nodes[-1] = nodes[-1]._replace(drops=self._size(segments[-1], item.drops))
-        return nodes
-
-    def _size(self, segment: Segment, buffers: Sequence[int]) -> Floats | float:
-        if not buffers:
-            return 0.0
-        size: Floats = self._sizes[segment.name][[*buffers]].sum(axis=0)
-        return size
-
-    # Times
-
-    def counts(self) -> Iterator[tuple[Ran, Runs]]:
-        """Each run of a segment, and how many of the step are like it."""
-        return self._counts(self.nodes, 1)
-
-    def _counts(self, nodes: Sequence[Node], times: Runs) -> Iterator[tuple[Ran, Runs]]:
-        for node in nodes:
-            if isinstance(node, Branch):
-                yield from self._counts(node.body, times * node.runs)
-            else:
-                yield self.ran[node.number], times * node.runs
-
-    # Memory
-
-    @property
     def level(self) -> Level:
         """Of the whole step."""
         return self._level(self.nodes)
@@ -134,15 +123,17 @@ class Walk:
         for node in nodes:
             one = self._one_run(node)
             base = base + node.brings
-            last = np.where(one.total > 0, node.runs - 1, 0)
-            highest = base + last * one.total + one.highest
-            layer = one.layer + last * node.layers if node.layers else one.layer
+            highest, layer = one.highest + base, one.layer
+            if not (isinstance(node.runs, int) and node.runs == 1):
+                last = (one.total > 0) * (node.runs - 1)
+                highest = highest + last * one.total
+                layer = layer + last * node.layers if node.layers else layer
             if found is None:
                 found = Level(highest, one.leaf, layer, one.total)
             else:
                 higher = highest > found.highest
                 found = Level(
-                    np.where(higher, highest, found.highest),
+                    np.maximum(highest, found.highest),
                     np.where(higher, one.leaf, found.leaf),
                     np.where(higher, layer, found.layer),
                     one.total,
@@ -154,15 +145,26 @@ class Walk:
     def _one_run(self, node: Node) -> Level:
         """Of the first run of a node, without what it gets from outside."""
         if isinstance(node, Branch):
-            return self._level(node.body)
-        fill = self.ran[node.number].fill
-        number, layer = np.array([node.number]), np.array([node.layer])
-        return Level(fill.highest, number, layer, fill.total)
+            return self._level(self._filled(node.body))
+        fill = self.fills[node.number]
+        return Level(fill.highest, node.number, node.layer, fill.total)
+
+    def fullest(self, level: Level) -> Spots:
+        """Whose allocation makes memory highest."""
+        shape = level.highest.shape
+        leaf, layer = np.broadcast_to(level.leaf, shape), np.broadcast_to(level.layer, shape)
+        task = np.zeros(shape, dtype=np.intp)
+        for number, fill in self.fills.items():
+            here = leaf == number
+            if here.any():
+                task[here] = fill.fullest[here]
+        return Spots(leaf, layer, task)
 
     def first_above(self, room: Floats, asked: Points) -> Spots:
         """Whose allocation first takes more than `room` bytes, of the workloads that are asked for."""
         found = Spots(*(np.zeros(asked.shape, dtype=np.intp) for _ in range(3)))
-        self._first_above(self.nodes, room, asked, found)
+        if asked.any():
+            self._first_above(self.nodes, room, asked, found)
         return found
 
     def _first_above(self, nodes: Sequence[Node], room: Floats, asked: Points, found: Spots) -> None:
@@ -182,7 +184,7 @@ class Walk:
 
     def _first_of_run(self, node: Node, room: Floats, asked: Points, found: Spots) -> None:
         if isinstance(node, Branch):
-            self._first_above(node.body, room, asked, found)
+            self._first_above(self._filled(node.body), room, asked, found)
             return
         found.leaf[asked], found.layer[asked] = node.number, node.layer
-        found.task[asked] = self.ran[node.number].fill.first_above(room)[asked]
+        found.task[asked] = self.fills[node.number].first_above(room)[asked]
