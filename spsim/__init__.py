@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from spsim.results.measured import measured_trace as measured_trace
     from spsim.results.result import Result as Result
     from spsim.simulation import simulate as simulate
+    from spsim.studies.points import Point as Point
     from spsim.studies.sweeps import Experiment as Experiment
-    from spsim.studies.sweeps import Point as Point
     from spsim.studies.sweeps import sweep as sweep
 
     __version__: str
@@ -37,7 +37,7 @@ _HOMES = {
     "MeasuredSpan": "results.measured",
     "Model": "inputs.model",
     "Plan": "inputs.plan",
-    "Point": "studies.sweeps",
+    "Point": "studies.points",
     "Result": "results.result",
     "Scenario": "inputs.scenario",
     "Workload": "inputs.workload",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +112,20 @@ class Grid:
     workload: Workloads
     global_batch: Any
     """Sequences of a step over all replicas, an array."""
+
+    @classmethod
+    def of(cls, scenario: Scenario, sizes: Sequence[tuple[int, int, int | None]]) -> Grid:
+        """From the sequence, the micro-batch and the global batch, if one is given, of each workload."""
+        dp = scenario.plan.dp
+        plain = [(seq_len, micro_batch, batch or micro_batch * dp) for seq_len, micro_batch, batch in sizes]
+        seq_len, micro_batch, global_batch = np.array(plain, dtype=np.int64).reshape(-1, 3).T
+        return cls(scenario, Workloads(seq_len, micro_batch, scenario.workload.precision), global_batch)
+
+    def part(self, which: Any) -> Grid:
+        """Some of its workloads."""
+        own = self.workload
+        workload = Workloads(own.seq_len[which], own.micro_batch[which], own.precision)
+        return Grid(self.scenario, workload, self.global_batch[which])
 
     @property
     def hardware(self) -> HardwareProfile:

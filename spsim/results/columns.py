@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,10 @@ class ResultColumns(Derived):
     amounts: Amounts
     step: StepColumns
     static: StaticMemory
+
+    error_band: ClassVar[None] = None
+    flagged: ClassVar[tuple[str, ...]] = ()
+    """Profiles that a calibration wrote are simulated one workload at a time."""
 
     @property
     def exact(self) -> Points:
