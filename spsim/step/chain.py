@@ -26,6 +26,8 @@ class Chain:
         for task in tasks:
             own: list[Need] = [need + first for need in task.needs if isinstance(need, int)]
             named = [self.exports[need] for need in task.needs if isinstance(need, str) and need in self.exports]
-            self.tasks.append(replace(task, id=task.id + first, needs=(*(own or joined), *named)))
+            needs = (*(own or joined), *named)
+            same = not first and needs == task.needs
+            self.tasks.append(task if same else replace(task, id=task.id + first, needs=needs))
         self.exports |= {name: task + first for name, task in segment.exports.items()}
         self.last |= {task.lane: task.id for task in self.tasks[first:]}

@@ -22,8 +22,6 @@ from spsim.studies.points import Point, Settings
 from spsim.studies.rows import Row, measures, row
 from spsim.studies.tables import Table
 
-FEW = 3
-"""Points that take as long one by one."""
 MANY = 256
 """Workloads that are computed at once: their numbers stay in a cache."""
 SIZES = ("seq_len", "micro_batch", "global_batch")
@@ -37,7 +35,7 @@ def tables_of(points: Sequence[Point]) -> list[Table]:
     tables: list[Table] = []
     alone = sorting.alone
     for family in sorting.families.values():
-        if len(family.places) <= FEW:
+        if len(family.places) == 1:  # no slower, and nothing has to be prepared
             alone += family.places
         else:
             tables += _computed(points, family, alone)
