@@ -19,11 +19,10 @@ from spsim.engine.engine import RankProgram
 from spsim.engine.recording import Integers, Outline
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import lazy
+from spsim.program.assembly import layer_program, layer_template
 from spsim.program.instructions import Communication, Compute, Instruction, Program
-from spsim.program.layer import layer_program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
@@ -38,12 +37,8 @@ from spsim.units import PS_PER_S, picoseconds
 @lru_cache(maxsize=1024)
 def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedBlock:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    template = Template(
-        lambda workload: layer_program.__wrapped__(model, plan, workload.model_copy(update={"precision": precision})),
-        sequence_unit(model, plan),
-    )
     return PreparedBlock(
-        template,
+        layer_template(model, plan, precision),
         plan,
         lambda workload: layer_program(model, plan, workload),
         fold=fold,

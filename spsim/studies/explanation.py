@@ -15,9 +15,9 @@ from typing import Any, Literal
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload
+from spsim.program.assembly import layer_program
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.instructions import Communication, Compute, Program
-from spsim.program.layer import layer_program
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
 from spsim.program.strategies import split_rules

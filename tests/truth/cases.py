@@ -7,8 +7,8 @@ import torch
 
 from spsim import Model, Plan, Workload
 from spsim.inputs.plan import parse_plan
+from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Program
-from spsim.program.layer import layer_program
 from spsim.pytorch.layers import Groups, ParallelLayer, record_collectives, record_saved
 from tests.truth.processes import groups_of
 
