@@ -7,7 +7,8 @@ import pytest
 
 from spsim.engine.engine import Meeting, Task, run
 from spsim.engine.recording import BufferUse, Outline, Recording, TaskInfo
-from spsim.engine.trace import Stretch, Trace
+from spsim.engine.pieces import Stretch
+from spsim.engine.trace import Trace
 from spsim.results.metrics import Peak, first_above, peak_memory
 
 

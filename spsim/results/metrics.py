@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
+from spsim.engine.pieces import Node, Pass, Repeat, Stretch
 from spsim.engine.recording import COMPUTE_LANE, ENDED, POSTED, STARTED, MemoryChange, Recording
-from spsim.engine.trace import Node, Pass, Repeat, Stretch, Trace
+from spsim.engine.trace import Trace
 from spsim.results import measured
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")

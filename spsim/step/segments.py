@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from spsim.engine.engine import Task
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
-from spsim.engine.trace import Pass
 from spsim.lazy import lazy
 from spsim.program.instructions import Instruction
 from spsim.program.mesh import Axis
