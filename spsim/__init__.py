@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from spsim.results.measured import MeasuredSpan, measured_trace
     from spsim.results.result import Result
     from spsim.simulation import simulate
+    from spsim.studies.comparison import compare
+    from spsim.studies.explanation import explain
     from spsim.studies.sweeps import Experiment, Point, sweep
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "Result",
     "Scenario",
     "Workload",
+    "compare",
+    "explain",
     "load_kineto_trace",
     "load_model",
     "load_profile",
@@ -55,6 +59,8 @@ _HOMES = {
     "inputs.scenario": ("Scenario",),
     "results.result": ("Result",),
     "simulation": ("simulate",),
+    "studies.comparison": ("compare",),
+    "studies.explanation": ("explain",),
     "studies.sweeps": ("Experiment", "Point", "sweep"),
     "pytorch.modules": ("trace_module",),
     "inputs.workload": ("Workload",),

@@ -31,14 +31,11 @@ from spsim.cli.app import (
     staging,
 )
 from spsim.errors import InputError
-from spsim.inputs.model import load_model
-from spsim.inputs.plan import parse_plan
-from spsim.inputs.rules import check_shapes
 from spsim.inputs.scenario import Scenario, load_scenario
-from spsim.inputs.workload import Workload
 from spsim.results.result import Result
 from spsim.simulation import simulate
-from spsim.studies.comparison import PlanComparison, compare_plans
+from spsim.studies.comparison import PlanComparison
+from spsim.studies.comparison import compare as compare_plans
 from spsim.studies.explanation import explain as explain_plan
 from spsim.studies.validation import load_cases
 from spsim.studies.validation import validate as validate_cases
@@ -175,15 +172,12 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Which operators does sequence parallelism apply to, and why?"""
-    parsed, loaded = parse_plan(plan), load_model(model)
-    workload = Workload(seq_len=seq_len, micro_batch=micro_batch)
-    check_shapes(loaded, parsed, workload)
-    explanation = explain_plan(loaded, parsed, workload)
+    explanation = explain_plan(model, plan, {"seq_len": seq_len, "micro_batch": micro_batch})
     if as_json:
         print_json(explanation.to_json())
         return
     console = open_console()
-    console.print(report.explanation_table(explanation, parsed.label))
+    console.print(report.explanation_table(explanation))
     for line in report.saving_lines(explanation):
         console.print(line, soft_wrap=True)
 

@@ -110,6 +110,11 @@ class Stretch(NamedTuple):
     """As of a piece, of the last one."""
 
     @property
+    def ends(self) -> tuple[Stretch, Stretch]:
+        """The first and the last stretch in it."""
+        return self, self
+
+    @property
     def tasks(self) -> int:
         """Tasks of all pieces."""
         return self.runs * len(self.recording.outline.labels)
@@ -161,6 +166,11 @@ class Repeat(NamedTuple):
     """As of a stretch: of the first piece of the first run."""
     drops: Sequence[int] = ()
     """As of a stretch: of the last piece of the last run."""
+
+    @property
+    def ends(self) -> tuple[Stretch, Stretch]:
+        """The first and the last stretch in it."""
+        return self.body[0].ends[0], self.body[-1].ends[1]
 
     @property
     def shift_ps(self) -> int:

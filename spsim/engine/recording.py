@@ -174,6 +174,11 @@ class Outline:
         )
 
     @lazy
+    def last_kernel(self) -> int | None:
+        """The last task of the compute lane; lanes are in order, so that it is the last to end."""
+        return next((task for task in reversed(range(len(self.lanes))) if self.lanes[task] == COMPUTE_LANE), None)
+
+    @lazy
     def lives(self) -> _Lives:
         """What frees and what allocates each buffer."""
         writers = [use.writer or 0 for use in self.buffers]
@@ -247,6 +252,15 @@ class Recording:
     def ends(self) -> dict[int, int]:
         """When the last task of each rank ends."""
         return {rank: max(times[:, ENDED].tolist()) for rank, times in self.times.items()}
+
+    def kernels_end(self, rank: int) -> int:
+        """When the kernels of a rank have ended, those before it included."""
+        last = self.outline.last_kernel
+        return self.begins.get(rank, 0) if last is None else int(self.times[rank][last, ENDED])
+
+    def busy_until(self, rank: int) -> int:
+        """When the last task of a rank has ended, those before it included."""
+        return max([self.ends[rank], *(flight.end_ps for flight in self.flights.get(rank, ()))])
 
     @lazy
     def compute(self) -> dict[int, list[int]]:

@@ -67,7 +67,8 @@ def record(
 
 def end_of(segment: Segment, moments: Sequence[Moments], time: int) -> int:
     """When the kernels of a rank end after a segment; `time` before it."""
-    return time if segment.last_kernel is None else moments[segment.last_kernel][ENDED]
+    last = segment.outline.last_kernel
+    return time if last is None else moments[last][ENDED]
 
 
 def _outlasts(segment: Segment, moments: Sequence[Moments], end: int, busy: Busy) -> bool:

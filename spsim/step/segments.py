@@ -61,11 +61,6 @@ class Segment:
         return Outline([task.lane for task in self.tasks], self.labels, self.buffers)
 
     @lazy
-    def last_kernel(self) -> int | None:
-        """The last task of the compute lane; lanes are in order, so that it is the last to end."""
-        return next((task.id for task in reversed(self.tasks) if task.lane == COMPUTE_LANE), None)
-
-    @lazy
     def last_calls(self) -> Mapping[str, int]:
         """Lane -> the last communication on it."""
         return {task.lane: task.id for task in self.tasks if task.lane != COMPUTE_LANE}
