@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from spsim.engine.engine import Meeting, Task, run
+from spsim.engine.pieces import Move, Stretch
 from spsim.engine.recording import BufferUse, Outline, Recording, TaskInfo
-from spsim.engine.trace import Move, Stretch, Trace
+from spsim.engine.trace import Trace
 from spsim.results.metrics import Peak, first_above, peak_memory
 
 
