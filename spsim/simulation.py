@@ -11,8 +11,9 @@ import numpy as np
 from spsim.costs.flops import layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, static_memory
+from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
-from spsim.engine.trace import Piece, Trace
+from spsim.engine.trace import Trace
 from spsim.inputs.scenario import Grid, Scenario
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.instructions import Instruction

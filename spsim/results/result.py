@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory
-from spsim.engine.trace import Pass, Trace
+from spsim.engine.pieces import Pass
+from spsim.engine.trace import Trace
 from spsim.lazy import lazy
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import nodes_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spsim.engine.trace import Pass
+from spsim.engine.pieces import Pass
 from spsim.lazy import lazy
 from spsim.step.columns.fill import Fill, Floats, Places
 from spsim.step.columns.order import order_of
