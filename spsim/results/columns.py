@@ -97,7 +97,7 @@ class ResultColumns(Derived):
             if by_task[place]:
                 if spot not in known:
                     leaf, layer, task = spot
-                    label = self.step.block.segments[leaf].labels[task]
+                    label = self.step.block.labels[leaf][task]
                     known[spot] = operator_name(label, layer if layer >= 0 else None)
                 found[place] = known[spot]
         return found

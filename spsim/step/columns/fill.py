@@ -7,14 +7,13 @@ times decide.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.engine.recording import BufferUse
 from spsim.lazy import lazy
 from spsim.step.columns.order import Order
 from spsim.step.columns.replay import Replay, Times
@@ -33,6 +32,7 @@ class _Change(NamedTuple):
     """The one that allocates it when it is posted, or those of which the last to end frees it."""
     position: int
     """Of its bytes among the numbers of the program."""
+    allocates: bool
 
 
 class Fills:
@@ -41,41 +41,46 @@ class Fills:
     def __init__(self, order: Order, positions: Mapping[str, Places], coefficients: Floats) -> None:
         """`positions` of the bytes of the buffers of each segment, among numbers with `coefficients`."""
         self.order = order
-        self.allocated: list[_Change] = []
-        self.freed: list[_Change] = []
+        self.ends = [order.end(piece) for piece in order.pieces]
+        changes = [*_changes(order, positions)]
+        allocated = _Table([change for change in changes if change.allocates])
+        freed = _Table([change for change in changes if not change.allocates])
+        self._look(allocated)
+        self._relate(allocated, freed, coefficients)
+
+    def _look(self, allocated: _Table) -> None:
+        """The moments that may be the fullest: each allocation, among those of its piece or, where it is posted after
+        the end of that, of the next one. Of each piece the later buffer stands first, those of the piece before
+        before all.
+        """
+        late = np.isin(allocated.tasks[0], self.order.late)
+        found: list[Places] = []
         self.own: list[slice] = []
-        """Allocations of each piece; the later buffer stands first."""
-        for index, piece in enumerate(order.pieces):
-            uses = zip(piece.segment.buffers, positions[piece.segment.name].tolist(), strict=True)
-            first = len(self.allocated)
-            for use, position in reversed([*uses]):
-                self._add(use, index, piece.first, position)
-            self.own.append(slice(first, len(self.allocated)))
-        self._relate(coefficients)
+        """Moments of each piece."""
+        first = 0
+        for piece in range(len(self.ends)):
+            before = (allocated.pieces == piece - 1) & late
+            found.append(np.concatenate([np.flatnonzero(own)[::-1] for own in (before, allocated.pieces == piece)]))
+            self.own.append(slice(first, first + len(found[-1])))
+            first = self.own[-1].stop
+        self.of_change = np.concatenate(found)
+        """Of each moment, the allocation,"""
+        self.pieces = np.repeat(range(len(found)), [*map(len, found)])
+        """and the piece."""
+        self.tasks: Places = allocated.tasks[0][self.of_change]
+        self.late = np.flatnonzero(late[self.of_change])
+        """Moments of which only the times tell in which piece they are."""
 
-    def _add(self, use: BufferUse, piece: int, first: int, position: int) -> None:
-        if use.writer is not None:
-            self.allocated.append(_Change(piece, (use.writer + first,), position))
-        if not use.outlives:
-            readers = sorted(use.readers or (use.writer or 0,))
-            last = {self.order.tasks[task + first].lane: task + first for task in readers}
-            self.freed.append(_Change(piece, tuple(last.values()), position))
-
-    def _relate(self, coefficients: Floats) -> None:
-        """Which changes come before each allocation and each end of a piece: surely, never, or as it may be."""
-        ends = [self.order.end(piece) for piece in self.order.pieces]
-        pieces = np.array([change.piece for change in self.allocated] + [*range(len(ends))])
-        tasks = np.array([change.tasks[0] for change in self.allocated] + ends)
-        allocated, freed = _Table(self.allocated), _Table(self.freed)
-        moments = _Moments(self.order.matrix, pieces, tasks, len(self.allocated))
+    def _relate(self, allocated: _Table, freed: _Table, coefficients: Floats) -> None:
+        """Which changes come before each moment and each end of a piece: surely, never, or as it may be."""
+        moments = _Moments(self.order.matrix, self.pieces, self.tasks, self.ends)
         surely, perhaps = moments.allocated(allocated)
         surely_freed, perhaps_freed = moments.freed(freed)
-        self.tasks = allocated.tasks[0]
-        """That allocate."""
-        self.sizes = coefficients[allocated.positions]
-        """Coefficients of what they allocate."""
-        self.known = surely @ self.sizes - surely_freed @ coefficients[freed.positions]
-        """Coefficients of the level at each moment, as far as it is known."""
+        sizes, sizes_freed = coefficients[allocated.positions], coefficients[freed.positions]
+        self.sizes = sizes[self.of_change]
+        """Coefficients of what is allocated at each moment."""
+        self.known = surely @ sizes - surely_freed @ sizes_freed
+        """Coefficients of the level at each moment and end, as far as it is known."""
         count = len(self.order.tasks)
         at, which = perhaps.nonzero()
         at_freed, which_freed = perhaps_freed.nonzero()
@@ -84,7 +89,7 @@ class Fills:
             np.concatenate([at, at_freed]),
             np.concatenate([posted, freed.tasks[:, which_freed] + count], axis=1),
             moments.places(count),
-            np.concatenate([self.sizes[which], -coefficients[freed.positions[which_freed]]]),
+            np.concatenate([sizes[which], -sizes_freed[which_freed]]),
         )
 
     def of(self, replay: Replay, basis: Floats) -> list[Fill]:
@@ -92,13 +97,34 @@ class Fills:
         levels: Floats = self.known @ basis
         if len(self.open.at):
             self.open.add_to(levels, replay.moments, basis)
-        ends = levels[len(self.allocated) :]
+        if len(self.late):
+            self._leave_to_others(levels, replay)
+        ends = levels[len(self.tasks) :]
         first, *more = self.own
-        found = [Fill(self, 0, levels[first], ends[0], replay, basis)]
+        found = [Fill(self, first, levels[first], ends[0], replay, basis)]
         for piece, own in enumerate(more, 1):
             before = ends[piece - 1]
-            found.append(Fill(self, piece, levels[own] - before, ends[piece] - before, replay, basis))
+            found.append(Fill(self, own, levels[own] - before, ends[piece] - before, replay, basis))
         return found
+
+    def _leave_to_others(self, levels: Floats, replay: Replay) -> None:
+        """Leave out what is posted in another piece."""
+        posted, ends = replay.posted[self.tasks[self.late]], replay.ended[self.ends]
+        pieces = (posted > ends[:-1, None]).sum(axis=0)
+        levels[self.late] = np.where(pieces == self.pieces[self.late, None], levels[self.late], -np.inf)
+
+
+def _changes(order: Order, positions: Mapping[str, Places]) -> Iterator[_Change]:
+    """All of a pass."""
+    for index, piece in enumerate(order.pieces):
+        uses = zip(piece.segment.buffers, positions[piece.segment.name].tolist(), strict=True)
+        for use, position in uses:
+            if use.writer is not None:
+                yield _Change(index, (use.writer + piece.first,), position, True)
+            if not use.outlives:
+                readers = sorted(use.readers or (use.writer or 0,))
+                last = {order.tasks[task + piece.first].lane: task + piece.first for task in readers}
+                yield _Change(index, tuple(last.values()), position, False)
 
 
 class _Table:
@@ -114,33 +140,32 @@ class _Table:
 
 
 class _Moments:
-    """Moments at which the level of memory is asked for: when a task is posted; the last, when a kernel ends."""
+    """Moments at which tasks are posted, and after those the ends of pieces, of which nothing later counts."""
 
-    def __init__(self, ended: npt.NDArray[np.bool_], pieces: Places, tasks: Places, posts: int) -> None:
+    def __init__(self, ended: npt.NDArray[np.bool_], pieces: Places, posted: Places, ends: Sequence[int]) -> None:
         self.ended = ended
-        self.pieces = pieces
-        self.tasks = tasks
-        self.posts = posts
-        """Number of those that are when a task is posted."""
-        self.done = ended[tasks]
-        self.done[range(posts, len(tasks)), tasks[posts:]] = True
+        self.posts = len(posted)
+        self.pieces = np.concatenate([pieces, np.arange(len(ends))])[:, None]
+        self.tasks = np.concatenate([posted, ends]).astype(np.intp)
+        self.done = ended[self.tasks]
+        self.done[range(self.posts, len(self.tasks)), ends] = True
 
     def places(self, count: int) -> Places:
         """Where their times stand in the moments of a replay of so many tasks."""
         return self.tasks + count * (np.arange(len(self.tasks)) >= self.posts)
 
     def allocated(self, changes: _Table) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """What surely is by then, and what may be. At the end of a piece all of its tasks have been posted."""
+        """What surely is by then, and what may be; what is posted as a piece ends belongs to it."""
         tasks = changes.tasks[0]
-        here = changes.pieces <= self.pieces[:, None]
+        here = changes.pieces <= self.pieces
         begun = self.done[:, tasks] | (tasks == self.tasks[:, None])
-        begun[self.posts :] = True
         later = self.ended[tasks][:, self.tasks].T
+        later[self.posts :] = False
         return here & begun, here & ~begun & ~later
 
     def freed(self, changes: _Table) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """The same of what the last of some tasks frees."""
-        here = changes.pieces <= self.pieces[:, None]
+        here = changes.pieces <= self.pieces
         done = self.done[:, changes.tasks].all(axis=1)
         own = changes.tasks[:, None] == self.tasks[:, None]
         own[:, self.posts :] = False
@@ -180,15 +205,14 @@ class _Open:
 class Fill:
     """The memory of one piece over what is there before it, for each workload."""
 
-    def __init__(self, fills: Fills, piece: int, levels: Floats, total: Floats, replay: Replay, basis: Floats) -> None:
+    def __init__(self, fills: Fills, own: slice, levels: Floats, total: Floats, replay: Replay, basis: Floats) -> None:
         self.levels = levels
         """Just after each allocation."""
         self.highest: Floats = levels.max(axis=0, initial=0.0)
         """The fullest; not below what is there before."""
         self.total = total
         """What is there after it."""
-        self._own = fills.own[piece]
-        self._first = fills.order.pieces[piece].first
+        self._own = own
         self._fills = fills
         self._replay = replay
         self._basis = basis
@@ -197,6 +221,12 @@ class Fill:
     def _tasks(self) -> Places:
         tasks: Places = self._fills.tasks[self._own]
         return tasks
+
+    @property
+    def _first(self) -> int:
+        """The first task of the piece."""
+        piece = self._fills.own.index(self._own)
+        return self._fills.order.pieces[piece].first
 
     @lazy
     def _times(self) -> Times:
@@ -209,14 +239,14 @@ class Fill:
 
     @lazy
     def fullest(self) -> Places:
-        """The task whose allocation reaches the fullest level: the first, of those of a moment the largest."""
+        """The task of the pass whose allocation reaches the fullest level: the first, of one moment the largest."""
         times = np.where(self.levels == self.highest, self._times, NEVER)
         found = np.where(times == times.min(axis=0), self._sizes, -1.0).argmax(axis=0)
-        return np.where(self.highest > 0, self._tasks[found] - self._first, 0)
+        return np.where(self.highest > 0, self._tasks[found], self._first)
 
     def first_above(self, room: Floats) -> Places:
-        """The task whose allocation first takes the level above `room`, where there is one; the first of all where
-        what is there before takes more.
+        """The task of the pass whose allocation first takes the level above `room`, where there is one; the first of
+        the piece where what is there before takes more.
         """
         times = np.where(self.levels > room, self._times, NEVER)
         first = times.argmin(axis=0)
@@ -225,4 +255,4 @@ class Fill:
         order = sizes.argsort(axis=0, kind="stable")
         sums = np.take_along_axis(sizes, order, axis=0).cumsum(axis=0)
         above = (self.levels[first, columns] - sums[-1] + sums > room).argmax(axis=0)
-        return np.where(room < 0, 0, self._tasks[::-1][order[above, columns]] - self._first)
+        return np.where(room < 0, self._first, self._tasks[::-1][order[above, columns]])

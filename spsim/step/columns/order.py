@@ -67,7 +67,7 @@ class Kernels:
 
 
 class Order:
-    """The tasks of a pass of one rank that begins with all lanes free."""
+    """The tasks of a pass of one rank that begins with all lanes free, and that ends with all of them free."""
 
     def __init__(self, parts: Iterable[tuple[Segment, int]]) -> None:
         """Segments with the number of their runs."""
@@ -140,9 +140,23 @@ class Order:
 
     def loose(self, piece: Piece) -> list[int]:
         """Communications up to the end of a piece that may outlast its kernels."""
-        end = self.end(piece)
-        ended = self.before[end] | 1 << end
+        ended = self._ended(piece)
         return [task.id for task in self.tasks[: piece.stop] if not ended >> task.id & 1]
+
+    @cached_property
+    def late(self) -> list[int]:
+        """Communications that may be posted after the end of their piece, for they wait for others."""
+        found: list[int] = []
+        for piece in self.pieces[:-1]:
+            ended = self._ended(piece)
+            own = (task for task in self.loose(piece) if task >= piece.first)
+            found += [task for task in own if any(not ended >> other & 1 for other in self.waits[task])]
+        return found
+
+    def _ended(self, piece: Piece) -> int:
+        """What surely has ended when a piece ends, as bits."""
+        end = self.end(piece)
+        return self.before[end] | 1 << end
 
 
 def order_of(block: BlockPass) -> Order:

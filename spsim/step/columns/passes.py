@@ -39,15 +39,17 @@ class PassColumns:
         return [members @ took[piece.first : piece.stop] for piece, members in own]
 
     def holds(self, run: Replay) -> Points:
-        """For which workloads the pieces stand for the whole pass: nothing is under way at its end, nothing is posted
-        after the end of its own piece, and runs of a loop that are not written out are like the last that is.
+        """For which workloads the pieces stand for the whole pass: nothing is under way at its end, everything is
+        posted before the end of the next piece, and runs of a loop that are not written out are like the last that is.
         """
         found = np.ones(run.moments.shape[1], dtype=np.bool_)
         last = len(self.ends) - 1
         for place, piece in enumerate(self.order.pieces):
             loose, end = self.loose[place], run.ended[self.ends[place]]
-            if len(loose):
-                found &= ((run.ended if place == last else run.posted)[loose] <= end).all(axis=0)
+            if place == last:
+                found &= (run.ended[loose] <= end).all(axis=0)
+            elif place:
+                found &= (run.posted[loose[loose < piece.first]] <= end).all(axis=0)
             if piece.runs > 1:
                 found &= self._is_steady(run, place)
         return found

@@ -43,6 +43,12 @@ class BlockColumns:
         pieces = [piece for order in orders.values() for piece in order.pieces]
         self.segments = [piece.segment for piece in pieces] + ([sync] if sync else [])
         """Of each leaf."""
+        self.labels = [
+            [label for piece in order.pieces for label in piece.segment.labels]
+            for order in orders.values()
+            for _ in order.pieces
+        ]
+        """Of each leaf, what the tasks of its pass are."""
         self.leaves: dict[str, list[Leaf]] = {segment.name: [] for segment in self.segments}
         for number, segment in enumerate(self.segments):
             runs = pieces[number].runs if number < len(pieces) else 1

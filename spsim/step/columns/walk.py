@@ -99,7 +99,7 @@ class Spots(NamedTuple):
     layer: Places
     """Below 0 for none."""
     task: Places
-    """Its place in its segment."""
+    """Its place in its pass."""
 
 
 class Memory:
