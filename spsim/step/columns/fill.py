@@ -70,6 +70,9 @@ class Fills:
         self.tasks: Places = allocated.tasks[0][self.of_change]
         self.late = np.flatnonzero(late[self.of_change])
         """Moments of which only the times tell in which piece they are."""
+        own_pieces = allocated.pieces[self.of_change[self.late]]
+        self.ends_of_late = np.array(self.ends)[own_pieces]
+        self.from_before = (self.pieces[self.late] > own_pieces)[:, None]
 
     def _relate(self, allocated: _Table, freed: _Table, coefficients: Floats) -> None:
         """Which changes come before each moment and each end of a piece: surely, never, or as it may be."""
@@ -109,9 +112,8 @@ class Fills:
 
     def _leave_to_others(self, levels: Floats, replay: Replay) -> None:
         """Leave out what is posted in another piece."""
-        posted, ends = replay.posted[self.tasks[self.late]], replay.ended[self.ends]
-        pieces = (posted > ends[:-1, None]).sum(axis=0)
-        levels[self.late] = np.where(pieces == self.pieces[self.late, None], levels[self.late], -np.inf)
+        after = replay.posted[self.tasks[self.late]] > replay.ended[self.ends_of_late]
+        levels[self.late] = np.where(after == self.from_before, levels[self.late], -np.inf)
 
 
 def _changes(order: Order, positions: Mapping[str, Places]) -> Iterator[_Change]:
