@@ -14,7 +14,8 @@ from spsim.costs.static_memory import StaticMemory, static_memory
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.trace import Trace
-from spsim.inputs.scenario import Grid, Scenario
+from spsim.inputs.grid import Grid
+from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.instructions import Instruction
 from spsim.program.sizes import Numbers, products

@@ -12,7 +12,7 @@ from spsim.engine.engine import Meeting, RankProgram, Task
 from spsim.engine.recording import BufferUse, TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
-from spsim.inputs.scenario import Grid
+from spsim.inputs.grid import Grid
 from spsim.results import metrics
 from spsim.simulation import simulate_many
 from spsim.step.columns.step import BlockColumns

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from spsim.program.mesh import Axis, Mesh
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
 COLLECTIVE_SHORT: Mapping[str, str] = {
@@ -117,7 +118,7 @@ def message_bytes(step: Redistribution, tensor: Sized, mesh: Mesh) -> int:
     return max(local_bytes(tensor, step.source, mesh), local_bytes(tensor, step.target, mesh))
 
 
-Size = TypeVar("Size", int, float, npt.NDArray[Any])
+Size = TypeVar("Size", int, float, "npt.NDArray[Any]")
 """Bytes, or an array of them."""
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from spsim.errors import InputError
+from spsim.inputs.grid import Grid
 from spsim.inputs.rules import keeps_sizes
-from spsim.inputs.scenario import Grid, Scenario, scenario_from
+from spsim.inputs.scenario import Scenario, scenario_from
 from spsim.inputs.workload import ELEMENT_BYTES, Workload
 from spsim.results.columns import ResultColumns
 from spsim.simulation import simulate_many
