@@ -21,11 +21,12 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import lazy
-from spsim.program.assembly import layer_program, layer_template
+from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute, Instruction, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
+from spsim.program.templates import layer_template
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Item, Visit, accumulation
