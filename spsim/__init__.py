@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from spsim.results.measured import measured_trace as measured_trace
     from spsim.results.result import Result as Result
     from spsim.simulation import simulate as simulate
+    from spsim.studies.comparison import compare as compare
+    from spsim.studies.explanation import explain as explain
     from spsim.studies.sweeps import Experiment as Experiment
     from spsim.studies.sweeps import Point as Point
     from spsim.studies.sweeps import sweep as sweep
@@ -41,6 +43,8 @@ _HOMES = {
     "Result": "results.result",
     "Scenario": "inputs.scenario",
     "Workload": "inputs.workload",
+    "compare": "studies.comparison",
+    "explain": "studies.explanation",
     "load_kineto_trace": "pytorch.kineto",
     "load_model": "inputs.model",
     "load_profile": "inputs.profiles",

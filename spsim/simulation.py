@@ -8,8 +8,9 @@ from functools import partial
 from spsim.costs.flops import layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, static_memory
+from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
-from spsim.engine.trace import Piece, Trace
+from spsim.engine.trace import Trace
 from spsim.inputs.scenario import Scenario
 from spsim.program.instructions import Instruction
 from spsim.program.sizes import Numbers

@@ -77,18 +77,29 @@ class TaskInfo:
     sent_bytes: int = 0
     flops: int = 0
 
+    @property
+    def kind(self) -> str:
+        """What a communication is for, in accounts of time: `weight_sync`, or its collective."""
+        return self.part if self.part == "weight_sync" else self.collective
+
 
 class Flight(NamedTuple):
-    """A communication that is under way when a segment begins."""
+    """A communication that is under way when a segment begins, or is still to be posted."""
 
     lane: str
     posted_ps: int
     start_ps: int
     end_ps: int
+    kind: str
+    """As of its task."""
 
     def moved(self, by_ps: int) -> Flight:
         """The same, seen from another moment."""
-        return Flight(self.lane, self.posted_ps + by_ps, self.start_ps + by_ps, self.end_ps + by_ps)
+        return Flight(self.lane, self.posted_ps + by_ps, self.start_ps + by_ps, self.end_ps + by_ps, self.kind)
+
+    def longer(self, late: Late) -> Flight:
+        """The same where its lane is busy for longer."""
+        return self._replace(end_ps=self.end_ps + late.get(self.lane, 0))
 
 
 class Left(NamedTuple):
@@ -163,6 +174,11 @@ class Outline:
         )
 
     @lazy
+    def last_kernel(self) -> int | None:
+        """The last task of the compute lane; lanes are in order, so that it is the last to end."""
+        return next((task for task in reversed(range(len(self.lanes))) if self.lanes[task] == COMPUTE_LANE), None)
+
+    @lazy
     def lives(self) -> _Lives:
         """What frees and what allocates each buffer."""
         writers = [use.writer or 0 for use in self.buffers]
@@ -217,7 +233,11 @@ class Recording:
         if not late:
             return self
         shifts = np.array([[late.get(lane, 0)] for lane in self.outline.lanes])
-        return replace(self, times={rank: times + shifts for rank, times in self.times.items()})
+        return replace(
+            self,
+            times={rank: times + shifts for rank, times in self.times.items()},
+            flights={rank: [flight.longer(late) for flight in own] for rank, own in self.flights.items()},
+        )
 
     @lazy
     def spans(self) -> Sequence[Span]:
@@ -232,6 +252,15 @@ class Recording:
     def ends(self) -> dict[int, int]:
         """When the last task of each rank ends."""
         return {rank: max(times[:, ENDED].tolist()) for rank, times in self.times.items()}
+
+    def kernels_end(self, rank: int) -> int:
+        """When the kernels of a rank have ended, those before it included."""
+        last = self.outline.last_kernel
+        return self.begins.get(rank, 0) if last is None else int(self.times[rank][last, ENDED])
+
+    def busy_until(self, rank: int) -> int:
+        """When the last task of a rank has ended, those before it included."""
+        return max([self.ends[rank], *(flight.end_ps for flight in self.flights.get(rank, ()))])
 
     @lazy
     def compute(self) -> dict[int, list[int]]:
@@ -272,6 +301,8 @@ class Recording:
 
     def changes_after(self, rank: int, time: int) -> list[Left]:
         """Changes of memory that are still to come, its own and those of earlier segments."""
+        if not self.outline.buffers and rank not in self.left:
+            return []
         own = zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True)
         found = [Left(when, size, self.outline.buffers[buffer].writer or 0) for when, size, buffer in own if size]
         return sorted(change for change in (*found, *self.left.get(rank, ())) if change.time_ps > time)

@@ -1,222 +1,20 @@
 """The result of a run, simulated or measured: flat spans and memory changes, in integer picoseconds.
 
-A trace is a sequence of pieces: one segment of one layer for one micro-batch on the ranks that run it. Equal pieces
-share one recording and differ by a shift in time: a `Stretch` is equal pieces in a row, a `Repeat` anything that comes
-again and again. Metrics are sums over recordings; plots and exports read the spans and memory changes of the whole.
+A trace is a sequence of pieces, many of which share a recording. Metrics are sums over recordings; exports read the
+spans and memory changes of the whole.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from spsim.engine.recording import ON_TIME, Late, MemoryChange, Recording, Span, TaskInfo
+from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, pieces_during, place_of
+from spsim.engine.recording import MemoryChange, Recording, Span, TaskInfo
 from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
-
-Pass = Literal["forward", "backward", "weight_sync", "optimizer"]
-"""What a piece is a part of."""
-
-
-class Move(NamedTuple):
-    """From the first run of something that repeats to one of the next."""
-
-    shift_ps: int = 0
-    tasks: int = 0
-    layers: int = 0
-    micro_batches: int = 0
-    late: Late = ON_TIME
-
-    def after(self, other: Move) -> Move:
-        """Both, one after the other."""
-        late = {lane: self.late.get(lane, 0) + other.late.get(lane, 0) for lane in {*self.late, *other.late}}
-        return Move(
-            self.shift_ps + other.shift_ps,
-            self.tasks + other.tasks,
-            self.layers + other.layers,
-            self.micro_batches + other.micro_batches,
-            late,
-        )
-
-    def times(self, count: int) -> Move:
-        """The same, `count` times."""
-        late = {lane: count * late for lane, late in self.late.items()}
-        return Move(count * self.shift_ps, count * self.tasks, count * self.layers, count * self.micro_batches, late)
-
-
-STAY = Move()
-
-
-class Piece(NamedTuple):
-    """One segment of one layer for one micro-batch."""
-
-    recording: Recording
-    phase: Pass
-    layer: int | None
-    micro_batch: int | None
-    shift_ps: int
-    first_task: int
-    brings: Sequence[int] = ()
-    """Buffers that the outermost layer gets from outside, there from the first task on."""
-    drops: Sequence[int] = ()
-    """Buffers that the outermost layer hands to nobody, freed in this piece."""
-    late: Late = ON_TIME
-
-    def spans(self) -> Iterator[Span]:
-        """Spans at their place in time."""
-        shift, first = self.shift_ps, self.first_task
-        for rank, lane, task, posted, start, end in self.recording.delayed(self.late).spans:
-            yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
-
-    def memory(self) -> Iterator[MemoryChange]:
-        """Memory changes at their place in time."""
-        for change in self._changes(self.recording.delayed(self.late)):
-            yield change._replace(time_ps=change.time_ps + self.shift_ps, task=change.task + self.first_task)
-
-    def _changes(self, recording: Recording) -> Iterator[MemoryChange]:
-        yield from recording.memory
-        for rank, times in recording.times.items():
-            for buffer in self.brings:
-                yield self._change(rank, buffer, int(times[0, 0]), 1, 0)
-            for buffer in self.drops:
-                end, task = recording.end_of(rank, buffer)
-                yield self._change(rank, buffer, end, -1, task)
-
-    def _change(self, rank: int, buffer: int, time: int, sign: int, task: int) -> MemoryChange:
-        use = self.recording.outline.buffers[buffer]
-        return MemoryChange(time, rank, sign * int(self.recording.sizes[buffer]), use.category, use.tensor, task)
-
-
-class Stretch(NamedTuple):
-    """Equal pieces in a row: of consecutive layers, or equal steps of a ring."""
-
-    recording: Recording
-    phase: Pass
-    layer: int | None
-    """Of the first piece, as all that follows."""
-    micro_batch: int | None
-    shift_ps: int
-    first_task: int
-    runs: int = 1
-    move: Move = STAY
-    """From one piece to the next."""
-    brings: Sequence[int] = ()
-    """As of a piece, of the first one."""
-    drops: Sequence[int] = ()
-    """As of a piece, of the last one."""
-
-    @property
-    def tasks(self) -> int:
-        """Tasks of all pieces."""
-        return self.runs * len(self.recording.outline.labels)
-
-    @property
-    def end_ps(self) -> int:
-        """End of the last task."""
-        last = self.move.times(self.runs - 1)
-        return self.shift_ps + last.shift_ps + max(self.recording.delayed(last.late).ends.values())
-
-    def run(self, index: int, moved: Move = STAY, *, first: bool = True, last: bool = True) -> Piece:
-        """One of the pieces, where the stretch itself is moved."""
-        moved = moved.after(self.move.times(index)) if index else moved
-        return Piece(
-            self.recording,
-            self.phase,
-            None if self.layer is None else self.layer + moved.layers,
-            None if self.micro_batch is None else self.micro_batch + moved.micro_batches,
-            self.shift_ps + moved.shift_ps,
-            self.first_task + moved.tasks,
-            self.brings if first and index == 0 else (),
-            self.drops if last and index == self.runs - 1 else (),
-            moved.late,
-        )
-
-    def pieces(self, moved: Move = STAY, *, first: bool = True, last: bool = True) -> Iterator[Piece]:
-        """All pieces in order; `first` and `last` say whether this is where what surrounds it begins and ends."""
-        for index in range(self.runs):
-            yield self.run(index, moved, first=first, last=last)
-
-    def piece_of(self, task: int, moved: Move = STAY, *, first: bool = True, last: bool = True) -> Piece:
-        """The piece that has a task."""
-        index = (task - self.first_task - moved.tasks) // len(self.recording.outline.labels)
-        return self.run(index, moved, first=first, last=last)
-
-
-class Repeat(NamedTuple):
-    """Anything that comes again and again: the passes of a micro-batch, the steady state of a pipeline."""
-
-    body: Sequence[Stretch | Repeat]
-    """The first run."""
-    runs: int
-    move: Move
-    """From one run to the next."""
-    brings: Sequence[int] = ()
-    """As of a stretch: of the first piece of the first run."""
-    drops: Sequence[int] = ()
-    """As of a stretch: of the last piece of the last run."""
-
-    @property
-    def shift_ps(self) -> int:
-        """When the first run begins."""
-        return self.body[0].shift_ps
-
-    @property
-    def first_task(self) -> int:
-        """Number of the first task of the first run."""
-        return self.body[0].first_task
-
-    @property
-    def tasks(self) -> int:
-        """Tasks of all runs."""
-        return self.runs * self.move.tasks
-
-    @property
-    def end_ps(self) -> int:
-        """End of the last task."""
-        last = self.move.times(self.runs - 1)
-        if last.late:
-            return max(_end(piece) for piece in self._run(self.runs - 1, STAY, first=True, last=True))
-        return last.shift_ps + max(node.end_ps for node in self.body)
-
-    def pieces(self, moved: Move = STAY, *, first: bool = True, last: bool = True) -> Iterator[Piece]:
-        """All pieces in order; `first` and `last` say whether this is where what surrounds it begins and ends."""
-        for index in range(self.runs):
-            yield from self._run(index, moved, first=first, last=last)
-
-    def _run(self, index: int, moved: Move, *, first: bool, last: bool) -> Iterator[Piece]:
-        moved = moved.after(self.move.times(index))
-        for place in range(len(self.body)):
-            yield from self._node(place, index).pieces(moved, first=first, last=last)
-
-    def _node(self, place: int, index: int) -> Stretch | Repeat:
-        """What stands at a place of a run, with what the first brings and the last drops."""
-        node = self.body[place]
-        if index == 0 and place == 0 and self.brings:
-            node = node._replace(brings=self.brings)
-        if index == self.runs - 1 and place == len(self.body) - 1 and self.drops:
-            node = node._replace(drops=self.drops)
-        return node
-
-    def piece_of(self, task: int, moved: Move = STAY, *, first: bool = True, last: bool = True) -> Piece:
-        """The piece that has a task."""
-        index = (task - self.first_task - moved.tasks) // self.move.tasks
-        moved = moved.after(self.move.times(index))
-        place = _place_of(self.body, task - moved.tasks)
-        return self._node(place, index).piece_of(task, moved, first=first, last=last)
-
-
-Node = Stretch | Repeat
-
-
-def _place_of(nodes: Sequence[Node], task: int) -> int:
-    return bisect_right(nodes, task, key=lambda node: node.first_task) - 1
-
-
-def _end(piece: Piece) -> int:
-    return piece.shift_ps + max(piece.recording.delayed(piece.late).ends.values())
 
 
 class Leaf(NamedTuple):
@@ -229,6 +27,14 @@ class Leaf(NamedTuple):
     def pieces(self) -> int:
         """Number of its pieces."""
         return self.stretch.runs * prod(repeat.runs for repeat in self.repeats)
+
+    @property
+    def last(self) -> Piece:
+        """Its last piece."""
+        moved = STAY
+        for repeat in self.repeats:
+            moved = moved.after(repeat.move.times(repeat.runs - 1))
+        return self.stretch.run(self.stretch.runs - 1, moved)
 
     def find(self, layer: int | None, micro_batch: int | None, *, edges: bool = False) -> Iterator[Piece]:
         """Its pieces of one layer and micro-batch; of many equal ones in it the first and the last with `edges`."""
@@ -343,13 +149,21 @@ class Trace:
             if leaf.stretch.phase == phase
             for piece in leaf.find(layer, micro_batch, edges=True)
         ]
-        windows = [(piece.shift_ps, piece.recording.delayed(piece.late).window) for piece in pieces]
-        first = min((shift + begin for shift, (begin, _) in windows), default=0)
-        return first, max((shift + end for shift, (_, end) in windows), default=0)
+        windows = [piece.window for piece in pieces]
+        return min((begin for begin, _ in windows), default=0), max((end for _, end in windows), default=0)
+
+    def pieces_during(self, start: int, end: int) -> Iterator[Piece]:
+        """The pieces that are under way between two moments, in order."""
+        for node in self.nodes:
+            yield from pieces_during(node, start, end)
+
+    def last_of(self, rank: int) -> Piece:
+        """The last piece that a simulated rank runs."""
+        return next(leaf.last for leaf in reversed(self.leaves) if rank in leaf.stretch.recording.times)
 
     def piece_of(self, task: int) -> Piece:
         """The piece that a task belongs to."""
-        return self.nodes[_place_of(self.nodes, task)].piece_of(task)
+        return self.nodes[place_of(self.nodes, task)].piece_of(task)
 
     @property
     def num_spans(self) -> int:

@@ -10,7 +10,7 @@ from spsim.inputs.workload import Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import Program
+from spsim.program.instructions import Program, next_ids
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
@@ -20,7 +20,7 @@ from spsim.units import KIB, MIB
 
 _layers: Cache[tuple[Operator, ...]] = Cache(4 * MIB, lambda operators: 3 * KIB * len(operators))
 _regions: Cache[Region] = Cache(16 * MIB, lambda region: 5 * KIB * len(region.operators))
-_programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * len(program.instructions))
+_programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * next_ids(program)[0])
 
 
 def placed_by(plan: Plan) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ class Template:
     @property
     def nbytes(self) -> int:
         """Memory that it takes, about."""
-        return KIB * len(self.program.instructions) + 256 * self.index.num_slots + self.coefficients.nbytes
+        return KIB * len(self.index.slots) + 256 * self.index.num_slots + self.coefficients.nbytes
 
     @cached_property
     def _total(self) -> float:
@@ -142,10 +142,11 @@ class _Reader:
         self.positions: dict[int, int] = {}
         self.num_slots = 1
         self.kernels: dict[type[Work], list[tuple[Work, int]]] = defaultdict(list)
+        self._slots: dict[int, int] = {}
         buffers = {b.id: self._position(b.bytes) for b in (*program.inputs, *program.output_gradients)}
         messages: dict[int, int] = {}
         slots: dict[int, tuple[int, ...]] = {}
-        for step in program.instructions:
+        for step in (step for section in program.sections for step in section.instructions):
             if isinstance(step, Compute):
                 slots[step.id] = tuple([self._kernel(work) if work else 0 for work in step.work])
             else:
@@ -171,9 +172,11 @@ class _Reader:
         return self.num_slots - 1
 
     def _kernel(self, work: Work) -> int:
-        slot = self._slot()
-        self.kernels[type(work)].append((work, slot))
-        return slot
+        """The slot of a kernel, one for those that are the same object: at most positions of a ring it is."""
+        if id(work) not in self._slots:
+            self._slots[id(work)] = self._slot()
+            self.kernels[type(work)].append((work, self._slots[id(work)]))
+        return self._slots[id(work)]
 
     def _group(self, kind: type[Work], kernels: tuple[Work, ...], slots: tuple[int, ...]) -> KernelGroup:
         """Kernels whose numbers all have positions, until it is known which are constants."""

@@ -11,10 +11,10 @@ from spsim.studies.explanation import Explanation, InsertedCommunication, Operat
 from spsim.units import MIB
 
 
-def explanation_table(explanation: Explanation, label: str) -> Table:
+def explanation_table(explanation: Explanation) -> Table:
     """The operator table: does sequence parallelism apply, and what does the plan make of it?"""
     made = table(
-        f"{explanation.model}, {label}: which operators may run on a sequence shard?",
+        f"{explanation.model}, {explanation.plan}: which operators may run on a sequence shard?",
         ["operator", "dimensions", "may it?", "why", "placed", "GFLOP", "MiB", "kept, MiB", "communication"],
         numbers=["GFLOP", "MiB", "kept, MiB"],
     )

@@ -9,8 +9,9 @@ from typing import cast, get_args
 
 import numpy as np
 
+from spsim.engine.pieces import Pass, Stretch
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording, TaskInfo
-from spsim.engine.trace import Pass, Stretch, Trace
+from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.program.placement import Collective, sent_bytes
 from spsim.units import PS_PER_US

@@ -6,16 +6,15 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice
 from typing import NamedTuple
 
-from spsim.engine.recording import COMPUTE_LANE, ENDED, POSTED, STARTED, MemoryChange, Recording
-from spsim.engine.trace import Node, Pass, Repeat, Stretch, Trace
-from spsim.results import measured
+from spsim.engine.pieces import Node, Pass, Repeat, Stretch
+from spsim.engine.recording import POSTED, STARTED, MemoryChange, Recording
+from spsim.engine.trace import Trace
+from spsim.results import accounts, measured
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
-PIPELINE_LANES = "pp"
-"""How lanes between the stages of a pipeline begin."""
 
 
 def phase_of(part: str) -> str:
@@ -75,38 +74,14 @@ def _idle(recording: Recording, rank: int) -> Idle:
     transfer: it was posted when what it reads was there, or when the transfer before it ended.
     """
     times = recording.times[rank]
-    kernels = [index for index, lane in enumerate(recording.outline.lanes) if lane == COMPUTE_LANE]
-    if not kernels:
+    length = recording.kernels_end(rank) - recording.begins.get(rank, 0) - sum(recording.compute[rank])
+    if not length:
         return Idle()
-    begin = recording.begins.get(rank, 0)
-    length = int(times[kernels[-1], ENDED]) - begin - sum(recording.compute[rank])
     if not recording.begins and not (times[:, STARTED] > times[:, POSTED]).any():
         return Idle(communication=length)
-    return _idle_by_reason(recording, rank, begin) if length else Idle()
-
-
-def _idle_by_reason(recording: Recording, rank: int, begin: int) -> Idle:
-    """From the intervals in which communications wait for others and transfer."""
-    kernels: list[tuple[int, int]] = []
-    transfers: list[tuple[int, int]] = []
-    waits: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
-    flights = [tuple(flight) for flight in recording.flights.get(rank, ())]
-    moments = recording.times[rank].tolist()
-    for lane, posted, started, ended in [
-        *flights,
-        *((lane, *own) for lane, own in zip(recording.outline.lanes, moments, strict=True)),
-    ]:
-        if lane == COMPUTE_LANE:
-            kernels.append((started, ended))
-        else:
-            transfers.append((started, ended))
-            waits[lane.startswith(PIPELINE_LANES)].append((posted, started))
-    last = max(end for _, end in kernels)
-    layers = [kernels, transfers, waits[False], waits[True], [(begin, last)]]
-    within = [[(max(begin, a), min(last, b)) for a, b in own if b > begin and a < last] for own in layers]
-    covered = [measured.covered([span for own in within[: n + 1] for span in own]) for n in range(len(within))]
-    communication, peer, stage, dependency = (b - a for a, b in pairwise(covered))
-    return Idle(communication, peer, stage, dependency)
+    parts = accounts.of_piece(recording, rank).parts
+    waits = Idle(0, parts[accounts.PEERS], parts[accounts.STAGES], parts[accounts.IDLE])
+    return waits._replace(communication=length - sum(waits))
 
 
 def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
@@ -197,13 +172,13 @@ def _profile(nodes: Sequence[Node], rank: int) -> _Profile | None:
         one = _one_run(node, rank)
         if one is None:
             continue
-        base += _size(_ends(node)[0], node.brings)
+        base += _size(node.ends[0], node.brings)
         fullest = node.runs - 1 if one.total > 0 else 0
         highest = base + fullest * one.total + one.highest
         if found is None or highest > found.highest:
             move = node.move.times(fullest)
             found = _Profile(highest, one.time_ps + move.shift_ps, one.task + move.tasks, 0)
-        base += node.runs * one.total - _size(_ends(node)[1], node.drops)
+        base += node.runs * one.total - _size(node.ends[1], node.drops)
     return None if found is None else found._replace(total=base)
 
 
@@ -215,13 +190,6 @@ def _one_run(node: Node, rank: int) -> _Profile | None:
         return None
     fullest = node.recording.fullest[rank]
     return _Profile(fullest.bytes, node.shift_ps + fullest.time_ps, node.first_task + fullest.task, fullest.total)
-
-
-def _ends(node: Node) -> tuple[Stretch, Stretch]:
-    """The first and the last stretch of a node."""
-    if isinstance(node, Stretch):
-        return node, node
-    return _ends(node.body[0])[0], _ends(node.body[-1])[1]
 
 
 def _size(stretch: Stretch, buffers: Sequence[int]) -> int:
@@ -242,12 +210,12 @@ def _first_above(nodes: Sequence[Node], rank: int, room: int) -> int | None:
         one = _one_run(node, rank)
         if one is None:
             continue
-        room -= _size(_ends(node)[0], node.brings)
+        room -= _size(node.ends[0], node.brings)
         run = max(0, (room - one.highest) // one.total + 1) if one.total > 0 else 0
         left = room - run * one.total
         if run < node.runs and one.highest > left:
             return _first_of_run(node, rank, left) + node.move.times(run).tasks
-        room -= node.runs * one.total - _size(_ends(node)[1], node.drops)
+        room -= node.runs * one.total - _size(node.ends[1], node.drops)
     return None
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spsim.engine.trace import Trace
+from spsim.results.held import CATEGORIES
 from spsim.results.metrics import memory_changes
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
@@ -63,7 +64,7 @@ def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFram
     )
     for category, size in static.items():
         frame[f"{category}_gib"] = size / GIB
-    for category in ("activations", "communication buffers", "temporary"):
+    for category in CATEGORIES:
         sizes = [0, *(c.bytes if c.category == category else 0 for c in changes)]
         frame[f"{category.replace(' ', '_')}_gib"] = np.cumsum(sizes) / GIB
     frame["total_gib"] = frame.filter(like="_gib").sum(axis=1)

@@ -20,8 +20,9 @@ from math import sqrt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
-from spsim.engine.trace import Pass, Trace
+from spsim.engine.trace import Trace
 from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
 from spsim.program.instructions import Communication, Instruction
 from spsim.program.mesh import Axis, nodes_of

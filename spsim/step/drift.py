@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from spsim.engine.pieces import Node, Repeat
 from spsim.engine.recording import ENDED, POSTED, Flight
-from spsim.engine.trace import Node, Repeat
 from spsim.step.itinerary import Loop, segments_of
 from spsim.step.lanes import Busy, State
 
@@ -46,12 +46,7 @@ def later(busy: Busy, lanes: Mapping[str, int]) -> Busy:
     if not lanes:
         return busy
     free = tuple((lane, time + lanes.get(lane, 0)) for lane, time in busy.lanes)
-    others = tuple(flight for flight in busy.flights if flight.lane not in lanes)
-    return replace(busy, lanes=free, flights=others + _flights(dict(free), lanes), left=())
-
-
-def _flights(free: Mapping[str, int], lanes: Mapping[str, int]) -> tuple[Flight, ...]:
-    return tuple(Flight(lane, 0, 0, free[lane]) for lane in sorted(lanes))
+    return replace(busy, lanes=free, flights=tuple(flight.longer(lanes) for flight in busy.flights), left=())
 
 
 def _late(before: tuple[int, Busy], now: tuple[int, Busy]) -> dict[str, int]:
@@ -62,8 +57,13 @@ def _late(before: tuple[int, Busy], now: tuple[int, Busy]) -> dict[str, int]:
         return {}
     lanes = {lane: free_now[lane] - free[lane] for lane in free if free[lane] != free_now[lane]}
     rest, rest_now = (_without(own, lanes) for own in (busy, busy_now))
-    whole = set(_flights(free_now, lanes)) <= set(busy_now.flights)
-    return lanes if rest == rest_now and whole else {}
+    return lanes if rest == rest_now and all(_is_whole(lane, busy_now) for lane in lanes) else {}
+
+
+def _is_whole(lane: str, busy: Busy) -> bool:
+    """Whether one communication, or equal ones in a row, keep a lane busy from now until it is free."""
+    own = [(flight.posted_ps, flight.start_ps, flight.end_ps) for flight in busy.flights if flight.lane == lane]
+    return bool(own) and own == [(0, 0, free) for name, free in busy.lanes if name == lane]
 
 
 def _without(busy: Busy, lanes: Mapping[str, int]) -> Sequence[Flight]:
@@ -73,7 +73,7 @@ def _without(busy: Busy, lanes: Mapping[str, int]) -> Sequence[Flight]:
 def _is_behind(lane: str, nodes: Sequence[Node], place: int, busy: Busy, length: int) -> bool:
     """Whether a lane was behind throughout a run that found it as `busy`."""
     free = dict(busy.lanes).get(lane, 0)
-    if Flight(lane, 0, 0, free) not in busy.flights:
+    if not _is_whole(lane, busy):
         return False
     return free >= length or _queues(lane, nodes, place, free)
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spsim.engine.engine import RankProgram, run
+from spsim.engine.pieces import Move, Node, Repeat, Stretch
 from spsim.engine.recording import Integers, Moments, Recording
-from spsim.engine.trace import Move, Node, Repeat, Stretch
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
 from spsim.step.lanes import IDLE, Busy, State, left_by, record, start

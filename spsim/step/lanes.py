@@ -67,7 +67,8 @@ def record(
 
 def end_of(segment: Segment, moments: Sequence[Moments], time: int) -> int:
     """When the kernels of a rank end after a segment; `time` before it."""
-    return time if segment.last_kernel is None else moments[segment.last_kernel][ENDED]
+    last = segment.outline.last_kernel
+    return time if last is None else moments[last][ENDED]
 
 
 def _outlasts(segment: Segment, moments: Sequence[Moments], end: int, busy: Busy) -> bool:
@@ -87,7 +88,7 @@ def left_by(
     ends = {name: time + arrival for name, arrival in busy.ends}
     ends |= {name: moments[task][ENDED] for name, task in segment.exports.items()}
     flights = [flight.moved(time) for flight in busy.flights]
-    flights += [Flight(segment.tasks[task].lane, *moments[task]) for task in segment.calls]
+    flights += flights_of(segment, moments)
     left = Busy(
         tuple(sorted((lane, free - end) for lane, free in lanes.items() if free > end)),
         _merged(flight.moved(-end) for flight in flights if flight.end_ps > end),
@@ -97,17 +98,27 @@ def left_by(
     return end, IDLE if left == IDLE else left
 
 
+def flights_of(segment: Segment, moments: Sequence[Moments]) -> list[Flight]:
+    """The communications of a segment."""
+    return [Flight(segment.tasks[task].lane, *moments[task], segment.labels[task].kind) for task in segment.calls]
+
+
 def _merged(flights: Iterable[Flight]) -> tuple[Flight, ...]:
-    """Flights as far as they matter from now on: what is behind is left out, and those of a lane that follow each
-    other without waiting are one.
+    """Flights as far as they matter from now on: what is behind is left out, and those of a lane and kind that follow
+    each other without waiting are one.
     """
     found: dict[str, list[Flight]] = {}
-    for lane, posted, begun, end in sorted(flights):
-        flight = Flight(lane, max(0, posted), max(0, begun), end)
+    for lane, posted, begun, end, kind in sorted(flights):
+        flight = Flight(lane, max(0, posted), max(0, begun), end, kind)
         own = found.setdefault(lane, [])
-        last = own[-1] if own else None
-        if last and last.end_ps == flight.posted_ps == flight.start_ps and last.posted_ps == last.start_ps:
-            own[-1] = last._replace(end_ps=end)
+        if own and _continues(flight, own[-1]):
+            own[-1] = own[-1]._replace(end_ps=end)
         else:
             own.append(flight)
     return tuple(flight for own in found.values() for flight in own)
+
+
+def _continues(flight: Flight, last: Flight) -> bool:
+    """Whether a flight begins as the last one of its lane ends, is of its kind, and neither waits."""
+    waits = last.posted_ps < last.start_ps or flight.posted_ps < flight.start_ps
+    return flight.kind == last.kind and flight.posted_ps == last.end_ps and not waits

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from spsim.engine.engine import Task
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
-from spsim.engine.trace import Pass
 from spsim.lazy import lazy
 from spsim.program.instructions import Instruction
 from spsim.program.mesh import Axis
@@ -59,11 +59,6 @@ class Segment:
     def outline(self) -> Outline:
         """What its recordings have in common."""
         return Outline([task.lane for task in self.tasks], self.labels, self.buffers)
-
-    @lazy
-    def last_kernel(self) -> int | None:
-        """The last task of the compute lane; lanes are in order, so that it is the last to end."""
-        return next((task.id for task in reversed(self.tasks) if task.lane == COMPUTE_LANE), None)
 
     @lazy
     def last_calls(self) -> Mapping[str, int]:

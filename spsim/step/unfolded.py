@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from spsim.engine.engine import Meeting, Need, RankProgram, Task, run
-from spsim.engine.recording import COMPUTE_LANE, Recording, columns
-from spsim.engine.trace import Node, Stretch
+from spsim.engine.pieces import Node, Stretch
+from spsim.engine.recording import COMPUTE_LANE, Flight, Moments, Recording, columns
 from spsim.step.folding import Step, Walked
 from spsim.step.itinerary import Visit, visits
+from spsim.step.lanes import end_of, flights_of
+from spsim.step.segments import Segment
 
 
 def unfold_step(step: Step) -> Walked:
@@ -20,17 +23,12 @@ def unfold_step(step: Step) -> Walked:
     programs = {rank: _Concatenation(step, rank).program(every) for rank in ranks}
     durations = {rank: list(_durations(step, rank, every)) for rank in ranks}
     moments = run(programs, slowdown=step.slowdown, durations=durations)
+    own = {rank: _Rank(iter(times)) for rank, times in moments.items()}
     nodes: list[Node] = []
-    taken = Counter[int]()
     first_task = 0
     for visit in every:
         segment = visit.segment
-        times = {}
-        for rank in step.programs[segment.name]:
-            stop = taken[rank] + len(segment.tasks)
-            times[rank] = columns(moments[rank][taken[rank] : stop])
-            taken[rank] = stop
-        recording = Recording(segment.outline, times, step.sizes[segment.name])
+        recording = _recorded(segment, {rank: own[rank] for rank in step.programs[segment.name]}, step)
         nodes.append(
             Stretch(
                 recording, segment.phase, visit.layer, visit.micro_batch, 0, first_task,
@@ -39,6 +37,30 @@ def unfold_step(step: Step) -> Walked:
         )  # fmt: skip
         first_task += len(segment.tasks)
     return Walked(nodes, sum(map(len, moments.values())), overlapping=True)
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What is left of a rank's times, and where the segments before have left it."""
+
+    times: Iterator[Moments]
+    time: int = 0
+    """End of its last kernel."""
+    flights: list[Flight] = field(default_factory=list)
+
+
+def _recorded(segment: Segment, ranks: Mapping[int, _Rank], step: Step) -> Recording:
+    """The next segment of some ranks, and how it found them."""
+    begins = {rank: own.time for rank, own in ranks.items()}
+    flights = {rank: own.flights for rank, own in ranks.items()}
+    times = {}
+    for rank, own in ranks.items():
+        moments = list(islice(own.times, len(segment.tasks)))
+        times[rank] = columns(moments)
+        own.time = end_of(segment, moments, own.time)
+        flying = (*own.flights, *flights_of(segment, moments))
+        own.flights = [flight for flight in flying if flight.end_ps > own.time]
+    return Recording(segment.outline, times, step.sizes[segment.name], begins=begins, flights=flights)
 
 
 def _durations(step: Step, rank: int, every: Sequence[Visit]) -> Iterator[int]:

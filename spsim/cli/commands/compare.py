@@ -11,7 +11,8 @@ import typer
 from spsim.cli.options import GlobalBatchOption, JsonOption, MicroBatchOption, PrecisionOption
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
 from spsim.report import comparison as report
-from spsim.studies.comparison import PlanComparison, compare_plans
+from spsim.studies.comparison import PlanComparison
+from spsim.studies.comparison import compare as compare_plans
 
 
 def command(

@@ -8,10 +8,6 @@ import typer
 
 from spsim.cli.options import JsonOption
 from spsim.cli.outputs import open_console, print_json
-from spsim.inputs.model import load_model
-from spsim.inputs.plan import parse_plan
-from spsim.inputs.rules import check_shapes
-from spsim.inputs.workload import Workload
 from spsim.report import explanation as report
 from spsim.studies.explanation import explain
 
@@ -24,14 +20,11 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Which operators does sequence parallelism apply to, and why?"""
-    parsed, loaded = parse_plan(plan), load_model(model)
-    workload = Workload(seq_len=seq_len, micro_batch=micro_batch)
-    check_shapes(loaded, parsed, workload)
-    explanation = explain(loaded, parsed, workload)
+    explanation = explain(model, plan, {"seq_len": seq_len, "micro_batch": micro_batch})
     if as_json:
         print_json(explanation.to_json())
         return
     console = open_console()
-    console.print(report.explanation_table(explanation, parsed.label))
+    console.print(report.explanation_table(explanation))
     for line in report.saving_lines(explanation):
         console.print(line, soft_wrap=True)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE
-from spsim.engine.trace import Pass, Trace
+from spsim.engine.trace import Trace
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.scenario import Scenario
 from spsim.measuring.processes.matching import describes

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE
-from spsim.engine.trace import Pass
 from spsim.inputs.plan import Plan
 from spsim.measuring.processes.at_hand import Position, cpu_info, gpu_index
 from spsim.measuring.verify.cases import VerifyCase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spsim.engine.trace import Pass
+from spsim.engine.pieces import Pass
 from spsim.measuring.verify.cases import VerifyCase
 from spsim.results.measured import MeasuredSpan
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spsim.engine.trace import Pass
+from spsim.engine.pieces import Pass
 from spsim.errors import InputError
 
 HINT = "give a trace that torch.profiler exported (export_chrome_trace or tensorboard_trace_handler)"

@@ -10,7 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from spsim.engine.trace import Pass, Trace
+from spsim.engine.pieces import Pass
+from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.pytorch.kineto.device import device_spans
 from spsim.pytorch.kineto.events import HINT, ProfiledRank, read_profile
