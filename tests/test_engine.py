@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.engine.engine import DeadlockError, Meeting, RankProgram, Task, run
+from spsim.engine.engine import run
+from spsim.engine.tasks import DeadlockError, Meeting, RankProgram, Task
 
 LANES = ("compute", "net", "link")
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
-from spsim.engine.engine import Meeting, RankProgram, Task
 from spsim.engine.recording import BufferUse, TaskInfo
+from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Trace
 from spsim.program.instructions import Compute
 from spsim.results.metrics import peak_memory

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from spsim.engine.engine import RankProgram, Task, run
+from spsim.engine.engine import run
 from spsim.engine.recording import COMPUTE_LANE, ENDED, Integers, Moments, Recording, columns
+from spsim.engine.tasks import RankProgram, Task
 from spsim.engine.trace import Phase, Stretch
 from spsim.step.schedule import LayerSchedule, Pass
 

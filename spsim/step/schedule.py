@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
-from spsim.engine.engine import Meeting, RankProgram, Task
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
+from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Phase
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Program
