@@ -23,36 +23,45 @@ from typing import Any
 
 import simpy
 
+from spsim.engine.contention import Held, in_turn, rate_beside, work_through
 from spsim.engine.recording import Moments
-from spsim.engine.tasks import DeadlockError, Meeting, Need, RankProgram, Run, Start, Task
-
-PPM = 10**6
+from spsim.engine.tasks import DeadlockError, Key, Meeting, Need, RankProgram, Run, Start, Task
 
 
 class _Rank:
     """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
     __slots__ = (
-        "communicators", "durations", "env", "holds", "program", "times", "unmet", "waiting",
+        "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "times", "waiting",
     )  # fmt: skip
 
     def __init__(
-        self, env: Any, number: int, program: RankProgram, durations: Sequence[int] | None, start: Start
+        self,
+        env: Any,
+        number: int,
+        program: RankProgram,
+        durations: Sequence[int] | None,
+        start: Start,
+        slowdown: float,
     ) -> None:
         self.env = env
         self.program = program
+        self.rate = rate_beside(slowdown)
+        """Of kernels while communications are posted that have no slowdown of their own."""
         self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
-        self.communicators = [
-            _Communicator(number, runs, max(start.time, start.lanes.get(runs[0].lane, start.time)))
-            for runs in program.communications
-        ]
+        self.communicators = [_Communicator(number, runs, start.free(runs[0].lane)) for runs in program.communications]
         self.times: dict[Need, Moments] = {name: (start.ends.get(name, start.time),) * 3 for name in program.names}
         self.waiting: dict[Need, simpy.Event] = {}
         """Events of tasks whose times other lanes want to know."""
-        self.holds: list[tuple[int, int]] = [*start.holds]
-        """When communications hold the device whose peers have met."""
-        self.unmet: list[int] = []
-        """Since when others hold it."""
+        self.holds: list[Held] = [
+            (begin, end, self.rate if own is None else rate_beside(own)) for begin, end, own in start.holds
+        ]
+        """Of communications whose end is known."""
+        self.open: list[tuple[int, int]] = []
+        """Since when others hold the device, and the rate of kernels beside them."""
+        rates = {self.rate if own is None else own for own in program.rates} | {rate for *_, rate in self.holds}
+        self.ordered = sorted if len(rates) < 2 else in_turn
+        """Brings holds into order; where all are of one rate, it does not matter that they overlap."""
 
     def known(self, needs: Iterable[Need]) -> simpy.Event:
         """The event of the times of the first of some tasks that is not known becoming known."""
@@ -74,24 +83,23 @@ class _Rank:
                 time = moments[2]
         return time
 
-    def transfer(self, task: int, posted: int, start: int, met: int) -> int:
-        """A communication whose peers have met takes its duration from then on, and holds the device until its end."""
-        end = met + self.durations[task]
-        self.holds.append((posted, end))
+    def settle(self, task: int, hold: Held, start: int) -> None:
+        """It is known when a communication ends, and so does its hold."""
+        posted, end, _ = hold
+        self.holds.append(hold)
         self.times[task] = posted, start, end
         self.tell(task)
-        return end
 
-    def unmet_holds(self) -> list[tuple[int, int]]:
-        """When communications have held the device that wait for their peers: they may end this moment."""
+    def open_holds(self) -> list[Held]:
+        """Of communications whose end is not known: it may be this moment."""
         now = self.env.now
-        return [(since, now) for since in self.unmet if since < now]
+        return [(since, now, rate) for since, rate in self.open if since < now]
 
 
 class _Communicator:
     """A lane of communications of one rank, and where it stands."""
 
-    __slots__ = ("free", "index", "posted", "rank", "runs")
+    __slots__ = ("free", "index", "met", "posted", "rank", "runs")
 
     def __init__(self, rank: int, runs: Sequence[Run], free: int) -> None:
         self.rank = rank
@@ -100,29 +108,39 @@ class _Communicator:
         self.index = 0
         self.free = free
         self.posted: int | None = None
-        """When the communication at `index` was or will be posted, if it waits for its peers."""
+        """When the communication at `index` was or will be posted, if it is not known when it ends."""
+        self.met: list[int] = []
+        """When its meetings are complete, as far as is known."""
 
 
 class _Simulation:
-    """One run: the ranks, and the open rendezvous."""
+    """One run: the ranks, and the open rendezvous.
 
-    def __init__(self, slowdown_ppm: int) -> None:
+    What makes it enough to look at a thing when the clock is there:
+
+    - What ends is known by then: kernels when they end, communications then or ahead. So nothing is posted in the past.
+    - Holds change from now on only: a new one begins now or later, an open one ends now or later. So the end of kernels
+      that follows from the holds known so far, open ones taken to end now, is never too late. When the clock is there,
+      it is the end, or a later one follows from the holds known then.
+    - A moment has no order in it: ends depend on the holds before them, meetings on the last to come, and nothing on
+      who is looked at first.
+    - Kernels of a row are recorded together at its end: nobody waits for those inside it.
+    """
+
+    def __init__(self) -> None:
         self.env: Any = simpy.Environment()  # simpy's clock is int | float, ours is int
-        self.rate = PPM - slowdown_ppm
         self.ranks: dict[int, _Rank] = {}
-        self.arrived: dict[tuple[Any, ...], list[_Communicator]] = defaultdict(list)
-        self.met: dict[tuple[Any, ...], int] = {}
+        self.arrived: dict[Key, list[_Communicator]] = defaultdict(list)
 
-    def add(self, number: int, rank: _Rank, start: int) -> None:
+    def add(self, number: int, rank: _Rank, start: Start) -> None:
         self.ranks[number] = rank
         for runs in rank.program.kernels:
-            self.env.process(self._compute(rank, runs, start))
+            self.env.process(self._compute(rank, runs, start.free(runs[0].lane)))
 
     def finish(self) -> None:
         for rank in self.ranks.values():
             self._communicate(rank.communicators)
-        if any(rank.program.kernels for rank in self.ranks.values()):
-            self.env.run()
+        self.env.run()
         waiting = list(self._waiting())
         if waiting:
             raise DeadlockError(f"deadlock: {', '.join(waiting)} wait for tasks that never end")
@@ -140,14 +158,14 @@ class _Simulation:
     def _compute(self, rank: _Rank, runs: Sequence[Run], free: int) -> Generator[simpy.Event, Any, None]:
         """Walk a lane of kernels; time lost to contention is known only as it happens, so look again at their end."""
         env, index, seen = self.env, 0, 0
-        holds: list[tuple[int, int]] = []
+        holds: list[Held] = []
         while index < len(runs):
-            if len(rank.holds) > seen:
-                holds = sorted(holds + rank.holds[seen:])
-                seen = len(rank.holds)
             while holds and holds[0][1] <= free:
                 del holds[0]
-            held = sorted([*holds, *rank.unmet_holds()]) if rank.unmet else holds
+            if len(rank.holds) > seen:
+                holds = rank.ordered(holds + rank.holds[seen:])
+                seen = len(rank.holds)
+            held = rank.ordered([*holds, *rank.open_holds()]) if rank.open else holds
             row, end, stop = self._row(rank, runs, index, free, held)
             if stop == index:
                 yield rank.known(runs[index].needs)
@@ -155,7 +173,7 @@ class _Simulation:
             remaining = end - env.now
             if remaining:
                 yield env.timeout(remaining)
-                if len(rank.holds) > seen or rank.unmet:
+                if len(rank.holds) > seen or rank.open:
                     continue
             rank.times.update(row)
             free, index, last = end, stop, runs[stop - 1]
@@ -165,12 +183,12 @@ class _Simulation:
                 self._communicate(rank.communicators)
 
     def _row(
-        self, rank: _Rank, runs: Sequence[Run], index: int, free: int, holds: Sequence[tuple[int, int]]
+        self, rank: _Rank, runs: Sequence[Run], index: int, free: int, holds: Sequence[Held]
     ) -> tuple[dict[Need, Moments], int, int]:
         """The times of kernels in a row if nothing more is posted, never too late; the end of the last, and the run
         after it. They end with one that another lane waits for, or before one that waits for what is not known.
         """
-        durations, rate = rank.durations, self.rate
+        durations = rank.durations
         found: dict[Need, Moments] = {}
         awaited = False
         while not awaited and index < len(runs):
@@ -179,7 +197,7 @@ class _Simulation:
             if begin is None:
                 break
             for task in run.tasks:
-                end = _work_through(begin, durations[task] * PPM, holds, rate) if holds else begin + durations[task]
+                end = work_through(begin, durations[task], holds) if holds else begin + durations[task]
                 found[task] = begin, begin, end
                 begin = end
             free, index, awaited = begin, index + 1, run.awaited
@@ -192,27 +210,29 @@ class _Simulation:
             self._advance(pending.pop(), pending)
 
     def _advance(self, communicator: _Communicator, pending: list[_Communicator]) -> None:
-        """Post communications of a lane as long as their times are known and their peers come."""
+        """Post communications of a lane as long as it is known when they end."""
         rank, runs = self.ranks[communicator.rank], communicator.runs
         while communicator.index < len(runs):
             run = runs[communicator.index]
             posted = rank.end_of(run.needs, communicator.free)
             if posted is None:
                 return
-            start = met = posted
+            rate = rank.rate if run.rate is None else run.rate
+            duration = rank.durations[run.last]
+            start, end = posted, posted + duration
             if run.parties > 1:
                 if communicator.posted is None:
                     communicator.posted = posted
-                    rank.unmet.append(posted)
+                    rank.open.append((posted, rate))
                     pending += self._arrive(communicator, run.meetings)
-                if not all(meeting.key in self.met for meeting in run.meetings):
+                if len(communicator.met) < len(run.meetings):
                     return
-                met_at = [self.met[meeting.key] for meeting in run.meetings]
-                start, met = min(met_at), max(met_at)
-                rank.unmet.remove(posted)
-                communicator.posted = None
+                start, end = min(communicator.met), max(communicator.met) + duration
+                rank.open.remove((posted, rate))
+                communicator.posted, communicator.met = None, []
             communicator.index += 1
-            communicator.free = rank.transfer(run.last, posted, start, met)
+            communicator.free = end
+            rank.settle(run.last, (posted, end, rate), start)
             if run.releases:
                 pending += rank.communicators
 
@@ -223,28 +243,11 @@ class _Simulation:
             there = self.arrived[meeting.key]
             there.append(communicator)
             if len(there) == meeting.parties:
-                self.met[meeting.key] = max(other.posted or 0 for other in there)
+                at = max([other.posted or 0 for other in there])
+                for other in there:
+                    other.met.append(at)
                 complete += there
         return complete
-
-
-def _work_through(now: int, remaining: int, holds: Sequence[tuple[int, int]], rate: int) -> int:
-    """The first picosecond in which `remaining` millionths of a picosecond of work, begun at `now`, are done,
-    at full rate outside the holds and at `rate` millionths inside them.
-    """
-    for begin, end in holds:
-        if end <= now:
-            continue
-        if begin > now:
-            if remaining <= (begin - now) * PPM:
-                break
-            remaining -= (begin - now) * PPM
-            now = begin
-        if remaining <= (end - now) * rate:
-            return now - (-remaining // rate)
-        remaining -= (end - now) * rate
-        now = end
-    return now - (-remaining // PPM)
 
 
 _ORIGIN = Start()
@@ -257,16 +260,17 @@ def run(
     durations: Mapping[int, Sequence[int]] | None = None,
     starts: Mapping[int, Start] | None = None,
 ) -> dict[int, list[Moments]]:
-    """Run the tasks of each rank to the end; `slowdown` is the share of its rate that compute loses.
+    """Run the tasks of each rank to the end; `slowdown` is the share of their rate that kernels lose to communications
+    that do not say their own.
 
     `durations` (by task, in picoseconds) and `starts` are given per rank. The times of each rank are in the order of
     its tasks. Raises `DeadlockError` when tasks wait for each other or for a peer that never comes.
     """
-    simulation = _Simulation(round(slowdown * PPM))
+    simulation = _Simulation()
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
         start = starts[number] if starts else _ORIGIN
-        rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None, start)
-        simulation.add(number, rank, start.time)
+        rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None, start, slowdown)
+        simulation.add(number, rank, start)
     simulation.finish()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

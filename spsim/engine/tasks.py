@@ -9,18 +9,23 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
+
+from spsim.engine.contention import rate_beside
 
 Need = int | str
 """A task of the same rank, or the name of something that ended before the run."""
+
+
+Key = tuple[Any, ...]
+"""Of a rendezvous: of which group, and its how manieth call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
     """A rendezvous: `parties` tasks with the same key must have been posted before any can proceed."""
 
-    key: tuple[Any, ...]
-    """Of which group, and its how manieth call."""
+    key: Key
     parties: int
 
 
@@ -37,6 +42,16 @@ class Task:
     the start of the run knows the end of.
     """
     meetings: tuple[Meeting, ...] = ()
+    slowdown: float | None = None
+    """The share of their rate, below 1, that kernels lose while a communication is posted; None for that of the run."""
+
+
+class Hold(NamedTuple):
+    """From when to when a communication holds the device, and what kernels lose meanwhile, as of its task."""
+
+    begin: int
+    end: int
+    slowdown: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +62,14 @@ class Start:
     """When it is free: none of its tasks begins before."""
     lanes: Mapping[str, int] = field(default_factory=dict)
     """When lanes are free that are busy beyond that."""
-    holds: Sequence[tuple[int, int]] = ()
-    """From when to when communications hold the device that were posted before."""
+    holds: Sequence[Hold] = ()
+    """Of communications that were posted before."""
     ends: Mapping[str, int] = field(default_factory=dict)
     """When something ended, or will, that tasks name; what has no time here has ended long ago."""
+
+    def free(self, lane: str) -> int:
+        """When a lane is."""
+        return max(self.time, self.lanes.get(lane, self.time))
 
 
 class DeadlockError(RuntimeError):
@@ -60,7 +79,7 @@ class DeadlockError(RuntimeError):
 class Run:
     """Consecutive kernels of a lane of which only the last is waited for, or one communication."""
 
-    __slots__ = ("awaited", "lane", "last", "meetings", "needs", "parties", "releases", "tasks")
+    __slots__ = ("awaited", "lane", "last", "meetings", "needs", "parties", "rate", "releases", "tasks")
 
     def __init__(self, tasks: Sequence[Task], needs: Iterable[Need], awaiting: Collection[Task]) -> None:
         self.lane = tasks[0].lane
@@ -74,6 +93,9 @@ class Run:
         """Whether communications are among them."""
         self.meetings = tasks[0].meetings
         self.parties = max((meeting.parties for meeting in self.meetings), default=0)
+        slowdown = tasks[0].slowdown
+        self.rate = None if slowdown is None else rate_beside(slowdown)
+        """Of kernels beside it, unless it is that of all."""
 
 
 class RankProgram:
@@ -94,6 +116,11 @@ class RankProgram:
     def communications(self) -> list[list[Run]]:
         """Communications of each lane, in order."""
         return [runs for runs in self._lanes if runs[0].meetings]
+
+    @cached_property
+    def rates(self) -> set[int | None]:
+        """Rates of kernels beside communications."""
+        return {run.rate for runs in self.communications for run in runs}
 
     @cached_property
     def _lanes(self) -> list[list[Run]]:
