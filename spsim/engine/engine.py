@@ -9,7 +9,7 @@ collective holds part of the device, also while it waits for its peers.
 A lane of kernels is one simpy process: how long they take depends on what is posted meanwhile, so that the clock
 has to be waited for, once for a row of kernels up to one that another lane waits for. A communication needs no
 process: when it is posted and when it ends follows from the ends of what it waits for and from its peers, and is
-recorded as soon as those are known.
+recorded as soon as those are known. Only a network whose transfers share links makes it wait for the clock.
 
 A run need not begin at the beginning: `Start` says where a rank stands, which is all that tasks that ran before can
 mean to those that follow.
@@ -24,6 +24,7 @@ from typing import Any
 import simpy
 
 from spsim.engine.contention import Held, in_turn, rate_beside, work_through
+from spsim.engine.network import MakeNetwork, Network, Transfer
 from spsim.engine.recording import Moments
 from spsim.engine.tasks import DeadlockError, Key, Meeting, Need, RankProgram, Run, Start, Task
 
@@ -99,7 +100,7 @@ class _Rank:
 class _Communicator:
     """A lane of communications of one rank, and where it stands."""
 
-    __slots__ = ("free", "index", "met", "posted", "rank", "runs")
+    __slots__ = ("free", "index", "met", "over", "posted", "rank", "runs")
 
     def __init__(self, rank: int, runs: Sequence[Run], free: int) -> None:
         self.rank = rank
@@ -110,7 +111,9 @@ class _Communicator:
         self.posted: int | None = None
         """When the communication at `index` was or will be posted, if it is not known when it ends."""
         self.met: list[int] = []
-        """When its meetings are complete, as far as is known."""
+        """When its transfers begin of which it is known when they are over."""
+        self.over: list[int] = []
+        """And when they are; without a network as soon as they begin, since each rank then takes its own time."""
 
 
 class _Simulation:
@@ -127,10 +130,11 @@ class _Simulation:
     - Kernels of a row are recorded together at its end: nobody waits for those inside it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, network: MakeNetwork | None) -> None:
         self.env: Any = simpy.Environment()  # simpy's clock is int | float, ours is int
         self.ranks: dict[int, _Rank] = {}
         self.arrived: dict[Key, list[_Communicator]] = defaultdict(list)
+        self.network = None if network is None else network(self.env)
 
     def add(self, number: int, rank: _Rank, start: Start) -> None:
         self.ranks[number] = rank
@@ -220,16 +224,18 @@ class _Simulation:
             rate = rank.rate if run.rate is None else run.rate
             duration = rank.durations[run.last]
             start, end = posted, posted + duration
-            if run.parties > 1:
+            if run.parties > 1 or self.network is not None:
                 if communicator.posted is None:
                     communicator.posted = posted
                     rank.open.append((posted, rate))
                     pending += self._arrive(communicator, run.meetings)
-                if len(communicator.met) < len(run.meetings):
+                if len(communicator.over) < len(run.meetings):
                     return
-                start, end = min(communicator.met), max(communicator.met) + duration
+                start, end = min(communicator.met), max(communicator.over)
+                if self.network is None:
+                    end += duration
                 rank.open.remove((posted, rate))
-                communicator.posted, communicator.met = None, []
+                communicator.posted, communicator.met, communicator.over = None, [], []
             communicator.index += 1
             communicator.free = end
             rank.settle(run.last, (posted, end, rate), start)
@@ -244,10 +250,34 @@ class _Simulation:
             there.append(communicator)
             if len(there) == meeting.parties:
                 at = max([other.posted or 0 for other in there])
-                for other in there:
-                    other.met.append(at)
+                if self.network is None:
+                    _over(there, at, at)
+                else:
+                    self._begin(self.network, meeting.key, there, at)
                 complete += there
         return complete
+
+    def _begin(self, network: Network, key: Key, there: Sequence[_Communicator], at: int) -> None:
+        """Ask the network when a transfer ends; should it not know, an event will say so."""
+        tasks = [(other.rank, other.runs[other.index].last) for other in there]
+        duration = max(self.ranks[rank].durations[task] for rank, task in tasks)
+        end = network.begin(Transfer(key, tuple(sorted(tasks)), duration), at)
+
+        def over(_: simpy.Event) -> None:
+            _over(there, at, self.env.now)
+            self._communicate(there)
+
+        if isinstance(end, int):
+            _over(there, at, end)
+        else:
+            end.callbacks.append(over)
+
+
+def _over(communicators: Iterable[_Communicator], met: int, end: int) -> None:
+    """It is known when a transfer of communications ends."""
+    for communicator in communicators:
+        communicator.met.append(met)
+        communicator.over.append(end)
 
 
 _ORIGIN = Start()
@@ -259,14 +289,17 @@ def run(
     slowdown: float,
     durations: Mapping[int, Sequence[int]] | None = None,
     starts: Mapping[int, Start] | None = None,
+    network: MakeNetwork | None = None,
 ) -> dict[int, list[Moments]]:
     """Run the tasks of each rank to the end; `slowdown` is the share of their rate that kernels lose to communications
     that do not say their own.
 
     `durations` (by task, in picoseconds) and `starts` are given per rank. The times of each rank are in the order of
-    its tasks. Raises `DeadlockError` when tasks wait for each other or for a peer that never comes.
+    its tasks. A `network` decides when transfers end; without one a communication takes its duration from its last
+    meeting on. Raises `DeadlockError` when tasks wait for each other, for a peer that never comes, or for a transfer
+    that never ends.
     """
-    simulation = _Simulation()
+    simulation = _Simulation(network)
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
         start = starts[number] if starts else _ORIGIN
