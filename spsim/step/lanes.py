@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from spsim.engine.engine import Start
 from spsim.engine.recording import ENDED, Flight, Integers, Left, Moments, Recording, columns
+from spsim.engine.tasks import Start
 from spsim.step.segments import Segment
 
 

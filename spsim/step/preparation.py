@@ -14,8 +14,8 @@ import numpy.typing as npt
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
-from spsim.engine.engine import RankProgram
 from spsim.engine.recording import Integers, Outline
+from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
