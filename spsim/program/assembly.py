@@ -11,6 +11,7 @@ from spsim.lazy import Cache
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import Program, next_ids
+from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
@@ -57,6 +58,7 @@ def _lowered(region: Region, plan: Plan, *, causal: bool) -> Program:
     program = compile_region(region, plan, causal=causal)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
-    for op in (op for op in region.operators if op.operator.kind == "attention"):
-        program = lower_ring(program, plan, region.mesh, region.kernels[op.name], causal=causal)
+    for kernels in region.kernels.values():
+        if isinstance(kernels, Attention):
+            program = lower_ring(program, plan, region.mesh, kernels, causal=causal)
     return program
