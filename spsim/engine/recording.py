@@ -301,6 +301,8 @@ class Recording:
 
     def changes_after(self, rank: int, time: int) -> list[Left]:
         """Changes of memory that are still to come, its own and those of earlier segments."""
+        if not self.outline.buffers and rank not in self.left:
+            return []
         own = zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True)
         found = [Left(when, size, self.outline.buffers[buffer].writer or 0) for when, size, buffer in own if size]
         return sorted(change for change in (*found, *self.left.get(rank, ())) if change.time_ps > time)

@@ -19,7 +19,7 @@ from spsim.program.mesh import nodes_of
 from spsim.program.operators import TensorKind
 from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
-from spsim.results import metrics
+from spsim.results import metrics, tables
 from spsim.results.figures import documented
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.preparation import PreparedBlock
@@ -310,22 +310,16 @@ class Result:
     @lazy
     def spans(self) -> pd.DataFrame:
         """One row per span and rank; see `tables.spans_frame`."""
-        from spsim.results import tables
-
         return tables.spans_frame(self.trace)
 
     @lazy
     def memory_curve(self) -> pd.DataFrame:
         """Memory by category over time; see `tables.memory_frame`."""
-        from spsim.results import tables
-
         return tables.memory_frame(self.trace, self.static.by_category())
 
     @lazy
     def operators(self) -> pd.DataFrame:
         """Time of the first rank by operator; see `tables.operators_frame`."""
-        from spsim.results import tables
-
         return tables.operators_frame(self.trace)
 
     def plot_timeline(self, path: str | Path, **options: Any) -> None:

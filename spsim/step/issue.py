@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 from spsim.engine.engine import Task
 from spsim.engine.pieces import Pass
@@ -59,7 +58,6 @@ class _Issue:
             self.roots[number] = number if buffer.alias_of is None else self.roots[buffer.alias_of]
         self.names = {left: found for sections in self.sections.values() for s in sections for found, left in s.carried}
         """Buffer that a run of a section leaves -> the one that the next run finds in its place."""
-        self.sent = {b.id for step in instructions if isinstance(step, Communication) for b in step.writes}
 
     def block_pass(self, phase: Pass) -> BlockPass:
         """The segments of one pass."""
@@ -71,13 +69,14 @@ class _Issue:
         handed_on = [self.roots[buffer.id] for buffer in result]
         parts: list[Part] = []
         blocking: frozenset[str] = frozenset()
+        sent = _sent(sections) if len(sections) > 1 else frozenset()
         for index, section in enumerate(sections):
             last = index == len(sections) - 1
             later = sections[index + 1 :] + (self.sections["backward"] if phase == "forward" else ())
             uses = self._buffer_uses(
                 section, outside if index == 0 else (), self._read(later) | {*handed_on}, handed_on if last else ()
             )
-            tasks, calls, blocking_next = self._tasks(section)
+            tasks, calls, blocking_next = self._tasks(section, sent)
             segment = Segment(
                 name=f"{self.name} {phase}" + (f" {index}" if len(sections) > 1 else ""),
                 phase=phase,
@@ -98,9 +97,11 @@ class _Issue:
 
     # Issue order
 
-    def _tasks(self, section: Section) -> tuple[tuple[Task, ...], dict[int, Call], frozenset[str]]:
+    def _tasks(
+        self, section: Section, sent: frozenset[int]
+    ) -> tuple[tuple[Task, ...], dict[int, Call], frozenset[str]]:
         """The policy table: each instruction with its lane and what it waits for; whom it calls; and the lanes that
-        the first kernel after the section waits for.
+        the first kernel after the section waits for. What other sections have `sent` is waited for by name.
         """
         tasks: list[Task] = []
         calls: dict[int, Call] = {}
@@ -110,7 +111,7 @@ class _Issue:
         blocking: set[int] = set()
         for index, step in enumerate(section.instructions):
             needs = {writer[buffer] for buffer in step.reads if buffer in writer}
-            names = sorted({self._name(b) for b in step.reads if b in self.sent and b not in writer})
+            names = sorted({self._name(b) for b in step.reads if b in sent and b not in writer}) if sent else ()
             if isinstance(step, Compute):
                 tasks.append(Task(index, COMPUTE_LANE, needs=(*sorted(needs | blocking), *names)))
                 blocking, last_kernel = set(), index
@@ -186,8 +187,17 @@ def _blocks(step: Communication, plan: Plan) -> bool:
     return _serial(step, plan) or step.axis == "ulysses" or (step.axis == "tp" and step.purpose == "input")
 
 
+def _sent(sections: Sequence[Section]) -> frozenset[int]:
+    """Buffers that communications write."""
+    steps = (step for section in sections for step in section.instructions)
+    return frozenset(b.id for step in steps if isinstance(step, Communication) for b in step.writes)
+
+
 def _label(step: Instruction) -> TaskInfo:
-    return replace(task_info(step), message_bytes=0, sent_bytes=0, flops=0)
+    """What the task of an instruction is, without sizes and without a layer."""
+    if isinstance(step, Compute):
+        return TaskInfo(step.operator, step.kind, step.part)
+    return TaskInfo(step.operator, "communication", step.part, step.purpose, collective=step.collective, axis=step.axis)
 
 
 def task_info(step: Instruction, layer: int | None = None, micro_batch: int | None = None) -> TaskInfo:

@@ -19,19 +19,13 @@ from spsim.engine.engine import RankProgram
 from spsim.engine.recording import Integers, Outline
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import lazy
-from spsim.program.blocks.transformer import transformer_layer
-from spsim.program.compiler import compile_program
+from spsim.program.assembly import layer_program, layer_template
 from spsim.program.instructions import Communication, Compute, Instruction, Program
-from spsim.program.kernels import Kernels
-from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import Axis, mesh_of, nodes_of
-from spsim.program.operators import Operator, operator_splits
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
-from spsim.program.strategies import split_rules
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Item, Visit, accumulation
@@ -40,33 +34,11 @@ from spsim.step.segments import Segment
 from spsim.units import PS_PER_S, picoseconds
 
 
-@lru_cache(maxsize=256)
-def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer of a model."""
-    return program_of(transformer_layer(model, workload), plan, causal=model.causal)
-
-
-def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Program:
-    """The program of some operators, ring attention lowered to its exchange where the plan says p2p."""
-    mesh = mesh_of(plan)
-    program = compile_program(operators, plan, mesh, causal=causal)
-    if plan.ring == 1 or plan.ring_kind != "p2p":
-        return program
-    for attention in (op for op in operators if op.kind == "attention"):
-        kernels = Kernels(attention, operator_splits(attention, split_rules(plan), mesh), mesh)
-        program = lower_ring(program, plan, mesh, kernels, causal=causal)
-    return program
-
-
 @lru_cache(maxsize=1024)
 def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedBlock:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    template = Template(
-        lambda workload: layer_program.__wrapped__(model, plan, workload.model_copy(update={"precision": precision})),
-        sequence_unit(model, plan),
-    )
     return PreparedBlock(
-        template,
+        layer_template(model, plan, precision),
         plan,
         lambda workload: layer_program(model, plan, workload),
         fold=fold,

@@ -17,12 +17,12 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Shapes
 from spsim.inputs.workload import Workload
+from spsim.program.assembly import layer_program
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
 from spsim.program.strategies import split_rules
-from spsim.step.preparation import layer_program
 
 Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
 

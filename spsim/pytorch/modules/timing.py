@@ -92,7 +92,7 @@ def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, pl
     """
     scenario = _scenario(tape, hardware, plan)
     itemsize = ELEMENT_BYTES[scenario.workload.precision]
-    template = Template(lambda _: program, 1)
+    template = Template(program, 1)
     block = PreparedBlock(
         template, plan, lambda _: program, fold=True, weight_bytes=itemsize, gradient_bytes=itemsize
     )  # fmt: skip
