@@ -166,6 +166,7 @@ def test_kinds_that_share_a_lane_are_told_apart():
     assert_equal(folded, unfolded)
     flights = [flight.kind for flight in folded.pieces[1].recording.flights[0]]
     assert flights == ["reduce_scatter"]
+    assert_equal(*both(step((Loop((Visit(first, 0, 0),), 6, layers=1),), {"first": [10, 4, 8]}))[:2])
 
 
 def test_a_collective_that_reads_nothing_of_its_segment_waits_for_the_kernel_before():
