@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy.typing as npt
 
 from spsim.program.mesh import Axis, Mesh
 
@@ -115,7 +117,11 @@ def message_bytes(step: Redistribution, tensor: Sized, mesh: Mesh) -> int:
     return max(local_bytes(tensor, step.source, mesh), local_bytes(tensor, step.target, mesh))
 
 
-def sent_bytes(collective: Collective, message: int, ranks: int) -> int:
+Size = TypeVar("Size", int, float, npt.NDArray[Any])
+"""Bytes, or an array of them."""
+
+
+def sent_bytes(collective: Collective, message: Size, ranks: int) -> Size:
     """Bytes that one rank sends for a message of the size that `message_bytes` gives (ring and pairwise
     algorithms; Thakur et al. 2005, section 4).
     """

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Node, Stretch
-from spsim.engine.recording import COMPUTE_LANE, Flight, Integers, Moments, Recording, columns
-from spsim.engine.tasks import Meeting, Need, RankProgram, Task
+from spsim.engine.recording import Flight, Integers, Moments, Recording, columns
+from spsim.engine.tasks import Meeting, RankProgram, Task
+from spsim.step.chain import Chain
 from spsim.step.folding import Step, Walked
 from spsim.step.itinerary import Visit, visits
 from spsim.step.lanes import end_of, flights_of
@@ -78,35 +79,27 @@ class _Concatenation:
     def __init__(self, step: Step, rank: int) -> None:
         self.step = step
         self.rank = rank
-        self.tasks: list[Task] = []
-        self.last: dict[str, int] = {}
-        """Last task of each lane before the current segment."""
-        self.exports: dict[str, int] = {}
+        self.chain = Chain()
         self.called: Counter[object] = Counter()
 
     def program(self, every: Sequence[Visit]) -> RankProgram:
         """The tasks of all visits, numbered through; durations are given by their places."""
         for visit in every:
-            if self.rank in self.step.programs[visit.segment.name]:
-                self._append(visit)
-        return RankProgram(self.tasks)
+            program = self.step.programs[visit.segment.name].get(self.rank)
+            if program is not None:
+                self.chain.append(visit.segment, self._renumbered(program.tasks))
+        return RankProgram(self.chain.tasks)
 
-    def _append(self, visit: Visit) -> None:
-        segment, first = visit.segment, len(self.tasks)
-        joined = sorted(self.last[lane] for lane in {COMPUTE_LANE, *segment.joins} if lane in self.last)
+    def _renumbered(self, tasks: Sequence[Task]) -> list[Task]:
+        """With the calls of each communicator numbered through, too."""
         calls: Counter[object] = Counter()
-        for task in self.step.programs[segment.name][self.rank].tasks:
-            own: list[Need] = [need + first for need in task.needs if isinstance(need, int)]
-            named = [self.exports[need] for need in task.needs if isinstance(need, str) and need in self.exports]
-            meetings = tuple(self._meeting(meeting, calls) for meeting in task.meetings)
-            needs = (*(own or joined), *named)
-            self.tasks.append(replace(task, id=task.id + first, needs=needs, meetings=meetings))
+        found = [
+            replace(task, meetings=tuple(self._meeting(meeting, calls) for meeting in task.meetings)) for task in tasks
+        ]
         self.called += calls
-        self.exports |= {name: task + first for name, task in segment.exports.items()}
-        self.last |= {task.lane: task.id for task in self.tasks[first:]}
+        return found
 
     def _meeting(self, meeting: Meeting, calls: Counter[object]) -> Meeting:
-        """Calls of a communicator are numbered through, too."""
         communicator, number = meeting.key
         calls[communicator] = max(calls[communicator], number)
         return replace(meeting, key=(communicator, number + self.called[communicator]))
