@@ -13,7 +13,7 @@ from spsim.cli import main
 from spsim.costs.kernels import ComputeCost
 from spsim.program.instructions import Compute
 from spsim.program.operators import OPERATOR_CLASSES
-from spsim.report import comparison_lines
+from spsim.report.comparison import comparison_lines
 from spsim.results.accounts import OTHER, PEERS, RECOMPUTATION, SLOWED, SYNC
 from spsim.results.metrics import compute_by_class
 from spsim.studies.comparison import EXPOSED, Difference, grouped

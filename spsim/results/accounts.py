@@ -138,7 +138,7 @@ def _tasks(recording: Recording, rank: int) -> Iterator[Activity]:
 def _flights(recording: Recording, rank: int) -> Iterator[Activity]:
     """The communications of earlier pieces that one piece finds."""
     for flight in recording.flights.get(rank, ()):
-        yield from _communication(*flight)
+        yield from _communication(*flight[:5])
 
 
 def _communication(lane: str, posted: int, start: int, end: int, kind: str) -> Iterator[Activity]:
@@ -158,37 +158,53 @@ def _of_window(piece: Piece, rank: int, *, own: bool) -> Iterator[Activity]:
 # Accounting
 
 
+class Interval(NamedTuple):
+    """A time in which nothing begins or ends."""
+
+    start: int
+    end: int
+    part: str
+    contended: bool
+    """Whether it is of a kernel while communication is posted."""
+
+
 def account(activities: Iterable[Activity], start: int, end: int) -> Account:
     """Each picosecond from `start` to `end` to one part."""
+    found = Account()
+    for begun, ended, part, contended in intervals(activities, start, end):
+        found.parts[part] += ended - begun
+        if contended:
+            found.contended[part] += ended - begun
+    return found
+
+
+def intervals(activities: Iterable[Activity], start: int, end: int) -> Iterator[Interval]:
+    """All of the time from `start` to `end`, in order."""
     edges: list[tuple[int, int, int, str]] = []
     for begun, ended, level, part in activities:
         first, last = max(begun, start), min(ended, end)
         if first < last:
             edges += (first, 1, level, part), (last, -1, level, part)
-    found = Account()
     active: tuple[dict[str, int], ...] = ({}, {}, {}, {})
     now = start
     for time, change, level, part in sorted(edges):
         if now < time:
-            _charge(found, active, time - now)
+            yield Interval(now, time, *_part_of(active))
             now = time
         parts = active[level]
         parts[part] = parts.get(part, 0) + change
         if not parts[part]:
             del parts[part]
     if now < end:
-        _charge(found, active, end - now)
-    return found
+        yield Interval(now, end, *_part_of(active))
 
 
-def _charge(found: Account, active: tuple[dict[str, int], ...], length: int) -> None:
-    """An interval in which nothing begins or ends."""
+def _part_of(active: tuple[dict[str, int], ...]) -> tuple[str, bool]:
+    """The part of what is active by level, and whether it is contended."""
     kernels, *others = active
     parts = kernels or next(filter(None, others), {IDLE: 1})
     part = next(iter(parts)) if len(parts) == 1 else _of_several([*parts])
-    found.parts[part] += length
-    if kernels and part != OTHER and any(others):
-        found.contended[part] += length
+    return part, bool(kernels and part != OTHER and any(others))
 
 
 def _of_several(parts: Sequence[str]) -> str:

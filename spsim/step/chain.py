@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spsim.engine.engine import Need, Task
 from spsim.engine.recording import COMPUTE_LANE
+from spsim.engine.tasks import Need, Task
 from spsim.step.segments import Segment
 
 

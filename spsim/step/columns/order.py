@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from spsim.engine.engine import Task
 from spsim.engine.recording import COMPUTE_LANE
+from spsim.engine.tasks import Task
 from spsim.step.chain import Chain
 from spsim.step.segments import BlockPass, Segment
 

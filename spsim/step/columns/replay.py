@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spsim.engine.engine import PPM
+from spsim.engine.contention import PPM
 from spsim.step.columns.order import Kernels, Order
 
 Times = npt.NDArray[np.int64]
