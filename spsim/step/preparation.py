@@ -28,7 +28,7 @@ from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import layer_template
 from spsim.step.columns.fill import Floats
-from spsim.step.columns.order import MOST_TASKS
+from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
@@ -95,9 +95,8 @@ class PreparedBlock:
 
     @lazy
     def columns(self) -> BlockColumns | None:
-        """Prepared for many workloads at once, if one rank stands for all and its passes are not too long."""
-        most = max(sum(len(part.segment.tasks) for part in own.parts) for own in self.passes.values())
-        if self.ranks.simulated != "one" or most > MOST_TASKS:
+        """Prepared for many workloads at once, if one rank stands for all and `covered` covers its passes."""
+        if self.ranks.simulated != "one" or not all(map(covered, self.passes.values())):
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
         coefficients = self.template.coefficients.astype(np.float64)

@@ -159,6 +159,12 @@ class Order:
         return self.before[end] | 1 << end
 
 
+def covered(block: BlockPass) -> bool:
+    """Whether a pass is not too long, and all of its communications slow kernels alike."""
+    tasks = [task for part in block.parts for task in part.segment.tasks]
+    return len(tasks) <= MOST_TASKS and all(task.slowdown is None for task in tasks)
+
+
 def order_of(block: BlockPass) -> Order:
     """The order of one pass of a block."""
     return Order((part.segment, part.runs) for part in block.parts)
