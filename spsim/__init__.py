@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from spsim.results.measured import MeasuredSpan, measured_trace
     from spsim.results.result import Result
     from spsim.simulation import simulate
-    from spsim.studies.sweeps import Experiment, Point, sweep
+    from spsim.studies.experiment import Experiment
+    from spsim.studies.points import Point
+    from spsim.studies.sweeps import sweep
 
 __all__ = [
     "Experiment",
@@ -55,7 +57,9 @@ _HOMES = {
     "inputs.scenario": ("Scenario",),
     "results.result": ("Result",),
     "simulation": ("simulate",),
-    "studies.sweeps": ("Experiment", "Point", "sweep"),
+    "studies.experiment": ("Experiment",),
+    "studies.points": ("Point",),
+    "studies.sweeps": ("sweep",),
     "pytorch.modules": ("trace_module",),
     "inputs.workload": ("Workload",),
 }

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spsim.cli.app import app, make_directory, open_console
 from spsim.measuring.processes.processes import end_with_parent
+
+if TYPE_CHECKING:
+    from spsim.studies.experiment import Experiment
 
 
 @app.command(hidden=True)
@@ -26,13 +30,27 @@ def experiment(
     quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
 ) -> None:
     """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
-    from spsim.studies.experiments import load_experiment, run_experiment
+    from spsim.studies.experiments import run_experiment
 
-    loaded = load_experiment(file)
+    loaded = _load(file)
     directory = out / loaded.name
     make_directory(directory)
     with _executor(jobs, len(loaded.selection(quick=quick))) as executor:
         run_experiment(loaded, directory, executor, quick=quick, console=open_console())
+
+
+def _load(file: Path) -> Experiment:
+    """The experiment of a file. Its points stay until the end: looking for garbage among them is in vain, and takes
+    several times as long as making them.
+    """
+    from spsim.studies.experiments import load_experiment
+
+    gc.disable()
+    try:
+        return load_experiment(file)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 LARGE_SWEEP = 2000

@@ -1,151 +1,35 @@
-"""Sweeps: many configurations, one row each, and experiments that turn rows into figures and tables.
+"""Sweeps: many configurations, one row each.
 
-A row is written the moment it is known. A configuration that cannot be simulated is a row with its reason;
-an interrupted sweep keeps its rows, and running it again computes only what is missing.
+Rows are written as soon as they are known. A configuration that cannot be simulated is a row with its reason; an
+interrupted sweep keeps its rows, and running it again computes only what is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Executor, as_completed, wait
+from itertools import count
+from time import perf_counter
+from typing import TYPE_CHECKING
 
-import pandas as pd
+import numpy as np
 
-from spsim.errors import InputError
-from spsim.files import write_text
-from spsim.inputs.scenario import scenario_from
-from spsim.program.operators import OPERATOR_CLASSES
-from spsim.results.metrics import compute_by_class
-from spsim.results.result import SCOPE, Result
-from spsim.simulation import simulate
-from spsim.units import MIB, PS_PER_MS
+from spsim.studies.columns import Columns
+from spsim.studies.points import Point, Settings
+from spsim.studies.rowfile import RowFile
+from spsim.studies.rows import Row, rows_of_points
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import pandas as pd
 
-
-Labels = Mapping[str, str | int | float | bool]
-Settings = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One configuration: the settings of a `Scenario`, and columns to add to its row."""
-
-    settings: Settings
-    labels: Labels = field(default_factory=dict)
-
-    @cached_property
-    def key(self) -> str:
-        """Identity of the point: its resolved inputs and the version of the program that computes it."""
-        text = json.dumps([_plain(self.settings), dict(self.labels), program_fingerprint()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One question: its configurations, and the figures and tables that answer it."""
-
-    name: str
-    title: str
-    points: Sequence[Point]
-    quick: Sequence[Point] = ()
-    """A small selection for `--quick`; every fourth point unless given."""
-    figures: Callable[[pd.DataFrame], Mapping[str, Figure]] = lambda frame: {}
-    """File name -> figure, from the rows."""
-    tables: Callable[[pd.DataFrame], Iterable[Any]] = lambda frame: ()
-    """What to print, from the rows: text or rich tables."""
-
-    def selection(self, *, quick: bool) -> Sequence[Point]:
-        """The points to compute."""
-        return (self.quick or self.points[::4]) if quick else self.points
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
-
-
-@cache
-def program_fingerprint() -> str:
-    """Hash of the package's sources and profiles: rows of another program are not resumed from."""
-    from spsim.inputs.resources import profiles_directory
-
-    files = [*Path(__file__).parent.parent.glob("**/*.py"), *profiles_directory().glob("*.toml")]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def package_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("spsim")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def row(point: Point) -> dict[str, Any]:
-    """The row of one configuration; one that breaks a rule has its reason in `error` and no numbers."""
-    try:
-        result = simulate(scenario_from(point.settings, "point"))
-    except InputError as error:
-        return {**point.labels, "error": str(error)}
-    return {**point.labels, **measures(result), **point.labels, "error": ""}
-
-
-def measures(result: Result) -> dict[str, Any]:
-    """The columns of a result; times are of one layer and micro-batch unless the name says otherwise."""
-    scenario = result.scenario
-    instances = scenario.model.layers * scenario.num_micro_batches
-    forward_s, backward_s = result.layer_forward_s, result.layer_backward_s
-    compute = compute_by_class(result.trace, next(iter(result.trace.copies)))
-    return {
-        "model": scenario.model.name,
-        "hardware": scenario.hardware.name,
-        "strategy": scenario.plan.label,
-        "plan": scenario.plan.text,
-        "seq_len": scenario.workload.seq_len,
-        "micro_batch": scenario.workload.micro_batch,
-        "gpus": scenario.plan.gpus,
-        "scope": SCOPE,
-        "layers": scenario.model.layers,
-        "layer_time_ms": (forward_s + backward_s) * 1e3,
-        "layer_forward_ms": forward_s * 1e3,
-        "layer_backward_ms": backward_s * 1e3,
-        "exposed_comm_ms": result.exposed_comm_s * 1e3 / instances,
-        **{f"{name}_ms": compute.get(name, 0) / PS_PER_MS / instances for name in OPERATOR_CLASSES},
-        "step_time_ms": result.step_time_s * 1e3,
-        "weight_sync_ms": result.weight_sync_s * 1e3,
-        "mfu": result.mfu,
-        "tokens_per_s_per_gpu": result.tokens_per_s_per_gpu,
-        "activation_mib_per_layer": result.activation_bytes_per_layer / MIB,
-        "peak_memory_gib": result.peak_memory_gib,
-        "device_memory_gib": result.device_memory_gib,
-        "capacity_gib": result.capacity_gib,
-        "fits": result.fits,
-        "peak_operator": result.peak_operator,
-        "out_of_memory_at": result.out_of_memory_at or "",
-        **_calibration(result),
-    }
-
-
-def _calibration(result: Result) -> dict[str, Any]:
-    """The error band and flags, where a calibration wrote the profile."""
-    band = {} if result.error_band is None else {"step_time_error_percent": result.error_band.step_time_percent}
-    return {**band, "flagged": ", ".join(result.flagged)} if band or result.flagged else {}
+INTERVAL_S = 0.2
+"""Time that a chunk computed here should take: rows are on disk that soon, and progress is seen."""
+LARGEST_CHUNK = 4096
+WORKERS_CHUNKS = 128
+"""Chunks into which the points of an executor are divided at least, so that its workers end together."""
+LARGEST_WORKERS_CHUNK = 256
+LAST_WORDS_S = 0.5
+"""Processes that an interrupt has ended are found by their pool, which fails on futures that were cancelled before."""
 
 
 def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:
@@ -154,97 +38,70 @@ def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) ->
     Any `concurrent.futures.Executor` can compute them; without one they are computed here.
     """
     points = [point if isinstance(point, Point) else Point(point) for point in grid]
-    rows = dict(rows_of(points, executor))
-    return pd.DataFrame([rows[index] for index in range(len(points))])
-
-
-def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, row) as rows are finished, in any order when an executor computes them."""
-    if executor is None:
-        yield from ((index, row(point)) for index, point in enumerate(points))
-        return
-    futures = {executor.submit(_rows, points[start : start + CHUNK]): start for start in range(0, len(points), CHUNK)}
-    try:
-        for future in as_completed(futures):
-            yield from enumerate(future.result(), futures[future])
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-CHUNK = 32
-"""Configurations that travel to a worker together."""
-
-
-def _rows(points: Sequence[Point]) -> list[dict[str, Any]]:
-    return [row(point) for point in points]
-
-
-class RowFile:
-    """Rows on disk, one JSON document a line: a row that was cut short is computed again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Finished rows by key."""
-        if self.path.is_dir():
-            raise InputError(
-                f"{self.path}: is a directory, expected the rows of a sweep; remove it or give another --out"
-            )
-        rows = {}
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        for line in text.splitlines():
-            try:
-                finished = json.loads(line)
-                if "error" in finished:
-                    rows[finished["key"]] = finished
-            except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-                continue
-        return rows
-
-    def start(self, kept: Iterable[Mapping[str, Any]]) -> None:
-        """Rewrite the file with the rows that are kept, which also drops a line that was cut short."""
-        text = "".join(f"{json.dumps(finished)}\n" for finished in kept)
-        write_text(self.path, text)
-
-    @contextmanager
-    def appending(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Add rows; each is handed to the system at once, so that it outlives the process."""
-        with self.path.open("a", encoding="utf-8") as file:
-
-            def append(finished: Mapping[str, Any]) -> None:
-                file.write(f"{json.dumps(finished)}\n")
-                file.flush()
-
-            yield append
+    columns = Columns()
+    order: list[int] = []
+    for start, rows in rows_of(points, executor):
+        order.extend(range(start, start + len(rows)))
+        columns.extend(rows)
+    return columns.frame(np.argsort(order))
 
 
 def run_points(
-    points: Sequence[Point], file: RowFile, executor: Executor | None, progress: Callable[[int], None]
+    points: Sequence[Point],
+    keys: Sequence[str],
+    file: RowFile,
+    executor: Executor | None,
+    progress: Callable[[int], None],
 ) -> pd.DataFrame:
     """Compute what the file does not have; `progress` is told how many rows are finished."""
-    keys = {point.key for point in points}
-    finished = {key: kept for key, kept in file.read().items() if key in keys}
-    file.start(finished.values())
-    progress(len(finished))
-    missing = [point for point in points if point.key not in finished]
+    columns = Columns()
+    place: dict[str, int] = {}
+
+    def add(rows: Mapping[str, Row]) -> None:
+        place.update(zip(rows, count(len(columns))))
+        columns.extend(rows.values())
+        progress(len(place))
+
+    for kept in file.keep(set(keys)):
+        add(kept)
+    missing = {key: point for key, point in zip(keys, points, strict=True) if key not in place}
+    missing_keys = list(missing)
     with file.appending() as append:
-        for index, new in rows_of(missing, executor):
-            key = missing[index].key
-            finished[key] = {"key": key, **new}
-            append(finished[key])
-            progress(len(finished))
-    return pd.DataFrame([finished[point.key] for point in points if point.key in finished])
+        for start, computed in rows_of(list(missing.values()), executor):
+            rows = dict(zip(missing_keys[start : start + len(computed)], computed, strict=True))
+            append(rows)
+            add(rows)
+    frame = columns.frame([place[key] for key in keys])
+    frame.insert(0, "key", list(keys))
+    return frame
 
 
-def manifest(experiment: Experiment, points: Sequence[Point]) -> dict[str, Any]:
-    """What a directory of results was made from."""
-    return {
-        "experiment": experiment.name,
-        "title": experiment.title,
-        "spsim": package_version(),
-        "program": program_fingerprint(),
-        "packages": {name: version(name) for name in ("numpy", "pandas", "simpy", "pydantic")},
-        "points": [{"key": p.key, "labels": dict(p.labels), "settings": _plain(p.settings)} for p in points],
+def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[tuple[int, list[Row]]]:
+    """(index of the first, rows) of chunks of points as they are finished, in any order when an executor computes."""
+    return _rows_here(points) if executor is None else _rows_of_workers(points, executor)
+
+
+def _rows_here(points: Sequence[Point]) -> Iterator[tuple[int, list[Row]]]:
+    start, size = 0, 1
+    while start < len(points):
+        begin = perf_counter()
+        rows = rows_of_points(points[start : start + size])
+        in_time = int(size * INTERVAL_S / (perf_counter() - begin))
+        yield start, rows
+        start += size
+        size = min(max(in_time, 1), 4 * size, LARGEST_CHUNK)
+
+
+def _rows_of_workers(points: Sequence[Point], executor: Executor) -> Iterator[tuple[int, list[Row]]]:
+    size = min(max(len(points) // WORKERS_CHUNKS, 1), LARGEST_WORKERS_CHUNK)
+    starts = {
+        executor.submit(rows_of_points, points[start : start + size]): start for start in range(0, len(points), size)
     }
+    try:
+        for future in as_completed(starts):
+            yield starts.pop(future), future.result()
+            del future  # with its rows
+    finally:
+        wait(starts, timeout=LAST_WORDS_S)
+        for future in starts:
+            future.cancel()
