@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from spsim import Model, Scenario, Workload, simulate
-from spsim.step.preparation import layer_program
+from spsim.program.assembly import layer_program
 
 A100 = "dgx-a100-80gb"
 H100 = "dgx-h100"

@@ -23,6 +23,7 @@ from spsim.measuring.processes.matching import describes
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.kernels import Kernels
 from spsim.program.mesh import Mesh
+from spsim.program.placed import PlacedOperator
 from spsim.units import GIB, KIB, MIB
 from spsim.work import Gemm
 from tests.cases import model
@@ -46,7 +47,7 @@ CPU = machine(device="cpu", dtypes=("fp32", "bf16"), cache_bytes=16 * MIB, ranks
 def kernels(name, **changes):
     """The simulator's kernels of one operator of a layer on one rank."""
     layer = transformer_layer(model(**changes), Workload(seq_len=TOKENS, micro_batch=BATCH))
-    return Kernels(next(operator for operator in layer if operator.name == name), (), Mesh({}))
+    return Kernels(PlacedOperator(next(operator for operator in layer if operator.name == name), (), Mesh({})))
 
 
 def gemm(row):
@@ -58,8 +59,8 @@ def test_products_of_a_linear_are_those_of_the_simulator(name):
     operator = kernels(name, bias=False)
     forward, dgrad, wgrad, accumulated = map(gemm, linear("bf16", ROWS, *shape_of(operator)))
     assert forward == operator.forward(True, "zigzag")[0]
-    assert dgrad == operator.data_gradients()[0][1]
-    assert accumulated == operator.weight_gradients()[0]
+    assert dgrad == operator.data_gradients[0][1]
+    assert accumulated == operator.weight_gradients[0]
     assert (wgrad.flops, wgrad.bytes_moved, wgrad.accumulated) == (accumulated.flops, accumulated.bytes_moved, 0)
 
 
@@ -73,7 +74,7 @@ def test_products_of_unfused_attention_are_those_of_the_simulator():
     first, second, key_gradient = map(gemm, score_products("bf16", BATCH, 8, 32, TOKENS))
     assert first == qk.forward(True, "zigzag")[0]
     assert second == av.forward(True, "zigzag")[0]
-    gradients = {"q": qk.data_gradients()[0], "k": qk.data_gradients()[1], "v": av.data_gradients()[1]}
+    gradients = {"q": qk.data_gradients[0], "k": qk.data_gradients[1], "v": av.data_gradients[1]}
     assert gradients["q"][1] == second
     for of_keys in (gradients["k"][1], gradients["v"][1]):
         # The simulator has the transposed product: the same work.
@@ -130,7 +131,7 @@ def test_kernels_of_one_pass_move_what_the_simulator_says():
 
 def test_a_bias_gradient_of_a_linear_moves_what_is_measured():
     qkv = kernels("qkv")
-    _, gradient = qkv.weight_gradients()
+    _, gradient = qkv.weight_gradients
     (row,) = memory_bound("bias_gradient", "bf16", ROWS, shape_of(qkv)[1])
     assert (gradient.kernel, gradient.bytes_moved) == (row.name, row.bytes_moved)
 
@@ -144,7 +145,7 @@ def test_rotations_move_what_the_simulator_says():
     operators = transformer_layer(
         Model(layers=1, hidden=512, heads=4, vocab=64, positions="rope"), Workload(seq_len=64, micro_batch=1)
     )
-    rope = Kernels(next(o for o in operators if o.name == "rope_q"), (), Mesh({}))
+    rope = Kernels(PlacedOperator(next(o for o in operators if o.name == "rope_q"), (), Mesh({})))
     forward, backward = memory_bound("rope", "bf16", 64, 512)
     (there,), (back,) = rope.forward(True, "zigzag"), rope.backward(True, "zigzag")
     assert (forward.bytes_moved, backward.bytes_moved) == (there.bytes_moved, back.bytes_moved)

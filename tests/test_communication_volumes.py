@@ -115,7 +115,7 @@ def test_keeping_gathered_inputs_leaves_a_ring_as_it_is(plan):
     kept, plain = (program(f"{plan}{option}") for option in (",keep_gathered", ""))
 
     def ring(layer):
-        return [(c.collective, c.purpose, c.sent_bytes) for c in communications(layer.steps) if c.axis == "ring"]
+        return [(c.collective, c.purpose, c.sent_bytes) for c in communications(layer.instructions) if c.axis == "ring"]
 
     assert ring(kept) == ring(plain)
 

@@ -313,7 +313,7 @@ def traffic(layer: Program, operator: str) -> list[tuple[str, int]]:
     """(part, bytes) of the memory-bound kernels of an operator."""
     return [
         (step.part, work.bytes_moved)
-        for step in layer.steps
+        for step in layer.instructions
         if isinstance(step, Compute) and step.operator == operator
         for work in step.work
         if isinstance(work, MemoryBound)

@@ -9,22 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim.inputs.plan import Plan
-from spsim.program.mesh import AXES, Mesh, mesh_of
+from spsim.program.mesh import AXES, Mesh, mesh_of, nodes_of
 from spsim.program.placement import (
     PARTIAL,
     REPLICATE,
-    Partial,
-    Replicate,
-    Shard,
     local_bytes,
     local_elements,
     message_bytes,
     redistribute,
     sent_bytes,
+    shard,
 )
 from spsim.program.strategies import split_rules
 
-S, A = Shard("s"), Shard("a")
+S, A = shard("s"), shard("a")
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ def one_axis(placement, axis="tp"):
     return ((axis, placement),)
 
 
-def collectives(source, target, mesh, **options):
+def collectives(source, target, **options):
     """(axis, collective) of each step of a redistribution."""
-    return [(step.axis, step.collective) for step in redistribute(source, target, mesh, **options)]
+    return [(step.axis, step.collective) for step in redistribute(source, target, **options)]
 
 
 # ------------------------------------------------------------ which collective
@@ -53,7 +51,6 @@ def collectives(source, target, mesh, **options):
     ("source", "target", "expected"),
     [
         (PARTIAL, REPLICATE, ["all_reduce"]),
-        (Partial("max"), REPLICATE, ["all_reduce"]),
         (PARTIAL, S, ["reduce_scatter"]),
         (S, REPLICATE, ["all_gather"]),
         (S, A, ["all_to_all"]),
@@ -65,7 +62,7 @@ def collectives(source, target, mesh, **options):
 )
 def test_collective_of_each_change_of_placement(source, target, expected):
     """The table of DTensor; a slice of a replicated tensor is free."""
-    found = collectives(one_axis(source), one_axis(target), Mesh({"tp": 4}))
+    found = collectives(one_axis(source), one_axis(target))
     assert [collective for _, collective in found] == expected
 
 
@@ -73,22 +70,22 @@ def test_collective_of_each_change_of_placement(source, target, expected):
 def test_nothing_becomes_partial(source):
     """The rules never ask for it, so asking is a defect."""
     with pytest.raises(AssertionError):
-        redistribute(one_axis(source), one_axis(PARTIAL), Mesh({"tp": 2}))
+        redistribute(one_axis(source), one_axis(PARTIAL))
 
 
 @pytest.mark.parametrize(
     ("arrives", "needed", "expected"),
     [
-        (PARTIAL, REPLICATE, ["all_reduce"]),  # Replicate into a column-parallel linear
-        (PARTIAL, S, ["reduce_scatter"]),  # Shard -> Replicate into a column-parallel linear, or K and V
-        (REPLICATE, REPLICATE, []),  # Partial -> Replicate
-        (S, REPLICATE, ["all_gather"]),  # Partial -> Shard, and Replicate -> Shard
-        (A, S, ["all_to_all"]),  # Shard(s) -> Shard(a)
+        (PARTIAL, REPLICATE, ["all_reduce"]),  # replicated into a column-parallel linear
+        (PARTIAL, S, ["reduce_scatter"]),  # shard -> replicated into a column-parallel linear, or K and V
+        (REPLICATE, REPLICATE, []),  # partial -> replicated
+        (S, REPLICATE, ["all_gather"]),  # partial -> shard, and replicated -> shard
+        (A, S, ["all_to_all"]),  # shard of s -> shard of a
     ],
 )
 def test_collective_of_the_gradient(arrives, needed, expected):
-    """Partial and Replicate are each other's dual, Shard is its own."""
-    found = collectives(one_axis(arrives), one_axis(needed), Mesh({"tp": 2}), backward=True)
+    """A sum and a copy are each other's dual, a shard is its own."""
+    found = collectives(one_axis(arrives), one_axis(needed), backward=True)
     assert [collective for _, collective in found] == expected
 
 
@@ -102,14 +99,14 @@ def test_keys_under_usp_move_innermost_first():
     """K goes from s-shards to heads over ulysses, inside the node, and is gathered over ring after that."""
     source = (("ring", S), ("ulysses", S))
     target = (("ring", REPLICATE), ("ulysses", A))
-    assert collectives(source, target, USP) == [("ulysses", "all_to_all"), ("ring", "all_gather")]
+    assert collectives(source, target) == [("ulysses", "all_to_all"), ("ring", "all_gather")]
 
 
 def test_their_gradient_moves_outermost_first():
     """The way back, in reverse."""
     source = (("ring", PARTIAL), ("ulysses", A))
     target = (("ring", S), ("ulysses", S))
-    found = collectives(source, target, USP, backward=True)
+    found = collectives(source, target, backward=True)
     assert found == [("ring", "reduce_scatter"), ("ulysses", "all_to_all")]
 
 
@@ -120,7 +117,7 @@ def test_bytes_of_each_step_follow_from_the_layout_reached():
     key = Sized(("s", "a"), (16, 8))
     source = (("ring", S), ("ulysses", S))
     target = (("ring", REPLICATE), ("ulysses", A))
-    steps = redistribute(source, target, USP)
+    steps = redistribute(source, target)
     assert [message_bytes(step, key, USP) for step in steps] == [32, 64]
 
 
@@ -140,9 +137,8 @@ SHORT = dict.fromkeys(AXES, 2)
 @given(st.lists(FORWARD, min_size=4, max_size=4), st.lists(TARGETS, min_size=4, max_size=4))
 def test_the_gradient_mirrors_the_tensor(sources, targets):
     """Moving the gradient back is the mirrored sequence: each collective's dual, in reverse order."""
-    mesh = Mesh(SHORT)
     source, target = (tuple(zip(AXES, side, strict=True)) for side in (sources, targets))
-    forward = redistribute(source, target, mesh)
+    forward = redistribute(source, target)
     moved = {step.axis for step in forward}
     arrives = tuple(
         (axis, PARTIAL if axis in moved and old != PARTIAL and new == REPLICATE else new)
@@ -150,7 +146,7 @@ def test_the_gradient_mirrors_the_tensor(sources, targets):
     )
     needed = tuple((axis, REPLICATE if old == PARTIAL else old) for axis, old in source)
     expected = [(step.axis, MIRROR[step.collective]) for step in reversed(forward)]
-    found = collectives(arrives, needed, mesh, backward=True)
+    found = collectives(arrives, needed, backward=True)
     assert found == [item for item in expected if item[1] is not None]
 
 
@@ -160,7 +156,7 @@ def test_steps_chain_from_source_to_target(sources, targets, backward):
     """Each step changes one axis, starts where the one before ended, and the last reaches the target."""
     source, target = (tuple(zip(AXES, side, strict=True)) for side in (sources, targets))
     reached = source
-    for step in redistribute(source, target, Mesh(SHORT), backward=backward):
+    for step in redistribute(source, target, backward=backward):
         assert step.source == reached
         changed = [a for (a, old), (_, new) in zip(step.source, step.target, strict=True) if old != new]
         assert changed == [step.axis]
@@ -183,7 +179,7 @@ def test_local_elements_are_the_largest_part(s, a, degrees, placements):
     layout = tuple(zip(AXES, placements, strict=True))
 
     def fullest(dim, size):
-        parts = math.prod(degrees[axis] for axis, placement in layout if placement == Shard(dim))
+        parts = math.prod(degrees[axis] for axis, placement in layout if placement == shard(dim))
         return max(map(len, np.array_split(np.arange(size), parts)))
 
     tensor = Sized(("s", "a", "d"), (s, a, 5))
@@ -203,7 +199,7 @@ def test_kv_heads_fewer_than_ranks_are_replicated():
 def test_message_bytes_are_those_of_nccl_tests(source, target, expected):
     """12 x 4 elements of 2 bytes over 4 ranks: the whole array, or one rank's buffer for all-to-all."""
     mesh = Mesh({"tp": 4})
-    (step,) = redistribute(one_axis(source), one_axis(target), mesh)
+    (step,) = redistribute(one_axis(source), one_axis(target))
     assert message_bytes(step, Sized(("s", "a"), (12, 4)), mesh) == expected
 
 
@@ -269,6 +265,38 @@ def test_groups_are_slices_of_the_grid(degrees, axes):
         assert tuple(mesh.coordinate(rank, axis) for axis in AXES) == index
         group = grid[tuple(slice(None) if axis in axes else i for axis, i in zip(AXES, index, strict=True))]
         assert mesh.group(rank, tuple(axes)) == tuple(np.ravel(group))
+        assert mesh.first(rank, tuple(axes)) == np.min(group)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(DEGREES, st.sets(st.sampled_from(AXES)))
+def test_every_group_is_named_once(degrees, axes):
+    """In order of first ranks; together they are all ranks."""
+    mesh = Mesh(degrees)
+    groups = list(mesh.groups(tuple(axes)))
+    assert groups == list(dict.fromkeys(mesh.group(rank, tuple(axes)) for rank in range(mesh.ranks)))
+    assert {len(group) for group in groups} == {mesh.size(tuple(axes))}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(DEGREES, st.sampled_from(AXES))
+def test_neighbours_stand_beside_a_rank_in_its_group(degrees, axis):
+    mesh = Mesh(degrees)
+    for rank in range(mesh.ranks):
+        group = mesh.group(rank, (axis,))
+        here = group.index(rank)
+        assert mesh.neighbours(rank, axis) == (group[here - 1], group[(here + 1) % len(group)])
+
+
+def test_a_mesh_of_any_size_costs_the_same():
+    """2^48 ranks: nothing is enumerated that was not asked for."""
+    mesh = Mesh(dict.fromkeys(("ring", "ulysses", "tp"), 2**16))
+    last = mesh.ranks - 1
+    assert mesh.first(last, ("ulysses",)) == last - 2**32 + 2**16
+    assert mesh.neighbours(last, "ring") == (last - 2**32, 2**32 - 1)
+    assert len(mesh.group(last, ("tp",))) == len(next(iter(mesh.groups(("tp",))))) == 2**16
+    assert nodes_of(mesh, ("ring", "tp"), 8) == 2**29
+    assert nodes_of(mesh, ("ulysses",), 72) == 2**16
 
 
 def test_consecutive_ranks_differ_in_tp():
@@ -307,4 +335,4 @@ def test_a_strategy_is_one_line(sequence_parallel, axis, token_wise, mixing):
 
 def test_placements_are_values():
     """Equal placements are equal and hashable, so that layouts are keys."""
-    assert len({Replicate(), REPLICATE, Shard("s"), S, Partial(), PARTIAL, Partial("max")}) == 4
+    assert len({REPLICATE, shard("s"), S, A, PARTIAL}) == 4

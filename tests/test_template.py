@@ -1,5 +1,6 @@
 """Templates against direct compilation: every size of every program, and durations kernel by kernel."""
 
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,9 +13,11 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.rules import check_shapes, sequence_unit
 from spsim.inputs.workload import Workload
-from spsim.program.instructions import Communication, Compute
+from spsim.program.assembly import layer_program
+from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import mesh_of
-from spsim.step.preparation import layer_program, prepared_layer
+from spsim.program.sizes import Template, every_workload
+from spsim.step.preparation import prepared_layer
 from spsim.units import picoseconds
 from tests.cases import A100, H100, random_plans, scenario
 
@@ -88,15 +91,15 @@ def assert_equals_compilation(model, plan, workload):
     """All that a template says of a workload is what compiling it gives, as integers."""
     template = prepared_layer(model, plan, True).template
     numbers, program = template.at(workload), layer_program(model, plan, workload)
-    index, kernels = template.index, kernels_of(template, numbers.values)
+    index, kernels, used = template.index, kernels_of(template, numbers.values), set()
     assert list(map(structure, template.program.instructions)) == list(map(structure, program.instructions))
     for step in program.instructions:
         if isinstance(step, Communication):
             assert numbers.values[index.messages[step.id]] == step.message_bytes
         else:
-            found = [kernels.pop(slot) if slot else None for slot in index.slots[step.id]]
-            assert found == list(step.work)
-    assert not kernels, "no kernel is left over"
+            used |= set(index.slots[step.id])
+            assert [kernels[slot] if slot else None for slot in index.slots[step.id]] == list(step.work)
+    assert used - {0} == kernels.keys(), "no kernel is left over"
     buffers = [*program.inputs, *program.output_gradients, *(b for step in program.instructions for b in step.writes)]
     assert {b.id: numbers.values[index.buffers[b.id]] for b in buffers} == {b.id: b.bytes for b in buffers}
     assert index.buffers.keys() == {buffer.id for buffer in buffers}
@@ -130,6 +133,36 @@ def test_a_number_beyond_64_bits():
     numbers = template.at(HUGE)
     assert max(numbers.saved) == 2**84
     assert {type(value) for value in numbers.values} == {int}
+
+
+def program_of_size(size):
+    """A program without instructions whose parameters are of some size."""
+    return Program((), (), (), (), size, (), (), (), ())
+
+
+EVERY = every_workload(unit=6)
+X, B = EVERY.seq_len // 6, EVERY.micro_batch
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=6, max_size=6), st.integers(1, 2**27), st.integers(1, 2**20))
+def test_coefficients_are_read_off_the_bits(coefficients, x, b):
+    """Of 1, x, x^2, b, xb and x^2b, up to 63 bits each, from one number."""
+    sizes = (sum(c * m for c, m in zip(coefficients, basis(x, b), strict=True)) for x, b in ((X, B), (x, b)))
+    template = Template(program_of_size(next(sizes)), 6)
+    assert template.coefficients.tolist() == [coefficients]
+    assert template.at(Workload(seq_len=6 * x, micro_batch=b)).parameters == next(sizes)
+
+
+def basis(x, b):
+    return 1, x, x * x, b, x * b, x * x * b
+
+
+@pytest.mark.parametrize("size", [B * B, X * B * B, X // 3, X - 1, (X - 1) * B, -X, 2**63, X * 2**64, math.isqrt(X)])
+def test_what_is_no_polynomial_is_refused(size):
+    """Higher powers, divisions that leave a rest, differences, and coefficients beyond 63 bits."""
+    with pytest.raises(ArithmeticError):
+        Template(program_of_size(size), 6)
 
 
 @pytest.mark.parametrize("plan", ["", "tp=8,sequence_parallel", "ulysses=8", "ring=8", "ring=8,ring_cut=contiguous"])
@@ -169,7 +202,17 @@ def durations(model, plan, workload, hardware):
         phase: {rank: [one(step, rank) for step in steps] for rank in range(plan.gpus)}
         for phase, steps in phases.items()
     }
-    return alone, {phase: dict(arrays[phase]) for phase in phases}
+    prepared = {
+        phase: {rank: list(times_of(layer.passes[phase], arrays, rank)) for rank in range(plan.gpus)}
+        for phase in phases
+    }
+    return alone, prepared
+
+
+def times_of(block, arrays, rank):
+    """Picoseconds of the tasks of a rank in a pass, parts that repeat written out."""
+    for part in block.parts:
+        yield from part.runs * arrays[part.segment.name][rank]
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -20,9 +20,9 @@ import spsim
 from spsim import InputError, Model, Workload, trace_module
 from spsim.costs.kernels import ComputeCost
 from spsim.inputs.plan import parse_plan
+from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute
 from spsim.program.operators import Operand, Operator, Tensor
-from spsim.step.preparation import layer_program
 from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import H100
 

@@ -6,7 +6,8 @@ reader. `compiler` makes programs, `lowering` turns the gather of ring attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from spsim.lazy import lazy
@@ -116,26 +117,98 @@ class Program:
     output_gradients: tuple[Buffer, ...]
     input_gradients: tuple[Buffer, ...]
 
-    @lazy
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Forward and backward, in order of issue."""
+        return self.forward_sections + self.backward_sections
+
+    @property
     def forward(self) -> tuple[Instruction, ...]:
         """Of the forward pass in order of issue, sections that repeat written out."""
-        return unrolled(self.forward_sections)
+        return self._written_out[0]
 
-    @lazy
+    @property
     def backward(self) -> tuple[Instruction, ...]:
         """The same of the backward pass."""
-        return unrolled(self.backward_sections)
+        return self._written_out[1]
 
     @property
     def instructions(self) -> tuple[Instruction, ...]:
         """Forward and backward, in order of issue."""
         return self.forward + self.backward
 
+    @lazy
+    def _written_out(self) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
+        return unrolled(self)
+
     def saved_bytes(self, *categories: TensorKind) -> int:
         """Bytes kept per block and micro-batch on one rank, of the given categories."""
         return sum(saved.bytes for saved in self.saved if saved.category in categories)
 
 
-def unrolled(sections: tuple[Section, ...]) -> tuple[Instruction, ...]:
-    """The instructions of sections in order of issue."""
-    return tuple(instruction for section in sections for instruction in section.instructions)
+def next_ids(program: Program) -> tuple[int, int]:
+    """The first numbers that no instruction and no buffer of a program has."""
+    instructions = [step for section in program.sections for step in section.instructions]
+    outside = (*program.inputs, *program.output_gradients)
+    buffers = (*outside, *(buffer for step in instructions for buffer in step.writes))
+    return (
+        1 + max([step.id for step in instructions], default=-1),
+        1 + max([buffer.id for buffer in buffers], default=-1),
+    )
+
+
+def unrolled(program: Program) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
+    """Both passes in order of issue. Each run of a section that repeats has instructions and buffers of its own, of
+    which the first run has those of the section.
+    """
+    unrolling = _Unrolling(program)
+    return unrolling.write(program.forward_sections), unrolling.write(program.backward_sections)
+
+
+class _Unrolling:
+    def __init__(self, program: Program) -> None:
+        self.num_instructions, self.num_buffers = next_ids(program)
+        self.now: dict[int, int] = {}
+        """Buffer of a section -> the one that stands for it where it is not itself."""
+
+    def write(self, sections: Sequence[Section]) -> tuple[Instruction, ...]:
+        """The instructions of one pass."""
+        written: list[Instruction] = []
+        for section in sections:
+            if section.count == 1 and not self.now:
+                written += section.instructions
+                continue
+            for run in range(section.count):
+                written += self._run(section, written, first=run == 0)
+                self.now |= {found: self.now.get(left, left) for found, left in section.carried}
+            for found, _ in section.carried:
+                del self.now[found]
+        return tuple(written)
+
+    def _run(self, section: Section, before: Sequence[Instruction], *, first: bool) -> Iterator[Instruction]:
+        """One run. A message that waits for nothing in its run waits for the last kernel before it."""
+        kernel = next(((step.id,) for step in reversed(before) if isinstance(step, Compute)), ())
+        own = {buffer.id for step in section.instructions for buffer in step.writes}
+        ids: dict[int, int] = {}
+        for step in section.instructions:
+            ids[step.id] = step.id if first else self._instruction()
+            reads = tuple(self.now.get(buffer, buffer) for buffer in step.reads)
+            writes = step.writes if first else tuple(map(self._another, step.writes))
+            if isinstance(step, Compute):
+                yield replace(step, id=ids[step.id], reads=reads, writes=writes)
+            else:
+                after = tuple(ids.get(other, other) for other in step.issued_after)
+                if section.count > 1 and not after and own.isdisjoint(step.reads):
+                    after = kernel
+                yield replace(step, id=ids[step.id], reads=reads, writes=writes, issued_after=after)
+
+    def _instruction(self) -> int:
+        self.num_instructions += 1
+        return self.num_instructions - 1
+
+    def _another(self, buffer: Buffer) -> Buffer:
+        """The same of another run."""
+        self.now[buffer.id] = self.num_buffers
+        self.num_buffers += 1
+        alias = None if buffer.alias_of is None else self.now.get(buffer.alias_of, buffer.alias_of)
+        return replace(buffer, id=self.now[buffer.id], alias_of=alias)

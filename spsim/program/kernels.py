@@ -8,60 +8,59 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from spsim.program.mesh import Mesh
-from spsim.program.operators import Operand, Operator, Splits, input_layout
-from spsim.program.placement import local_bytes, local_elements
+from spsim.lazy import lazy
+from spsim.program.operators import Operator
+from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
 
 
 class Kernels:
     """The kernels of one operator on one rank."""
 
-    def __init__(self, operator: Operator, splits: Splits, mesh: Mesh) -> None:
-        self.operator = operator
-        self.splits = splits
-        self.mesh = mesh
-        self.sizes = operator.local_sizes([(mesh.degree(axis), dim) for axis, dim in splits])
-
-    def bytes_of(self, operands: Iterable[Operand]) -> int:
-        """Local bytes of operands, each in the layout that the operator consumes or produces."""
-        return sum(local_bytes(o.tensor, input_layout(o, self.splits), self.mesh) for o in operands)
-
-    def _elements(self, operand: Operand) -> int:
-        return local_elements(operand.tensor, input_layout(operand, self.splits), self.mesh)
+    def __init__(self, placed: PlacedOperator) -> None:
+        self.placed = placed
+        self.operator = placed.operator
 
     def _product(self, dims: Iterable[str]) -> int:
-        return math.prod(self.sizes[dim] for dim in dims)
+        return math.prod([self.placed.sizes[dim] for dim in dims])
 
-    @property
-    def matrices(self) -> tuple[Operand, ...]:
+    @lazy
+    def bytes_moved(self) -> int:
+        """Local bytes of all operands, each in the layout that the operator consumes or produces."""
+        return bytes_of(self.placed.inputs + self.placed.outputs)
+
+    @lazy
+    def matrices(self) -> tuple[PlacedOperand, ...]:
         """Weights that are multiplied, not added."""
         contracted = self.operator.contracted
-        return tuple(w for w in self.operator.weights if contracted & set(w.subscript))
+        return tuple([w for w in self.placed.weights if not contracted.isdisjoint(w.subscript)])
 
-    @property
-    def vectors(self) -> tuple[Operand, ...]:
+    @lazy
+    def vectors(self) -> tuple[PlacedOperand, ...]:
         """Weights that are added or scaled by: biases and norm weights."""
-        matrices = self.matrices
-        return tuple(w for w in self.operator.weights if w not in matrices)
+        return tuple([w for w in self.placed.weights if self.operator.contracted.isdisjoint(w.subscript)])
 
     def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""
+        return self.attention("forward", causal, ring_cut) if self.operator.kind == "attention" else self._forward
+
+    @lazy
+    def _forward(self) -> tuple[Work, ...]:
         operator = self.operator
         if operator.kind == "gemm":
-            return (self._linear() if self.matrices else self._product_of_activations(),)
-        if operator.kind == "attention":
-            return self.attention("forward", causal, ring_cut)
-        return (
-            MemoryBound(_memory_bound(operator), self.bytes_of(operator.inputs + operator.outputs), operator.kernel),
-        )
+            return (self._gemm,)
+        return (MemoryBound(_memory_bound(operator), self.bytes_moved, operator.kernel),)
+
+    @lazy
+    def _gemm(self) -> Gemm:
+        return self._linear() if self.matrices else self._product_of_activations()
 
     def _linear(self) -> Gemm:
         operator = self.operator
         k = self._product(operator.contracted)
         m = self._product(d for d in operator.activations[0].subscript if d not in operator.contracted)
-        n = sum(self._elements(w) for w in self.matrices) // k
-        return Gemm(m, n, k, 1, self.bytes_of(operator.inputs + operator.outputs))
+        n = sum(w.elements for w in self.matrices) // k
+        return Gemm(m, n, k, 1, self.bytes_moved)
 
     def _product_of_activations(self) -> Gemm:
         left, right = (set(operand.subscript) for operand in self.operator.activations)
@@ -71,58 +70,54 @@ class Kernels:
             n=self._product((right & out) - left),
             k=self._product(self.operator.contracted),
             batch=self._product(left & right & out),
-            bytes_moved=self.bytes_of(self.operator.inputs + self.operator.outputs),
+            bytes_moved=self.bytes_moved,
         )
 
-    def data_gradients(self) -> list[tuple[Operand, Gemm]]:
+    @lazy
+    def data_gradients(self) -> tuple[tuple[PlacedOperand, Gemm], ...]:
         """One product for the gradient of each activation operand of a GEMM."""
+        m, n, k, batch, moved = (getattr(self._gemm, name) for name in ("m", "n", "k", "batch", "bytes_moved"))
         if self.matrices:
-            forward = self._linear()
-            return [(self.operator.activations[0], Gemm(forward.m, forward.k, forward.n, 1, forward.bytes_moved))]
-        forward = self._product_of_activations()
-        m, n, k = forward.m, forward.n, forward.k
-        left, right = self.operator.activations
-        return [
-            (left, Gemm(m, k, n, forward.batch, forward.bytes_moved)),
-            (right, Gemm(k, n, m, forward.batch, forward.bytes_moved)),
-        ]
+            return ((self.placed.activations[0], Gemm(m, k, n, 1, moved)),)
+        left, right = self.placed.activations
+        return (left, Gemm(m, k, n, batch, moved)), (right, Gemm(k, n, m, batch, moved))
 
-    def weight_gradients(self) -> list[Work]:
+    @lazy
+    def weight_gradients(self) -> tuple[Work, ...]:
         """The product for the weights, accumulated into fp32 main gradients, and one sum for the biases."""
         if not self.matrices:
-            return []
-        forward = self._linear()
-        kernels: list[Work] = [
-            Gemm(forward.k, forward.n, forward.m, 1, forward.bytes_moved, accumulated=forward.k * forward.n)
-        ]
-        if self.vectors:
-            kernels.append(MemoryBound("elementwise", self.bytes_of(self.operator.results), "bias_gradient"))
-        return kernels
+            return ()
+        forward = self._gemm
+        product = Gemm(forward.k, forward.n, forward.m, 1, forward.bytes_moved, accumulated=forward.k * forward.n)
+        if not self.vectors:
+            return (product,)
+        return product, MemoryBound("elementwise", bytes_of(self.placed.results), "bias_gradient")
 
     def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
-        """The backward kernel of an operator that is not a GEMM; empty where every gradient passes through.
+        """The backward kernel of an operator that is not a GEMM; empty where every gradient passes through."""
+        return self.attention("backward", causal, ring_cut) if self.operator.kind == "attention" else self._backward
 
-        It reads the gradient of the output and what was saved, and writes the gradients of the inputs.
+    @lazy
+    def _backward(self) -> tuple[Work, ...]:
+        """It reads the gradient of the output and what was saved, and writes the gradients of the inputs.
+
         Biases cost one more reading of the gradient they sum; norms sum theirs on the way.
         """
-        operator = self.operator
-        if operator.kind == "attention":
-            return self.attention("backward", causal, ring_cut)
-        written = [o for o in operator.activations if o.tensor.name not in operator.passthrough]
+        operator, placed = self.operator, self.placed
+        written = [o for o in placed.activations if o.name not in operator.passthrough]
         summed = self.vectors if operator.kind != "norm" else ()
         if not written and not summed:
             return ()
-        total = self.bytes_of(written or operator.results) if summed else 0
+        total = bytes_of(written or placed.results) if summed else 0
         if not written:
             return (MemoryBound("elementwise", total, "bias_gradient"),)
-        saved = [o for o in operator.inputs + operator.outputs if o.tensor.name in operator.saves]
-        total += self.bytes_of([*operator.results, *saved, *written])
+        total += bytes_of([*placed.results, *placed.saved, *written])
         return (MemoryBound(_memory_bound(operator), total, operator.kernel, backward=True),)
 
     def attention(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """Flash attention over the gathered keys; under a contiguous cut later ranks see more of the square."""
-        queries, keys = self.sizes["s"], self.sizes["j"]
-        degree = next((self.mesh.degree("ring") for axis, dim in self.splits if axis == "ring" and dim == "s"), 1)
+        queries, keys = self.placed.sizes["s"], self.placed.sizes["j"]
+        degree = self.placed.mesh.degree("ring") if ("ring", "s") in self.placed.splits else 1
         if not causal:
             return (self.attention_block(direction, queries, keys, 2 * queries * keys, causal=False),)
         if degree == 1 or ring_cut == "zigzag":
@@ -136,7 +131,7 @@ class Kernels:
         self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool
     ) -> FlashAttention:
         """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed."""
-        batch, heads, head_dim = self.sizes.get("b", 1), self._product(self._head_dims), self._head_dim
+        batch, heads, head_dim = self.placed.sizes.get("b", 1), self._product(self._head_dims), self._head_dim
         rows = 2 * queries * heads + 2 * keys * self._local_kv_heads()
         passes = 1 if direction == "forward" else 2
         return FlashAttention(
@@ -156,8 +151,13 @@ class Kernels:
         return self._product(self.operator.mixes - {"j"})
 
     def _local_kv_heads(self) -> int:
-        keys = self._elements(self.operator.inputs[1])
-        return keys // (self.sizes["j"] * self.sizes.get("b", 1) * self._head_dim)
+        sizes = self.placed.sizes
+        return self.placed.inputs[1].elements // (sizes["j"] * sizes.get("b", 1) * self._head_dim)
+
+
+def bytes_of(operands: Iterable[PlacedOperand]) -> int:
+    """Local bytes of some operands."""
+    return sum([operand.bytes for operand in operands])
 
 
 def _memory_bound(operator: Operator) -> MemoryBoundClass:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from spsim.inputs.plan import Plan
+from spsim.lazy import lazy
 
 Axis = Literal["dp", "ring", "ulysses", "tp"]
 AXES: tuple[Axis, ...] = ("dp", "ring", "ulysses", "tp")
@@ -17,7 +18,11 @@ AXES: tuple[Axis, ...] = ("dp", "ring", "ulysses", "tp")
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of degree above 1, outer to inner; an axis of degree 1 changes nothing and is left out."""
+    """The axes of degree above 1, outer to inner; an axis of degree 1 changes nothing and is left out.
+
+    Ranks are numbered row by row, so that a group lies on a lattice: its first rank, and a stride and a count for
+    each of its axes. Nothing here costs more for more ranks than it returns.
+    """
 
     degrees: Mapping[Axis, int]
     axes: tuple[Axis, ...] = field(init=False)
@@ -29,21 +34,49 @@ class Mesh:
         """Ranks along an axis."""
         return self.degrees.get(axis, 1)
 
+    @lazy
+    def strides(self) -> dict[Axis, int]:
+        """Distance of neighbours along each axis."""
+        degrees = [self.degree(axis) for axis in AXES]
+        return {axis: math.prod(degrees[place + 1 :]) for place, axis in enumerate(AXES)}
+
     @property
     def ranks(self) -> int:
         """Ranks of the mesh."""
-        return math.prod(self.degrees.values())
+        return self.size(self.axes)
+
+    def size(self, axes: Sequence[Axis]) -> int:
+        """Ranks of a group along some axes."""
+        return math.prod(self.degree(axis) for axis in axes)
 
     def coordinate(self, rank: int, axis: Axis) -> int:
         """Position of a rank along an axis."""
-        inner = math.prod(self.degree(a) for a in AXES[AXES.index(axis) + 1 :])
-        return rank // inner % self.degree(axis)
+        return rank // self.strides[axis] % self.degree(axis)
+
+    def first(self, rank: int, axes: Sequence[Axis]) -> int:
+        """The first rank of the group of `rank` along `axes`, which tells it from the other groups."""
+        return rank - sum(self.coordinate(rank, axis) * self.strides[axis] for axis in axes)
+
+    def neighbours(self, rank: int, axis: Axis) -> tuple[int, int]:
+        """The previous and the next rank along an axis, which is a ring."""
+        stride, degree, here = self.strides[axis], self.degree(axis), self.coordinate(rank, axis)
+        origin = rank - here * stride
+        return origin + (here - 1) % degree * stride, origin + (here + 1) % degree * stride
 
     def group(self, rank: int, axes: Sequence[Axis]) -> tuple[int, ...]:
         """Ranks that differ from `rank` along `axes` only, itself included, in order."""
-        fixed = [axis for axis in self.axes if axis not in axes]
-        here = [self.coordinate(rank, axis) for axis in fixed]
-        return tuple(r for r in range(self.ranks) if [self.coordinate(r, a) for a in fixed] == here)
+        first = self.first(rank, axes)
+        return tuple([first + offset for offset in self._lattice(axes)])
+
+    def groups(self, axes: Sequence[Axis]) -> Iterator[tuple[int, ...]]:
+        """Every group along some axes, by first rank; there may be many."""
+        others = tuple(axis for axis in self.axes if axis not in axes)
+        return (self.group(first, axes) for first in self._lattice(others))
+
+    def _lattice(self, axes: Sequence[Axis]) -> Iterator[int]:
+        """Ranks of the group of rank 0, in order."""
+        steps = [range(0, self.strides[a] * self.degree(a), self.strides[a]) for a in self.axes if a in axes]
+        return map(sum, product(*steps))
 
 
 def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | None = None) -> int:
@@ -52,13 +85,35 @@ def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | 
     Groups that lie differently may span different numbers; the largest counts, for it paces the step. Where
     only `ranks` neighbours of a group take part (replicated KV heads), their part of its nodes.
     """
-    fixed = [axis for axis in mesh.axes if axis not in axes]
-    nodes: dict[tuple[int, ...], set[int]] = defaultdict(set)
-    for rank in range(mesh.ranks):
-        nodes[tuple(mesh.coordinate(rank, axis) for axis in fixed)].add(rank // gpus_per_node)
-    spanned = max(len(found) for found in nodes.values())
-    size = mesh.ranks // len(nodes)
-    return spanned if ranks is None else -(-spanned * ranks // size)
+    # Where a group lies in its first node is all that tells one from another.
+    starts = {0}
+    for axis in set(mesh.axes) - set(axes):
+        places = range(min(mesh.degree(axis), gpus_per_node))
+        starts = {(start + place * mesh.strides[axis]) % gpus_per_node for start in starts for place in places}
+    lattice = tuple((mesh.strides[axis], mesh.degree(axis)) for axis in mesh.axes if axis in axes)
+    spanned = max(_nodes(start, lattice, gpus_per_node) for start in starts)
+    return spanned if ranks is None else -(-spanned * ranks // mesh.size(axes))
+
+
+def _nodes(start: int, lattice: tuple[tuple[int, int], ...], per_node: int) -> int:
+    """Nodes of the ranks from `start` on a lattice of (stride, count), outer to inner.
+
+    Blocks along the outermost axis add up, less a node that two in a row share: the last rank of one and the first of
+    the next are on it. What a block adds depends on where in a node it begins, which repeats.
+    """
+    if not lattice:
+        return 1
+    (stride, count), *inner = lattice
+    extent = sum((n - 1) * step for step, n in inner)
+
+    def shares(first: int) -> bool:
+        """Whether a block begins on the node on which the one before ends."""
+        return (first - stride + extent) // per_node == first // per_node
+
+    firsts = [start + place * stride for place in range(min(count, per_node // math.gcd(stride, per_node)))]
+    added = [_nodes(first % per_node, tuple(inner), per_node) - shares(first) for first in firsts]
+    rounds, rest = divmod(count, len(added))
+    return rounds * sum(added) + sum(added[:rest]) + shares(start)
 
 
 def mesh_of(plan: Plan) -> Mesh:

@@ -13,12 +13,13 @@ width, g gate and up projection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
+from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
-from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, Shard
+from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from spsim.program.strategies import SplitRule
 from spsim.work import MemoryBoundKernel
 
@@ -49,19 +50,8 @@ class Operand:
     tensor: Tensor
     subscript: tuple[str, ...]
 
-    @property
-    def needs_grad(self) -> bool:
-        """Activations and weights have gradients; masks, statistics and constants do not."""
-        return self.tensor.kind in ("activation", "weight")
 
-    def placement(self, split: str | None, otherwise: Placement) -> Placement:
-        """Placement on an axis where the operator is split along `split`."""
-        if split is not None and split in self.subscript:
-            return Shard(self.tensor.dims[self.subscript.index(split)])
-        return otherwise if split is not None else REPLICATE
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Operator:
     """One operator of the layer, written once for all plans."""
 
@@ -79,7 +69,7 @@ class Operator:
     kernel: MemoryBoundKernel | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
 
-    @property
+    @lazy
     def extents(self) -> dict[str, int]:
         """Global size of each dimension; K and V may have fewer heads than the operator."""
         sizes: dict[str, int] = {}
@@ -94,24 +84,24 @@ class Operator:
         """Core attention: the key positions are among its dimensions."""
         return "j" in self.extents
 
-    @property
+    @lazy
     def contracted(self) -> frozenset[str]:
         """Dimensions on the left and not on the right, along which the operator is linear."""
         left = {dim for operand in self.inputs for dim in operand.subscript if not dim.startswith(LAGGED)}
         right = {dim for operand in self.outputs for dim in operand.subscript}
         return frozenset(left - right - self.mixes)
 
-    @property
+    @lazy
     def activations(self) -> tuple[Operand, ...]:
         """Inputs that are activations."""
         return tuple(operand for operand in self.inputs if operand.tensor.kind == "activation")
 
-    @property
+    @lazy
     def weights(self) -> tuple[Operand, ...]:
         """Inputs that are weights."""
         return tuple(operand for operand in self.inputs if operand.tensor.kind == "weight")
 
-    @property
+    @lazy
     def results(self) -> tuple[Operand, ...]:
         """Outputs that other operators read, without masks and statistics."""
         return tuple(operand for operand in self.outputs if operand.tensor.kind == "activation")
@@ -125,45 +115,33 @@ class Operator:
     def split(self, rule: SplitRule) -> str | None:
         """The dimension along which a rule splits this operator: the first that it has and does not mix."""
         candidates = rule.position_mixing if self.mixes_positions else rule.token_wise
-        extents = self.extents
-        return next((dim for dim in candidates if dim in extents and dim not in self.mixes), None)
-
-    def local_sizes(self, splits: Sequence[tuple[int, str | None]]) -> dict[str, int]:
-        """Size of each dimension on one rank, for (degree, dimension) of each axis."""
-        sizes = self.extents
-        parts = dict.fromkeys(sizes, 1)
-        for degree, dim in splits:
-            if dim is not None:
-                parts[dim] *= degree
-        return {dim: -(-size // parts[dim]) for dim, size in sizes.items()}
+        return next((dim for dim in candidates if dim in self.extents and dim not in self.mixes), None)
 
 
 Splits = tuple[tuple[Axis, str | None], ...]
 """(axis, dimension or None) for each axis of the mesh, outer to inner."""
 
 
-def input_layout(operand: Operand, splits: Splits) -> Layout:
-    """How an operand must arrive: sharded where it has the dimension, whole otherwise."""
-    return _layout(operand, splits, REPLICATE)
+def arriving(operand: Operand, splits: Splits) -> Layout:
+    """How an input, or the gradient of an output, must arrive: sharded where it has the dimension, whole otherwise."""
+    return _layout(operand.tensor.dims, operand.subscript, splits, REPLICATE)
 
 
-def output_layout(operand: Operand, splits: Splits) -> Layout:
-    """How an output leaves: a partial sum where the split dimension is contracted."""
-    return _layout(operand, splits, PARTIAL)
+def leaving(operand: Operand, splits: Splits) -> Layout:
+    """How an output leaves, a partial sum where the split dimension is contracted; and so does the gradient of an
+    input or weight, partial where that was whole on a split axis.
+    """
+    return _layout(operand.tensor.dims, operand.subscript, splits, PARTIAL)
 
 
-def input_gradient_layout(operand: Operand, splits: Splits) -> Layout:
-    """How the gradient of an operand or weight leaves: partial where the operand was whole on a split axis."""
-    return _layout(operand, splits, PARTIAL)
+@lru_cache(maxsize=4096)
+def _layout(dims: tuple[str, ...], subscript: tuple[str, ...], splits: Splits, otherwise: Placement) -> Layout:
+    def placement(split: str | None) -> Placement:
+        if split is None:
+            return REPLICATE
+        return shard(dims[subscript.index(split)]) if split in subscript else otherwise
 
-
-def output_gradient_layout(operand: Operand, splits: Splits) -> Layout:
-    """How the gradient of an output must arrive: whole where the split dimension was contracted."""
-    return _layout(operand, splits, REPLICATE)
-
-
-def _layout(operand: Operand, splits: Splits, otherwise: Placement) -> Layout:
-    return tuple((axis, operand.placement(dim, otherwise)) for axis, dim in splits)
+    return tuple((axis, placement(split)) for axis, split in splits)
 
 
 def operator_splits(operator: Operator, rules: dict[Axis, SplitRule], mesh: Mesh) -> Splits:
@@ -171,7 +149,11 @@ def operator_splits(operator: Operator, rules: dict[Axis, SplitRule], mesh: Mesh
     return tuple((axis, operator.split(rules[axis])) for axis in mesh.axes)
 
 
-def parse(signature: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+Subscripts = tuple[tuple[str, ...], ...]
+
+
+@lru_cache(maxsize=1024)
+def parse(signature: str) -> tuple[Subscripts, Subscripts]:
     """Input and output subscripts of `"s b h, h -> s b h"`."""
-    left, right = signature.split("->")
-    return [tuple(part.split()) for part in left.split(",")], [tuple(part.split()) for part in right.split(",")]
+    left, right = (tuple(tuple(part.split()) for part in side.split(",")) for side in signature.split("->"))
+    return left, right

@@ -1,15 +1,16 @@
 """Placements of tensors on mesh axes, and the communication that moves between them.
 
-The vocabulary is PyTorch DTensor's: on each axis of the mesh a tensor is `Replicate`, `Shard(dim)` or
-`Partial`. No model is known here. `docs/design.md` states the rules; a strategy is one line of
+The vocabulary is PyTorch DTensor's: on each axis of the mesh a tensor is replicated, a shard of a dimension or
+partial. No model is known here. `docs/design.md` states the rules; a strategy is one line of
 `strategies.split_rules`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from spsim.program.mesh import Axis, Mesh
 
@@ -20,31 +21,26 @@ COLLECTIVE_SHORT: Mapping[str, str] = {
 """How tables and pictures abbreviate them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Replicate:
-    """Every rank of the axis holds the whole tensor."""
+class Placement(NamedTuple):
+    """How a tensor lies on one axis. A tuple, for layouts are keys that compilation looks up all the time."""
+
+    kind: Literal["replicate", "shard", "partial"]
+    dim: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+REPLICATE = Placement("replicate")
+"""Every rank of the axis holds the whole tensor."""
+PARTIAL = Placement("partial")
+"""Every rank of the axis holds a summand of the tensor."""
+
+
+def shard(dim: str) -> Placement:
     """Every rank of the axis holds an equal part of dimension `dim`."""
-
-    dim: str
-
-
-@dataclass(frozen=True, slots=True)
-class Partial:
-    """Every rank of the axis holds a summand of the tensor."""
-
-    reduction: str = "sum"
+    return Placement("shard", dim)
 
 
-Placement = Replicate | Shard | Partial
 Layout = tuple[tuple[Axis, Placement], ...]
 """One placement per axis of the mesh, outer to inner."""
-
-REPLICATE = Replicate()
-PARTIAL = Partial()
 
 
 class Sized(Protocol):
@@ -62,14 +58,11 @@ def local_elements(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
     """Elements that one rank holds; a dimension that does not divide is rounded up, so that KV heads fewer
     than the degree are replicated, one a rank.
     """
-    elements = 1
-    for dim, size in zip(tensor.dims, tensor.sizes, strict=True):
-        parts = 1
-        for axis, placement in layout:
-            if isinstance(placement, Shard) and placement.dim == dim:
-                parts *= mesh.degree(axis)
-        elements *= -(-size // parts)
-    return elements
+    parts: dict[str, int] = {}
+    for axis, placement in layout:
+        if placement.dim is not None:
+            parts[placement.dim] = parts.get(placement.dim, 1) * mesh.degree(axis)
+    return math.prod([-(-size // parts.get(dim, 1)) for dim, size in zip(tensor.dims, tensor.sizes, strict=True)])
 
 
 def local_bytes(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
@@ -88,22 +81,17 @@ class Redistribution:
     target: Layout
 
 
-def _collective(source: Placement, target: Placement) -> Collective | None:
-    match source, target:
-        case Partial(), Replicate():
-            return "all_reduce"
-        case Partial(), Shard():
-            return "reduce_scatter"
-        case Shard(), Replicate():
-            return "all_gather"
-        case Shard(), Shard():
-            return "all_to_all"
-        case Replicate(), Shard():
-            return None
-    raise AssertionError(f"no redistribution from {source} to {target}: the rules never ask for it")
+_COLLECTIVES: Mapping[tuple[str, str], Collective | None] = {
+    ("partial", "replicate"): "all_reduce",
+    ("partial", "shard"): "reduce_scatter",
+    ("shard", "replicate"): "all_gather",
+    ("shard", "shard"): "all_to_all",
+    ("replicate", "shard"): None,
+}
+"""Between kinds of placements; None is a slice."""
 
 
-def redistribute(source: Layout, target: Layout, mesh: Mesh, *, backward: bool = False) -> list[Redistribution]:
+def redistribute(source: Layout, target: Layout, *, backward: bool = False) -> list[Redistribution]:
     """Steps from `source` to `target`: innermost axis first, in the backward pass outermost first."""
     steps = []
     reached = list(source)
@@ -113,9 +101,10 @@ def redistribute(source: Layout, target: Layout, mesh: Mesh, *, backward: bool =
         want = target[index][1]
         if have == want:
             continue
+        assert want != PARTIAL, "the rules never ask for a sum to be taken apart"
         before = tuple(reached)
         reached[index] = (axis, want)
-        steps.append(Redistribution(axis, _collective(have, want), before, tuple(reached)))
+        steps.append(Redistribution(axis, _COLLECTIVES[have.kind, want.kind], before, tuple(reached)))
     return steps
 
 

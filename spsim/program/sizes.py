@@ -1,30 +1,39 @@
-"""The program of a layer for every workload at once.
+"""The program of a block for every workload at once.
 
-Under one plan the structure of a program does not depend on the sequence length s and the micro-batch b, and
-every size in it is a polynomial in them, at most quadratic in s and linear in b: dimensions of kernels, bytes
-of buffers and messages. A template holds the structure and the coefficients, found by compiling six small
-workloads; evaluating it is one small matrix product instead of a compilation.
+Under one plan the structure of a program does not depend on the sequence length s and the micro-batch b, and every
+size in it (dimensions of kernels, bytes of buffers and messages) is a polynomial in x = s / unit and b, with the
+monomials 1, x, x^2, b, xb, x^2b and coefficients that are natural numbers. So one compilation tells them all
+(Kronecker substitution): at x = 2^K and b = 2^3K the coefficients stand beside each other in the bits of a size.
+A template holds the structure and the coefficients; evaluating it is one small matrix product.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.inputs.workload import Workload
+from spsim.inputs.workload import Precision, Workload
 from spsim.program.instructions import Compute, Program
+from spsim.units import KIB
 from spsim.work import Work
 
 Vector = npt.NDArray[np.int64]
 
-SAMPLES = tuple((x, b) for x in (1, 2, 4) for b in (1, 2))
-"""Workloads that a template is fitted to: sequence in units, micro-batch."""
+MONOMIALS = 6
+WORD = 16
+"""Bytes of one coefficient, K = 128 bits; half of them stay empty, which tells a polynomial from what is none."""
+
+
+def every_workload(unit: int, precision: Precision = "bf16") -> Workload:
+    """The workload to compile for a `Template`; `unit` divides every sequence length that the plan admits."""
+    x, b = 1 << 8 * WORD, 1 << 3 * 8 * WORD
+    return Workload.model_construct(seq_len=unit * x, micro_batch=b, precision=precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +55,20 @@ class KernelGroup:
 
 
 class Template:
-    """Structure and coefficients of one layer under one plan."""
+    """Structure and coefficients of one block under one plan."""
 
-    def __init__(self, compile_layer: Callable[[Workload], Program], unit: int) -> None:
-        """`unit` divides every sequence length that the plan admits."""
+    def __init__(self, program: Program, unit: int) -> None:
+        """A program compiled at `every_workload(unit)`, or one whose sizes hold for all.
+
+        Raises `ArithmeticError` where a size is no polynomial of the stated form.
+        """
+        self.program = program
+        """The structure; read its sizes from `at`."""
         self.unit = unit
-        programs = [compile_layer(Workload(seq_len=x * unit, micro_batch=b)) for x, b in SAMPLES]
-        self.program = programs[0]
-        """The structure; its sizes are those of the smallest sample."""
-        self.coefficients = _fit(np.array([list(_numbers(program)) for program in programs], dtype=object))
-        self.index, members = _index(self.program)
-        self.groups = tuple(_group(found, self.coefficients) for found in members)
+        reader = _Reader(program)
+        self.index = reader.index
+        self.coefficients = _coefficients(reader.positions)
+        self.groups = tuple(_with_constants(group, self.coefficients) for group in reader.groups)
 
     def at(self, workload: Workload) -> Numbers:
         """The sizes of the program for a workload."""
@@ -65,20 +77,25 @@ class Template:
         number = np.int64 if basis[-1] * self._total < 2**62 else object
         return Numbers(self, self.coefficients.astype(number, copy=False) @ np.array(basis, dtype=number))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, about."""
+        return KIB * len(self.index.slots) + 256 * self.index.num_slots + self.coefficients.nbytes
+
     @cached_property
     def _total(self) -> float:
         """Of all coefficients, so that sums of numbers are exact, too."""
-        return float(np.abs(self.coefficients.astype(np.float64)).sum())
+        return float(self.coefficients.astype(np.float64).sum())
 
 
 class Numbers:
-    """The sizes of one program, in the order of `_numbers`."""
+    """The sizes of one program, each different one once."""
 
     def __init__(self, template: Template, values: Vector) -> None:
         self.template = template
         self.values = values
 
-    def at(self, positions: npt.NDArray[np.intp] | slice) -> list[int]:
+    def at(self, positions: npt.NDArray[np.intp]) -> list[int]:
         """The numbers at some positions."""
         return self.values[positions].tolist()  # type: ignore[no-any-return]
 
@@ -94,8 +111,8 @@ class Numbers:
 
     @property
     def parameters(self) -> int:
-        """Parameters of one layer on one rank."""
-        return int(self.values[-1])
+        """Parameters of one block on one rank."""
+        return int(self.values[self.template.index.parameters])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,93 +122,89 @@ class Index:
     buffers: dict[int, int]
     """Buffer -> position of its bytes."""
     messages: dict[int, int]
-    """Communication step -> position of its message."""
+    """Communication -> position of its message."""
     slots: dict[int, tuple[int, ...]]
     """Instruction -> slots of its durations: one, or one per position on the ring."""
-    saved: slice
-    weight_sync: slice
+    saved: npt.NDArray[np.intp]
+    weight_sync: npt.NDArray[np.intp]
+    parameters: int
     num_slots: int
 
 
-def _numbers(program: Program) -> Iterator[int]:
-    """Every size of a program, in one order."""
-    for step in program.instructions:
-        if isinstance(step, Compute):
-            yield from (value for work in step.work if work is not None for value in _sizes(work).values())
+_NUMBERS = {kind: tuple(field.name for field in fields(kind) if field.type == "int") for kind in get_args(Work)}
+"""The fields of kernels that are numbers; flags and names are structure."""
+
+
+class _Reader:
+    """Every size and every kernel of a program; equal sizes have one position."""
+
+    def __init__(self, program: Program) -> None:
+        self.positions: dict[int, int] = {}
+        self.num_slots = 1
+        self.kernels: dict[type[Work], list[tuple[Work, int]]] = defaultdict(list)
+        self._slots: dict[int, int] = {}
+        buffers = {b.id: self._position(b.bytes) for b in (*program.inputs, *program.output_gradients)}
+        messages: dict[int, int] = {}
+        slots: dict[int, tuple[int, ...]] = {}
+        for step in (step for section in program.sections for step in section.instructions):
+            if isinstance(step, Compute):
+                slots[step.id] = tuple([self._kernel(work) if work else 0 for work in step.work])
+            else:
+                slots[step.id] = (self._slot(),)
+                messages[step.id] = self._position(step.message_bytes)
+            for buffer in step.writes:
+                buffers[buffer.id] = self._position(buffer.bytes)
+        self.index = Index(
+            buffers, messages, slots, self._places(saved.bytes for saved in program.saved),
+            self._places(sync.elements for sync in program.weight_sync), self._position(program.parameters),
+            self.num_slots,
+        )  # fmt: skip
+        self.groups = [self._group(kind, *zip(*own, strict=True)) for kind, own in self.kernels.items()]
+
+    def _position(self, size: int) -> int:
+        return self.positions.setdefault(size, len(self.positions))
+
+    def _places(self, sizes: Iterable[int]) -> npt.NDArray[np.intp]:
+        return np.array([self._position(size) for size in sizes], dtype=np.intp)
+
+    def _slot(self) -> int:
+        self.num_slots += 1
+        return self.num_slots - 1
+
+    def _kernel(self, work: Work) -> int:
+        """The slot of a kernel, one for those that are the same object: at most positions of a ring it is."""
+        if id(work) not in self._slots:
+            self._slots[id(work)] = self._slot()
+            self.kernels[type(work)].append((work, self._slots[id(work)]))
+        return self._slots[id(work)]
+
+    def _group(self, kind: type[Work], kernels: tuple[Work, ...], slots: tuple[int, ...]) -> KernelGroup:
+        """Kernels whose numbers all have positions, until it is known which are constants."""
+        columns = {field.name: [getattr(work, field.name) for work in kernels] for field in fields(kind)}
+        numbers = {name: self._places(columns.pop(name)) for name in _NUMBERS[kind]}
+        constants = {name: values[0] if len(set(values)) == 1 else tuple(values) for name, values in columns.items()}
+        return KernelGroup(kind, constants, numbers, np.array(slots, dtype=np.intp))
+
+
+def _coefficients(sizes: Iterable[int]) -> Vector:
+    """The coefficients of each size, of 1, x, x^2, b, xb and x^2b, read off its bits."""
+    try:
+        raw = b"".join([size.to_bytes(MONOMIALS * WORD, "little") for size in sizes])
+    except OverflowError:
+        raise ArithmeticError("a size is negative, or more than quadratic in s or linear in b") from None
+    words = np.frombuffer(raw, dtype="<i8").reshape(-1, MONOMIALS, 2)
+    if words[:, :, 1].any() or (words[:, :, 0] < 0).any():
+        raise ArithmeticError("a size is no polynomial in s and b, or one of its coefficients has over 63 bits")
+    return np.ascontiguousarray(words[:, :, 0], dtype=np.int64)
+
+
+def _with_constants(group: KernelGroup, coefficients: Vector) -> KernelGroup:
+    """What is equal in all kernels whatever the workload becomes a constant."""
+    constants, numbers = dict(group.constants), {}
+    for name, where in group.numbers.items():
+        first = coefficients[where[0]]
+        if first[1:].any() or (where != where[0]).any():
+            numbers[name] = where
         else:
-            yield step.message_bytes
-        yield from (buffer.bytes for buffer in step.writes)
-    yield from (buffer.bytes for buffer in (*program.inputs, *program.output_gradients))
-    yield from (saved.bytes for saved in program.saved)
-    yield from (sync.elements for sync in program.weight_sync)
-    yield program.parameters
-
-
-def _sizes(work: Work) -> dict[str, int]:
-    """The fields of a kernel that are numbers; flags and names are structure."""
-    values = {field.name: getattr(work, field.name) for field in fields(work)}
-    return {name: value for name, value in values.items() if type(value) is int}
-
-
-def _fit(samples: npt.NDArray[np.object_]) -> Vector:
-    """Exact coefficients of 1, x, x^2, b, xb, x^2 b for each number, from its values at `SAMPLES`."""
-    at = dict(zip(SAMPLES, samples, strict=True))
-    columns = []
-    for slope in (False, True):
-        f1, f2, f4 = (at[x, 2] - at[x, 1] if slope else 2 * at[x, 1] - at[x, 2] for x in (1, 2, 4))
-        quadratic = (f4 - 3 * f2 + 2 * f1) // 6
-        linear = f2 - f1 - 3 * quadratic
-        columns += [f1 - linear - quadratic, linear, quadratic]
-    return np.stack(columns, axis=1).astype(np.int64)
-
-
-def _index(program: Program) -> tuple[Index, list[list[Member]]]:
-    """Where everything stands, and the kernels of a kind together; mirrors `_numbers`."""
-    buffers: dict[int, int] = {}
-    messages: dict[int, int] = {}
-    slots: dict[int, tuple[int, ...]] = {}
-    members: dict[type[Work], list[Member]] = defaultdict(list)
-    position, slot = 0, 1
-    for step in program.instructions:
-        own: list[int] = []
-        for work in step.work if isinstance(step, Compute) else ():
-            own.append(0 if work is None else slot)
-            if work is not None:
-                members[type(work)].append((work, position, slot))
-                position, slot = position + len(_sizes(work)), slot + 1
-        if not isinstance(step, Compute):
-            messages[step.id] = position
-            own.append(slot)
-            position, slot = position + 1, slot + 1
-        slots[step.id] = tuple(own)
-        for buffer in step.writes:
-            buffers[buffer.id] = position
-            position += 1
-    outside = (*program.inputs, *program.output_gradients)
-    buffers |= {buffer.id: position + place for place, buffer in enumerate(outside)}
-    saved = slice(position + len(outside), position + len(outside) + len(program.saved))
-    sync = slice(saved.stop, saved.stop + len(program.weight_sync))
-    index = Index(buffers, messages, slots, saved, sync, slot)
-    return index, list(members.values())
-
-
-Member = tuple[Work, int, int]
-"""A kernel, the position of its numbers, and the slot of its duration."""
-
-
-def _group(members: list[Member], coefficients: Vector) -> KernelGroup:
-    """What is equal in all kernels whatever the workload is a constant, all other numbers are positions."""
-    kernels = [work for work, _, _ in members]
-    starts = np.array([position for _, position, _ in members], dtype=np.intp)
-    columns = {field.name: tuple(getattr(work, field.name) for work in kernels) for field in fields(kernels[0])}
-    constants: dict[str, Any] = {
-        name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()
-    }
-    numbers = {}
-    for offset, name in enumerate(_sizes(kernels[0])):
-        rows = coefficients[starts + offset]
-        if np.any(rows[:, 1:]) or np.any(rows[:, 0] != rows[0, 0]):
-            numbers[name] = starts + offset
-            del constants[name]
-    slots = np.array([slot for _, _, slot in members], dtype=np.intp)
-    return KernelGroup(type(kernels[0]), constants, numbers, slots)
+            constants[name] = int(first[0])
+    return KernelGroup(group.kind, constants, numbers, group.slots)

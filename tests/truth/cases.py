@@ -7,9 +7,9 @@ import torch
 
 from spsim import Model, Plan, Workload
 from spsim.inputs.plan import parse_plan
+from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Program
 from spsim.pytorch.layers import Groups, ParallelLayer, record_collectives, record_saved
-from spsim.step.preparation import layer_program
 from tests.truth.processes import groups_of
 
 SIMULATED = torch.bfloat16

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.mesh import Mesh
-from spsim.program.operators import LAGGED, Operand, Operator, input_layout, operator_splits, output_layout, parse
+from spsim.program.operators import LAGGED, Operand, Operator, arriving, leaving, operator_splits, parse
 from spsim.program.operators import Tensor as Named
-from spsim.program.placement import REPLICATE, Shard
+from spsim.program.placement import REPLICATE, shard
 from spsim.program.strategies import SplitRule
 from spsim.pytorch.layers import elementwise, flash, unfused
 from spsim.studies.explanation import Applies, applies_alone
@@ -164,9 +164,9 @@ def on_shards(operator: Operator, kernel: Kernel, inputs: list[Tensor], *, offse
     masks = [o.tensor.dims for o in operator.outputs if o.tensor.kind == "mask"]
     dims = [o.tensor.dims for o in operator.inputs] + masks
     outs = []
-    for shard in range(SHARDS):
+    for place in range(SHARDS):
         own = [
-            x.chunk(SHARDS, d.index("s"))[shard if offset or not is_position_table(operator, i) else 0]
+            x.chunk(SHARDS, d.index("s"))[place if offset or not is_position_table(operator, i) else 0]
             if "s" in d
             else x
             for i, (x, d) in enumerate(zip(inputs, dims, strict=True))
@@ -256,5 +256,5 @@ def test_the_compiler_agrees(name: str) -> None:
     splits = operator_splits(operator, {"ring": SplitRule(("s",), ("s",))}, Mesh({"ring": 2}))
     convolves = name == "causal convolution"
     assert dict(splits) == {"ring": "s" if convolves else None}
-    assert dict(input_layout(operator.inputs[0], splits)) == {"ring": REPLICATE}
-    assert dict(output_layout(operator.outputs[0], splits)) == {"ring": Shard("s") if convolves else REPLICATE}
+    assert dict(arriving(operator.inputs[0], splits)) == {"ring": REPLICATE}
+    assert dict(leaving(operator.outputs[0], splits)) == {"ring": shard("s") if convolves else REPLICATE}

@@ -23,9 +23,9 @@ from spsim.measuring.calibrate.fit import fit_profile
 from spsim.measuring.calibrate.kernels import measure_kernel, measure_launch
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.timing import Effort
+from spsim.program.assembly import layer_program
 from spsim.program.instructions import Compute
 from spsim.pytorch.layers import Groups, ParallelLayer
-from spsim.step.preparation import layer_program
 from spsim.units import MIB
 from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 

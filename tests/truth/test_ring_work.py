@@ -8,6 +8,7 @@ from spsim.program.kernels import Kernels
 from spsim.program.lowerings.ring import ring_blocks
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import operator_splits
+from spsim.program.placed import PlacedOperator
 from spsim.program.strategies import split_rules
 from spsim.pytorch.layers.flash import Block
 from spsim.pytorch.layers.ring import Ring
@@ -55,7 +56,7 @@ def test_gathered(degree: int, cut: str, causal: bool) -> None:
     each = case(f"ring={degree},ring_kind=all_gather,ring_cut={cut}", seq_len=TOKENS * degree, causal=causal)
     attention = next(op for op in transformer_layer(each.model, each.workload) if op.name == "attention")
     mesh = mesh_of(each.plan)
-    kernels = Kernels(attention, operator_splits(attention, split_rules(each.plan), mesh), mesh)
+    kernels = Kernels(PlacedOperator(attention, operator_splits(attention, split_rules(each.plan), mesh), mesh))
     counted = kernels.attention("forward", causal, cut)
     for rank in range(degree):
         blocks = ring(f"ring={degree},ring_cut={cut}", rank, causal).gathered_blocks(TOKENS)

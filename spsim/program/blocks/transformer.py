@@ -7,6 +7,7 @@ What each operator keeps for its backward pass follows Korthikanti et al. 2022 (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
@@ -17,12 +18,12 @@ from spsim.work import MemoryBoundKernel
 class _Layer:
     """Collects the operators of one layer; sizes come from the model and the workload."""
 
-    def __init__(self, model: Model, workload: Workload) -> None:
+    def __init__(self, model: Model, workload: Workload, replicas: int) -> None:
         self.model = model
         self.element_bytes = workload.element_bytes
         self.sizes = {
-            "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch, "h": model.hidden,
-            "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
+            "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch * replicas,
+            "h": model.hidden, "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
         }  # fmt: skip
         self.operators: list[Operator] = []
 
@@ -60,7 +61,7 @@ class _Layer:
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
         left, right = parse(signature)
-        right += [tensor.dims for tensor in outputs[len(right) :]]
+        right += tuple(tensor.dims for tensor in outputs[len(right) :])
         self.operators.append(
             Operator(
                 name=name,
@@ -218,9 +219,19 @@ class _Layer:
 LAYER_INPUT = "layer_input"
 
 
-def transformer_layer(model: Model, workload: Workload) -> tuple[Operator, ...]:
-    """The operators of one layer in forward order; the first reads the tensor `layer_input`."""
-    layer = _Layer(model, workload)
+layer_traits = attrgetter(
+    "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
+    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout",
+)  # fmt: skip
+"""What of a model one layer depends on."""
+
+
+def transformer_layer(model: Model, workload: Workload, replicas: int = 1) -> tuple[Operator, ...]:
+    """The operators of one layer in forward order; the first reads the tensor `layer_input`.
+
+    Sizes are those of a micro-batch of all data-parallel replicas, which the dp axis of a mesh divides again.
+    """
+    layer = _Layer(model, workload, replicas)
     x = layer.tensor(LAYER_INPUT, "s b h")
     attended = layer.residual("residual1", layer.self_attention(layer.norm("norm1", x)), x)
     normed = layer.norm("norm2", x if model.parallel_residual else attended)

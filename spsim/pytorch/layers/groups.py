@@ -50,7 +50,7 @@ class Groups:
     def part(self, axis: Axis, ranks: int) -> dist.ProcessGroup:
         """The group of `ranks` neighbours along an axis."""
         if (axis, ranks) not in self._groups:
-            lines = dict.fromkeys(self.mesh.group(rank, (axis,)) for rank in range(self.mesh.ranks))
+            lines = self.mesh.groups((axis,))
             parts = [list(line[i : i + ranks]) for line in lines for i in range(0, len(line), ranks)]
             own, _ = dist.new_subgroups_by_enumeration(parts)
             self._groups[axis, ranks] = own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from spsim.errors import InputError
-from spsim.program.compiler import categorise
+from spsim.program.categories import categorise
 from spsim.program.instructions import Buffer, Compute, Part, Program, Saved, Section
 from spsim.program.operators import TensorKind
 from spsim.pytorch.modules.costs import kernels, operator_class

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
+from spsim.program.assembly import program_of
 from spsim.program.instructions import Communication, Compute, Instruction, Program, Section
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator, operator_splits
 from spsim.program.strategies import split_rules
 from spsim.pytorch.modules.emission import OUTPUT
-from spsim.step.preparation import program_of
 from spsim.work import Gemm
 
 

@@ -9,19 +9,17 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from spsim.cli.app import app, make_directory, open_console
+from spsim.cli.outputs import make_directory, open_console
 from spsim.measuring.processes.processes import end_with_parent
+from spsim.studies.experiment import Experiment
+from spsim.studies.experiments import load_experiment, run_experiment
 
-if TYPE_CHECKING:
-    from spsim.studies.experiment import Experiment
 
-
-@app.command(hidden=True)
-def experiment(
+def command(
     file: Path,
     out: Annotated[Path, typer.Option("--out", help="Directory of results.")] = Path("results"),
     jobs: Annotated[
@@ -30,8 +28,6 @@ def experiment(
     quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
 ) -> None:
     """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
-    from spsim.studies.experiments import run_experiment
-
     loaded = _load(file)
     directory = out / loaded.name
     make_directory(directory)
@@ -43,8 +39,6 @@ def _load(file: Path) -> Experiment:
     """The experiment of a file. Its points stay until the end: looking for garbage among them is in vain, and takes
     several times as long as making them.
     """
-    from spsim.studies.experiments import load_experiment
-
     gc.disable()
     try:
         return load_experiment(file)

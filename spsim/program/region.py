@@ -1,0 +1,113 @@
+"""A block on a mesh: where its tensors are made, how they lie, and what moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from spsim.lazy import lazy
+from spsim.program.instructions import WeightSync
+from spsim.program.kernels import Kernels
+from spsim.program.mesh import Axis, Mesh
+from spsim.program.operators import Operand, Operator, Tensor, operator_splits
+from spsim.program.placed import PlacedOperator
+from spsim.program.placement import (
+    Collective,
+    Layout,
+    Redistribution,
+    local_bytes,
+    message_bytes,
+    redistribute,
+    sent_bytes,
+)
+from spsim.program.strategies import SplitRule
+from spsim.program.weights import weight_syncs
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One step of a tensor from one layout to the next, along one axis."""
+
+    axis: Axis
+    collective: Collective | None
+    """None: a local slice, free."""
+    source: Layout
+    target: Layout
+    ranks: int
+    message_bytes: int
+    sent_bytes: int
+    """By one rank."""
+    bytes: int
+    """Of the result on one rank."""
+
+
+class Region:
+    """The operators of a block on one mesh under one set of rules, and their tensors as they lie and move.
+
+    Nothing here depends on what is recomputed, kept or overlapped, so that plans of the same degrees share it.
+    """
+
+    def __init__(self, operators: Sequence[Operator], rules: dict[Axis, SplitRule], mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.operators = tuple([PlacedOperator(op, operator_splits(op, rules, mesh), mesh) for op in operators])
+        self.kernels = {op.name: Kernels(op) for op in self.operators}
+        self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
+        # What comes from outside is placed as any output of an operator that does not mix positions.
+        sources = (Operator(entry.name, "elementwise", (), (Operand(entry, entry.dims),)) for entry in self.entries)
+        outside = [PlacedOperator(source, operator_splits(source, rules, mesh), mesh) for source in sources]
+        every = (*outside, *self.operators)
+        self.produced = {output.name: output for op in every for output in op.outputs}
+        """Tensor -> as its producer leaves it."""
+        self.producers = {output.name: op.name for op in every for output in op.outputs}
+        self.last_summand = {o.name: op for op in reversed(self.operators) for o in op.activations}
+        """Tensor -> the operator that reads it first, whose gradient of it is the last."""
+        self._moves: dict[tuple[str, Layout, Layout, bool], tuple[Move, ...]] = {}
+        self._bytes: dict[tuple[str, Layout], int] = {}
+
+    def moves(self, tensor: Tensor, source: Layout, target: Layout, *, backward: bool = False) -> tuple[Move, ...]:
+        """From one layout of a tensor to another."""
+        if source == target:
+            return ()
+        key = (tensor.name, source, target, backward)
+        if key not in self._moves:
+            steps = redistribute(source, target, backward=backward)
+            self._moves[key] = tuple([self._move(tensor, step) for step in steps])
+        return self._moves[key]
+
+    def _move(self, tensor: Tensor, step: Redistribution) -> Move:
+        ranks, message = self.mesh.degree(step.axis), message_bytes(step, tensor, self.mesh)
+        sent = sent_bytes(step.collective, message, ranks) if step.collective else 0
+        size = self.bytes_of(tensor, step.target)
+        return Move(step.axis, step.collective, step.source, step.target, ranks, message, sent, size)
+
+    def bytes_of(self, tensor: Tensor, layout: Layout) -> int:
+        """Bytes of a tensor on one rank."""
+        key = (tensor.name, layout)
+        if key not in self._bytes:
+            self._bytes[key] = local_bytes(tensor, layout, self.mesh)
+        return self._bytes[key]
+
+    @lazy
+    def weight_syncs(self) -> tuple[WeightSync, ...]:
+        """Weights whose gradients are partial sums."""
+        return tuple(weight_syncs(self.operators, self.mesh))
+
+    @lazy
+    def parameters(self) -> int:
+        """Of the block, on one rank."""
+        return sum(weight.elements for op in self.operators for weight in op.weights)
+
+
+def _from_outside(operators: Sequence[Operator]) -> Iterator[Tensor]:
+    """Activations that no operator makes, in the order in which they are read."""
+    seen = {output.tensor.name for op in operators for output in op.outputs}
+    for operand in (operand for op in operators for operand in op.activations):
+        if operand.tensor.name not in seen:
+            seen.add(operand.tensor.name)
+            yield operand.tensor
+
+
+def _to_outside(operators: Sequence[Operator]) -> Iterator[Tensor]:
+    """Activations that no operator reads."""
+    read = {operand.tensor.name for op in operators for operand in op.inputs}
+    return (o.tensor for op in operators for o in op.results if o.tensor.name not in read)

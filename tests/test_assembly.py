@@ -1,0 +1,102 @@
+"""What is made once: programs are equal whenever their keys are, whatever else differs."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan, parse_plan
+from spsim.inputs.workload import Workload
+from spsim.program.assembly import compiled_by, layer_program, layer_template, placed_by, program_of
+from spsim.program.blocks.transformer import layer_traits, transformer_layer
+from tests.cases import model, random_plans
+
+WORKLOAD = Workload(seq_len=512, micro_batch=2)
+OTHER_OPTIONS = {
+    "pp": 2,
+    "virtual_pp": 2,
+    "distributed_optimizer": True,
+    "zero": 1,
+    "tp_backward_overlap": False,
+    "tp_overlap": True,
+    "dp_overlap": True,
+    "ring_kind": "all_gather",
+    "ring_cut": "contiguous",
+    "sequence_parallel": True,
+    "keep_gathered": True,
+    "recompute": "full",
+    "dp": 2,
+    "tp": 2,
+    "ulysses": 2,
+    "ring": 2,
+}
+OTHER_TRAITS = {
+    "name": "another",
+    "layers": 7,
+    "vocab": 99,
+    "max_positions": 3,
+    "tied_embeddings": False,
+    "hidden": 128,
+    "ffn_hidden": 64,
+    "heads": 16,
+    "kv_heads": 4,
+    "head_dim": 16,
+    "norm": "rmsnorm",
+    "positions": "rope",
+    "bias": False,
+    "qkv_bias": False,
+    "qk_norm": True,
+    "parallel_residual": True,
+    "attention": "unfused",
+    "causal": False,
+    "dropout": 0.1,
+    "activation": "squared_relu",
+}
+
+
+def program(plan, layer):
+    """The program of a layer, compiled anew."""
+    return program_of(transformer_layer(layer, WORKLOAD, plan.dp), plan, causal=layer.causal)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(random_plans(), st.sampled_from(sorted(OTHER_OPTIONS)))
+def test_plans_of_one_key_have_one_program(case, option):
+    text, _ = case
+    plan = parse_plan(text)
+    other = plan.model_copy(update={option: OTHER_OPTIONS[option]})
+    if compiled_by(plan) == compiled_by(other):
+        assert program(plan, model()) == program(other, model())
+    if placed_by(plan) == placed_by(other):
+        assert layer_program(model(), plan, WORKLOAD).parameters == layer_program(model(), other, WORKLOAD).parameters
+
+
+def test_every_option_was_tried():
+    assert OTHER_OPTIONS.keys() == Plan.model_fields.keys()
+    assert {*OTHER_TRAITS, "gated_mlp"} == Model.model_fields.keys()
+
+
+@pytest.mark.parametrize("trait", sorted(OTHER_TRAITS))
+def test_models_of_one_key_have_one_layer(trait):
+    other = model().model_copy(update={trait: OTHER_TRAITS[trait]})
+    same = layer_traits(model()) == layer_traits(other)
+    assert same == (transformer_layer(model(), WORKLOAD) == transformer_layer(other, WORKLOAD)) or trait == "causal"
+
+
+@pytest.mark.parametrize("option", ["pp", "zero", "distributed_optimizer", "tp_backward_overlap", "dp_overlap"])
+def test_what_the_compiler_does_not_read_does_not_compile_again(option):
+    plan = parse_plan("tp=2,sequence_parallel,ring=2")
+    other = plan.model_copy(update={option: OTHER_OPTIONS[option]})
+    assert layer_template(model(layers=1), plan) is layer_template(model(layers=9, name="named"), other)
+
+
+@pytest.mark.parametrize("plan", ["", "tp=2,sequence_parallel", "ulysses=2,ring=2,recompute=full"])
+def test_replicas_compute_what_one_computes(plan):
+    """Under dp = 3 a rank has the micro-batch of its replica; every weight gradient is summed over dp, too."""
+    one, three = (layer_program(model(), parse_plan(text), WORKLOAD) for text in (plan, f"{plan},dp=3"))
+    assert one.instructions == three.instructions
+    assert [(s.tensor, s.bytes) for s in one.saved] == [(s.tensor, s.bytes) for s in three.saved]
+    synced = {sync.weight: sync.axes for sync in three.weight_sync if sync.axes != ("tp",)}
+    weights = {o.tensor.name for op in transformer_layer(model(), WORKLOAD) for o in op.weights}
+    assert synced.keys() == weights
+    assert {axes[0] for axes in synced.values()} == {"dp"}
