@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.engine.engine import Meeting, RankProgram, Task
 from spsim.engine.recording import BufferUse, TaskInfo
+from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Repeat, Trace
 from spsim.results.metrics import Idle, exposed_communication, idle, peak_memory
 from spsim.step.folding import Step, fold_step

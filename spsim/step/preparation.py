@@ -14,18 +14,19 @@ import numpy.typing as npt
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
-from spsim.engine.engine import RankProgram
 from spsim.engine.recording import Integers, Outline
+from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, layer_program, layer_template
+from spsim.program.assembly import compiled_by, layer_program
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import Communication, Compute, Instruction, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
+from spsim.program.templates import layer_template
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Item, Visit, accumulation
