@@ -58,15 +58,17 @@ class Block:
         self.passes = {phase: self._pass(phase) for phase in ("forward", "backward")}
         self.segments = [part.segment for own in self.passes.values() for part in own.parts]
         shape = (self.count, MANY)
-        longest = self.rng.choice([20, 1000, 1000, 10**9, 10**12])
+        longest = self.rng.choice([20, 1000, 1000, 10**9, 10**13])
+        zeros = self.rng.choice([0, 0, 0, 0.02])
         self.times = np.array(
-            [self.rng.randint(self.rng.random() > 0.001, longest) for _ in range(self.count * MANY)]
+            [self.rng.randint(self.rng.random() >= zeros, longest) for _ in range(self.count * MANY)]
         ).reshape(shape)
         slow = self.rng.choice([1, 1, 3, 10])
         for segment in self.segments:
             for call in segment.calls:
                 self.times[self.slots[segment.name][call]] *= slow
-        self.basis = np.array([[1] + [self.rng.randint(1, 30) for _ in range(5)] for _ in range(MANY)], float).T
+        largest = self.rng.choice([30] * 9 + [10**14])
+        self.basis = np.array([[1] + [self.rng.randint(1, largest) for _ in range(5)] for _ in range(MANY)], float).T
         self.slowdown = self.rng.choice([0.0, 0.12, 0.5, 0.740001])
 
     def _pass(self, phase):
@@ -80,8 +82,9 @@ class Block:
 
     def _segment(self, phase, index, *, last):
         rng, name, tasks, calls = self.rng, f"{phase} {index}", [], {}
+        lanes = rng.choice([["compute", "tp", "ring"], ["compute"] * 2 + ["tp", "ring"], ["compute", "ring", "ring"]])
         for task in range(rng.randint(2, 8)):
-            lane = rng.choice(["compute", "compute", "tp", "ring"]) if task else "compute"
+            lane = rng.choice(lanes) if task else "compute"
             needs = sorted(rng.sample(range(task), min(task, rng.randint(0, 2))))
             if index and rng.random() < 0.4:
                 needs.append(f"{phase} arrival")
@@ -105,7 +108,8 @@ class Block:
         buffers.append(BufferUse("result", "activations", end, (), last))
         self.slots[name] = np.arange(self.count, self.count + len(tasks))
         self.count += len(tasks)
-        self.positions[name] = np.array([rng.randrange(5) for _ in buffers])
+        largest = int(self.coefficients.sum(axis=1).argmax()) if rng.random() < 0.5 else rng.randrange(5)
+        self.positions[name] = np.array([largest if use.writer in calls else rng.randrange(5) for use in buffers])
         joins = frozenset(rng.sample(["tp", "ring"], rng.randint(0, 2))) if last else frozenset()
         return Segment(name, phase, tuple(tasks), labels, calls, exports, joins, tuple(buffers), ())
 
@@ -292,6 +296,7 @@ def test_what_the_columns_do_not_cover_is_simulated():
     [
         [{"plan": {"tp": 1}}, {"plan": {"tp": True}}],
         [{}, {"plan": None}],
+        [{"workload": {"seq_len": 256, "micro_batch": 2, "global_batch": n}} for n in range(1, 6)],
         [{}, {"nodes": 1}, {"nodes": True}, {"nodes": 2}],
         [{"workload": {"seq_len": 256, "precision": precision}} for precision in ("bf16", "fp32", "fp16", "fp8")],
         [{"hardware": hardware} for hardware in (H100, A100, load_profile(H100))],
