@@ -142,7 +142,7 @@ def named(trace, task):
 def test_blocks_with_loops_run_as_in_the_engine():
     """Times, memory, its fullest task and the first that exceeds a limit; most blocks are covered."""
     exact = total = loops = 0
-    for seed in range(120):
+    for seed in range(250):
         made = Block(seed)
         rng, layers, micro_batches = Random(seed), 1 + seed % 4, np.array([1 + (seed + n) % 3 for n in range(MANY)])
         block, found = made.columns((accumulation([*made.passes.values()], layers, micro_batches),))
