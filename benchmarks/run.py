@@ -6,8 +6,9 @@
 2. Configurations of a layer-level sweep per second and core, memory and metrics included, by plan; and what
    folding layers gains, the results being equal.
 3. Scaling in layers and in ranks.
-4. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon): the same configurations there, in
-   the same process, and what both predict for the layer of gpt-22b on A100.
+4. Commands as whole processes, against one that only imports pandas.
+5. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon, which needs psutil): the same
+   configurations there, in the same process, what both predict for the layer of gpt-22b on A100, and its commands.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import resource
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Any
 
@@ -31,6 +37,13 @@ from spsim.inputs.plan import parse_plan
 from spsim.studies.sweeps import Point, row
 
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "ring=8", "ulysses=4,ring=2", "tp=2,sequence_parallel,ring=4")
+COMMANDS = {
+    "--help": "",
+    "run": "--model gpt-22b --hardware dgx-a100-80gb --plan tp=8,sequence_parallel,recompute=selective "
+    "--seq-len 2048 --micro-batch 4",
+    "explain": "--model gpt-22b --plan tp=8,sequence_parallel",
+    "list": "hardware",
+}
 REPETITIONS = 5
 
 
@@ -119,6 +132,53 @@ def scaling_table() -> Table:
     return made
 
 
+def startup_table(peer: Path | None) -> Table:
+    """CPU time of whole processes, the interpreter and all imports included; those compared run in turn."""
+    columns = ["command", "CPU time", "of import pandas", *(["of Calculon"] if peer else [])]
+    made = report.table("Commands as processes", columns, numbers=columns[1:])
+    with TemporaryDirectory() as directory:
+        for name, arguments in COMMANDS.items():
+            processes = [["-m", "spsim", name, *arguments.split()], ["-c", "import pandas"]]
+            if peer:
+                processes.append(peer_command(peer, Path(directory), "-h" if name == "--help" else "llm"))
+            times = [[process_seconds(process, peer) for process in processes] for _ in range(2 * REPETITIONS)]
+            ratios = [median(own / others[i] for own, *others in times) for i in range(len(processes) - 1)]
+            own = median(own for own, *_ in times)
+            made.add_row(f"spsim {name}", f"{1e3 * own:.0f} ms", *(f"{ratio:.2f} ×" for ratio in ratios))
+    return made
+
+
+def process_seconds(arguments: Sequence[str], path: Path | None) -> float:
+    """User and system time of one process of this interpreter, that finds what is in `path`."""
+    places = [str(path) if path else "", os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def peer_command(path: Path, directory: Path, command: str) -> list[str]:
+    """A command of Calculon: its help, or one configuration."""
+    script = str(path / "bin" / "calculon")
+    if command == "-h":
+        return [script, "-h"]
+    execution = directory / "execution.json"
+    execution.write_text(json.dumps(peer_execution(path, sequence_parallel=True)))
+    inputs = (path / "models" / "megatron-22B.json", execution, path / "systems" / "a100_80g.json")
+    return [script, "llm", *map(str, inputs), "-"]
+
+
+def peer_execution(path: Path, *, sequence_parallel: bool) -> dict[str, Any]:
+    """How Calculon is told of one layer of gpt-22b on 8 GPUs, micro-batch 4."""
+    example = json.loads((path / "examples" / "3072_t4_p64_d12_mbs4_full.json").read_text())
+    return example | {
+        "num_procs": 8, "tensor_par": 8, "pipeline_par": 1, "data_par": 1, "batch_size": 4, "microbatch_size": 4,
+        "activation_recompute": "none", "optimizer_sharding": False, "pipeline_interleaving": 1,
+        "tensor_par_comm_type": "rs_ag" if sequence_parallel else "ar", "seq_par_ag_redo": sequence_parallel,
+    }  # fmt: skip
+
+
 def peer_table(path: Path) -> Table:
     """Calculon on the gpt-22b layer, with its own A100 system file."""
     sys.path.insert(0, str(path))
@@ -129,15 +189,10 @@ def peer_table(path: Path) -> Table:
     description["mem1"]["GiB"] = 200  # it refuses what does not fit; the layer's time is asked for
     system = System(description)
     application = Llm.Application(json.loads((path / "models" / "megatron-22B.json").read_text()))
-    example = json.loads((path / "examples" / "3072_t4_p64_d12_mbs4_full.json").read_text())
     logger = logging.getLogger("peer")
 
     def calculon(sequence_parallel: bool) -> tuple[float, float]:
-        settings = example | {
-            "num_procs": 8, "tensor_par": 8, "pipeline_par": 1, "data_par": 1, "batch_size": 4, "microbatch_size": 4,
-            "activation_recompute": "none", "optimizer_sharding": False, "pipeline_interleaving": 1,
-            "tensor_par_comm_type": "rs_ag" if sequence_parallel else "ar", "seq_par_ag_redo": sequence_parallel,
-        }  # fmt: skip
+        settings = peer_execution(path, sequence_parallel=sequence_parallel)
         model = Llm(application, logger)
         model.compile(system, Llm.Execution.from_json(settings))
         model.run(system)
@@ -172,7 +227,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="checkout of Calculon")
     arguments = parser.parse_args()
     console = Console(width=140)
-    for made in (engine_table(), sweep_table(), scaling_table()):
+    for made in (engine_table(), sweep_table(), scaling_table(), startup_table(arguments.peer)):
         console.print(made)
     if arguments.peer:
         console.print(peer_table(arguments.peer))

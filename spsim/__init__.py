@@ -10,64 +10,63 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spsim.errors import InputError
-    from spsim.inputs.hardware import HardwareProfile
-    from spsim.inputs.model import Model, load_model
-    from spsim.inputs.plan import Plan
-    from spsim.inputs.profiles import load_profile
-    from spsim.inputs.scenario import Scenario
-    from spsim.inputs.workload import Workload
-    from spsim.pytorch.kineto import load_kineto_trace
-    from spsim.pytorch.modules import trace_module
-    from spsim.results.measured import MeasuredSpan, measured_trace
-    from spsim.results.result import Result
-    from spsim.simulation import simulate
-    from spsim.studies.sweeps import Experiment, Point, sweep
+    from spsim.errors import InputError as InputError
+    from spsim.inputs.hardware import HardwareProfile as HardwareProfile
+    from spsim.inputs.model import Model as Model
+    from spsim.inputs.model import load_model as load_model
+    from spsim.inputs.plan import Plan as Plan
+    from spsim.inputs.profiles import load_profile as load_profile
+    from spsim.inputs.scenario import Scenario as Scenario
+    from spsim.inputs.workload import Workload as Workload
+    from spsim.pytorch.kineto import load_kineto_trace as load_kineto_trace
+    from spsim.pytorch.modules import trace_module as trace_module
+    from spsim.results.measured import MeasuredSpan as MeasuredSpan
+    from spsim.results.measured import measured_trace as measured_trace
+    from spsim.results.result import Result as Result
+    from spsim.simulation import simulate as simulate
+    from spsim.studies.comparison import compare as compare
+    from spsim.studies.explanation import explain as explain
+    from spsim.studies.sweeps import Experiment as Experiment
+    from spsim.studies.sweeps import Point as Point
+    from spsim.studies.sweeps import sweep as sweep
 
-__all__ = [
-    "Experiment",
-    "HardwareProfile",
-    "InputError",
-    "MeasuredSpan",
-    "Model",
-    "Plan",
-    "Point",
-    "Result",
-    "Scenario",
-    "Workload",
-    "load_kineto_trace",
-    "load_model",
-    "load_profile",
-    "measured_trace",
-    "simulate",
-    "sweep",
-    "trace_module",
-]
+    __version__: str
 
 _HOMES = {
-    "errors": ("InputError",),
-    "inputs.hardware": ("HardwareProfile",),
-    "pytorch.kineto": ("load_kineto_trace",),
-    "results.measured": ("MeasuredSpan", "measured_trace"),
-    "inputs.model": ("Model", "load_model"),
-    "inputs.plan": ("Plan",),
-    "inputs.profiles": ("load_profile",),
-    "inputs.scenario": ("Scenario",),
-    "results.result": ("Result",),
-    "simulation": ("simulate",),
-    "studies.sweeps": ("Experiment", "Point", "sweep"),
-    "pytorch.modules": ("trace_module",),
-    "inputs.workload": ("Workload",),
+    "Experiment": "studies.sweeps",
+    "HardwareProfile": "inputs.hardware",
+    "InputError": "errors",
+    "MeasuredSpan": "results.measured",
+    "Model": "inputs.model",
+    "Plan": "inputs.plan",
+    "Point": "studies.sweeps",
+    "Result": "results.result",
+    "Scenario": "inputs.scenario",
+    "Workload": "inputs.workload",
+    "compare": "studies.comparison",
+    "explain": "studies.explanation",
+    "load_kineto_trace": "pytorch.kineto",
+    "load_model": "inputs.model",
+    "load_profile": "inputs.profiles",
+    "measured_trace": "results.measured",
+    "simulate": "simulation",
+    "sweep": "studies.sweeps",
+    "trace_module": "pytorch.modules",
 }
-"""The module of each public name."""
+"""The module of each public name; above they stand for type checkers."""
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"spsim.{home}"), name)
-            return value
-    raise AttributeError(f"module 'spsim' has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("spsim")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spsim' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"spsim.{_HOMES[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

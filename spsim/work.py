@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 Direction = Literal["forward", "backward"]
 MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
 MemoryBoundKernel = Literal[
@@ -42,8 +40,11 @@ def known_data_type(name: str) -> str:
 
 def each(look_up: Callable[..., Any], *keys: Any) -> Any:
     """What names and flags stand for, or arrays of it where some are tuples."""
-    many = any(isinstance(key, tuple) for key in keys)
-    return np.vectorize(look_up)(*keys) if many else look_up(*keys)
+    if not any(isinstance(key, tuple) for key in keys):
+        return look_up(*keys)
+    import numpy as np
+
+    return np.vectorize(look_up)(*keys)
 
 
 @dataclass(frozen=True, slots=True)

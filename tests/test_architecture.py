@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import spsim
+from spsim.cli.app import COMMANDS, EXPERIMENT
 
 PACKAGE = Path(spsim.__file__).parent
 ORDER = (
@@ -25,8 +26,11 @@ FENCES = {
     "typer": {"cli"},
     "torch": {"pytorch", "measuring"},
     "scipy": {"measuring"},
+    "pandas": {"studies", "plots", "pytorch", "measuring"},
 }
-LAZY = {"results": {"plots", "export"}, "studies": {"plots", "matplotlib"}}
+HEAVY = ("matplotlib", "scipy", "torch")
+"""Never loaded with a module of the package, only by what needs them."""
+LAZY = {"results": {"plots", "export", "pandas"}, "studies": {"plots", "matplotlib", "pandas"}}
 """What may be imported inside a function or for types only, so that `import spsim` stays light."""
 
 
@@ -126,20 +130,38 @@ def test_the_package_reads_as_its_architecture() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_import_spsim_is_light() -> None:
-    """Neither torch nor matplotlib is loaded by the package or by its command line."""
-    code = "import sys, spsim, spsim.cli; print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("__main__", ("numpy", "pandas", "pydantic", "typer")),  # it must answer interrupts before they are there
+        ("simulation", ("pandas", *HEAVY)),
+        ("studies.comparison", ("pandas", *HEAVY)),
+        *((f"cli.commands.{name}", HEAVY) for name in (*COMMANDS, EXPERIMENT)),
+    ],
+)
+def test_imports_are_light(module: str, absent: tuple[str, ...]) -> None:
+    assert not _loaded_by(f"import spsim.{module}") & {*absent}
 
 
-def test_the_command_line_answers_interrupts_before_it_loads_anything() -> None:
-    """What `python -m spsim` imports until then comes with Python."""
-    code = (
-        "import sys, spsim.__main__; print([m for m in ('numpy', 'pandas', 'pydantic', 'typer') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        ("--help", ("numpy", "pandas", "rich", "simpy", *HEAVY)),
+        ("list hardware", ("numpy", "pandas", "simpy", *HEAVY)),
+        ("explain --model gpt-22b --plan tp=8", ("numpy", "pandas", "simpy", *HEAVY)),
+        ("run --model gpt-22b --hardware dgx-h100 --plan tp=8 --seq-len 2048", ("pandas", *HEAVY)),
+    ],
+)
+def test_a_short_command_loads_what_it_needs(arguments: str, absent: tuple[str, ...]) -> None:
+    """Packages are most of the time that it takes."""
+    assert not _loaded_by(f"from spsim.cli import main; main({arguments.split()})") & {*absent}
+
+
+def _loaded_by(code: str) -> set[str]:
+    """The modules of a process that runs some code."""
+    say = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    done = subprocess.run([sys.executable, "-c", f"{say}; {code}"], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
 
 
 def test_no_function_shares_its_name_with_a_module() -> None:

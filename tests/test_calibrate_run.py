@@ -218,8 +218,10 @@ def test_ranks_that_the_base_cannot_hold_are_refused_before_anything(
     world, per_node, base, message, tmp_path, capsys, monkeypatch
 ):  # fmt: skip
     """By the leader, in one line; the others end as it does, and say nothing."""
-    monkeypatch.setattr("spsim.cli.calibration.measure", lambda *arguments: pytest.fail("something was measured"))
-    monkeypatch.setattr("spsim.cli.app.LEADER_FIRST_S", 0.0)
+    monkeypatch.setattr(
+        "spsim.cli.commands.calibrate.measure", lambda *arguments: pytest.fail("something was measured")
+    )
+    monkeypatch.setattr("spsim.cli.leader.LEADER_FIRST_S", 0.0)
     arguments = ["--quick", *base, "--out", str(tmp_path / "new" / "p.toml")]
     as_rank(monkeypatch, 0, world, per_node)
     assert refused(capsys, *arguments).startswith(f"calibrate: {message}")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spsim import Scenario, Workload, plots, report, simulate
+from spsim import Scenario, Workload, plots, simulate
 from spsim.cli import main
 from spsim.costs.collectives import CommCost
 from spsim.errors import InputError
@@ -28,6 +28,9 @@ from spsim.measuring.calibrate.records import Measurement, append_measurements
 from spsim.measuring.calibrate.samples import Batch, attention_samples, gemm_samples, memory_samples
 from spsim.measuring.calibrate.solver import halves
 from spsim.plots.figure import COLOURS
+from spsim.report.calibration import calibration_lines, calibration_table, rates_table
+from spsim.report.comparison import comparison_lines, plans_table
+from spsim.report.run import notes
 from spsim.studies.comparison import PlanAccount, PlanComparison
 from spsim.studies.sweeps import Point, row
 from tests.cases import model
@@ -296,7 +299,7 @@ def test_a_raw_file_of_kernels_only_takes_the_rest_from_the_base(fitted):
     assert fitted.profile.coefficients.collectives == H100.coefficients.collectives
     assert fitted.profile.datasheet == H100.datasheet
     assert {"overlap_slowdown", "memory.context_mib", "collectives.infiniband.all_to_all"} <= set(fitted.kept)
-    (line,) = [line for line in report.calibration_lines(fitted) if line.startswith("from dgx-h100, not measured")]
+    (line,) = [line for line in calibration_lines(fitted) if line.startswith("from dgx-h100, not measured")]
     assert "collectives.nvlink.all_reduce" in line
 
 
@@ -609,14 +612,14 @@ def test_a_comparison_tells_what_is_within_the_band():
     wide, change = compared(90.0)
     bands = [account.result.error_band.step_time_percent for account in wide.accounts]
     assert abs(change) < max(bands)
-    lines = report.comparison_lines(wide)
+    lines = comparison_lines(wide)
     assert f"within the error band of ±{max(bands):.1f} %" in lines[0]
     assert "A and B: the calibration missed its error limit for: gemm.fraction.bf16" in lines
-    cells = [list(column.cells) for column in report.plans_table(wide).columns]
+    cells = [list(column.cells) for column in plans_table(wide).columns]
     (index,) = [i for i, quantity in enumerate(cells[0]) if quantity == "error band"]
     assert [f"step ±{band:.1f} %" in cells[k + 1][index] for k, band in enumerate(bands)] == [True, True]
     narrow, _ = compared(0.001)
-    lines = report.comparison_lines(narrow)
+    lines = comparison_lines(narrow)
     assert "within" not in lines[0]
     assert not any("missed" in line for line in lines)
 
@@ -631,7 +634,7 @@ def test_band_counts_communication_that_nothing_hides():
     assert result.error_band.step_time_percent == pytest.approx(50 * exposed)
     assert result.error_band.known_share > exposed
     assert result.flagged == ("collectives.nvlink.all_reduce",)
-    assert any("missed its error limit" in note for note in report.notes(result))
+    assert any("missed its error limit" in note for note in notes(result))
 
 
 def test_band_of_the_weight_synchronisation():
@@ -653,7 +656,7 @@ def test_a_profile_that_no_calibration_wrote_has_no_band(name):
     assert (result.error_band, result.flagged) == (None, ())
     document = result.to_json()
     assert (document["error_band"], document["flagged"]) == (None, [])
-    assert not any("calibration" in note for note in report.notes(result))
+    assert not any("calibration" in note for note in notes(result))
     assert "flagged" not in row(Point({"hardware": name, "model": "gpt-22b", "workload": {"seq_len": 1024}}))
 
 
@@ -669,7 +672,7 @@ def test_rows_of_a_sweep_carry_the_band(tmp_path):
 
 
 def test_the_table_has_a_row_a_class(fitted):
-    table = report.calibration_table(fitted)
+    table = calibration_table(fitted)
     assert table.row_count == len(fitted.classes)
     names = list(table.columns[0].cells)
     assert {"gemm bf16", "norm", "attention forward causal"} <= set(names)
@@ -677,12 +680,12 @@ def test_the_table_has_a_row_a_class(fitted):
 
 def test_the_report_fits_eighty_columns_and_names_the_coefficients(fitted):
     console = Console(width=80, file=StringIO())
-    console.print(report.calibration_table(fitted))
+    console.print(calibration_table(fitted))
     text = console.file.getvalue()
     assert "…" not in text
     for one in fitted.classes:
         assert sum(line.strip().startswith(f"{one.name} ") for line in text.splitlines()) == 1
-    lines = list(report.calibration_lines(fitted))
+    lines = list(calibration_lines(fitted))
     (gemm,) = [line for line in lines if line.startswith("gemm bf16: ")]
     value = fitted.profile.coefficients.gemm.fraction["bf16"].value
     assert f"fraction of peak {value:g}" in gemm
@@ -708,7 +711,7 @@ def test_operators_that_one_description_does_not_serve_have_rates_of_their_own(m
         own = np.array([operator.startswith(name) for operator in other.operators])
         assert other.held_out[own] / other.measured[own] == pytest.approx(ratio, rel=0.05), "at the share of the other"
     assert not any("is not fitted" in note for note in mixed.notes)
-    (line,) = [line for line in report.calibration_lines(mixed) if line.startswith("other norm: its operators differ")]
+    (line,) = [line for line in calibration_lines(mixed) if line.startswith("other norm: its operators differ")]
     assert "rms_norm" in line.partition(" and ")[0]
     assert "layer_norm" in line.partition(" and ")[2]
 
@@ -731,7 +734,7 @@ def test_the_share_of_a_class_with_rates_is_that_of_kernels_that_only_move_data(
 def test_rates_of_kernels_are_a_table_that_fits_eighty_columns(mixed, fitted):
     """A cell for each number of the profile, a row a type and direction; a report without such kernels has none."""
     console = Console(width=80, file=StringIO())
-    console.print(report.rates_table(mixed))
+    console.print(rates_table(mixed))
     cells = [line.split() for line in console.file.getvalue().splitlines()]
     rates = mixed.profile.coefficients.kernel_rates["bf16"]["rms_norm_backward"]
     start = f"{rates.start_us.value:g}" if rates.start_us else "–"
@@ -744,8 +747,8 @@ def test_rates_of_kernels_are_a_table_that_fits_eighty_columns(mixed, fitted):
         start,
     ]
     assert cells.count(expected) == 1
-    assert not any(line.startswith("rms_norm:") for line in report.calibration_lines(mixed))
-    assert report.rates_table(fitted) is None
+    assert not any(line.startswith("rms_norm:") for line in calibration_lines(mixed))
+    assert rates_table(fitted) is None
 
 
 def test_kernels_are_drawn_in_the_colour_of_their_class(mixed):

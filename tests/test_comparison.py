@@ -1,33 +1,22 @@
 """Two plans side by side: parts add up to the totals exactly, and say what is known about each strategy."""
 
 import json
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
 
-from spsim import InputError, plots
+import spsim
+from spsim import InputError, compare, plots
 from spsim.cli import main
 from spsim.costs.kernels import ComputeCost
 from spsim.program.instructions import Compute
 from spsim.program.operators import OPERATOR_CLASSES
-from spsim.report import comparison_lines
+from spsim.report.comparison import comparison_lines
+from spsim.results.accounts import OTHER, PEERS, RECOMPUTATION, SLOWED, SYNC
 from spsim.results.metrics import compute_by_class
-from spsim.studies.comparison import (
-    EXPOSED,
-    KERNEL,
-    OTHER,
-    POSTED,
-    RECOMPUTATION,
-    SLOWED,
-    SYNC,
-    TRANSFER,
-    WAITING,
-    Difference,
-    _account,
-    _Activity,
-    compare_plans,
-    grouped,
-)
+from spsim.studies.comparison import EXPOSED, Difference, grouped
 from spsim.units import GIB, picoseconds
 from tests.cases import A100, H100
 from tests.test_plots import assert_readable
@@ -41,7 +30,7 @@ LLAMA_PLANS = (
     "ulysses=8", "ring=8", "ring=8,ring_cut=contiguous", "ring=8,ring_kind=all_gather", "tp=8",
     "tp=2,ulysses=2,ring=2,sequence_parallel,recompute=full", "",
 )  # fmt: skip
-COMPARISONS = {"gpt": compare_plans(GPT_PLANS, **GPT), "llama": compare_plans(LLAMA_PLANS, **LLAMA)}
+COMPARISONS = {"gpt": compare(GPT_PLANS, **GPT), "llama": compare(LLAMA_PLANS, **LLAMA)}
 ACCOUNTS = [(name, account) for name, comparison in COMPARISONS.items() for account in comparison.accounts]
 PAIRS = [pair for comparison in COMPARISONS.values() for pair in combinations(comparison.accounts, 2)]
 each_account = pytest.mark.parametrize(
@@ -102,26 +91,13 @@ def test_slowed_is_what_kernels_take_beyond_their_uncontended_time(account):
 
 @each_account
 def test_exposed_communication_is_that_of_the_result(account):
-    """Transfers and waits; on every plan but a contiguous ring all ranks expose the same."""
+    """Transfers, and waits apart; on every plan but a contiguous ring all ranks expose the same."""
     if "contiguous" in account.text:
         pytest.skip("ranks differ")
     parts = grouped(account.step)
-    assert parts.get(EXPOSED, 0) + parts.get(WAITING, 0) == picoseconds(account.result.exposed_comm_s)
+    assert parts.get(EXPOSED, 0) == picoseconds(account.result.exposed_comm_s)
+    assert parts.get(PEERS, 0) == picoseconds(account.result.idle_s["peer"])
     assert parts.get(SYNC, 0) == picoseconds(account.result.weight_sync_s)
-
-
-def test_each_moment_has_one_part():
-    """Worked by hand: a kernel of which 10 are contended, a wait, one transfer, two at once, then nothing."""
-    activities = [
-        _Activity(-5, 30, KERNEL, "gemm"),
-        _Activity(20, 50, POSTED, WAITING),
-        _Activity(50, 80, TRANSFER, "exposed all-gather"),
-        _Activity(70, 90, TRANSFER, "exposed send-receive"),
-    ]
-    assert _account(activities, 0, 100, slowdown=0.1) == {
-        "gemm": 29, SLOWED: 1, WAITING: 20, "exposed all-gather": 20, "exposed several kinds": 10,
-        "exposed send-receive": 10, "idle": 10,
-    }  # fmt: skip
 
 
 @each_account
@@ -148,7 +124,7 @@ def test_a_layer_counts_its_own_kernels(account):
     ],
 )
 def test_an_equivalent_plan_differs_in_nothing(settings, plan, same):
-    comparison = compare_plans([plan, same], **settings)
+    comparison = compare([plan, same], **settings)
     (pair,) = comparison.differences
     assert not any([*pair.layer.values(), *pair.step.values(), *pair.memory.values()])
     assert pair.before.name != pair.after.name
@@ -190,7 +166,7 @@ def test_a_contiguous_ring_is_read_on_the_rank_that_computes_longest():
     """The last rank attends to everything, 15/8 of the mean; on a zigzag ring all attend to the mean."""
     zigzag, contiguous = COMPARISONS["llama"].accounts[1:3]
     assert contiguous.step["attention"] / zigzag.step["attention"] == pytest.approx(15 / 8, rel=0.2)
-    assert WAITING not in contiguous.step or contiguous.step[WAITING] < 0.01 * sum(contiguous.step.values())
+    assert PEERS not in contiguous.step or contiguous.step[PEERS] < 0.01 * sum(contiguous.step.values())
 
 
 # ------------------------------------------------------------ words, pictures, command line
@@ -254,7 +230,7 @@ def test_json_is_one_document_whose_parts_add_up(capsys, tmp_path):
         assert plan["activation_bytes_per_layer"] == account.result.activation_bytes_per_layer
         assert plan["collectives_per_layer"] == account.result.collectives_per_layer
         assert plan["comm_bytes_per_gpu_by_op"] == account.result.comm_bytes_per_gpu_by_op
-    assert document["words"] == comparison_lines(compare_plans(plans[1::2], **GPT))
+    assert document["words"] == comparison_lines(compare(plans[1::2], **GPT))
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == document
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert set(written) == {"comparison.json", "waterfall.png", "timelines.png", "memory_curves.png"}
@@ -296,4 +272,32 @@ def test_refused(arguments, words, capsys, tmp_path):
 
 def test_python_interface_refuses_in_the_same_words():
     with pytest.raises(InputError, match="two plans are needed, got 1"):
-        compare_plans(["tp=8"], **GPT)
+        compare(["tp=8"], **GPT)
+    with pytest.raises(InputError, match="two plans are needed, got 1"):
+        compare("tp=8", **GPT)
+    with pytest.raises(InputError, match="compare: 3 is not a plan"):
+        compare(["tp=8", 3], **GPT)
+    with pytest.raises(InputError, match=r"^unknown model 'nobody'"):
+        compare(["tp=8", "tp=4"], **GPT | {"model": "nobody"})
+
+
+def test_python_interface_takes_what_a_scenario_takes():
+    """Names, tables and objects: one document."""
+    objects = {
+        "hardware": spsim.load_profile(A100),
+        "model": spsim.load_model("gpt-22b"),
+        "workload": spsim.Workload(**GPT["workload"]),
+    }
+    plans = [spsim.Plan(tp=8), {"tp": 8, "sequence_parallel": True}]
+    assert compare(plans, **objects).to_json() == compare(GPT_PLANS[:2], **GPT).to_json()
+
+
+def test_neither_a_comparison_nor_an_explanation_needs_pandas():
+    code = (
+        "import sys, spsim\n"
+        f"spsim.compare(['tp=8', 'ring=8,ring_cut=contiguous'], **{LLAMA}).to_json()\n"
+        "spsim.explain('gpt-22b', 'tp=8', {'seq_len': 2048}).to_json()\n"
+        "print([name for name in ('pandas', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

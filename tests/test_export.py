@@ -11,7 +11,7 @@ import pytest
 
 import spsim
 from spsim import InputError
-from spsim.cli.app import staging
+from spsim.cli.outputs import staging
 from spsim.export.chrome_trace import chrome_trace, write_chrome_trace
 from spsim.files import whole_file
 from tests.cases import result

@@ -67,7 +67,7 @@ def test_an_interrupted_run(capsys, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spsim.cli.scenarios.simulate", interrupt)
+    monkeypatch.setattr("spsim.cli.commands.run.simulate", interrupt)
     with pytest.raises(SystemExit) as ended:
         main(["run", "--hardware", "dgx-h100", "--model", "llama-3-70b", "--plan", "tp=8", "--seq-len", "1024"])
     assert (ended.value.code, capsys.readouterr().err) == (130, LINE)

@@ -202,7 +202,17 @@ def durations(model, plan, workload, hardware):
         phase: {rank: [one(step, rank) for step in steps] for rank in range(plan.gpus)}
         for phase, steps in phases.items()
     }
-    return alone, {phase: dict(arrays[phase]) for phase in phases}
+    prepared = {
+        phase: {rank: list(times_of(layer.passes[phase], arrays, rank)) for rank in range(plan.gpus)}
+        for phase in phases
+    }
+    return alone, prepared
+
+
+def times_of(block, arrays, rank):
+    """Picoseconds of the tasks of a rank in a pass, parts that repeat written out."""
+    for part in block.parts:
+        yield from part.runs * arrays[part.segment.name][rank]
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from spsim.engine.engine import Meeting, Task, run
+from spsim.engine.pieces import Move, Stretch
 from spsim.engine.recording import BufferUse, Outline, Recording, TaskInfo
-from spsim.engine.trace import Stretch, Trace
+from spsim.engine.trace import Trace
 from spsim.results.metrics import Peak, first_above, peak_memory
 
 
@@ -107,7 +108,7 @@ def tower(shift=0, first_task=0, advance=8):
             (written("output", 1, outlives=True), 10),
         ],
     )
-    return Stretch(layer, "forward", range(LAYERS), 0, shift, advance, first_task, brings=0, drops=2)
+    return Stretch(layer, "forward", 0, 0, shift, first_task, LAYERS, Move(advance, 2, 1), brings=(0,), drops=(2,))
 
 
 def test_the_outermost_layers_bring_and_drop():
@@ -136,7 +137,7 @@ def test_a_piece_stands_at_its_place_in_time_and_tasks():
 @pytest.mark.parametrize(("task", "layer"), [(0, 0), (1, 0), (2, 1), (5, 2), (6, 2), (9, 1), (11, 0)])
 def test_a_task_belongs_to_its_piece(task, layer):
     """Three layers of two tasks upwards, then the same down."""
-    down = tower(shift=24, first_task=6)._replace(phase="backward", layers=range(LAYERS - 1, -1, -1))
+    down = tower(shift=24, first_task=6)._replace(phase="backward", layer=LAYERS - 1, move=Move(8, 2, -1))
     piece = trace(tower(), down).piece_of(task)
     assert (piece.layer, piece.phase) == (layer, "forward" if task < 6 else "backward")
     assert piece.first_task <= task < piece.first_task + 2
@@ -159,16 +160,14 @@ def test_memory_is_freed_before_it_is_allocated_at_equal_times():
     tasks = [Task(0, "compute", 5), Task(1, "compute", 3)]
     buffers = [(written("x", 0), 100), (written("y", 1), 60)]
     for listed in (buffers, buffers[::-1]):
-        stretch = Stretch(recording({0: tasks}, listed), "forward", (0,), 0, 0, 0, 0)
+        stretch = Stretch(recording({0: tasks}, listed), "forward", 0, 0, 0, 0)
         assert peak_memory(trace(stretch), 7) == Peak(rank=0, bytes=107, time_ps=0, task=0)
 
 
 def test_a_buffer_is_still_there_while_its_reader_writes():
     """x (100) is read by the task that writes y (60): 160, reached at 5 by task 1."""
     tasks = [Task(0, "compute", 5), Task(1, "compute", 3)]
-    stretch = Stretch(
-        recording({0: tasks}, [(written("x", 0, 1), 100), (written("y", 1), 60)]), "forward", (0,), 0, 0, 0, 0
-    )
+    stretch = Stretch(recording({0: tasks}, [(written("x", 0, 1), 100), (written("y", 1), 60)]), "forward", 0, 0, 0, 0)
     assert peak_memory(trace(stretch), 0) == Peak(rank=0, bytes=160, time_ps=5, task=1)
 
 
@@ -181,7 +180,7 @@ def test_layers_that_give_back_are_fullest_at_the_first():
     """Each of three layers frees 4 of the 12 bytes at its end, and takes 1 while it runs: 13 in the first."""
     keep = recording({0: [Task(0, "compute", 1)]}, [(written("kept", 0, outlives=True), 12)])
     free = recording({0: [Task(0, "compute", 8)]}, [(inherited("kept", 0), 4), (written("work", 0), 1)])
-    found = trace(Stretch(keep, "forward", (0,), 0, 0, 1, 0), Stretch(free, "backward", range(2, -1, -1), 0, 1, 8, 1))
+    found = trace(Stretch(keep, "forward", 0, 0, 0, 0), Stretch(free, "backward", 2, 0, 1, 1, 3, Move(8, 1, -1)))
     assert peak_memory(found, 0) == Peak(rank=0, bytes=13, time_ps=1, task=1)
     assert sum(change.bytes for change in found.memory) == 0
 
@@ -192,7 +191,7 @@ def test_the_fullest_rank_makes_the_peak():
         rank: [Task(0, "net", 5, meetings=(Meeting((0,), 2),)), Task(1, "compute", work), Task(2, "compute", 1)]
         for rank, work in enumerate((9, 1))
     }
-    stretch = Stretch(recording(programs, [(written("x", 0), 8), (written("y", 2), 3)]), "forward", (0,), 0, 0, 0, 0)
+    stretch = Stretch(recording(programs, [(written("x", 0), 8), (written("y", 2), 3)]), "forward", 0, 0, 0, 0)
     assert peak_memory(trace(stretch, ranks=2), 0) == Peak(rank=1, bytes=11, time_ps=1, task=2)
     assert peak_memory(trace(stretch, ranks=1), 0) == Peak(rank=0, bytes=8, time_ps=0, task=0)
 

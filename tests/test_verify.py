@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 
 from spsim import Model, load_profile, plots
 from spsim.cli import main
-from spsim.cli import verification as command
+from spsim.cli.commands import verify as command
 from spsim.errors import InputError
 from spsim.inputs.resources import profiles_directory
 from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves

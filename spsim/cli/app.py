@@ -1,126 +1,74 @@
-"""What all commands share: the application, its options, its console, and the directory of outputs."""
+"""The application: its commands by name, each imported when it is asked for, so that none waits for the others."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Annotated, Any, cast
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
-from spsim.errors import InputError
-from spsim.measuring.processes.at_hand import is_leader
+import spsim
+from spsim.cli.loading import loading
 
-MIN_WIDTH = 160
-"""Columns of a table where output is not a terminal: wide enough for the operator table."""
+COMMANDS = {
+    "run": "Simulate one scenario.",
+    "compare": "Two or more plans side by side: where time and memory differ, and why.",
+    "explain": "Which operators does sequence parallelism apply to, and why?",
+    "validate": "Predicted against measured, a row a case.",
+    "list": "The shipped hardware profiles or models.",
+    "calibrate": "Measure this machine, alone or under torchrun, and fit a hardware profile to it.",
+    "verify": "Run real PyTorch layers on the GPUs or CPU at hand, and compare them with the simulation.",
+}
+"""What `spsim --help` says of each module of `spsim.cli.commands`: the first line of the help of its command."""
 
-LEADER_FIRST_S = 3.0
-"""How much later than the leader the other ranks end: torchrun ends all, silent or not, once one has ended."""
+EXPERIMENT = "experiment"
+"""The command behind `spsim FILE.py`."""
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Discrete-event simulator of multi-GPU sequence parallelism. A Python file instead of a command is run as an "
-    "experiment: spsim experiments/sweep.py [--out DIR] [--jobs N] [--quick].",
-)
-
-
-def open_console() -> Console:
-    """A console that wraps nothing where output is not a terminal."""
-    if sys.stdout.isatty():
-        return Console(highlight=False, markup=False)
-    width = max(MIN_WIDTH, Console().width)
-    return Console(file=cast("IO[str]", _Unpadded()), width=width, highlight=False, markup=False)
+_LOOK: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 
-class _Unpadded:
-    """Standard output without the blanks with which tables fill their lines."""
+class _Unopened(TyperCommand):
+    """The name and line of a command; its module is imported when it is run or asked for its help."""
 
-    def write(self, text: str) -> int:
-        """Pass on the text; the console writes whole lines."""
-        return sys.stdout.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stdout, name)
-
-
-def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(document, indent=2))
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the command itself, which takes over from here."""
+        alone = typer.Typer(**_LOOK)
+        alone.command(self.name)(_loaded(f"spsim.cli.commands.{self.name}").command)
+        return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
 
 
-CaseFile = Annotated[Path | None, typer.Argument(help="A case file (TOML) with hardware, model, plan and workload.")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Preset or path of a TOML table.")]
-HardwareOption = Annotated[str | None, typer.Option("--hardware", help="Profile name or path of a TOML profile.")]
-PlanOption = Annotated[str | None, typer.Option("--plan", help='For instance "tp=8,sequence_parallel".')]
-SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a sequence.")]
-MicroBatchOption = Annotated[int | None, typer.Option("--micro-batch", help="Sequences of a micro-batch.")]
-GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
-NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to spread the GPUs over; as few as hold them.")]
-PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, fp16 or fp8.")]
-PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
-]
+@cache
+def _loaded(module: str) -> Any:
+    with loading():
+        return import_module(module)
 
 
-@contextmanager
-def leader_speaks() -> Iterator[None]:
-    """Of the ranks of a launcher the leader alone says what is wrong."""
-    try:
-        yield
-    except InputError:
-        if is_leader():
-            raise
-        time.sleep(LEADER_FIRST_S)
-        raise SystemExit(2) from None
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"spsim {spsim.__version__}")
+        raise typer.Exit
 
 
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A directory whose files move to `out` at the end: all of them, or none."""
-    make_directory(out)
-    with TemporaryDirectory(dir=out, prefix=".partial-") as partial:
-        try:
-            yield Path(partial)
-        except InputError as error:  # the user knows the file by the place where it was to stand
-            raise InputError(str(error).replace(partial, str(out))) from None
-        names = file_names(Path(partial))
-        for name in names:
-            if (out / name).is_dir():
-                raise InputError(f"{out / name}: is a directory, expected a file; give another --out")
-        for name in names:
-            (Path(partial) / name).replace(out / name)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Discrete-event simulator of multi-GPU sequence parallelism.
+
+    A Python file instead of a command is run as an experiment: spsim experiments/sweep.py [--out DIR] [--jobs N]
+    [--quick].
+    """
 
 
-def file_names(directory: Path) -> list[str]:
-    """Names of the files in a directory, sorted."""
-    return sorted(path.name for path in directory.iterdir())
-
-
-def print_written(console: Console, out: Path | None, names: Sequence[str]) -> None:
-    """Say which files were written."""
-    if names:
-        console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
-
-
-def make_directory(path: Path, option: str = "--out") -> None:
-    """Make the directory of an option, that can be written; `InputError` where that fails."""
-    if path == Path():
-        raise InputError(f"{option} is empty; give a directory")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a directory ({error.strerror}); give another {option}") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"{path}: is not writable; give another {option}")
+def build_app() -> TyperGroup:
+    """The application with all its commands unopened."""
+    root = typer.Typer(**_LOOK)
+    root.callback()(_options)
+    group = typer.main.get_group(root)
+    for name, line in COMMANDS.items():
+        group.add_command(_Unopened(name, short_help=line))
+    group.add_command(_Unopened(EXPERIMENT, hidden=True))
+    return group

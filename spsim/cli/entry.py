@@ -12,8 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from spsim.cli import calibration, experiments, scenarios, verification  # noqa: F401  (they register their commands)
-from spsim.cli.app import app
+from spsim.cli.app import EXPERIMENT, build_app
 from spsim.errors import InputError
 from spsim.interrupts import INTERRUPTED
 
@@ -24,7 +23,7 @@ _USAGE_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit status 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        status = app(
+        status = build_app().main(
             args=_command_line(sys.argv[1:] if arguments is None else arguments),
             prog_name="spsim",
             standalone_mode=False,
@@ -53,7 +52,7 @@ def _command_line(arguments: Sequence[str]) -> list[str]:
     """Help where nothing is given; a Python file is an experiment."""
     if not arguments:
         return ["--help"]
-    return ["experiment", *arguments] if arguments[0].endswith(".py") else list(arguments)
+    return [EXPERIMENT, *arguments] if arguments[0].endswith(".py") else list(arguments)
 
 
 def _interrupted() -> NoReturn:

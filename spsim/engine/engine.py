@@ -10,13 +10,16 @@ A lane of kernels is one simpy process: how long they take depends on what is po
 has to be waited for, once for a row of kernels up to one that another lane waits for. A communication needs no
 process: when it is posted and when it ends follows from the ends of what it waits for and from its peers, and is
 recorded as soon as those are known.
+
+A run need not begin at the beginning: `Start` says where a rank stands, which is all that tasks that ran before can
+mean to those that follow.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,11 +30,16 @@ from spsim.engine.recording import Moments
 PPM = 10**6
 
 
+Need = int | str
+"""A task of the same rank, or the name of something that ended before the run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Meeting:
     """A rendezvous: `parties` tasks with the same key must have been posted before any can proceed."""
 
-    key: tuple[int, ...]
+    key: tuple[Any, ...]
+    """Of which group, and its how manieth call."""
     parties: int
 
 
@@ -43,9 +51,25 @@ class Task:
     lane: str
     duration_ps: int = 0
     """Unless a run gives its own durations."""
-    needs: tuple[int, ...] = ()
-    """Tasks of the same rank that must have ended; those of the same lane are implied by its order."""
+    needs: tuple[Need, ...] = ()
+    """What must have ended: tasks of the same rank (those of the same lane are implied by its order), and by name what
+    the start of the run knows the end of.
+    """
     meetings: tuple[Meeting, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a rank stands when a run begins; times in picoseconds."""
+
+    time: int = 0
+    """When it is free: none of its tasks begins before."""
+    lanes: Mapping[str, int] = field(default_factory=dict)
+    """When lanes are free that are busy beyond that."""
+    holds: Sequence[tuple[int, int]] = ()
+    """From when to when communications hold the device that were posted before."""
+    ends: Mapping[str, int] = field(default_factory=dict)
+    """When something ended, or will, that tasks name; what has no time here has ended long ago."""
 
 
 class DeadlockError(RuntimeError):
@@ -55,13 +79,14 @@ class DeadlockError(RuntimeError):
 class _Run:
     """Consecutive kernels of a lane of which only the last is waited for, or one communication."""
 
-    __slots__ = ("awaited", "last", "meetings", "needs", "parties", "releases", "tasks")
+    __slots__ = ("awaited", "lane", "last", "meetings", "needs", "parties", "releases", "tasks")
 
-    def __init__(self, tasks: Sequence[Task], needs: Iterable[int], awaiting: Collection[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], needs: Iterable[Need], awaiting: Collection[Task]) -> None:
+        self.lane = tasks[0].lane
         self.tasks = tuple(task.id for task in tasks)
         self.last = self.tasks[-1]
         self.needs = tuple(needs)
-        """Tasks of other lanes that the first one waits for."""
+        """What the first one waits for: tasks of other lanes, and what ended before the run."""
         self.awaited = bool(awaiting)
         """Whether tasks of other lanes wait for the last one."""
         self.releases = any(task.meetings for task in awaiting)
@@ -76,6 +101,8 @@ class RankProgram:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
         self.ids = tuple(task.id for task in tasks)
+        self.names = frozenset(need for task in tasks for need in task.needs if isinstance(need, str))
+        """What ended before the run, as far as a task waits for it."""
 
     @cached_property
     def kernels(self) -> list[list[_Run]]:
@@ -92,7 +119,7 @@ class RankProgram:
         """Lanes of kernels and of communications: one that has both is two that wait for each other."""
         lane_of = {task.id: (task.lane, bool(task.meetings)) for task in self.tasks}
         needs = self._needs(lane_of)
-        awaiting = defaultdict(list)
+        awaiting: dict[Need, list[Task]] = defaultdict(list)
         for task in self.tasks:
             for need in needs[task.id]:
                 awaiting[need].append(task)
@@ -104,23 +131,25 @@ class RankProgram:
             runs[-1].append(task)
         return [[_Run(run, needs[run[0].id], awaiting[run[-1].id]) for run in runs] for runs in lanes.values()]
 
-    def _needs(self, lane_of: Mapping[int, tuple[str, bool]]) -> dict[int, list[int]]:
-        """What each task waits for on other lanes, unless another of its needs implies it."""
+    def _needs(self, lane_of: Mapping[int, tuple[str, bool]]) -> dict[int, list[Need]]:
+        """What each task waits for on other lanes, unless another of its needs implies it, and before the run."""
         place = {task.id: index for index, task in enumerate(self.tasks)}
-        needs: dict[int, list[int]] = {}
+        needs: dict[int, list[Need]] = {}
         before: dict[str, int] = {}
         ended: dict[int, dict[tuple[str, bool], int]] = {}
         """The last place of each lane that has ended when a task has."""
         for task in self.tasks:
             found: list[int] = []
             reached: dict[tuple[str, bool], int] = {}
-            own = {*task.needs, before.get(task.lane, task.id)} - {task.id}
+            named = [need for need in task.needs if isinstance(need, str)]
+            own = {need for need in task.needs if isinstance(need, int)} | {before.get(task.lane, task.id)}
+            own.discard(task.id)
             for need in sorted(own, key=place.__getitem__, reverse=True):
                 if place[need] > reached.get(lane_of[need], -1):
                     found.append(need)
                 for lane, last in ended.get(need, {lane_of[need]: place[need]}).items():
                     reached[lane] = max(last, reached.get(lane, -1))
-            needs[task.id] = [need for need in found if lane_of[need] != lane_of[task.id]]
+            needs[task.id] = [*(need for need in found if lane_of[need] != lane_of[task.id]), *named]
             ended[task.id] = reached | {lane_of[task.id]: place[task.id]}
             before[task.lane] = task.id
         return needs
@@ -134,21 +163,24 @@ class _Rank:
     )  # fmt: skip
 
     def __init__(
-        self, env: Any, number: int, program: RankProgram, durations: Sequence[int] | None, start: int
+        self, env: Any, number: int, program: RankProgram, durations: Sequence[int] | None, start: Start
     ) -> None:
         self.env = env
         self.program = program
         self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
-        self.communicators = [_Communicator(number, runs, start) for runs in program.communications]
-        self.times: dict[int, Moments] = {}
-        self.waiting: dict[int, simpy.Event] = {}
+        self.communicators = [
+            _Communicator(number, runs, max(start.time, start.lanes.get(runs[0].lane, start.time)))
+            for runs in program.communications
+        ]
+        self.times: dict[Need, Moments] = {name: (start.ends.get(name, start.time),) * 3 for name in program.names}
+        self.waiting: dict[Need, simpy.Event] = {}
         """Events of tasks whose times other lanes want to know."""
-        self.holds: list[tuple[int, int]] = []
+        self.holds: list[tuple[int, int]] = [*start.holds]
         """When communications hold the device whose peers have met."""
         self.unmet: list[int] = []
         """Since when others hold it."""
 
-    def known(self, needs: Iterable[int]) -> simpy.Event:
+    def known(self, needs: Iterable[Need]) -> simpy.Event:
         """The event of the times of the first of some tasks that is not known becoming known."""
         unknown = next(need for need in needs if need not in self.times)
         return self.waiting.setdefault(unknown, self.env.event())
@@ -158,7 +190,7 @@ class _Rank:
         if task in self.waiting:
             self.waiting[task].succeed()
 
-    def end_of(self, needs: Iterable[int], time: int) -> int | None:
+    def end_of(self, needs: Iterable[Need], time: int) -> int | None:
         """When the last of some tasks ends, or `time` if that is later; None if it is not known."""
         for need in needs:
             moments = self.times.get(need)
@@ -204,8 +236,8 @@ class _Simulation:
         self.env: Any = simpy.Environment()  # simpy's clock is int | float, ours is int
         self.rate = PPM - slowdown_ppm
         self.ranks: dict[int, _Rank] = {}
-        self.arrived: dict[tuple[int, ...], list[_Communicator]] = defaultdict(list)
-        self.met: dict[tuple[int, ...], int] = {}
+        self.arrived: dict[tuple[Any, ...], list[_Communicator]] = defaultdict(list)
+        self.met: dict[tuple[Any, ...], int] = {}
 
     def add(self, number: int, rank: _Rank, start: int) -> None:
         self.ranks[number] = rank
@@ -224,12 +256,12 @@ class _Simulation:
     def _waiting(self) -> Iterator[str]:
         """The first task of each lane that has not ended."""
         for number, rank in self.ranks.items():
-            if len(rank.times) < len(rank.program.ids):
-                heads: dict[str, int] = {}
+            heads: dict[str, int] = {}
+            if len(rank.times) < len(rank.program.ids) + len(rank.program.names):
                 for task in rank.program.tasks:
                     if task.id not in rank.times:
                         heads.setdefault(task.lane, task.id)
-                yield from (f"task {task} on lane {lane} of rank {number}" for lane, task in heads.items())
+            yield from (f"task {task} on lane {lane} of rank {number}" for lane, task in heads.items())
 
     def _compute(self, rank: _Rank, runs: Sequence[_Run], free: int) -> Generator[simpy.Event, Any, None]:
         """Walk a lane of kernels; time lost to contention is known only as it happens, so look again at their end."""
@@ -260,12 +292,12 @@ class _Simulation:
 
     def _row(
         self, rank: _Rank, runs: Sequence[_Run], index: int, free: int, holds: Sequence[tuple[int, int]]
-    ) -> tuple[dict[int, Moments], int, int]:
+    ) -> tuple[dict[Need, Moments], int, int]:
         """The times of kernels in a row if nothing more is posted, never too late; the end of the last, and the run
         after it. They end with one that another lane waits for, or before one that waits for what is not known.
         """
         durations, rate = rank.durations, self.rate
-        found: dict[int, Moments] = {}
+        found: dict[Need, Moments] = {}
         awaited = False
         while not awaited and index < len(runs):
             run = runs[index]
@@ -341,23 +373,26 @@ def _work_through(now: int, remaining: int, holds: Sequence[tuple[int, int]], ra
     return now - (-remaining // PPM)
 
 
+_ORIGIN = Start()
+
+
 def run(
     programs: Mapping[int, RankProgram | Sequence[Task]],
     *,
     slowdown: float,
     durations: Mapping[int, Sequence[int]] | None = None,
-    starts: Mapping[int, int] | None = None,
+    starts: Mapping[int, Start] | None = None,
 ) -> dict[int, list[Moments]]:
     """Run the tasks of each rank to the end; `slowdown` is the share of its rate that compute loses.
 
-    `durations` (by task) and `starts` are given per rank, in picoseconds. The times of each rank are in the order
-    of its tasks. Raises `DeadlockError` when tasks wait for each other or for a peer that never comes.
+    `durations` (by task, in picoseconds) and `starts` are given per rank. The times of each rank are in the order of
+    its tasks. Raises `DeadlockError` when tasks wait for each other or for a peer that never comes.
     """
     simulation = _Simulation(round(slowdown * PPM))
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
-        start = starts[number] if starts else 0
+        start = starts[number] if starts else _ORIGIN
         rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None, start)
-        simulation.add(number, rank, start)
+        simulation.add(number, rank, start.time)
     simulation.finish()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

@@ -1,12 +1,12 @@
-"""A pass of a layer as it ran: when each task was posted, started and ended, and what that makes of its memory.
+"""A segment as it ran: when each task was posted, started and ended, and what that makes of its memory.
 
-Times are integer picoseconds, from the beginning of the pass.
+Times are integer picoseconds, from the beginning of the segment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Span(NamedTuple):
     rank: int
     lane: str
     task: int
-    """Index of the task in the rank's program, the same on every rank."""
+    """Number of the task: in its segment, or in the trace. A task belongs to one segment, whose ranks all run it."""
     posted_ps: int
     """When the lane reached it; a collective waits from then for its peers."""
     start_ps: int
@@ -37,6 +37,7 @@ Moments = tuple[int, int, int]
 """When a task was posted, started and ended, as of a span."""
 Integers = npt.NDArray[Any]
 """64 bits each, or Python's own where that is too few."""
+_NOTHING: Integers = np.zeros(0, dtype=np.int64)
 
 
 def columns(moments: Sequence[Moments]) -> Integers:
@@ -76,9 +77,51 @@ class TaskInfo:
     sent_bytes: int = 0
     flops: int = 0
 
+    @property
+    def kind(self) -> str:
+        """What a communication is for, in accounts of time: `weight_sync`, or its collective."""
+        return self.part if self.part == "weight_sync" else self.collective
+
+
+class Flight(NamedTuple):
+    """A communication that is under way when a segment begins, or is still to be posted."""
+
+    lane: str
+    posted_ps: int
+    start_ps: int
+    end_ps: int
+    kind: str
+    """As of its task."""
+
+    def moved(self, by_ps: int) -> Flight:
+        """The same, seen from another moment."""
+        return Flight(self.lane, self.posted_ps + by_ps, self.start_ps + by_ps, self.end_ps + by_ps, self.kind)
+
+    def longer(self, late: Late) -> Flight:
+        """The same where its lane is busy for longer."""
+        return self._replace(end_ps=self.end_ps + late.get(self.lane, 0))
+
+
+class Left(NamedTuple):
+    """A change of memory by an earlier segment that is still to come."""
+
+    time_ps: int
+    bytes: int
+    task: int
+    """Whose allocation it is, counted from the first task of the segment: below 0."""
+
+    def moved(self, by_ps: int, by_tasks: int = 0) -> Left:
+        """The same, seen from another moment or segment."""
+        return Left(self.time_ps + by_ps, self.bytes, self.task + by_tasks)
+
+
+Late = Mapping[str, int]
+"""Lane -> picoseconds by which its tasks are behind those of a recording that is else the same."""
+ON_TIME: Late = {}
+
 
 class BufferUse(NamedTuple):
-    """A buffer in a pass: from the task that writes it, or from before, to its last reader, or beyond."""
+    """A buffer in a segment: from the task that writes it, or from before, to its last reader, or beyond."""
 
     tensor: str
     category: str
@@ -104,7 +147,9 @@ class _Lives(NamedTuple):
     signs: Integers
     """-1 where it is freed and 1 where it is allocated in this pass, 0 where it outlives it or was there before."""
     crossing: Integers
-    """Which buffers are there before the pass or after it."""
+    """Which buffers are there before the segment or after it."""
+    writers: Integers
+    """Task that writes each buffer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +174,11 @@ class Outline:
         )
 
     @lazy
+    def last_kernel(self) -> int | None:
+        """The last task of the compute lane; lanes are in order, so that it is the last to end."""
+        return next((task for task in reversed(range(len(self.lanes))) if self.lanes[task] == COMPUTE_LANE), None)
+
+    @lazy
     def lives(self) -> _Lives:
         """What frees and what allocates each buffer."""
         writers = [use.writer or 0 for use in self.buffers]
@@ -146,6 +196,7 @@ class Outline:
             np.tile(np.arange(len(self.buffers)), 2),
             np.array([[-int(goes) for goes in freed], written], dtype=int),
             ~np.array(freed, dtype=bool) | ~np.array(written, dtype=bool),
+            np.array(writers, dtype=np.intp),
         )
 
 
@@ -161,13 +212,32 @@ class Fullest(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """When the tasks of one pass ran; times and tasks count from its own beginning."""
+    """When the tasks of one segment ran; times and tasks count from its own beginning."""
 
     outline: Outline
     times: Mapping[int, Integers]
     """Rank -> the moments of its tasks, a row for each."""
     sizes: Sequence[int] | Integers
     """Bytes of each buffer."""
+    begins: Mapping[int, int] = field(default_factory=dict)
+    """Rank -> when its kernels before have ended, if not at 0."""
+    flights: Mapping[int, Sequence[Flight]] = field(default_factory=dict)
+    """Rank -> communications of earlier segments that are under way then."""
+    left: Mapping[int, Sequence[Left]] = field(default_factory=dict)
+    """Rank -> changes of memory by earlier segments that come later than that."""
+    until: Mapping[int, int] = field(default_factory=dict)
+    """Rank -> when the next segment takes over what is still to come, where something is."""
+
+    def delayed(self, late: Late) -> Recording:
+        """The same with the tasks of some lanes later."""
+        if not late:
+            return self
+        shifts = np.array([[late.get(lane, 0)] for lane in self.outline.lanes])
+        return replace(
+            self,
+            times={rank: times + shifts for rank, times in self.times.items()},
+            flights={rank: [flight.longer(late) for flight in own] for rank, own in self.flights.items()},
+        )
 
     @lazy
     def spans(self) -> Sequence[Span]:
@@ -183,17 +253,26 @@ class Recording:
         """When the last task of each rank ends."""
         return {rank: max(times[:, ENDED].tolist()) for rank, times in self.times.items()}
 
+    def kernels_end(self, rank: int) -> int:
+        """When the kernels of a rank have ended, those before it included."""
+        last = self.outline.last_kernel
+        return self.begins.get(rank, 0) if last is None else int(self.times[rank][last, ENDED])
+
+    def busy_until(self, rank: int) -> int:
+        """When the last task of a rank has ended, those before it included."""
+        return max([self.ends[rank], *(flight.end_ps for flight in self.flights.get(rank, ()))])
+
     @lazy
     def compute(self) -> dict[int, list[int]]:
         """Picoseconds of the kernels of each rank, by the classes of the outline."""
         _, kernels = self.outline.classes
         return {rank: (kernels @ (times[:, ENDED] - times[:, STARTED])).tolist() for rank, times in self.times.items()}
 
-    @property
-    def window(self) -> int:
-        """Picoseconds from the first start to the last end, over ranks."""
+    @lazy
+    def window(self) -> tuple[int, int]:
+        """When the first task is posted and when the last ends, over ranks."""
         begin: int = min(min(times[:, POSTED].tolist()) for times in self.times.values())
-        return max(self.ends.values()) - begin
+        return begin, max(self.ends.values())
 
     @lazy
     def memory(self) -> Sequence[MemoryChange]:
@@ -220,32 +299,60 @@ class Recording:
         order = np.lexsort((changes, times))
         return times[order], changes[order], lives.buffers[order]
 
+    def changes_after(self, rank: int, time: int) -> list[Left]:
+        """Changes of memory that are still to come, its own and those of earlier segments."""
+        if not self.outline.buffers and rank not in self.left:
+            return []
+        own = zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True)
+        found = [Left(when, size, self.outline.buffers[buffer].writer or 0) for when, size, buffer in own if size]
+        return sorted(change for change in (*found, *self.left.get(rank, ())) if change.time_ps > time)
+
     @lazy
     def fullest(self) -> dict[int, Fullest]:
-        """The fullest moment of each rank.
+        """The fullest moment of each rank, until the next segment takes over.
 
-        What an outermost pass brings is there from its first task on; what it drops goes with its last.
+        What an outermost layer brings is there from its first task on; what it drops goes with its last.
         """
-        return {rank: self._fullest(rank) if self.outline.buffers else Fullest(0, 0, 0, 0) for rank in self.times}
+        return {rank: self._fullest(rank) for rank in self.times}
 
     def _fullest(self, rank: int) -> Fullest:
-        times, changes, buffers = self.changes(rank)
+        times, changes, tasks = self.changes_here(rank)
+        if not len(changes):
+            return Fullest(0, 0, 0, 0)
         sums = changes.cumsum()
         at = sums.argmax()
         highest, total = int(sums[at]), int(sums[-1])
-        if highest <= 0:
-            return Fullest(0, 0, 0, total)
-        return Fullest(highest, int(times[at]), self.outline.buffers[buffers[at]].writer or 0, total)
+        return Fullest(highest, int(times[at]), int(tasks[at]), total) if highest > 0 else Fullest(0, 0, 0, total)
+
+    def changes_here(self, rank: int) -> tuple[Integers, Integers, Integers]:
+        """Times, bytes and tasks of the changes of memory until the next segment takes over, in order of time; tasks
+        of those that are allocated.
+        """
+        if not self.outline.buffers and rank not in self.left:
+            return (_NOTHING,) * 3
+        times, changes, buffers = self.changes(rank)
+        tasks = self.outline.lives.writers[buffers]
+        left = self.left.get(rank, ())
+        if left:
+            times, changes, tasks = (
+                np.append(own, other)
+                for own, other in zip((times, changes, tasks), zip(*left, strict=True), strict=True)
+            )
+            order = np.lexsort((changes, times))
+            times, changes, tasks = times[order], changes[order], tasks[order]
+        if rank in self.until:
+            here = times <= self.until[rank]
+            times, changes, tasks = times[here], changes[here], tasks[here]
+        return times, changes, tasks
 
     def first_above(self, rank: int, room: int) -> int:
         """The first task whose allocation needs more than `room`, which is exceeded."""
-        _, changes, buffers = self.changes(rank)
-        at = (changes.cumsum() > room).argmax()
-        return self.outline.buffers[buffers[at]].writer or 0
+        _, changes, tasks = self.changes_here(rank)
+        return int(tasks[(changes.cumsum() > room).argmax()])
 
-    def size(self, buffer: int | None) -> int:
-        """Bytes of a buffer, none if there is none."""
-        return 0 if buffer is None else int(self.sizes[buffer])
+    def size(self, buffers: Sequence[int]) -> int:
+        """Bytes of some buffers."""
+        return sum(int(self.sizes[buffer]) for buffer in buffers)
 
     def end_of(self, rank: int, buffer: int) -> tuple[int, int]:
         """When the last reader of a buffer ends, and which task that is."""

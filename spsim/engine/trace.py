@@ -1,108 +1,92 @@
 """The result of a run, simulated or measured: flat spans and memory changes, in integer picoseconds.
 
-A trace is a sequence of pieces: one pass of one layer for one micro-batch, or the synchronisation of weight
-gradients. Equal pieces share one recording and differ by a shift in time. Metrics are sums over pieces;
-plots and exports read the spans and memory changes of the whole.
+A trace is a sequence of pieces, many of which share a recording. Metrics are sums over recordings; exports read the
+spans and memory changes of the whole.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from math import prod
+from typing import NamedTuple
 
+from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, pieces_during, place_of
 from spsim.engine.recording import MemoryChange, Recording, Span, TaskInfo
 from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
 
-Phase = Literal["forward", "backward", "weight_sync", "optimizer"]
 
+class Leaf(NamedTuple):
+    """A stretch, and what repeats around it from the outside in."""
 
-class Piece(NamedTuple):
-    """One pass of one layer for one micro-batch, or the synchronisation at the end."""
-
-    recording: Recording
-    phase: Phase
-    layer: int | None
-    micro_batch: int | None
-    shift_ps: int
-    first_task: int
-    brings: int | None = None
-    """Buffer that the outermost layer gets from outside, there from the first task on."""
-    drops: int | None = None
-    """Buffer that the outermost layer hands to nobody, freed in this pass."""
-
-    def spans(self) -> Iterator[Span]:
-        """Spans at their place in time."""
-        shift, first = self.shift_ps, self.first_task
-        for rank, lane, task, posted, start, end in self.recording.spans:
-            yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
-
-    def memory(self) -> Iterator[MemoryChange]:
-        """Memory changes at their place in time."""
-        for change in self._changes():
-            yield change._replace(time_ps=change.time_ps + self.shift_ps, task=change.task + self.first_task)
-
-    def _changes(self) -> Iterator[MemoryChange]:
-        recording = self.recording
-        yield from recording.memory
-        for rank, times in recording.times.items():
-            if self.brings is not None:
-                yield self._change(rank, self.brings, int(times[0, 0]), 1, 0)
-            if self.drops is not None:
-                end, task = recording.end_of(rank, self.drops)
-                yield self._change(rank, self.drops, end, -1, task)
-
-    def _change(self, rank: int, buffer: int, time: int, sign: int, task: int) -> MemoryChange:
-        use = self.recording.outline.buffers[buffer]
-        return MemoryChange(time, rank, sign * int(self.recording.sizes[buffer]), use.category, use.tensor, task)
-
-
-class Stretch(NamedTuple):
-    """Equal pieces in a row: the same pass of consecutive layers, each begun when the one before has ended."""
-
-    recording: Recording
-    phase: Phase
-    layers: Sequence[int | None]
-    micro_batch: int | None
-    shift_ps: int
-    advance_ps: int
-    """From one piece to the next."""
-    first_task: int
-    brings: int | None = None
-    """As of a piece, of the first one."""
-    drops: int | None = None
-    """As of a piece, of the last one."""
+    stretch: Stretch
+    repeats: tuple[Repeat, ...] = ()
 
     @property
-    def last_ps(self) -> int:
-        """Where the last piece stands in time."""
-        return self.shift_ps + (len(self.layers) - 1) * self.advance_ps
+    def pieces(self) -> int:
+        """Number of its pieces."""
+        return self.stretch.runs * prod(repeat.runs for repeat in self.repeats)
 
-    def piece(self, index: int) -> Piece:
-        """One of the pieces."""
-        last = len(self.layers) - 1
-        return Piece(
-            self.recording, self.phase, self.layers[index], self.micro_batch, self.shift_ps + index * self.advance_ps,
-            self.first_task + index * len(self.recording.outline.labels),
-            self.brings if index == 0 else None, self.drops if index == last else None,
-        )  # fmt: skip
+    @property
+    def last(self) -> Piece:
+        """Its last piece."""
+        moved = STAY
+        for repeat in self.repeats:
+            moved = moved.after(repeat.move.times(repeat.runs - 1))
+        return self.stretch.run(self.stretch.runs - 1, moved)
+
+    def find(self, layer: int | None, micro_batch: int | None, *, edges: bool = False) -> Iterator[Piece]:
+        """Its pieces of one layer and micro-batch; of many equal ones in it the first and the last with `edges`."""
+        stretch = self.stretch
+        levels = [(repeat.move, repeat.runs) for repeat in self.repeats] + [(stretch.move, stretch.runs)]
+        wanted = _less(layer, stretch.layer), _less(micro_batch, stretch.micro_batch)
+        alone = stretch._replace(runs=1, move=STAY, brings=(), drops=())
+        for moved in _moves(levels, STAY, wanted, edges=edges):
+            yield alone.run(0, moved)
+
+
+def _less(wanted: int | None, have: int | None) -> int | None:
+    """The difference, or None where either does not matter."""
+    return None if wanted is None or have is None else wanted - have
+
+
+def _moves(
+    levels: Sequence[tuple[Move, int]], moved: Move, wanted: tuple[int | None, int | None], *, edges: bool
+) -> Iterator[Move]:
+    """All ways to run the levels that move by the wanted layers and micro-batches."""
+    if not levels:
+        if all(want is None or want == have for want, have in zip(wanted, moved[2:4], strict=True)):
+            yield moved
+        return
+    (move, runs), *inner = levels
+    found = _indices(move, runs, moved, wanted)
+    for index in sorted({*found[:1], *found[-1:]}) if edges else found:
+        yield from _moves(inner, moved.after(move.times(index)), wanted, edges=edges)
+
+
+def _indices(move: Move, runs: int, moved: Move, wanted: tuple[int | None, int | None]) -> Sequence[int]:
+    """Which runs may be among them: around a piece only one level changes the layer, and one the micro-batch."""
+    for step, want, have in zip(move[2:4], wanted, moved[2:4], strict=True):
+        if step and want is not None:
+            index, rest = divmod(want - have, step)
+            return (index,) if rest == 0 and 0 <= index < runs else ()
+    return range(runs)
 
 
 @dataclass(frozen=True)
 class Trace:
     """All pieces in order of tasks; `copies` says which ranks each simulated one stands for."""
 
-    stretches: Sequence[Stretch]
-    copies: Mapping[int, tuple[int, ...]]
+    nodes: Sequence[Node]
+    copies: Mapping[int, Sequence[int]]
     """Simulated rank -> the identical ranks that it stands for, itself included."""
     describe: Callable[[Piece], Sequence[TaskInfo]]
     """What each task of a piece is, when somebody asks."""
     groups: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     """Axis -> rank -> the ranks of its group."""
     overlapping: bool = False
-    """Whether pieces overlap on a rank, so that memory must be looked at as a whole."""
+    """Whether pieces overlap on a rank and their records do not know how, so that memory is read from the whole."""
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
@@ -111,9 +95,14 @@ class Trace:
         return f"Trace({ranks} ranks, {self.num_spans:,} spans, {self.end_ps / PS_PER_MS:.3f} ms)"
 
     @lazy
+    def leaves(self) -> Sequence[Leaf]:
+        """Every stretch, with what repeats around it."""
+        return list(_leaves(self.nodes, ()))
+
+    @lazy
     def pieces(self) -> Sequence[Piece]:
-        """Every pass of every layer and micro-batch."""
-        return [stretch.piece(index) for stretch in self.stretches for index in range(len(stretch.layers))]
+        """Every segment of every layer and micro-batch."""
+        return [piece for node in self.nodes for piece in node.pieces()]
 
     @lazy
     def tasks(self) -> Sequence[TaskInfo]:
@@ -131,36 +120,65 @@ class Trace:
         return [change for piece in self.pieces for change in piece.memory()]
 
     @lazy
-    def recordings(self) -> Mapping[Recording, tuple[Phase, int]]:
-        """Each recording with its phase and the number of pieces that share it."""
-        counts: dict[Recording, tuple[Phase, int]] = {}
-        for stretch in self.stretches:
-            known = counts.get(stretch.recording, (stretch.phase, 0))[1]
-            counts[stretch.recording] = (stretch.phase, known + len(stretch.layers))
+    def recordings(self) -> Mapping[Recording, tuple[Pass, int]]:
+        """Each recording with its pass and the number of pieces that share it."""
+        counts: dict[Recording, tuple[Pass, int]] = {}
+        for leaf in self.leaves:
+            recording = leaf.stretch.recording
+            known = counts.get(recording, (leaf.stretch.phase, 0))[1]
+            counts[recording] = (leaf.stretch.phase, known + leaf.pieces)
         return counts
 
     def described(self) -> Iterator[tuple[Recording, Sequence[TaskInfo], int]]:
         """Each recording with what its tasks are, by the first piece that shares it, and the number of pieces."""
-        first = {stretch.recording: stretch for stretch in reversed(self.stretches)}
+        first = {leaf.stretch.recording: leaf.stretch for leaf in reversed(self.leaves)}
         for recording, (_, count) in self.recordings.items():
-            yield recording, self.describe(first[recording].piece(0)), count
+            yield recording, self.describe(first[recording].run(0)), count
+
+    def pieces_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> Iterator[Piece]:
+        """The pieces of a pass of one layer and micro-batch, in order; those of a measured run belong to no layer."""
+        for leaf in self.leaves:
+            if leaf.stretch.phase == phase:
+                yield from leaf.find(layer, micro_batch)
+
+    def window_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> tuple[int, int]:
+        """When the first task of a pass of one layer and micro-batch is posted, and when the last ends."""
+        pieces = [
+            piece
+            for leaf in self.leaves
+            if leaf.stretch.phase == phase
+            for piece in leaf.find(layer, micro_batch, edges=True)
+        ]
+        windows = [piece.window for piece in pieces]
+        return min((begin for begin, _ in windows), default=0), max((end for _, end in windows), default=0)
+
+    def pieces_during(self, start: int, end: int) -> Iterator[Piece]:
+        """The pieces that are under way between two moments, in order."""
+        for node in self.nodes:
+            yield from pieces_during(node, start, end)
+
+    def last_of(self, rank: int) -> Piece:
+        """The last piece that a simulated rank runs."""
+        return next(leaf.last for leaf in reversed(self.leaves) if rank in leaf.stretch.recording.times)
 
     def piece_of(self, task: int) -> Piece:
         """The piece that a task belongs to."""
-        stretch = self.stretches[bisect_right([s.first_task for s in self.stretches], task) - 1]
-        return stretch.piece((task - stretch.first_task) // len(stretch.recording.outline.labels))
+        return self.nodes[place_of(self.nodes, task)].piece_of(task)
 
     @property
     def num_spans(self) -> int:
         """Spans of all pieces."""
         return sum(n * len(made.times) * len(made.outline.labels) for made, (_, n) in self.recordings.items())
 
-    @property
-    def latest(self) -> Sequence[Stretch]:
-        """The stretches among which the last spans are, of the layers and of the synchronisation."""
-        return self.stretches if self.overlapping else self.stretches[-2:]
-
     @lazy
     def end_ps(self) -> int:
         """End of the last span."""
-        return max((stretch.last_ps + max(stretch.recording.ends.values()) for stretch in self.latest), default=0)
+        return max((node.end_ps for node in self.nodes), default=0)
+
+
+def _leaves(nodes: Sequence[Node], around: tuple[Repeat, ...]) -> Iterator[Leaf]:
+    for node in nodes:
+        if isinstance(node, Stretch):
+            yield Leaf(node, around)
+        else:
+            yield from _leaves(node.body, (*around, node))

@@ -28,9 +28,11 @@ PEAK_IDENTITY_TOLERANCE = 0.01
 
 
 class Table(BaseModel):
-    """A table of a profile: frozen, and an unknown key is an error."""
+    """A table of a profile: frozen, and an unknown key is an error. A validator is built when it is first used: that
+    of a profile contains those of its tables.
+    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 Number = Annotated[float, Field(strict=True)]

@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
-from spsim.inputs.huggingface import read_config
 from spsim.inputs.resources import read_toml
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -196,6 +195,8 @@ def _is_directory(path: Path) -> bool:
 
 
 def _from_config(path: Path) -> Model:
+    from spsim.inputs.huggingface import read_config
+
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
     fields = read_config(path)
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from spsim.errors import InputError
-from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload
+
+if TYPE_CHECKING:
+    from spsim.inputs.hardware import HardwareProfile
 
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""

@@ -22,13 +22,49 @@ from spsim.inputs.workload import Workload
 _SINGLE_GPU = Plan()
 
 
-class Scenario(Configuration):
-    """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
+class Shapes(Configuration):
+    """A model under a plan for a workload, known to fit each other whatever the hardware; names are resolved."""
 
-    hardware: InstanceOf[HardwareProfile]
     model: InstanceOf[Model]
     plan: InstanceOf[Plan]
     workload: InstanceOf[Workload]
+
+    def __init__(
+        self,
+        *,
+        model: Model | Mapping[str, Any] | str | Path,
+        plan: Plan | Mapping[str, Any] | str,
+        workload: Workload | Mapping[str, Any],
+        **further: Any,
+    ) -> None:
+        """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
+        super().__init__(model=model, plan=plan, workload=workload, **further)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _load_model(cls, value: Any) -> Any:
+        return load_model(value) if isinstance(value, str | Path) else _from_table(Model, value)
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _load_plan(cls, value: Any) -> Any:
+        return parse_plan(value) if isinstance(value, str) else _from_table(Plan, value)
+
+    @field_validator("workload", mode="before")
+    @classmethod
+    def _load_workload(cls, value: Any) -> Any:
+        return _from_table(Workload, value)
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> Self:
+        check_shapes(self.model, self.plan, self.workload)
+        return self
+
+
+class Scenario(Shapes):
+    """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
+
+    hardware: InstanceOf[HardwareProfile]
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
 
@@ -49,24 +85,8 @@ class Scenario(Configuration):
     def _load_hardware(cls, value: Any) -> Any:
         return load_profile(value) if isinstance(value, str | Path) else value
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _load_model(cls, value: Any) -> Any:
-        return load_model(value) if isinstance(value, str | Path) else _from_table(Model, value)
-
-    @field_validator("plan", mode="before")
-    @classmethod
-    def _load_plan(cls, value: Any) -> Any:
-        return parse_plan(value) if isinstance(value, str) else _from_table(Plan, value)
-
-    @field_validator("workload", mode="before")
-    @classmethod
-    def _load_workload(cls, value: Any) -> Any:
-        return _from_table(Workload, value)
-
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_shapes(self.model, self.plan, self.workload)
+    def _check_nodes(self) -> Self:
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.precision)
         return self

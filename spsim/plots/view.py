@@ -62,7 +62,7 @@ def layer_view(
 ) -> View:
     """The view of some ranks, or of the distinct ones, in the given phases of one layer, or in those it has."""
     if phases is None:
-        phases = [phase for phase in PHASES if any(stretch.phase == phase for stretch in trace.stretches)]
+        phases = [phase for phase in PHASES if any(leaf.stretch.phase == phase for leaf in trace.leaves)]
     shown = _simulated(trace, distinct_ranks(trace) if ranks is None else ranks)
     windows: list[Window] = []
     own, others = {}, {}

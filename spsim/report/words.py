@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from spsim.program.placement import COLLECTIVE_SHORT
-from spsim.results.uncertainty import ErrorBand
 from spsim.units import GIB, KIB, MIB
+
+if TYPE_CHECKING:
+    from spsim.results.uncertainty import ErrorBand
 
 FULL = 100
 """From here on a figure has three digits before the point."""

@@ -9,8 +9,9 @@ from typing import cast, get_args
 
 import numpy as np
 
+from spsim.engine.pieces import Pass, Stretch
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording, TaskInfo
-from spsim.engine.trace import Phase, Stretch, Trace
+from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.program.placement import Collective, sent_bytes
 from spsim.units import PS_PER_US
@@ -30,7 +31,7 @@ class MeasuredSpan:
     end_us: float
     posted_us: float | None = None
     """When the rank asked for it, if that is known to be earlier than its start."""
-    phase: Phase = "forward"
+    phase: Pass = "forward"
     micro_batch: int = 0
     """Which pass of this phase."""
     collective: str = ""
@@ -62,14 +63,14 @@ def measured_trace(spans: Iterable[MeasuredSpan]) -> Trace:
                 f"measured trace: {span.name!r} of rank {span.rank} is posted, starts and ends at {span.asked_us}, "
                 f"{span.start_us} and {span.end_us} us; times must not go back"
             )
-    pieces: dict[tuple[Phase, int], list[MeasuredSpan]] = defaultdict(list)
+    pieces: dict[tuple[Pass, int], list[MeasuredSpan]] = defaultdict(list)
     for span in _met(given):
         pieces[span.phase, span.micro_batch].append(span)
     origin, stretches, first = given[0].asked_us, [], 0
     ranks = sorted({span.rank for span in given})
     for (phase, micro_batch), own in pieces.items():
         recording = _recording(own, ranks, origin)
-        stretches.append(Stretch(recording, phase, (None,), micro_batch, 0, 0, first))
+        stretches.append(Stretch(recording, phase, None, micro_batch, 0, first))
         first += len(recording.outline.labels)
     return Trace(
         stretches,
@@ -158,7 +159,7 @@ def exposed_communication(trace: Trace) -> dict[int, int]:
         own = [span for span in trace.spans if span.rank == rank]
         kernels = [(span.start_ps, span.end_ps) for span in own if span.lane.startswith(COMPUTE_LANE)]
         transfers = [(span.posted_ps, span.end_ps) for span in own if not span.lane.startswith(COMPUTE_LANE)]
-        found[rank] = _covered(kernels + transfers) - _covered(kernels)
+        found[rank] = covered(kernels + transfers) - covered(kernels)
     return found
 
 
@@ -171,7 +172,7 @@ def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     return dict(totals)
 
 
-def _covered(intervals: Sequence[tuple[int, int]]) -> int:
+def covered(intervals: Sequence[tuple[int, int]]) -> int:
     """Length of the union."""
     total, until = 0, min(intervals, default=(0, 0))[0]
     for start, end in sorted(intervals):

@@ -5,12 +5,14 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
 
-from spsim.engine.recording import MemoryChange, Recording
-from spsim.engine.trace import Phase, Trace
-from spsim.results import measured
+from spsim.engine.pieces import Node, Pass, Repeat, Stretch
+from spsim.engine.recording import POSTED, STARTED, MemoryChange, Recording
+from spsim.engine.trace import Trace
+from spsim.results import accounts, measured
 
 BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
 
@@ -20,29 +22,66 @@ def phase_of(part: str) -> str:
     return "backward" if part in BACKWARD_PARTS else part
 
 
-def layer_window(trace: Trace, phase: Phase, *, layer: int | None = 0, micro_batch: int = 0) -> int:
+def layer_window(trace: Trace, phase: Pass, *, layer: int | None = 0, micro_batch: int = 0) -> int:
     """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass.
 
     The passes of a measured run belong to no layer: `None`.
     """
-    for stretch in trace.stretches:
-        if stretch.phase == phase and stretch.micro_batch == micro_batch and layer in stretch.layers:
-            return stretch.recording.window
-    return 0
+    begin, end = trace.window_of(phase, layer, micro_batch)
+    return end - begin
+
+
+class Idle(NamedTuple):
+    """Picoseconds in which no kernel runs on a rank that is not at its end, by what it waits for."""
+
+    communication: int = 0
+    """A transfer is under way."""
+    peer: int = 0
+    """A communication is posted that a rank of the same stage has not come to."""
+    stage: int = 0
+    """A message is posted that another stage has not come to."""
+    dependency: int = 0
+    """Nothing is posted: what was issued before is waited for otherwise."""
+
+    def plus(self, other: Idle, times: int) -> Idle:
+        """The sum with so many of another."""
+        return Idle(*(mine + times * others for mine, others in zip(self, other, strict=True)))
+
+
+def idle(trace: Trace) -> dict[int, Idle]:
+    """What the kernels of each simulated rank wait for, weight synchronisation apart."""
+    found = {}
+    for rank in trace.copies:
+        total = Idle()
+        for recording, count in _of_layers(trace):
+            if rank in recording.times:
+                total = total.plus(_idle(recording, rank), count)
+        found[rank] = total
+    return found
 
 
 def exposed_communication(trace: Trace) -> dict[int, int]:
-    """Picoseconds of each simulated rank during which communication is posted and no kernel runs, weight
-    synchronisation apart: whenever no kernel runs, the next one waits for a communication.
+    """Picoseconds of each simulated rank during which communication is transferred and no kernel runs, weight
+    synchronisation apart. Waiting for a rank that comes later is not communication.
     """
     if trace.measured:
         return measured.exposed_communication(trace)
-    layers = [stretch for stretch in trace.latest if stretch.phase != "weight_sync"]
-    return {
-        rank: max(stretch.last_ps + stretch.recording.ends[rank] for stretch in layers)
-        - sum(count * sum(recording.compute[rank]) for recording, count in _of_layers(trace))
-        for rank in trace.copies
-    }
+    return {rank: own.communication for rank, own in idle(trace).items()}
+
+
+def _idle(recording: Recording, rank: int) -> Idle:
+    """Of one piece. Where nothing waits for a peer and nothing was under way before, a kernel that waits does so for a
+    transfer: it was posted when what it reads was there, or when the transfer before it ended.
+    """
+    times = recording.times[rank]
+    length = recording.kernels_end(rank) - recording.begins.get(rank, 0) - sum(recording.compute[rank])
+    if not length:
+        return Idle()
+    if not recording.begins and not (times[:, STARTED] > times[:, POSTED]).any():
+        return Idle(communication=length)
+    parts = accounts.of_piece(recording, rank).parts
+    waits = Idle(0, parts[accounts.PEERS], parts[accounts.STAGES], parts[accounts.IDLE])
+    return waits._replace(communication=length - sum(waits))
 
 
 def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
@@ -52,7 +91,8 @@ def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
 
 def weight_sync(trace: Trace) -> int:
     """Picoseconds of the synchronisation of weight gradients at the end of the step."""
-    return sum(recording.window for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
+    windows = (recording.window for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
+    return sum(end - begin for begin, end in windows)
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
@@ -61,7 +101,7 @@ def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
         return measured.compute_by_class(trace, rank)
     totals: dict[str, int] = {}
     for recording, count in _of_layers(trace):
-        for name, time in zip(recording.outline.classes[0], recording.compute[rank], strict=True):
+        for name, time in zip(recording.outline.classes[0], recording.compute.get(rank, ()), strict=False):
             totals[name] = totals.get(name, 0) + count * time
     return totals
 
@@ -81,60 +121,108 @@ def peak_memory(trace: Trace, static: int) -> Peak:
 
     At equal times memory is freed before it is allocated, so that the order of events does not matter.
     """
-    peak_of = _peak_of_whole if trace.overlapping else _peak_of
+    peak_of = _peak_of_whole if trace.overlapping else _peak
     return max((peak_of(trace, rank, static) for rank in trace.copies), key=lambda peak: peak.bytes)
 
 
 def memory_changes(trace: Trace, rank: int) -> list[MemoryChange]:
-    """All memory changes of a rank in order of time."""
+    """All memory changes of a rank in order of time, what is freed before what is allocated."""
     return sorted((c for c in trace.memory if c.rank == rank), key=lambda c: (c.time_ps, c.bytes > 0))
+
+
+def _by_size(trace: Trace, rank: int) -> list[MemoryChange]:
+    """The same, at equal times the smaller first, as recordings have them."""
+    return sorted(memory_changes(trace, rank), key=lambda c: (c.time_ps, c.bytes))
 
 
 def _peak_of_whole(trace: Trace, rank: int, static: int) -> Peak:
     peak, total = Peak(rank, static, 0, None), static
-    for change in memory_changes(trace, rank):
+    for change in _by_size(trace, rank):
         total += change.bytes
         if total > peak.bytes:
             peak = Peak(rank, total, change.time_ps, change.task)
     return peak
 
 
-def _peak_of(trace: Trace, rank: int, static: int) -> Peak:
-    """Walks the stretches. In a stretch of layers that keep something the last one is the fullest, otherwise the
-    first.
+class _Profile(NamedTuple):
+    """The memory of one rank over some nodes, from what is there before them."""
+
+    highest: int
+    time_ps: int
+    task: int
+    """Whose allocation reaches the highest point."""
+    total: int
+    """What is there after them."""
+
+
+def _peak(trace: Trace, rank: int, static: int) -> Peak:
+    profile = _profile(trace.nodes, rank)
+    if profile is None or profile.highest <= 0:
+        return Peak(rank, static, 0, None)
+    return Peak(rank, static + profile.highest, profile.time_ps, profile.task)
+
+
+def _profile(nodes: Sequence[Node], rank: int) -> _Profile | None:
+    """Walks the nodes that the rank takes part in. Of runs that keep something the last is the fullest, otherwise
+    the first.
     """
-    peak, base = Peak(rank, static, 0, None), static
-    for stretch in trace.stretches:
-        recording, layers = stretch.recording, len(stretch.layers)
-        most, time, task, total = recording.fullest[rank]
-        base += recording.size(stretch.brings)
-        fullest = layers - 1 if total > 0 else 0
-        if base + fullest * total + most > peak.bytes:
-            when = stretch.shift_ps + fullest * stretch.advance_ps + time
-            by = stretch.first_task + fullest * len(recording.outline.labels) + task
-            peak = Peak(rank, base + fullest * total + most, when, by)
-        base += layers * total - recording.size(stretch.drops)
-    return peak
+    found: _Profile | None = None
+    base = 0
+    for node in nodes:
+        one = _one_run(node, rank)
+        if one is None:
+            continue
+        base += _size(node.ends[0], node.brings)
+        fullest = node.runs - 1 if one.total > 0 else 0
+        highest = base + fullest * one.total + one.highest
+        if found is None or highest > found.highest:
+            move = node.move.times(fullest)
+            found = _Profile(highest, one.time_ps + move.shift_ps, one.task + move.tasks, 0)
+        base += node.runs * one.total - _size(node.ends[1], node.drops)
+    return None if found is None else found._replace(total=base)
+
+
+def _one_run(node: Node, rank: int) -> _Profile | None:
+    """Of the first run of a node, without what it gets from outside."""
+    if isinstance(node, Repeat):
+        return _profile(node.body, rank)
+    if rank not in node.recording.times:
+        return None
+    fullest = node.recording.fullest[rank]
+    return _Profile(fullest.bytes, node.shift_ps + fullest.time_ps, node.first_task + fullest.task, fullest.total)
+
+
+def _size(stretch: Stretch, buffers: Sequence[int]) -> int:
+    return stretch.recording.size(buffers)
 
 
 def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
     """The first task whose allocation takes a rank above `limit` bytes."""
-    base = static
-    if trace.overlapping:
-        totals = accumulate((change.bytes for change in memory_changes(trace, rank)), initial=static)
-        tasks = (
-            c.task
-            for c, total in zip(memory_changes(trace, rank), islice(totals, 1, None), strict=True)
-            if total > limit
-        )
-        return next(tasks, None)
-    for stretch in trace.stretches:
-        recording, layers = stretch.recording, len(stretch.layers)
-        most, _, _, total = recording.fullest[rank]
-        base += recording.size(stretch.brings)
-        above = max(0, (limit - base - most) // total + 1) if total > 0 else 0
-        room = limit - base - above * total
-        if above < layers and most > room:
-            return stretch.first_task + above * len(recording.outline.labels) + recording.first_above(rank, room)
-        base += layers * total - recording.size(stretch.drops)
+    if not trace.overlapping:
+        return _first_above(trace.nodes, rank, limit - static)
+    changes = _by_size(trace, rank)
+    totals = islice(accumulate((change.bytes for change in changes), initial=static), 1, None)
+    return next((change.task for change, total in zip(changes, totals, strict=True) if total > limit), None)
+
+
+def _first_above(nodes: Sequence[Node], rank: int, room: int) -> int | None:
+    for node in nodes:
+        one = _one_run(node, rank)
+        if one is None:
+            continue
+        room -= _size(node.ends[0], node.brings)
+        run = max(0, (room - one.highest) // one.total + 1) if one.total > 0 else 0
+        left = room - run * one.total
+        if run < node.runs and one.highest > left:
+            return _first_of_run(node, rank, left) + node.move.times(run).tasks
+        room -= node.runs * one.total - _size(node.ends[1], node.drops)
     return None
+
+
+def _first_of_run(node: Node, rank: int, room: int) -> int:
+    """In the first run of a node, which needs more than `room`."""
+    if isinstance(node, Repeat):
+        task = _first_above(node.body, rank, room)
+        assert task is not None
+        return task
+    return node.first_task + node.recording.first_above(rank, room)

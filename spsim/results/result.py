@@ -5,35 +5,86 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import pandas as pd
-
-from spsim.costs.flops import layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, capacity, outside_tensors
 from spsim.engine.trace import Trace
-from spsim.inputs.scenario import Scenario
+from spsim.errors import InputError
+from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
-from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute, Program
-from spsim.program.mesh import mesh_of, nodes_of
+from spsim.program.mesh import nodes_of
 from spsim.program.operators import TensorKind
+from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
 from spsim.results import metrics, tables
+from spsim.results.figures import documented
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
+from spsim.step.preparation import PreparedBlock
 from spsim.units import GIB, seconds
 
-SCOPE = "layers"
-"""What a step contains so far: the transformer layers of one pipeline stage."""
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 2
+"""Of the documents of `run --json` and `compare --json`; 1 had no number."""
+
+
+class Named(Protocol):
+    """What a result asks of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layers(self) -> int: ...
+
+
+class Simulated(Protocol):
+    """What a result asks of what was simulated: a `Scenario`, or a traced module on some hardware."""
+
+    @property
+    def hardware(self) -> HardwareProfile: ...
+    @property
+    def model(self) -> Named: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def workload(self) -> Any: ...
+    @property
+    def num_micro_batches(self) -> int: ...
+    @property
+    def gpus_per_node(self) -> int: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def summary(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """FLOPs of one block and micro-batch, all ranks together, and tokens of a step where they are known."""
+
+    model: int
+    """Full square of attention, recomputation not counted."""
+    causal: int
+    """The same with the half of the square that a causal mask leaves."""
+    executed: float
+    """Full square, and what is recomputed."""
+    tokens: int | None
 
 
 @dataclass(frozen=True)
 class Result:
     """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
 
-    scenario: Scenario
+    scope: str
+    """What a step contains: `layers` of one pipeline stage, or a `module`."""
+    scenario: Simulated
+    block: PreparedBlock
     numbers: Numbers
+    amounts: Amounts
     trace: Trace
     static: StaticMemory
     events: int
@@ -41,19 +92,30 @@ class Result:
     folded: bool
     reasons: tuple[str, ...]
 
+    @property
+    def unknown(self) -> frozenset[str]:
+        """Figures that it does not have."""
+        return frozenset({"tokens_per_s_per_gpu"}) if self.amounts.tokens is None else frozenset()
+
     @lazy
     def program(self) -> Program:
         """One layer under the plan."""
-        return layer_program(self.scenario.model, self.scenario.plan, self.scenario.workload)
+        return self.block.program_at(self.scenario.workload)
 
     @lazy
     def assumed(self) -> tuple[str, ...]:
         """Assumed coefficients that a duration of this run came from."""
-        return _assumed_inputs(self.scenario, self.program)
+        return _assumed_inputs(self.scenario, self.block)
 
     @lazy
     def _account(self) -> Account:
-        return Account(self.scenario, self.trace, self.numbers.template.program)
+        return Account(
+            self.scenario.hardware,
+            self.scenario.workload.precision,
+            self.scenario.gpus_per_node,
+            self.block,
+            self.trace,
+        )
 
     @lazy
     def flagged(self) -> tuple[str, ...]:
@@ -82,10 +144,22 @@ class Result:
         """The same of its backward pass, recomputation included."""
         return seconds(metrics.layer_window(self.trace, "backward"))
 
+    @lazy
+    def _idle(self) -> dict[int, metrics.Idle]:
+        return metrics.idle(self.trace)
+
     @property
     def exposed_comm_s(self) -> float:
-        """Communication that no kernel hides, on the rank with most of it; weight synchronisation apart."""
-        return seconds(max(metrics.exposed_communication(self.trace).values()))
+        """Transfers that no kernel hides, on the rank with most of them; weight synchronisation apart."""
+        return seconds(max(own.communication for own in self._idle.values()))
+
+    @property
+    def idle_s(self) -> dict[str, float]:
+        """What kernels wait for beyond that, each on the rank with most of it: a peer that comes later to a
+        collective, a message of another stage, or a dependency without any communication.
+        """
+        names = ("peer", "stage", "dependency")
+        return {name: seconds(max(getattr(own, name) for own in self._idle.values())) for name in names}
 
     @property
     def weight_sync_s(self) -> float:
@@ -94,7 +168,7 @@ class Result:
 
     # Rates
 
-    def _rate(self, flops_per_layer: int) -> float:
+    def _rate(self, flops_per_layer: float) -> float:
         """FLOP/s per GPU for FLOPs counted per layer and micro-batch."""
         scenario = self.scenario
         total = flops_per_layer * scenario.model.layers * scenario.num_micro_batches
@@ -107,34 +181,29 @@ class Result:
     @property
     def tflops_per_gpu(self) -> float:
         """Model TFLOP/s of one GPU, full square of attention, recomputation not counted."""
-        return self._model_rate / 1e12
-
-    @property
-    def _model_rate(self) -> float:
-        return self._rate(layer_flops(self.scenario.model, self.scenario.workload).training())
+        return self._rate(self.amounts.model) / 1e12
 
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation by the published formula (full square)."""
-        return self._model_rate / self._peak
+        return self._rate(self.amounts.model) / self._peak
 
     @property
     def mfu_causal(self) -> float:
         """The same, counting the half of the square that a causal mask leaves."""
-        flops = layer_flops(self.scenario.model, self.scenario.workload, causal=True)
-        return self._rate(flops.training()) / self._peak
+        return self._rate(self.amounts.causal) / self._peak
 
     @property
     def hfu(self) -> float:
         """Hardware FLOPs utilisation: what is recomputed counts, full square."""
-        flops = layer_flops(self.scenario.model, self.scenario.workload)
-        return self._rate(flops.executed(self.scenario.plan)) / self._peak
+        return self._rate(self.amounts.executed) / self._peak
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
         """Tokens of a step over its time and GPUs."""
-        tokens = self.scenario.global_batch * self.scenario.workload.seq_len
-        return tokens / self.step_time_s / self.scenario.plan.gpus
+        if self.amounts.tokens is None:
+            raise InputError(f"tokens_per_s_per_gpu: a {self.scope} does not say what a token is; use step_time_s")
+        return self.amounts.tokens / self.step_time_s / self.scenario.plan.gpus
 
     # Memory
 
@@ -163,7 +232,7 @@ class Result:
 
     @lazy
     def _outside(self) -> int:
-        return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
+        return outside_tensors(self.scenario.hardware, self.block.mesh)
 
     @property
     def device_memory_gib(self) -> float:
@@ -209,21 +278,31 @@ class Result:
     @lazy
     def collectives_per_layer(self) -> dict[str, dict[str, int]]:
         """Number of collectives of one layer and micro-batch, by pass and kind."""
-        program = self.numbers.template.program
-        phases = {"forward": program.forward, "backward": program.backward}
-        return {
-            phase: dict(sorted(Counter(s.collective for s in steps if isinstance(s, Communication)).items()))
-            for phase, steps in phases.items()
-        }
+        found: dict[str, dict[str, int]] = {"forward": {}, "backward": {}}
+        for phase, own in self.block.passes.items():
+            counts: Counter[str] = Counter()
+            for part in own.parts:
+                steps = (step for step in part.segment.instructions if isinstance(step, Communication))
+                for step in steps:
+                    counts[step.collective] += part.runs
+            found[phase] = dict(sorted(counts.items()))
+        return found
 
     @lazy
     def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
         """Bytes that one GPU sends in a step, by kind of collective."""
         total: dict[str, int] = defaultdict(int)
-        for _, infos, count in self.trace.described():
-            for info in infos:
-                if info.collective:
-                    total[info.collective] += count * info.sent_bytes
+        layers = self.scenario.model.layers
+        messages, instances = self.block.template.index.messages, layers * self.scenario.num_micro_batches
+        for own in self.block.passes.values():
+            for part in own.parts:
+                for step in part.segment.instructions:
+                    if isinstance(step, Communication):
+                        message = int(self.numbers.values[messages[step.id]])
+                        sent = sent_bytes(step.collective, message, step.ranks)
+                        total[step.collective] += instances * part.runs * sent
+        for sync, message in zip(self.block.syncs, self.block.sync_messages(self.numbers, layers), strict=True):
+            total[sync.collective] += sent_bytes(sync.collective, message, sync.ranks)
         return dict(sorted(total.items()))
 
     # Tables and pictures
@@ -263,21 +342,16 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The document of `run --json`."""
-        names = (
-            "step_time_s", "layer_forward_s", "layer_backward_s", "exposed_comm_s", "weight_sync_s", "mfu",
-            "mfu_causal", "hfu", "tflops_per_gpu", "tokens_per_s_per_gpu", "peak_memory_gib", "device_memory_gib",
-            "capacity_gib", "fits", "peak_operator", "out_of_memory_at", "activation_bytes_per_layer",
-            "statistics_bytes_per_layer", "comm_bytes_per_gpu_by_op", "collectives_per_layer",
-        )  # fmt: skip
         scenario = self.scenario
         return {
-            "scope": SCOPE,
+            "schema_version": SCHEMA_VERSION,
+            "scope": self.scope,
             "hardware": scenario.hardware.name,
             "model": scenario.model.name,
             "plan": scenario.plan.model_dump(),
             "workload": scenario.workload.model_dump(),
             "gpus": scenario.plan.gpus,
-            **{name: getattr(self, name) for name in names},
+            **dict(documented(self)),
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
             "assumed": list(self.assumed),
             "flagged": list(self.flagged),
@@ -286,14 +360,15 @@ class Result:
         }
 
 
-def _assumed_inputs(scenario: Scenario, program: Program) -> tuple[str, ...]:
+def _assumed_inputs(scenario: Simulated, block: PreparedBlock) -> tuple[str, ...]:
     hardware = scenario.hardware
     compute, comm = cost_models(hardware, scenario.workload.precision)
     used = {"memory"}
-    for step in program.instructions:
-        if isinstance(step, Compute):
-            used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
-        else:
-            nodes = nodes_of(mesh_of(scenario.plan), (step.axis,), scenario.gpus_per_node, step.ranks)
-            used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
+    for segment in block.segments:
+        for step in segment.instructions:
+            if isinstance(step, Compute):
+                used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
+            else:
+                nodes = nodes_of(block.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
+                used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
-import pandas as pd
 
 from spsim.engine.trace import Trace
+from spsim.results.held import CATEGORIES
 from spsim.results.metrics import memory_changes
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def spans_frame(trace: Trace) -> pd.DataFrame:
     """One row per span and rank, times in microseconds; every rank has its rows, simulated or identical."""
+    import pandas as pd
+
     rows = [
         {
             "rank": rank, "lane": span.lane, "name": info.name, "operator_class": info.operator_class,
@@ -35,6 +42,8 @@ def memory_frame(trace: Trace, static: dict[str, int]) -> pd.DataFrame:
     """The memory curve: one row per change and rank, a column of GiB per category, their total, and the
     operator whose task changed it.
     """
+    import pandas as pd
+
     frames = [_rank_memory(trace, rank, static) for rank in trace.copies]
     parts = [
         frame.assign(rank=copy) for rank, frame in zip(trace.copies, frames, strict=True) for copy in trace.copies[rank]
@@ -43,6 +52,8 @@ def memory_frame(trace: Trace, static: dict[str, int]) -> pd.DataFrame:
 
 
 def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFrame:
+    import pandas as pd
+
     changes = memory_changes(trace, rank)
     frame = pd.DataFrame(
         {
@@ -53,7 +64,7 @@ def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFram
     )
     for category, size in static.items():
         frame[f"{category}_gib"] = size / GIB
-    for category in ("activations", "communication buffers", "temporary"):
+    for category in CATEGORIES:
         sizes = [0, *(c.bytes if c.category == category else 0 for c in changes)]
         frame[f"{category.replace(' ', '_')}_gib"] = np.cumsum(sizes) / GIB
     frame["total_gib"] = frame.filter(like="_gib").sum(axis=1)
@@ -61,6 +72,13 @@ def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFram
 
 
 def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
+    """The rows of `operator_rows`."""
+    import pandas as pd
+
+    return pd.DataFrame(operator_rows(trace, rank))
+
+
+def operator_rows(trace: Trace, rank: int = 0) -> list[dict[str, Any]]:
     """Time, calls and FLOPs of one simulated rank by operator and part over the step, longest first."""
     totals: dict[tuple[str, str, str, str], list[int]] = {}
     for recording, infos, count in trace.described():
@@ -79,4 +97,4 @@ def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
         }
         for (name, part, kind, lane), (time, calls, flops, sent) in totals.items()
     ]  # fmt: skip
-    return pd.DataFrame(rows).sort_values("time_ms", ascending=False, kind="stable", ignore_index=True)
+    return sorted(rows, key=lambda row: row["time_ms"], reverse=True)

@@ -13,20 +13,21 @@ without one add nothing; `known_share` says how much of the step has one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.engine.recording import COMPUTE_LANE, Recording, TaskInfo
+from spsim.engine.pieces import Pass
+from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
 from spsim.engine.trace import Trace
 from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
-from spsim.inputs.scenario import Scenario
-from spsim.program.instructions import Communication, Instruction, Program
-from spsim.program.mesh import Axis, mesh_of, nodes_of
+from spsim.program.instructions import Communication, Instruction
+from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective
+from spsim.step.preparation import PreparedBlock
 
 Classes = tuple[str, ...]
 """Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
@@ -84,37 +85,34 @@ def held_out_of(profile: HardwareProfile, classes: Classes) -> HeldOut | None:
 
 
 class Account:
-    """Which classes the tasks of one scenario belong to, and the time that each takes."""
+    """Which classes the tasks of one result belong to, and the time that each takes."""
 
-    def __init__(self, scenario: Scenario, trace: Trace, program: Program) -> None:
-        self.scenario = scenario
-        self.profile = scenario.hardware
+    def __init__(
+        self, profile: HardwareProfile, precision: str, gpus_per_node: int, block: PreparedBlock, trace: Trace
+    ) -> None:
+        self.profile = profile
+        self.gpus_per_node = gpus_per_node
+        self.block = block
         self.trace = trace
         self.rank = next(iter(trace.copies))
-        self.compute = ComputeCost(scenario.hardware, scenario.workload.precision)
-        self.comm = CommCost(scenario.hardware)
-        self.mesh = mesh_of(scenario.plan)
+        self.compute = ComputeCost(profile, precision)
+        self.comm = CommCost(profile)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
-        self.classes: dict[str, list[Classes]] = {
-            "forward": [self._of_step(step) for step in program.forward],
-            "backward": [self._of_step(step) for step in program.backward],
+        self.classes: dict[Outline, list[Classes]] = {
+            segment.outline: [self._of_step(step) for step in segment.instructions]
+            or [self._of_collective(sync.axes, sync.collective, None) for sync in block.syncs]
+            for segment in block.segments
         }
-        for recording, tasks, _ in trace.described():
-            if trace.recordings[recording][0] == "weight_sync":
-                self.classes["weight_sync"] = [self._of_sync(task) for task in tasks]
 
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
             return self._of_collective((step.axis,), step.collective, step.ranks)
         return (self.compute.class_of(next(work for work in step.work if work)),)
 
-    def _of_sync(self, task: TaskInfo) -> Classes:
-        return self._of_collective(tuple(task.axis.split(" × ")), task.collective, None)  # type: ignore[arg-type]
-
     def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:
         key = (axes, collective, ranks)
         if key not in self._collectives:
-            nodes = nodes_of(self.mesh, axes, self.scenario.gpus_per_node, ranks)
+            nodes = nodes_of(self.block.mesh, axes, self.gpus_per_node, ranks)
             paths = self.comm.coefficients_of(collective, nodes)
             self._collectives[key] = tuple(path for path in paths if path.startswith("collectives."))
         return self._collectives[key]
@@ -128,21 +126,30 @@ class Account:
     def band(self) -> ErrorBand:
         """The error band of the step and of one layer."""
         step: Counter[Classes] = Counter()
-        layer: dict[str, Mapping[Classes, float]] = {}
-        for recording, (phase, count) in self.trace.recordings.items():
-            times = dict(self._times(recording, self.classes[phase]))
-            layer.setdefault(phase, times)
-            step.update({classes: count * time for classes, time in times.items()})
+        first: dict[Outline, Recording] = {}
+        for recording, (_, count) in self.trace.recordings.items():
+            first.setdefault(recording.outline, recording)
+            step.update({classes: count * time for classes, time in self._times(recording)})
         known = sum(time for classes, time in step.items() if held_out_of(self.profile, classes))
+        layers = {phase: self._layer(phase, first) for phase in ("forward", "backward")}
         return ErrorBand(
             self._percent(step, self.trace.end_ps),
-            self._percent(layer["forward"], sum(layer["forward"].values())),
-            self._percent(layer.get("backward", {}), sum(layer.get("backward", {}).values())),
+            self._percent(layers["forward"], layers["forward"].total()),
+            self._percent(layers["backward"], layers["backward"].total()),
             known / self.trace.end_ps if self.trace.end_ps else 0.0,
         )
 
-    def _times(self, recording: Recording, classes: Sequence[Classes]) -> Iterator[tuple[Classes, float]]:
+    def _layer(self, phase: Pass, recordings: Mapping[Outline, Recording]) -> Counter[Classes]:
+        """Picoseconds by class of one pass of the first layer."""
+        total: Counter[Classes] = Counter()
+        for part in self.block.passes[phase].parts if phase in self.block.passes else ():
+            times = dict(self._times(recordings[part.segment.outline]))
+            total.update({classes: part.runs * time for classes, time in times.items()})
+        return total
+
+    def _times(self, recording: Recording) -> Iterator[tuple[Classes, float]]:
         """Picoseconds by class of one pass: of kernels, and of communication while none runs, which it makes wait."""
+        classes = self.classes[recording.outline]
         spans = [span for span in recording.spans if span.rank == self.rank]
         kernels: Counter[Classes] = Counter()
         transfers: Counter[Classes] = Counter()

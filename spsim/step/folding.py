@@ -1,187 +1,240 @@
-"""Folding: identical passes of layers are run through the engine once and walked.
+"""Folding: a segment is run through the engine once for each state in which it finds the lanes of its ranks.
 
-At the end of a pass every lane of a rank is free when its last kernel ends, so all that a pass hands to the
-next is when each rank ends. A pass is therefore a function (phase, starts of the ranks relative to the first)
--> (recording, ends), and equal arguments are run once. Should a communication outlast the kernels of its
-pass, folding turns itself off: then, or on request, all passes are run through the engine as one program.
+All that earlier segments mean to a segment is where they leave its ranks: when their kernels end, which lanes are busy
+beyond that, which communications hold the device, and when what is waited for arrives. So a segment is a function of
+that state, and equal states are run once. Where the state before a run of a loop is that before an earlier run, all
+that follows comes again: it is written as a `Repeat` and skipped. The same fixpoint folds the steps of a ring, equal
+layers, equal micro-batches and the steady state of a pipeline.
+
+A lane may fall behind for ever: when a communication takes longer than all kernels of a run and nobody waits for it,
+its lane is busier before each run. If it has been busy with earlier runs during a whole run, that run would be the
+same however long the lane is busy, but for its own communications, which begin when it is free. Such a loop is folded,
+too: the lane is late by so much more in each run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from spsim.engine.engine import RankProgram, Task, run
-from spsim.engine.recording import COMPUTE_LANE, ENDED, Integers, Moments, Recording, columns
-from spsim.engine.trace import Phase, Stretch
-from spsim.step.schedule import LayerSchedule, Pass
-
-Durations = Mapping[Phase, Mapping[int, Sequence[int]]]
-"""Phase -> simulated rank -> picoseconds of each task of the pass."""
-
-OUTLASTS = "layers are not folded: a communication outlasts the kernels of its pass"
+from spsim.engine.engine import RankProgram, run
+from spsim.engine.pieces import Move, Node, Repeat, Stretch
+from spsim.engine.recording import Integers, Moments, Recording
+from spsim.step.drift import drift, later, runs_of
+from spsim.step.itinerary import Item, Loop, Visit, segments_of
+from spsim.step.lanes import IDLE, Busy, State, left_by, record, start
+from spsim.step.segments import Segment
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is run: layers and micro-batches of a schedule, with its numbers."""
+    """What is run: an itinerary, and the programs and numbers of its segments by their names."""
 
-    schedule: LayerSchedule
-    durations: Durations
-    sizes: Mapping[Phase, Sequence[int] | Integers]
-    """Bytes of each buffer of a pass."""
-    layers: int
-    micro_batches: int
+    itinerary: Sequence[Item]
+    programs: Mapping[str, Mapping[int, RankProgram]]
+    """The tasks of each simulated rank that runs the segment."""
+    durations: Mapping[str, Mapping[int, Sequence[int]]]
+    """Picoseconds of each task, by simulated rank."""
+    sizes: Mapping[str, Sequence[int] | Integers]
+    """Bytes of each buffer."""
     slowdown: float
 
-    def sweeps(self) -> Iterator[tuple[Pass, Sequence[int | None], int | None]]:
-        """(pass, layers in order, micro-batch): each micro-batch goes up through all layers and down again."""
-        for micro_batch in range(self.micro_batches):
-            yield self.schedule.forward, range(self.layers), micro_batch
-            yield self.schedule.backward, range(self.layers - 1, -1, -1), micro_batch
-        if self.schedule.sync.items:
-            yield self.schedule.sync, (None,), None
+
+class Walked(NamedTuple):
+    """A step as it ran."""
+
+    nodes: list[Node]
+    events: int
+    """Tasks that the engine ran."""
+    overlapping: bool
+    """Whether memory has to be read from the whole: pieces overlap, and their own records do not know how."""
 
 
-def run_step(step: Step, *, fold: bool) -> tuple[list[Stretch], int, str]:
-    """The stretches of a step, the number of tasks that the engine ran, and a reason if layers are not folded."""
-    if fold:
-        walk = _Walk(step)
-        stretches = walk.stretches()
-        if stretches is not None:
-            return stretches, walk.events, ""
-    stretches = _unfolded(step)
-    return (
-        stretches,
-        sum(len(stretch.recording.spans) for stretch in stretches),
-        OUTLASTS if fold else "layers are not folded: it was switched off",
-    )
+def fold_step(step: Step) -> Walked:
+    """Run a step, what comes again once."""
+    walk = _Walk(step)
+    nodes = walk.items(step.itinerary)
+    return Walked(nodes, walk.events, walk.overlapping)
+
+
+@dataclass(slots=True)
+class _Rank:
+    """Where a rank stands."""
+
+    time: int = 0
+    """End of its last kernel."""
+    busy: Busy = IDLE
+
+
+class _Before(NamedTuple):
+    """Where a walk stood before a run of a loop."""
+
+    done: int
+    nodes: int
+    time: int
+    task: int
+    state: State
 
 
 class _Walk:
-    """Remembers the passes that were run, by phase and relative starts."""
+    """Walks an itinerary, remembering what was run."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.ranks = tuple(step.schedule.copies)
+        self.ranks = {rank: _Rank() for programs in step.programs.values() for rank in programs}
         self.events = 0
-        self.known: dict[tuple[Phase, tuple[int, ...]], tuple[Recording, tuple[int, ...]]] = {}
+        self.first_task = 0
+        self.layers = self.micro_batches = 0
+        """What the loops around the current visit add to its own."""
+        self.known: dict[tuple[str, State], tuple[Recording, State]] = {}
+        self.drifted = False
+        if len(self.ranks) == 1:
+            self._run_side_by_side()
 
-    def stretches(self) -> list[Stretch] | None:
-        """The whole step, or None where a pass leaves a lane busy. Once the ranks leave a layer as they
-        entered it, all further layers are alike.
-        """
-        found: list[Stretch] = []
-        starts = (0,) * len(self.ranks)
-        first_task = 0
-        for this, layers, micro_batch in self.step.sweeps():
-            done = 0
-            while done < len(layers):
-                shift = min(starts)
-                relative = tuple([start - shift for start in starts])
-                recording, ends = self._known(this, relative)
-                if not ends:
-                    return None
-                advance = min(ends)
-                left = tuple([end - advance for end in ends])
-                alike = len(layers) - done if left == relative else 1
-                brings = this.entry if done == 0 else None
-                drops = this.result if done + alike == len(layers) else None
-                found.append(
-                    Stretch(
-                        recording, this.phase, layers[done : done + alike], micro_batch, shift, advance, first_task,
-                        brings, drops,
-                    )
-                )  # fmt: skip
-                first_task += alike * len(this.items)
-                starts = tuple([shift + alike * advance + start for start in left])
-                done += alike
-        return found
+    @property
+    def overlapping(self) -> bool:
+        """Whether a lane fell behind, or memory is still to be allocated when the last segment has been issued."""
+        left = (change for rank in self.ranks.values() for change in rank.busy.left)
+        return self.drifted or any(change.bytes > 0 for change in left)
 
-    def _known(self, this: Pass, relative: tuple[int, ...]) -> tuple[Recording, tuple[int, ...]]:
-        key = (this.phase, relative)
-        if key not in self.known:
-            self.known |= self._run_alone() if len(self.ranks) == 1 else {key: self._run(this, relative)}
-        return self.known[key]
+    def items(self, items: Sequence[Item]) -> list[Node]:
+        """The nodes of some items."""
+        nodes: list[Node] = []
+        for item in items:
+            nodes += [self._visit(item)] if isinstance(item, Visit) else self._loop(item)
+        return nodes
 
-    def _run(self, this: Pass, starts: tuple[int, ...]) -> tuple[Recording, tuple[int, ...]]:
+    def _state(self, ranks: Iterable[_Rank]) -> tuple[int, State]:
+        """When the first of some ranks is free, and how they stand then."""
+        ranks = tuple(ranks)
+        time = min([rank.time for rank in ranks])
+        return time, tuple([(rank.time - time, rank.busy) for rank in ranks])
+
+    # Segments
+
+    def _visit(self, visit: Visit) -> Stretch:
+        segment = visit.segment
+        numbers = self.step.programs[segment.name]
+        ranks = [self.ranks[number] for number in numbers]
+        shift, state = self._state(ranks)
+        found = self.known.get((segment.name, state))
+        if found is None:
+            found = self.known[segment.name, state] = self._run(segment, state)
+        recording, left = found
+        for rank, (time, busy) in zip(ranks, left, strict=True):
+            rank.time, rank.busy = shift + time, busy
+        first_task, self.first_task = self.first_task, self.first_task + len(segment.tasks)
+        return Stretch(
+            recording,
+            segment.phase,
+            None if visit.layer is None else visit.layer + self.layers,
+            None if visit.micro_batch is None else visit.micro_batch + self.micro_batches,
+            shift,
+            first_task,
+            brings=visit.brings,
+            drops=visit.drops,
+        )
+
+    def _run(self, segment: Segment, state: State) -> tuple[Recording, State]:
+        programs = self.step.programs[segment.name]
         moments = run(
-            self.step.schedule.programs[this.phase],
+            programs,
             slowdown=self.step.slowdown,
-            durations=self.step.durations[this.phase],
-            starts=dict(zip(self.ranks, starts, strict=True)),
+            durations=self.step.durations[segment.name],
+            starts={rank: start(segment, *own) for rank, own in zip(programs, state, strict=True)},
         )
-        return self._recorded(this, moments)
+        return self._recorded(segment, moments, state)
 
-    def _run_alone(self) -> dict[tuple[Phase, tuple[int, ...]], tuple[Recording, tuple[int, ...]]]:
-        """All passes of a rank that stands for all: it meets no other, so that its passes can run side by side."""
-        (rank,), step = self.ranks, self.step
-        passes = dict(enumerate((step.schedule.forward, step.schedule.backward, step.schedule.sync)))
+    def _run_side_by_side(self) -> None:
+        """A rank that stands for all meets no other: segments that nothing may precede run in one environment."""
+        (rank,) = self.ranks
+        segments = {s.name: s for s in segments_of(self.step.itinerary) if not s.names and not s.joins}
         moments = run(
-            {number: step.schedule.programs[this.phase][rank] for number, this in passes.items()},
-            slowdown=step.slowdown,
-            durations={number: step.durations[this.phase][rank] for number, this in passes.items()},
+            {number: self.step.programs[name][rank] for number, name in enumerate(segments)},
+            slowdown=self.step.slowdown,
+            durations={number: self.step.durations[name][rank] for number, name in enumerate(segments)},
         )
-        return {
-            (this.phase, (0,)): self._recorded(this, {rank: moments[number]})
-            for number, this in passes.items()
-            if this.items
-        }
+        clean = ((0, IDLE),)
+        for number, (name, segment) in enumerate(segments.items()):
+            self.known[name, clean] = self._recorded(segment, {rank: moments[number]}, clean)
 
-    def _recorded(self, this: Pass, moments: Mapping[int, Sequence[Moments]]) -> tuple[Recording, tuple[int, ...]]:
-        """A pass and the end of each rank; no ends where a lane is busy beyond the kernels."""
-        recording = _recording(self.step, this, moments)
+    def _recorded(
+        self, segment: Segment, moments: Mapping[int, Sequence[Moments]], state: State
+    ) -> tuple[Recording, State]:
+        """A segment as it ran, and where its ranks stand then."""
         self.events += sum(map(len, moments.values()))
-        return recording, tuple(recording.ends.values()) if self._lanes_free(this, recording) else ()
+        by_rank = dict(zip(moments, state, strict=True))
+        recording = record(segment, moments, self.step.sizes[segment.name], by_rank)
+        return recording, tuple([
+            left_by(segment, recording, rank, own, *by_rank[rank]) for rank, own in moments.items()
+        ])  # fmt: skip
 
-    def _lanes_free(self, this: Pass, recording: Recording) -> bool:
-        """Whether nothing outlasts the last kernel of each rank; after the synchronisation nothing follows."""
-        last = this.last_kernel
-        return last is None or all(recording.times[rank][last, ENDED] == end for rank, end in recording.ends.items())
+    # Loops
+
+    def _loop(self, loop: Loop) -> list[Node]:
+        """Walks the runs of a loop until one begins as an earlier one did."""
+        nodes: list[Node] = []
+        seen: dict[State, _Before] = {}
+        last: _Before | None = None
+        done = 0
+        while done < loop.runs:
+            time, state = self._state(self.ranks.values())
+            now = _Before(done, len(nodes), time, self.first_task, state)
+            folded = self._fold(loop, nodes, seen.get(state), last, now) if last else 0
+            if folded:
+                done, last, seen = done + folded, None, {}
+                continue
+            seen[state] = last = now
+            nodes += self._one(loop, done)
+            done += 1
+        return _edged(nodes, loop)
+
+    def _one(self, loop: Loop, index: int) -> list[Node]:
+        """One run of a loop."""
+        layers, micro_batches = index * loop.layers, index * loop.micro_batches
+        self.layers, self.micro_batches = self.layers + layers, self.micro_batches + micro_batches
+        nodes = self.items(loop.body)
+        self.layers, self.micro_batches = self.layers - layers, self.micro_batches - micro_batches
+        return nodes
+
+    def _fold(self, loop: Loop, nodes: list[Node], equal: _Before | None, last: _Before, now: _Before) -> int:
+        """Fold the runs since an equal state, or the last one if lanes fall behind by it; how many runs to come that
+        takes in.
+        """
+        drifts: dict[str, int] = {}
+        since = equal
+        rest = loop.runs - now.done
+        if since is None:
+            drifts = drift(loop, nodes[last.nodes :], last.state, now.state, now.time - last.time)
+            rest, since = runs_of(drifts, now.state, now.time - last.time, rest), last
+            self.drifted |= bool(drifts and rest)
+        period = now.done - since.done
+        more = rest // period if equal or drifts else 0
+        if more:
+            move = Move(
+                now.time - since.time, now.task - since.task, period * loop.layers, period * loop.micro_batches, drifts
+            )
+            nodes[since.nodes :] = [_repeated(nodes[since.nodes :], 1 + more, move)]
+            self.first_task += more * move.tasks
+            for rank in self.ranks.values():
+                rank.time += more * move.shift_ps
+                rank.busy = later(rank.busy, {lane: more * late for lane, late in drifts.items()})
+        return more * period
 
 
-def _recording(step: Step, this: Pass, moments: Mapping[int, Sequence[Moments]]) -> Recording:
-    times = {rank: columns(own) for rank, own in moments.items()}
-    return Recording(this.outline, times, step.sizes[this.phase])
+def _repeated(body: Sequence[Node], runs: int, move: Move) -> Node:
+    """Some nodes, run after run."""
+    node = body[0]
+    if len(body) == 1 and isinstance(node, Stretch) and node.runs == 1:
+        return node._replace(runs=runs, move=move)
+    return Repeat(tuple(body), runs, move)
 
 
-# Without folding
-
-
-def _unfolded(step: Step) -> list[Stretch]:
-    """All passes as one program: communication that waits for nothing in its pass waits for the kernel before."""
-    passes = [
-        (this, layer, micro_batch, layer == layers[0], layer == layers[-1])
-        for this, layers, micro_batch in step.sweeps()
-        for layer in layers
-    ]
-    order = [this for this, *_ in passes]
-    programs = {rank: RankProgram(list(_concatenated(step, rank, order))) for rank in step.schedule.copies}
-    durations = {rank: [ps for this in order for ps in step.durations[this.phase][rank]] for rank in programs}
-    moments = run(programs, slowdown=step.slowdown, durations=durations)
-    stretches = []
-    first = 0
-    for this, layer, micro_batch, brings, drops in passes:
-        stop = first + len(this.items)
-        recording = _recording(step, this, {rank: own[first:stop] for rank, own in moments.items()})
-        edges = (this.entry if brings else None, this.result if drops else None)
-        stretches.append(Stretch(recording, this.phase, (layer,), micro_batch, 0, 0, first, *edges))
-        first = stop
-    return stretches
-
-
-def _concatenated(step: Step, rank: int, order: Sequence[Pass]) -> Iterator[Task]:
-    """The tasks of all passes of one rank, numbered through."""
-    first = 0
-    last_kernel: int | None = None
-    for this in order:
-        before = last_kernel
-        for task in step.schedule.programs[this.phase][rank].tasks:
-            needs = tuple(need + first for need in task.needs)
-            if task.meetings and not needs and before is not None:
-                needs = (before,)
-            meetings = tuple(replace(m, key=(m.key[0] + first, *m.key[1:])) for m in task.meetings)
-            yield replace(task, id=task.id + first, needs=needs, meetings=meetings)
-            if task.lane == COMPUTE_LANE:
-                last_kernel = task.id + first
-        first += len(this.items)
+def _edged(nodes: list[Node], loop: Loop) -> list[Node]:
+    """The nodes of a loop, with what its first run gets from outside and its last hands to nobody."""
+    if loop.brings:
+        nodes[0] = nodes[0]._replace(brings=loop.brings)
+    if loop.drops:
+        nodes[-1] = nodes[-1]._replace(drops=loop.drops)
+    return nodes

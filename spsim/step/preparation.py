@@ -1,75 +1,137 @@
-"""One layer under a plan, prepared: all that depends neither on the workload nor on the hardware.
+"""A block under a plan, prepared: all that depends neither on the workload nor on the hardware.
 
-Made once per (model, plan, precision); a simulation then evaluates sizes and durations as arrays and runs the engine.
+Made once per (model, plan, precision); a simulation then evaluates sizes and durations as arrays and walks the
+itinerary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.engine.recording import Integers
-from spsim.engine.trace import Phase
+from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
+from spsim.engine.engine import RankProgram
+from spsim.engine.recording import Integers, Outline
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import ELEMENT_BYTES, Precision
-from spsim.program.assembly import layer_template
-from spsim.program.instructions import Communication
+from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.lazy import Cache, lazy
+from spsim.program.assembly import compiled_by, layer_program
+from spsim.program.blocks.transformer import layer_traits
+from spsim.program.instructions import Communication, Compute, Instruction, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
-from spsim.step.schedule import schedule_layer
-from spsim.units import PS_PER_S, picoseconds
+from spsim.program.templates import layer_template
+from spsim.step.gradients import gradient_syncs, sync_segment
+from spsim.step.issue import block_passes
+from spsim.step.itinerary import Item, Visit, accumulation
+from spsim.step.ranks import Groups, Ranks, groups_of
+from spsim.step.segments import Segment
+from spsim.units import KIB, MIB, PS_PER_S, picoseconds
 
-PASSES: tuple[Phase, ...] = ("forward", "backward")
+_blocks: Cache[PreparedBlock] = Cache(64 * MIB, lambda block: block.nbytes)
 
 
-@lru_cache(maxsize=1024)
-def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedLayer:
+def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedBlock:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    return PreparedLayer(layer_template(model, plan, precision), plan, fold, ELEMENT_BYTES[precision])
+    issued_by = plan.tp_backward_overlap, plan.zero_stage > 0
+    return _blocks.get(
+        (layer_traits(model), compiled_by(plan), precision, issued_by, fold),
+        lambda: PreparedBlock(
+            layer_template(model, plan, precision),
+            plan,
+            lambda workload: layer_program(model, plan, workload),
+            fold=fold,
+            weight_bytes=ELEMENT_BYTES[precision],
+        ),
+    )
 
 
-class PreparedLayer:
-    """Template, schedule, and where the sizes and durations of each task stand."""
+class PreparedBlock:
+    """Template, segments and ranks, and where the sizes and durations of each task stand."""
 
-    def __init__(self, template: Template, plan: Plan, fold: bool, weight_bytes: int = ELEMENT_BYTES["bf16"]) -> None:
+    def __init__(
+        self,
+        template: Template,
+        plan: Plan,
+        program_at: Callable[[Workload], Program],
+        *,
+        fold: bool,
+        weight_bytes: int,
+        gradient_bytes: int = MAIN_GRADIENT_BYTES,
+    ) -> None:
+        """`program_at` compiles the block for a workload; bytes are of one element, of gradients as they are summed."""
+        program = template.program
         self.template = template
-        self.schedule = schedule_layer(
-            self.template.program, plan, mesh_of(plan), fold=fold, weight_bytes=weight_bytes
-        )  # fmt: skip
-        self.communications = [s for s in self.template.program.instructions if isinstance(s, Communication)]
+        self.program_at = program_at
         self.mesh = mesh_of(plan)
+        self.passes = block_passes(program, plan, "layer")
+        self.syncs = tuple(gradient_syncs(program, plan, weight_bytes, gradient_bytes))
+        self.sync = sync_segment(self.syncs) if self.syncs else None
+        own = tuple(part.segment for found in self.passes.values() for part in found.parts)
+        self.segments: tuple[Segment, ...] = (*own, self.sync) if self.sync else own
+        works = (step.work for segment in own for step in segment.instructions if isinstance(step, Compute))
+        differ = any(len(work) > 1 for work in works)
+        self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
 
-    @cached_property
-    def _slots(self) -> dict[Phase, dict[int, npt.NDArray[np.intp]]]:
-        """Phase -> simulated rank -> slot of the duration of each task."""
+    @property
+    def nbytes(self) -> int:
+        """About the memory that it takes, and will take once it has been simulated."""
+        return 3 * KIB * sum(len(segment.tasks) for segment in self.segments) * (1 + self.ranks.number)
+
+    @lazy
+    def programs(self) -> dict[str, Mapping[int, RankProgram]]:
+        """Segment -> simulated rank -> its tasks."""
+        return {segment.name: self.ranks.programs(segment) for segment in self.segments}
+
+    @lazy
+    def groups(self) -> Groups:
+        """The groups that are called."""
+        return groups_of(self.mesh, self.segments)
+
+    @lazy
+    def by_outline(self) -> Mapping[Outline, Segment]:
+        """The segment that a recording is of, by its outline."""
+        return {segment.outline: segment for segment in self.segments}
+
+    def itinerary(self, layers: int, micro_batches: int) -> tuple[Item, ...]:
+        """A step of equal layers, and the synchronisation of the gradients after it."""
+        steps = accumulation(list(self.passes.values()), layers, micro_batches)
+        return (steps, Visit(self.sync)) if self.sync else (steps,)
+
+    @lazy
+    def _slots(self) -> dict[str, dict[int, npt.NDArray[np.intp]]]:
+        """Segment -> simulated rank -> slot of the duration of each task."""
         slots = self.template.index.slots
 
-        def of_rank(steps: Sequence[int], position: int) -> npt.NDArray[np.intp]:
-            own = (slots[step] for step in steps)
+        def of_rank(steps: Sequence[Instruction], position: int) -> npt.NDArray[np.intp]:
+            own = (slots[step.id] for step in steps)
             return np.array([s[position] if len(s) > 1 else s[0] for s in own], dtype=np.intp)
 
-        positions = self.schedule.ring_positions
-        passes = {"forward": self.schedule.forward, "backward": self.schedule.backward}
         return {
-            phase: {rank: of_rank([s.id for s in passes[phase].steps], place) for rank, place in positions.items()}
-            for phase in PASSES
+            segment.name: {rank: of_rank(segment.instructions, place) for rank, place in self.ranks.positions.items()}
+            for segment in self.segments
+            if segment.instructions
         }
 
-    @cached_property
-    def _buffer_positions(self) -> dict[Phase, npt.NDArray[np.intp]]:
+    @lazy
+    def _buffer_positions(self) -> dict[str, npt.NDArray[np.intp]]:
         where = self.template.index.buffers
-        passes = {"forward": self.schedule.forward, "backward": self.schedule.backward}
-        return {phase: np.array([where[b] for b in passes[phase].ids], dtype=np.intp) for phase in PASSES}
+        return {s.name: np.array([where[b] for b in s.buffer_ids], dtype=np.intp) for s in self.segments}
 
-    @cached_property
+    @property
+    def communications(self) -> Iterator[Communication]:
+        """Of the segments, each once."""
+        steps = (step for segment in self.segments for step in segment.instructions)
+        return (step for step in steps if isinstance(step, Communication))
+
+    @lazy
     def _messages(self) -> list[tuple[Communication, int, npt.NDArray[np.intp]]]:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
         index = self.template.index
@@ -80,15 +142,14 @@ class PreparedLayer:
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
-    def sizes(self, numbers: Numbers) -> dict[Phase, Integers]:
-        """Bytes of the buffers of each pass."""
-        sizes: dict[Phase, Integers] = {phase: numbers.values[where] for phase, where in self._buffer_positions.items()}
-        return {**sizes, "weight_sync": np.zeros(0, dtype=np.int64)}
+    def sizes(self, numbers: Numbers) -> dict[str, Integers]:
+        """Bytes of the buffers of each segment."""
+        return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
 
     def sync_messages(self, numbers: Numbers, layers: int) -> list[int]:
         """Bytes of the messages that synchronise the weight gradients of all layers."""
         elements = numbers.weight_sync
-        return [layers * s.itemsize * sum(elements[w] for w in s.weights) for s in self.schedule.syncs]
+        return [layers * s.itemsize * sum(elements[w] for w in s.weights) for s in self.syncs]
 
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""
@@ -105,8 +166,8 @@ class PreparedLayer:
         *,
         gpus_per_node: int,
         sync_messages: Sequence[int],
-    ) -> dict[Phase, Mapping[int, list[int]]]:
-        """Picoseconds of each task, by phase and simulated rank."""
+    ) -> dict[str, Mapping[int, list[int]]]:
+        """Picoseconds of each task, by segment and simulated rank."""
         seconds = np.zeros(self.template.index.num_slots)
         floats = numbers.values.astype(np.float64)
         for group in self.template.groups:
@@ -118,14 +179,15 @@ class PreparedLayer:
         ps = (
             ps.astype(np.int64) if np.maximum.reduce(ps) < 2**62 else np.array([int(time) for time in ps], dtype=object)
         )
-        syncs = [
-            picoseconds(
-                comm.duration(sync.collective, message, sync.ranks, self.nodes(sync.axes, sync.ranks, gpus_per_node))
-            )
-            for sync, message in zip(self.schedule.syncs, sync_messages, strict=True)
-        ]
-        found: dict[Phase, Mapping[int, list[int]]] = {
-            phase: {rank: ps[slots].tolist() for rank, slots in by_rank.items()}
-            for phase, by_rank in self._slots.items()
+        found: dict[str, Mapping[int, list[int]]] = {
+            name: {rank: ps[slots].tolist() for rank, slots in by_rank.items()} for name, by_rank in self._slots.items()
         }
-        return {**found, "weight_sync": dict.fromkeys(self.schedule.copies, syncs)}
+        if self.sync:
+            syncs = [*self._sync_durations(comm, gpus_per_node, sync_messages)]
+            found[self.sync.name] = dict.fromkeys(self.ranks.copies, syncs)
+        return found
+
+    def _sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> Iterator[int]:
+        for sync, message in zip(self.syncs, messages, strict=True):
+            nodes = self.nodes(sync.axes, sync.ranks, gpus_per_node)
+            yield picoseconds(comm.duration(sync.collective, message, sync.ranks, nodes))

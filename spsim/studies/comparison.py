@@ -1,19 +1,9 @@
 """Two or more plans for one model, hardware and workload: where their time and their memory differ, and why.
 
-**Time.** A window is the forward or backward pass of the first layer and micro-batch, or the whole step: from
-the first task to the last end over all ranks. It is read on the rank that ends last, of several the one that
-computes longest. Every picosecond of the window belongs to one part, so that parts add up to the window and
-their differences to its difference:
-
-| on that rank | part |
-|---|---|
-| a kernel runs | the class of its operator, or `recomputation` |
-| ... while communication is posted | `overlap_slowdown` of that time: `slowed by communication`; the rest as above |
-| no kernel runs, a collective transfers | `exposed <kind>`, or `exposed several kinds` at once |
-| ... and it synchronises weight gradients | `weight synchronisation` |
-| neither, a collective is posted | `waiting for peers` |
-| nothing of these | `idle` |
-| in the window of a pass: a task of another layer or pass | `other layers` |
+**Time.** A window is the forward or backward pass of the first layer and micro-batch, or the whole step: from the first
+task to the last end over all ranks. It is read on the rank that ends last, of several the one that computes longest.
+Every picosecond of the window belongs to one part (`results.accounts`), so that parts add up to the window and their
+differences to its difference.
 
 **Memory.** The categories of the memory curve at the peak of the fullest rank.
 """
@@ -21,24 +11,25 @@ their differences to its difference:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from spsim.engine.recording import COMPUTE_LANE
+from spsim.engine.pieces import Pass
 from spsim.errors import InputError
 from spsim.inputs.configuration import parse_options
-from spsim.inputs.model import load_model
-from spsim.inputs.profiles import load_profile
+from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
 from spsim.program.operators import OPERATOR_CLASSES
-from spsim.results.result import SCOPE, Result
+from spsim.results import accounts
+from spsim.results.accounts import IDLE, OTHER, PEERS, RECOMPUTATION, SLOWED, STAGES, SYNC, Account, is_exposed
+from spsim.results.held import held_at
+from spsim.results.result import SCHEMA_VERSION, Result
 from spsim.simulation import simulate
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
 
@@ -48,130 +39,37 @@ if TYPE_CHECKING:
 Parts = dict[str, int]
 """Picoseconds or bytes by part, in the order in which they are shown; parts of nothing are left out."""
 
-RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
-EXPOSED, SEVERAL = "exposed communication", "exposed several kinds"
-WAITING, IDLE, OTHER = "waiting for peers", "idle", "other layers"
-_LAST = (SYNC, WAITING, IDLE, OTHER)
+EXPOSED = "exposed communication"
+_LAST = (SYNC, PEERS, STAGES, IDLE, OTHER)
 
 LABELLED = ("tp", "sequence_parallel", "ulysses", "ring")
 """Options of a plan that its label shows."""
-KERNEL, TRANSFER, POSTED = range(3)
-"""What a rank does, the first of these that applies."""
-
 
 # ------------------------------------------------------------ parts of one result
 
 
-def pass_time(result: Result, phase: str, *, layer: int = 0, micro_batch: int = 0) -> Parts:
+def pass_time(result: Result, phase: Pass, *, layer: int = 0, micro_batch: int = 0) -> Parts:
     """Picoseconds of the `forward` or `backward` pass of one layer and micro-batch, by part."""
-    spans = result.spans
-    here = (spans["layer"] == layer) & (spans["micro_batch"] == micro_batch)
-    own = here.fillna(False).astype(bool) & ((spans["part"] == "forward") == (phase == "forward"))
-    return _window_parts(result, own)
+    return _charged(result, accounts.of_pass(result.trace, phase, layer, micro_batch))
 
 
 def step_time(result: Result) -> Parts:
     """Picoseconds of the step by part."""
-    return _window_parts(result, pd.Series(True, index=result.spans.index))
+    return _charged(result, accounts.of_step(result.trace))
 
 
 def peak_memory(result: Result) -> Parts:
     """Bytes of the fullest rank at its peak, by category."""
-    curve = result.memory_curve
-    peak = curve.iloc[int(curve["total_gib"].argmax())].drop(["rank", "time_us", "operator", "total_gib"])
-    sizes = {str(name).removesuffix("_gib").replace("_", " "): round(size * GIB) for name, size in peak.items()}
-    return {name: size for name, size in sizes.items() if size}
+    return held_at(result.peak, result.trace, result.static.by_category())
 
 
-@dataclass(frozen=True, slots=True)
-class _Activity:
-    """Something that a rank does from `start` to `end`."""
-
-    start: int
-    end: int
-    level: int
-    part: str
-
-
-def _window_parts(result: Result, own: pd.Series[bool]) -> Parts:
-    """Parts of the window of the spans chosen by `own`."""
-    spans = result.spans.assign(own=own)
-    for name in ("posted", "start", "end"):
-        spans[name] = (spans[f"{name}_us"] * PS_PER_US).round().astype("int64")
-    chosen = spans[spans["own"]]
-    start, end = int(chosen["posted"].min()), int(chosen["end"].max())
-    inside = spans[(spans["rank"] == _last_rank(chosen)) & (spans["posted"] < end) & (spans["end"] > start)]
-    activities = [activity for row in inside.itertuples() for activity in _activities(row)]
-    return _ordered(_account(activities, start, end, result.scenario.hardware.coefficients.overlap_slowdown.value))
-
-
-def _last_rank(chosen: pd.DataFrame) -> int:
-    """The rank that ends last; of several the one that computes longest, then the first."""
-    ends = chosen.groupby("rank")["end"].max()
-    kernels = chosen[chosen["lane"] == COMPUTE_LANE]
-    busy = (kernels["end"] - kernels["start"]).groupby(kernels["rank"]).sum()
-    return max(map(int, ends.index), key=lambda rank: (ends[rank], busy.get(rank, 0), -rank))
-
-
-def _activities(span: Any) -> Iterator[_Activity]:
-    """A kernel, or the wait and the transfer of a collective; `span` is a row of the frame."""
-    if span.lane == COMPUTE_LANE:
-        part = RECOMPUTATION if span.part == "recompute" else span.operator_class
-        yield _Activity(span.start, span.end, KERNEL, part if span.own else OTHER)
-        return
-    part = SYNC if span.part == "weight_sync" else f"exposed {span.collective.replace('_', '-')}"
-    yield _Activity(span.start, span.end, TRANSFER, part if span.own else OTHER)
-    yield _Activity(span.posted, span.start, POSTED, WAITING if span.own else OTHER)
-
-
-def _account(activities: Sequence[_Activity], start: int, end: int, slowdown: float) -> Counter[str]:
-    """Each picosecond from `start` to `end` to one part."""
-    parts: Counter[str] = Counter()
-    contended: Counter[str] = Counter()
-    for length, active in _intervals(activities, start, end):
-        part = _part_of(active)
-        parts[part] += length
-        if active[KERNEL] and part != OTHER and (active[TRANSFER] or active[POSTED]):
-            contended[part] += length
-    for part, length in contended.items():
-        lost = round(length * slowdown)
-        parts[part] -= lost
-        parts[SLOWED] += lost
-    return parts
-
-
-def _intervals(activities: Sequence[_Activity], start: int, end: int) -> Iterator[tuple[int, tuple[Counter[str], ...]]]:
-    """Length of each interval in which nothing begins or ends, and the parts active in it by level."""
-    edges: dict[int, list[tuple[_Activity, int]]] = {start: [], end: []}
-    for activity in activities:
-        first, last = max(activity.start, start), min(activity.end, end)
-        if first < last:
-            edges.setdefault(first, []).append((activity, 1))
-            edges.setdefault(last, []).append((activity, -1))
-    active: tuple[Counter[str], ...] = (Counter(), Counter(), Counter())
-    for here, after in pairwise(sorted(edges)):
-        for activity, change in edges[here]:
-            level = active[activity.level]
-            level[activity.part] += change
-            if not level[activity.part]:
-                del level[activity.part]
-        yield after - here, active
-
-
-def _part_of(active: tuple[Counter[str], ...]) -> str:
-    for level in active:
-        if level:
-            return next(iter(level)) if len(level) == 1 else SEVERAL
-    return IDLE
-
-
-def _is_exposed(part: str) -> bool:
-    return part.startswith("exposed")
+def _charged(result: Result, account: Account) -> Parts:
+    return _ordered(account.charged(result.scenario.hardware.coefficients.overlap_slowdown.value))
 
 
 def _ordered(parts: Mapping[str, int]) -> Parts:
     """Kernels, what communication adds, and the rest; parts of nothing are left out."""
-    exposed = sorted(filter(_is_exposed, parts))
+    exposed = sorted(filter(is_exposed, parts))
     known = [*OPERATOR_CLASSES, RECOMPUTATION, SLOWED, *exposed, *_LAST]
     names = [*(name for name in parts if name not in known), *known]
     return {name: parts[name] for name in names if parts.get(name)}
@@ -181,7 +79,7 @@ def grouped(parts: Mapping[str, int]) -> Parts:
     """The same with the kinds of exposed communication as one part."""
     groups: Parts = {}
     for name, amount in parts.items():
-        group = EXPOSED if _is_exposed(name) else name
+        group = EXPOSED if is_exposed(name) else name
         groups[group] = groups.get(group, 0) + amount
     return groups
 
@@ -201,7 +99,8 @@ class PlanAccount:
     @cached_property
     def passes(self) -> dict[str, Parts]:
         """Picoseconds of the passes of one layer, by part."""
-        return {phase: pass_time(self.result, phase) for phase in ("forward", "backward")}
+        phases: tuple[Pass, ...] = ("forward", "backward")
+        return {phase: pass_time(self.result, phase) for phase in phases}
 
     @cached_property
     def layer(self) -> Parts:
@@ -221,7 +120,7 @@ class PlanAccount:
     def to_json(self) -> dict[str, Any]:
         """Figures of `run --json`, and the parts as whole picoseconds and bytes."""
         figures = self.result.to_json()
-        common = ("scope", "hardware", "model", "workload", "assumed", "notes")
+        common = ("schema_version", "scope", "hardware", "model", "workload", "assumed", "notes")
         return {
             "name": self.name,
             "plan_text": self.text,
@@ -303,7 +202,8 @@ class PlanComparison:
         """The document of `compare --json`."""
         scenario = self.accounts[0].result.scenario
         return {
-            "scope": SCOPE,
+            "schema_version": SCHEMA_VERSION,
+            "scope": self.accounts[0].result.scope,
             "hardware": scenario.hardware.name,
             "model": scenario.model.name,
             "workload": scenario.workload.model_dump(),
@@ -324,23 +224,43 @@ class PlanComparison:
         plots.save(plots.plot_waterfalls(falls, title=title, subtitle=subtitle), path)
 
 
-def compare_plans(
-    plans: Sequence[str], *, hardware: str | Path, model: str | Path, workload: Mapping[str, Any]
+def compare(
+    plans: Sequence[Plan | Mapping[str, Any] | str],
+    *,
+    hardware: HardwareProfile | str | Path,
+    model: Model | Mapping[str, Any] | str | Path,
+    workload: Workload | Mapping[str, Any],
 ) -> PlanComparison:
-    """Simulate plans that are given as on the command line, after all of them have been checked.
+    """Simulate plans of one model, hardware and workload, and account for their differences; everything may be given
+    as to a `Scenario`.
 
-    Raises `InputError` for fewer than two plans, a plan given twice, and whatever breaks a rule.
+    Raises `InputError` for fewer than two plans, a plan given twice, and whatever breaks a rule, before any is
+    simulated.
     """
-    _check_plans(plans)
-    profile, loaded, checked = load_profile(hardware), load_model(model), Workload(**workload)
-    scenarios = {}
-    for text in plans:
-        try:
-            scenarios[text] = Scenario(hardware=profile, model=loaded, plan=text, workload=checked)
-        except InputError as error:
-            raise InputError(f"--plan {text!r}: {str(error).removeprefix('plan: ')}") from None
+    texts = [_text(plan) for plan in ([plans] if isinstance(plans, str) else plans)]
+    _check_plans(texts)
+    common = Scenario(hardware=hardware, model=model, workload=workload)
+    scenarios = {text: _scenario(common, text) for text in texts}
     names = _names({text: scenario.plan.label for text, scenario in scenarios.items()})
     return PlanComparison(tuple(PlanAccount(names[text], text, simulate(scenarios[text])) for text in scenarios))
+
+
+def _text(plan: Plan | Mapping[str, Any] | str) -> str:
+    """A plan as the command line writes it."""
+    if isinstance(plan, str):
+        return plan
+    found = Plan(**plan) if isinstance(plan, Mapping) else plan
+    if not isinstance(found, Plan):
+        raise InputError(f"compare: {found!r} is not a plan; write for instance 'tp=8'")
+    return found.text
+
+
+def _scenario(common: Scenario, plan: str) -> Scenario:
+    """Under another plan; `InputError` says which."""
+    try:
+        return Scenario(hardware=common.hardware, model=common.model, plan=plan, workload=common.workload)
+    except InputError as error:
+        raise InputError(f"--plan {plan!r}: {str(error).removeprefix('plan: ')}") from None
 
 
 def _check_plans(plans: Sequence[str]) -> None:
@@ -379,7 +299,7 @@ def _time_fall(pair: Difference) -> Waterfall:
     scale, unit = (PS_PER_MS, "ms") if max(totals) >= PS_PER_MS else (PS_PER_US, "µs")
     order = dict.fromkeys(pair.layer, 0)
     before, after = (_scaled(grouped(order | account.layer), scale) for account in (pair.before, pair.after))
-    kinds = {part.removeprefix("exposed "): change / scale for part, change in pair.layer.items() if _is_exposed(part)}
+    kinds = {part.removeprefix("exposed "): change / scale for part, change in pair.layer.items() if is_exposed(part)}
     parts = (before, after)
     return Waterfall("Time of one layer, forward and backward", unit, pair.names, parts, {EXPOSED: kinds})
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.scenario import Shapes
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
 from spsim.program.blocks.transformer import transformer_layer
@@ -66,6 +68,8 @@ class Explanation:
     """The operators of a layer, and what sharding the sequence saves on those that it is applied to."""
 
     model: str
+    plan: str
+    """By its label, as `without` and `with_`."""
     without: str
     with_: str
     operators: tuple[OperatorExplanation, ...]
@@ -106,12 +110,22 @@ def _names(dims: frozenset[str]) -> str:
     return " and ".join(DIMENSION_NAMES[dim] for dim in sorted(dims))
 
 
-def explain(model: Model, plan: Plan, workload: Workload) -> Explanation:
-    """The operator table of a model under a plan.
+def explain(
+    model: Model | Mapping[str, Any] | str | Path,
+    plan: Plan | Mapping[str, Any] | str,
+    workload: Workload | Mapping[str, Any],
+) -> Explanation:
+    """The operator table of a model under a plan; all three may be given as to a `Scenario`.
 
     Saved bytes are compared between the plan without any sequence sharding and the plan itself; a plan
-    that shards no sequence is compared with Megatron sequence parallelism on its tp axis.
+    that shards no sequence is compared with Megatron sequence parallelism on its tp axis. Raises `InputError`
+    where the plan does not fit.
     """
+    shapes = Shapes(model=model, plan=plan, workload=workload)
+    return _explained(shapes.model, shapes.plan, shapes.workload)
+
+
+def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
     without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1})
     shards = plan.ulysses * plan.ring > 1 or plan.sequence_parallel
     with_ = plan if shards else plan.model_copy(update={"sequence_parallel": True})
@@ -126,7 +140,7 @@ def explain(model: Model, plan: Plan, workload: Workload) -> Explanation:
     )
     sharded = {op.name: dict(operator_splits(op, split_rules(with_), mesh_of(with_))) for op in operators}
     return Explanation(
-        model=model.name, without=without.label, with_=with_.label, operators=rows,
+        model=model.name, plan=plan.label, without=without.label, with_=with_.label, operators=rows,
         parts=_savings(rows, operators, sharded),
     )  # fmt: skip
 

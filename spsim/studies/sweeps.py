@@ -24,7 +24,7 @@ from spsim.files import write_text
 from spsim.inputs.scenario import scenario_from
 from spsim.program.operators import OPERATOR_CLASSES
 from spsim.results.metrics import compute_by_class
-from spsim.results.result import SCOPE, Result
+from spsim.results.result import Result
 from spsim.simulation import simulate
 from spsim.units import MIB, PS_PER_MS
 
@@ -120,7 +120,7 @@ def measures(result: Result) -> dict[str, Any]:
         "seq_len": scenario.workload.seq_len,
         "micro_batch": scenario.workload.micro_batch,
         "gpus": scenario.plan.gpus,
-        "scope": SCOPE,
+        "scope": result.scope,
         "layers": scenario.model.layers,
         "layer_time_ms": (forward_s + backward_s) * 1e3,
         "layer_forward_ms": forward_s * 1e3,

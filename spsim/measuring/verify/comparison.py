@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE
-from spsim.engine.trace import Phase, Trace
+from spsim.engine.trace import Trace
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.scenario import Scenario
 from spsim.measuring.processes.matching import describes
@@ -326,13 +327,13 @@ def _undisturbed(hardware: HardwareProfile) -> HardwareProfile:
     )  # fmt: skip
 
 
-def _lane_times(trace: Trace, phase: Phase) -> tuple[int, int]:
+def _lane_times(trace: Trace, phase: Pass) -> tuple[int, int]:
     """Picoseconds of kernels, and of communication, of the layer's pass on the rank with most of each."""
     kernels: Counter[int] = Counter({0: 0})
     transfers: Counter[int] = Counter({0: 0})
-    for stretch in trace.stretches:
-        if stretch.phase == phase:
-            for span in stretch.recording.spans:
+    for recording, (of, count) in trace.recordings.items():
+        if of == phase:
+            for span in recording.spans:
                 chosen = kernels if span.lane == COMPUTE_LANE else transfers
-                chosen[span.rank] += span.end_ps - span.start_ps
+                chosen[span.rank] += count * (span.end_ps - span.start_ps)
     return max(kernels.values()), max(transfers.values())

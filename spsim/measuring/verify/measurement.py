@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE
-from spsim.engine.trace import Phase
 from spsim.inputs.plan import Plan
 from spsim.measuring.processes.at_hand import Position, cpu_info, gpu_index
 from spsim.measuring.verify.cases import VerifyCase
@@ -103,10 +103,10 @@ class Rank:
             base_ns, spans,
         )  # fmt: skip
 
-    def _times(self, run: _Run, job: Job) -> tuple[dict[Phase, list[float]], dict[Phase, list[float]]]:
+    def _times(self, run: _Run, job: Job) -> tuple[dict[Pass, list[float]], dict[Pass, list[float]]]:
         """Seconds of each pass on the wall clock and, on a CPU, of the thread outside its collectives."""
-        wall: dict[Phase, list[float]] = {phase: [] for phase in PASSES}
-        thread: dict[Phase, list[float]] = {phase: [] for phase in PASSES}
+        wall: dict[Pass, list[float]] = {phase: [] for phase in PASSES}
+        thread: dict[Pass, list[float]] = {phase: [] for phase in PASSES}
         for repetition in range(job.warm_up + job.repeats):
             for phase, step in zip(PASSES, run.passes(), strict=True):
                 self._meet()
@@ -200,9 +200,9 @@ def _check_kernels(profiler: profile) -> None:
         raise RuntimeError("torch.profiler recorded no kernels; end other profilers, and let it use CUPTI or ROCTracer")
 
 
-def _kernel_seconds(spans: Sequence[MeasuredSpan]) -> dict[Phase, list[float]]:
+def _kernel_seconds(spans: Sequence[MeasuredSpan]) -> dict[Pass, list[float]]:
     """Pass -> seconds of kernels of each profiled repetition."""
-    times: dict[Phase, dict[int, float]] = {phase: defaultdict(float) for phase in PASSES}
+    times: dict[Pass, dict[int, float]] = {phase: defaultdict(float) for phase in PASSES}
     for span in spans:
         if span.lane.startswith(COMPUTE_LANE) and span.phase in times:
             times[span.phase][span.micro_batch] += (span.end_us - span.start_us) / US_PER_S

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spsim.engine.trace import Phase
+from spsim.engine.pieces import Pass
 from spsim.measuring.verify.cases import VerifyCase
 from spsim.results.measured import MeasuredSpan
 
-PASSES: tuple[Phase, ...] = ("forward", "backward")
+PASSES: tuple[Pass, ...] = ("forward", "backward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class RankMeasurement:
     """One case on one rank; the lists have one entry a repetition."""
 
     rank: int
-    pass_s: Mapping[Phase, Sequence[float]]
+    pass_s: Mapping[Pass, Sequence[float]]
     """Seconds from a barrier to the end of a pass, on the wall clock."""
-    compute_s: Mapping[Phase, Sequence[float]]
+    compute_s: Mapping[Pass, Sequence[float]]
     """Seconds of the kernels of a pass: the CPU clock of the thread, or the profiler's kernels on a GPU."""
     saved_bytes: Mapping[str, int]
     """Category -> bytes that autograd kept, each storage once."""

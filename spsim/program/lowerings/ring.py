@@ -58,7 +58,7 @@ def ring_blocks(tokens: int, degree: int, step: int, *, causal: bool, cut: str) 
 
 
 def lower_ring(
-    program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, loops: bool = False
+    program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, loops: bool = True
 ) -> Program:
     """Ring attention as steps and messages; `attention` holds the kernels of the core attention operator.
 

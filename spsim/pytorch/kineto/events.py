@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spsim.engine.trace import Phase
+from spsim.engine.pieces import Pass
 from spsim.errors import InputError
 
 HINT = "give a trace that torch.profiler exported (export_chrome_trace or tensorboard_trace_handler)"
@@ -63,7 +63,7 @@ class ProfiledRank:
         found = (event for event in self.of("user_annotation", "cpu_op") if event.name.startswith(OPTIMIZER))
         return sorted((event.start, event.end) for event in found)
 
-    def phase_at(self, thread: Thread, time: float) -> Phase:
+    def phase_at(self, thread: Thread, time: float) -> Pass:
         """The part of a step that a thread works on: gradients inside autograd's engine, else forward."""
         if _inside(self._backward.get(thread, ()), time):
             return "backward"

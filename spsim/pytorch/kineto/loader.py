@@ -10,7 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from spsim.engine.trace import Phase, Trace
+from spsim.engine.pieces import Pass
+from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.pytorch.kineto.device import device_spans
 from spsim.pytorch.kineto.events import HINT, ProfiledRank, read_profile
@@ -92,7 +93,7 @@ def _spans(profile: ProfiledRank, unnamed_lane: str) -> list[MeasuredSpan]:
 
 def _passes(spans: Sequence[MeasuredSpan]) -> list[int]:
     """The number of the pass that each span belongs to, spans in the order in which they were issued."""
-    begun: Counter[Phase] = Counter([spans[0].phase])
+    begun: Counter[Pass] = Counter([spans[0].phase])
     numbers = [0]
     for before, span in pairwise(spans):
         begun[span.phase] += span.phase != before.phase

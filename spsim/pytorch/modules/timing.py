@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any
 
-from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory
-from spsim.engine.recording import TaskInfo
-from spsim.engine.trace import Piece, Trace
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import check_nodes, gpus_per_node
-from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.program.instructions import Compute, Program
 from spsim.program.sizes import Template
 from spsim.pytorch.modules.costs import kernels
 from spsim.pytorch.modules.tape import Tape
-from spsim.results.result import Result
-from spsim.step.folding import OUTLASTS, Step, run_step
-from spsim.step.preparation import PreparedLayer
-from spsim.step.schedule import task_info
+from spsim.results.result import Amounts, Result
+from spsim.simulation import assemble
+from spsim.step.preparation import PreparedBlock
 from spsim.units import MS_PER_S
 
 PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -45,17 +38,20 @@ class TracedWorkload:
 
     precision: Precision
 
+    def model_dump(self) -> dict[str, Any]:
+        """For documents."""
+        return {"precision": self.precision}
+
 
 @dataclass(frozen=True)
 class TracedScenario:
-    """Stands for a `Scenario` where a module was traced: one pass of it, one micro-batch."""
+    """Stands where a `Scenario` does if a module was traced: one pass of it, one micro-batch."""
 
     hardware: HardwareProfile
     model: TracedShape
     plan: Plan
     workload: TracedWorkload
     inputs: tuple[tuple[int, ...], ...]
-    nodes: int | None = None
     num_micro_batches: int = 1
     notes: tuple[str, ...] = ()
 
@@ -74,17 +70,9 @@ class TracedScenario:
 class TracedResult(Result):
     """What one simulation of a traced module found; a layer is the module."""
 
-    compiled: Program
-    tape: Tape
-
     def __repr__(self) -> str:
         where = f"{self.scenario.hardware.name}, {self.scenario.plan.gpus} GPUs"
         return f"TracedResult({self.scenario.model.name} on {where}: {self.step_time_s * MS_PER_S:.3f} ms)"
-
-    @cached_property
-    def program(self) -> Program:
-        """The module under the plan."""
-        return self.compiled
 
     @property
     def forward_s(self) -> float:
@@ -96,50 +84,6 @@ class TracedResult(Result):
         """The backward pass, recomputation included."""
         return self.layer_backward_s
 
-    @cached_property
-    def _model_rate(self) -> float:
-        return self._rate(sum(call.flops for call in self.tape.calls))
-
-    @cached_property
-    def _kernel_flops(self) -> int:
-        """As the kernels compute them: half of the square under a causal mask."""
-        return sum(work.flops for call in self.tape.calls for work in kernels(call))
-
-    @property
-    def mfu_causal(self) -> float:
-        """FLOPs utilisation, counting the half of the square that a causal mask leaves."""
-        return self._rate(self._kernel_flops) / self._peak
-
-    @property
-    def hfu(self) -> float:
-        """Hardware FLOPs utilisation: what is recomputed counts, and what the ranks compute each for itself."""
-        steps = (step for step in self.compiled.instructions if isinstance(step, Compute))
-        executed = sum(work.flops for step in steps for work in step.work if work) * self.scenario.plan.gpus
-        return self.mfu * executed / self._kernel_flops
-
-    @property
-    def tokens_per_s_per_gpu(self) -> float:
-        """Not known: a module has inputs, not tokens."""
-        raise InputError("tokens_per_s_per_gpu: a traced module does not say what a token is; use step_time_s")
-
-    def to_json(self) -> dict[str, Any]:
-        """The numbers of the result by name."""
-        names = (
-            "step_time_s", "layer_forward_s", "layer_backward_s", "exposed_comm_s", "weight_sync_s", "mfu", "hfu",
-            "tflops_per_gpu", "peak_memory_gib", "device_memory_gib", "capacity_gib", "fits", "peak_operator",
-            "out_of_memory_at", "activation_bytes_per_layer", "comm_bytes_per_gpu_by_op", "collectives_per_layer",
-        )  # fmt: skip
-        scenario = self.scenario
-        return {
-            "scope": "module",
-            "hardware": scenario.hardware.name,
-            "model": scenario.model.name,
-            "plan": scenario.plan.model_dump(),
-            "gpus": scenario.plan.gpus,
-            **{name: getattr(self, name) for name in names},
-            "assumed": list(self.assumed),
-        }
-
 
 def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedResult:
     """One forward and backward pass; weights and gradients in the module's dtype, and no optimizer.
@@ -147,35 +91,26 @@ def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, pl
     Raises `InputError` where the profile lacks the dtype, or a curve that the plan needs.
     """
     scenario = _scenario(tape, hardware, plan)
-    precision = scenario.workload.precision
-    layer = PreparedLayer(Template(program, 1), plan, fold=True)
-    syncs = (replace(sync, itemsize=ELEMENT_BYTES[precision]) for sync in layer.schedule.syncs)
-    layer.schedule = replace(layer.schedule, syncs=tuple(syncs))
-    numbers = layer.template.at(Workload(seq_len=1))
-    messages = layer.sync_messages(numbers, 1)
-    compute, comm = cost_models(hardware, precision)
-    step = Step(
-        layer.schedule,
-        layer.durations(numbers, compute, comm, gpus_per_node=scenario.gpus_per_node, sync_messages=messages),
-        layer.sizes(numbers),
-        layers=1, micro_batches=1, slowdown=hardware.coefficients.overlap_slowdown.value,
+    itemsize = ELEMENT_BYTES[scenario.workload.precision]
+    template = Template(program, 1)
+    block = PreparedBlock(
+        template, plan, lambda _: program, fold=True, weight_bytes=itemsize, gradient_bytes=itemsize
     )  # fmt: skip
-    stretches, events, reason = run_step(step, fold=True)
+    numbers = template.at(Workload(seq_len=1))
+    static = _static(program, tape, plan, itemsize)
+    result = assemble("module", scenario, block, numbers, _amounts(program, tape, plan), static)
+    return TracedResult(**{field.name: getattr(result, field.name) for field in fields(result)})
 
-    def describe(piece: Piece) -> Sequence[TaskInfo]:
-        if piece.phase == "weight_sync":
-            return [sync.info(message) for sync, message in zip(layer.schedule.syncs, messages, strict=True)]
-        steps = program.forward if piece.phase == "forward" else program.backward
-        return [task_info(step, piece.layer, piece.micro_batch) for step in steps]
 
-    copies = layer.schedule.copies
-    return TracedResult(
-        scenario=cast("Scenario", scenario), numbers=numbers,
-        trace=Trace(stretches, copies, describe, layer.schedule.groups, reason == OUTLASTS),
-        static=_static(program, tape, plan, ELEMENT_BYTES[precision]),
-        events=events, folded=len(copies) < plan.gpus, reasons=(reason,) if reason else (),
-        compiled=program, tape=tape,
-    )  # fmt: skip
+def _amounts(program: Program, tape: Tape, plan: Plan) -> Amounts:
+    """FLOPs as torch counts them; as the kernels compute them, half of the square under a causal mask; and with what
+    is recomputed, and what the ranks compute each for itself.
+    """
+    model = sum(call.flops for call in tape.calls)
+    causal = sum(work.flops for call in tape.calls for work in kernels(call))
+    steps = (step for step in program.instructions if isinstance(step, Compute))
+    executed = sum(work.flops for step in steps for work in step.work if work) * plan.gpus
+    return Amounts(model, causal, model * executed / causal if causal else 0.0, tokens=None)
 
 
 def _scenario(tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedScenario:

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from spsim import report
-from spsim.cli.app import app, leader_speaks, make_directory, open_console, staging
+from spsim.cli.leader import leader_speaks
+from spsim.cli.outputs import make_directory, open_console, staging
 from spsim.errors import InputError
 from spsim.inputs.profiles import load_profile, profile_names
 from spsim.measuring.calibrate.base import base_of_rows, check_ranks_at_hand
@@ -21,13 +21,13 @@ from spsim.measuring.calibrate.records import RowError, read_measurements
 from spsim.measuring.calibrate.session import RAW_FILE, Note, Report, Settings
 from spsim.measuring.calibrate.session import Progress as Standing
 from spsim.measuring.processes.at_hand import check_installed, is_leader
+from spsim.report import calibration as report
 
 FIRST_ROW = 2
 """Line of a raw file where its rows begin; each takes one."""
 
 
-@app.command()
-def calibrate(
+def command(
     out: Annotated[Path, typer.Option("--out", help="The profile to write, a .toml file.")],
     base: Annotated[
         str | None,

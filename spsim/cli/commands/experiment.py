@@ -12,12 +12,12 @@ from typing import Annotated
 
 import typer
 
-from spsim.cli.app import app, make_directory, open_console
+from spsim.cli.outputs import make_directory, open_console
 from spsim.measuring.processes.processes import end_with_parent
+from spsim.studies.experiments import load_experiment, run_experiment
 
 
-@app.command(hidden=True)
-def experiment(
+def command(
     file: Path,
     out: Annotated[Path, typer.Option("--out", help="Directory of results.")] = Path("results"),
     jobs: Annotated[
@@ -26,8 +26,6 @@ def experiment(
     quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
 ) -> None:
     """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
-    from spsim.studies.experiments import load_experiment, run_experiment
-
     loaded = load_experiment(file)
     directory = out / loaded.name
     make_directory(directory)

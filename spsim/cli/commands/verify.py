@@ -12,19 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spsim.cli.app import (
-    JsonOption,
-    MicroBatchOption,
-    ModelOption,
-    SeqLenOption,
-    app,
-    file_names,
-    leader_speaks,
-    open_console,
-    print_json,
-    print_written,
-    staging,
-)
+from spsim.cli.leader import leader_speaks
+from spsim.cli.options import JsonOption, MicroBatchOption, ModelOption, SeqLenOption
+from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import load_model
@@ -48,8 +38,7 @@ PROFILED_PASS = "the profiled pass"
 """The pass whose timeline is drawn."""
 
 
-@app.command()
-def verify(
+def command(
     hardware: Annotated[str, typer.Option("--hardware", help="Profile of this machine: name or path of a TOML file.")],
     plan: Annotated[
         list[str] | None, typer.Option("--plan", help="Once for each plan; by default TP, TP+SP, Ulysses and ring.")

@@ -1,0 +1,1 @@
+"""A module for each command, in which `command` is what it does: its parameters are the options."""

@@ -1,0 +1,250 @@
+"""What a trace is made of: pieces, and what comes again and again written once.
+
+A piece is one segment of one layer for one micro-batch on the ranks that run it. Equal pieces share one recording and
+differ by a shift in time: a `Stretch` is equal pieces in a row, a `Repeat` anything that comes again and again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from spsim.engine.recording import ON_TIME, Late, MemoryChange, Recording, Span
+
+Pass = Literal["forward", "backward", "weight_sync", "optimizer"]
+"""What a piece is a part of."""
+
+
+class Move(NamedTuple):
+    """From the first run of something that repeats to one of the next."""
+
+    shift_ps: int = 0
+    tasks: int = 0
+    layers: int = 0
+    micro_batches: int = 0
+    late: Late = ON_TIME
+
+    def after(self, other: Move) -> Move:
+        """Both, one after the other."""
+        late = {lane: self.late.get(lane, 0) + other.late.get(lane, 0) for lane in {*self.late, *other.late}}
+        return Move(
+            self.shift_ps + other.shift_ps,
+            self.tasks + other.tasks,
+            self.layers + other.layers,
+            self.micro_batches + other.micro_batches,
+            late,
+        )
+
+    def times(self, count: int) -> Move:
+        """The same, `count` times."""
+        late = {lane: count * late for lane, late in self.late.items()}
+        return Move(count * self.shift_ps, count * self.tasks, count * self.layers, count * self.micro_batches, late)
+
+
+STAY = Move()
+
+
+class Piece(NamedTuple):
+    """One segment of one layer for one micro-batch."""
+
+    recording: Recording
+    phase: Pass
+    layer: int | None
+    micro_batch: int | None
+    shift_ps: int
+    first_task: int
+    brings: Sequence[int] = ()
+    """Buffers that the outermost layer gets from outside, there from the first task on."""
+    drops: Sequence[int] = ()
+    """Buffers that the outermost layer hands to nobody, freed in this piece."""
+    late: Late = ON_TIME
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """When its first task is posted, and when its last ends."""
+        begin, end = self.recording.delayed(self.late).window
+        return self.shift_ps + begin, self.shift_ps + end
+
+    def spans(self) -> Iterator[Span]:
+        """Spans at their place in time."""
+        shift, first = self.shift_ps, self.first_task
+        for rank, lane, task, posted, start, end in self.recording.delayed(self.late).spans:
+            yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
+
+    def memory(self) -> Iterator[MemoryChange]:
+        """Memory changes at their place in time."""
+        for change in self._changes(self.recording.delayed(self.late)):
+            yield change._replace(time_ps=change.time_ps + self.shift_ps, task=change.task + self.first_task)
+
+    def _changes(self, recording: Recording) -> Iterator[MemoryChange]:
+        yield from recording.memory
+        for rank, times in recording.times.items():
+            for buffer in self.brings:
+                yield self._change(rank, buffer, int(times[0, 0]), 1, 0)
+            for buffer in self.drops:
+                end, task = recording.end_of(rank, buffer)
+                yield self._change(rank, buffer, end, -1, task)
+
+    def _change(self, rank: int, buffer: int, time: int, sign: int, task: int) -> MemoryChange:
+        use = self.recording.outline.buffers[buffer]
+        return MemoryChange(time, rank, sign * int(self.recording.sizes[buffer]), use.category, use.tensor, task)
+
+
+class Stretch(NamedTuple):
+    """Equal pieces in a row: of consecutive layers, or equal steps of a ring."""
+
+    recording: Recording
+    phase: Pass
+    layer: int | None
+    """Of the first piece, as all that follows."""
+    micro_batch: int | None
+    shift_ps: int
+    first_task: int
+    runs: int = 1
+    move: Move = STAY
+    """From one piece to the next."""
+    brings: Sequence[int] = ()
+    """As of a piece, of the first one."""
+    drops: Sequence[int] = ()
+    """As of a piece, of the last one."""
+
+    @property
+    def ends(self) -> tuple[Stretch, Stretch]:
+        """The first and the last stretch in it."""
+        return self, self
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of all pieces."""
+        return self.runs * len(self.recording.outline.labels)
+
+    @property
+    def end_ps(self) -> int:
+        """End of the last task."""
+        return self.window(self.runs - 1)[1]
+
+    def window(self, index: int, moved: Move = STAY) -> tuple[int, int]:
+        """When the first task of one of the pieces is posted, and when its last ends."""
+        return self.run(index, moved).window
+
+    def run(self, index: int, moved: Move = STAY) -> Piece:
+        """One of the pieces, where the stretch itself is moved."""
+        moved = moved.after(self.move.times(index)) if index else moved
+        return Piece(
+            self.recording,
+            self.phase,
+            None if self.layer is None else self.layer + moved.layers,
+            None if self.micro_batch is None else self.micro_batch + moved.micro_batches,
+            self.shift_ps + moved.shift_ps,
+            self.first_task + moved.tasks,
+            self.brings if index == 0 else (),
+            self.drops if index == self.runs - 1 else (),
+            moved.late,
+        )
+
+    def pieces(self, moved: Move = STAY) -> Iterator[Piece]:
+        """All pieces in order."""
+        for index in range(self.runs):
+            yield self.run(index, moved)
+
+    def piece_of(self, task: int, moved: Move = STAY) -> Piece:
+        """The piece that has a task."""
+        index = (task - self.first_task - moved.tasks) // len(self.recording.outline.labels)
+        return self.run(index, moved)
+
+
+class Repeat(NamedTuple):
+    """Anything that comes again and again: the passes of a micro-batch, the steady state of a pipeline."""
+
+    body: Sequence[Stretch | Repeat]
+    """The first run."""
+    runs: int
+    move: Move
+    """From one run to the next."""
+    brings: Sequence[int] = ()
+    """As of a stretch: of the first piece of the first run."""
+    drops: Sequence[int] = ()
+    """As of a stretch: of the last piece of the last run."""
+
+    @property
+    def ends(self) -> tuple[Stretch, Stretch]:
+        """The first and the last stretch in it."""
+        return self.body[0].ends[0], self.body[-1].ends[1]
+
+    @property
+    def shift_ps(self) -> int:
+        """When the first run begins."""
+        return self.body[0].shift_ps
+
+    @property
+    def first_task(self) -> int:
+        """Number of the first task of the first run."""
+        return self.body[0].first_task
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of all runs."""
+        return self.runs * self.move.tasks
+
+    @property
+    def end_ps(self) -> int:
+        """End of the last task."""
+        return self.window(self.runs - 1)[1]
+
+    def window(self, index: int, moved: Move = STAY) -> tuple[int, int]:
+        """When the first task of one of the runs is posted, and when its last ends."""
+        moved = moved.after(self.move.times(index))
+        begin = min(node.window(0, moved)[0] for node in self.body)
+        return begin, max(node.window(node.runs - 1, moved)[1] for node in self.body)
+
+    def pieces(self, moved: Move = STAY) -> Iterator[Piece]:
+        """All pieces in order."""
+        for index in range(self.runs):
+            for node in self.run(index):
+                yield from node.pieces(moved.after(self.move.times(index)))
+
+    def run(self, index: int) -> Iterator[Stretch | Repeat]:
+        """The nodes of one of the runs, not moved."""
+        return (self._node(place, index) for place in range(len(self.body)))
+
+    def _node(self, place: int, index: int) -> Stretch | Repeat:
+        """What stands at a place of a run, with what the first brings and the last drops."""
+        node = self.body[place]
+        if index == 0 and place == 0 and self.brings:
+            node = node._replace(brings=self.brings)
+        if index == self.runs - 1 and place == len(self.body) - 1 and self.drops:
+            node = node._replace(drops=self.drops)
+        return node
+
+    def piece_of(self, task: int, moved: Move = STAY) -> Piece:
+        """The piece that has a task."""
+        index = (task - self.first_task - moved.tasks) // self.move.tasks
+        moved = moved.after(self.move.times(index))
+        place = place_of(self.body, task - moved.tasks)
+        return self._node(place, index).piece_of(task, moved)
+
+
+Node = Stretch | Repeat
+
+
+def place_of(nodes: Sequence[Node], task: int) -> int:
+    """Which of some nodes has a task."""
+    return bisect_right(nodes, task, key=lambda node: node.first_task) - 1
+
+
+def runs_during(node: Node, start: int, end: int, moved: Move = STAY) -> range:
+    """Which runs of a node are under way between two moments: they begin in order, and end in order."""
+    ended = bisect_right(range(node.runs), start, key=lambda index: node.window(index, moved)[1])
+    begun = bisect_left(range(node.runs), end, key=lambda index: node.window(index, moved)[0])
+    return range(ended, begun)
+
+
+def pieces_during(node: Node, start: int, end: int, moved: Move = STAY) -> Iterator[Piece]:
+    """Its pieces that are under way between two moments, in order."""
+    for index in runs_during(node, start, end, moved):
+        if isinstance(node, Stretch):
+            yield node.run(index, moved)
+        else:
+            for inner in node.run(index):
+                yield from pieces_during(inner, start, end, moved.after(node.move.times(index)))

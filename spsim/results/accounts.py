@@ -1,0 +1,197 @@
+"""Where the time of one rank goes: each picosecond of a window belongs to one part.
+
+| on that rank | part |
+|---|---|
+| a kernel runs | the class of its operator, or `recomputation` |
+| ... while communication is posted | `overlap_slowdown` of that time: `slowed by communication`; the rest as above |
+| no kernel runs, a collective transfers | `exposed <kind>`, or `exposed several kinds` at once |
+| ... and it synchronises weight gradients | `weight synchronisation` |
+| neither, a communication waits for a rank of the same stage | `waiting for peers` |
+| ... or for one of another stage | `waiting for another stage` |
+| nothing of these | `idle` |
+| in the window of a pass: a task of another layer or pass, if none of its own is at the same | `other layers` |
+
+A piece of the trace reaches from the end of the kernels before it to the end of its own; what outlasts it is known to
+the next piece as a flight. So the account of a step is that of each recording times its pieces, and what outlasts the
+last. What a part loses to communication is rounded once, over all of a window.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from spsim.engine.pieces import Pass, Piece
+from spsim.engine.recording import COMPUTE_LANE, Recording
+from spsim.engine.trace import Trace
+
+RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
+SEVERAL = "exposed several kinds"
+PEERS, STAGES, IDLE, OTHER = "waiting for peers", "waiting for another stage", "idle", "other layers"
+PIPELINE_LANES = "pp"
+"""How lanes between the stages of a pipeline begin."""
+
+KERNEL, TRANSFER, PEER, STAGE = range(4)
+"""What a rank does, the first of these that applies."""
+
+
+class Activity(NamedTuple):
+    """Something that a rank does from `start` to `end`."""
+
+    start: int
+    end: int
+    level: int
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Picoseconds by part; of those of kernels, how many while communication is posted."""
+
+    parts: Counter[str] = field(default_factory=Counter)
+    contended: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Account, times: int = 1) -> None:
+        """Add so many of another."""
+        for mine, others in ((self.parts, other.parts), (self.contended, other.contended)):
+            for part, length in others.items():
+                mine[part] += times * length
+
+    def charged(self, slowdown: float) -> Counter[str]:
+        """The parts, with what kernels lose to communication as one of its own."""
+        lost = {part: round(length * slowdown) for part, length in self.contended.items()}
+        found = Counter(self.parts)
+        found.subtract(lost)
+        found[SLOWED] += sum(lost.values())
+        return found
+
+
+def is_exposed(part: str) -> bool:
+    """Whether it is a kind of communication that no kernel hides."""
+    return part.startswith("exposed")
+
+
+# Windows
+
+
+def of_piece(recording: Recording, rank: int) -> Account:
+    """From the end of the kernels before a piece to the end of its own."""
+    activities = [*_tasks(recording, rank), *_flights(recording, rank)]
+    return account(activities, recording.begins.get(rank, 0), recording.kernels_end(rank))
+
+
+def of_step(trace: Trace) -> Account:
+    """The whole step, on the rank that ends last."""
+    found = Account()
+    last = {rank: trace.last_of(rank) for rank in trace.copies}
+    ends = {rank: piece.shift_ps + piece.recording.delayed(piece.late).busy_until(rank) for rank, piece in last.items()}
+    rank = _last_rank(ends, ((recording, count) for recording, (_, count) in trace.recordings.items()))
+    for recording, (_, count) in trace.recordings.items():
+        if rank in recording.times:
+            found.add(of_piece(recording, rank), count)
+    recording, shift = last[rank].recording.delayed(last[rank].late), last[rank].shift_ps
+    outlasting = [*_tasks(recording, rank), *_flights(recording, rank)]
+    found.add(account(outlasting, recording.kernels_end(rank), trace.end_ps - shift))
+    return found
+
+
+def of_pass(trace: Trace, phase: Pass, layer: int = 0, micro_batch: int = 0) -> Account:
+    """The pass of one layer and micro-batch, from the first task of all ranks to the last, where the last one ends."""
+    start, end = trace.window_of(phase, layer, micro_batch)
+    ends: dict[int, int] = {}
+    own = list(trace.pieces_of(phase, layer, micro_batch))
+    for piece in own:
+        for rank, ended in piece.recording.delayed(piece.late).ends.items():
+            ends[rank] = max(ends.get(rank, 0), piece.shift_ps + ended)
+    rank = _last_rank(ends, ((piece.recording, 1) for piece in own))
+    first_tasks = {piece.first_task for piece in own}
+    activities: list[Activity] = []
+    for piece in trace.pieces_during(start, end):
+        if rank in piece.recording.times:
+            activities += _of_window(piece, rank, own=piece.first_task in first_tasks)
+    return account(activities, start, end)
+
+
+def _last_rank(ends: dict[int, int], recordings: Iterable[tuple[Recording, int]]) -> int:
+    """The rank that ends last; of several the one that computes longest, then the first."""
+    busy: Counter[int] = Counter()
+    for recording, count in recordings:
+        busy.update({rank: count * sum(times) for rank, times in recording.compute.items()})
+    return max(ends, key=lambda rank: (ends[rank], busy[rank], -rank))
+
+
+# Activities
+
+
+def _tasks(recording: Recording, rank: int) -> Iterator[Activity]:
+    """Kernels, and the waits and transfers of communications, of one piece."""
+    outline, moments = recording.outline, recording.times[rank].tolist()
+    for lane, label, (posted, start, end) in zip(outline.lanes, outline.labels, moments, strict=True):
+        if lane == COMPUTE_LANE:
+            yield Activity(start, end, KERNEL, RECOMPUTATION if label.part == "recompute" else label.operator_class)
+        else:
+            yield from _communication(lane, posted, start, end, label.kind)
+
+
+def _flights(recording: Recording, rank: int) -> Iterator[Activity]:
+    """The communications of earlier pieces that one piece finds."""
+    for flight in recording.flights.get(rank, ()):
+        yield from _communication(*flight)
+
+
+def _communication(lane: str, posted: int, start: int, end: int, kind: str) -> Iterator[Activity]:
+    yield Activity(start, end, TRANSFER, SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}")
+    if posted < start:
+        between_stages = lane.startswith(PIPELINE_LANES)
+        yield Activity(posted, start, STAGE if between_stages else PEER, STAGES if between_stages else PEERS)
+
+
+def _of_window(piece: Piece, rank: int, *, own: bool) -> Iterator[Activity]:
+    """What a piece does at its place in time, as that of another layer unless it is the window's own."""
+    shift = piece.shift_ps
+    for start, end, level, part in _tasks(piece.recording.delayed(piece.late), rank):
+        yield Activity(start + shift, end + shift, level, part if own else OTHER)
+
+
+# Accounting
+
+
+def account(activities: Iterable[Activity], start: int, end: int) -> Account:
+    """Each picosecond from `start` to `end` to one part."""
+    edges: list[tuple[int, int, int, str]] = []
+    for begun, ended, level, part in activities:
+        first, last = max(begun, start), min(ended, end)
+        if first < last:
+            edges += (first, 1, level, part), (last, -1, level, part)
+    found = Account()
+    active: tuple[dict[str, int], ...] = ({}, {}, {}, {})
+    now = start
+    for time, change, level, part in sorted(edges):
+        if now < time:
+            _charge(found, active, time - now)
+            now = time
+        parts = active[level]
+        parts[part] = parts.get(part, 0) + change
+        if not parts[part]:
+            del parts[part]
+    if now < end:
+        _charge(found, active, end - now)
+    return found
+
+
+def _charge(found: Account, active: tuple[dict[str, int], ...], length: int) -> None:
+    """An interval in which nothing begins or ends."""
+    kernels, *others = active
+    parts = kernels or next(filter(None, others), {IDLE: 1})
+    part = next(iter(parts)) if len(parts) == 1 else _of_several([*parts])
+    found.parts[part] += length
+    if kernels and part != OTHER and any(others):
+        found.contended[part] += length
+
+
+def _of_several(parts: Sequence[str]) -> str:
+    """What happens at the same time counts as the window's own, if any of it is."""
+    own = [part for part in parts if part != OTHER]
+    return own[0] if len(own) == 1 else SEVERAL

@@ -1,0 +1,75 @@
+"""What a rank holds at the peak of its memory, by category: all that runs which have ended leave behind, and what those
+under way have allocated so far.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from spsim.engine.pieces import STAY, Move, Node, Stretch, runs_during
+from spsim.engine.trace import Trace
+from spsim.results.metrics import Peak
+
+CATEGORIES = ("activations", "communication buffers", "temporary")
+"""Of what tasks allocate."""
+
+
+def held_at(peak: Peak, trace: Trace, static: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by category, with the `static` ones; categories of nothing are left out."""
+    found = Counter[str]()
+    if peak.task is not None:
+        for node in trace.nodes:
+            found.update(_held(node, peak.rank, peak.time_ps, STAY))
+    sizes = {**static, **{category: found[category] for category in CATEGORIES}}
+    return {category: size for category, size in sizes.items() if size}
+
+
+def _held(node: Node, rank: int, time: int, moved: Move) -> Counter[str]:
+    """Of what a node allocates, all that is there when everything has happened that happens at a time."""
+    under_way = runs_during(node, time, time + 1, moved)
+    found = _left(node, rank, under_way.start)
+    for index in under_way:
+        if isinstance(node, Stretch):
+            for change in node.run(index, moved).memory():
+                if change.rank == rank and change.time_ps <= time:
+                    found[change.category] += change.bytes
+        else:
+            for inner in node.run(index):
+                found.update(_held(inner, rank, time, moved.after(node.move.times(index))))
+    return found
+
+
+def _left(node: Node, rank: int, runs: int) -> Counter[str]:
+    """What the first runs of a node leave behind, so many of them."""
+    found = Counter[str]()
+    for category, size in _one_run(node, rank).items():
+        found[category] = runs * size
+    first, last = node.ends
+    if runs:
+        found.update(_sizes(first, rank, node.brings))
+    if runs == node.runs:
+        found.subtract(_sizes(last, rank, node.drops))
+    return found
+
+
+def _one_run(node: Node, rank: int) -> Counter[str]:
+    """What one run of a node leaves behind, without what it gets from outside."""
+    found = Counter[str]()
+    if not isinstance(node, Stretch):
+        for inner in node.body:
+            found.update(_left(inner, rank, inner.runs))
+    elif rank in node.recording.times:
+        _, sizes, buffers = node.recording.changes(rank)
+        for size, buffer in zip(sizes.tolist(), buffers.tolist(), strict=True):
+            found[node.recording.outline.buffers[buffer].category] += size
+    return found
+
+
+def _sizes(stretch: Stretch, rank: int, buffers: Sequence[int]) -> Counter[str]:
+    """Bytes of some buffers of a stretch, if the rank runs it."""
+    found = Counter[str]()
+    recording = stretch.recording
+    for buffer in buffers if rank in recording.times else ():
+        found[recording.outline.buffers[buffer].category] += int(recording.sizes[buffer])
+    return found

@@ -1,0 +1,124 @@
+"""What segments leave undone on the lanes of a rank, and so how the next segment begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from spsim.engine.engine import Start
+from spsim.engine.recording import ENDED, Flight, Integers, Left, Moments, Recording, columns
+from spsim.step.segments import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """What earlier segments left undone on a rank; times count from the end of its kernels."""
+
+    lanes: tuple[tuple[str, int], ...] = ()
+    """When lanes are free that are busy beyond it."""
+    flights: tuple[Flight, ...] = ()
+    """Communications that are posted or under way."""
+    ends: tuple[tuple[str, int], ...] = ()
+    """When exports arrive that have not."""
+    left: tuple[Left, ...] = ()
+    """Memory that changes later."""
+
+
+IDLE = Busy()
+State = tuple[tuple[int, Busy], ...]
+"""Of each rank, how long after the first its kernels end, and what else is left undone."""
+
+
+def start(segment: Segment, time: int, busy: Busy) -> Start:
+    """How a segment begins on a rank whose kernels end at `time`."""
+    if busy is IDLE:
+        return Start(time)
+    lanes = {lane: time + free for lane, free in busy.lanes}
+    return Start(
+        max([time, *(lanes[lane] for lane in segment.joins if lane in lanes)]),
+        lanes,
+        [(time + flight.posted_ps, time + flight.end_ps) for flight in busy.flights],
+        {name: time + end for name, end in busy.ends},
+    )
+
+
+def record(
+    segment: Segment,
+    moments: Mapping[int, Sequence[Moments]],
+    sizes: Sequence[int] | Integers,
+    found: Mapping[int, tuple[int, Busy]],
+) -> Recording:
+    """A segment as it ran on ranks that stood as `found`."""
+    times = {rank: columns(own) for rank, own in moments.items()}
+    ends = {rank: end_of(segment, own, found[rank][0]) for rank, own in moments.items()}
+    until = {rank: end for rank, end in ends.items() if _outlasts(segment, moments[rank], end, found[rank][1])}
+    if not until and not any(time or busy is not IDLE for time, busy in found.values()):
+        return Recording(segment.outline, times, sizes)
+    return Recording(
+        segment.outline,
+        times,
+        sizes,
+        begins={rank: time for rank, (time, _) in found.items()},
+        flights={rank: [flight.moved(time) for flight in busy.flights] for rank, (time, busy) in found.items()},
+        left={rank: [change.moved(time) for change in busy.left] for rank, (time, busy) in found.items()},
+        until=until,
+    )
+
+
+def end_of(segment: Segment, moments: Sequence[Moments], time: int) -> int:
+    """When the kernels of a rank end after a segment; `time` before it."""
+    last = segment.outline.last_kernel
+    return time if last is None else moments[last][ENDED]
+
+
+def _outlasts(segment: Segment, moments: Sequence[Moments], end: int, busy: Busy) -> bool:
+    """Whether anything may be left undone when the kernels end."""
+    return busy is not IDLE or any(moments[task][ENDED] > end for task in segment.last_calls.values())
+
+
+def left_by(
+    segment: Segment, recording: Recording, rank: int, moments: Sequence[Moments], time: int, busy: Busy
+) -> tuple[int, Busy]:
+    """When the kernels of a rank end after a segment that found it as it was, and what is left undone then."""
+    end = end_of(segment, moments, time)
+    if rank not in recording.until:
+        return end, IDLE
+    lanes = {lane: time + free for lane, free in busy.lanes}
+    lanes |= {lane: moments[task][ENDED] for lane, task in segment.last_calls.items()}
+    ends = {name: time + arrival for name, arrival in busy.ends}
+    ends |= {name: moments[task][ENDED] for name, task in segment.exports.items()}
+    flights = [flight.moved(time) for flight in busy.flights]
+    flights += flights_of(segment, moments)
+    left = Busy(
+        tuple(sorted((lane, free - end) for lane, free in lanes.items() if free > end)),
+        _merged(flight.moved(-end) for flight in flights if flight.end_ps > end),
+        tuple(sorted((name, arrival - end) for name, arrival in ends.items() if arrival > end)),
+        tuple(change.moved(-end, -len(segment.tasks)) for change in recording.changes_after(rank, end)),
+    )
+    return end, IDLE if left == IDLE else left
+
+
+def flights_of(segment: Segment, moments: Sequence[Moments]) -> list[Flight]:
+    """The communications of a segment."""
+    return [Flight(segment.tasks[task].lane, *moments[task], segment.labels[task].kind) for task in segment.calls]
+
+
+def _merged(flights: Iterable[Flight]) -> tuple[Flight, ...]:
+    """Flights as far as they matter from now on: what is behind is left out, and those of a lane and kind that follow
+    each other without waiting are one.
+    """
+    found: dict[str, list[Flight]] = {}
+    for lane, posted, begun, end, kind in sorted(flights):
+        flight = Flight(lane, max(0, posted), max(0, begun), end, kind)
+        own = found.setdefault(lane, [])
+        if own and _continues(flight, own[-1]):
+            own[-1] = own[-1]._replace(end_ps=end)
+        else:
+            own.append(flight)
+    return tuple(flight for own in found.values() for flight in own)
+
+
+def _continues(flight: Flight, last: Flight) -> bool:
+    """Whether a flight begins as the last one of its lane ends, is of its kind, and neither waits."""
+    waits = last.posted_ps < last.start_ps or flight.posted_ps < flight.start_ps
+    return flight.kind == last.kind and flight.posted_ps == last.end_ps and not waits

@@ -1,0 +1,111 @@
+"""The ranks of a step: which are simulated, whom each stands for, and whom it meets."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from spsim.engine.engine import Meeting, RankProgram, Task
+from spsim.lazy import lazy
+from spsim.program.mesh import Axis, Mesh
+from spsim.step.segments import Call, Segment
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of a mesh of which some are simulated: all, one for all, or one for each position on the ring."""
+
+    mesh: Mesh
+    simulated: Literal["each", "one", "positions"]
+
+    @lazy
+    def copies(self) -> Mapping[int, Sequence[int]]:
+        """Simulated rank -> the ranks that it stands for, itself included."""
+        ranks = range(self.mesh.ranks)
+        if self.simulated == "one":
+            return {0: ranks}
+        if self.simulated == "each":
+            return {rank: range(rank, rank + 1) for rank in ranks}
+        found: dict[int, list[int]] = defaultdict(list)
+        for rank in ranks:
+            found[self.mesh.coordinate(rank, "ring")].append(rank)
+        return {copies[0]: tuple(copies) for copies in found.values()}
+
+    @property
+    def number(self) -> int:
+        """Of those that are simulated."""
+        return {"one": 1, "positions": self.mesh.degree("ring"), "each": self.mesh.ranks}[self.simulated]
+
+    @lazy
+    def positions(self) -> Mapping[int, int]:
+        """Simulated rank -> its position on the ring, which says which entry of a kernel's work is its own."""
+        return {rank: self.mesh.coordinate(rank, "ring") for rank in self.copies}
+
+    def representative(self, rank: int) -> int:
+        """The rank that is simulated for it."""
+        if self.simulated == "positions":
+            return self._of_position[self.mesh.coordinate(rank, "ring")]
+        return 0 if self.simulated == "one" else rank
+
+    @lazy
+    def _of_position(self) -> Mapping[int, int]:
+        return {position: rank for rank, position in self.positions.items()}
+
+    def programs(self, segment: Segment) -> dict[int, RankProgram]:
+        """The tasks of each simulated rank, with its meetings."""
+        return {rank: RankProgram([*self._tasks(segment, rank)]) for rank in self.copies}
+
+    def _tasks(self, segment: Segment, rank: int) -> Iterator[Task]:
+        called: Counter[tuple[object, ...]] = Counter()
+        for task in segment.tasks:
+            call = segment.calls.get(task.id)
+            yield replace(task, meetings=self._meetings(call, rank, called)) if call else task
+
+    def _meetings(self, call: Call, rank: int, called: Counter[tuple[object, ...]]) -> tuple[Meeting, ...]:
+        """A collective meets its whole group; an exchange meets the next rank and the previous one. Of a group each
+        call is told apart by its number.
+        """
+        group = self._group(rank, call.axes)
+        if not call.exchange:
+            members = sorted(set(group))
+            return (_meeting((*call.axes, members[0]), len(members), called),)
+        here = group.index(rank)
+        edges = [(rank, group[(here + 1) % len(group)]), (group[here - 1], rank)]
+        return tuple(_meeting((*call.axes, *edge), len(set(edge)), called) for edge in dict.fromkeys(edges))
+
+    def _group(self, rank: int, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        """Ranks of the group, each replaced by the one that is simulated for it, in order of the axis."""
+        if self.simulated == "one":
+            return (0,)
+        return tuple(self.representative(member) for member in self.mesh.group(rank, axes))
+
+
+def _meeting(communicator: tuple[object, ...], parties: int, called: Counter[tuple[object, ...]]) -> Meeting:
+    called[communicator] += 1
+    return Meeting((communicator, called[communicator]), parties)
+
+
+@dataclass(frozen=True)
+class Groups(Mapping[str, Mapping[int, tuple[int, ...]]]):
+    """Axes -> rank -> the ranks of its group; found when somebody asks, for there are as many as ranks."""
+
+    mesh: Mesh
+    names: Mapping[str, tuple[Axis, ...]]
+
+    def __getitem__(self, name: str) -> Mapping[int, tuple[int, ...]]:
+        axes = self.names[name]
+        return {rank: self.mesh.group(rank, axes) for rank in range(self.mesh.ranks)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def groups_of(mesh: Mesh, segments: Iterable[Segment]) -> Groups:
+    """The groups that some segments call."""
+    axes = {call.axes for segment in segments for call in segment.calls.values()}
+    return Groups(mesh, {" × ".join(own): own for own in sorted(axes)})

@@ -1,0 +1,98 @@
+"""Segments: what the ranks of a stage run from one moment to the next at which nothing earlier is left to issue.
+
+A step is made of segments, not of passes of equal layers: the forward pass of a block, one step of a ring inside it,
+the backward pass of the last micro-batch, the synchronisation of gradients. A segment knows its tasks, what they wait
+for of earlier segments, and its buffers; neither durations nor sizes, nor where in the step it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from spsim.engine.engine import Task
+from spsim.engine.pieces import Pass
+from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
+from spsim.lazy import lazy
+from spsim.program.instructions import Instruction
+from spsim.program.mesh import Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Whom a communication meets: the whole group along some axes, or its neighbours there."""
+
+    axes: tuple[Axis, ...]
+    exchange: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tasks of all ranks that run it; ranks differ in durations and peers only.
+
+    A task that waits for no other of the segment waits for the last kernel before the segment, and for the last
+    tasks before it on the lanes that the segment joins.
+    """
+
+    name: str
+    """Unique in a step: the block, the pass, and which part or variant of it."""
+    phase: Pass
+    tasks: tuple[Task, ...]
+    """Ids are places; without meetings, which depend on the rank. Names among their needs are ends that earlier
+    segments export.
+    """
+    labels: tuple[TaskInfo, ...]
+    """What each task is, without sizes and without a layer."""
+    calls: Mapping[int, Call] = field(default_factory=dict)
+    """Of each communication."""
+    exports: Mapping[str, int] = field(default_factory=dict)
+    """Name -> the communication whose end later segments wait for by it."""
+    joins: frozenset[str] = frozenset()
+    """Lanes whose communications before the segment must have ended."""
+    buffers: tuple[BufferUse, ...] = ()
+    buffer_ids: tuple[int, ...] = ()
+    """Of each buffer, in the program."""
+    instructions: tuple[Instruction, ...] = ()
+    """What the tasks carry out, if they come from a program."""
+
+    @lazy
+    def outline(self) -> Outline:
+        """What its recordings have in common."""
+        return Outline([task.lane for task in self.tasks], self.labels, self.buffers)
+
+    @lazy
+    def last_calls(self) -> Mapping[str, int]:
+        """Lane -> the last communication on it."""
+        return {task.lane: task.id for task in self.tasks if task.lane != COMPUTE_LANE}
+
+    @lazy
+    def names(self) -> frozenset[str]:
+        """Exports of earlier segments that it waits for."""
+        return frozenset(need for task in self.tasks for need in task.needs if isinstance(need, str))
+
+    @lazy
+    def awaited(self) -> frozenset[str]:
+        """Lanes of communications that tasks of other lanes wait for, here or later."""
+        lane = {task.id: task.lane for task in self.tasks}
+        needs = ((task, need) for task in self.tasks for need in task.needs if isinstance(need, int))
+        exported = (lane[task] for task in self.exports.values())
+        return frozenset({lane[need] for task, need in needs if lane[need] != task.lane} | {*exported}) | self.joins
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A segment that runs a number of times in a row, as the steps of a ring do."""
+
+    segment: Segment
+    runs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPass:
+    """One pass of one block: its parts in order, and the buffers that neighbouring blocks hand over."""
+
+    parts: tuple[Part, ...]
+    entry: tuple[int, ...] = ()
+    """Buffers of the first part that the block before hands over; the outermost gets them from outside."""
+    result: tuple[int, ...] = ()
+    """Buffers of the last part that are handed on; nobody outside the outermost block keeps them."""
