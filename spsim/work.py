@@ -74,6 +74,8 @@ class FlashAttention:
     batch: int
     heads: int
     head_dim: int
+    """Of queries and keys, which selects the curve of its efficiency."""
+    value_dim: int
     queries: int
     keys: int
     twice_pairs: int
@@ -84,8 +86,12 @@ class FlashAttention:
 
     @property
     def flops(self) -> int:
-        """Two products forward; backward recomputes one and has four more: 2.5 times (Dao 2023, section 4.1)."""
-        return _products(self.direction) * self.batch * self.heads * self.head_dim * self.twice_pairs
+        """Two products forward, of the width of keys and of values; backward recomputes the first and has two more
+        of each: 2.5 times where the widths are equal (Dao 2023, section 4.1).
+        """
+        of_keys, of_values = _products(self.direction)
+        width = of_keys * self.head_dim + of_values * self.value_dim
+        return self.batch * self.heads * width * self.twice_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +111,9 @@ class MemoryBound:
 
 
 @cache
-def _products(direction: Direction) -> int:
-    """Matrix products of a flash kernel."""
-    found: int = each({"forward": 2, "backward": 5}.get, direction)
-    return found
+def _products(direction: Direction) -> tuple[int, int]:
+    """Matrix products of a flash kernel along the width of keys and along that of values."""
+    return each({"forward": 1, "backward": 3}.get, direction), each({"forward": 1, "backward": 2}.get, direction)
 
 
 Work = Gemm | FlashAttention | MemoryBound

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.workload import Workload
-from spsim.program.assembly import compiled_by, layer_program, layer_template, placed_by, program_of
+from spsim.program.assembly import compiled_by, layer_program, placed_by, program_of
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
+from spsim.program.templates import layer_template
 from tests.cases import model, random_plans
 
 WORKLOAD = Workload(seq_len=512, micro_batch=2)

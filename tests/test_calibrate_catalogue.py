@@ -21,7 +21,7 @@ from spsim.measuring.calibrate.catalogue import (
 from spsim.measuring.calibrate.shapes import flash_attention, linear, memory_bound, score_products
 from spsim.measuring.processes.matching import describes
 from spsim.program.blocks.transformer import transformer_layer
-from spsim.program.kernels import Kernels
+from spsim.program.kernels import kernels_of
 from spsim.program.mesh import Mesh
 from spsim.program.placed import PlacedOperator
 from spsim.units import GIB, KIB, MIB
@@ -47,7 +47,7 @@ CPU = machine(device="cpu", dtypes=("fp32", "bf16"), cache_bytes=16 * MIB, ranks
 def kernels(name, **changes):
     """The simulator's kernels of one operator of a layer on one rank."""
     layer = transformer_layer(model(**changes), Workload(seq_len=TOKENS, micro_batch=BATCH))
-    return Kernels(PlacedOperator(next(operator for operator in layer if operator.name == name), (), Mesh({})))
+    return kernels_of(PlacedOperator(next(operator for operator in layer if operator.name == name), (), Mesh({})))
 
 
 def gemm(row):
@@ -87,7 +87,7 @@ def test_products_of_unfused_attention_are_those_of_the_simulator():
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_flash_attention_moves_what_the_simulator_says(direction, kv_heads):
-    work = kernels("attention", kv_heads=kv_heads).attention(direction, True, "zigzag")[0]
+    work = kernels("attention", kv_heads=kv_heads).over_gathered_keys(direction, True, "zigzag")[0]
     row = flash_attention(
         "bf16", direction, batch=BATCH, heads=8, kv_heads=kv_heads, head_dim=32, tokens=TOKENS, causal=True
     )
@@ -145,7 +145,7 @@ def test_rotations_move_what_the_simulator_says():
     operators = transformer_layer(
         Model(layers=1, hidden=512, heads=4, vocab=64, positions="rope"), Workload(seq_len=64, micro_batch=1)
     )
-    rope = Kernels(PlacedOperator(next(o for o in operators if o.name == "rope_q"), (), Mesh({})))
+    rope = kernels_of(PlacedOperator(next(o for o in operators if o.name == "rope_q"), (), Mesh({})))
     forward, backward = memory_bound("rope", "bf16", 64, 512)
     (there,), (back,) = rope.forward(True, "zigzag"), rope.backward(True, "zigzag")
     assert (forward.bytes_moved, backward.bytes_moved) == (there.bytes_moved, back.bytes_moved)

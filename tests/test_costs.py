@@ -239,7 +239,7 @@ def flash(head_dim=128, tokens=4096, direction="forward", *, keys=None, causal=T
     """16 heads over `tokens` queries and as many keys."""
     keys = keys or tokens
     twice_pairs = tokens * keys if causal else 2 * tokens * keys
-    return FlashAttention(direction, 1, 16, head_dim, tokens, keys, twice_pairs, causal, bytes_moved=1)
+    return FlashAttention(direction, 1, 16, head_dim, head_dim, tokens, keys, twice_pairs, causal, bytes_moved=1)
 
 
 def test_flash_attention_by_hand():
@@ -287,7 +287,7 @@ def test_head_sizes_are_interpolated(head_dim, fraction, half_tokens):
 
 def test_attention_bound_by_memory():
     """1.7005 GB of traffic at 0.834 of 2039 GB/s take a millisecond."""
-    work = FlashAttention("forward", 1, 1, 128, 512, 512, 1, False, bytes_moved=1_700_526_000)
+    work = FlashAttention("forward", 1, 1, 128, 128, 512, 512, 1, False, bytes_moved=1_700_526_000)
     assert a100().attention_time(work) == pytest.approx(1004 * US, rel=1e-6)
 
 

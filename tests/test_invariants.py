@@ -208,6 +208,45 @@ def test_gradients_of_column_parallel_inputs_move_behind_the_weight_gradient(pla
     assert all(span.posted_ps in starts for span in moved)
 
 
+def test_ulysses_exchanges_hold_up_the_next_kernel():
+    """By hand, one layer with rotary embeddings: each exchange is posted when its tensor is ready and its lane free,
+    behind kernels that stand before it, and the kernel that stands after it starts when it ends, whatever it reads.
+    """
+    spans = result("ulysses=4", layers=1, seq_len=4096, gated_mlp=True, ffn_hidden=704).spans
+    first = spans[spans["rank"] == 0].set_index(["name", "part"])
+    kernels = first[first["lane"] == "compute"]
+    start, end = kernels["start_us"], kernels["end_us"]
+    exchanges = first[first["lane"] == "ulysses"]
+    posted, done = exchanges["posted_us"].tolist(), exchanges["end_us"].tolist()
+    query, key, value, output, *backward = range(8)
+    output_gradient, query_gradient, key_gradient, value_gradient = backward
+    assert posted == [
+        end["rope_q", "forward"],
+        done[query],
+        done[key],
+        end["attention", "forward"],
+        end["projection", "dgrad"],
+        end["attention", "backward"],
+        done[query_gradient],
+        done[key_gradient],
+    ]
+    assert start["attention", "forward"] == done[value] > end["rope_k", "forward"]
+    assert start["projection", "forward"] == done[output]
+    assert start["attention", "backward"] == done[output_gradient] > end["projection", "wgrad"]
+    assert start["rope_k", "backward"] == done[value_gradient] > done[key_gradient]
+    assert start["rope_k", "forward"] == posted[query]
+    assert start["projection", "wgrad"] == posted[output_gradient]
+
+
+def test_what_fits_is_the_memory_of_the_device():
+    """Context, communicators and reserve count: tensors alone would fit below."""
+    found = result("tp=8,sequence_parallel", layers=162, hidden=4096, heads=32, seq_len=4096)
+    assert found.static.total / 2**30 < found.peak_memory_gib < found.capacity_gib < found.device_memory_gib
+    assert not found.fits
+    assert found.out_of_memory_at.endswith("of layer 152")
+    assert result("tp=8,sequence_parallel", layers=150, hidden=4096, heads=32, seq_len=4096).fits
+
+
 SCALED = [
     "",
     "tp=4",

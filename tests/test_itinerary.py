@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.engine.engine import Meeting, RankProgram, Task
 from spsim.engine.pieces import Repeat
 from spsim.engine.recording import BufferUse, TaskInfo
+from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Trace
 from spsim.results.accounts import of_step
 from spsim.results.held import held_at

@@ -6,24 +6,22 @@ from collections.abc import Sequence
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import Precision, Workload
+from spsim.inputs.workload import Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import Program, next_ids
+from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.region import Region
-from spsim.program.sizes import Template, every_workload
 from spsim.program.strategies import split_rules
 from spsim.units import KIB, MIB
 
 _layers: Cache[tuple[Operator, ...]] = Cache(4 * MIB, lambda operators: 3 * KIB * len(operators))
 _regions: Cache[Region] = Cache(16 * MIB, lambda region: 5 * KIB * len(region.operators))
 _programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * next_ids(program)[0])
-_templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 
 
 def placed_by(plan: Plan) -> tuple[int, ...]:
@@ -40,14 +38,7 @@ def compiled_by(plan: Plan) -> tuple[int | str, ...]:
 def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
     """The program of one layer of a model."""
     key = (layer_traits(model), compiled_by(plan), workload.seq_len, workload.micro_batch, workload.precision)
-    return _programs.get(key, lambda: _compile(model, plan, workload))
-
-
-def layer_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
-    """The program of one layer for every workload of a precision."""
-    unit = sequence_unit(model, plan)
-    key = (layer_traits(model), compiled_by(plan), precision)
-    return _templates.get(key, lambda: Template(_compile(model, plan, every_workload(unit, precision)), unit))
+    return _programs.get(key, lambda: compile_layer(model, plan, workload))
 
 
 def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Program:
@@ -55,7 +46,8 @@ def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Pr
     return _lowered(Region(operators, split_rules(plan), mesh_of(plan)), plan, causal=causal)
 
 
-def _compile(model: Model, plan: Plan, workload: Workload) -> Program:
+def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The program of one layer, compiled; `layer_program` keeps it."""
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
     operators = _layers.get(key, lambda: transformer_layer(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
@@ -66,6 +58,7 @@ def _lowered(region: Region, plan: Plan, *, causal: bool) -> Program:
     program = compile_region(region, plan, causal=causal)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
-    for op in (op for op in region.operators if op.operator.kind == "attention"):
-        program = lower_ring(program, plan, region.mesh, region.kernels[op.name], causal=causal)
+    for kernels in region.kernels.values():
+        if isinstance(kernels, Attention):
+            program = lower_ring(program, plan, region.mesh, kernels, causal=causal)
     return program

@@ -24,6 +24,7 @@ from spsim.program.instructions import (
     Saved,
     Section,
 )
+from spsim.program.kernels import Product
 from spsim.program.mesh import Mesh
 from spsim.program.operators import Operator, OperatorKind, Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
@@ -87,7 +88,7 @@ class _Compiler:
         return Program(
             forward_sections=(forward,),
             backward_sections=(Section(tuple(self.instructions)),),
-            input_gradients=tuple(self.collected[entry.name] for entry in self.region.entries),
+            input_gradients=tuple(self.collected[e.name] for e in self.region.entries if e.kind == "activation"),
             saved=tuple(self._kept()),
             weight_sync=self.region.weight_syncs,
             parameters=self.region.parameters,
@@ -154,7 +155,7 @@ class _Compiler:
 
     def _run_forward(self, op: PlacedOperator, part: Part) -> None:
         generation = "recompute" if part == "recompute" else "forward"
-        reads = [self._fetch_input(op, operand, generation) for operand in op.activations]
+        reads = [self._fetch_input(op, operand, generation) for operand in op.handed_over]
         work = self.region.kernels[op.name].forward(self.causal, self.plan.ring_cut)
         writes = [self._hold(output, generation) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
@@ -195,7 +196,7 @@ class _Compiler:
     def _kept_for(self, op: PlacedOperator) -> list[tuple[PlacedOperand, Layout]]:
         if op.name not in self.recomputed:
             return self.saved[op.name]
-        outside = (o for o in op.activations if o.name not in self.inside)
+        outside = (o for o in op.handed_over if o.name not in self.inside)
         return [(o, self.region.produced[o.name].layout) for o in outside]
 
     # Backward
@@ -226,7 +227,7 @@ class _Compiler:
         self.to_recompute = frozenset()
         self.part = "recompute"
         for op in (op for op in self.operators if op.name in self.recomputed):
-            for operand in op.activations:
+            for operand in op.handed_over:
                 if operand.name not in self.inside:
                     layout = self.region.produced[operand.name].layout
                     found = self.values[operand.name, layout, "forward"]
@@ -240,22 +241,23 @@ class _Compiler:
 
     def _run_backward(self, op: PlacedOperator) -> None:
         gradients = [self.collected[output.name] for output in op.results]
-        saved = self._read_saved(op)
-        if op.operator.kind == "gemm":
-            self._run_gemm_backward(op, gradients, saved)
+        saved, kernels = self._read_saved(op), self.region.kernels[op.name]
+        if isinstance(kernels, Product):
+            self._run_product_backward(op, kernels, gradients, saved)
             return
         passthrough = op.operator.passthrough
         for operand in op.activations:
             if operand.name in passthrough:
                 self.gradients[operand.name].append((operand.gradient, gradients[0]))
-        work = self.region.kernels[op.name].backward(self.causal, self.plan.ring_cut)
+        work = kernels.backward(self.causal, self.plan.ring_cut)
         if work:
             writes = [self._gradient_of(o) for o in op.activations if o.name not in passthrough]
             self._compute(op.name, op.operator.kind, "backward", work, [*gradients, *saved.values()], writes)
 
-    def _run_gemm_backward(self, op: PlacedOperator, gradients: list[Buffer], saved: dict[str, Buffer]) -> None:
+    def _run_product_backward(
+        self, op: PlacedOperator, kernels: Product, gradients: list[Buffer], saved: dict[str, Buffer]
+    ) -> None:
         """Data gradients first, then the weight gradient: Megatron's order, which hides communication."""
-        kernels = self.region.kernels[op.name]
         for operand, work in kernels.data_gradients:
             others = [] if op.weights else [b for name, b in saved.items() if name != operand.name]
             self._compute(op.name, "gemm", "dgrad", (work,), [*gradients, *others], [self._gradient_of(operand)])

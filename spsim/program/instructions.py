@@ -116,6 +116,7 @@ class Program:
     outputs: tuple[Buffer, ...]
     output_gradients: tuple[Buffer, ...]
     input_gradients: tuple[Buffer, ...]
+    """Of the inputs that have one: token ids have none."""
 
     @property
     def sections(self) -> tuple[Section, ...]:

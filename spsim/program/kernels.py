@@ -1,6 +1,7 @@
-"""From an operator and its splits to the kernels it launches: `Work` for forward and backward.
+"""From a placed operator to the kernels it launches: `Work` for forward and backward.
 
-FLOPs and bytes follow from the subscripts; nothing is listed per model or per strategy.
+FLOPs and bytes follow from the subscripts and from the kind of the operator; nothing is listed per model or per
+strategy. A formula refuses what it cannot read: `InputError` names the operator and the operand.
 """
 
 from __future__ import annotations
@@ -8,21 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from spsim.errors import InputError
 from spsim.lazy import lazy
-from spsim.program.operators import Operator
 from spsim.program.placed import PlacedOperand, PlacedOperator
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundClass, Work
+from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
+
+POSITIONS = frozenset({"s", "j"})
 
 
 class Kernels:
-    """The kernels of one operator on one rank."""
+    """The kernels of one operator on one rank: here of one that takes the time of its memory traffic."""
 
     def __init__(self, placed: PlacedOperator) -> None:
         self.placed = placed
         self.operator = placed.operator
-
-    def _product(self, dims: Iterable[str]) -> int:
-        return math.prod([self.placed.sizes[dim] for dim in dims])
 
     @lazy
     def bytes_moved(self) -> int:
@@ -30,41 +30,111 @@ class Kernels:
         return bytes_of(self.placed.inputs + self.placed.outputs)
 
     @lazy
-    def matrices(self) -> tuple[PlacedOperand, ...]:
-        """Weights that are multiplied, not added."""
-        contracted = self.operator.contracted
-        return tuple([w for w in self.placed.weights if not contracted.isdisjoint(w.subscript)])
-
-    @lazy
     def vectors(self) -> tuple[PlacedOperand, ...]:
-        """Weights that are added or scaled by: biases and norm weights."""
-        return tuple([w for w in self.placed.weights if self.operator.contracted.isdisjoint(w.subscript)])
+        """Weights that are added or scaled by, not multiplied: biases and norm weights."""
+        contracted = self.operator.contracted
+        return tuple([w for w in self.placed.weights if contracted.isdisjoint(w.subscript)])
 
     def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""
-        return self.attention("forward", causal, ring_cut) if self.operator.kind == "attention" else self._forward
+        return self._forward
+
+    def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
+        """The backward kernel; empty where every gradient passes through."""
+        return self._backward
 
     @lazy
     def _forward(self) -> tuple[Work, ...]:
-        operator = self.operator
-        if operator.kind == "gemm":
-            return (self._gemm,)
-        return (MemoryBound(_memory_bound(operator), self.bytes_moved, operator.kernel),)
+        return (self._streaming(self.bytes_moved),)
+
+    @lazy
+    def _backward(self) -> tuple[Work, ...]:
+        """It reads the gradient of the output and what was saved, and writes the gradients of the inputs.
+
+        Biases cost one more reading of the gradient they sum; norms sum theirs on the way.
+        """
+        placed = self.placed
+        written = [o for o in placed.activations if o.name not in self.operator.passthrough]
+        summed = self.vectors if self.operator.kind != "norm" else ()
+        if not written and not summed:
+            return ()
+        total = bytes_of(written or placed.results) if summed else 0
+        if not written:
+            return (MemoryBound("elementwise", total, "bias_gradient"),)
+        return (self._streaming(total + bytes_of([*placed.results, *placed.saved, *written]), backward=True),)
+
+    def _streaming(self, moved: int, *, backward: bool = False) -> MemoryBound:
+        kind = self.operator.kind
+        if kind == "gemm" or kind == "attention":
+            raise AssertionError(f"{self.operator.name} takes the time of its FLOPs")
+        return MemoryBound(kind, moved, self.operator.kernel, backward)
+
+    def _product(self, dims: Iterable[str]) -> int:
+        return math.prod([self.placed.sizes[dim] for dim in dims])
+
+    def _refuse(self, what: str) -> InputError:
+        return InputError(f"operator {self.operator.name} ({self.operator.subscripts}): {what}")
+
+
+class Lookup(Kernels):
+    """Rows of a table, one for each token id: the rows are read, not the table."""
+
+    @lazy
+    def _rows(self) -> int:
+        """Bytes of the rows."""
+        if len(self.placed.weights) != 1 or self.placed.activations:
+            raise self._refuse("a lookup reads one table and token ids; give the ids the kind 'token ids'")
+        (table,) = self.placed.weights
+        return sum(result.elements for result in self.placed.results) * table.tensor.itemsize
+
+    @lazy
+    def bytes_moved(self) -> int:
+        """Ids, rows and the result."""
+        ids = [operand for operand in self.placed.inputs if operand.tensor.kind != "weight"]
+        return self._rows + bytes_of([*ids, *self.placed.outputs])
+
+    @lazy
+    def _backward(self) -> tuple[Work, ...]:
+        """The gradient of the result is read, and added to the rows of the gradient of the table."""
+        return (self._streaming(self.bytes_moved + self._rows, backward=True),)
+
+
+class Product(Kernels):
+    """A matrix product: of an activation and weights, or of two activations."""
+
+    @lazy
+    def matrices(self) -> tuple[PlacedOperand, ...]:
+        """Weights that are multiplied, not added."""
+        return tuple([w for w in self.placed.weights if w not in self.vectors])
+
+    @lazy
+    def _forward(self) -> tuple[Work, ...]:
+        return (self._gemm,)
 
     @lazy
     def _gemm(self) -> Gemm:
         return self._linear() if self.matrices else self._product_of_activations()
 
     def _linear(self) -> Gemm:
-        operator = self.operator
-        k = self._product(operator.contracted)
-        m = self._product(d for d in operator.activations[0].subscript if d not in operator.contracted)
-        n = sum(w.elements for w in self.matrices) // k
-        return Gemm(m, n, k, 1, self.bytes_moved)
+        """Dimensions that activation, weight and result share are a batch: one product for each expert."""
+        contracted, given = self.operator.contracted, self.operator.activations[0].subscript
+        shared = [dim for dim in given if dim not in contracted and dim in self.matrices[0].subscript]
+        for matrix in self.matrices:
+            if not contracted.issubset(matrix.subscript) or {*shared} != {*given} & {*matrix.subscript} - contracted:
+                raise self._refuse(f"{matrix.name} is not multiplied along the dimensions of {self.matrices[0].name}")
+        batch, k = self._product(shared), self._product(contracted)
+        m = self._product(dim for dim in given if dim not in contracted and dim not in shared)
+        n = sum([w.elements for w in self.matrices]) // (k * batch)
+        return Gemm(m, n, k, batch, self.bytes_moved)
 
     def _product_of_activations(self) -> Gemm:
+        if len(self.operator.activations) != 2:
+            raise self._refuse("a product without weights takes two activations")
         left, right = (set(operand.subscript) for operand in self.operator.activations)
         out = set(self.operator.results[0].subscript)
+        for operand, one, other in zip(self.operator.activations, (left, right), (right, left), strict=True):
+            if summed := one - other - out - self.operator.mixes:
+                raise self._refuse(f"{operand.tensor.name} is summed over {' '.join(sorted(summed))}, not multiplied")
         return Gemm(
             m=self._product((left & out) - right),
             n=self._product((right & out) - left),
@@ -75,10 +145,10 @@ class Kernels:
 
     @lazy
     def data_gradients(self) -> tuple[tuple[PlacedOperand, Gemm], ...]:
-        """One product for the gradient of each activation operand of a GEMM."""
+        """One product for the gradient of each activation operand."""
         m, n, k, batch, moved = (getattr(self._gemm, name) for name in ("m", "n", "k", "batch", "bytes_moved"))
         if self.matrices:
-            return ((self.placed.activations[0], Gemm(m, k, n, 1, moved)),)
+            return ((self.placed.activations[0], Gemm(m, k, n, batch, moved)),)
         left, right = self.placed.activations
         return (left, Gemm(m, k, n, batch, moved)), (right, Gemm(k, n, m, batch, moved))
 
@@ -88,79 +158,84 @@ class Kernels:
         if not self.matrices:
             return ()
         forward = self._gemm
-        product = Gemm(forward.k, forward.n, forward.m, 1, forward.bytes_moved, accumulated=forward.k * forward.n)
+        elements = forward.batch * forward.k * forward.n
+        product = Gemm(forward.k, forward.n, forward.m, forward.batch, forward.bytes_moved, accumulated=elements)
         if not self.vectors:
             return (product,)
         return product, MemoryBound("elementwise", bytes_of(self.placed.results), "bias_gradient")
 
+
+class Attention(Kernels):
+    """Core attention in one kernel: `s b a d, j b a d, j b a e -> s b a e`, where e is often d again."""
+
+    def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
+        """One kernel, or one per position on the ring."""
+        return self.over_gathered_keys("forward", causal, ring_cut)
+
     def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
-        """The backward kernel of an operator that is not a GEMM; empty where every gradient passes through."""
-        return self.attention("backward", causal, ring_cut) if self.operator.kind == "attention" else self._backward
+        """The same of the gradients of queries, keys and values."""
+        return self.over_gathered_keys("backward", causal, ring_cut)
 
-    @lazy
-    def _backward(self) -> tuple[Work, ...]:
-        """It reads the gradient of the output and what was saved, and writes the gradients of the inputs.
-
-        Biases cost one more reading of the gradient they sum; norms sum theirs on the way.
-        """
-        operator, placed = self.operator, self.placed
-        written = [o for o in placed.activations if o.name not in operator.passthrough]
-        summed = self.vectors if operator.kind != "norm" else ()
-        if not written and not summed:
-            return ()
-        total = bytes_of(written or placed.results) if summed else 0
-        if not written:
-            return (MemoryBound("elementwise", total, "bias_gradient"),)
-        total += bytes_of([*placed.results, *placed.saved, *written])
-        return (MemoryBound(_memory_bound(operator), total, operator.kernel, backward=True),)
-
-    def attention(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[Work, ...]:
-        """Flash attention over the gathered keys; under a contiguous cut later ranks see more of the square."""
+    def over_gathered_keys(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[FlashAttention, ...]:
+        """Over all keys; under a contiguous cut later ranks see more of the square."""
         queries, keys = self.placed.sizes["s"], self.placed.sizes["j"]
         degree = self.placed.mesh.degree("ring") if ("ring", "s") in self.placed.splits else 1
         if not causal:
-            return (self.attention_block(direction, queries, keys, 2 * queries * keys, causal=False),)
+            return (self.block(direction, queries, keys, 2 * queries * keys, causal=False),)
+        if self.operator.extents["s"] != self.operator.extents["j"]:
+            return (self.block(direction, queries, keys, self._twice_last_pairs(degree), causal=True),)
         if degree == 1 or ring_cut == "zigzag":
-            return (self.attention_block(direction, queries, keys, queries * keys, causal=True),)
+            return (self.block(direction, queries, keys, queries * keys, causal=True),)
         return tuple(
-            self.attention_block(direction, queries, keys, queries * queries * (2 * rank + 1), causal=True)
+            self.block(direction, queries, keys, queries * queries * (2 * rank + 1), causal=True)
             for rank in range(degree)
         )
 
-    def attention_block(
-        self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool
-    ) -> FlashAttention:
+    def _twice_last_pairs(self, degree: int) -> int:
+        """Of queries at the last of the positions of the keys: the first of them sees all keys but those after it."""
+        queries, keys = self.operator.extents["s"], self.operator.extents["j"]
+        if degree > 1 or queries > keys:
+            raise self._refuse(f"a causal mask of {queries} queries on {keys} keys needs no ring and enough keys")
+        return queries * (2 * keys - queries + 1)
+
+    def block(self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool) -> FlashAttention:
         """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed."""
-        batch, heads, head_dim = self.placed.sizes.get("b", 1), self._product(self._head_dims), self._head_dim
-        rows = 2 * queries * heads + 2 * keys * self._local_kv_heads()
+        if len(self.placed.inputs) != 3:
+            raise self._refuse("attention takes queries, keys and values")
+        of_queries, of_keys, of_values = self.placed.inputs
+        batch, width, value_width = self._batch, self._width(of_queries), self._width(of_values)
+        heads = self._product(self._heads)
+        kv_heads = of_keys.elements // (self.placed.sizes["j"] * batch * width)
         passes = 1 if direction == "forward" else 2
+        rows = (queries * heads + keys * kv_heads) * batch * (width + value_width)
         return FlashAttention(
-            direction=direction,
-            batch=batch, heads=heads, head_dim=head_dim, queries=queries, keys=keys, twice_pairs=twice_pairs,
-            causal=causal, bytes_moved=passes * rows * batch * head_dim * self.operator.inputs[0].tensor.itemsize,
+            direction=direction, batch=batch, heads=heads, head_dim=width, value_dim=value_width, queries=queries,
+            keys=keys, twice_pairs=twice_pairs, causal=causal, bytes_moved=passes * rows * of_queries.tensor.itemsize,
         )  # fmt: skip
 
-    @property
-    def _head_dims(self) -> list[str]:
-        """Dimensions of the queries that are neither positions, batch nor mixed."""
-        queries = self.operator.inputs[0].subscript
-        return [dim for dim in queries if dim not in ("s", "b") and dim not in self.operator.mixes]
+    @lazy
+    def _batch(self) -> int:
+        return self.placed.sizes.get("b", 1)
 
-    @property
-    def _head_dim(self) -> int:
-        return self._product(self.operator.mixes - {"j"})
+    @lazy
+    def _heads(self) -> frozenset[str]:
+        """Dimensions that queries and result share, but positions, batch and what is mixed."""
+        queries, result = self.placed.inputs[0].subscript, self.placed.results[0].subscript
+        return frozenset(queries).intersection(result) - self.operator.mixes - POSITIONS - {"b"}
 
-    def _local_kv_heads(self) -> int:
-        sizes = self.placed.sizes
-        return self.placed.inputs[1].elements // (sizes["j"] * sizes.get("b", 1) * self._head_dim)
+    def _width(self, operand: PlacedOperand) -> int:
+        """Elements of a head of an operand."""
+        return self._product(dim for dim in operand.subscript if dim not in self._heads | POSITIONS | {"b"})
+
+
+def kernels_of(placed: PlacedOperator) -> Kernels:
+    """The kernels of an operator, by its kind."""
+    return _KINDS.get(placed.operator.kind, Kernels)(placed)
+
+
+_KINDS: dict[str, type[Kernels]] = {"gemm": Product, "attention": Attention, "embedding": Lookup}
 
 
 def bytes_of(operands: Iterable[PlacedOperand]) -> int:
     """Local bytes of some operands."""
     return sum([operand.bytes for operand in operands])
-
-
-def _memory_bound(operator: Operator) -> MemoryBoundClass:
-    if operator.kind == "gemm" or operator.kind == "attention":
-        raise AssertionError(f"{operator.name} takes the time of its FLOPs")
-    return operator.kind

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
+from spsim.errors import InputError
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from spsim.program.strategies import SplitRule
 from spsim.work import MemoryBoundKernel
 
-TensorKind = Literal["activation", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
-OperatorKind = Literal["gemm", "attention", "norm", "softmax", "dropout", "elementwise"]
+TensorKind = Literal["activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
+OperatorKind = Literal["gemm", "attention", "norm", "softmax", "dropout", "elementwise", "embedding"]
 OPERATOR_CLASSES: tuple[OperatorKind, ...] = get_args(OperatorKind)
 
 
@@ -69,6 +70,18 @@ class Operator:
     kernel: MemoryBoundKernel | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
 
+    def __post_init__(self) -> None:
+        """`InputError` for what is no sum of products: where tokens are dealt out to experts, positions are missing on
+        the right, but nothing is summed over them.
+        """
+        read = {dim.partition("-")[0] for operand in self.inputs for dim in operand.subscript}
+        for operand in self.outputs if self.contracted else ():
+            if made := [dim for dim in operand.subscript if dim not in read]:
+                raise InputError(
+                    f"operator {self.name} ({self.subscripts}): {operand.tensor.name} has dimensions of no input "
+                    f"({' '.join(made)}), so that {' '.join(sorted(self.contracted))} cannot be summed over; mix them"
+                )
+
     @lazy
     def extents(self) -> dict[str, int]:
         """Global size of each dimension; K and V may have fewer heads than the operator."""
@@ -95,6 +108,11 @@ class Operator:
     def activations(self) -> tuple[Operand, ...]:
         """Inputs that are activations."""
         return tuple(operand for operand in self.inputs if operand.tensor.kind == "activation")
+
+    @lazy
+    def handed_over(self) -> tuple[Operand, ...]:
+        """Inputs that other operators or blocks make: activations, and token ids, which have no gradient."""
+        return tuple(operand for operand in self.inputs if operand.tensor.kind in ("activation", "token ids"))
 
     @lazy
     def weights(self) -> tuple[Operand, ...]:

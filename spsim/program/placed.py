@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Mesh
-from spsim.program.operators import Operand, Operator, Splits, Tensor, arriving, leaving
+from spsim.program.operators import Operand, Operator, Splits, Tensor, TensorKind, arriving, leaving
 from spsim.program.placement import Layout
 
 
@@ -41,6 +41,7 @@ class PlacedOperator:
                 self._parts[dim] = self._parts.get(dim, 1) * mesh.degree(axis)
         self.inputs = tuple([self._place(operand, read=True) for operand in operator.inputs])
         self.outputs = tuple([self._place(operand, read=False) for operand in operator.outputs])
+        self.handed_over = self._of_kind(self.inputs, "activation", "token ids")
         self.activations = self._of_kind(self.inputs, "activation")
         self.weights = self._of_kind(self.inputs, "weight")
         self.results = self._of_kind(self.outputs, "activation")
@@ -60,5 +61,5 @@ class PlacedOperator:
         return PlacedOperand(tensor.name, tensor, subscript, layout, gradient, elements, elements * tensor.itemsize)
 
     @staticmethod
-    def _of_kind(operands: tuple[PlacedOperand, ...], kind: str) -> tuple[PlacedOperand, ...]:
-        return tuple([operand for operand in operands if operand.tensor.kind == kind])
+    def _of_kind(operands: tuple[PlacedOperand, ...], *kinds: TensorKind) -> tuple[PlacedOperand, ...]:
+        return tuple([operand for operand in operands if operand.tensor.kind in kinds])

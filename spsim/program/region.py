@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spsim.lazy import lazy
 from spsim.program.instructions import WeightSync
-from spsim.program.kernels import Kernels
+from spsim.program.kernels import kernels_of
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
 from spsim.program.placed import PlacedOperator
@@ -50,7 +50,7 @@ class Region:
     def __init__(self, operators: Sequence[Operator], rules: dict[Axis, SplitRule], mesh: Mesh) -> None:
         self.mesh = mesh
         self.operators = tuple([PlacedOperator(op, operator_splits(op, rules, mesh), mesh) for op in operators])
-        self.kernels = {op.name: Kernels(op) for op in self.operators}
+        self.kernels = {op.name: kernels_of(op) for op in self.operators}
         self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
         # What comes from outside is placed as any output of an operator that does not mix positions.
         sources = (Operator(entry.name, "elementwise", (), (Operand(entry, entry.dims),)) for entry in self.entries)
@@ -58,6 +58,9 @@ class Region:
         every = (*outside, *self.operators)
         self.produced = {output.name: output for op in every for output in op.outputs}
         """Tensor -> as its producer leaves it."""
+        # Every rank loads the token ids that their first reader needs.
+        read = (operand for op in self.operators[::-1] for operand in op.handed_over)
+        self.produced |= {operand.name: operand for operand in read if operand.tensor.kind == "token ids"}
         self.producers = {output.name: op.name for op in every for output in op.outputs}
         self.last_summand = {o.name: op for op in reversed(self.operators) for o in op.activations}
         """Tensor -> the operator that reads it first, whose gradient of it is the last."""
@@ -99,9 +102,9 @@ class Region:
 
 
 def _from_outside(operators: Sequence[Operator]) -> Iterator[Tensor]:
-    """Activations that no operator makes, in the order in which they are read."""
+    """Activations and token ids that no operator makes, in the order in which they are read."""
     seen = {output.tensor.name for op in operators for output in op.outputs}
-    for operand in (operand for op in operators for operand in op.activations):
+    for operand in (operand for op in operators for operand in op.handed_over):
         if operand.tensor.name not in seen:
             seen.add(operand.tensor.name)
             yield operand.tensor

@@ -151,7 +151,7 @@ def _tasks(recording: Recording, rank: int) -> Iterator[Activity]:
 def _flights(recording: Recording, rank: int) -> Iterator[Activity]:
     """The communications of earlier pieces that one piece finds."""
     for flight in recording.flights.get(rank, ()):
-        yield from _communication(*flight)
+        yield from _communication(*flight[:5])
 
 
 def _communication(lane: str, posted: int, start: int, end: int, kind: str) -> Iterator[Activity]:

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spsim.engine.engine import RankProgram, run
+from spsim.engine.engine import run
 from spsim.engine.pieces import Move, Node, Repeat, Stretch
 from spsim.engine.recording import Integers, Moments, Recording
+from spsim.engine.tasks import RankProgram
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
 from spsim.step.lanes import IDLE, Busy, State, left_by, record, start

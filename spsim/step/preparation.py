@@ -7,7 +7,6 @@ itinerary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,34 +14,41 @@ import numpy.typing as npt
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
-from spsim.engine.engine import RankProgram
 from spsim.engine.recording import Integers, Outline
+from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
-from spsim.lazy import lazy
-from spsim.program.assembly import layer_program, layer_template
+from spsim.lazy import Cache, lazy
+from spsim.program.assembly import compiled_by, layer_program
+from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import Communication, Compute, Instruction, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
+from spsim.program.templates import layer_template
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Item, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import Segment
-from spsim.units import PS_PER_S, picoseconds
+from spsim.units import KIB, MIB, PS_PER_S, picoseconds
+
+_blocks: Cache[PreparedBlock] = Cache(64 * MIB, lambda block: block.nbytes)
 
 
-@lru_cache(maxsize=1024)
 def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedBlock:
     """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    return PreparedBlock(
-        layer_template(model, plan, precision),
-        plan,
-        lambda workload: layer_program(model, plan, workload),
-        fold=fold,
-        weight_bytes=ELEMENT_BYTES[precision],
+    issued_by = plan.tp_backward_overlap, plan.zero_stage > 0
+    return _blocks.get(
+        (layer_traits(model), compiled_by(plan), precision, issued_by, fold),
+        lambda: PreparedBlock(
+            layer_template(model, plan, precision),
+            plan,
+            lambda workload: layer_program(model, plan, workload),
+            fold=fold,
+            weight_bytes=ELEMENT_BYTES[precision],
+        ),
     )
 
 
@@ -62,7 +68,6 @@ class PreparedBlock:
         """`program_at` compiles the block for a workload; bytes are of one element, of gradients as they are summed."""
         program = template.program
         self.template = template
-        self.plan = plan
         self.program_at = program_at
         self.mesh = mesh_of(plan)
         self.passes = block_passes(program, plan, "layer")
@@ -74,6 +79,11 @@ class PreparedBlock:
         differ = any(len(work) > 1 for work in works)
         self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """About the memory that it takes, and will take once it has been simulated."""
+        return 3 * KIB * sum(len(segment.tasks) for segment in self.segments) * (1 + self.ranks.number)
 
     @lazy
     def programs(self) -> dict[str, Mapping[int, RankProgram]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from spsim.engine.engine import Meeting, RankProgram
+from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.step.segments import Call, Segment
@@ -17,8 +18,7 @@ class Ranks:
     """Ranks of a mesh of which some are simulated: all, one for all, or one for each position on the ring."""
 
     mesh: Mesh
-    simulated: str
-    """`each`, `one` or `positions`."""
+    simulated: Literal["each", "one", "positions"]
 
     @lazy
     def copies(self) -> Mapping[int, Sequence[int]]:
@@ -32,6 +32,11 @@ class Ranks:
         for rank in ranks:
             found[self.mesh.coordinate(rank, "ring")].append(rank)
         return {copies[0]: tuple(copies) for copies in found.values()}
+
+    @property
+    def number(self) -> int:
+        """Of those that are simulated."""
+        return {"one": 1, "positions": self.mesh.degree("ring"), "each": self.mesh.ranks}[self.simulated]
 
     @lazy
     def positions(self) -> Mapping[int, int]:
@@ -52,7 +57,7 @@ class Ranks:
         """The tasks of each simulated rank, with its meetings."""
         return {rank: RankProgram([*self._tasks(segment, rank)]) for rank in self.copies}
 
-    def _tasks(self, segment: Segment, rank: int) -> Iterator:  # type: ignore[type-arg]
+    def _tasks(self, segment: Segment, rank: int) -> Iterator[Task]:
         called: Counter[tuple[object, ...]] = Counter()
         for task in segment.tasks:
             call = segment.calls.get(task.id)

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from spsim.engine.engine import Meeting, Need, RankProgram, Task, run
+from spsim.engine.engine import run
 from spsim.engine.pieces import Node, Stretch
 from spsim.engine.recording import COMPUTE_LANE, Flight, Integers, Moments, Recording, columns
+from spsim.engine.tasks import Meeting, Need, RankProgram, Task
 from spsim.step.folding import Step, Walked
 from spsim.step.itinerary import Visit, visits
 from spsim.step.lanes import end_of, flights_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spsim.program.blocks.transformer import transformer_layer
-from spsim.program.kernels import Kernels
+from spsim.program.kernels import kernels_of
 from spsim.program.lowerings.ring import ring_blocks
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import operator_splits
@@ -56,8 +56,8 @@ def test_gathered(degree: int, cut: str, causal: bool) -> None:
     each = case(f"ring={degree},ring_kind=all_gather,ring_cut={cut}", seq_len=TOKENS * degree, causal=causal)
     attention = next(op for op in transformer_layer(each.model, each.workload) if op.name == "attention")
     mesh = mesh_of(each.plan)
-    kernels = Kernels(PlacedOperator(attention, operator_splits(attention, split_rules(each.plan), mesh), mesh))
-    counted = kernels.attention("forward", causal, cut)
+    kernels = kernels_of(PlacedOperator(attention, operator_splits(attention, split_rules(each.plan), mesh), mesh))
+    counted = kernels.over_gathered_keys("forward", causal, cut)
     for rank in range(degree):
         blocks = ring(f"ring={degree},ring_cut={cut}", rank, causal).gathered_blocks(TOKENS)
         found = sum(twice_pairs(block, degree) for block in blocks)

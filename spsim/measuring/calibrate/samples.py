@@ -101,7 +101,8 @@ def _attention(row: Measurement) -> FlashAttention:
     queries, keys = row.queries or 0, row.keys or 0
     return FlashAttention(
         "backward" if row.name == "backward" else "forward", row.batch or 1, row.heads or 1, row.head_dim or 1,
-        queries, keys, queries * keys * (1 if row.causal else 2), bool(row.causal), row.bytes_moved or 0,
+        row.head_dim or 1, queries, keys, queries * keys * (1 if row.causal else 2), bool(row.causal),
+        row.bytes_moved or 0,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from spsim.program.instructions import (
     Section,
     next_ids,
 )
-from spsim.program.kernels import Kernels
+from spsim.program.kernels import Attention
 from spsim.program.mesh import Mesh
 from spsim.work import FlashAttention, MemoryBound, Work
 
@@ -58,7 +58,7 @@ def ring_blocks(tokens: int, degree: int, step: int, *, causal: bool, cut: str) 
 
 
 def lower_ring(
-    program: Program, plan: Plan, mesh: Mesh, attention: Kernels, *, causal: bool, loops: bool = False
+    program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, loops: bool = True
 ) -> Program:
     """Ring attention as steps and messages; `attention` holds the kernels of the core attention operator.
 
@@ -75,7 +75,7 @@ def lower_ring(
 
 class _RingLowering:
     def __init__(
-        self, program: Program, plan: Plan, mesh: Mesh, attention: Kernels, *, causal: bool, loops: bool
+        self, program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, loops: bool
     ) -> None:
         self.degree = mesh.degree("ring")
         self.cut = plan.ring_cut
@@ -196,9 +196,7 @@ class _RingLowering:
         assert isinstance(base, FlashAttention)
         blocks = ring_blocks(base.queries, self.degree, step, causal=self.causal, cut=self.cut)
         block = next(filter(None, blocks))
-        kernel = self.kernels.attention_block(
-            base.direction, block.queries, block.keys, block.twice_pairs, causal=block.causal
-        )
+        kernel = self.kernels.block(base.direction, block.queries, block.keys, block.twice_pairs, causal=block.causal)
         return tuple([kernel if own else None for own in blocks])
 
     # The two passes
