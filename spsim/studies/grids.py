@@ -43,6 +43,15 @@ def tables_of(points: Sequence[Point]) -> list[Table]:
     return tables + _tables({place: row(points[place]) for place in alone})
 
 
+def rows_of_points(points: Sequence[Point]) -> list[Row]:
+    """One row per point, in their order: where sweeps that keep rows compute, here or in a worker."""
+    rows: list[Row] = [{} for _ in points]
+    for table in tables_of(points):
+        for place, own in table.rows():
+            rows[place] = own
+    return rows
+
+
 def _tables(rows: Mapping[int, Row]) -> list[Table]:
     """Rows with the same columns together."""
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
