@@ -35,8 +35,8 @@ from spsim import report
 from spsim.engine.engine import run
 from spsim.engine.tasks import Meeting, Task
 from spsim.inputs.plan import parse_plan
+from spsim.studies.grids import rows_of_points
 from spsim.studies.points import Point
-from spsim.studies.rows import rows_of_points
 
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "ring=8", "ulysses=4,ring=2", "tp=2,sequence_parallel,ring=4")
 COMMANDS = {
