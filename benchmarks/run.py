@@ -32,7 +32,8 @@ from rich.table import Table
 
 import spsim
 from spsim import report
-from spsim.engine.engine import Meeting, Task, run
+from spsim.engine.engine import run
+from spsim.engine.tasks import Meeting, Task
 from spsim.inputs.plan import parse_plan
 from spsim.studies.sweeps import Point, row
 

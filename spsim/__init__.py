@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from spsim.simulation import simulate as simulate
     from spsim.studies.comparison import compare as compare
     from spsim.studies.explanation import explain as explain
+    from spsim.studies.points import Point as Point
     from spsim.studies.sweeps import Experiment as Experiment
-    from spsim.studies.sweeps import Point as Point
     from spsim.studies.sweeps import sweep as sweep
 
     __version__: str
@@ -39,7 +39,7 @@ _HOMES = {
     "MeasuredSpan": "results.measured",
     "Model": "inputs.model",
     "Plan": "inputs.plan",
-    "Point": "studies.sweeps",
+    "Point": "studies.points",
     "Result": "results.result",
     "Scenario": "inputs.scenario",
     "Workload": "inputs.workload",

@@ -2,38 +2,15 @@
 
 import subprocess
 import sys
-from collections import Counter, deque
-from fractions import Fraction
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spsim.engine.engine import DeadlockError, Meeting, RankProgram, Task, run
-
-LANES = ("compute", "net", "link")
-
-
-def times(programs, slowdown=0.0, **settings):
-    """{(rank, task): (posted, start, end)} of a run."""
-    found = run(programs, slowdown=slowdown, **settings)
-    return {
-        (rank, task.id): moments
-        for rank, program in programs.items()
-        for task, moments in zip(getattr(program, "tasks", program), found[rank], strict=True)
-    }
-
-
-def meeting(task, ranks):
-    """The rendezvous of one collective."""
-    return (Meeting((task,), ranks),)
-
-
-def exchange(task, rank, ranks):
-    """The two edges of a ring exchange: to the next rank and from the previous one."""
-    edges = dict.fromkeys([(rank, (rank + 1) % ranks), ((rank - 1) % ranks, rank)])
-    return tuple(Meeting((task, *edge), len(set(edge))) for edge in edges)
-
+from spsim.engine.engine import run
+from spsim.engine.tasks import DeadlockError, Hold, RankProgram, Start, Task
+from tests.replay import SLOWDOWNS, Replay, exchange, meeting, random_programs, random_starts, times
 
 # ------------------------------------------------------------ worked by hand
 
@@ -135,6 +112,23 @@ def test_two_collectives_at_once_slow_compute_once():
     assert times({0: tasks}, 0.5)[0, 3] == (0, 0, 28)
 
 
+def test_a_communication_slows_compute_by_its_own_share():
+    """The run says 1/2, the collective of 20 ps 1/4: of 30 ps it leaves 15, which end at 35. A share of 0: 30."""
+    for own, end in ((0.25, 35), (0.0, 30), (None, 40)):
+        tasks = [Task(0, "net", 20, meetings=meeting(0, 1), slowdown=own), Task(1, "compute", 30)]
+        assert times({0: tasks}, 0.5)[0, 1] == (0, 0, end)
+
+
+def test_of_two_collectives_at_once_the_larger_share_counts():
+    """1/4 holds 0-20 and 1/2 holds 8-14: of 30 ps 6 are done until 8, 9 until 14, 13.5 until 20, all by 36.5."""
+    tasks = [
+        Task(0, "net", 20, meetings=meeting(0, 1), slowdown=0.25),
+        Task(1, "link", 6, meetings=meeting(1, 1), slowdown=0.5),
+        Task(2, "compute", 30),
+    ]
+    assert times({0: tasks}, starts={0: Start(lanes={"link": 8})})[0, 2] == (0, 0, 37)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_kernel_ends_in_the_first_picosecond_in_which_its_work_is_done(order):
     """Slowdown 1/2, a kernel of 1 ps under a collective of 3 ps on both ranks: done at 2, however the ranks
@@ -204,7 +198,7 @@ def test_a_kernel_inside_a_row_releases_who_waits_for_it():
 def test_ranks_begin_at_their_starts():
     """Ranks start at 3 and 10 with 4 ps of work each; the collective of 2 ps meets at 14."""
     tasks = [Task(0, "compute", 4), Task(1, "net", 2, needs=(0,), meetings=meeting(1, 2)), Task(2, "link", 1)]
-    assert times({0: tasks, 1: tasks}, starts={0: 3, 1: 10}) == {
+    assert times({0: tasks, 1: tasks}, starts={0: Start(3), 1: Start(10)}) == {
         (0, 0): (3, 3, 7),
         (0, 1): (7, 14, 16),
         (0, 2): (3, 3, 4),
@@ -212,6 +206,25 @@ def test_ranks_begin_at_their_starts():
         (1, 1): (14, 14, 16),
         (1, 2): (10, 10, 11),
     }
+
+
+def test_a_rank_begins_where_others_left_it():
+    """Slowdown 1/2, free at 5, its net at 9, held until 9, and "a" ends at 12. The collective of 3 ps holds 9-12; of
+    10 ps from 5 on 2 are done until 9, 1.5 until 12, the rest by 18.5, so 19. What needs "a" runs 12-13.
+    """
+    start = Start(5, lanes={"net": 9}, holds=[Hold(2, 9)], ends={"a": 12})
+    tasks = [
+        Task(0, "compute", 10),
+        Task(1, "net", 3, meetings=meeting(1, 1)),
+        Task(2, "link", 1, needs=("a", "b")),
+    ]
+    assert times({0: tasks}, 0.5, starts={0: start}) == {(0, 0): (5, 5, 19), (0, 1): (9, 9, 12), (0, 2): (12, 12, 13)}
+
+
+def test_lanes_of_kernels_begin_when_they_are_free():
+    """The rank is free at 2, its link at 6."""
+    tasks = [Task(0, "compute", 1), Task(1, "link", 1)]
+    assert times({0: tasks}, starts={0: Start(2, lanes={"link": 6})}) == {(0, 0): (2, 2, 3), (0, 1): (6, 6, 7)}
 
 
 def test_a_prepared_program_runs_with_durations_of_each_run():
@@ -259,141 +272,50 @@ def test_a_peer_that_never_comes_is_a_deadlock():
 # ------------------------------------------------------------ the oracle
 
 
-class Replay:
-    """The engine's rules stepped tick by tick in plain Python, with exact fractions and no events.
-
-    A communication starts at the first of its rendezvous, and its duration runs from the last. Nothing of a
-    rank is posted before its start.
-    """
-
-    def __init__(self, programs, slowdown, durations=None, starts=None):
-        own = {rank: {task.id: task.duration_ps for task in tasks} for rank, tasks in programs.items()}
-        self.durations = durations or own
-        self.starts = starts or dict.fromkeys(programs, 0)
-        self.queues = {(rank, task.lane): deque() for rank, tasks in programs.items() for task in tasks}
-        for rank, tasks in programs.items():
-            for task in tasks:
-                self.queues[rank, task.lane].append(task)
-        self.rate = 1 - slowdown
-        self.posted, self.start, self.end, self.done, self.arrived = {}, {}, {}, {}, Counter()
-
-    def complete(self, meeting):
-        """Whether all parties of a rendezvous are there."""
-        return self.arrived[meeting.key] == meeting.parties
-
-    def move(self, rank, queue, now):
-        """Post, start, set off or end the head of a lane; whether it could."""
-        task, key = queue[0], (rank, queue[0].id)
-        if key not in self.posted:
-            if now < self.starts[rank] or any((rank, need) not in self.end for need in task.needs):
-                return False
-            self.posted[key] = now
-            self.arrived.update(meeting.key for meeting in task.meetings)
-        elif key not in self.start:
-            if task.meetings and not any(map(self.complete, task.meetings)):
-                return False
-            self.start[key] = now
-        elif key not in self.done:
-            if not all(map(self.complete, task.meetings)):
-                return False
-            self.done[key] = Fraction(0)
-        elif self.done[key] >= self.durations[rank][task.id]:
-            self.end[key] = now
-            queue.popleft()
-        else:
-            return False
-        return True
-
-    def tick(self):
-        """One unit of work for what has started; less for compute while a communication of its rank is posted."""
-        heads = [(rank, queue[0]) for (rank, _), queue in self.queues.items() if queue]
-        held = {rank for rank, task in heads if task.meetings and (rank, task.id) in self.posted}
-        for rank, task in heads:
-            if (rank, task.id) in self.done:
-                self.done[rank, task.id] += self.rate if rank in held and not task.meetings else 1
-
-    def times(self):
-        """{(rank, task): (posted, start, end)} at the end; at each instant move until nothing moves."""
-        for now in range(10_000):
-            while any(self.move(rank, q, now) for (rank, _), q in self.queues.items() if q):
-                pass
-            if not any(self.queues.values()):
-                return {key: (self.posted[key], self.start[key], end) for key, end in self.end.items()}
-            self.tick()
-        raise AssertionError("the replay does not end")
-
-
-@st.composite
-def random_programs(draw):
-    """2-4 ranks, 2-3 lanes, needs on earlier tasks of any lane, rows of kernels, collectives of random ranks,
-    exchanges.
-
-    Ids increase on every lane and needs point backwards, so the lowest unfinished id can always proceed.
-    """
-    num_ranks = draw(st.integers(2, 4))
-    lanes = LANES[: draw(st.integers(2, 3))]
-    programs = {rank: [] for rank in range(num_ranks)}
-    for task in range(draw(st.integers(1, 12))):
-        kind = draw(st.sampled_from(["compute", "compute", "row", "row", "collective", "exchange"]))
-        members = range(num_ranks)
-        if kind == "row":
-            lane = draw(st.sampled_from(["compute", *lanes]))
-            for rank in members:
-                programs[rank].append(Task(task, lane, draw(st.integers(0, 9))))
-            continue
-        if kind == "collective":
-            members = draw(st.sets(st.integers(0, num_ranks - 1), min_size=1))
-        lane = "compute" if kind == "compute" else draw(st.sampled_from(lanes[1:]))
-        duration = draw(st.integers(0, 9))
-        for rank in members:
-            earlier = [other.id for other in programs[rank]]
-            needs = tuple(sorted(draw(st.sets(st.sampled_from(earlier), max_size=2)))) if earlier else ()
-            own = draw(st.integers(0, 9)) if kind == "compute" else duration
-            meetings = {
-                "compute": (),
-                "collective": meeting(task, len(members)),
-                "exchange": exchange(task, rank, num_ranks),
-            }[kind]
-            programs[rank].append(Task(task, lane, own, needs, meetings))
-    return programs
-
-
-SLOWDOWNS = st.sampled_from(["0", "0.15", "0.25", "0.5", "0.9"])
-
-
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS)
 def test_engine_equals_the_replay(programs, slowdown):
     """Spans are equal, task by task, to the tick-by-tick replay."""
-    assert times(programs, float(slowdown)) == Replay(programs, Fraction(slowdown)).times()
+    assert times(programs, slowdown) == Replay(programs, slowdown).times()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS, st.data())
 def test_durations_and_starts_equal_the_replay(programs, slowdown, data):
-    """Prepared programs with durations of their own for a run, and ranks that start apart."""
+    """Prepared programs with durations of their own for a run, and ranks that start apart, in the midst of things."""
     numbers = st.lists(st.integers(0, 9), min_size=12, max_size=12)
     durations = {rank: data.draw(numbers) for rank in programs}
-    starts = {rank: data.draw(st.integers(0, 20)) for rank in programs}
+    starts = data.draw(random_starts(programs))
     prepared = {rank: RankProgram(tasks) for rank, tasks in programs.items()}
     for own in (durations, None):
-        found = times(prepared, float(slowdown), durations=own, starts=starts)
-        assert found == Replay(programs, Fraction(slowdown), own, starts).times()
+        found = times(prepared, slowdown, durations=own, starts=starts)
+        assert found == Replay(programs, slowdown, own, starts).times()
+
+
+def later(start, by):
+    """All that a start says, later."""
+    return Start(
+        start.time + by,
+        {lane: time + by for lane, time in start.lanes.items()},
+        [hold._replace(begin=hold.begin + by, end=hold.end + by) for hold in start.holds],
+        {name: time + by for name, time in start.ends.items()},
+    )
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(random_programs(), SLOWDOWNS, st.integers(1, 1000))
-def test_a_common_start_shifts_everything(programs, slowdown, start):
-    """The same spans, all of them later by the start."""
-    shifted = times(programs, float(slowdown), starts=dict.fromkeys(programs, start))
-    found = times(programs, float(slowdown))
-    assert shifted == {key: tuple(time + start for time in span) for key, span in found.items()}
+@given(random_programs(), SLOWDOWNS, st.data(), st.integers(1, 1000))
+def test_a_later_start_shifts_everything(programs, slowdown, data, by):
+    """The same spans, all of them later."""
+    starts = data.draw(random_starts(programs))
+    found = times(programs, slowdown, starts=starts)
+    shifted = times(programs, slowdown, starts={rank: later(start, by) for rank, start in starts.items()})
+    assert shifted == {key: tuple(time + by for time in span) for key, span in found.items()}
 
 
 def test_the_replay_agrees_with_the_hand_worked_contention():
     """The oracle itself on the example above that was worked by hand."""
     tasks = [Task(0, "net", 20), Task(1, "net", 40, meetings=meeting(1, 1)), Task(2, "compute", 100)]
-    assert Replay({0: tasks}, Fraction(1, 4)).times()[0, 2] == (0, 0, 110)
+    assert Replay({0: tasks}, 0.25).times()[0, 2] == (0, 0, 110)
 
 
 # ------------------------------------------------------------ properties
@@ -405,7 +327,7 @@ def changed(programs, change):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(random_programs(), st.data())
+@given(random_programs(slowdowns=st.just(0.0)), st.data())
 def test_a_shorter_task_delays_nothing(programs, data):
     """Without contention every end is a maximum of sums of durations, which cannot grow as one shrinks."""
     tasks = [(rank, task.id) for rank, tasks in programs.items() for task in tasks]
@@ -413,20 +335,20 @@ def test_a_shorter_task_delays_nothing(programs, data):
 
     def shorten(rank, task):
         duration = max(0, task.duration_ps - cut) if (rank, task.id) == chosen else task.duration_ps
-        return Task(task.id, task.lane, duration, task.needs, task.meetings)
+        return replace(task, duration_ps=duration)
 
     before, after = times(programs), times(changed(programs, shorten))
     assert all(after[key][2] <= before[key][2] for key in before)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(random_programs())
+@given(random_programs(slowdowns=st.just(0.0)))
 def test_another_lane_delays_nothing(programs):
     """Moving the odd tasks of a lane to a lane of their own only drops constraints of order."""
 
     def move(rank, task):
         lane = f"{task.lane} 2" if task.id % 2 and task.lane != "compute" else task.lane
-        return Task(task.id, lane, task.duration_ps, task.needs, task.meetings)
+        return replace(task, lane=lane)
 
     before, after = times(programs), times(changed(programs, move))
     assert all(after[key][2] <= before[key][2] for key in before)
@@ -437,7 +359,7 @@ def test_another_lane_delays_nothing(programs):
 def test_the_order_in_which_ranks_are_given_does_not_matter(programs, slowdown):
     """Ties between ranks and between lanes are no ties: no time depends on who is looked at first."""
     turned = {rank: programs[rank] for rank in reversed(programs)}
-    assert times(turned, float(slowdown)) == times(programs, float(slowdown))
+    assert times(turned, slowdown) == times(programs, slowdown)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -446,8 +368,48 @@ def test_a_lane_apart_changes_nothing(programs, slowdown):
     """A third lane without communication, that nothing depends on, leaves all other spans as they are."""
     extra = [Task(1000 + i, "apart", 3) for i in range(4)]
     more = {rank: [*extra, *tasks] for rank, tasks in programs.items()}
-    found = times(more, float(slowdown))
-    assert {key: found[key] for key in found if key[1] < 1000} == times(programs, float(slowdown))
+    found = times(more, slowdown)
+    assert {key: found[key] for key in found if key[1] < 1000} == times(programs, slowdown)
+
+
+def halves(programs, cut):
+    """Programs up to a task and from it on, the second half waiting for the last kernels of the first: as one, and
+    apart, where what it needs of the first half has names.
+    """
+    whole, first, second = {}, {}, {}
+    for rank, tasks in programs.items():
+        first[rank] = [task for task in tasks if task.id < cut]
+        last = tuple({task.lane: task.id for task in first[rank] if not task.meetings}.values())
+        rest = [task for task in tasks if task.id >= cut]
+        whole[rank] = [*first[rank], *(replace(task, needs=(*task.needs, *last)) for task in rest)]
+        second[rank] = [
+            replace(task, needs=tuple(f"{need}" if need in range(cut) else need for need in task.needs))
+            for task in rest
+        ]
+    return whole, first, second
+
+
+def left(tasks, found, rank, start):
+    """Where a rank stands that ran tasks from a start, for those that wait for the last kernels."""
+    ends = {task: found[rank, task.id][2] for task in tasks}
+    lanes = {task.lane: end for task, end in ends.items()}
+    return Start(
+        max([start.time, *(end for task, end in ends.items() if not task.meetings)]),
+        {lane: max(lanes.get(lane, 0), start.lanes.get(lane, 0)) for lane in lanes | start.lanes},
+        [*start.holds, *(Hold(found[rank, t.id][0], end, t.slowdown) for t, end in ends.items() if t.meetings)],
+        {**start.ends, **{f"{task.id}": end for task, end in ends.items()}},
+    )
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(random_programs(), SLOWDOWNS, st.data(), st.integers(1, 11))
+def test_two_halves_one_after_the_other_are_the_whole(programs, slowdown, data, cut):
+    """All that tasks mean to those that wait for the last of their kernels is in a start: folding relies on it."""
+    starts = data.draw(random_starts(programs))
+    whole, first, second = halves(programs, cut)
+    found = times(first, slowdown, starts=starts)
+    between = {rank: left(tasks, found, rank, starts[rank]) for rank, tasks in first.items()}
+    assert found | times(second, slowdown, starts=between) == times(whole, slowdown, starts=starts)
 
 
 HASH_OF_A_STEP = """

@@ -5,9 +5,10 @@ and where the pieces of a stretch stand.
 import numpy as np
 import pytest
 
-from spsim.engine.engine import Meeting, Task, run
+from spsim.engine.engine import run
 from spsim.engine.pieces import Move, Stretch
 from spsim.engine.recording import BufferUse, Outline, Recording, TaskInfo
+from spsim.engine.tasks import Meeting, Task
 from spsim.engine.trace import Trace
 from spsim.results.metrics import Peak, first_above, peak_memory
 

@@ -92,10 +92,13 @@ class Flight(NamedTuple):
     end_ps: int
     kind: str
     """As of its task."""
+    slowdown: float | None = None
+    """What kernels lose beside it, if not what the run says."""
 
     def moved(self, by_ps: int) -> Flight:
         """The same, seen from another moment."""
-        return Flight(self.lane, self.posted_ps + by_ps, self.start_ps + by_ps, self.end_ps + by_ps, self.kind)
+        posted, start, end = self.posted_ps + by_ps, self.start_ps + by_ps, self.end_ps + by_ps
+        return Flight(self.lane, posted, start, end, self.kind, self.slowdown)
 
     def longer(self, late: Late) -> Flight:
         """The same where its lane is busy for longer."""

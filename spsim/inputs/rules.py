@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spsim.errors import InputError
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import Workload
+from spsim.inputs.workload import Workload, Workloads
 
 if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
@@ -105,6 +105,13 @@ def sequence_unit(model: Model, plan: Plan) -> int:
     """What must divide the sequence length: the product of the sequence shards, twice for a zigzag ring."""
     zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
     return plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
+
+
+def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: Any) -> Any:
+    """Which of many workloads keep the rules for their sizes, where others of their kind keep all others."""
+    unit = workloads.micro_batch * plan.dp
+    whole = (workloads.seq_len % sequence_unit(model, plan) == 0) & (global_batch % unit == 0)
+    return whole & (global_batch // unit <= MAX_MICRO_BATCHES)
 
 
 def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:

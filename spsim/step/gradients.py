@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from spsim.engine.engine import Task
 from spsim.engine.recording import TaskInfo
+from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import Program
 from spsim.program.mesh import Axis

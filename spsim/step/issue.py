@@ -24,9 +24,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from spsim.engine.engine import Task
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, TaskInfo
+from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Program, Section
 from spsim.step.segments import BlockPass, Call, Part, Segment

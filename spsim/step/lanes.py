@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from spsim.engine.engine import Start
 from spsim.engine.recording import ENDED, Flight, Integers, Left, Moments, Recording, columns
+from spsim.engine.tasks import Hold, Start
 from spsim.step.segments import Segment
 
 
@@ -37,7 +37,7 @@ def start(segment: Segment, time: int, busy: Busy) -> Start:
     return Start(
         max([time, *(lanes[lane] for lane in segment.joins if lane in lanes)]),
         lanes,
-        [(time + flight.posted_ps, time + flight.end_ps) for flight in busy.flights],
+        [Hold(time + flight.posted_ps, time + flight.end_ps, flight.slowdown) for flight in busy.flights],
         {name: time + end for name, end in busy.ends},
     )
 
@@ -100,7 +100,8 @@ def left_by(
 
 def flights_of(segment: Segment, moments: Sequence[Moments]) -> list[Flight]:
     """The communications of a segment."""
-    return [Flight(segment.tasks[task].lane, *moments[task], segment.labels[task].kind) for task in segment.calls]
+    own = ((segment.tasks[task], segment.labels[task]) for task in segment.calls)
+    return [Flight(task.lane, *moments[task.id], label.kind, task.slowdown) for task, label in own]
 
 
 def _merged(flights: Iterable[Flight]) -> tuple[Flight, ...]:
@@ -108,11 +109,11 @@ def _merged(flights: Iterable[Flight]) -> tuple[Flight, ...]:
     each other without waiting are one.
     """
     found: dict[str, list[Flight]] = {}
-    for lane, posted, begun, end, kind in sorted(flights):
-        flight = Flight(lane, max(0, posted), max(0, begun), end, kind)
-        own = found.setdefault(lane, [])
+    for known in sorted(flights, key=lambda flight: flight[:4]):
+        flight = known._replace(posted_ps=max(0, known.posted_ps), start_ps=max(0, known.start_ps))
+        own = found.setdefault(flight.lane, [])
         if own and _continues(flight, own[-1]):
-            own[-1] = own[-1]._replace(end_ps=end)
+            own[-1] = own[-1]._replace(end_ps=flight.end_ps)
         else:
             own.append(flight)
     return tuple(flight for own in found.values() for flight in own)
@@ -121,4 +122,4 @@ def _merged(flights: Iterable[Flight]) -> tuple[Flight, ...]:
 def _continues(flight: Flight, last: Flight) -> bool:
     """Whether a flight begins as the last one of its lane ends, is of its kind, and neither waits."""
     waits = last.posted_ps < last.start_ps or flight.posted_ps < flight.start_ps
-    return flight.kind == last.kind and flight.posted_ps == last.end_ps and not waits
+    return flight[4:] == last[4:] and flight.posted_ps == last.end_ps and not waits

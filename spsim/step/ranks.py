@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from spsim.engine.engine import Meeting, RankProgram, Task
+from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.step.segments import Call, Segment

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spsim.engine.engine import Task
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
+from spsim.engine.tasks import Task
 from spsim.lazy import lazy
 from spsim.program.instructions import Instruction
 from spsim.program.mesh import Axis

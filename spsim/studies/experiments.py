@@ -27,7 +27,8 @@ from rich.text import Text
 from spsim.errors import InputError
 from spsim.files import write_text
 from spsim.inputs.resources import read_text
-from spsim.studies.sweeps import Experiment, Point, RowFile, manifest, run_points
+from spsim.studies.points import Point
+from spsim.studies.sweeps import Experiment, RowFile, manifest, run_points
 
 
 def load_experiment(path: Path) -> Experiment:

@@ -6,13 +6,11 @@ an interrupted sweep keeps its rows, and running it again computes only what is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,33 +19,13 @@ import pandas as pd
 
 from spsim.errors import InputError
 from spsim.files import write_text
-from spsim.inputs.scenario import scenario_from
-from spsim.program.operators import OPERATOR_CLASSES
-from spsim.results.metrics import compute_by_class
-from spsim.results.result import Result
-from spsim.simulation import simulate
-from spsim.units import MIB, PS_PER_MS
+from spsim.studies.grids import tables_of
+from spsim.studies.points import Point, Settings, plain, program_fingerprint
+from spsim.studies.rows import row
+from spsim.studies.tables import frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-Labels = Mapping[str, str | int | float | bool]
-Settings = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One configuration: the settings of a `Scenario`, and columns to add to its row."""
-
-    settings: Settings
-    labels: Labels = field(default_factory=dict)
-
-    @cached_property
-    def key(self) -> str:
-        """Identity of the point: its resolved inputs and the version of the program that computes it."""
-        text = json.dumps([_plain(self.settings), dict(self.labels), program_fingerprint()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -69,26 +47,6 @@ class Experiment:
         return (self.quick or self.points[::4]) if quick else self.points
 
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
-
-
-@cache
-def program_fingerprint() -> str:
-    """Hash of the package's sources and profiles: rows of another program are not resumed from."""
-    from spsim.inputs.resources import profiles_directory
-
-    files = [*Path(__file__).parent.parent.glob("**/*.py"), *profiles_directory().glob("*.toml")]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def package_version() -> str:
     """Version of the installed package."""
     try:
@@ -97,63 +55,14 @@ def package_version() -> str:
         return "unknown"
 
 
-def row(point: Point) -> dict[str, Any]:
-    """The row of one configuration; one that breaks a rule has its reason in `error` and no numbers."""
-    try:
-        result = simulate(scenario_from(point.settings, "point"))
-    except InputError as error:
-        return {**point.labels, "error": str(error)}
-    return {**point.labels, **measures(result), **point.labels, "error": ""}
-
-
-def measures(result: Result) -> dict[str, Any]:
-    """The columns of a result; times are of one layer and micro-batch unless the name says otherwise."""
-    scenario = result.scenario
-    instances = scenario.model.layers * scenario.num_micro_batches
-    forward_s, backward_s = result.layer_forward_s, result.layer_backward_s
-    compute = compute_by_class(result.trace, next(iter(result.trace.copies)))
-    return {
-        "model": scenario.model.name,
-        "hardware": scenario.hardware.name,
-        "strategy": scenario.plan.label,
-        "plan": scenario.plan.text,
-        "seq_len": scenario.workload.seq_len,
-        "micro_batch": scenario.workload.micro_batch,
-        "gpus": scenario.plan.gpus,
-        "scope": result.scope,
-        "layers": scenario.model.layers,
-        "layer_time_ms": (forward_s + backward_s) * 1e3,
-        "layer_forward_ms": forward_s * 1e3,
-        "layer_backward_ms": backward_s * 1e3,
-        "exposed_comm_ms": result.exposed_comm_s * 1e3 / instances,
-        **{f"{name}_ms": compute.get(name, 0) / PS_PER_MS / instances for name in OPERATOR_CLASSES},
-        "step_time_ms": result.step_time_s * 1e3,
-        "weight_sync_ms": result.weight_sync_s * 1e3,
-        "mfu": result.mfu,
-        "tokens_per_s_per_gpu": result.tokens_per_s_per_gpu,
-        "activation_mib_per_layer": result.activation_bytes_per_layer / MIB,
-        "peak_memory_gib": result.peak_memory_gib,
-        "device_memory_gib": result.device_memory_gib,
-        "capacity_gib": result.capacity_gib,
-        "fits": result.fits,
-        "peak_operator": result.peak_operator,
-        "out_of_memory_at": result.out_of_memory_at or "",
-        **_calibration(result),
-    }
-
-
-def _calibration(result: Result) -> dict[str, Any]:
-    """The error band and flags, where a calibration wrote the profile."""
-    band = {} if result.error_band is None else {"step_time_error_percent": result.error_band.step_time_percent}
-    return {**band, "flagged": ", ".join(result.flagged)} if band or result.flagged else {}
-
-
 def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:
     """One row per configuration, in the order of the grid; failures with their reason in `error`.
 
     Any `concurrent.futures.Executor` can compute them; without one they are computed here.
     """
     points = [point if isinstance(point, Point) else Point(point) for point in grid]
+    if executor is None:
+        return frame(tables_of(points), len(points))
     rows = dict(rows_of(points, executor))
     return pd.DataFrame([rows[index] for index in range(len(points))])
 
@@ -246,5 +155,5 @@ def manifest(experiment: Experiment, points: Sequence[Point]) -> dict[str, Any]:
         "spsim": package_version(),
         "program": program_fingerprint(),
         "packages": {name: version(name) for name in ("numpy", "pandas", "simpy", "pydantic")},
-        "points": [{"key": p.key, "labels": dict(p.labels), "settings": _plain(p.settings)} for p in points],
+        "points": [{"key": p.key, "labels": dict(p.labels), "settings": plain(p.settings)} for p in points],
     }
