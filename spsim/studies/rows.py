@@ -8,12 +8,12 @@ import numpy as np
 
 from spsim.errors import InputError
 from spsim.inputs.scenario import scenario_from
-from spsim.program.operators import OPERATOR_CLASSES
 from spsim.results.columns import ResultColumns
 from spsim.results.result import Result
 from spsim.simulation import simulate
 from spsim.studies.points import Point
 from spsim.units import MIB, PS_PER_MS
+from spsim.work import KERNEL_CLASSES
 
 Row = dict[str, Any]
 
@@ -49,7 +49,7 @@ def measures(result: Result | ResultColumns) -> Row:
         "layer_forward_ms": forward_s * 1e3,
         "layer_backward_ms": backward_s * 1e3,
         "exposed_comm_ms": result.exposed_comm_s * 1e3 / instances,
-        **{f"{name}_ms": compute.get(name, 0) / PS_PER_MS / instances for name in OPERATOR_CLASSES},
+        **{f"{name}_ms": compute.get(name, 0) / PS_PER_MS / instances for name in KERNEL_CLASSES},
         "step_time_ms": result.step_time_s * 1e3,
         "weight_sync_ms": result.weight_sync_s * 1e3,
         "mfu": result.mfu,
