@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spsim.program.operators import OPERATOR_CLASSES
 from spsim.units import MIB, MS_PER_S, PS_PER_MS
+from spsim.work import KernelClass
 
 if TYPE_CHECKING:
     from spsim.results.derived import Derived
@@ -50,6 +50,9 @@ def _operator(name: Any, _: Any) -> Any:
     return name
 
 
+LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
+"""Of the kernels that layers have."""
+
 FIGURES: tuple[Figure, ...] = (
     Figure("layer_time_s", "layer_time_ms", _milliseconds, documented=False),
     Figure("layer_forward_s", "layer_forward_ms", _milliseconds),
@@ -58,8 +61,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("idle_s"),
     *(
         Figure(f"compute_ps.{name}", f"{name}_ms", lambda ps, instances: ps / PS_PER_MS / instances, documented=False)
-        for name in OPERATOR_CLASSES
-        if name != "embedding"  # no layer has one
+        for name in LAYER_CLASSES
     ),
     Figure("step_time_s", "step_time_ms", _milliseconds),
     Figure("weight_sync_s", "weight_sync_ms", _milliseconds),
