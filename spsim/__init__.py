@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from spsim.results.result import Result as Result
     from spsim.simulation import simulate as simulate
     from spsim.studies.comparison import compare as compare
+    from spsim.studies.experiment import Experiment as Experiment
     from spsim.studies.explanation import explain as explain
     from spsim.studies.points import Point as Point
-    from spsim.studies.sweeps import Experiment as Experiment
     from spsim.studies.sweeps import sweep as sweep
 
     __version__: str
 
 _HOMES = {
-    "Experiment": "studies.sweeps",
+    "Experiment": "studies.experiment",
     "HardwareProfile": "inputs.hardware",
     "InputError": "errors",
     "MeasuredSpan": "results.measured",

@@ -136,6 +136,7 @@ def test_the_package_reads_as_its_architecture() -> None:
         ("__main__", ("numpy", "pandas", "pydantic", "typer")),  # it must answer interrupts before they are there
         ("simulation", ("pandas", *HEAVY)),
         ("studies.comparison", ("pandas", *HEAVY)),
+        ("studies.sweeps", ("pandas", *HEAVY)),
         *((f"cli.commands.{name}", HEAVY) for name in (*COMMANDS, EXPERIMENT)),
     ],
 )

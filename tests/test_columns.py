@@ -286,13 +286,13 @@ def test_what_the_columns_do_not_cover_is_simulated():
 
 def test_an_equal_object_is_the_same_family():
     """Families are found by what objects are, not by which."""
-    from spsim.studies.grids import tables_of
+    from spsim.studies.grids import tables_of_points
 
     points = [
         Point({"hardware": H100, "model": model(), "plan": {"tp": 8}, "workload": {"seq_len": 256 * n}})
         for n in range(1, 9)
     ]
-    assert [list(table.places) for table in tables_of(points)] == [list(range(8))]
+    assert [list(table.places) for table in tables_of_points(points)] == [list(range(8))]
 
 
 def test_a_calibrated_profile_has_its_error_band():

@@ -14,7 +14,6 @@ import spsim
 from spsim import InputError, MeasuredSpan, measured_trace, plots
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.plots.figure import MARGIN, side_by_side
-from spsim.results.metrics import phase_of
 from tests.cases import A100, H100
 
 PLANS = {
@@ -28,6 +27,11 @@ PLANS = {
     "mixed": "tp=2,ulysses=2,ring=2,sequence_parallel,recompute=full",
 }
 PS_PER_MS = 10**9
+
+
+def phase_of(part):
+    """The pass that a part of the work belongs to."""
+    return part if part in ("forward", "weight_sync") else "backward"
 
 
 def simulated(name, *, layers=2, fold=True, **settings):

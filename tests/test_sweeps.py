@@ -1,27 +1,72 @@
 """Sweeps keep every finished row, resume, and say why a configuration failed."""
 
 import json
+import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 import pytest
 
 import spsim
-from spsim.studies.sweeps import Point, RowFile, manifest, rows_of, run_points, sweep
+from spsim.studies import points, sweeps
+from spsim.studies.columns import Columns
+from spsim.studies.grids import rows_of_points
+from spsim.studies.points import Point, Register
+from spsim.studies.rowfile import RowFile
+from spsim.studies.sweeps import run_points, sweep
 
 MODEL = spsim.Model(name="small", layers=2, hidden=256, heads=8, vocab=1000)
 
 
-def point(seq_len: int, plan: str = "tp=8") -> Point:
-    settings = {"hardware": "dgx-h100", "model": MODEL, "plan": plan, "workload": {"seq_len": seq_len}}
+def point(seq_len: int, plan: str = "tp=8", **changes: Any) -> Point:
+    settings = {"hardware": "dgx-h100", "model": MODEL, "plan": plan, "workload": {"seq_len": seq_len}, **changes}
     return Point(settings, {"strategy": plan, "seq_len": seq_len})
 
 
 GRID = [point(256), point(512), point(512, "tp=3"), point(512, "ulysses=8")]
+
+
+def keys(grid: Sequence[Point]) -> list[str]:
+    return [key for key, _ in Register().entries(grid)]
+
+
+def run(grid: Sequence[Point], file: RowFile, executor: Executor | None = None) -> pd.DataFrame:
+    return run_points(grid, keys(grid), file, executor, lambda finished: None)
+
+
+def on_disk(file: RowFile) -> dict[str, Any]:
+    """Key -> row of each line, all of them whole."""
+    return {row["key"]: row for row in map(json.loads, file.path.read_text().splitlines())}
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """The points that are computed from now on; one at a time, so that interrupts come between them."""
+    seen: list[Point] = []
+
+    def watched(chunk: Sequence[Point]) -> list[dict[str, Any]]:
+        rows = rows_of_points(chunk)
+        seen.extend(chunk)
+        return rows
+
+    monkeypatch.setattr(sweeps, "rows_of_points", watched)
+    monkeypatch.setattr(sweeps, "LARGEST_CHUNK", 1)
+    return seen
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> RowFile:
+    return RowFile(tmp_path / "rows.jsonl")
+
+
+# ------------------------------------------------------------ rows
 
 
 def test_rows_equal_single_simulations() -> None:
@@ -42,9 +87,12 @@ def test_a_failing_configuration_is_a_row_with_its_reason() -> None:
     assert "heads = 8" in frame["error"][2]
 
 
-def test_executor_gives_the_same_rows_in_the_same_order() -> None:
+def test_executor_gives_the_same_rows_in_the_same_order(file: RowFile) -> None:
+    """Columns too, although the row that fails has few of them and may be finished first."""
+    grid = [GRID[2], *GRID] * 3
     with ThreadPoolExecutor(2) as executor:
-        pd.testing.assert_frame_equal(sweep(GRID, executor), sweep(GRID))
+        pd.testing.assert_frame_equal(sweep(grid, executor), sweep(grid))
+        pd.testing.assert_frame_equal(run(grid, file, executor).drop(columns="key"), sweep(grid))
 
 
 def test_settings_without_labels_are_accepted() -> None:
@@ -52,44 +100,73 @@ def test_settings_without_labels_are_accepted() -> None:
     assert frame["seq_len"][0] == 256
 
 
-def test_interruption_keeps_rows_and_a_rerun_computes_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_take_a_fraction_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a row costs: by the clock below 10 us, later 5 ms, in the end a second."""
+    clock, chunks = 0.0, []
+
+    def costly(chunk: Sequence[Point]) -> list[dict[str, Any]]:
+        nonlocal clock
+        took = sum(item.settings["cost"] for item in chunk)
+        clock += took
+        chunks.append((len(chunk), took))
+        return [{"error": ""} for _ in chunk]
+
+    monkeypatch.setattr(sweeps, "rows_of_points", costly)
+    monkeypatch.setattr(sweeps, "perf_counter", lambda: clock)
+    costs = [1e-5] * 20_000 + [5e-3] * 5_000 + [1.0] * 60
+    assert list(sweeps.rows_of([Point({"cost": cost}) for cost in costs]))
+    assert sum(size for size, _ in chunks) == len(costs)
+    assert max(size for size, _ in chunks) == sweeps.LARGEST_CHUNK
+    late = [took for size, took in chunks if size > 1 and took > 0.5]
+    assert len(late) == 2  # those in which the cost of a row jumped
+
+
+# ------------------------------------------------------------ resuming
+
+
+def test_interruption_keeps_rows_and_a_rerun_computes_what_is_missing(file: RowFile, computed: list[Point]) -> None:
     """The third row is interrupted; two rows are on disk, and the rerun computes the other two only."""
-    file = RowFile(tmp_path / "rows.jsonl")
-    seen: list[int] = []
 
     def interrupt(finished: int) -> None:
-        seen.append(finished)
         if finished == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_points(GRID, file, None, interrupt)
-    assert len(file.read()) == 2
-    computed: list[str] = []
-
-    def counting(points: list[Point], executor: object) -> object:
-        computed.extend(p.key for p in points)
-        return rows_of(points)
-
-    monkeypatch.setattr("spsim.studies.sweeps.rows_of", counting)
-    frame = run_points(GRID, file, None, lambda finished: None)
-    assert computed == [GRID[2].key, GRID[3].key]
-    assert list(frame["key"]) == [item.key for item in GRID]
-    pd.testing.assert_frame_equal(frame.drop(columns="key"), sweep(GRID), check_dtype=False)
+        run_points(GRID, keys(GRID), file, None, interrupt)
+    assert list(on_disk(file)) == keys(GRID)[:2]
+    computed.clear()
+    frame = run(GRID, file)
+    assert computed == GRID[2:]
+    assert list(frame["key"]) == keys(GRID)
+    pd.testing.assert_frame_equal(frame.drop(columns="key"), sweep(GRID))
 
 
-def test_a_row_that_was_cut_short_is_computed_again(tmp_path: Path) -> None:
-    """kill -9 in the middle of a write leaves half a line."""
-    file = RowFile(tmp_path / "rows.jsonl")
-    run_points(GRID, file, None, lambda finished: None)
-    text = file.path.read_text()
-    file.path.write_text(text[:-40])
-    assert len(file.read()) == 3
-    run_points(GRID, file, None, lambda finished: None)
-    assert len(file.read()) == 4
-    assert all(json.loads(line) for line in file.path.read_text().splitlines())
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_stops_a_computation_leaves_the_rows_before_it(
+    stop: type[BaseException], file: RowFile, computed: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until_then = sweeps.rows_of_points
+
+    def stopped(chunk: Sequence[Point]) -> list[dict[str, Any]]:
+        if len(computed) == 3:
+            raise stop
+        return until_then(chunk)
+
+    monkeypatch.setattr(sweeps, "rows_of_points", stopped)
+    with pytest.raises(stop):
+        run(GRID, file)
+    assert list(on_disk(file)) == keys(GRID)[:3]
+
+
+@pytest.mark.parametrize("lost", [1, 2, 40])
+def test_a_row_that_was_cut_short_is_computed_again(lost: int, file: RowFile, computed: list[Point]) -> None:
+    """kill -9 in the middle of a write leaves part of a line."""
+    whole = run(GRID, file)
+    file.path.write_text(file.path.read_text()[:-lost])
+    computed.clear()
+    pd.testing.assert_frame_equal(run(GRID, file), whole)
+    assert computed == GRID[3:]
+    assert list(on_disk(file)) == keys(GRID)
 
 
 def test_kill_of_a_parallel_sweep(tmp_path: Path) -> None:
@@ -104,19 +181,129 @@ def test_kill_of_a_parallel_sweep(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.kill()
         process.communicate(timeout=60)
-    assert RowFile(rows).read()
+    assert json.loads(rows.read_text().splitlines()[0])["error"] == ""
 
 
-def test_a_row_of_other_inputs_is_not_resumed_from(tmp_path: Path) -> None:
-    file = RowFile(tmp_path / "rows.jsonl")
-    run_points([point(256)], file, None, lambda finished: None)
-    frame = run_points([point(1024)], file, None, lambda finished: None)
-    assert list(frame["seq_len"]) == [1024]
+def test_a_point_that_stands_twice_is_computed_once(file: RowFile, computed: list[Point]) -> None:
+    frame = run([GRID[0], *GRID], file)
+    assert computed == GRID
+    assert list(frame["seq_len"]) == [256, 256, 512, 512, 512]
 
 
-def test_manifest_names_inputs_and_versions() -> None:
-    experiment = spsim.Experiment(name="x", title="t", points=GRID)
-    document = manifest(experiment, GRID)
-    assert json.loads(json.dumps(document)) == document
-    assert [p["settings"]["plan"] for p in document["points"]] == ["tp=8", "tp=8", "tp=3", "ulysses=8"]
-    assert {"simpy", "numpy"} <= set(document["packages"])
+# ------------------------------------------------------------ keys
+
+
+def test_a_row_of_other_inputs_is_not_resumed_from(file: RowFile) -> None:
+    run([point(256)], file)
+    assert list(run([point(1024)], file)["seq_len"]) == [1024]
+    assert list(on_disk(file)) == keys([point(1024)])
+
+
+def test_rows_of_another_version_of_the_program_are_not_resumed_from(
+    file: RowFile, computed: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("one", "one", "other"):
+        monkeypatch.setattr(points, "program_fingerprint", lambda version=version: version)
+        run(GRID[:2], file)
+        assert list(on_disk(file)) == keys(GRID[:2])
+    assert computed == GRID[:2] * 2
+
+
+def test_the_version_of_the_program_is_what_stands_in_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "costs.py"
+    monkeypatch.setattr(points, "_program_files", lambda: [source])
+    found = []
+    for text in ("rate = 1", "rate = 1", "rate = 2"):
+        source.write_text(text)
+        found.append(points.program_fingerprint.__wrapped__())
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_program_is_all_of_the_package_and_its_profiles() -> None:
+    names = {path.name for path in points._program_files()}
+    assert {"points.py", "engine.py", "kernels.py", "dgx-h100.toml"} <= names
+
+
+def test_every_setting_and_label_is_part_of_the_key() -> None:
+    profile = spsim.load_profile("dgx-h100")
+    fewer_flops = profile.model_copy(update={"name": "other"})
+    grid = [
+        point(256),
+        point(257),
+        point(256, "tp=4"),
+        point(256, nodes=1),
+        point(256, model=MODEL.model_copy(update={"layers": 3})),
+        point(256, model="llama-3-8b"),
+        point(256, hardware="dgx-a100-80gb"),
+        point(256, hardware=profile),
+        point(256, hardware=fewer_flops),
+        Point(point(256).settings, {"strategy": "mine"}),
+    ]
+    assert len(set(keys(grid))) == len(grid)
+
+
+def test_a_key_does_not_depend_on_how_the_same_settings_are_given() -> None:
+    settings = point(256).settings
+    same = [
+        Point(dict(reversed(settings.items()))),
+        Point(MappingProxyType({**settings, "model": MODEL.model_copy()})),
+        Point({**settings, "workload": spsim.Workload(seq_len=256)}),
+    ]
+    assert set(keys(same)) == set(keys([Point(settings)]))
+
+
+def test_keys_of_profiles_are_the_same_in_every_process() -> None:
+    """Although sets, of which a profile has two, are in another order in each."""
+    code = (
+        "import spsim; from spsim.studies.points import Register;"
+        "print(*Register().entries([spsim.Point({'hardware': spsim.load_profile('dgx-h100')})]))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+def test_a_model_in_a_file_is_known_by_what_stands_there(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    found = []
+    for layers in (2, 2, 3):
+        path.write_text(f"layers = {layers}\nhidden = 256\nheads = 8\nvocab = 512\n")
+        found += keys([point(256, model=str(path))])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_label_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(spsim.InputError, match="use text, numbers"):
+        keys([Point(GRID[0].settings, {("tp", 8): "x"})])  # type: ignore[dict-item]
+
+
+# ------------------------------------------------------------ columns
+
+
+def test_columns_are_those_of_a_frame_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several layouts, numbers and texts mixed, over several parts, in another order."""
+    monkeypatch.setattr("spsim.studies.columns.PART", 3)
+    rows: list[dict[str, Any]] = [
+        {"a": 1, "b": "x", "error": "broken"},
+        *({"a": i, "c": i / 7, "fits": i % 2 == 0, "b": "y" * (i % 3), "error": ""} for i in range(10)),
+        {"a": 2.5, "d": 2**70, "b": True, "error": ""},
+        {"a": 2.5, "d": "text", "b": 1, "error": ""},
+    ]
+    columns = Columns()
+    columns.extend(rows[:4])
+    columns.extend(rows[4:])
+    for order in (list(range(len(rows))), list(reversed(range(len(rows)))), [5, *range(13), 2]):
+        pd.testing.assert_frame_equal(columns.frame(order), pd.DataFrame([rows[number] for number in order]))
+
+
+def test_equal_texts_are_held_once() -> None:
+    columns = Columns()
+    columns.extend({"text": f"{2**40}"} for _ in range(100))
+    assert len({id(text) for text in columns.frame(range(100))["text"]}) == 1

@@ -1,6 +1,6 @@
 """Pictures of a sweep: time of a layer by operator class, and peak memory, over sequence length.
 
-The columns are those of `sweeps.measures`; a panel is one model on one hardware.
+The columns are those of `rows.measures`; a panel is one model on one hardware.
 """
 
 from __future__ import annotations

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,10 +24,16 @@ from rich.progress import (
 from rich.text import Text
 
 from spsim.errors import InputError
-from spsim.files import write_text
 from spsim.inputs.resources import read_text
+from spsim.studies.columns import write_csv
+from spsim.studies.experiment import Experiment
+from spsim.studies.manifest import Manifest
 from spsim.studies.points import Point
-from spsim.studies.sweeps import Experiment, RowFile, manifest, run_points
+from spsim.studies.rowfile import RowFile
+from spsim.studies.sweeps import run_points
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -70,29 +75,45 @@ def _users_code(where: Path) -> Iterator[None]:
 def run_experiment(
     experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console
 ) -> pd.DataFrame:
-    """Compute the rows, then write the CSV, the figures and the manifest, and print the tables."""
+    """Compute the rows, then write the CSV, the manifest and the figures, and print the tables."""
     points = experiment.selection(quick=quick)
     console.print(f"{experiment.title}: {len(points)} configurations", soft_wrap=True)
-    frame = _compute(points, directory, executor, console)
-    write_text(directory / f"{experiment.name}.csv", frame.drop(columns="key").to_csv(index=False))
-    write_text(directory / "manifest.json", json.dumps(manifest(experiment, points), indent=1))
-    failed = frame[frame["error"] != ""]
-    good = frame[frame["error"] == ""]
+    manifest = Manifest(experiment, points)
+    frame = _compute(points, manifest.keys, directory, executor, console)
+    _write(frame, directory / f"{experiment.name}.csv", manifest, directory / "manifest.json")
     written = [f"{experiment.name}.csv", "manifest.json", "rows.jsonl"]
-    if not good.empty:
-        from spsim import plots
-
-        with _users_code(directory):
-            figures, tables = experiment.figures(good), list(experiment.tables(good))
-        for name, figure in figures.items():
-            plots.save(figure, directory / name)
-        for table in tables:
-            console.print(table, soft_wrap=isinstance(table, str))
-        written += figures
+    failed = frame[frame["error"] != ""]
+    if len(failed) < len(frame):
+        good = frame if failed.empty else frame[frame["error"] == ""]
+        written += _draw(experiment, good, directory, console)
     for reason, count in failed["error"].value_counts().items():
         console.print(f"{count} configurations failed: {reason}", soft_wrap=True)
     console.print(f"written to {directory}: {', '.join(sorted(written))}", soft_wrap=True)
     return frame
+
+
+def _write(frame: pd.DataFrame, table: Path, manifest: Manifest, path: Path) -> None:
+    """Write the table, and after it the manifest, which so vouches for it: where that is the same, and the table was
+    not touched since, both stay.
+    """
+    untouched = table.is_file() and path.is_file() and table.stat().st_mtime_ns <= path.stat().st_mtime_ns
+    if not (untouched and manifest.describes(path)):
+        write_csv(frame.drop(columns="key"), table)
+        manifest.write(path)
+
+
+def _draw(experiment: Experiment, rows: pd.DataFrame, directory: Path, console: Console) -> Iterable[str]:
+    """Write the figures, whose names it returns, and print the tables."""
+    with _users_code(directory):
+        figures, tables = experiment.figures(rows), list(experiment.tables(rows))
+    if figures:
+        from spsim import plots
+
+        for name, figure in figures.items():
+            plots.save(figure, directory / name)
+    for table in tables:
+        console.print(table, soft_wrap=isinstance(table, str))
+    return figures
 
 
 class _Rate(ProgressColumn):
@@ -103,7 +124,9 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.0f} per s" if task.speed else "")
 
 
-def _compute(points: Sequence[Point], directory: Path, executor: Executor | None, console: Console) -> pd.DataFrame:
+def _compute(
+    points: Sequence[Point], keys: Sequence[str], directory: Path, executor: Executor | None, console: Console
+) -> pd.DataFrame:
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
         TimeRemainingColumn(), console=console, transient=not console.is_terminal,
@@ -111,4 +134,4 @@ def _compute(points: Sequence[Point], directory: Path, executor: Executor | None
     with progress:
         task = progress.add_task("simulating", total=len(points))
         file = RowFile(directory / "rows.jsonl")
-        return run_points(points, file, executor, lambda finished: progress.update(task, completed=finished))
+        return run_points(points, keys, file, executor, lambda finished: progress.update(task, completed=finished))

@@ -21,15 +21,23 @@ from spsim.results.columns import ResultColumns
 from spsim.simulation import simulate_many
 from spsim.studies.points import Point, Settings
 from spsim.studies.rows import Row, measures, row
-from spsim.studies.tables import Table
+from spsim.studies.tables import Table, tables_of_rows
 
 MANY = 256
 """Workloads that are computed at once: their numbers stay in a cache."""
 SIZES = ("seq_len", "micro_batch", "global_batch")
 
 
-def tables_of(points: Sequence[Point]) -> list[Table]:
-    """The rows of all points; those that break a rule have their reason in `error` and no numbers."""
+def rows_of_points(points: Sequence[Point]) -> list[Row]:
+    """One row per point, in their order."""
+    rows = dict(row for table in tables_of_points(points) for row in table.rows())
+    return [rows[place] for place in range(len(points))]
+
+
+def tables_of_points(points: Sequence[Point]) -> list[Table]:
+    """The rows of all points: the only place where sweeps compute, here or in a worker. Those that break a rule have
+    their reason in `error` and no numbers.
+    """
     sorting = _Sorting()
     for place, point in enumerate(points):
         sorting.add(place, point)
@@ -40,18 +48,7 @@ def tables_of(points: Sequence[Point]) -> list[Table]:
             alone += family.places
         else:
             tables += _computed(points, family, alone)
-    return tables + _tables({place: row(points[place]) for place in alone})
-
-
-def _tables(rows: Mapping[int, Row]) -> list[Table]:
-    """Rows with the same columns together."""
-    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for place in sorted(rows):
-        alike[tuple(rows[place])].append(place)
-    return [
-        Table(places, {name: [rows[place][name] for place in places] for name in names})
-        for names, places in alike.items()
-    ]
+    return tables + tables_of_rows([row(points[place]) for place in alone], alone)
 
 
 @dataclass(slots=True)
@@ -116,15 +113,15 @@ def _by_value(value: Any) -> Hashable:
 
 def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Iterator[Table]:
     """The rows of a family; `alone` gets the points that have to be computed one by one."""
-    failed: dict[int, Row] = {}
+    failed: list[Row] = []
     scenario: Scenario | None = None
     for place in family.places:
         try:
             scenario = scenario_from(points[place].settings, "point")
             break
         except InputError as error:
-            failed[place] = {**points[place].labels, "error": str(error)}
-    yield from _tables(failed)
+            failed.append({**points[place].labels, "error": str(error)})
+    yield from tables_of_rows(failed, family.places)
     if scenario is None:
         return
     places, sizes = np.array(family.places[len(failed) :]), family.sizes[len(failed) :]

@@ -1,58 +1,37 @@
-"""Sweeps: many configurations, one row each, and experiments that turn rows into figures and tables.
+"""Sweeps: many configurations, one row each.
 
-A row is written the moment it is known. A configuration that cannot be simulated is a row with its reason;
-an interrupted sweep keeps its rows, and running it again computes only what is missing.
+Rows are written as soon as they are known. A configuration that cannot be simulated is a row with its reason; an
+interrupted sweep keeps its rows, and running it again computes only what is missing.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Executor, as_completed, wait
+from itertools import count
+from time import perf_counter
+from typing import TYPE_CHECKING, TypeVar
 
-import pandas as pd
-
-from spsim.errors import InputError
-from spsim.files import write_text
-from spsim.studies.grids import tables_of
-from spsim.studies.points import Point, Settings, plain, program_fingerprint
-from spsim.studies.rows import row
+from spsim.studies.columns import Columns
+from spsim.studies.grids import rows_of_points, tables_of_points
+from spsim.studies.points import Point, Settings
+from spsim.studies.rowfile import RowFile
+from spsim.studies.rows import Row
 from spsim.studies.tables import frame
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import pandas as pd
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Experiment:
-    """One question: its configurations, and the figures and tables that answer it."""
-
-    name: str
-    title: str
-    points: Sequence[Point]
-    quick: Sequence[Point] = ()
-    """A small selection for `--quick`; every fourth point unless given."""
-    figures: Callable[[pd.DataFrame], Mapping[str, Figure]] = lambda frame: {}
-    """File name -> figure, from the rows."""
-    tables: Callable[[pd.DataFrame], Iterable[Any]] = lambda frame: ()
-    """What to print, from the rows: text or rich tables."""
-
-    def selection(self, *, quick: bool) -> Sequence[Point]:
-        """The points to compute."""
-        return (self.quick or self.points[::4]) if quick else self.points
-
-
-def package_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("spsim")
-    except PackageNotFoundError:
-        return "unknown"
+INTERVAL_S = 0.2
+"""Time that a chunk computed here should take: rows are on disk that soon, and progress is seen."""
+LARGEST_CHUNK = 4096
+WORKERS_CHUNKS = 128
+"""Chunks into which the points of an executor are divided at least, so that its workers end together."""
+LARGEST_WORKERS_CHUNK = 256
+LAST_WORDS_S = 0.5
+"""Processes that an interrupt has ended are found by their pool, which fails on futures that were cancelled before."""
 
 
 def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) -> pd.DataFrame:
@@ -62,98 +41,70 @@ def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) ->
     """
     points = [point if isinstance(point, Point) else Point(point) for point in grid]
     if executor is None:
-        return frame(tables_of(points), len(points))
-    rows = dict(rows_of(points, executor))
-    return pd.DataFrame([rows[index] for index in range(len(points))])
-
-
-def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, row) as rows are finished, in any order when an executor computes them."""
-    if executor is None:
-        yield from ((index, row(point)) for index, point in enumerate(points))
-        return
-    futures = {executor.submit(_rows, points[start : start + CHUNK]): start for start in range(0, len(points), CHUNK)}
-    try:
-        for future in as_completed(futures):
-            yield from enumerate(future.result(), futures[future])
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-CHUNK = 32
-"""Configurations that travel to a worker together."""
-
-
-def _rows(points: Sequence[Point]) -> list[dict[str, Any]]:
-    return [row(point) for point in points]
-
-
-class RowFile:
-    """Rows on disk, one JSON document a line: a row that was cut short is computed again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Finished rows by key."""
-        if self.path.is_dir():
-            raise InputError(
-                f"{self.path}: is a directory, expected the rows of a sweep; remove it or give another --out"
-            )
-        rows = {}
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        for line in text.splitlines():
-            try:
-                finished = json.loads(line)
-                if "error" in finished:
-                    rows[finished["key"]] = finished
-            except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-                continue
-        return rows
-
-    def start(self, kept: Iterable[Mapping[str, Any]]) -> None:
-        """Rewrite the file with the rows that are kept, which also drops a line that was cut short."""
-        text = "".join(f"{json.dumps(finished)}\n" for finished in kept)
-        write_text(self.path, text)
-
-    @contextmanager
-    def appending(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Add rows; each is handed to the system at once, so that it outlives the process."""
-        with self.path.open("a", encoding="utf-8") as file:
-
-            def append(finished: Mapping[str, Any]) -> None:
-                file.write(f"{json.dumps(finished)}\n")
-                file.flush()
-
-            yield append
+        tables = tables_of_points(points)
+    else:
+        chunks = _computed_by(executor, tables_of_points, points)
+        tables = [table.moved(start) for start, own in chunks for table in own]
+    return frame(tables, range(len(points)))
 
 
 def run_points(
-    points: Sequence[Point], file: RowFile, executor: Executor | None, progress: Callable[[int], None]
+    points: Sequence[Point],
+    keys: Sequence[str],
+    file: RowFile,
+    executor: Executor | None,
+    progress: Callable[[int], None],
 ) -> pd.DataFrame:
     """Compute what the file does not have; `progress` is told how many rows are finished."""
-    keys = {point.key for point in points}
-    finished = {key: kept for key, kept in file.read().items() if key in keys}
-    file.start(finished.values())
-    progress(len(finished))
-    missing = [point for point in points if point.key not in finished]
+    columns = Columns()
+    place: dict[str, int] = {}
+
+    def add(rows: Mapping[str, Row]) -> None:
+        place.update(zip(rows, count(len(columns))))
+        columns.extend(rows.values())
+        progress(len(place))
+
+    for kept in file.keep(set(keys)):
+        add(kept)
+    missing = {key: point for key, point in zip(keys, points, strict=True) if key not in place}
+    missing_keys = list(missing)
     with file.appending() as append:
-        for index, new in rows_of(missing, executor):
-            key = missing[index].key
-            finished[key] = {"key": key, **new}
-            append(finished[key])
-            progress(len(finished))
-    return pd.DataFrame([finished[point.key] for point in points if point.key in finished])
+        for start, computed in rows_of(list(missing.values()), executor):
+            rows = dict(zip(missing_keys[start : start + len(computed)], computed, strict=True))
+            append(rows)
+            add(rows)
+    found = columns.frame([place[key] for key in keys])
+    found.insert(0, "key", list(keys))
+    return found
 
 
-def manifest(experiment: Experiment, points: Sequence[Point]) -> dict[str, Any]:
-    """What a directory of results was made from."""
-    return {
-        "experiment": experiment.name,
-        "title": experiment.title,
-        "spsim": package_version(),
-        "program": program_fingerprint(),
-        "packages": {name: version(name) for name in ("numpy", "pandas", "simpy", "pydantic")},
-        "points": [{"key": p.key, "labels": dict(p.labels), "settings": plain(p.settings)} for p in points],
-    }
+def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[tuple[int, list[Row]]]:
+    """(index of the first, rows) of chunks of points as they are finished, in any order when an executor computes."""
+    return _rows_here(points) if executor is None else _computed_by(executor, rows_of_points, points)
+
+
+def _rows_here(points: Sequence[Point]) -> Iterator[tuple[int, list[Row]]]:
+    start, size = 0, 1
+    while start < len(points):
+        begin = perf_counter()
+        rows = rows_of_points(points[start : start + size])
+        in_time = int(size * INTERVAL_S / (perf_counter() - begin))
+        yield start, rows
+        start += size
+        size = min(max(in_time, 1), 4 * size, LARGEST_CHUNK)
+
+
+def _computed_by(
+    executor: Executor, compute: Callable[[Sequence[Point]], list[T]], points: Sequence[Point]
+) -> Iterator[tuple[int, list[T]]]:
+    """The same of what workers compute."""
+    size = min(max(len(points) // WORKERS_CHUNKS, 1), LARGEST_WORKERS_CHUNK)
+    starts = {executor.submit(compute, points[start : start + size]): start for start in range(0, len(points), size)}
+    try:
+        for future in as_completed(starts):
+            yield starts.pop(future), future.result()
+            del future  # with its rows
+    finally:
+        wait(starts, timeout=LAST_WORDS_S)
+        for future in starts:
+            future.cancel()

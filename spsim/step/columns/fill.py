@@ -43,34 +43,34 @@ class Fills:
         self.order = order
         self.ends = [order.end(piece) for piece in order.pieces]
         changes = [*_changes(order, positions)]
-        allocated = _Table([change for change in changes if change.allocates])
-        freed = _Table([change for change in changes if not change.allocates])
-        self._look(allocated)
-        self._relate(allocated, freed, coefficients)
+        allocations = [change for change in changes if change.allocates]
+        self._look(allocations)
+        self._relate(_Table(allocations), _Table([change for change in changes if not change.allocates]), coefficients)
 
-    def _look(self, allocated: _Table) -> None:
+    def _look(self, allocations: Sequence[_Change]) -> None:
         """The moments that may be the fullest: each allocation, among those of its piece or, where it is posted after
         the end of that, of the next one. Of each piece the later buffer stands first, those of the piece before
         before all.
         """
-        late = np.isin(allocated.tasks[0], self.order.late)
-        found: list[Places] = []
+        late = {place for place, change in enumerate(allocations) if change.tasks[0] in self.order.late}
+        by_piece: list[list[int]] = [[] for _ in self.ends]
+        for place, change in reversed([*enumerate(allocations)]):
+            by_piece[change.piece].append(place)
+        found: list[tuple[int, int]] = []
         self.own: list[slice] = []
         """Moments of each piece."""
-        first = 0
-        for piece in range(len(self.ends)):
-            before = (allocated.pieces == piece - 1) & late
-            found.append(np.concatenate([np.flatnonzero(own)[::-1] for own in (before, allocated.pieces == piece)]))
-            self.own.append(slice(first, first + len(found[-1])))
-            first = self.own[-1].stop
-        self.of_change = np.concatenate(found)
+        for piece, own in enumerate(by_piece):
+            before = [place for place in by_piece[piece - 1] if place in late] if piece else []
+            self.own.append(slice(len(found), len(found) + len(before) + len(own)))
+            found += [(place, piece) for place in before + own]
+        self.pieces = np.array([piece for _, piece in found], dtype=np.intp)
+        self.of_change = np.array([place for place, _ in found], dtype=np.intp)
         """Of each moment, the allocation,"""
-        self.pieces = np.repeat(range(len(found)), [*map(len, found)])
-        """and the piece."""
-        self.tasks: Places = allocated.tasks[0][self.of_change]
-        self.late = np.flatnonzero(late[self.of_change])
+        self.tasks = np.array([allocations[place].tasks[0] for place, _ in found], dtype=np.intp)
+        """and its task."""
+        self.late = np.array([at for at, (place, _) in enumerate(found) if place in late], dtype=np.intp)
         """Moments of which only the times tell in which piece they are."""
-        own_pieces = allocated.pieces[self.of_change[self.late]]
+        own_pieces = np.array([allocations[found[at][0]].piece for at in self.late], dtype=np.intp)
         self.ends_of_late = np.array(self.ends)[own_pieces]
         self.from_before = (self.pieces[self.late] > own_pieces)[:, None]
 

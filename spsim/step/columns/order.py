@@ -144,13 +144,13 @@ class Order:
         return [task.id for task in self.tasks[: piece.stop] if not ended >> task.id & 1]
 
     @cached_property
-    def late(self) -> list[int]:
+    def late(self) -> set[int]:
         """Communications that may be posted after the end of their piece, for they wait for others."""
-        found: list[int] = []
+        found: set[int] = set()
         for piece in self.pieces[:-1]:
             ended = self._ended(piece)
             own = (task for task in self.loose(piece) if task >= piece.first)
-            found += [task for task in own if any(not ended >> other & 1 for other in self.waits[task])]
+            found |= {task for task in own if any(not ended >> other & 1 for other in self.waits[task])}
         return found
 
     def _ended(self, piece: Piece) -> int:
