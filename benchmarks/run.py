@@ -6,8 +6,9 @@
 2. Configurations of a layer-level sweep per second and core, memory and metrics included, by plan; and what
    folding layers gains, the results being equal.
 3. Scaling in layers and in ranks.
-4. Commands as whole processes, against one that only imports pandas.
-5. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon, which needs psutil): the same
+4. Grids: the workloads of one plan at once, as columns and through `sweep()`; plans that are new; a search over plans.
+5. Commands as whole processes, against one that only imports pandas.
+6. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon, which needs psutil): the same
    configurations there, in the same process, what both predict for the layer of gpt-22b on A100, and its commands.
 """
 
@@ -21,6 +22,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice, product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -35,9 +37,11 @@ from spsim import report
 from spsim.engine.engine import run
 from spsim.engine.tasks import Meeting, Task
 from spsim.inputs.plan import parse_plan
+from spsim.studies.grids import rows_of_points, tables_of_points
 from spsim.studies.points import Point
-from spsim.studies.rows import rows_of_points
+from spsim.studies.rows import row
 
+SETTINGS = {"hardware": "dgx-h100", "model": "llama-3-70b"}
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "ring=8", "ulysses=4,ring=2", "tp=2,sequence_parallel,ring=4")
 COMMANDS = {
     "--help": "",
@@ -132,6 +136,62 @@ def scaling_table() -> Table:
     return made
 
 
+def grid_table(peer: Callable[[bool], Any] | None) -> Table:
+    """Rows per second of the workloads of a plan at once, and of many plans, against one row at a time."""
+    columns = ["what", "rows", "rows/s", "of one by one", *(["of Calculon"] if peer else [])]
+    made = report.table("Grids, llama-3-70b on dgx-h100", columns, numbers=columns[1:])
+    other = rate(lambda flags: [peer(flag) for flag in flags], [False, True] * 20) if peer else 0.0
+
+    def add(what: str, rows: int, speed: float, one_by_one: float) -> None:
+        ratios = [speed / one_by_one, *([speed / other] if peer else [])]
+        made.add_row(what, str(rows), f"{speed:,.0f}", *(f"{ratio:.2f} ×" for ratio in ratios))
+
+    for plan in PLANS:
+        settings = [{**SETTINGS, "plan": plan, "workload": {"seq_len": 1024 * n}} for n in range(1, 65)]
+        found = [Point(own) for own in settings]
+        one_by_one = rate(lambda own: [row(point) for point in own], found)
+        add(f"{plan}, one by one", len(found), one_by_one, one_by_one)
+        add(f"{plan}, columns", len(found), rate(tables_of_points, found), one_by_one)
+        add(f"{plan}, sweep()", len(found), rate(spsim.sweep, settings), one_by_one)
+    plans = search_plans()
+    model = spsim.load_model("llama-3-70b").model_copy(update={"layers": 16})
+    search = [
+        {**SETTINGS, "model": model, "plan": plan, "workload": {"seq_len": 8192, "micro_batch": micro_batch}}
+        for plan in plans
+        for micro_batch in (1, 2, 4)
+    ]
+    new = {**SETTINGS, "model": model.model_copy(update={"hidden": 4096})}
+    cold = [[{**new, "plan": plan, "workload": {"seq_len": 8192}}] for plan in plans]
+    add("new plan, sweep([point])", len(cold), once(lambda: [*map(spsim.sweep, cold)], len(cold)), one_by_one)
+    what = f"search, {len(plans)} plans x 3"
+    add(f"{what}, all new", len(search), once(lambda: spsim.sweep(search), len(search)), one_by_one)
+    add(f"{what}, again", len(search), rate(spsim.sweep, search), one_by_one)
+    return made
+
+
+def once(work: Callable[[], Any], count: int) -> float:
+    """Items per second of CPU time of what is new only once."""
+    start = process_time()
+    work()
+    return count / (process_time() - start)
+
+
+def search_plans() -> list[str]:
+    """120 plans of 8 GPUs."""
+    degrees = ("tp=8", "tp=4,ulysses=2", "tp=4,ring=2", "tp=2,ulysses=4", "tp=2,ulysses=2,ring=2", "tp=2,ring=4")
+    options = (
+        ",".join(filter(None, own))
+        for own in product(
+            degrees,
+            ("", "recompute=selective", "recompute=full"),
+            ("", "sequence_parallel"),
+            ("", "distributed_optimizer"),
+            ("", "tp_backward_overlap=false"),
+        )
+    )
+    return [*islice(options, 120)]
+
+
 def startup_table(peer: Path | None) -> Table:
     """CPU time of whole processes, the interpreter and all imports included; those compared run in turn."""
     columns = ["command", "CPU time", "of import pandas", *(["of Calculon"] if peer else [])]
@@ -179,8 +239,8 @@ def peer_execution(path: Path, *, sequence_parallel: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peer_table(path: Path) -> Table:
-    """Calculon on the gpt-22b layer, with its own A100 system file."""
+def peer_layer(path: Path) -> Callable[[bool], tuple[float, float]]:
+    """Calculon on the gpt-22b layer, with its own A100 system file: seconds forward and backward."""
     sys.path.insert(0, str(path))
     from calculon.llm.llm import Llm
     from calculon.system import System
@@ -201,6 +261,12 @@ def peer_table(path: Path) -> Table:
         backward += ("baseblock_recomm_time_exposed",)
         forward = stats["block_fw_time"] + stats["baseblock_fw_tp_time_exposed"]
         return forward, sum(stats[name] for name in backward)
+
+    return calculon
+
+
+def peer_table(calculon: Callable[[bool], tuple[float, float]]) -> Table:
+    """Both on the gpt-22b layer."""
 
     def ours(sequence_parallel: bool) -> tuple[float, float]:
         plan = spsim.Plan(tp=8, sequence_parallel=sequence_parallel)
@@ -227,10 +293,12 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="checkout of Calculon")
     arguments = parser.parse_args()
     console = Console(width=140)
-    for made in (engine_table(), sweep_table(), scaling_table(), startup_table(arguments.peer)):
+    calculon = peer_layer(arguments.peer) if arguments.peer else None
+    tables = (engine_table(), sweep_table(), scaling_table(), grid_table(calculon), startup_table(arguments.peer))
+    for made in tables:
         console.print(made)
-    if arguments.peer:
-        console.print(peer_table(arguments.peer))
+    if calculon:
+        console.print(peer_table(calculon))
 
 
 if __name__ == "__main__":

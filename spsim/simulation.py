@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+
+import numpy as np
 
 from spsim.costs.flops import layer_flops
 from spsim.costs.models import cost_models
@@ -11,10 +14,15 @@ from spsim.costs.static_memory import StaticMemory, static_memory
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.trace import Trace
+from spsim.inputs.grid import Grid
 from spsim.inputs.scenario import Scenario
+from spsim.inputs.workload import Workload, Workloads
 from spsim.program.instructions import Instruction
-from spsim.program.sizes import Numbers
-from spsim.results.result import Amounts, Result, Simulated
+from spsim.program.sizes import Numbers, products
+from spsim.results.columns import ResultColumns
+from spsim.results.derived import Amounts, Simulated
+from spsim.results.result import Result
+from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.folding import Step, fold_step
 from spsim.step.issue import task_info
 from spsim.step.preparation import PreparedBlock, prepared_layer
@@ -26,20 +34,62 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
 
     Raises `InputError` where the hardware profile lacks a curve that the plan needs.
     """
-    plan, workload = scenario.plan, scenario.workload
-    block = prepared_layer(scenario.model, plan, fold, workload.precision)
-    numbers = block.template.at(workload)
+    block = _block(scenario, fold)
+    numbers = block.template.at(scenario.workload)
+    amounts = _amounts(scenario, scenario.workload)
+    return assemble("layers", scenario, block, numbers, amounts, _static(scenario, numbers), fold=fold)
+
+
+def simulate_many(grid: Grid) -> ResultColumns | None:
+    """Simulate all workloads of a grid at once, where one rank stands for all; `ResultColumns.exact` says which
+    workloads have to be simulated one by one nevertheless. Raises what `simulate` raises.
+    """
+    scenario = grid.scenario
+    block = _block(scenario, True)
+    if block.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
+        return None
+    known = block.template.at(scenario.workload)
+    compute, comm = cost_models(grid.hardware, grid.workload.precision)
+    messages = block.sync_messages(known, grid.model.layers)
+    basis = block.template.basis(grid.workload.seq_len, grid.workload.micro_batch)
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers = products(block.columns.coefficients, basis)
+        step = block.columns.run(
+            block.itinerary(grid.model.layers, grid.num_micro_batches),
+            block.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
+            sum(block.sync_durations(comm, grid.gpus_per_node, messages)),
+            basis,
+            grid.hardware.coefficients.overlap_slowdown.value,
+        )
+    return ResultColumns("layers", grid, block, numbers, _amounts(grid, _counted(grid)), step, _static(scenario, known))
+
+
+def _block(scenario: Scenario, fold: bool) -> PreparedBlock:
+    return prepared_layer(scenario.model, scenario.plan, fold, scenario.workload.precision)
+
+
+def _static(scenario: Scenario, numbers: Numbers) -> StaticMemory:
     parameters = numbers.parameters * scenario.model.layers
+    return static_memory(parameters, scenario.plan, scenario.workload.element_bytes)
+
+
+def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads) -> Amounts:
+    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
     flops = layer_flops(scenario.model, workload)
-    amounts = Amounts(
+    return Amounts(
         model=flops.training(),
         causal=layer_flops(scenario.model, workload, causal=True).training(),
-        executed=flops.executed(plan),
-        tokens=scenario.global_batch * workload.seq_len,
+        executed=flops.executed(scenario.plan),
+        tokens=scenario.global_batch * scenario.workload.seq_len,
     )
-    return assemble(
-        "layers", scenario, block, numbers, amounts, static_memory(parameters, plan, workload.element_bytes), fold=fold
-    )
+
+
+def _counted(grid: Grid) -> Workloads:
+    """The workloads of a grid, in Python's integers where 64 bits do not hold the FLOPs of a step."""
+    found = grid.workload
+    largest = Workloads(int(found.seq_len.max()), int(found.micro_batch.max()), found.precision)
+    flops = layer_flops(grid.model, largest).training() * grid.model.layers * int(grid.num_micro_batches.max())
+    return found if flops < 2**62 else replace(found, seq_len=found.seq_len.astype(object))
 
 
 def assemble(

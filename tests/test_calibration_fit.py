@@ -32,8 +32,8 @@ from spsim.report.calibration import calibration_lines, calibration_table, rates
 from spsim.report.comparison import comparison_lines, plans_table
 from spsim.report.run import notes
 from spsim.studies.comparison import PlanAccount, PlanComparison
+from spsim.studies.grids import rows_of_points
 from spsim.studies.points import Point
-from spsim.studies.rows import rows_of_points
 from tests.cases import model
 from tests.test_calibrate_catalogue import CPU, machine
 

@@ -292,6 +292,17 @@ def test_python_interface_takes_what_a_scenario_takes():
     assert compare(plans, **objects).to_json() == compare(GPT_PLANS[:2], **GPT).to_json()
 
 
+def test_a_comparison_does_not_write_out_the_step():
+    """Neither spans nor memory changes are made of 512 micro-batches, 128 ranks or 80 layers."""
+    plans = ("tp=8,ring=16", "tp=8,sequence_parallel,ring=16,ring_cut=contiguous")
+    workload = {"seq_len": 65536, "global_batch": 512}
+    comparison = compare(plans, hardware=H100, model="llama-3-70b", workload=workload)
+    comparison.to_json()
+    for account in comparison.accounts:
+        assert not {"spans", "tasks", "memory", "pieces"} & vars(account.result.trace).keys()
+        assert sum(account.step.values()) == account.result.trace.end_ps
+
+
 def test_neither_a_comparison_nor_an_explanation_needs_pandas():
     code = (
         "import sys, spsim\n"

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spsim.engine.pieces import Repeat
 from spsim.engine.recording import BufferUse, TaskInfo
 from spsim.engine.tasks import Meeting, RankProgram, Task
-from spsim.engine.trace import Repeat, Trace
+from spsim.engine.trace import Trace
+from spsim.results.accounts import of_step
+from spsim.results.held import held_at
 from spsim.results.metrics import Idle, exposed_communication, idle, peak_memory
 from spsim.step.folding import Step, fold_step
 from spsim.step.itinerary import Loop, Visit, segments_of
@@ -21,10 +24,15 @@ from spsim.step.unfolded import unfold_step
 RANKS = (0, 1)
 
 
-def segment(name, tasks, *, phase="forward", buffers=(), exports=(), joins=()):
-    """A segment of (lane, needs); whatever is not on the compute lane is a communication."""
+def segment(name, tasks, *, phase="forward", buffers=(), exports=(), joins=(), kinds=None):
+    """A segment of (lane, needs); whatever is not on the compute lane is a communication, of the kind of its lane or
+    of that in `kinds` by its place.
+    """
     own = tuple(Task(index, lane, needs=tuple(needs)) for index, (lane, needs) in enumerate(tasks))
-    labels = tuple(TaskInfo(f"{name} {index}", "elementwise", phase) for index in range(len(own)))
+    kinds = {task.id: task.lane for task in own if task.lane != "compute"} | (kinds or {})
+    labels = tuple(
+        TaskInfo(f"{name} {task.id}", "elementwise", phase, collective=kinds.get(task.id, "")) for task in own
+    )
     calls = {task.id: Call((task.lane,)) for task in own if task.lane != "compute"}
     return Segment(name, phase, own, labels, calls, dict(exports), frozenset(joins), tuple(buffers))
 
@@ -78,7 +86,7 @@ def both(made):
 
 
 def assert_equal(one, other):
-    """Two traces have the same spans, memory, labels, places and end; and the same peak."""
+    """Two traces have the same spans, memory, labels, places and end; the same peak, and the same accounts."""
     assert one.spans == other.spans
     assert one.memory == other.memory
     assert one.tasks == other.tasks
@@ -88,6 +96,13 @@ def assert_equal(one, other):
         assert one.piece_of(piece.first_task)[1:6] == piece[1:6]
     assert peak_memory(one, 0)[:2] == peak_memory(other, 0)[:2]
     assert peak_memory(one, 0).bytes == largest_sum(other)
+    assert held_at(peak_memory(one, 0), one, {}) == held_at(peak_memory(other, 0), other, {})
+    assert of_step(one) == of_step(other)
+    assert of_step(one).parts.total() == one.end_ps
+    assert idle(one) == idle(other)
+    middle, moment = one.end_ps // 2, one.end_ps // 2 + 1
+    found = [piece for piece in one.pieces if piece.window[0] < moment and piece.window[1] > middle]
+    assert list(one.pieces_during(middle, moment)) == found
 
 
 def largest_sum(trace):
@@ -138,6 +153,20 @@ def test_a_communication_that_outlasts_its_segment():
     ]  # fmt: skip
     assert folded.end_ps == 50 + 8 * 5
     assert_equal(folded, unfolded)
+
+
+def test_kinds_that_share_a_lane_are_told_apart():
+    """A kernel of 10 beside a gather of 4 and a scatter of 8 that nobody waits for, then a kernel of 1 that waits for
+    the lane: 2 of the scatter are exposed, but nothing of the gather.
+    """
+    first = segment("first", [("compute", ()), ("dp", ()), ("dp", ())], kinds={1: "all_gather", 2: "reduce_scatter"})
+    last = segment("last", [("compute", ())], phase="backward", joins={"dp"})
+    folded, unfolded, _ = both(step((Visit(first, 0, 0), Visit(last, 0, 0)), {"first": [10, 4, 8], "last": [1]}))
+    assert of_step(folded).parts == {"elementwise": 11, "exposed reduce-scatter": 2}
+    assert_equal(folded, unfolded)
+    flights = [flight.kind for flight in folded.pieces[1].recording.flights[0]]
+    assert flights == ["reduce_scatter"]
+    assert_equal(*both(step((Loop((Visit(first, 0, 0),), 6, layers=1),), {"first": [10, 4, 8]}))[:2])
 
 
 def test_a_collective_that_reads_nothing_of_its_segment_waits_for_the_kernel_before():

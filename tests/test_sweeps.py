@@ -17,9 +17,9 @@ import pytest
 import spsim
 from spsim.studies import points, sweeps
 from spsim.studies.columns import Columns
+from spsim.studies.grids import rows_of_points
 from spsim.studies.points import Point, Register
 from spsim.studies.rowfile import RowFile
-from spsim.studies.rows import rows_of_points
 from spsim.studies.sweeps import run_points, sweep
 
 MODEL = spsim.Model(name="small", layers=2, hidden=256, heads=8, vocab=1000)
@@ -114,7 +114,7 @@ def test_chunks_take_a_fraction_of_a_second(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sweeps, "rows_of_points", costly)
     monkeypatch.setattr(sweeps, "perf_counter", lambda: clock)
     costs = [1e-5] * 20_000 + [5e-3] * 5_000 + [1.0] * 60
-    sweep([Point({"cost": cost}) for cost in costs])
+    assert list(sweeps.rows_of([Point({"cost": cost}) for cost in costs]))
     assert sum(size for size, _ in chunks) == len(costs)
     assert max(size for size, _ in chunks) == sweeps.LARGEST_CHUNK
     late = [took for size, took in chunks if size > 1 and took > 0.5]

@@ -14,17 +14,29 @@ Across nodes each GPU has its own network adapter: curves of the outer level are
 g ranks of a node divide among their adapters what leaves the node. Rings run through all ranks; all-reduce may
 take a double binary tree over the nodes (Sanders et al. 2009; NCCL 2.4). Both pass data on in chunks, each hop
 storing one before it sends it on, which is what short messages wait for. `docs/model.md` has the formulas.
+
+Messages are numbers, or arrays of them for many workloads at once.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
 from math import ceil, log2
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from spsim.errors import InputError
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile, Level
 from spsim.program.placement import Collective, sent_bytes
 from spsim.units import GB, MIB, US_PER_S
+
+Floats = npt.NDArray[np.float64]
+Number = TypeVar("Number", float, npt.NDArray[Any])
+"""Bytes or seconds, or an array of them."""
 
 CHUNKED = ("all_reduce", "all_gather", "reduce_scatter")
 """Collectives that pass data on from rank to rank, chunk by chunk."""
@@ -38,6 +50,22 @@ def algorithm_steps(algorithm: str, collective: Collective, ranks: int) -> int:
     if algorithm in ("nvls", "send_receive"):
         return 1
     return 2 * (ranks - 1) if collective == "all_reduce" else ranks - 1
+
+
+def _least(times: Sequence[Number]) -> Number:
+    """The smallest, place by place of arrays."""
+    least: Number = np.minimum.reduce(times) if isinstance(times[0], np.ndarray) else min(times)
+    return least
+
+
+def _at_most(limit: float, size: Number) -> Number:
+    least: Number = np.minimum(limit, size) if isinstance(size, np.ndarray) else min(limit, size)
+    return least
+
+
+def _longer(one: Number, other: Number) -> Number:
+    longer: Number = np.maximum(one, other) if isinstance(one, np.ndarray) else max(one, other)
+    return longer
 
 
 class CurveTime:
@@ -57,7 +85,7 @@ class CurveTime:
             self.wire.append(wire)
             self.time_on_wire.append(max(self.time_on_wire[-1], time - latency))
 
-    def __call__(self, message: int, ranks: int) -> float:
+    def __call__(self, message: Number, ranks: int) -> Number:
         """Seconds for a message of the size that nccl-tests would name."""
         wire = sent_bytes(self.collective, message, ranks)
         return self.latency(ranks) + self.transfer(wire, ranks)
@@ -83,15 +111,18 @@ class CurveTime:
         """Steps that the algorithm takes among so many ranks."""
         return algorithm_steps(self.curve.algorithm, self.collective, ranks)
 
-    def step(self, block: float) -> float:
+    def step(self, block: Number) -> Number:
         """Seconds of one step of a ring that sends `block` bytes: the share of a step in the measured time."""
         ranks = self.curve.ranks
-        return (self(int(block * ranks), ranks) - self.start) / self.steps(ranks)
+        whole = block * ranks // 1
+        return (self(whole, ranks) - self.start) / self.steps(ranks)
 
-    def transfer(self, wire: float, ranks: int) -> float:
+    def transfer(self, wire: Number, ranks: int) -> Number:
         """Seconds beyond the latency for bytes that one rank sends."""
         if self.full_mesh:
-            wire *= (self.curve.ranks - 1) / (ranks - 1)
+            wire = wire * ((self.curve.ranks - 1) / (ranks - 1))
+        if isinstance(wire, np.ndarray):
+            return self._transfers(wire)
         index = bisect_right(self.wire, wire)
         if index == len(self.wire):
             bandwidth = self.curve.points[-1][1] * GB
@@ -99,6 +130,23 @@ class CurveTime:
         x0, x1 = self.wire[index - 1], self.wire[index]
         y0, y1 = self.time_on_wire[index - 1], self.time_on_wire[index]
         return y0 + (y1 - y0) * (wire - x0) / (x1 - x0)
+
+    def _transfers(self, wire: npt.NDArray[Any]) -> Floats:
+        """The same of many transfers."""
+        x0, y0, x1, y1 = self._pieces
+        found = np.searchsorted(x1, wire, side="right")
+        inside = np.minimum(found, len(x1) - 1)
+        x0, y0, x1, y1 = x0[inside], y0[inside], x1[inside], y1[inside]
+        time: Floats = y0 + (y1 - y0) * (wire - x0) / (x1 - x0)
+        bandwidth = self.curve.points[-1][1] * GB
+        beyond = self.time_on_wire[-1] + (wire - self.wire[-1]) / bandwidth
+        return np.where(found > inside, beyond, time)
+
+    @cached_property
+    def _pieces(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """Where each line between two sizes begins and ends: bytes and seconds, bytes and seconds."""
+        x, y = np.array(self.wire, dtype=np.float64), np.array(self.time_on_wire)
+        return x[:-1], y[:-1], x[1:], y[1:]
 
 
 class LevelCost:
@@ -114,9 +162,9 @@ class LevelCost:
             name: [CurveTime(curve, name, full_mesh=mesh) for curve in curves] for name, curves in table.items()
         }
 
-    def time(self, collective: Collective, message: int, ranks: int) -> float:
+    def time(self, collective: Collective, message: Number, ranks: int) -> Number:
         """Seconds by the fastest algorithm that the number of ranks allows."""
-        return min([curve(message, ranks) for curve in self.allowed(collective, ranks)])
+        return _least([curve(message, ranks) for curve in self.allowed(collective, ranks)])
 
     def allowed(self, collective: Collective, ranks: int, algorithm: str | None = None) -> list[CurveTime]:
         """Curves, of one algorithm or all, that so many ranks may use; `InputError` where there is none."""
@@ -149,14 +197,14 @@ class CommCost:
         chunk = profile.coefficients.adapter_chunk_mib
         self.chunk = chunk.value * MIB if chunk else 0.0
 
-    def duration(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> float:
+    def duration(self, collective: Collective, message: Number, ranks: int, nodes: int = 1) -> Number:
         """Seconds of a collective among `ranks` ranks, spread evenly over `nodes`, started from a framework.
 
         Raises `InputError` where the profile has no curve for it.
         """
         return self.overhead + self.time(collective, message, ranks, nodes)
 
-    def time(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> float:
+    def time(self, collective: Collective, message: Number, ranks: int, nodes: int = 1) -> Number:
         """Seconds as a benchmark of the library alone measures them."""
         if ranks % nodes or ranks // nodes > self.gpus_per_node:
             raise ValueError(f"{ranks} ranks do not fit {nodes} nodes of {self.gpus_per_node} evenly")
@@ -166,9 +214,9 @@ class CommCost:
         if ranks > self.gpus_per_node:
             return across
         # Curves between nodes begin at larger messages; below those no adapter is faster than the links inside.
-        return max(across, self.inner.time(collective, message, ranks))
+        return _longer(across, self.inner.time(collective, message, ranks))
 
-    def _over_nodes(self, collective: Collective, message: int, ranks: int, nodes: int) -> float:
+    def _over_nodes(self, collective: Collective, message: Number, ranks: int, nodes: int) -> Number:
         outer = self._outer()
         if nodes == ranks or collective == "send_receive":
             return outer.time(collective, message, nodes)
@@ -177,7 +225,7 @@ class CommCost:
         ring = self._ring(outer, collective, message, ranks, nodes)
         if collective != "all_reduce":
             return ring
-        return min(ring, self._tree(outer, message, ranks // nodes, nodes))
+        return _least([ring, self._tree(outer, message, ranks // nodes, nodes)])
 
     def _outer(self) -> LevelCost:
         if self.outer is None:
@@ -187,7 +235,7 @@ class CommCost:
             )
         return self.outer
 
-    def _ring(self, outer: LevelCost, collective: Collective, message: int, ranks: int, nodes: int) -> float:
+    def _ring(self, outer: LevelCost, collective: Collective, message: Number, ranks: int, nodes: int) -> Number:
         """Rings through all ranks, one per adapter.
 
         Long messages keep all hops of both levels busy, and the slower level paces. A block of a short one
@@ -196,28 +244,28 @@ class CommCost:
         """
         per_node = ranks // nodes
         wire = sent_bytes(collective, message, ranks)
-        block = min(message / ranks, self.chunk * per_node)
+        block = _at_most(self.chunk * per_node, message / ranks)
         times = []
         for inside in self.inner.allowed(collective, per_node, "ring"):
             for across in outer.allowed(collective, nodes, "ring"):
                 start = min(inside.start, across.start)
                 latency = inside.latency(ranks - nodes + 1) + across.latency(nodes) - start
-                busy = latency + max(inside.transfer(wire, per_node), across.transfer(wire / per_node, nodes))
+                busy = latency + _longer(inside.transfer(wire, per_node), across.transfer(wire / per_node, nodes))
                 hop = inside.step(block)
-                between = max(hop, across.step(block / per_node))
+                between = _longer(hop, across.step(block / per_node))
                 hops = inside.steps(ranks - nodes + 1) * hop + across.steps(nodes) * between
-                times.append(max(busy, start + hops))
-        return min(times)
+                times.append(_longer(busy, start + hops))
+        return _least(times)
 
-    def _tree(self, outer: LevelCost, message: int, per_node: int, nodes: int) -> float:
+    def _tree(self, outer: LevelCost, message: Number, per_node: int, nodes: int) -> Number:
         """All-reduce by a double binary tree over the nodes, in each by its switch (NVLS) or along a chain.
 
         An adapter sends its part up and down the tree, but on two nodes, each the root of half the data, once.
         The first chunk goes up and down node by node; then both levels move at once, and the slower one paces.
         """
         part = message / per_node
-        chunk = min(self.chunk, part / TREE_CHUNKS)
-        share = chunk / part if part else 0.0
+        chunk = _at_most(self.chunk, part / TREE_CHUNKS)
+        share = chunk / part if np.all(part) else 0.0 * part
         hops = 2 * ceil(log2(nodes))
         times = []
         for inside in self.inner.allowed("all_reduce", per_node):
@@ -227,23 +275,23 @@ class CommCost:
             for across in outer.allowed("all_reduce", nodes, "ring"):
                 first = inside.latency(per_node) + inside.transfer(share * wire, per_node) + hops * across.step(chunk)
                 sent = part if nodes == 2 else 2 * part
-                times.append(first + max(inside.transfer(wire, per_node), across.transfer(sent, nodes)))
-        return min(times)
+                times.append(first + _longer(inside.transfer(wire, per_node), across.transfer(sent, nodes)))
+        return _least(times)
 
-    def _all_to_all(self, outer: LevelCost, message: int, ranks: int, nodes: int) -> float:
+    def _all_to_all(self, outer: LevelCost, message: Number, ranks: int, nodes: int) -> Number:
         """Parts for peers of the node and parts for other nodes at the same time, the latter by one adapter."""
         per_node = ranks // nodes
         part = message / ranks
-        inside = min(
+        remote = ranks - per_node
+        inside = [
             curve.latency(per_node) + curve.transfer(part * (per_node - 1), per_node)
             for curve in self.inner.allowed("all_to_all", per_node)
-        )
-        remote = ranks - per_node
-        across = min(
+        ]
+        across = [
             curve.latency(remote + 1) + curve.transfer(part * remote, nodes)
             for curve in outer.allowed("all_to_all", nodes)
-        )
-        return max(inside, across)
+        ]
+        return _longer(_least(inside), _least(across))
 
     def coefficients_of(self, collective: Collective, nodes: int = 1) -> tuple[str, ...]:
         """Dotted paths of the curves behind a duration."""

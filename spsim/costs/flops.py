@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import Workload
+from spsim.inputs.workload import Workload, Workloads
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class LayerFlops:
         return self.training() + extra[plan.recompute]
 
 
-def layer_flops(model: Model, workload: Workload, *, causal: bool = False) -> LayerFlops:
+def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = False) -> LayerFlops:
     """FLOPs of one layer; `causal` counts the half of the square that a causal mask leaves."""
     tokens = workload.seq_len * workload.micro_batch
     qkv_width = (model.heads + 2 * model.kv_heads) * model.head_dim

@@ -10,7 +10,7 @@ the tensors fit the last-level cache.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,10 @@ class ComputeCost:
         self.dtype = dtype
         self.coefficients = profile.coefficients
         self.peak = profile.peak(dtype)
-        self.attention = self.coefficients.attention_by_dtype.get(dtype, self.coefficients.attention)
+        # Where fp8 attention has no curves, products alone are in fp8, as Transformer Engine runs a layer.
+        own = dtype != "fp8" or dtype in self.coefficients.attention_by_dtype
+        self.attention_dtype = dtype if own else "bf16"
+        self.attention = self.coefficients.attention_by_dtype.get(self.attention_dtype, self.coefficients.attention)
         self._rates_of = dtype if dtype in self.coefficients.kernel_rates else "bf16"
         self._rates = self.coefficients.kernel_rates.get(self._rates_of, {})
         self._attention_curves: dict[object, tuple[Seconds, Seconds, Seconds]] = {}
@@ -129,7 +132,7 @@ class ComputeCost:
         """
         fraction, half_tokens, block = self._attention_curve(work.direction, work.causal, work.head_dim)
         tokens = np.minimum(work.queries, work.keys)
-        rate = self.peak * fraction * tokens / (tokens + half_tokens)
+        rate = self._attention_peak * fraction * tokens / (tokens + half_tokens)
         memory_time = work.bytes_moved / self._streaming_rate
         total: Seconds = self._overhead + np.maximum(work.flops * self._in_blocks(work, block) / rate, memory_time)
         return total
@@ -143,15 +146,19 @@ class ComputeCost:
         return ratio
 
     @cached_property
+    def _attention_peak(self) -> float:
+        return self.profile.peak(self.attention_dtype)
+
+    @cached_property
     def _blocks(self) -> dict[str, float]:
         masks = {"forward": self.attention.forward, "backward": self.attention.backward}
         return {name: own.block_tokens.value if own.block_tokens else 0.0 for name, own in masks.items()}
 
-    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[Seconds, Seconds, Seconds]:
+    def _attention_curve(self, direction: Direction, causal: bool, head_dim: Any) -> tuple[Seconds, Seconds, Seconds]:
         """Fraction and half-length at a head size, linear between the measured sizes, constant beyond; and the block
-        of keys.
+        of keys. Sizes of many kernels are looked up one by one, as names and flags are.
         """
-        key = (direction, causal, head_dim)
+        key = (direction, causal, tuple(head_dim.tolist()) if isinstance(head_dim, np.ndarray) else head_dim)
         if key not in self._attention_curves:
             self._attention_curves[key] = each(self._at, *key)
         return self._attention_curves[key]
@@ -220,8 +227,8 @@ class ComputeCost:
 
     @property
     def _attention_path(self) -> str:
-        own = self.dtype in self.coefficients.attention_by_dtype
-        return f"attention_by_dtype.{self.dtype}" if own else "attention"
+        own = self.attention_dtype in self.coefficients.attention_by_dtype
+        return f"attention_by_dtype.{self.attention_dtype}" if own else "attention"
 
     def coefficients_of(self, work: Work) -> tuple[str, ...]:
         """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""

@@ -1,6 +1,7 @@
 """The workload: how many tokens, in which phase and precision."""
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,3 +27,12 @@ class Workload(Configuration):
     def element_bytes(self) -> int:
         """Of one element of an activation or weight."""
         return ELEMENT_BYTES[self.precision]
+
+
+@dataclass(frozen=True, slots=True)
+class Workloads:
+    """Many workloads that differ in their sizes only, as arrays."""
+
+    seq_len: Any
+    micro_batch: Any
+    precision: Precision

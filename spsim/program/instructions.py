@@ -1,7 +1,7 @@
 """The program of one block under a plan: kernels and collectives in issue order, without a clock.
 
 What a step depends on is what it reads; memory lives from the step that writes a buffer to its last
-reader. `compiler` makes programs, `lowering` turns the gather of ring attention into an exchange.
+reader. `compiler` makes programs, `lowerings` turn the gather of ring attention into an exchange.
 """
 
 from __future__ import annotations

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from spsim.program.mesh import Axis, Mesh
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
 COLLECTIVE_SHORT: Mapping[str, str] = {
@@ -115,7 +118,11 @@ def message_bytes(step: Redistribution, tensor: Sized, mesh: Mesh) -> int:
     return max(local_bytes(tensor, step.source, mesh), local_bytes(tensor, step.target, mesh))
 
 
-def sent_bytes(collective: Collective, message: int, ranks: int) -> int:
+Size = TypeVar("Size", int, float, "npt.NDArray[Any]")
+"""Bytes, or an array of them."""
+
+
+def sent_bytes(collective: Collective, message: Size, ranks: int) -> Size:
     """Bytes that one rank sends for a message of the size that `message_bytes` gives (ring and pairwise
     algorithms; Thakur et al. 2005, section 4).
     """

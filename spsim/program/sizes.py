@@ -26,6 +26,8 @@ from spsim.work import Work
 Vector = npt.NDArray[np.int64]
 
 MONOMIALS = 6
+ONE_THREAD = 2**17
+"""Multiplications of a product of matrices that are not worth another thread."""
 WORD = 16
 """Bytes of one coefficient, K = 128 bits; half of them stay empty, which tells a polynomial from what is none."""
 
@@ -49,8 +51,8 @@ class KernelGroup:
     """Where the duration of each kernel goes."""
 
     def work(self, values: npt.NDArray[np.float64]) -> Work:
-        """All kernels of the group as one `Work` of arrays."""
-        numbers: dict[str, Any] = {name: values[where] for name, where in self.numbers.items()}
+        """All kernels of the group as one `Work` of arrays; `values` of many workloads have a row for each."""
+        numbers: dict[str, Any] = {name: values[..., where] for name, where in self.numbers.items()}
         return self.kind(**self.constants, **numbers)
 
 
@@ -73,9 +75,17 @@ class Template:
     def at(self, workload: Workload) -> Numbers:
         """The sizes of the program for a workload."""
         x, b = workload.seq_len // self.unit, workload.micro_batch
-        basis = (1, x, x * x, b, x * b, x * x * b)
+        basis = _monomials(x, b)
         number = np.int64 if basis[-1] * self._total < 2**62 else object
         return Numbers(self, self.coefficients.astype(number, copy=False) @ np.array(basis, dtype=number))
+
+    def basis(self, seq_len: npt.NDArray[np.int64], micro_batch: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The monomials of many workloads, a column for each: its product with the coefficients is their sizes."""
+        found = np.empty((MONOMIALS, len(seq_len)))
+        x, b = (seq_len // self.unit).astype(np.float64), micro_batch.astype(np.float64)
+        for row, monomial in zip(found, _monomials(x, b), strict=True):
+            row[:] = monomial
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +96,21 @@ class Template:
     def _total(self) -> float:
         """Of all coefficients, so that sums of numbers are exact, too."""
         return float(self.coefficients.astype(np.float64).sum())
+
+
+def products(coefficients: npt.NDArray[np.float64], basis: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The sizes of many workloads, exact below 2^53; in parts for each of which one thread is enough, since threads
+    would wait for each other longer than they compute.
+    """
+    step = max(1, ONE_THREAD // coefficients.size)
+    if basis.shape[1] <= step:
+        return coefficients @ basis
+    return np.concatenate([coefficients @ basis[:, at : at + step] for at in range(0, basis.shape[1], step)], axis=1)
+
+
+def _monomials(x: Any, b: Any) -> tuple[Any, ...]:
+    """Of sequence in units and micro-batch."""
+    return 1, x, x * x, b, x * b, x * x * b
 
 
 class Numbers:

@@ -114,6 +114,19 @@ def of_pass(trace: Trace, phase: Pass, layer: int = 0, micro_batch: int = 0) -> 
     return account(activities, start, end)
 
 
+def kernels_wait(pieces: Iterable[Piece], rank: int, start: int, end: int) -> list[Interval]:
+    """When no kernel of a rank runs between two moments because another rank is waited for."""
+    own = (piece for piece in pieces if rank in piece.recording.times)
+    activities = [activity for piece in own for activity in _of_window(piece, rank, own=True)]
+    found: list[Interval] = []
+    for interval in intervals(activities, start, end):
+        if found and found[-1].part == interval.part and found[-1].end == interval.start:
+            found[-1] = found[-1]._replace(end=interval.end)
+        elif interval.part in (PEERS, STAGES):
+            found.append(interval)
+    return found
+
+
 def _last_rank(ends: dict[int, int], recordings: Iterable[tuple[Recording, int]]) -> int:
     """The rank that ends last; of several the one that computes longest, then the first."""
     busy: Counter[int] = Counter()
@@ -129,7 +142,7 @@ def _tasks(recording: Recording, rank: int) -> Iterator[Activity]:
     """Kernels, and the waits and transfers of communications, of one piece."""
     outline, moments = recording.outline, recording.times[rank].tolist()
     for lane, label, (posted, start, end) in zip(outline.lanes, outline.labels, moments, strict=True):
-        if lane == COMPUTE_LANE:
+        if lane.startswith(COMPUTE_LANE):
             yield Activity(start, end, KERNEL, RECOMPUTATION if label.part == "recompute" else label.operator_class)
         else:
             yield from _communication(lane, posted, start, end, label.kind)
@@ -144,8 +157,12 @@ def _flights(recording: Recording, rank: int) -> Iterator[Activity]:
 def _communication(lane: str, posted: int, start: int, end: int, kind: str) -> Iterator[Activity]:
     yield Activity(start, end, TRANSFER, SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}")
     if posted < start:
-        between_stages = lane.startswith(PIPELINE_LANES)
-        yield Activity(posted, start, STAGE if between_stages else PEER, STAGES if between_stages else PEERS)
+        yield Activity(posted, start, PEER if waits_on(lane) == PEERS else STAGE, waits_on(lane))
+
+
+def waits_on(lane: str) -> str:
+    """What a communication of a lane waits for."""
+    return STAGES if lane.startswith(PIPELINE_LANES) else PEERS
 
 
 def _of_window(piece: Piece, rank: int, *, own: bool) -> Iterator[Activity]:
@@ -158,37 +175,53 @@ def _of_window(piece: Piece, rank: int, *, own: bool) -> Iterator[Activity]:
 # Accounting
 
 
+class Interval(NamedTuple):
+    """A time in which nothing begins or ends."""
+
+    start: int
+    end: int
+    part: str
+    contended: bool
+    """Whether it is of a kernel while communication is posted."""
+
+
 def account(activities: Iterable[Activity], start: int, end: int) -> Account:
     """Each picosecond from `start` to `end` to one part."""
+    found = Account()
+    for begun, ended, part, contended in intervals(activities, start, end):
+        found.parts[part] += ended - begun
+        if contended:
+            found.contended[part] += ended - begun
+    return found
+
+
+def intervals(activities: Iterable[Activity], start: int, end: int) -> Iterator[Interval]:
+    """All of the time from `start` to `end`, in order."""
     edges: list[tuple[int, int, int, str]] = []
     for begun, ended, level, part in activities:
         first, last = max(begun, start), min(ended, end)
         if first < last:
             edges += (first, 1, level, part), (last, -1, level, part)
-    found = Account()
     active: tuple[dict[str, int], ...] = ({}, {}, {}, {})
     now = start
     for time, change, level, part in sorted(edges):
         if now < time:
-            _charge(found, active, time - now)
+            yield Interval(now, time, *_part_of(active))
             now = time
         parts = active[level]
         parts[part] = parts.get(part, 0) + change
         if not parts[part]:
             del parts[part]
     if now < end:
-        _charge(found, active, end - now)
-    return found
+        yield Interval(now, end, *_part_of(active))
 
 
-def _charge(found: Account, active: tuple[dict[str, int], ...], length: int) -> None:
-    """An interval in which nothing begins or ends."""
+def _part_of(active: tuple[dict[str, int], ...]) -> tuple[str, bool]:
+    """The part of what is active by level, and whether it is contended."""
     kernels, *others = active
     parts = kernels or next(filter(None, others), {IDLE: 1})
     part = next(iter(parts)) if len(parts) == 1 else _of_several([*parts])
-    found.parts[part] += length
-    if kernels and part != OTHER and any(others):
-        found.contended[part] += length
+    return part, bool(kernels and part != OTHER and any(others))
 
 
 def _of_several(parts: Sequence[str]) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from spsim.costs.models import cost_models
-from spsim.costs.static_memory import StaticMemory, capacity, outside_tensors
+from spsim.costs.static_memory import StaticMemory
+from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
-from spsim.errors import InputError
-from spsim.inputs.hardware import HardwareProfile
-from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import nodes_of
@@ -20,10 +19,11 @@ from spsim.program.operators import TensorKind
 from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
 from spsim.results import metrics, tables
+from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.preparation import PreparedBlock
-from spsim.units import GIB, seconds
+from spsim.units import seconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,51 +32,8 @@ SCHEMA_VERSION = 2
 """Of the documents of `run --json` and `compare --json`; 1 had no number."""
 
 
-class Named(Protocol):
-    """What a result asks of a model."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def layers(self) -> int: ...
-
-
-class Simulated(Protocol):
-    """What a result asks of what was simulated: a `Scenario`, or a traced module on some hardware."""
-
-    @property
-    def hardware(self) -> HardwareProfile: ...
-    @property
-    def model(self) -> Named: ...
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def workload(self) -> Any: ...
-    @property
-    def num_micro_batches(self) -> int: ...
-    @property
-    def gpus_per_node(self) -> int: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-    @property
-    def summary(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Amounts:
-    """FLOPs of one block and micro-batch, all ranks together, and tokens of a step where they are known."""
-
-    model: int
-    """Full square of attention, recomputation not counted."""
-    causal: int
-    """The same with the half of the square that a causal mask leaves."""
-    executed: float
-    """Full square, and what is recomputed."""
-    tokens: int | None
-
-
 @dataclass(frozen=True)
-class Result:
+class Result(Derived):
     """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
 
     scope: str
@@ -129,29 +86,25 @@ class Result:
 
     # Times
 
-    @property
-    def step_time_s(self) -> float:
-        """All layers and micro-batches, and the synchronisation of weight gradients."""
-        return seconds(self.trace.end_ps)
+    @lazy
+    def step_ps(self) -> int:
+        """See `Derived`."""
+        return self.trace.end_ps
 
-    @property
-    def layer_forward_s(self) -> float:
-        """One layer and micro-batch, from its start to the end of its slowest rank."""
-        return seconds(metrics.layer_window(self.trace, "forward"))
-
-    @property
-    def layer_backward_s(self) -> float:
-        """The same of its backward pass, recomputation included."""
-        return seconds(metrics.layer_window(self.trace, "backward"))
+    @lazy
+    def pass_ps(self) -> Mapping[str, int]:
+        """See `Derived`."""
+        phases: tuple[Pass, ...] = ("forward", "backward")
+        return {phase: metrics.layer_window(self.trace, phase) for phase in phases}
 
     @lazy
     def _idle(self) -> dict[int, metrics.Idle]:
         return metrics.idle(self.trace)
 
-    @property
-    def exposed_comm_s(self) -> float:
-        """Transfers that no kernel hides, on the rank with most of them; weight synchronisation apart."""
-        return seconds(max(own.communication for own in self._idle.values()))
+    @lazy
+    def exposed_ps(self) -> int:
+        """See `Derived`."""
+        return max(own.communication for own in self._idle.values())
 
     @property
     def idle_s(self) -> dict[str, float]:
@@ -161,49 +114,15 @@ class Result:
         names = ("peer", "stage", "dependency")
         return {name: seconds(max(getattr(own, name) for own in self._idle.values())) for name in names}
 
-    @property
-    def weight_sync_s(self) -> float:
-        """Synchronisation of weight gradients at the end of the step."""
-        return seconds(metrics.weight_sync(self.trace))
+    @lazy
+    def weight_sync_ps(self) -> int:
+        """See `Derived`."""
+        return metrics.weight_sync(self.trace)
 
-    # Rates
-
-    def _rate(self, flops_per_layer: float) -> float:
-        """FLOP/s per GPU for FLOPs counted per layer and micro-batch."""
-        scenario = self.scenario
-        total = flops_per_layer * scenario.model.layers * scenario.num_micro_batches
-        return total / self.step_time_s / scenario.plan.gpus
-
-    @property
-    def _peak(self) -> float:
-        return self.scenario.hardware.peak(self.scenario.workload.precision)
-
-    @property
-    def tflops_per_gpu(self) -> float:
-        """Model TFLOP/s of one GPU, full square of attention, recomputation not counted."""
-        return self._rate(self.amounts.model) / 1e12
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs utilisation by the published formula (full square)."""
-        return self._rate(self.amounts.model) / self._peak
-
-    @property
-    def mfu_causal(self) -> float:
-        """The same, counting the half of the square that a causal mask leaves."""
-        return self._rate(self.amounts.causal) / self._peak
-
-    @property
-    def hfu(self) -> float:
-        """Hardware FLOPs utilisation: what is recomputed counts, full square."""
-        return self._rate(self.amounts.executed) / self._peak
-
-    @property
-    def tokens_per_s_per_gpu(self) -> float:
-        """Tokens of a step over its time and GPUs."""
-        if self.amounts.tokens is None:
-            raise InputError(f"tokens_per_s_per_gpu: a {self.scope} does not say what a token is; use step_time_s")
-        return self.amounts.tokens / self.step_time_s / self.scenario.plan.gpus
+    @lazy
+    def compute_ps(self) -> Mapping[str, int]:
+        """See `Derived`."""
+        return metrics.compute_by_class(self.trace, next(iter(self.trace.copies)))
 
     # Memory
 
@@ -212,10 +131,10 @@ class Result:
         """The fullest rank, when, and by which task."""
         return metrics.peak_memory(self.trace, self.static.total)
 
-    @property
-    def peak_memory_gib(self) -> float:
-        """What the allocator's peak counter would report on the fullest rank."""
-        return self.peak.bytes / GIB
+    @lazy
+    def peak_bytes(self) -> int:
+        """See `Derived`."""
+        return self.peak.bytes
 
     @property
     def peak_operator(self) -> str:
@@ -224,52 +143,21 @@ class Result:
 
     def _task_name(self, task: int | None) -> str:
         if task is None:
-            return "weights, gradients and optimizer state"
+            return STATIC
         piece = self.trace.piece_of(task)
-        label = piece.recording.outline.labels[task - piece.first_task]
-        where = f" of layer {piece.layer}" if piece.layer is not None else ""
-        return f"{label.name} ({label.part}){where}"
-
-    @lazy
-    def _outside(self) -> int:
-        return outside_tensors(self.scenario.hardware, self.block.mesh)
-
-    @property
-    def device_memory_gib(self) -> float:
-        """Peak with context, communicator buffers and reserve."""
-        return (self.peak.bytes + self._outside) / GIB
-
-    @property
-    def capacity_gib(self) -> float:
-        """Memory that the driver reports."""
-        return capacity(self.scenario.hardware) / GIB
-
-    @property
-    def fits(self) -> bool:
-        """Whether the device memory suffices."""
-        return self.device_memory_gib <= self.capacity_gib
+        return operator_name(piece.recording.outline.labels[task - piece.first_task], piece.layer)
 
     @property
     def out_of_memory_at(self) -> str | None:
         """The operator at which memory runs out, if it does."""
         if self.fits:
             return None
-        limit = capacity(self.scenario.hardware) - self._outside
-        if self.static.total > limit:
+        if self.static.total > self.limit:
             return self._task_name(None)
-        return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, limit))
+        return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, self.limit))
 
-    @property
-    def activation_bytes_per_layer(self) -> int:
-        """What one layer keeps for one micro-batch on the fullest rank, masks included."""
-        return self._saved("activation", "mask")
-
-    @property
-    def statistics_bytes_per_layer(self) -> int:
-        """Norm statistics and log-sum-exp kept beside them."""
-        return self._saved("norm statistics", "log-sum-exp")
-
-    def _saved(self, *categories: TensorKind) -> int:
+    def saved_bytes(self, *categories: TensorKind) -> int:
+        """See `Derived`."""
         kept = zip(self.numbers.template.program.saved, self.numbers.saved, strict=True)
         return sum(size for saved, size in kept if saved.category in categories)
 

@@ -175,11 +175,12 @@ class _Walk:
 
     def _loop(self, loop: Loop) -> list[Node]:
         """Walks the runs of a loop until one begins as an earlier one did."""
+        runs = int(loop.runs)
         nodes: list[Node] = []
         seen: dict[State, _Before] = {}
         last: _Before | None = None
         done = 0
-        while done < loop.runs:
+        while done < runs:
             time, state = self._state(self.ranks.values())
             now = _Before(done, len(nodes), time, self.first_task, state)
             folded = self._fold(loop, nodes, seen.get(state), last, now) if last else 0
@@ -205,7 +206,7 @@ class _Walk:
         """
         drifts: dict[str, int] = {}
         since = equal
-        rest = loop.runs - now.done
+        rest = int(loop.runs) - now.done
         if since is None:
             drifts = drift(loop, nodes[last.nodes :], last.state, now.state, now.time - last.time)
             rest, since = runs_of(drifts, now.state, now.time - last.time, rest), last

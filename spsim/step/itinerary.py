@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from spsim.step.segments import BlockPass, Segment
+
+Runs = int | npt.NDArray[np.int64]
+"""How often, or how often for each of many workloads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Loop:
     """Visits and loops that run a number of times."""
 
     body: tuple[Visit | Loop, ...]
-    runs: int
+    runs: Runs
     layers: int = 0
     """From one run to the next, as `micro_batches`."""
     micro_batches: int = 0
@@ -55,7 +61,7 @@ def layers_of(block: BlockPass, layers: range, micro_batch: int = 0) -> Loop:
     return Loop(body, len(layers), layers=step, brings=block.entry, drops=block.result)
 
 
-def accumulation(passes: Sequence[BlockPass], layers: int, micro_batches: int) -> Loop:
+def accumulation(passes: Sequence[BlockPass], layers: int, micro_batches: Runs) -> Loop:
     """Each micro-batch goes up through all layers and, with a second pass, down again."""
     orders = (range(layers), range(layers - 1, -1, -1))
     body = tuple(layers_of(block, order) for block, order in zip(passes, orders, strict=False))
@@ -77,13 +83,13 @@ def visits(items: Sequence[Item]) -> Iterator[Visit]:
         if isinstance(item, Visit):
             yield item
             continue
-        for run in range(item.runs):
+        for run in range(int(item.runs)):
             yield from _run(item, run)
 
 
 def _run(loop: Loop, run: int) -> Iterator[Visit]:
     """One run of a loop."""
-    last = run == loop.runs - 1
+    last = run == int(loop.runs) - 1
     own = list(visits(loop.body))
     for place, visit in enumerate(own):
         yield Visit(

@@ -27,9 +27,12 @@ from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import layer_template
+from spsim.step.columns.fill import Floats
+from spsim.step.columns.order import covered
+from spsim.step.columns.step import BlockColumns
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
-from spsim.step.itinerary import Item, Visit, accumulation
+from spsim.step.itinerary import Item, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import Segment
 from spsim.units import KIB, MIB, PS_PER_S, picoseconds
@@ -91,6 +94,15 @@ class PreparedBlock:
         return {segment.name: self.ranks.programs(segment) for segment in self.segments}
 
     @lazy
+    def columns(self) -> BlockColumns | None:
+        """Prepared for many workloads at once, if one rank stands for all and `covered` covers its passes."""
+        if self.ranks.simulated != "one" or not all(map(covered, self.passes.values())):
+            return None
+        slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
+        coefficients = self.template.coefficients.astype(np.float64)
+        return BlockColumns(self.passes, self.sync, slots, self._buffer_positions, coefficients)
+
+    @lazy
     def groups(self) -> Groups:
         """The groups that are called."""
         return groups_of(self.mesh, self.segments)
@@ -100,7 +112,7 @@ class PreparedBlock:
         """The segment that a recording is of, by its outline."""
         return {segment.outline: segment for segment in self.segments}
 
-    def itinerary(self, layers: int, micro_batches: int) -> tuple[Item, ...]:
+    def itinerary(self, layers: int, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of equal layers, and the synchronisation of the gradients after it."""
         steps = accumulation(list(self.passes.values()), layers, micro_batches)
         return (steps, Visit(self.sync)) if self.sync else (steps,)
@@ -168,14 +180,7 @@ class PreparedBlock:
         sync_messages: Sequence[int],
     ) -> dict[str, Mapping[int, list[int]]]:
         """Picoseconds of each task, by segment and simulated rank."""
-        seconds = np.zeros(self.template.index.num_slots)
-        floats = numbers.values.astype(np.float64)
-        for group in self.template.groups:
-            seconds[group.slots] = compute.duration(group.work(floats))
-        for step, position, slots in self._messages:
-            nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
-            seconds[slots] = comm.duration(step.collective, int(numbers.values[position]), step.ranks, nodes)
-        ps = np.rint(seconds * PS_PER_S)
+        ps = np.rint(self._seconds(numbers.values, compute, comm, gpus_per_node) * PS_PER_S)
         ps = (
             ps.astype(np.int64) if np.maximum.reduce(ps) < 2**62 else np.array([int(time) for time in ps], dtype=object)
         )
@@ -183,11 +188,32 @@ class PreparedBlock:
             name: {rank: ps[slots].tolist() for rank, slots in by_rank.items()} for name, by_rank in self._slots.items()
         }
         if self.sync:
-            syncs = [*self._sync_durations(comm, gpus_per_node, sync_messages)]
+            syncs = self.sync_durations(comm, gpus_per_node, sync_messages)
             found[self.sync.name] = dict.fromkeys(self.ranks.copies, syncs)
         return found
 
-    def _sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> Iterator[int]:
-        for sync, message in zip(self.syncs, messages, strict=True):
-            nodes = self.nodes(sync.axes, sync.ranks, gpus_per_node)
-            yield picoseconds(comm.duration(sync.collective, message, sync.ranks, nodes))
+    def durations_of_many(
+        self, numbers: Floats, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
+    ) -> npt.NDArray[np.int64]:
+        """Picoseconds by slot, for many workloads whose numbers are columns: a column for each."""
+        return np.rint(self._seconds(numbers, compute, comm, gpus_per_node) * PS_PER_S).astype(np.int64)
+
+    def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
+        """By slot; of many workloads, whose numbers are columns, in columns."""
+        seconds = np.zeros((self.template.index.num_slots, *numbers.shape[1:]))
+        floats = numbers.astype(np.float64, copy=False).T
+        for group in self.template.groups:
+            seconds.T[..., group.slots] = compute.duration(group.work(floats))
+        for step, position, slots in self._messages:
+            nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
+            message = numbers[position]
+            message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
+            seconds[slots] = comm.duration(step.collective, message, step.ranks, nodes)
+        return seconds
+
+    def sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> list[int]:
+        """Picoseconds of each task of the synchronisation."""
+        return [
+            picoseconds(comm.duration(s.collective, message, s.ranks, self.nodes(s.axes, s.ranks, gpus_per_node)))
+            for s, message in zip(self.syncs, messages, strict=True)
+        ]

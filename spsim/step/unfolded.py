@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Node, Stretch
-from spsim.engine.recording import COMPUTE_LANE, Flight, Moments, Recording, columns
-from spsim.engine.tasks import Meeting, Need, RankProgram, Task
+from spsim.engine.recording import Flight, Integers, Moments, Recording, columns
+from spsim.engine.tasks import Meeting, RankProgram, Task
+from spsim.step.chain import Chain
 from spsim.step.folding import Step, Walked
 from spsim.step.itinerary import Visit, visits
 from spsim.step.lanes import end_of, flights_of
@@ -24,12 +24,12 @@ def unfold_step(step: Step) -> Walked:
     programs = {rank: _Concatenation(step, rank).program(every) for rank in ranks}
     durations = {rank: list(_durations(step, rank, every)) for rank in ranks}
     moments = run(programs, slowdown=step.slowdown, durations=durations)
-    own = {rank: _Rank(iter(times)) for rank, times in moments.items()}
+    ran = _Ran(moments)
     nodes: list[Node] = []
     first_task = 0
     for visit in every:
         segment = visit.segment
-        recording = _recorded(segment, {rank: own[rank] for rank in step.programs[segment.name]}, step)
+        recording = ran.recording(segment, step.programs[segment.name], step.sizes[segment.name])
         nodes.append(
             Stretch(
                 recording, segment.phase, visit.layer, visit.micro_batch, 0, first_task,
@@ -40,28 +40,32 @@ def unfold_step(step: Step) -> Walked:
     return Walked(nodes, sum(map(len, moments.values())), overlapping=True)
 
 
-@dataclass(slots=True)
-class _Rank:
-    """What is left of a rank's times, and where the segments before have left it."""
+class _Ran:
+    """The moments of each rank, taken segment after segment."""
 
-    times: Iterator[Moments]
-    time: int = 0
-    """End of its last kernel."""
-    flights: list[Flight] = field(default_factory=list)
+    def __init__(self, moments: Mapping[int, Sequence[Moments]]) -> None:
+        self.moments = moments
+        self.taken = dict.fromkeys(moments, 0)
+        self.ends = dict.fromkeys(moments, 0)
+        """When the kernels so far have ended."""
+        self.flights: dict[int, list[Flight]] = {rank: [] for rank in moments}
+        """Communications that are under way then."""
 
+    def recording(self, segment: Segment, ranks: Iterable[int], sizes: Sequence[int] | Integers) -> Recording:
+        """The next segment of some ranks; times count from the beginning of the step."""
+        own = {rank: self._take(rank, len(segment.tasks)) for rank in ranks}
+        times = {rank: columns(found) for rank, found in own.items()}
+        begins = {rank: self.ends[rank] for rank in own}
+        flights = {rank: self.flights[rank] for rank in own}
+        for rank, found in own.items():
+            self.ends[rank] = end = end_of(segment, found, self.ends[rank])
+            flights_now = (*self.flights[rank], *flights_of(segment, found))
+            self.flights[rank] = [flight for flight in flights_now if flight.end_ps > end]
+        return Recording(segment.outline, times, sizes, begins, flights)
 
-def _recorded(segment: Segment, ranks: Mapping[int, _Rank], step: Step) -> Recording:
-    """The next segment of some ranks, and how it found them."""
-    begins = {rank: own.time for rank, own in ranks.items()}
-    flights = {rank: own.flights for rank, own in ranks.items()}
-    times = {}
-    for rank, own in ranks.items():
-        moments = list(islice(own.times, len(segment.tasks)))
-        times[rank] = columns(moments)
-        own.time = end_of(segment, moments, own.time)
-        flying = (*own.flights, *flights_of(segment, moments))
-        own.flights = [flight for flight in flying if flight.end_ps > own.time]
-    return Recording(segment.outline, times, step.sizes[segment.name], begins=begins, flights=flights)
+    def _take(self, rank: int, tasks: int) -> Sequence[Moments]:
+        first, self.taken[rank] = self.taken[rank], self.taken[rank] + tasks
+        return self.moments[rank][first : first + tasks]
 
 
 def _durations(step: Step, rank: int, every: Sequence[Visit]) -> Iterator[int]:
@@ -75,35 +79,27 @@ class _Concatenation:
     def __init__(self, step: Step, rank: int) -> None:
         self.step = step
         self.rank = rank
-        self.tasks: list[Task] = []
-        self.last: dict[str, int] = {}
-        """Last task of each lane before the current segment."""
-        self.exports: dict[str, int] = {}
+        self.chain = Chain()
         self.called: Counter[object] = Counter()
 
     def program(self, every: Sequence[Visit]) -> RankProgram:
         """The tasks of all visits, numbered through; durations are given by their places."""
         for visit in every:
-            if self.rank in self.step.programs[visit.segment.name]:
-                self._append(visit)
-        return RankProgram(self.tasks)
+            program = self.step.programs[visit.segment.name].get(self.rank)
+            if program is not None:
+                self.chain.append(visit.segment, self._renumbered(program.tasks))
+        return RankProgram(self.chain.tasks)
 
-    def _append(self, visit: Visit) -> None:
-        segment, first = visit.segment, len(self.tasks)
-        joined = sorted(self.last[lane] for lane in {COMPUTE_LANE, *segment.joins} if lane in self.last)
+    def _renumbered(self, tasks: Sequence[Task]) -> list[Task]:
+        """With the calls of each communicator numbered through, too."""
         calls: Counter[object] = Counter()
-        for task in self.step.programs[segment.name][self.rank].tasks:
-            own: list[Need] = [need + first for need in task.needs if isinstance(need, int)]
-            named = [self.exports[need] for need in task.needs if isinstance(need, str) and need in self.exports]
-            meetings = tuple(self._meeting(meeting, calls) for meeting in task.meetings)
-            needs = (*(own or joined), *named)
-            self.tasks.append(replace(task, id=task.id + first, needs=needs, meetings=meetings))
+        found = [
+            replace(task, meetings=tuple(self._meeting(meeting, calls) for meeting in task.meetings)) for task in tasks
+        ]
         self.called += calls
-        self.exports |= {name: task + first for name, task in segment.exports.items()}
-        self.last |= {task.lane: task.id for task in self.tasks[first:]}
+        return found
 
     def _meeting(self, meeting: Meeting, calls: Counter[object]) -> Meeting:
-        """Calls of a communicator are numbered through, too."""
         communicator, number = meeting.key
         calls[communicator] = max(calls[communicator], number)
         return replace(meeting, key=(communicator, number + self.called[communicator]))

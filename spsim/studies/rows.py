@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from spsim.errors import InputError
 from spsim.inputs.scenario import scenario_from
 from spsim.program.operators import OPERATOR_CLASSES
-from spsim.results.metrics import compute_by_class
+from spsim.results.columns import ResultColumns
 from spsim.results.result import Result
 from spsim.simulation import simulate
 from spsim.studies.points import Point
@@ -17,13 +18,8 @@ from spsim.units import MIB, PS_PER_MS
 Row = dict[str, Any]
 
 
-def rows_of_points(points: Sequence[Point]) -> list[Row]:
-    """One row per point, in their order: the only place where sweeps compute, here or in a worker."""
-    return [_row(point) for point in points]
-
-
-def _row(point: Point) -> Row:
-    """One that breaks a rule has its reason in `error` and no numbers."""
+def row(point: Point) -> Row:
+    """The row of one configuration; one that breaks a rule has its reason in `error` and no numbers."""
     try:
         result = simulate(scenario_from(point.settings, "point"))
     except InputError as error:
@@ -31,12 +27,14 @@ def _row(point: Point) -> Row:
     return {**point.labels, **measures(result), **point.labels, "error": ""}
 
 
-def measures(result: Result) -> dict[str, Any]:
-    """The columns of a result; times are of one layer and micro-batch unless the name says otherwise."""
+def measures(result: Result | ResultColumns) -> Row:
+    """The columns of a result, each one value, or an array of those of many workloads; times are of one layer and
+    micro-batch unless the name says otherwise.
+    """
     scenario = result.scenario
     instances = scenario.model.layers * scenario.num_micro_batches
     forward_s, backward_s = result.layer_forward_s, result.layer_backward_s
-    compute = compute_by_class(result.trace, next(iter(result.trace.copies)))
+    compute = result.compute_ps
     return {
         "model": scenario.model.name,
         "hardware": scenario.hardware.name,
@@ -62,12 +60,19 @@ def measures(result: Result) -> dict[str, Any]:
         "capacity_gib": result.capacity_gib,
         "fits": result.fits,
         "peak_operator": result.peak_operator,
-        "out_of_memory_at": result.out_of_memory_at or "",
+        "out_of_memory_at": _text(result.out_of_memory_at),
         **_calibration(result),
     }
 
 
-def _calibration(result: Result) -> dict[str, Any]:
+def _text(operators: Any) -> Any:
+    """Empty where there is none."""
+    if isinstance(operators, np.ndarray):
+        return np.where(operators.astype(bool), operators, "")
+    return operators or ""
+
+
+def _calibration(result: Result | ResultColumns) -> dict[str, Any]:
     """The error band and flags, where a calibration wrote the profile."""
     band = {} if result.error_band is None else {"step_time_error_percent": result.error_band.step_time_percent}
     return {**band, "flagged": ", ".join(result.flagged)} if band or result.flagged else {}

@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed, wait
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from spsim.studies.columns import Columns
+from spsim.studies.grids import rows_of_points, tables_of_points
 from spsim.studies.points import Point, Settings
 from spsim.studies.rowfile import RowFile
-from spsim.studies.rows import Row, rows_of_points
+from spsim.studies.rows import Row
+from spsim.studies.tables import frame
 
 if TYPE_CHECKING:
     import pandas as pd
+
+T = TypeVar("T")
 
 INTERVAL_S = 0.2
 """Time that a chunk computed here should take: rows are on disk that soon, and progress is seen."""
@@ -38,12 +40,12 @@ def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) ->
     Any `concurrent.futures.Executor` can compute them; without one they are computed here.
     """
     points = [point if isinstance(point, Point) else Point(point) for point in grid]
-    columns = Columns()
-    order: list[int] = []
-    for start, rows in rows_of(points, executor):
-        order.extend(range(start, start + len(rows)))
-        columns.extend(rows)
-    return columns.frame(np.argsort(order))
+    if executor is None:
+        tables = tables_of_points(points)
+    else:
+        chunks = _computed_by(executor, tables_of_points, points)
+        tables = [table.moved(start) for start, own in chunks for table in own]
+    return frame(tables, range(len(points)))
 
 
 def run_points(
@@ -71,14 +73,14 @@ def run_points(
             rows = dict(zip(missing_keys[start : start + len(computed)], computed, strict=True))
             append(rows)
             add(rows)
-    frame = columns.frame([place[key] for key in keys])
-    frame.insert(0, "key", list(keys))
-    return frame
+    found = columns.frame([place[key] for key in keys])
+    found.insert(0, "key", list(keys))
+    return found
 
 
 def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[tuple[int, list[Row]]]:
     """(index of the first, rows) of chunks of points as they are finished, in any order when an executor computes."""
-    return _rows_here(points) if executor is None else _rows_of_workers(points, executor)
+    return _rows_here(points) if executor is None else _computed_by(executor, rows_of_points, points)
 
 
 def _rows_here(points: Sequence[Point]) -> Iterator[tuple[int, list[Row]]]:
@@ -92,11 +94,12 @@ def _rows_here(points: Sequence[Point]) -> Iterator[tuple[int, list[Row]]]:
         size = min(max(in_time, 1), 4 * size, LARGEST_CHUNK)
 
 
-def _rows_of_workers(points: Sequence[Point], executor: Executor) -> Iterator[tuple[int, list[Row]]]:
+def _computed_by(
+    executor: Executor, compute: Callable[[Sequence[Point]], list[T]], points: Sequence[Point]
+) -> Iterator[tuple[int, list[T]]]:
+    """The same of what workers compute."""
     size = min(max(len(points) // WORKERS_CHUNKS, 1), LARGEST_WORKERS_CHUNK)
-    starts = {
-        executor.submit(rows_of_points, points[start : start + size]): start for start in range(0, len(points), size)
-    }
+    starts = {executor.submit(compute, points[start : start + size]): start for start in range(0, len(points), size)}
     try:
         for future in as_completed(starts):
             yield starts.pop(future), future.result()

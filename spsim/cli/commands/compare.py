@@ -11,8 +11,7 @@ import typer
 from spsim.cli.options import GlobalBatchOption, JsonOption, MicroBatchOption, PrecisionOption
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
 from spsim.report import comparison as report
-from spsim.studies.comparison import PlanComparison
-from spsim.studies.comparison import compare as compare_plans
+from spsim.studies.comparison import PlanComparison, compare
 
 
 def command(
@@ -31,7 +30,7 @@ def command(
         "seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch, "precision": precision
     }  # fmt: skip
     workload = {key: value for key, value in workload.items() if value is not None}
-    comparison = compare_plans(plan or [], hardware=hardware, model=model, workload=workload)
+    comparison = compare(plan or [], hardware=hardware, model=model, workload=workload)
     document = {**comparison.to_json(), "words": report.comparison_lines(comparison)}
     written = [] if out is None else _write_comparison(comparison, document, out)
     if as_json:

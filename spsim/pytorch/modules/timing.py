@@ -15,7 +15,8 @@ from spsim.program.instructions import Compute, Program
 from spsim.program.sizes import Template
 from spsim.pytorch.modules.costs import kernels
 from spsim.pytorch.modules.tape import Tape
-from spsim.results.result import Amounts, Result
+from spsim.results.derived import Amounts
+from spsim.results.result import Result
 from spsim.simulation import assemble
 from spsim.step.preparation import PreparedBlock
 from spsim.units import MS_PER_S

@@ -1,0 +1,1 @@
+"""A step for many workloads at once: where the order of events does not depend on durations, times are arrays."""

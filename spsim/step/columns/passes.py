@@ -1,0 +1,77 @@
+"""One pass for many workloads at once: its pieces as they ran, and for which workloads that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from spsim.step.columns.fill import Fills, Floats, Places
+from spsim.step.columns.order import Order
+from spsim.step.columns.replay import Points, Replay
+from spsim.step.segments import Segment
+
+
+class PassColumns:
+    """One pass that begins with all lanes free, prepared."""
+
+    def __init__(
+        self, order: Order, positions: Mapping[str, Places], coefficients: Floats, classes: Sequence[str]
+    ) -> None:
+        """`positions` of the bytes of the buffers of each segment, among numbers with `coefficients`."""
+        self.order = order
+        self.fills = Fills(order, positions, coefficients)
+        self.ends = [order.end(piece) for piece in order.pieces]
+        self.loose = [np.array(order.loose(piece), dtype=np.intp) for piece in order.pieces]
+        """Of each piece, the communications up to its end that may outlast it."""
+        self.runs = np.array([float(piece.runs) for piece in order.pieces])
+        """Of each piece, how many in a row are like it."""
+        self._members = [_members(piece.segment, classes) for piece in order.pieces]
+
+    def lengths(self, run: Replay) -> Floats:
+        """Picoseconds of each piece, from the end of the kernels before it to the end of its own."""
+        return np.diff(run.ended[self.ends], axis=0, prepend=0).astype(np.float64)
+
+    def compute(self, run: Replay) -> list[Floats]:
+        """Picoseconds of the kernels of each piece, a row for each class."""
+        took = (run.ended - run.posted).astype(np.float64)
+        own = zip(self.order.pieces, self._members, strict=True)
+        return [members @ took[piece.first : piece.stop] for piece, members in own]
+
+    def holds(self, run: Replay) -> Points:
+        """For which workloads the pieces stand for the whole pass: nothing is under way at its end, everything is
+        posted before the end of the next piece, and runs of a loop that are not written out are like the last that is.
+        """
+        found = np.ones(run.moments.shape[1], dtype=np.bool_)
+        last = len(self.ends) - 1
+        for place, piece in enumerate(self.order.pieces):
+            loose, end = self.loose[place], run.ended[self.ends[place]]
+            if place == last:
+                found &= (run.ended[loose] <= end).all(axis=0)
+            elif place:
+                found &= (run.posted[loose[loose < piece.first]] <= end).all(axis=0)
+            if piece.runs > 1:
+                found &= self._is_steady(run, place)
+        return found
+
+    def _is_steady(self, run: Replay, place: int) -> Points:
+        """Whether a run of a loop ends as the run before it did: with the same of its own under way, nothing else."""
+        found = np.ones(run.moments.shape[1], dtype=np.bool_)
+        states = []
+        for index in (place - 1, place):
+            piece, loose, end = self.order.pieces[index], self.loose[index], run.ended[self.ends[index]]
+            found &= (run.ended[loose[loose < piece.first]] <= end).all(axis=0)
+            calls = [piece.first + call for call in piece.segment.calls]
+            states.append(np.maximum(run.moments.reshape(2, -1, run.moments.shape[1])[:, calls] - end, 0))
+        before, now = states
+        open_ = (before[1] > 0) | (now[1] > 0)
+        found &= ((before == now).all(axis=0) | ~open_).all(axis=0)
+        return found
+
+
+def _members(segment: Segment, classes: Sequence[str]) -> Floats:
+    """A row for each class of kernels: which tasks of a segment belong to it."""
+    names, members = segment.outline.classes
+    found = np.zeros((len(classes), len(segment.tasks)))
+    found[[classes.index(name) for name in names]] = members
+    return found

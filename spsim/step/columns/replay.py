@@ -1,0 +1,107 @@
+"""When the tasks of a pass run, for many workloads at once: an array of picoseconds for each task.
+
+What the engine does event by event is done here task by task, in the order that `Order` has found: the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spsim.engine.contention import PPM
+from spsim.step.columns.order import Kernels, Order
+
+Times = npt.NDArray[np.int64]
+Points = npt.NDArray[np.bool_]
+"""Which workloads."""
+Holds = Sequence[tuple[Times, Times]]
+"""From when to when communications hold the device: one after the other, none within another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """Of `whole` parts of its rate a kernel loses `lost` while a communication holds the device."""
+
+    whole: int
+    lost: int
+
+    def slowed(self, begin: Times, duration: Times, holds: Holds) -> Times:
+        """The first picosecond in which kernels are done, as the engine works them through."""
+        whole, lost, slow = self.whole, self.lost, self.whole - self.lost
+        alone = end = begin + duration
+        owed: Any = 0
+        """Work that was lost, in parts of a picosecond."""
+        for posted, ended in holds:
+            held = np.maximum(begin, posted)
+            left = (alone - held) * whole + owed
+            owed = owed + np.maximum(ended - held, 0) * lost
+            within, beyond = held - -left // slow, alone - -owed // whole
+            end = np.maximum(end, np.minimum(within, beyond))
+        return end
+
+
+def contention(slowdown: float) -> Contention:
+    """Of the share of its rate that a kernel loses, in the smallest numbers: they multiply picoseconds."""
+    lost = round(slowdown * PPM)
+    common = gcd(lost, PPM)
+    return Contention(PPM // common, lost // common)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A pass as it ran: a row for each task, a column for each workload; the pass begins at 0 with all lanes free."""
+
+    moments: Times
+    """When each task is posted, and below that when each has ended."""
+
+    @property
+    def posted(self) -> Times:
+        """When each task is posted."""
+        return self.moments[: len(self.moments) // 2]
+
+    @property
+    def ended(self) -> Times:
+        """When each task has ended."""
+        return self.moments[len(self.moments) // 2 :]
+
+
+def replay(order: Order, durations: Times, contention: Contention) -> Replay:
+    """Run the tasks of a pass; durations are positive, and their sum times `contention.whole` is below 2^62."""
+    found = Replay(np.empty((2 * len(durations), durations.shape[1]), dtype=np.int64))
+    posted, ended = found.posted, found.ended
+    start = np.zeros(durations.shape[1], dtype=np.int64)
+    for step in order.program:
+        begin = start
+        for place, task in enumerate(step.waits):
+            begin = np.maximum(begin, ended[task]) if place else ended[task]
+        if not isinstance(step, Kernels):
+            posted[step.task] = begin
+            np.add(begin, durations[step.task], out=ended[step.task])
+        elif step.holds and contention.lost:
+            holds = _holds(step, posted, ended)
+            for task in range(step.first, step.stop):
+                posted[task] = begin
+                begin = ended[task] = contention.slowed(begin, durations[task], holds)
+        else:
+            first, stop = step.first, step.stop
+            posted[first] = begin
+            durations[first:stop].cumsum(axis=0, out=ended[first:stop])
+            ended[first:stop] += begin
+            posted[first + 1 : stop] = ended[first : stop - 1]
+    return found
+
+
+def _holds(step: Kernels, posted: Times, ended: Times) -> Holds:
+    """When communications hold the device; those of several lanes overlap, and which is first depends."""
+    if step.lanes == 1:
+        return [(posted[task], ended[task]) for task in step.holds]
+    begins, ends = posted[[*step.holds]], ended[[*step.holds]]
+    order = begins.argsort(axis=0)
+    begins, ends = np.take_along_axis(begins, order, axis=0), np.take_along_axis(ends, order, axis=0)
+    np.maximum(begins[1:], np.maximum.accumulate(ends)[:-1], out=begins[1:])
+    return [*zip(begins, ends, strict=True)]

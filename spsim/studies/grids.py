@@ -1,0 +1,176 @@
+"""The points of a sweep in families that differ in the sizes of their workloads only: each is computed at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from spsim.errors import InputError
+from spsim.inputs.grid import Grid
+from spsim.inputs.rules import keeps_sizes
+from spsim.inputs.scenario import Scenario, scenario_from
+from spsim.inputs.workload import ELEMENT_BYTES, Workload
+from spsim.results.columns import ResultColumns
+from spsim.simulation import simulate_many
+from spsim.studies.points import Point, Settings
+from spsim.studies.rows import Row, measures, row
+from spsim.studies.tables import Table, tables_of_rows
+
+MANY = 256
+"""Workloads that are computed at once: their numbers stay in a cache."""
+SIZES = ("seq_len", "micro_batch", "global_batch")
+
+
+def rows_of_points(points: Sequence[Point]) -> list[Row]:
+    """One row per point, in their order."""
+    rows = dict(row for table in tables_of_points(points) for row in table.rows())
+    return [rows[place] for place in range(len(points))]
+
+
+def tables_of_points(points: Sequence[Point]) -> list[Table]:
+    """The rows of all points: the only place where sweeps compute, here or in a worker. Those that break a rule have
+    their reason in `error` and no numbers.
+    """
+    sorting = _Sorting()
+    for place, point in enumerate(points):
+        sorting.add(place, point)
+    tables: list[Table] = []
+    alone = sorting.alone
+    for family in sorting.families.values():
+        if len(family.places) == 1:  # no slower, and nothing has to be prepared
+            alone += family.places
+        else:
+            tables += _computed(points, family, alone)
+    return tables + tables_of_rows([row(points[place]) for place in alone], alone)
+
+
+@dataclass(slots=True)
+class _Family:
+    """Points with one hardware, model and plan, whose workloads differ in their sizes."""
+
+    places: list[int] = field(default_factory=list)
+    sizes: list[tuple[Any, ...]] = field(default_factory=list)
+    """Of each its `SIZES` as given."""
+
+
+class _Sorting:
+    """Points by family; what looks unusual stands alone, so that the usual way says what is wrong with it."""
+
+    def __init__(self) -> None:
+        self.families: dict[Hashable, _Family] = defaultdict(_Family)
+        self.alone: list[int] = []
+        self._known: dict[int, tuple[Any, Hashable]] = {}
+        """Objects by identity, which are kept so that no other takes their place."""
+
+    def add(self, place: int, point: Point) -> None:
+        """One more point."""
+        settings, workload = point.settings, point.settings.get("workload")
+        given = workload.__dict__ if isinstance(workload, Workload) else workload
+        if settings.keys() <= _SETTINGS and isinstance(given, dict) and given.keys() <= _WORKLOAD:
+            precision = given.get("precision", "bf16")
+            if given.get("phase", "training") == "training" and precision in _PRECISIONS:
+                key = (self._key(settings), precision, *point.labels)
+                family = self.families[key]
+                family.places.append(place)
+                family.sizes.append((given.get("seq_len"), given.get("micro_batch", 1), given.get("global_batch")))
+                return
+        self.alone.append(place)
+
+    def _key(self, settings: Settings) -> Hashable:
+        return tuple([self._identity(settings.get(name, _NOT_GIVEN)) for name in _SHARED])
+
+    def _identity(self, value: Any) -> Hashable:
+        """Equal of what is equal, as far as that can be seen."""
+        if isinstance(value, str):
+            return value
+        if id(value) not in self._known:
+            self._known[id(value)] = value, _by_value(value)
+        return self._known[id(value)][1]
+
+
+_SETTINGS = frozenset(Scenario.model_fields)
+_WORKLOAD = frozenset(Workload.model_fields)
+_SHARED = sorted(_SETTINGS - {"workload"})
+_PRECISIONS = tuple(ELEMENT_BYTES)
+_NOT_GIVEN = object()
+
+
+def _by_value(value: Any) -> Hashable:
+    parts = tuple((name, type(part), part) for name, part in value.items()) if isinstance(value, Mapping) else value
+    try:
+        hash(parts)
+    except TypeError:
+        return id(value)
+    return type(value), parts
+
+
+def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Iterator[Table]:
+    """The rows of a family; `alone` gets the points that have to be computed one by one."""
+    failed: list[Row] = []
+    scenario: Scenario | None = None
+    for place in family.places:
+        try:
+            scenario = scenario_from(points[place].settings, "point")
+            break
+        except InputError as error:
+            failed.append({**points[place].labels, "error": str(error)})
+    yield from tables_of_rows(failed, family.places)
+    if scenario is None:
+        return
+    places, sizes = np.array(family.places[len(failed) :]), family.sizes[len(failed) :]
+    valid: Any = np.array([_valid(*column) for column in zip(SIZES, zip(*sizes, strict=True), strict=True)]).all(axis=0)
+    alone += places[~valid].tolist()
+    places, grid = places[valid], Grid.of(scenario, [*compress(sizes, valid)])
+    keeps = keeps_sizes(scenario.model, scenario.plan, grid.workload, grid.global_batch)
+    alone += places[~keeps].tolist()
+    places, grid = places[keeps], grid.part(keeps)
+    for first in range(0, len(places), MANY):
+        part = slice(first, first + MANY)
+        yield from _at_once(points, places[part], grid.part(part), alone)
+
+
+def _valid(name: str, values: Sequence[Any]) -> list[bool]:
+    """Which values a workload takes."""
+
+    def is_valid(values: Sequence[Any]) -> bool:
+        try:
+            _ALLOWED[name].validate_python(values)
+        except ValidationError:
+            return False
+        return True
+
+    return [True] * len(values) if is_valid([*values]) else [is_valid([value]) for value in values]
+
+
+def _allowed(name: str) -> TypeAdapter[Any]:
+    """Values of a field of workloads."""
+    own = Workload.model_fields[name]
+    kind: Any = Annotated[own.annotation, *own.metadata] if own.metadata else own.annotation
+    return TypeAdapter(list[kind], config=ConfigDict(strict=True))
+
+
+_ALLOWED = {name: _allowed(name) for name in SIZES}
+
+
+def _at_once(points: Sequence[Point], places: Any, grid: Grid, alone: list[int]) -> Iterator[Table]:
+    """The rows of workloads that keep all rules."""
+    result: ResultColumns | None = None
+    with suppress(InputError):
+        result = simulate_many(grid)
+    exact = np.zeros(len(places), dtype=np.bool_) if result is None else result.exact
+    alone += places[~exact].tolist()
+    if result is None or not exact.any():
+        return
+    own = places[exact].tolist()
+    labels = {name: [points[place].labels[name] for place in own] for name in points[own[0]].labels}
+    numbers = measures(result)
+    if not exact.all():
+        numbers = {name: of[exact] if isinstance(of, np.ndarray) else of for name, of in numbers.items()}
+    yield Table(own, {**labels, **numbers, **labels, "error": ""})
