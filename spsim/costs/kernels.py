@@ -22,9 +22,9 @@ from spsim.work import (
     Direction,
     FlashAttention,
     Gemm,
+    KernelName,
     MemoryBound,
     MemoryBoundClass,
-    MemoryBoundKernel,
     Work,
     each,
 )
@@ -191,7 +191,7 @@ class ComputeCost:
         return self.coefficients.l2_bandwidth_gb_per_s.value * GB
 
     def _traffic_of(
-        self, operator_class: MemoryBoundClass, kernel: MemoryBoundKernel | None, backward: bool
+        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool
     ) -> tuple[Seconds, Seconds, Seconds]:
         """Bytes per second from the memory and from the cache, and seconds to start; arrays for many kernels."""
         key = (operator_class, kernel, backward)
@@ -200,7 +200,7 @@ class ComputeCost:
         return self._traffic[key]
 
     def _traffic_at(
-        self, operator_class: MemoryBoundClass, kernel: MemoryBoundKernel | None, backward: bool
+        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool
     ) -> tuple[float, float, float]:
         """Of one kernel: as measured by itself, else at the share of its class and at the rate of the cache."""
         rates = self._rates.get(rates_key(kernel, backward))
@@ -247,6 +247,6 @@ class ComputeCost:
         return paths
 
 
-def rates_key(kernel: MemoryBoundKernel | None, backward: bool) -> str:
+def rates_key(kernel: KernelName | None, backward: bool) -> str:
     """The name of a kernel's pass in `kernel_rates`; of one that has none, a name that is not there."""
     return f"{kernel}_{'backward' if backward else 'forward'}"

@@ -12,9 +12,9 @@ from typing import Literal
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis
-from spsim.program.operators import OperatorKind, TensorKind
+from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
-from spsim.work import Work
+from spsim.work import KernelClass, Work
 
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
@@ -39,7 +39,7 @@ class Compute:
 
     id: int
     operator: str
-    kind: OperatorKind
+    kind: KernelClass
     part: Part
     work: tuple[Work | None, ...]
     reads: tuple[int, ...]
