@@ -1,9 +1,8 @@
-"""What does a row of a sweep cost beyond its simulation? CPU time, median of several repetitions.
+"""What does an experiment file cost beyond `sweep()`? CPU time, median of several repetitions.
 
     python benchmarks/sweeps.py [--rows N]
 
-1. Rows through `sweep()` and through an experiment file, points by name and with profile and model objects. What is
-   simulated stands ready, so that the rest is seen alone.
+1. Rows through `sweep()` and through an experiment file, points by name and with profile and model objects.
 2. An experiment that is complete, run again: CPU time and peak memory of its process.
 """
 
@@ -14,25 +13,21 @@ import io
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count, cycle, islice, product
+from collections.abc import Callable, Iterator
+from itertools import count, islice, product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Any
-from unittest.mock import patch
 
 from rich.console import Console
 
 import spsim
 from spsim.report.table import table
 from spsim.studies.experiments import run_experiment
-from spsim.studies.rows import rows_of_points
 
 REPETITIONS = 5
-SIMULATED = 1024
-"""Rows that are simulated; all others are copies."""
 HARDWARE, MODELS = ("dgx-a100-80gb", "dgx-h100"), ("gpt-22b", "llama-3-8b")
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "tp=2,sequence_parallel,ulysses=4")
 FILE = """
@@ -82,9 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
     number = parser.parse_args().rows
-    ready = cycle(rows_of_points(list(islice(points(objects=False), SIMULATED))))
     made = table(f"{number:,} rows", ["points", "sweep()", "experiment file", "more"], numbers=["more"])
-    with TemporaryDirectory() as out, patch("spsim.studies.sweeps.rows_of_points", lambda some: copies(ready, some)):
+    with TemporaryDirectory() as out:
         directory = Path(out) / "long"
         directory.mkdir()
         for kind in ("with objects", "by name"):
@@ -94,11 +88,6 @@ def main() -> None:
             made.add_row(kind, *(f"{seconds * 1e6:.1f} us a row" for seconds in (alone, filed, filed - alone)))
         Console(width=140).print(made)
         again(number, Path(out))
-
-
-def copies(ready: Iterator[dict[str, Any]], some: Sequence[spsim.Point]) -> list[dict[str, Any]]:
-    """A row for each point."""
-    return [dict(row) for row, _ in zip(ready, some, strict=False)]
 
 
 def again(number: int, out: Path) -> None:
