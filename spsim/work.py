@@ -12,21 +12,25 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 Direction = Literal["forward", "backward"]
-MemoryBoundClass = Literal["elementwise", "norm", "softmax", "dropout", "embedding", "cross_entropy", "optimizer"]
-MemoryBoundKernel = Literal[
+MemoryBoundClass = Literal["norm", "softmax", "dropout", "elementwise", "embedding", "cross_entropy", "optimizer"]
+"""Classes of kernels that take the time of their memory traffic."""
+KernelClass = Literal["gemm", "attention"] | MemoryBoundClass
+"""Which coefficients time a kernel; the kind of an operator is the class of its kernels."""
+KERNEL_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", *get_args(MemoryBoundClass))
+KernelName = Literal[
     "layer_norm", "rms_norm", "softmax", "masked_softmax", "dropout", "gelu", "bias_gelu", "squared_relu", "swiglu",
     "geglu", "rope", "bias_dropout_add", "bias_add", "bias_gradient", "add", "copy", "embedding", "cross_entropy",
     "adam",
 ]  # fmt: skip
-"""Kernels that a profile may have rates of their own for; others are known by their class only."""
+"""Memory-bound kernels that a profile may have rates of their own for; others are known by their class only."""
 DATA_TYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
 
 
 def known_kernel_pass(name: str) -> str:
     """A kernel and its direction, such as gelu_backward; `ValueError` for any other name."""
     kernel, _, direction = name.rpartition("_")
-    if kernel not in get_args(MemoryBoundKernel) or direction not in ("forward", "backward"):
-        known = ", ".join(get_args(MemoryBoundKernel))
+    if kernel not in get_args(KernelName) or direction not in ("forward", "backward"):
+        known = ", ".join(get_args(KernelName))
         raise ValueError(f"no such kernel; use one of {known}, ending in _forward or _backward")
     return name
 
@@ -100,7 +104,7 @@ class MemoryBound:
 
     operator_class: MemoryBoundClass
     bytes_moved: int
-    kernel: MemoryBoundKernel | None = None
+    kernel: KernelName | None = None
     backward: bool = False
     """The gradient of the kernel."""
 

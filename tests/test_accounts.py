@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from spsim.engine.pieces import Move, Repeat, Stretch
 from spsim.engine.recording import Flight, Outline, Recording, TaskInfo
 from spsim.engine.trace import Trace
+from spsim.report.run import summary
 from spsim.results import accounts, metrics
 from spsim.results.accounts import (
     IDLE,
@@ -182,3 +183,11 @@ def test_what_is_held_at_the_peak_is_the_row_of_the_memory_curve(run):
             if name.endswith("_gib") and name != "total_gib" and row[name]
         }
     )
+
+
+def test_a_summary_names_what_is_waited_for():
+    """Where something is."""
+    for plan, expected in (("ring=4,ring_cut=contiguous", True), ("tp=8", False)):
+        found = result(plan, seq_len=16384)
+        assert bool(found.idle_s["peer"]) == expected
+        assert (PEERS in summary(found).columns[0].cells) == expected

@@ -12,12 +12,12 @@ from spsim import InputError, compare, plots
 from spsim.cli import main
 from spsim.costs.kernels import ComputeCost
 from spsim.program.instructions import Compute
-from spsim.program.operators import OPERATOR_CLASSES
 from spsim.report.comparison import comparison_lines
 from spsim.results.accounts import OTHER, PEERS, RECOMPUTATION, SLOWED, SYNC
 from spsim.results.metrics import compute_by_class
 from spsim.studies.comparison import EXPOSED, Difference, grouped
 from spsim.units import GIB, picoseconds
+from spsim.work import KERNEL_CLASSES
 from tests.cases import A100, H100
 from tests.test_plots import assert_readable
 
@@ -72,7 +72,7 @@ def pair_of(pair):
 @each_account
 def test_kernels_of_a_step_take_the_time_of_the_compute_lane(account):
     """Of the last rank, by `metrics.compute_by_class`: contention and recomputation are only told apart."""
-    kernels = sum(account.step.get(name, 0) for name in (*OPERATOR_CLASSES, RECOMPUTATION, SLOWED))
+    kernels = sum(account.step.get(name, 0) for name in (*KERNEL_CLASSES, RECOMPUTATION, SLOWED))
     trace = account.result.trace
     assert kernels == max(sum(compute_by_class(trace, rank).values()) for rank in trace.copies)
 
@@ -85,7 +85,7 @@ def test_slowed_is_what_kernels_take_beyond_their_uncontended_time(account):
     kernels = [step for step in result.program.instructions if isinstance(step, Compute)]
     alone = sum(picoseconds(cost.duration(step.work[-1])) for step in kernels if step.work[-1])
     layers = result.scenario.model.layers
-    measured = sum(account.step.get(name, 0) for name in (*OPERATOR_CLASSES, RECOMPUTATION))
+    measured = sum(account.step.get(name, 0) for name in (*KERNEL_CLASSES, RECOMPUTATION))
     assert measured == pytest.approx(alone * layers, abs=2 * len(kernels) * layers)
 
 
@@ -106,7 +106,7 @@ def test_a_layer_counts_its_own_kernels(account):
     spans = account.result.spans
     kernels = spans[(spans["layer"] == 0).fillna(False) & (spans["lane"] == "compute")]
     longest = kernels.groupby("rank")["duration_us"].sum().max()
-    parts = sum(amount for name, amount in account.layer.items() if name in (*OPERATOR_CLASSES, RECOMPUTATION, SLOWED))
+    parts = sum(amount for name, amount in account.layer.items() if name in (*KERNEL_CLASSES, RECOMPUTATION, SLOWED))
     assert parts == pytest.approx(longest * 1e6, abs=1)
     assert (OTHER in account.layer) == ("contiguous" in account.text)
 
@@ -158,7 +158,7 @@ def test_full_recomputation_repeats_forward_and_nothing_else():
     pair = Difference(TP, full)
     assert sum(pair.layer.values()) == pytest.approx(picoseconds(TP.result.layer_forward_s), rel=1e-9)
     forward = TP.passes["forward"]
-    assert pair.layer[RECOMPUTATION] == sum(forward.get(name, 0) for name in OPERATOR_CLASSES)
+    assert pair.layer[RECOMPUTATION] == sum(forward.get(name, 0) for name in KERNEL_CLASSES)
     assert {name for name, change in pair.layer.items() if change} == {RECOMPUTATION, "exposed all-reduce"}
 
 
@@ -290,6 +290,17 @@ def test_python_interface_takes_what_a_scenario_takes():
     }
     plans = [spsim.Plan(tp=8), {"tp": 8, "sequence_parallel": True}]
     assert compare(plans, **objects).to_json() == compare(GPT_PLANS[:2], **GPT).to_json()
+
+
+def test_a_comparison_does_not_write_out_the_step():
+    """Neither spans nor memory changes are made of 512 micro-batches, 128 ranks or 80 layers."""
+    plans = ("tp=8,ring=16", "tp=8,sequence_parallel,ring=16,ring_cut=contiguous")
+    workload = {"seq_len": 65536, "global_batch": 512}
+    comparison = compare(plans, hardware=H100, model="llama-3-70b", workload=workload)
+    comparison.to_json()
+    for account in comparison.accounts:
+        assert not {"spans", "tasks", "memory", "pieces"} & vars(account.result.trace).keys()
+        assert sum(account.step.values()) == account.result.trace.end_ps
 
 
 def test_neither_a_comparison_nor_an_explanation_needs_pandas():

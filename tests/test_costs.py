@@ -1,8 +1,10 @@
 """Durations of collectives and kernels against formulas worked by hand, and the work of a ring by counting."""
 
 from copy import deepcopy
+from dataclasses import astuple, replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -283,6 +285,28 @@ def test_head_sizes_are_interpolated(head_dim, fraction, half_tokens):
     work = flash(head_dim)
     expected = work.flops / (312e12 * fraction * 4096 / (4096 + half_tokens))
     assert a100().attention_time(work) == pytest.approx(4 * US + expected, rel=1e-9)
+
+
+WITH_FP8 = [name for name in profile_names() if "fp8" in load_profile(name).datasheet.peak_tflops]
+
+
+@pytest.mark.parametrize("name", WITH_FP8)
+def test_attention_beside_fp8_products_runs_in_16_bits(name):
+    """Without curves of its own it takes the time of bf16, not half of it, and names the coefficients that it used."""
+    half, eighth = (ComputeCost(load_profile(name), dtype) for dtype in ("bf16", "fp8"))
+    assert eighth.duration(flash()) == half.duration(flash())
+    assert eighth.class_of(flash()) == half.class_of(flash()) == "attention.forward.causal"
+    product = Gemm(8192, 8192, 8192, 1, bytes_moved=1)
+    assert eighth.duration(product) < 0.7 * half.duration(product)
+
+
+def test_heads_of_different_sizes_at_once():
+    """An array of kernels takes the times of each alone."""
+    cost, sizes = a100(), (64, 80, 128)
+    columns = zip(*(astuple(flash(size)) for size in sizes), strict=True)
+    arrays = (column[0] if isinstance(column[0], str) else np.array(column, dtype=float) for column in columns)
+    many = replace(FlashAttention(*arrays), causal=True)
+    assert cost.duration(many).tolist() == [cost.duration(flash(size)) for size in sizes]
 
 
 def test_attention_bound_by_memory():

@@ -2,12 +2,13 @@
 
 import pytest
 
+from spsim import InputError, explain
 from spsim.inputs.model import PRESETS, load_model
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.operators import Operand, Operator, Tensor
-from spsim.studies.explanation import applies_alone, explain
+from spsim.studies.explanation import applies_alone
 
 WORKLOAD = Workload(seq_len=2048, micro_batch=4)
 
@@ -123,3 +124,31 @@ def test_every_operator_of_the_layer_has_a_row() -> None:
     for model in PRESETS.values():
         names = [op.name for op in transformer_layer(model, WORKLOAD)]
         assert list(by_name(model.name, "tp=8,sequence_parallel")) == names
+
+
+# ------------------------------------------------------------ from Python
+
+
+def test_what_a_scenario_takes_is_taken() -> None:
+    """Names, tables and objects."""
+    model = load_model("gpt-22b")
+    tables = (model.model_dump(), {"tp": 8}, {"seq_len": WORKLOAD.seq_len, "micro_batch": WORKLOAD.micro_batch})
+    assert explain("gpt-22b", "tp=8", WORKLOAD) == explain(model, parse_plan("tp=8"), WORKLOAD) == explain(*tables)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "workload", "words"),
+    [
+        ("nobody", "tp=8", WORKLOAD, "unknown model 'nobody'"),
+        ("gpt-22b", "tp=3", WORKLOAD, "tp x ulysses = 3 does not divide heads = 64"),
+        ("gpt-22b", {"tp": "8"}, WORKLOAD, "plan: tp: Input should be a valid integer"),
+        ("gpt-22b", 8, WORKLOAD, "plan: Input should be an instance of Plan, got 8"),
+        ("gpt-22b", "tp=8", {"seq_len": 0}, "workload: seq_len"),
+        ("gpt-22b", "ulysses=8", {"seq_len": 2047}, "seq_len = 2047 is not divisible by 8"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(model: str, plan: object, workload: object, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        explain(model, plan, workload)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Pictures show the spans and the memory of a result, and are readable: no text overlaps or leaves the figure."""
 
+from collections import Counter
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -10,10 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 import spsim
-from spsim import InputError, plots
+from spsim import InputError, MeasuredSpan, measured_trace, plots
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.plots.figure import MARGIN, side_by_side
-from spsim.results.metrics import phase_of
 from tests.cases import A100, H100
 
 PLANS = {
@@ -27,6 +27,11 @@ PLANS = {
     "mixed": "tp=2,ulysses=2,ring=2,sequence_parallel,recompute=full",
 }
 PS_PER_MS = 10**9
+
+
+def phase_of(part):
+    """The pass that a part of the work belongs to."""
+    return part if part in ("forward", "weight_sync") else "backward"
 
 
 def simulated(name, *, layers=2, fold=True, **settings):
@@ -201,20 +206,72 @@ def test_passes_take_the_times_of_the_result(name):
     assert f"backward {result.layer_backward_s * 1e3:.2f} ms" in texts
 
 
+def waits(figure, label="waiting for peers"):
+    """(rank, whether its kernels wait, left, right) of waits, in milliseconds."""
+    (axes,) = figure.axes
+    rows = {round(y, 3): text.get_text() for y, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
+    ranks = {y: sum(COMPUTE_LANE in rows[other] for other in rows if other <= y) - 1 for y in rows}
+    for container in axes.containers:
+        for bar in container if container.get_label() == label else ():
+            row = round(bar.get_y() + bar.get_height() / 2, 3)
+            yield ranks[row], COMPUTE_LANE in rows[row], bar.get_x(), bar.get_x() + bar.get_width()
+
+
 def test_waiting_is_drawn_from_posting_to_start():
     result = RESULTS["contiguous"]
-    waits = [
-        bar.get_width()
-        for container in plots.plot_timeline(result).axes[0].containers
-        if container.get_label() == "waiting for peers"
-        for bar in container
-    ]
+    drawn = [right - left for _, kernels, left, right in waits(plots.plot_timeline(result)) if not kernels]
     expected = [
         (span.start_ps - span.posted_ps) / PS_PER_MS
         for span in result.trace.spans
         if result.trace.tasks[span.task].layer == 0 and span.start_ps > span.posted_ps
     ]
-    assert sorted(waits) == pytest.approx(sorted(expected))
+    assert sorted(drawn) == pytest.approx(sorted(expected))
+
+
+def test_kernels_that_wait_for_a_peer_are_drawn_so():
+    """All time of a rank in which a communication waits, none transfers and no kernel runs; checked by counting."""
+    result = RESULTS["contiguous"]
+    drawn = Counter()
+    for rank, kernels, left, right in waits(plots.plot_timeline(result, phases=["forward"])):
+        drawn[rank] += (right - left) * PS_PER_MS if kernels else 0
+    start, end = result.trace.window_of("forward", 0, 0)
+    for rank in result.trace.copies:
+        edges = {start, end}
+        own = [span for span in result.trace.spans if span.rank == rank]
+        for span in own:
+            edges |= {min(max(time, start), end) for time in (span.posted_ps, span.start_ps, span.end_ps)}
+        expected = 0
+        for a, b in pairwise(sorted(edges)):
+            waiting = any(span.posted_ps <= a < span.start_ps for span in own)
+            expected += (b - a) * (waiting and not any(span.start_ps <= a < span.end_ps for span in own))
+        assert drawn[rank] == pytest.approx(expected, abs=1)
+    assert max(drawn.values()) > 0
+
+
+def test_waiting_for_another_stage_has_a_look_of_its_own():
+    """The first rank works for 5 µs before it takes what the second has sent after 2."""
+    spans = [MeasuredSpan(rank, "compute", "gemm", "gemm", 0, end) for rank, end in enumerate((5, 2))]
+    spans += [
+        MeasuredSpan(rank, "pp", "message", "communication", begin, 7, collective="send_receive", group=(0, 1))
+        for rank, begin in enumerate((5, 2))
+    ]
+    figure = plots.plot_timeline(measured_trace(spans))
+    assert_readable(figure)
+    found = [
+        (rank, kernels, round(left, 3), round(right, 3))
+        for rank, kernels, left, right in waits(figure, "waiting for another stage")
+    ]
+    assert sorted(found) == [(1, False, 2, 5), (1, True, 2, 5)]
+    (legend,) = figure.legends
+    assert "waiting for another stage" in [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_layer_of_a_long_step_is_looked_at_alone():
+    """Neither spans nor tasks of the whole step are made."""
+    result = simulated("tp", layers=96, global_batch=2048)
+    figure = plots.plot_timeline(result, layer=95, micro_batch=511)
+    assert not {"spans", "tasks", "pieces"} & vars(result.trace).keys()
+    np.testing.assert_allclose(bars(figure), bars(plots.plot_timeline(simulated("tp"), layer=1)), atol=2e-6)
 
 
 def test_bars_of_a_lane_do_not_overlap():

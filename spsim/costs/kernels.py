@@ -10,7 +10,7 @@ the tensors fit the last-level cache.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ from spsim.work import (
     Direction,
     FlashAttention,
     Gemm,
+    KernelName,
     MemoryBound,
     MemoryBoundClass,
-    MemoryBoundKernel,
     Work,
     each,
 )
@@ -64,7 +64,10 @@ class ComputeCost:
         self.dtype = dtype
         self.coefficients = profile.coefficients
         self.peak = profile.peak(dtype)
-        self.attention = self.coefficients.attention_by_dtype.get(dtype, self.coefficients.attention)
+        # Where fp8 attention has no curves, products alone are in fp8, as Transformer Engine runs a layer.
+        own = dtype != "fp8" or dtype in self.coefficients.attention_by_dtype
+        self.attention_dtype = dtype if own else "bf16"
+        self.attention = self.coefficients.attention_by_dtype.get(self.attention_dtype, self.coefficients.attention)
         self._rates_of = dtype if dtype in self.coefficients.kernel_rates else "bf16"
         self._rates = self.coefficients.kernel_rates.get(self._rates_of, {})
         self._attention_curves: dict[object, tuple[Seconds, Seconds, Seconds]] = {}
@@ -129,7 +132,7 @@ class ComputeCost:
         """
         fraction, half_tokens, block = self._attention_curve(work.direction, work.causal, work.head_dim)
         tokens = np.minimum(work.queries, work.keys)
-        rate = self.peak * fraction * tokens / (tokens + half_tokens)
+        rate = self._attention_peak * fraction * tokens / (tokens + half_tokens)
         memory_time = work.bytes_moved / self._streaming_rate
         total: Seconds = self._overhead + np.maximum(work.flops * self._in_blocks(work, block) / rate, memory_time)
         return total
@@ -143,15 +146,19 @@ class ComputeCost:
         return ratio
 
     @cached_property
+    def _attention_peak(self) -> float:
+        return self.profile.peak(self.attention_dtype)
+
+    @cached_property
     def _blocks(self) -> dict[str, float]:
         masks = {"forward": self.attention.forward, "backward": self.attention.backward}
         return {name: own.block_tokens.value if own.block_tokens else 0.0 for name, own in masks.items()}
 
-    def _attention_curve(self, direction: Direction, causal: bool, head_dim: int) -> tuple[Seconds, Seconds, Seconds]:
+    def _attention_curve(self, direction: Direction, causal: bool, head_dim: Any) -> tuple[Seconds, Seconds, Seconds]:
         """Fraction and half-length at a head size, linear between the measured sizes, constant beyond; and the block
-        of keys.
+        of keys. Sizes of many kernels are looked up one by one, as names and flags are.
         """
-        key = (direction, causal, head_dim)
+        key = (direction, causal, tuple(head_dim.tolist()) if isinstance(head_dim, np.ndarray) else head_dim)
         if key not in self._attention_curves:
             self._attention_curves[key] = each(self._at, *key)
         return self._attention_curves[key]
@@ -184,7 +191,7 @@ class ComputeCost:
         return self.coefficients.l2_bandwidth_gb_per_s.value * GB
 
     def _traffic_of(
-        self, operator_class: MemoryBoundClass, kernel: MemoryBoundKernel | None, backward: bool
+        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool
     ) -> tuple[Seconds, Seconds, Seconds]:
         """Bytes per second from the memory and from the cache, and seconds to start; arrays for many kernels."""
         key = (operator_class, kernel, backward)
@@ -193,7 +200,7 @@ class ComputeCost:
         return self._traffic[key]
 
     def _traffic_at(
-        self, operator_class: MemoryBoundClass, kernel: MemoryBoundKernel | None, backward: bool
+        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool
     ) -> tuple[float, float, float]:
         """Of one kernel: as measured by itself, else at the share of its class and at the rate of the cache."""
         rates = self._rates.get(rates_key(kernel, backward))
@@ -220,8 +227,8 @@ class ComputeCost:
 
     @property
     def _attention_path(self) -> str:
-        own = self.dtype in self.coefficients.attention_by_dtype
-        return f"attention_by_dtype.{self.dtype}" if own else "attention"
+        own = self.attention_dtype in self.coefficients.attention_by_dtype
+        return f"attention_by_dtype.{self.attention_dtype}" if own else "attention"
 
     def coefficients_of(self, work: Work) -> tuple[str, ...]:
         """Dotted paths of the coefficients behind a duration, for the list of assumed inputs."""
@@ -240,6 +247,6 @@ class ComputeCost:
         return paths
 
 
-def rates_key(kernel: MemoryBoundKernel | None, backward: bool) -> str:
+def rates_key(kernel: KernelName | None, backward: bool) -> str:
     """The name of a kernel's pass in `kernel_rates`; of one that has none, a name that is not there."""
     return f"{kernel}_{'backward' if backward else 'forward'}"

@@ -235,9 +235,15 @@ def place_of(nodes: Sequence[Node], task: int) -> int:
 
 def runs_during(node: Node, start: int, end: int, moved: Move = STAY) -> range:
     """Which runs of a node are under way between two moments: they begin in order, and end in order."""
-    ended = bisect_right(range(node.runs), start, key=lambda index: node.window(index, moved)[1])
-    begun = bisect_left(range(node.runs), end, key=lambda index: node.window(index, moved)[0])
-    return range(ended, begun)
+    begin, until = node.window(0, moved)
+    runs, shift = range(node.runs), node.move.shift_ps
+
+    def window(index: int) -> tuple[int, int]:
+        """That of the first run, moved, unless lanes are late by more and more."""
+        return node.window(index, moved) if node.move.late else (begin + index * shift, until + index * shift)
+
+    ended = bisect_right(runs, start, key=lambda index: window(index)[1])
+    return range(ended, bisect_left(runs, end, key=lambda index: window(index)[0]))
 
 
 def pieces_during(node: Node, start: int, end: int, moved: Move = STAY) -> Iterator[Piece]:

@@ -47,7 +47,7 @@ def write_chrome_trace(result: Result, path: str | Path) -> None:
 
 def lane_order(trace: Trace) -> list[str]:
     """The lanes of a trace, compute first and lanes without a fixed place last."""
-    found = {span.lane for span in trace.spans}
+    found = {lane for recording in trace.recordings for lane in recording.outline.lanes}
     return [lane for lane in LANES if lane in found] + sorted(found - set(LANES))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
@@ -23,6 +24,34 @@ def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
         check(model, plan, workload)
 
 
+def without_effect(model: Model, plan: Plan) -> Iterator[str]:
+    """Options of a plan that differ from their defaults and change nothing under it, each with the reason."""
+    ring_cut = "without ring" if plan.ring == 1 else "without a causal mask" if not model.causal else ""
+    if not ring_cut and model.attention == "unfused":
+        ring_cut = "with unfused attention, which computes what it masks"
+    one_shard = "with one rank along dp x ulysses x ring" if plan.dp * plan.ulysses * plan.ring == 1 else ""
+    reasons = {
+        "sequence_parallel": "with tp = 1" if plan.tp == 1 else "",
+        "ring_kind": "without ring" if plan.ring == 1 else "",
+        "ring_cut": ring_cut,
+        "tp_backward_overlap": "with tp = 1" if plan.tp == 1 else "",
+        "tp_overlap": "with tp = 1" if plan.tp == 1 else "",
+        "dp_overlap": "with dp = 1" if plan.dp == 1 else "",
+        "keep_gathered": "" if plan.tp > 1 and plan.sequence_parallel else "without sequence_parallel over tp",
+        "zero": one_shard,
+        "distributed_optimizer": one_shard or ("beside zero, which shards the optimizer too" if plan.zero else ""),
+    }
+    defaults = type(plan).model_fields
+    for name, reason in reasons.items():
+        value = getattr(plan, name)
+        if reason and value != defaults[name].default:
+            yield f"{_setting(name, value)} has no effect {reason}"
+
+
+def _setting(name: str, value: Any) -> str:
+    return name if value is True else f"{name} = {value!r}"
+
+
 def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
     sharded = plan.ulysses * plan.ring > 1 or (plan.sequence_parallel and plan.tp > 1)
     if workload.phase == "decode" and sharded:
@@ -41,8 +70,7 @@ def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
     )
     for owner, name, used in pending:
         if used:
-            value = getattr(owner, name)
-            setting = name if value is True else f"{name} = {value!r}"
+            setting = _setting(name, getattr(owner, name))
             raise InputError(f"{setting}: not simulated yet; leave it at its default")
 
 

@@ -16,7 +16,7 @@ from spsim.inputs.model import Model, load_model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import read_toml
-from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node
+from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node, without_effect
 from spsim.inputs.workload import Workload
 
 _SINGLE_GPU = Plan()
@@ -115,10 +115,7 @@ class Scenario(Shapes):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Settings without effect, said once."""
-        notes = []
-        if self.plan.sequence_parallel and self.plan.tp == 1:
-            notes.append("sequence_parallel has no effect with tp = 1")
-        return tuple(notes)
+        return tuple(without_effect(self.model, self.plan))
 
 
 def _from_table(kind: type[BaseModel], value: Any) -> Any:

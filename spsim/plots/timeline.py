@@ -5,7 +5,7 @@ The time between the passes of the layer, in which other passes run, is cut out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from spsim.plots.figure import (
 )
 from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
 from spsim.program.placement import COLLECTIVE_SHORT
+from spsim.results.accounts import PEERS, STAGES, waits_on
 from spsim.results.result import Result
 from spsim.units import PS_PER_MS, PS_PER_US
 
@@ -48,6 +49,8 @@ ONE_LINE = 0.3
 RANK_GAP = 0.3
 BAR = 0.84
 HATCH = "////"
+WAITS = {PEERS: WAITING, STAGES: "#FBEBC8"}
+"""Colours of what is waited for."""
 SHORT = {"projection": "proj"}
 """Names of operators that narrow bars abbreviate."""
 
@@ -200,12 +203,15 @@ class _Panel:
 
     def draw(self) -> None:
         positions = _positions(self.view.rows)
-        for window in self.view.windows:
-            for rank, span in self.view.others[window.phase]:
+        for scene in self.view.scenes:
+            for rank, span, _ in scene.others:
                 if (rank, span.lane) in positions:
-                    self._add("other passes", positions[rank, span.lane], window, span.posted_ps, span.end_ps)
-            for rank, span in self.view.own[window.phase]:
-                self._span(positions[rank, span.lane], window, span)
+                    self._add("other passes", positions[rank, span.lane], scene.window, span.posted_ps, span.end_ps)
+            for rank, span, info in scene.own:
+                self._span(positions[rank, span.lane], scene.window, span, info)
+            for rank, wait in scene.waits:
+                if (rank, COMPUTE_LANE) in positions:
+                    self._add(wait.part, positions[rank, COMPUTE_LANE], scene.window, wait.start, wait.end)
         for look, bars in self.bars.items():
             self.axes.barh(
                 bars.rows, bars.widths, BAR, bars.lefts, label=look, linewidth=0.3, **_look(look)
@@ -220,10 +226,9 @@ class _Panel:
         bars.lefts.append(left / self.scale)
         bars.widths.append((right - left) / self.scale)
 
-    def _span(self, row: float, window: Window, span: Span) -> None:
-        info = self.view.trace.tasks[span.task]
+    def _span(self, row: float, window: Window, span: Span, info: TaskInfo) -> None:
         if span.start_ps > span.posted_ps:
-            self._add("waiting for peers", row, window, span.posted_ps, span.start_ps)
+            self._add(waits_on(span.lane), row, window, span.posted_ps, span.start_ps)
         look = info.operator_class + (", recomputed" if info.part == "recompute" else "")
         self._add(look, row, window, span.start_ps, span.end_ps)
         width = (span.end_ps - span.start_ps) * self.points_per_ps
@@ -269,7 +274,7 @@ class _Panel:
 
 def _look(look: str) -> dict[str, Any]:
     """Colour and hatch of a look."""
-    plain = {"other passes": OTHER, "waiting for peers": WAITING}
+    plain = {"other passes": OTHER, **WAITS}
     name, _, recomputed = look.partition(", ")
     style = {"color": plain.get(name) or COLOURS[name], "edgecolor": "white"}
     return style | {"hatch": HATCH} if recomputed else style
@@ -310,21 +315,20 @@ def _draw(panels: Sequence[tuple[str, View]]) -> Figure:
         )
         axes.tick_params(axis="x", labelbottom=top < BOTTOM + 0.01)
     figure.axes[-1].set_xlabel(f"time in the layer ({unit})", size=SMALL_SIZE)
-    _legend(figure, {view.trace.tasks[s.task] for _, view in panels for own in view.own.values() for _, s in own})
+    _legend(figure, {span.info.collective for _, view in panels for scene in view.scenes for span in scene.own})
     return figure
 
 
-def _legend(figure: Figure, tasks: Iterable[TaskInfo]) -> None:
+def _legend(figure: Figure, kinds: Collection[str]) -> None:
     """One entry per look, below the axes, and the collectives in full."""
     found = {str(container.get_label()) for axes in figure.axes for container in axes.containers}
     classes = [name for name in COLOURS if name in found or f"{name}, recomputed" in found]
-    kinds = {info.collective for info in tasks}
     names = ", ".join(f"{short} {kind.replace('_', '-')}" for kind, short in COLLECTIVE_SHORT.items() if kind in kinds)
     full = {"communication": f"communication: {names}" if names else "communication"}
     entries = [Patch(facecolor=COLOURS[name], label=full.get(name, name)) for name in classes]
     if any(name.endswith("recomputed") for name in found):
         entries.append(Patch(facecolor=MUTED, edgecolor="white", hatch=HATCH, label="recomputed"))
-    for name, colour in (("waiting for peers", WAITING), ("other passes", OTHER)):
+    for name, colour in (*WAITS.items(), ("other passes", OTHER)):
         if name in found:
             entries.append(Patch(facecolor=colour, label=name))
     add_legend(figure, entries)

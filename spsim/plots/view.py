@@ -1,22 +1,28 @@
-"""What of a trace a timeline shows: the passes of one layer, the ranks, and the spans of both."""
+"""What of a trace a timeline shows: the passes of one layer, the ranks, and what both do meanwhile.
+
+Only pieces of the trace that are under way during those passes are looked at, whatever the length of the step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
-from spsim.engine.recording import COMPUTE_LANE, Span
+from spsim.engine.pieces import Pass, Piece
+from spsim.engine.recording import Span, TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.export.chrome_trace import lane_order
-from spsim.results.metrics import phase_of
+from spsim.results.accounts import Interval, kernels_wait
+from spsim.results.metrics import compute_by_class
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """One pass of the layer over all ranks: when it ran, and where its start is drawn."""
 
-    phase: str
+    phase: Pass
     start_ps: int
     end_ps: int
     drawn_ps: int
@@ -31,17 +37,39 @@ class Window:
         return self.end_ps - self.start_ps
 
 
+class Shown(NamedTuple):
+    """A span, the rank that it is shown for, and what it is."""
+
+    rank: int
+    span: Span
+    info: TaskInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What happens in one window on the ranks shown."""
+
+    window: Window
+    own: list[Shown]
+    """Of the layer."""
+    others: list[Shown]
+    """Of other layers and passes."""
+    waits: list[tuple[int, Interval]]
+    """Rank, and when its kernels wait for another."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """The windows of a layer, the ranks shown, and their spans by window."""
+    """The passes of a layer, and the ranks and lanes shown."""
 
     trace: Trace
-    windows: list[Window]
+    scenes: list[Scene]
     rows: list[tuple[int, str]]
-    own: dict[str, list[tuple[int, Span]]]
-    """Spans of the layer by phase, each with the rank that it is shown for."""
-    others: dict[str, list[tuple[int, Span]]]
-    """Spans of other layers during the same window."""
+
+    @property
+    def windows(self) -> list[Window]:
+        """From left to right."""
+        return [scene.window for scene in self.scenes]
 
     @property
     def length_ps(self) -> int:
@@ -54,41 +82,30 @@ class View:
         return list(dict.fromkeys(rank for rank, _ in self.rows))
 
 
-PHASES = ("forward", "backward")
+PHASES: tuple[Pass, ...] = ("forward", "backward")
 
 
 def layer_view(
     trace: Trace, layer: int, micro_batch: int, phases: Sequence[str] | None, ranks: Sequence[int] | None
 ) -> View:
     """The view of some ranks, or of the distinct ones, in the given phases of one layer, or in those it has."""
-    if phases is None:
-        phases = [phase for phase in PHASES if any(leaf.stretch.phase == phase for leaf in trace.leaves)]
+    there = {leaf.stretch.phase for leaf in trace.leaves}
+    wanted = [phase for phase in PHASES if phase in there] if phases is None else phases
     shown = _simulated(trace, distinct_ranks(trace) if ranks is None else ranks)
-    windows: list[Window] = []
-    own, others = {}, {}
-    for phase in phases:
-        wanted = _tasks(trace, phase, layer, micro_batch)
-        window = _window(trace, wanted, sum(w.length_ps for w in windows), phase)
-        windows.append(window)
-        inside = [
-            (rank, s) for rank, source in shown.items() for s in trace.spans if s.rank == source and _meets(s, window)
-        ]
-        own[phase] = [(rank, span) for rank, span in inside if span.task in wanted]
-        others[phase] = [(rank, span) for rank, span in inside if span.task not in wanted]
-    used = {(rank, span.lane) for spans in own.values() for rank, span in spans}
+    scenes: list[Scene] = []
+    for phase in wanted:
+        drawn = sum(scene.window.length_ps for scene in scenes)
+        scenes.append(_scene(trace, _pieces(trace, phase, layer, micro_batch), shown, drawn))
+    used = {(rank, span.lane) for scene in scenes for rank, span, _ in scene.own}
     rows = [(rank, lane) for rank in shown for lane in lane_order(trace) if (rank, lane) in used]
-    return View(trace, windows, rows, own, others)
+    return View(trace, scenes, rows)
 
 
-def _tasks(trace: Trace, phase: str, layer: int, micro_batch: int) -> set[int]:
-    """Tasks of a phase; those that belong to no layer count to every one."""
-    found = {
-        index
-        for index, info in enumerate(trace.tasks)
-        if phase_of(info.part) == phase and info.layer in (layer, None) and info.micro_batch in (micro_batch, None)
-    }
+def _pieces(trace: Trace, phase: str, layer: int, micro_batch: int) -> list[Piece]:
+    """Those of a phase; those that belong to no layer count to every one."""
+    found = [piece for name in get_args(Pass) if name == phase for piece in trace.pieces_of(name, layer, micro_batch)]
     if not found:
-        known = ", ".join(sorted({phase_of(info.part) for info in trace.tasks}))
+        known = ", ".join(sorted({leaf.stretch.phase for leaf in trace.leaves}))
         raise InputError(
             f"timeline: nothing runs in phase {phase!r} of layer {layer} and micro-batch {micro_batch}; "
             f"use phases of {known} and a layer and micro-batch of the run"
@@ -96,23 +113,37 @@ def _tasks(trace: Trace, phase: str, layer: int, micro_batch: int) -> set[int]:
     return found
 
 
-def _window(trace: Trace, tasks: set[int], drawn: int, phase: str) -> Window:
-    spans = [span for span in trace.spans if span.task in tasks]
-    return Window(phase, min(s.posted_ps for s in spans), max(s.end_ps for s in spans), drawn)
+def _scene(trace: Trace, pieces: Sequence[Piece], shown: Mapping[int, int], drawn: int) -> Scene:
+    """The window of some pieces; `shown` says which rank was simulated for each that is shown."""
+    windows = [piece.window for piece in pieces]
+    start, end = min(begin for begin, _ in windows), max(end for _, end in windows)
+    window = Window(pieces[0].phase, start, end, drawn)
+    under_way = list(trace.pieces_during(start, end))
+    own_tasks = {piece.first_task for piece in pieces}
+    own: list[Shown] = []
+    others: list[Shown] = []
+    for piece in under_way:
+        (own if piece.first_task in own_tasks else others).extend(_spans(trace, piece, shown, window))
+    waits = [(rank, wait) for rank, source in shown.items() for wait in kernels_wait(under_way, source, start, end)]
+    return Scene(window, own, others, waits)
 
 
-def _meets(span: Span, window: Window) -> bool:
-    """Whether a span is seen in a window; a kernel without duration is one that the rank did not run."""
-    return span.posted_ps < span.end_ps and span.posted_ps < window.end_ps and span.end_ps > window.start_ps
+def _spans(trace: Trace, piece: Piece, shown: Mapping[int, int], window: Window) -> Iterator[Shown]:
+    """The spans of a piece that are seen in a window; a kernel without duration is one that the rank did not run."""
+    infos = trace.describe(piece)
+    for span in piece.spans():
+        if span.posted_ps < min(span.end_ps, window.end_ps) and span.end_ps > window.start_ps:
+            info = infos[span.task - piece.first_task]
+            yield from (Shown(rank, span, info) for rank, source in shown.items() if source == span.rank)
 
 
 def distinct_ranks(trace: Trace) -> list[int]:
     """The first of each set of ranks with the same spans."""
-    spans: dict[int, list[tuple[int, ...]]] = {rank: [] for rank in trace.copies}
-    for span in sorted(trace.spans, key=lambda s: s.task):
-        spans[span.rank].append((span.task, *span[3:]))
-    first: dict[tuple[tuple[int, ...], ...], int] = {}
-    return [rank for rank, own in spans.items() if first.setdefault(tuple(own), rank) == rank]
+    first: dict[tuple[object, ...], int] = {}
+    for rank in trace.copies:
+        times = (recording.times.get(rank) for recording in trace.recordings)
+        first.setdefault(tuple(None if own is None else tuple(own.ravel().tolist()) for own in times), rank)
+    return list(first.values())
 
 
 def _simulated(trace: Trace, ranks: Iterable[int]) -> dict[int, int]:
@@ -126,8 +157,5 @@ def _simulated(trace: Trace, ranks: Iterable[int]) -> dict[int, int]:
 
 def busiest_view(trace: Trace, layer: int, micro_batch: int, phases: Sequence[str] | None) -> View:
     """The view of the rank that computes longest; the others wait for it."""
-    busy = dict.fromkeys(trace.copies, 0)
-    for span in trace.spans:
-        if span.lane.startswith(COMPUTE_LANE):
-            busy[span.rank] += span.end_ps - span.start_ps
+    busy = {rank: sum(compute_by_class(trace, rank).values()) for rank in trace.copies}
     return layer_view(trace, layer, micro_batch, phases, [max(busy, key=busy.__getitem__)])

@@ -26,12 +26,12 @@ from spsim.program.instructions import (
 )
 from spsim.program.kernels import Product
 from spsim.program.mesh import Mesh
-from spsim.program.operators import Operator, OperatorKind, Tensor
+from spsim.program.operators import Operator, Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
 from spsim.program.region import Move, Region
 from spsim.program.strategies import split_rules
-from spsim.work import MemoryBound, Work
+from spsim.work import KernelClass, MemoryBound, Work
 
 Key = tuple[str, Layout, str]
 """(tensor, layout, generation): a recomputed or gathered-again tensor is another buffer."""
@@ -115,7 +115,7 @@ class _Compiler:
     def _compute(
         self,
         operator: str,
-        kind: OperatorKind,
+        kind: KernelClass,
         part: Part,
         work: tuple[Work, ...],
         reads: Iterable[Buffer],

@@ -1,7 +1,7 @@
 """The program of one block under a plan: kernels and collectives in issue order, without a clock.
 
 What a step depends on is what it reads; memory lives from the step that writes a buffer to its last
-reader. `compiler` makes programs, `lowering` turns the gather of ring attention into an exchange.
+reader. `compiler` makes programs, `lowerings` turn the gather of ring attention into an exchange.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Literal
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis
-from spsim.program.operators import OperatorKind, TensorKind
+from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
-from spsim.work import Work
+from spsim.work import KernelClass, Work
 
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
@@ -39,7 +39,7 @@ class Compute:
 
     id: int
     operator: str
-    kind: OperatorKind
+    kind: KernelClass
     part: Part
     work: tuple[Work | None, ...]
     reads: tuple[int, ...]

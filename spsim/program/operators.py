@@ -15,19 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 from spsim.errors import InputError
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from spsim.program.strategies import SplitRule
-from spsim.work import MemoryBoundKernel
+from spsim.work import KernelClass, KernelName
 
 TensorKind = Literal["activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
-OperatorKind = Literal["gemm", "attention", "norm", "softmax", "dropout", "elementwise", "embedding"]
-OPERATOR_CLASSES: tuple[OperatorKind, ...] = get_args(OperatorKind)
-
 
 LAGGED = "s-"
 """Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
@@ -57,7 +54,7 @@ class Operator:
     """One operator of the layer, written once for all plans."""
 
     name: str
-    kind: OperatorKind
+    kind: KernelClass
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     mixes: frozenset[str] = frozenset()
@@ -67,7 +64,7 @@ class Operator:
     """Inputs that are kept as they were before their all-gather, and gathered again in backward."""
     passthrough: frozenset[str] = frozenset()
     """Inputs whose gradient is the gradient of the output, the same storage."""
-    kernel: MemoryBoundKernel | None = None
+    kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
 
     def __post_init__(self) -> None:

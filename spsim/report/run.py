@@ -8,10 +8,17 @@ from rich.table import Table
 
 from spsim.report.table import table
 from spsim.report.words import band, collective_counts, figure, missed, size, time
+from spsim.results.accounts import IDLE, PEERS, STAGES
 from spsim.results.result import Result
 from spsim.results.tables import operator_rows
 from spsim.units import GIB, MIB
 
+WAITS = {
+    "peer": (PEERS, "for a rank that comes later to a communication"),
+    "stage": (STAGES, "for a message that it has not sent or taken"),
+    "dependency": (IDLE, "nothing runs and no communication is posted"),
+}
+"""What kernels wait for beside transfers: in a word, and why."""
 SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
 
 
@@ -39,6 +46,10 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     yield "layer forward", time(result.layer_forward_s), collective_counts(counts["forward"])
     yield "layer backward", time(result.layer_backward_s), collective_counts(counts["backward"])
     yield "exposed communication", time(result.exposed_comm_s), "of the step, not hidden by any kernel"
+    for reason, seconds in result.idle_s.items():
+        if seconds:
+            name, why = WAITS[reason]
+            yield name, time(seconds), f"of the step, {why}"
     yield "weight synchronisation", time(result.weight_sync_s), "of the step, at its end"
     yield (
         "MFU",

@@ -114,6 +114,19 @@ def of_pass(trace: Trace, phase: Pass, layer: int = 0, micro_batch: int = 0) -> 
     return account(activities, start, end)
 
 
+def kernels_wait(pieces: Iterable[Piece], rank: int, start: int, end: int) -> list[Interval]:
+    """When no kernel of a rank runs between two moments because another rank is waited for."""
+    own = (piece for piece in pieces if rank in piece.recording.times)
+    activities = [activity for piece in own for activity in _of_window(piece, rank, own=True)]
+    found: list[Interval] = []
+    for interval in intervals(activities, start, end):
+        if found and found[-1].part == interval.part and found[-1].end == interval.start:
+            found[-1] = found[-1]._replace(end=interval.end)
+        elif interval.part in (PEERS, STAGES):
+            found.append(interval)
+    return found
+
+
 def _last_rank(ends: dict[int, int], recordings: Iterable[tuple[Recording, int]]) -> int:
     """The rank that ends last; of several the one that computes longest, then the first."""
     busy: Counter[int] = Counter()
@@ -129,7 +142,7 @@ def _tasks(recording: Recording, rank: int) -> Iterator[Activity]:
     """Kernels, and the waits and transfers of communications, of one piece."""
     outline, moments = recording.outline, recording.times[rank].tolist()
     for lane, label, (posted, start, end) in zip(outline.lanes, outline.labels, moments, strict=True):
-        if lane == COMPUTE_LANE:
+        if lane.startswith(COMPUTE_LANE):
             yield Activity(start, end, KERNEL, RECOMPUTATION if label.part == "recompute" else label.operator_class)
         else:
             yield from _communication(lane, posted, start, end, label.kind)
@@ -144,8 +157,12 @@ def _flights(recording: Recording, rank: int) -> Iterator[Activity]:
 def _communication(lane: str, posted: int, start: int, end: int, kind: str) -> Iterator[Activity]:
     yield Activity(start, end, TRANSFER, SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}")
     if posted < start:
-        between_stages = lane.startswith(PIPELINE_LANES)
-        yield Activity(posted, start, STAGE if between_stages else PEER, STAGES if between_stages else PEERS)
+        yield Activity(posted, start, PEER if waits_on(lane) == PEERS else STAGE, waits_on(lane))
+
+
+def waits_on(lane: str) -> str:
+    """What a communication of a lane waits for."""
+    return STAGES if lane.startswith(PIPELINE_LANES) else PEERS
 
 
 def _of_window(piece: Piece, rank: int, *, own: bool) -> Iterator[Activity]:

@@ -106,6 +106,11 @@ class Derived:
         return seconds(self.pass_ps["backward"])
 
     @property
+    def layer_time_s(self) -> float:
+        """Both."""
+        return self.layer_forward_s + self.layer_backward_s
+
+    @property
     def exposed_comm_s(self) -> float:
         """Transfers that no kernel hides, on the rank with most of them; weight synchronisation apart."""
         return seconds(self.exposed_ps)

@@ -1,70 +1,109 @@
-"""The figures of a result, listed once: what JSON documents, rows of sweeps, reports and validation call them.
+"""The figures of a result, listed once: what documents, rows of sweeps and validation call them and how they read them.
 
-A figure is a property of `Result`. Documents use its name; rows of sweeps may have it in another unit.
+A figure is a property of a result; documents call it by that name. A row may have it as a column, in another unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spsim.units import MIB, MS_PER_S
+from spsim.program.blocks.transformer import LAYER_CLASSES
+from spsim.units import MIB, MS_PER_S, PS_PER_MS
 
 if TYPE_CHECKING:
+    from spsim.results.derived import Derived
     from spsim.results.result import Result
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure: a property of a result, and the column that it is in a table."""
+    """One figure: a property of a result, and the column that it is in a row."""
 
     name: str
     column: str = ""
-    """None if it is no column."""
-    convert: Callable[[Any], Any] = lambda value: value
-    """From the figure to the column."""
+    """Empty if it is no column."""
+    of: Callable[[Any, Any], Any] = lambda value, _: value
+    """The value of the column, from the figure and the number of passes of layers in a step."""
+    documented: bool = True
 
 
-def _milliseconds(seconds: float) -> float:
+def _milliseconds(seconds: Any, _: Any) -> Any:
     return seconds * MS_PER_S
 
 
+def _of_a_layer(seconds: Any, instances: Any) -> Any:
+    return seconds * MS_PER_S / instances
+
+
+def _mebibytes(size: Any, _: Any) -> Any:
+    return size / MIB
+
+
+def _operator(name: Any, _: Any) -> Any:
+    """Empty where there is none; also of an array of names."""
+    if not hasattr(name, "astype"):
+        return name or ""
+    name = name.copy()
+    name[~name.astype(bool)] = ""
+    return name
+
+
 FIGURES: tuple[Figure, ...] = (
-    Figure("step_time_s", "step_time_ms", _milliseconds),
+    Figure("layer_time_s", "layer_time_ms", _milliseconds, documented=False),
     Figure("layer_forward_s", "layer_forward_ms", _milliseconds),
     Figure("layer_backward_s", "layer_backward_ms", _milliseconds),
-    Figure("exposed_comm_s"),
+    Figure("exposed_comm_s", "exposed_comm_ms", _of_a_layer),
     Figure("idle_s"),
+    *(
+        Figure(f"compute_ps.{name}", f"{name}_ms", lambda ps, instances: ps / PS_PER_MS / instances, documented=False)
+        for name in LAYER_CLASSES
+    ),
+    Figure("step_time_s", "step_time_ms", _milliseconds),
     Figure("weight_sync_s", "weight_sync_ms", _milliseconds),
     Figure("mfu", "mfu"),
     Figure("mfu_causal"),
     Figure("hfu"),
     Figure("tflops_per_gpu"),
     Figure("tokens_per_s_per_gpu", "tokens_per_s_per_gpu"),
+    Figure("activation_bytes_per_layer", "activation_mib_per_layer", _mebibytes),
+    Figure("statistics_bytes_per_layer"),
     Figure("peak_memory_gib", "peak_memory_gib"),
     Figure("device_memory_gib", "device_memory_gib"),
     Figure("capacity_gib", "capacity_gib"),
     Figure("fits", "fits"),
     Figure("peak_operator", "peak_operator"),
-    Figure("out_of_memory_at", "out_of_memory_at", lambda operator: operator or ""),
-    Figure("activation_bytes_per_layer", "activation_mib_per_layer", lambda size: size / MIB),
-    Figure("statistics_bytes_per_layer"),
+    Figure("out_of_memory_at", "out_of_memory_at", _operator),
     Figure("comm_bytes_per_gpu_by_op"),
     Figure("collectives_per_layer"),
 )
-_BY_COLUMN = {figure.column: figure for figure in FIGURES if figure.column}
-_BY_NAME = {figure.name: figure for figure in FIGURES}
+"""In the order of the columns of a row."""
+_COLUMNS: Mapping[str, Figure] = {figure.column: figure for figure in FIGURES if figure.column}
 
 
 def documented(result: Result) -> Iterator[tuple[str, Any]]:
-    """(name, value) of every figure that the result has."""
-    return ((figure.name, getattr(result, figure.name)) for figure in FIGURES if figure.name not in result.unknown)
+    """(name, value) of every figure that documents have and the result knows."""
+    for figure in FIGURES:
+        if figure.documented and figure.name not in result.unknown:
+            yield figure.name, getattr(result, figure.name)
 
 
-def column(result: Result, name: str) -> Any:
-    """The figure of a column, in its unit, or of a name."""
-    if name in _BY_NAME:
-        return getattr(result, name)
-    figure = _BY_COLUMN[name]
-    return figure.convert(getattr(result, figure.name))
+def columns(result: Derived) -> dict[str, Any]:
+    """Column -> value of a result, or array of those of many; times are of one layer and micro-batch unless the name
+    says otherwise.
+    """
+    instances = result.scenario.model.layers * result.scenario.num_micro_batches
+    return {name: figure.of(_value(result, figure.name), instances) for name, figure in _COLUMNS.items()}
+
+
+def measurable(result: Derived, name: str) -> Any:
+    """A figure by its name in documents or in rows."""
+    figure = _COLUMNS.get(name)
+    return _value(result, name) if figure is None else figure.of(_value(result, figure.name), 1)
+
+
+def _value(result: Derived, name: str) -> Any:
+    name, _, key = name.partition(".")
+    value = getattr(result, name)
+    return value.get(key, 0) if key else value

@@ -14,13 +14,6 @@ from spsim.engine.recording import POSTED, STARTED, MemoryChange, Recording
 from spsim.engine.trace import Trace
 from spsim.results import accounts, measured
 
-BACKWARD_PARTS = ("recompute", "dgrad", "wgrad", "backward", "accumulate")
-
-
-def phase_of(part: str) -> str:
-    """`forward`, `backward` (with recomputation) or `weight_sync` of a task's part."""
-    return "backward" if part in BACKWARD_PARTS else part
-
 
 def layer_window(trace: Trace, phase: Pass, *, layer: int | None = 0, micro_batch: int = 0) -> int:
     """Picoseconds from the first start to the last end, over ranks, of one layer's forward or backward pass.

@@ -25,13 +25,13 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
-from spsim.program.operators import OPERATOR_CLASSES
 from spsim.results import accounts
 from spsim.results.accounts import IDLE, OTHER, PEERS, RECOMPUTATION, SLOWED, STAGES, SYNC, Account, is_exposed
 from spsim.results.held import held_at
 from spsim.results.result import SCHEMA_VERSION, Result
 from spsim.simulation import simulate
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
+from spsim.work import KERNEL_CLASSES
 
 if TYPE_CHECKING:
     from spsim.plots import Waterfall
@@ -70,7 +70,7 @@ def _charged(result: Result, account: Account) -> Parts:
 def _ordered(parts: Mapping[str, int]) -> Parts:
     """Kernels, what communication adds, and the rest; parts of nothing are left out."""
     exposed = sorted(filter(is_exposed, parts))
-    known = [*OPERATOR_CLASSES, RECOMPUTATION, SLOWED, *exposed, *_LAST]
+    known = [*KERNEL_CLASSES, RECOMPUTATION, SLOWED, *exposed, *_LAST]
     names = [*(name for name in parts if name not in known), *known]
     return {name: parts[name] for name in names if parts.get(name)}
 

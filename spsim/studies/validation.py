@@ -24,6 +24,7 @@ from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import measured_cases, read_text
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
+from spsim.results.figures import measurable
 from spsim.results.result import Result
 from spsim.simulation import simulate
 
@@ -172,7 +173,7 @@ def _compare(case: MeasuredCase, results: Results) -> Comparison:
             raise InputError(f"{case.metric} of a whole step: not simulated yet")
         result = _result(case, results)
         fitted = case.case_id in result.scenario.hardware.fitted_on
-        predicted = _predicted(result, case.metric)
+        predicted = measurable(result, case.metric)
     except InputError as error:
         return Comparison(case.case_id, case.family, case.metric, case.measured, None, None, fitted, str(error))
     percent = 100 * (predicted / case.measured - 1)
@@ -185,15 +186,6 @@ def _result(case: MeasuredCase, results: Results) -> Result:
     if key not in results:
         results[key] = simulate(scenario)
     return results[key]
-
-
-def _predicted(result: Result, metric: str) -> float:
-    return {
-        "step_time_s": result.step_time_s,
-        "layer_forward_ms": result.layer_forward_s * 1e3,
-        "layer_backward_ms": result.layer_backward_s * 1e3,
-        "peak_memory_gib": result.peak_memory_gib,
-    }[metric]
 
 
 def _errors_by_family(comparisons: Iterable[Comparison]) -> Iterator[tuple[str, Errors]]:

@@ -16,7 +16,7 @@ from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import Batch, Sample, memory_samples
 from spsim.measuring.calibrate.solver import Parameter, solve
 from spsim.units import GB, MIB
-from spsim.work import MemoryBound, MemoryBoundKernel
+from spsim.work import KernelName, MemoryBound
 
 STREAMING = ("add", "copy")
 """Kernels of the class `elementwise` that do nothing but move data: its share is theirs where they were measured, since
@@ -117,7 +117,7 @@ def _work(sample: Sample) -> MemoryBound:
     return sample.work
 
 
-def _kernel(sample: Sample) -> MemoryBoundKernel:
+def _kernel(sample: Sample) -> KernelName:
     kernel = _work(sample).kernel
     assert kernel
     return kernel

@@ -11,8 +11,8 @@ from operator import attrgetter
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
-from spsim.program.operators import Operand, Operator, OperatorKind, Tensor, TensorKind, parse
-from spsim.work import MemoryBoundKernel
+from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
+from spsim.work import KernelClass, KernelName
 
 
 class _Layer:
@@ -48,7 +48,7 @@ class _Layer:
     def add(
         self,
         name: str,
-        kind: OperatorKind,
+        kind: KernelClass,
         signature: str,
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
@@ -57,7 +57,7 @@ class _Layer:
         saves: Sequence[Tensor] = (),
         owns_gather: Sequence[Tensor] = (),
         passthrough: Sequence[Tensor] = (),
-        kernel: MemoryBoundKernel | None = None,
+        kernel: KernelName | None = None,
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
         left, right = parse(signature)
@@ -217,6 +217,8 @@ class _Layer:
 
 
 LAYER_INPUT = "layer_input"
+LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
+"""Of the kernels of a layer."""
 
 
 layer_traits = attrgetter(

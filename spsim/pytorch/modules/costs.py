@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from spsim.program.operators import OperatorKind
 from spsim.pytorch.modules.tape import Call, Value, values_in
-from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, MemoryBoundKernel, Work
+from spsim.work import Direction, FlashAttention, Gemm, KernelClass, KernelName, MemoryBound, Work
 
 PRODUCTS = {"mm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2"), "baddbmm": ("batch1", "batch2")}
 """Matrix products, with the names of their factors."""
@@ -24,7 +23,7 @@ OVERWRITES = frozenset({"copy_", "fill_", "zero_", "bernoulli_", "uniform_", "no
 """Operators in place that do not read what they write."""
 
 
-KERNELS: Mapping[str, tuple[MemoryBoundKernel, bool]] = {
+KERNELS: Mapping[str, tuple[KernelName, bool]] = {
     "native_layer_norm": ("layer_norm", False),
     "native_layer_norm_backward": ("layer_norm", True),
     "rms_norm": ("rms_norm", False),
@@ -43,7 +42,7 @@ KERNELS: Mapping[str, tuple[MemoryBoundKernel, bool]] = {
 """Operators that a calibration measures by themselves, and whether they are its gradient."""
 
 
-def operator_class(call: Call) -> OperatorKind:
+def operator_class(call: Call) -> KernelClass:
     """The class of coefficients that a call is timed with."""
     if call.op in PRODUCTS or call.op in CONVOLUTIONS or call.op == "convolution_backward":
         return "gemm"
@@ -56,7 +55,7 @@ def operator_class(call: Call) -> OperatorKind:
     return "dropout" if call.op in DROPOUT else "elementwise"
 
 
-def kernel_of(call: Call) -> tuple[MemoryBoundKernel | None, bool]:
+def kernel_of(call: Call) -> tuple[KernelName | None, bool]:
     """The kernel that a profile may know the rates of, and whether the call is its gradient."""
     return ("bias_gradient", False) if _sums_rows(call) else KERNELS.get(call.op, (None, False))
 

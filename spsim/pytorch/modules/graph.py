@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from spsim.program.operators import OperatorKind, TensorKind
+from spsim.program.operators import TensorKind
 from spsim.pytorch.modules.dimensions import Dim, Dims
-from spsim.work import MemoryBoundKernel
+from spsim.work import KernelClass, KernelName
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class Node:
     """One operator."""
 
     name: str
-    kind: OperatorKind
+    kind: KernelClass
     inputs: list[Use]
     outputs: list[Use]
     mixes: list[Dim] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Node:
     """Of a linear: its input features."""
     produces: Dims = ()
     """Of a linear: its output features."""
-    kernel: MemoryBoundKernel | None = None
+    kernel: KernelName | None = None
     """What it computes, if a profile may know its rates."""
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from spsim.errors import InputError
-from spsim.program.operators import OperatorKind, TensorKind
+from spsim.program.operators import TensorKind
 from spsim.pytorch.modules.costs import ATTENTION, PRODUCTS, SOFTMAX, kernel_of, operator_class
 from spsim.pytorch.modules.dimensions import Dim, Dims, UnrelatedDimensionsError, fresh, leaves, unify
 from spsim.pytorch.modules.graph import Base, Graph, Node, Use, View
 from spsim.pytorch.modules.tape import ALLOCATIONS, Call, Tape
 from spsim.pytorch.modules.views import VIEW_RULES, Views
+from spsim.work import KernelClass
 
 REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var"})
 COPIES = frozenset({"clone", "_to_copy"})
@@ -115,7 +116,7 @@ class _Reader:
         kept = self.tape.saved.get(call.node, ()) if call.node is not None else ()
         saved = [view.base for view in map(self.views.known, kept) if view is not None]
         own = {use.base for use in inputs} | set(outputs)
-        kind: OperatorKind = operator_class(call)
+        kind: KernelClass = operator_class(call)
         self.nodes.append(
             Node(
                 self._unique(call.name), kind, list(inputs), [Use(base) for base in outputs], list(mixes),

@@ -1,0 +1,93 @@
+"""No option of a plan is ignored in silence: it changes the result, or a note or an error says why it does not."""
+
+import pandas as pd
+import pytest
+
+from spsim import simulate
+from spsim.errors import InputError
+from spsim.inputs.plan import Plan, parse_plan
+from tests.cases import scenario
+
+PLANS = (
+    "", "tp=2", "tp=2,sequence_parallel", "tp=2,sequence_parallel,keep_gathered", "ulysses=2", "ring=2", "ring=4",
+    "ring=2,ring_kind=all_gather", "ring=4,ring_kind=all_gather,ring_cut=contiguous", "tp=2,ulysses=2",
+    "tp=2,sequence_parallel,ring=2", "ulysses=2,ring=2,recompute=full", "tp=2,sequence_parallel,recompute=full",
+    "ulysses=2,zero=1", "ring=2,distributed_optimizer",
+)  # fmt: skip
+MODELS = {
+    "gpt": {},
+    "llama": {"gated_mlp": True, "ffn_hidden": 704, "kv_heads": 4},
+    "not causal": {"causal": False},
+    "unfused": {"attention": "unfused", "dropout": 0.1},
+}
+VALUES = {
+    "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
+    "ring_kind": ("p2p", "all_gather"), "ring_cut": ("zigzag", "contiguous"), "pp": (1, 2), "virtual_pp": (1, 2),
+    "dp": (1, 2), "distributed_optimizer": (False, True), "zero": (0, 1, 2, 3),
+    "recompute": ("none", "selective", "full"), "tp_backward_overlap": (True, False), "tp_overlap": (False, True),
+    "dp_overlap": (False, True), "keep_gathered": (False, True),
+}  # fmt: skip
+
+
+def outcome(plan, traits):
+    """What a plan gives: its notes, and all figures, spans and memory; an error instead where it is refused."""
+    try:
+        case = scenario(plan, seq_len=512, hardware="dgx-h100", **traits)
+    except InputError:
+        return None
+    found = simulate(case)
+    document = {key: value for key, value in found.to_json().items() if key not in ("plan", "notes")}
+    return case.notes, document, found.spans, found.memory_curve
+
+
+def alike(one, other):
+    """Whether two outcomes have the same figures, spans and memory."""
+    frames = zip(one[2:], other[2:], strict=True)
+    return one[1] == other[1] and all(pd.DataFrame.equals(mine, theirs) for mine, theirs in frames)
+
+
+def test_every_option_is_tried():
+    assert VALUES.keys() == Plan.model_fields.keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_an_option_does_something_or_says_why_not(plan, model):
+    """One option changed at a time: where that changes nothing the notes differ, and a note about it is right."""
+    here = outcome(plan, MODELS[model])
+    if here is None:
+        return
+    parsed = parse_plan(plan)
+    for name, values in VALUES.items():
+        for value in set(values) - {getattr(parsed, name)}:
+            there = outcome(parsed.model_copy(update={name: value}), MODELS[model])
+            if there is None:
+                continue
+            if alike(here, there):
+                assert here[0] != there[0], f"{name} = {value} is ignored"
+            else:
+                assert name not in [note.split()[0] for note in here[0] + there[0]], f"{name} = {value} has an effect"
+
+
+@pytest.mark.parametrize(
+    ("plan", "traits", "notes"),
+    [
+        ("dp_overlap", {}, ["dp_overlap has no effect with dp = 1"]),
+        ("sequence_parallel", {}, ["sequence_parallel has no effect with tp = 1"]),
+        ("tp_backward_overlap=false", {}, ["tp_backward_overlap = False has no effect with tp = 1"]),
+        ("ring_kind=all_gather,ring_cut=contiguous", {}, [
+            "ring_kind = 'all_gather' has no effect without ring", "ring_cut = 'contiguous' has no effect without ring",
+        ]),
+        ("ring=2,ring_cut=contiguous", {"causal": False}, [
+            "ring_cut = 'contiguous' has no effect without a causal mask",
+        ]),
+        ("tp=2,keep_gathered", {}, ["keep_gathered has no effect without sequence_parallel over tp"]),
+        ("tp=2,zero=1", {}, ["zero = 1 has no effect with one rank along dp x ulysses x ring"]),
+        ("ulysses=2,zero=1,distributed_optimizer", {}, [
+            "distributed_optimizer has no effect beside zero, which shards the optimizer too",
+        ]),
+        ("tp=2,sequence_parallel,keep_gathered,tp_backward_overlap=false,ring=2,ring_cut=contiguous", {}, []),
+    ],
+)  # fmt: skip
+def test_notes(plan, traits, notes):
+    assert list(scenario(plan, **traits).notes) == notes
