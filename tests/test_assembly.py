@@ -8,7 +8,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import compiled_by, layer_program, placed_by, program_of
-from spsim.program.blocks.transformer import layer_traits, transformer_layer
+from spsim.program.blocks.transformer import LAYER_CLASSES, layer_traits, transformer_layer
 from spsim.program.templates import layer_template
 from tests.cases import model, random_plans
 
@@ -75,6 +75,13 @@ def test_plans_of_one_key_have_one_program(case, option):
 def test_every_option_was_tried():
     assert OTHER_OPTIONS.keys() == Plan.model_fields.keys()
     assert {*OTHER_TRAITS, "gated_mlp"} == Model.model_fields.keys()
+
+
+@pytest.mark.parametrize("trait", sorted(OTHER_TRAITS))
+def test_classes_of_a_layer(trait):
+    """Rows of sweeps have a column for each, and for no other."""
+    layer = transformer_layer(model(dropout=0.1).model_copy(update={trait: OTHER_TRAITS[trait]}), WORKLOAD)
+    assert {op.kind for op in layer} <= {*LAYER_CLASSES}
 
 
 @pytest.mark.parametrize("trait", sorted(OTHER_TRAITS))

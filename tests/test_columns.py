@@ -58,9 +58,11 @@ class Block:
         self.passes = {phase: self._pass(phase) for phase in ("forward", "backward")}
         self.segments = [part.segment for own in self.passes.values() for part in own.parts]
         shape = (self.count, MANY)
-        longest = self.rng.choice([20, 1000, 10**9])
-        self.times = np.array([self.rng.randint(1, longest) for _ in range(self.count * MANY)]).reshape(shape)
-        slow = self.rng.choice([1, 1, 3])
+        longest = self.rng.choice([20, 1000, 1000, 10**9, 10**12])
+        self.times = np.array(
+            [self.rng.randint(self.rng.random() > 0.001, longest) for _ in range(self.count * MANY)]
+        ).reshape(shape)
+        slow = self.rng.choice([1, 1, 3, 10])
         for segment in self.segments:
             for call in segment.calls:
                 self.times[self.slots[segment.name][call]] *= slow
@@ -71,12 +73,12 @@ class Block:
         runs = [1] if self.rng.random() < 0.3 else [1, self.rng.randint(2, 9), 1]
         parts = []
         for index, count in enumerate(runs):
-            parts.append(Part(self._segment(phase, index, last=index == len(runs) - 1, loop=count > 1), count))
+            parts.append(Part(self._segment(phase, index, last=index == len(runs) - 1), count))
         entry, result = parts[0].segment.buffers[0], parts[-1].segment.buffers[-1]
         assert entry.writer is None
         return BlockPass(tuple(parts), (0,), (len(parts[-1].segment.buffers) - 1,) if result.outlives else ())
 
-    def _segment(self, phase, index, *, last, loop):
+    def _segment(self, phase, index, *, last):
         rng, name, tasks, calls = self.rng, f"{phase} {index}", [], {}
         for task in range(rng.randint(2, 8)):
             lane = rng.choice(["compute", "compute", "tp", "ring"]) if task else "compute"
@@ -85,7 +87,7 @@ class Block:
                 needs.append(f"{phase} arrival")
             tasks.append(Task(task, lane, needs=tuple(needs)))
         end = len(tasks)
-        waited = range(end) if last else rng.sample(range(end), min(end, 2))
+        waited = range(end) if last and rng.random() < 0.9 else rng.sample(range(end), min(end, 2))
         names = (f"{phase} arrival",) if last and index else ()
         tasks.append(Task(end, "compute", needs=(*waited, *names)))
         tasks = [
@@ -98,7 +100,7 @@ class Block:
         buffers = [BufferUse("entry", "activations", None, (0,), False)]
         for writer in rng.sample(range(end + 1), rng.randint(1, end + 1)):
             readers = sorted(rng.sample(range(writer, end + 1), rng.randint(0, min(2, end + 1 - writer))))
-            outlives = rng.random() < 0.2 and not loop
+            outlives = rng.random() < 0.2
             buffers.append(BufferUse(f"buffer {writer}", "activations", writer, tuple(readers), outlives))
         buffers.append(BufferUse("result", "activations", end, (), last))
         self.slots[name] = np.arange(self.count, self.count + len(tasks))
@@ -247,7 +249,7 @@ def test_mixed_points_give_the_same_frame():
     bad_sizes += [{"seq_len": 3072, "micro_batch": None}, {"seq_len": 3072, "micro_batch": 2, "global_batch": 3}]
     bad_sizes += [{"seq_len": 3072, "global_batch": 200_001}, {"seq_len": 3072, "width": 1}, {"seq_len": 3072.0}]
     bad_sizes += [{"seq_len": 3072, "phase": "decode"}, {"seq_len": 3072, "precision": ["bf16"]}, 4096, None]
-    for _ in range(15):
+    for _ in range(50):
         points = []
         for _ in range(rng.randint(1, 4)):
             settings = random_settings(rng)
@@ -280,8 +282,28 @@ def test_what_the_columns_do_not_cover_is_simulated():
     assert_rows(points)
     settings = {"hardware": H100, "model": "llama-3-70b", "plan": "ring=4,ring_cut=contiguous"}
     assert many_of(settings, [{"seq_len": 4096, "micro_batch": 1}]) is None
-    huge = [{"seq_len": 4096, "micro_batch": 1}, {"seq_len": 2**28, "micro_batch": 2**20}]
-    assert many_of(settings | {"plan": "tp=8"}, huge).exact.tolist() == [True, False]
+    huge = [{"seq_len": 4096}, {"seq_len": 2**28, "micro_batch": 2**20}, {"seq_len": 2**14, "global_batch": 90_000}]
+    huge = [{"micro_batch": 1, **sizes} for sizes in huge]
+    assert many_of(settings | {"plan": "tp=8"}, huge).exact.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [{"plan": {"tp": 1}}, {"plan": {"tp": True}}],
+        [{}, {"plan": None}],
+        [{}, {"nodes": 1}, {"nodes": True}, {"nodes": 2}],
+        [{"workload": {"seq_len": 256, "precision": precision}} for precision in ("bf16", "fp32", "fp16", "fp8")],
+        [{"hardware": hardware} for hardware in (H100, A100, load_profile(H100))],
+        [{"model": model(layers=layers)} for layers in (2, 3)],
+    ],
+)
+def test_what_differs_is_another_family(others):
+    """Also where values are equal and only one is allowed."""
+    usual = {"hardware": H100, "model": model(), "workload": {"seq_len": 256}}
+    assert_rows([Point({**usual, **other}) for _ in range(3) for other in others])
+    labels = [{"a": 1}, {"b": 2}, {"a": "x", "b": 3}, {}, {"a": True}]
+    assert_rows([Point({**usual, **others[0]}, own) for _ in range(3) for own in labels])
 
 
 def test_an_equal_object_is_the_same_family():

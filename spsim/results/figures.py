@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from spsim.program.blocks.transformer import LAYER_CLASSES
 from spsim.units import MIB, MS_PER_S, PS_PER_MS
-from spsim.work import KernelClass
 
 if TYPE_CHECKING:
     from spsim.results.derived import Derived
@@ -49,9 +49,6 @@ def _operator(name: Any, _: Any) -> Any:
     name[~name.astype(bool)] = ""
     return name
 
-
-LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
-"""Of the kernels that layers have."""
 
 FIGURES: tuple[Figure, ...] = (
     Figure("layer_time_s", "layer_time_ms", _milliseconds, documented=False),

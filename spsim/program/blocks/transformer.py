@@ -217,6 +217,8 @@ class _Layer:
 
 
 LAYER_INPUT = "layer_input"
+LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
+"""Of the kernels of a layer."""
 
 
 layer_traits = attrgetter(

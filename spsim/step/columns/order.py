@@ -21,7 +21,7 @@ from spsim.step.segments import BlockPass, Segment
 
 MOST_TASKS = 1000
 """Of a pass: what comes before what is a table of tasks by tasks."""
-LONGEST_WALK = 4
+LONGEST_WALK = 5
 """Runs of a loop after which it should have come to a steady state."""
 
 
