@@ -37,7 +37,7 @@ from spsim import report
 from spsim.engine.engine import run
 from spsim.engine.tasks import Meeting, Task
 from spsim.inputs.plan import parse_plan
-from spsim.studies.grids import rows_of_points, tables_of_points
+from spsim.studies.grids import tables_of_points
 from spsim.studies.points import Point
 from spsim.studies.rows import row
 
@@ -113,7 +113,7 @@ def sweep_table() -> Table:
     made = report.table("Layer-level sweep, llama-3-8b, 32 layers", columns, numbers=columns[1:])
     first = None
     for plan in PLANS:
-        folded = rate(rows_of_points, points(plan))
+        folded = rate(tables_of_points, points(plan))
         first = first or folded
         scenarios = [spsim.Scenario(**point.settings) for point in points(plan)[:3]]
         unfolded = rate(lambda all_: [spsim.simulate(one, fold=False).step_time_s for one in all_], scenarios)
@@ -130,7 +130,7 @@ def scaling_table() -> Table:
     )
     first = None
     for layers, tp in ((1, 8), (8, 8), (32, 8), (96, 8), (32, 2), (32, 4)):
-        seconds = 1 / rate(rows_of_points, points(f"tp={tp},sequence_parallel", layers)[:40])
+        seconds = 1 / rate(tables_of_points, points(f"tp={tp},sequence_parallel", layers)[:40])
         first = first or seconds
         made.add_row(str(layers), str(tp), f"{seconds * 1e6:.0f} us", f"{seconds / first:.2f} ×")
     return made

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spsim import Scenario, Workload, plots, simulate
+from spsim import Scenario, Workload, plots, simulate, sweep
 from spsim.cli import main
 from spsim.costs.collectives import CommCost
 from spsim.errors import InputError
@@ -32,8 +32,6 @@ from spsim.report.calibration import calibration_lines, calibration_table, rates
 from spsim.report.comparison import comparison_lines, plans_table
 from spsim.report.run import notes
 from spsim.studies.comparison import PlanAccount, PlanComparison
-from spsim.studies.grids import rows_of_points
-from spsim.studies.points import Point
 from tests.cases import model
 from tests.test_calibrate_catalogue import CPU, machine
 
@@ -658,14 +656,14 @@ def test_a_profile_that_no_calibration_wrote_has_no_band(name):
     document = result.to_json()
     assert (document["error_band"], document["flagged"]) == (None, [])
     assert not any("calibration" in note for note in notes(result))
-    (found,) = rows_of_points([Point({"hardware": name, "model": "gpt-22b", "workload": {"seq_len": 1024}})])
+    found = sweep([{"hardware": name, "model": "gpt-22b", "workload": {"seq_len": 1024}}])
     assert "flagged" not in found
 
 
 def test_rows_of_a_sweep_carry_the_band(tmp_path):
     write_profile(with_errors(H100, {"gemm.fraction.bf16": 40.0}), tmp_path / "mine.toml")
     settings = {"hardware": str(tmp_path / "mine.toml"), "model": "gpt-22b", "workload": {"seq_len": 1024}}
-    (found,) = rows_of_points([Point(settings)])
+    found = sweep([settings]).iloc[0]
     assert found["flagged"] == "gemm.fraction.bf16"
     assert 0 < found["step_time_error_percent"] < 40
 

@@ -16,11 +16,11 @@ import pytest
 
 import spsim
 from spsim.studies import points, sweeps
-from spsim.studies.columns import Columns
-from spsim.studies.grids import rows_of_points
+from spsim.studies.grids import tables_of_points
 from spsim.studies.points import Point, Register
 from spsim.studies.rowfile import RowFile
 from spsim.studies.sweeps import run_points, sweep
+from spsim.studies.tables import Table, frame, tables_of_rows
 
 MODEL = spsim.Model(name="small", layers=2, hidden=256, heads=8, vocab=1000)
 
@@ -51,12 +51,12 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     """The points that are computed from now on; one at a time, so that interrupts come between them."""
     seen: list[Point] = []
 
-    def watched(chunk: Sequence[Point]) -> list[dict[str, Any]]:
-        rows = rows_of_points(chunk)
+    def watched(chunk: Sequence[Point]) -> list[Table]:
+        tables = tables_of_points(chunk)
         seen.extend(chunk)
-        return rows
+        return tables
 
-    monkeypatch.setattr(sweeps, "rows_of_points", watched)
+    monkeypatch.setattr(sweeps, "tables_of_points", watched)
     monkeypatch.setattr(sweeps, "LARGEST_CHUNK", 1)
     return seen
 
@@ -104,17 +104,17 @@ def test_chunks_take_a_fraction_of_a_second(monkeypatch: pytest.MonkeyPatch) -> 
     """Whatever a row costs: by the clock below 10 us, later 5 ms, in the end a second."""
     clock, chunks = 0.0, []
 
-    def costly(chunk: Sequence[Point]) -> list[dict[str, Any]]:
+    def costly(chunk: Sequence[Point]) -> list[Table]:
         nonlocal clock
         took = sum(item.settings["cost"] for item in chunk)
         clock += took
         chunks.append((len(chunk), took))
-        return [{"error": ""} for _ in chunk]
+        return [Table(range(len(chunk)), {"error": ""})]
 
-    monkeypatch.setattr(sweeps, "rows_of_points", costly)
+    monkeypatch.setattr(sweeps, "tables_of_points", costly)
     monkeypatch.setattr(sweeps, "perf_counter", lambda: clock)
     costs = [1e-5] * 20_000 + [5e-3] * 5_000 + [1.0] * 60
-    assert list(sweeps.rows_of([Point({"cost": cost}) for cost in costs]))
+    assert list(sweeps.tables_of([Point({"cost": cost}) for cost in costs], None))
     assert sum(size for size, _ in chunks) == len(costs)
     assert max(size for size, _ in chunks) == sweeps.LARGEST_CHUNK
     late = [took for size, took in chunks if size > 1 and took > 0.5]
@@ -145,14 +145,14 @@ def test_interruption_keeps_rows_and_a_rerun_computes_what_is_missing(file: RowF
 def test_what_stops_a_computation_leaves_the_rows_before_it(
     stop: type[BaseException], file: RowFile, computed: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    until_then = sweeps.rows_of_points
+    until_then = sweeps.tables_of_points
 
-    def stopped(chunk: Sequence[Point]) -> list[dict[str, Any]]:
+    def stopped(chunk: Sequence[Point]) -> list[Table]:
         if len(computed) == 3:
             raise stop
         return until_then(chunk)
 
-    monkeypatch.setattr(sweeps, "rows_of_points", stopped)
+    monkeypatch.setattr(sweeps, "tables_of_points", stopped)
     with pytest.raises(stop):
         run(GRID, file)
     assert list(on_disk(file)) == keys(GRID)[:3]
@@ -284,26 +284,45 @@ def test_a_label_that_cannot_be_written_is_refused() -> None:
         keys([Point(GRID[0].settings, {("tp", 8): "x"})])  # type: ignore[dict-item]
 
 
-# ------------------------------------------------------------ columns
+# ------------------------------------------------------------ tables
+
+ROWS: list[dict[str, Any]] = [
+    {"a": 1, "b": "x", "error": "broken"},
+    *({"a": i, "c": i / 7, "fits": i % 2 == 0, "b": "y" * (i % 3), "error": ""} for i in range(10)),
+    {"a": 2.5, "d": 2**70, "b": True, "error": ""},
+    {"a": 2.5, "d": '"5 %s", said', "b": 1, "error": "", "100 %": float("inf")},
+]
 
 
-def test_columns_are_those_of_a_frame_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of several layouts, numbers and texts mixed, over several parts, in another order."""
-    monkeypatch.setattr("spsim.studies.columns.PART", 3)
-    rows: list[dict[str, Any]] = [
-        {"a": 1, "b": "x", "error": "broken"},
-        *({"a": i, "c": i / 7, "fits": i % 2 == 0, "b": "y" * (i % 3), "error": ""} for i in range(10)),
-        {"a": 2.5, "d": 2**70, "b": True, "error": ""},
-        {"a": 2.5, "d": "text", "b": 1, "error": ""},
+def in_parts(rows: Sequence[dict[str, Any]], size: int) -> list[Table]:
+    return [
+        table
+        for start in range(0, len(rows), size)
+        for table in tables_of_rows(rows[start : start + size], range(start, min(start + size, len(rows))))
     ]
-    columns = Columns()
-    columns.extend(rows[:4])
-    columns.extend(rows[4:])
-    for order in (list(range(len(rows))), list(reversed(range(len(rows)))), [5, *range(13), 2]):
-        pd.testing.assert_frame_equal(columns.frame(order), pd.DataFrame([rows[number] for number in order]))
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 20])
+def test_the_frame_of_tables_is_the_frame_of_their_rows(size: int) -> None:
+    """Rows of several layouts, numbers and texts mixed, over several parts, in another order."""
+    tables = in_parts(ROWS, size)
+    for order in (list(range(len(ROWS))), list(reversed(range(len(ROWS)))), [5, *range(13), 2]):
+        pd.testing.assert_frame_equal(frame(tables, order), pd.DataFrame([ROWS[number] for number in order]))
 
 
 def test_equal_texts_are_held_once() -> None:
-    columns = Columns()
-    columns.extend({"text": f"{2**40}"} for _ in range(100))
-    assert len({id(text) for text in columns.frame(range(100))["text"]}) == 1
+    tables = tables_of_rows([{"text": f"{2**40}"} for _ in range(100)], range(100))
+    assert len({id(text) for text in frame(tables, range(100))["text"]}) == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_lines_are_the_json_of_the_rows(size: int, file: RowFile) -> None:
+    """Also of rows with a value that all of a table have."""
+    tables = in_parts(ROWS, size)
+    shared = [{"model": "100 %", "fits": True, **row} for row in ROWS]
+    with_shared = [Table(table.places, {"model": "100 %", "fits": True, **table.columns}) for table in tables]
+    names = [f"key {number}" for number in range(len(ROWS))]
+    with file.appending(names) as append:
+        append(with_shared)
+    lines = [json.dumps({"key": name, **row}) for name, row in zip(names, shared, strict=True)]
+    assert sorted(file.path.read_text().splitlines()) == sorted(lines)

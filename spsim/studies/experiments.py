@@ -25,7 +25,7 @@ from rich.text import Text
 
 from spsim.errors import InputError
 from spsim.inputs.resources import read_text
-from spsim.studies.columns import write_csv
+from spsim.studies.csvfile import write_csv
 from spsim.studies.experiment import Experiment
 from spsim.studies.manifest import Manifest
 from spsim.studies.points import Point

@@ -28,12 +28,6 @@ MANY = 256
 SIZES = ("seq_len", "micro_batch", "global_batch")
 
 
-def rows_of_points(points: Sequence[Point]) -> list[Row]:
-    """One row per point, in their order."""
-    rows = dict(row for table in tables_of_points(points) for row in table.rows())
-    return [rows[place] for place in range(len(points))]
-
-
 def tables_of_points(points: Sequence[Point]) -> list[Table]:
     """The rows of all points: the only place where sweeps compute, here or in a worker. Those that break a rule have
     their reason in `error` and no numbers.
@@ -121,7 +115,7 @@ def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Ite
             break
         except InputError as error:
             failed.append({**points[place].labels, "error": str(error)})
-    yield from tables_of_rows(failed, family.places)
+    yield from tables_of_rows(failed, family.places[: len(failed)])
     if scenario is None:
         return
     places, sizes = np.array(family.places[len(failed) :]), family.sizes[len(failed) :]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from spsim.errors import InputError
 from spsim.files import whole_text
 from spsim.studies.rows import Row
+from spsim.studies.tables import Table
 
 BATCH = 64
 """Lines that are parsed together: enough to share the names of columns, and few enough for the cache."""
+PART = 1024
+"""Rows that are handed out together."""
 
 
 class RowFile:
@@ -22,20 +28,34 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def keep(self, wanted: Container[str]) -> Iterator[dict[str, Row]]:
-        """The rows that are wanted, some at a time: a long sweep is never in memory as text.
+    def keep(self, wanted: Set[str]) -> Iterator[dict[str, Row]]:
+        """The rows that are wanted, many at a time: a long sweep is never in memory as text.
 
         Once the last were taken the file has nothing else, so that what is added begins on a line of its own.
         """
-        complete = True
-        for lines in self._batches():
-            kept = {key: row for key, row in _parse(lines) if key in wanted}
-            complete = complete and len(kept) == len(lines)
-            yield kept
-        if not complete:
-            with whole_text(self.path) as file:
-                for lines in self._batches():
-                    file.writelines(line for line in lines for key, _ in _parse([line]) if key in wanted)
+        missing, lines = set(wanted), 0
+        kept: dict[str, Row] = {}
+        for batch in self._batches():
+            found = {key: row for key, row in _parse(batch) if key in missing}
+            missing.difference_update(found)
+            kept |= found
+            lines += len(batch)
+            if len(kept) >= PART:
+                yield kept
+                kept = {}
+        yield kept
+        if lines > len(wanted) - len(missing):
+            self._drop_others(wanted - missing)
+
+    def _drop_others(self, wanted: Set[str]) -> None:
+        left = set(wanted)
+        with whole_text(self.path) as file:
+            for batch in self._batches():
+                for line in batch:
+                    for key, _ in _parse([line]):
+                        if key in left:
+                            left.remove(key)
+                            file.write(line)
 
     def _batches(self) -> Iterator[list[str]]:
         if self.path.is_dir():
@@ -48,15 +68,45 @@ class RowFile:
                     yield lines
 
     @contextmanager
-    def appending(self) -> Iterator[Callable[[Mapping[str, Row]], None]]:
-        """Add rows; they are handed to the system at once, so that they outlive the process."""
+    def appending(self, keys: Sequence[str]) -> Iterator[Callable[[Iterable[Table]], None]]:
+        """Add rows, whose places are those of their keys. They are handed to the system at once, so that they outlive
+        the process.
+        """
         with self.path.open("a", encoding="utf-8") as file:
 
-            def append(rows: Mapping[str, Row]) -> None:
-                file.write("".join([f'{{"key": "{key}", {json.dumps(row)[1:]}\n' for key, row in rows.items()]))
+            def append(tables: Iterable[Table]) -> None:
+                for table in tables:
+                    file.write("".join(_lines(keys, table)))
                 file.flush()
 
             yield append
+
+
+def _lines(keys: Sequence[str], table: Table) -> Iterator[str]:
+    """Each row as JSON; a value that all have is written once."""
+    fields, varying = ['{"key": "%s"'], [[keys[place] for place in table.places]]
+    for name, column in table.columns.items():
+        single = not isinstance(column, list | np.ndarray)
+        text = _escaped(column) if single else "%s"
+        fields.append(f"{_escaped(name)}: {text}")
+        if not single:
+            varying.append(_texts(column))
+    template = ", ".join(fields) + "}\n"
+    return (template % values for values in zip(*varying, strict=True))
+
+
+def _escaped(value: Any) -> str:
+    return json.dumps(value).replace("%", "%%")
+
+
+def _texts(column: Any) -> list[str]:
+    """JSON of each value."""
+    values = column.tolist() if isinstance(column, np.ndarray) else column
+    kinds = set(map(type, values))
+    if kinds == {str}:
+        known = {value: json.dumps(value) for value in set(values)}
+        return [known[value] for value in values]
+    return json.dumps(values)[1:-1].split(", ") if kinds <= {float, int, bool} else list(map(json.dumps, values))
 
 
 def _parse(lines: Sequence[str]) -> list[tuple[str, Row]]:

@@ -6,23 +6,19 @@ interrupted sweep keeps its rows, and running it again computes only what is mis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed, wait
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from spsim.studies.columns import Columns
-from spsim.studies.grids import rows_of_points, tables_of_points
+from spsim.studies.grids import tables_of_points
 from spsim.studies.points import Point, Settings
 from spsim.studies.rowfile import RowFile
-from spsim.studies.rows import Row
-from spsim.studies.tables import frame
+from spsim.studies.tables import Table, frame, tables_of_rows
 
 if TYPE_CHECKING:
     import pandas as pd
-
-T = TypeVar("T")
 
 INTERVAL_S = 0.2
 """Time that a chunk computed here should take: rows are on disk that soon, and progress is seen."""
@@ -40,12 +36,8 @@ def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) ->
     Any `concurrent.futures.Executor` can compute them; without one they are computed here.
     """
     points = [point if isinstance(point, Point) else Point(point) for point in grid]
-    if executor is None:
-        tables = tables_of_points(points)
-    else:
-        chunks = _computed_by(executor, tables_of_points, points)
-        tables = [table.moved(start) for start, own in chunks for table in own]
-    return frame(tables, range(len(points)))
+    chunks = iter([tables_of_points(points)]) if executor is None else _computed_by(executor, points)
+    return frame([table for tables in chunks for table in tables], range(len(points)))
 
 
 def run_points(
@@ -56,53 +48,52 @@ def run_points(
     progress: Callable[[int], None],
 ) -> pd.DataFrame:
     """Compute what the file does not have; `progress` is told how many rows are finished."""
-    columns = Columns()
+    tables: list[Table] = []
     place: dict[str, int] = {}
-
-    def add(rows: Mapping[str, Row]) -> None:
-        place.update(zip(rows, count(len(columns))))
-        columns.extend(rows.values())
-        progress(len(place))
-
     for kept in file.keep(set(keys)):
-        add(kept)
+        places = range(len(place), len(place) + len(kept))
+        tables += tables_of_rows(list(kept.values()), places)
+        place.update(zip(kept, places, strict=True))
+        progress(len(place))
     missing = {key: point for key, point in zip(keys, points, strict=True) if key not in place}
-    missing_keys = list(missing)
-    with file.appending() as append:
-        for start, computed in rows_of(list(missing.values()), executor):
-            rows = dict(zip(missing_keys[start : start + len(computed)], computed, strict=True))
-            append(rows)
-            add(rows)
-    found = columns.frame([place[key] for key in keys])
+    first = finished = len(place)
+    place.update(zip(missing, count(first)))
+    with file.appending(list(missing)) as append:
+        for computed in tables_of(list(missing.values()), executor):
+            append(computed)
+            tables += [table.moved(first) for table in computed]
+            finished += sum(len(table.places) for table in computed)
+            progress(finished)
+    found = frame(tables, [place[key] for key in keys])
     found.insert(0, "key", list(keys))
     return found
 
 
-def rows_of(points: Sequence[Point], executor: Executor | None = None) -> Iterator[tuple[int, list[Row]]]:
-    """(index of the first, rows) of chunks of points as they are finished, in any order when an executor computes."""
-    return _rows_here(points) if executor is None else _computed_by(executor, rows_of_points, points)
+def tables_of(points: Sequence[Point], executor: Executor | None) -> Iterator[list[Table]]:
+    """The rows of chunks of points as they are finished, in any order when an executor computes them."""
+    return _computed_here(points) if executor is None else _computed_by(executor, points)
 
 
-def _rows_here(points: Sequence[Point]) -> Iterator[tuple[int, list[Row]]]:
+def _computed_here(points: Sequence[Point]) -> Iterator[list[Table]]:
     start, size = 0, 1
     while start < len(points):
         begin = perf_counter()
-        rows = rows_of_points(points[start : start + size])
+        tables = tables_of_points(points[start : start + size])
         in_time = int(size * INTERVAL_S / (perf_counter() - begin))
-        yield start, rows
+        yield [table.moved(start) for table in tables]
         start += size
         size = min(max(in_time, 1), 4 * size, LARGEST_CHUNK)
 
 
-def _computed_by(
-    executor: Executor, compute: Callable[[Sequence[Point]], list[T]], points: Sequence[Point]
-) -> Iterator[tuple[int, list[T]]]:
-    """The same of what workers compute."""
+def _computed_by(executor: Executor, points: Sequence[Point]) -> Iterator[list[Table]]:
     size = min(max(len(points) // WORKERS_CHUNKS, 1), LARGEST_WORKERS_CHUNK)
-    starts = {executor.submit(compute, points[start : start + size]): start for start in range(0, len(points), size)}
+    starts = {
+        executor.submit(tables_of_points, points[start : start + size]): start for start in range(0, len(points), size)
+    }
     try:
         for future in as_completed(starts):
-            yield starts.pop(future), future.result()
+            start = starts.pop(future)
+            yield [table.moved(start) for table in future.result()]
             del future  # with its rows
     finally:
         wait(starts, timeout=LAST_WORDS_S)

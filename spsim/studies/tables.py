@@ -38,23 +38,22 @@ class Table:
 
 def tables_of_rows(rows: Sequence[Row], places: Sequence[int]) -> list[Table]:
     """Rows with the same columns together, in a fraction of the memory that they take."""
-    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        alike[tuple(row)].append(index)
-    return [
-        Table(
-            [places[index] for index in own], {name: _compact([rows[index][name] for index in own]) for name in names}
-        )
-        for names, own in alike.items()
-    ]
+    alike: dict[tuple[str, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    for place, row in zip(places, rows, strict=True):
+        alike[tuple(row)].append((place, *row.values()))
+    tables = []
+    for names, own in alike.items():
+        taken, *columns = zip(*own, strict=True)
+        tables.append(Table(taken, dict(zip(names, map(_compact, columns), strict=True))))
+    return tables
 
 
-def _compact(values: list[Any]) -> Any:
+def _compact(values: Sequence[Any]) -> Any:
     """Numbers of one kind as an array; equal texts as one object."""
     kinds = set(map(type, values))
     if kinds == {str}:
         return list(map(sys.intern, values))
-    return np.array(values) if kinds in ({float}, {int}, {bool}) else values
+    return np.array(values) if kinds in ({float}, {int}, {bool}) else list(values)
 
 
 def _listed(column: Any, count: int) -> list[Any]:

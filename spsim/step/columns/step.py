@@ -41,19 +41,18 @@ class BlockColumns:
         """Coefficients of the sum of all numbers."""
         orders = {phase: order_of(block) for phase, block in passes.items()}
         pieces = [piece for order in orders.values() for piece in order.pieces]
-        self.segments = [piece.segment for piece in pieces] + ([sync] if sync else [])
-        """Of each leaf."""
+        segments = [piece.segment for piece in pieces] + ([sync] if sync else [])
         self.labels = [
             [label for piece in order.pieces for label in piece.segment.labels]
             for order in orders.values()
             for _ in order.pieces
         ]
         """Of each leaf, what the tasks of its pass are."""
-        self.leaves: dict[str, list[Leaf]] = {segment.name: [] for segment in self.segments}
-        for number, segment in enumerate(self.segments):
+        self.leaves: dict[str, list[Leaf]] = {segment.name: [] for segment in segments}
+        for number, segment in enumerate(segments):
             runs = pieces[number].runs if number < len(pieces) else 1
             self.leaves[segment.name].append(Leaf(number, runs))
-        self.classes = sorted({name for segment in self.segments for name in segment.outline.classes[0]})
+        self.classes = sorted({name for segment in segments for name in segment.outline.classes[0]})
         self.passes = {
             phase: PassColumns(order, positions, coefficients, self.classes) for phase, order in orders.items()
         }

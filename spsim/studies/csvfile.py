@@ -1,53 +1,21 @@
-"""Rows as columns: how a long sweep is held in memory and handed out."""
+"""The table of an experiment as CSV."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spsim.files import whole_text
-from spsim.studies.rows import Row
-from spsim.studies.tables import Table, frame, tables_of_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PART = 4096
-"""Rows that are turned into columns, or columns into text, at a time."""
+"""Rows that are turned into text at a time."""
 _SPECIAL = re.compile(r'[",\r\n]').search
-
-
-class Columns:
-    """Rows in the order in which they come."""
-
-    def __init__(self) -> None:
-        self._tables: list[Table] = []
-        self._rows: list[Row] = []
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def extend(self, rows: Iterable[Row]) -> None:
-        """More rows."""
-        before = len(self._rows)
-        self._rows += rows
-        self._count += len(self._rows) - before
-        if len(self._rows) >= PART:
-            self._close_part()
-
-    def _close_part(self) -> None:
-        self._tables += tables_of_rows(self._rows, range(self._count - len(self._rows), self._count))
-        self._rows = []
-
-    def frame(self, order: Sequence[int]) -> pd.DataFrame:
-        """The rows with these numbers."""
-        self._close_part()
-        return frame(self._tables, order)
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
