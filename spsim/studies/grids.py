@@ -10,6 +10,7 @@ from itertools import compress
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from spsim.errors import InputError
@@ -119,7 +120,7 @@ def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Ite
     if scenario is None:
         return
     places, sizes = np.array(family.places[len(failed) :]), family.sizes[len(failed) :]
-    valid: Any = np.array([_valid(*column) for column in zip(SIZES, zip(*sizes, strict=True), strict=True)]).all(axis=0)
+    valid = _valid(sizes)
     alone += places[~valid].tolist()
     places, grid = places[valid], Grid.of(scenario, [*compress(sizes, valid)])
     keeps = keeps_sizes(scenario.model, scenario.plan, grid.workload, grid.global_batch)
@@ -130,17 +131,19 @@ def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Ite
         yield from _at_once(points, places[part], grid.part(part), alone)
 
 
-def _valid(name: str, values: Sequence[Any]) -> list[bool]:
-    """Which values a workload takes."""
+def _valid(sizes: Sequence[tuple[Any, ...]]) -> npt.NDArray[np.bool_]:
+    """Which sizes a workload takes."""
+    if all(map(_is_valid, SIZES, zip(*sizes, strict=True))):
+        return np.ones(len(sizes), dtype=np.bool_)
+    return np.array([all(_is_valid(name, [size]) for name, size in zip(SIZES, own, strict=True)) for own in sizes])
 
-    def is_valid(values: Sequence[Any]) -> bool:
-        try:
-            _ALLOWED[name].validate_python(values)
-        except ValidationError:
-            return False
-        return True
 
-    return [True] * len(values) if is_valid([*values]) else [is_valid([value]) for value in values]
+def _is_valid(name: str, values: Sequence[Any]) -> bool:
+    try:
+        _ALLOWED[name].validate_python([*values])
+    except ValidationError:
+        return False
+    return True
 
 
 def _allowed(name: str) -> TypeAdapter[Any]:

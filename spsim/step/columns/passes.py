@@ -30,7 +30,9 @@ class PassColumns:
 
     def lengths(self, run: Replay) -> Floats:
         """Picoseconds of each piece, from the end of the kernels before it to the end of its own."""
-        return np.diff(run.ended[self.ends], axis=0, prepend=0).astype(np.float64)
+        found = run.ended[self.ends].astype(np.float64)
+        found[1:] -= found[:-1].copy()
+        return found
 
     def compute(self, run: Replay) -> list[Floats]:
         """Picoseconds of the kernels of each piece, a row for each class."""
@@ -46,9 +48,9 @@ class PassColumns:
         last = len(self.ends) - 1
         for place, piece in enumerate(self.order.pieces):
             loose, end = self.loose[place], run.ended[self.ends[place]]
-            if place == last:
+            if place == last and len(loose):
                 found &= (run.ended[loose] <= end).all(axis=0)
-            elif place:
+            elif place < last and place:
                 found &= (run.posted[loose[loose < piece.first]] <= end).all(axis=0)
             if piece.runs > 1:
                 found &= self._is_steady(run, place)
