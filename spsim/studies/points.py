@@ -44,7 +44,7 @@ class Register:
         """Digest -> JSON of a profile or model."""
         self._references: dict[int, tuple[BaseModel, dict[str, str]]] = {}
         """By identity of the object, which is kept so that no other takes its place."""
-        self._names: dict[tuple[str, str], Any] = {}
+        self._contents = {name: _Contents(load) for name, load in _LOADERS.items()}
         self._encode = json.JSONEncoder(sort_keys=True, default=self._plain).encode
         self._program = hashlib.sha256(program_fingerprint().encode())
 
@@ -65,13 +65,10 @@ class Register:
     def _resolved(self, settings: Settings) -> dict[str, Any]:
         """The settings, with what stands in a file instead of its name."""
         resolved = dict(settings)
-        for name in _LOADERS:
+        for name, contents in self._contents.items():
             value = settings.get(name)
             if isinstance(value, str | Path):
-                given = (name, str(value))
-                if given not in self._names:
-                    self._names[given] = _content(*given)
-                resolved[name] = self._names[given]
+                resolved[name] = contents[str(value)]
         return resolved
 
     def _plain(self, value: Any) -> Any:
@@ -93,12 +90,19 @@ class Register:
         return self._references[id(value)][1]
 
 
-def _content(name: str, value: str) -> Any:
+class _Contents(dict[str, Any]):
     """The object that stands in a file; the name of none stays, its meaning belongs to the program."""
-    with suppress(OSError, ValueError):  # the row will say what is wrong with it
-        if Path(value).exists():
-            return _LOADERS[name](value)
-    return value
+
+    def __init__(self, load: Callable[[str | Path], BaseModel]) -> None:
+        super().__init__()
+        self._load = load
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = name
+        with suppress(OSError, ValueError):  # the row will say what is wrong with it
+            if Path(name).exists():
+                self[name] = self._load(name)
+        return self[name]
 
 
 @cache

@@ -36,9 +36,10 @@ class RowFile:
         missing, lines = set(wanted), 0
         kept: dict[str, Row] = {}
         for batch in self._batches():
-            found = {key: row for key, row in _parse(batch) if key in missing}
-            missing.difference_update(found)
-            kept |= found
+            for key, row in _parse(batch):
+                if key in missing:
+                    missing.remove(key)
+                    kept[key] = row
             lines += len(batch)
             if len(kept) >= PART:
                 yield kept

@@ -38,13 +38,14 @@ class Table:
 
 def tables_of_rows(rows: Sequence[Row], places: Sequence[int]) -> list[Table]:
     """Rows with the same columns together, in a fraction of the memory that they take."""
-    alike: dict[tuple[str, ...], list[tuple[Any, ...]]] = defaultdict(list)
-    for place, row in zip(places, rows, strict=True):
-        alike[tuple(row)].append((place, *row.values()))
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        alike[tuple(row)].append(number)
     tables = []
     for names, own in alike.items():
-        taken, *columns = zip(*own, strict=True)
-        tables.append(Table(taken, dict(zip(names, map(_compact, columns), strict=True))))
+        columns = zip(*[rows[number].values() for number in own], strict=True)
+        of_each = dict(zip(names, map(_compact, columns), strict=True))
+        tables.append(Table([places[number] for number in own], of_each))
     return tables
 
 
