@@ -16,8 +16,10 @@ from spsim import Scenario, Workload, plots, simulate, sweep
 from spsim.cli import main
 from spsim.costs.collectives import CommCost
 from spsim.errors import InputError
-from spsim.inputs.hardware import Bandwidth, KernelRates, NonNegative, leaves
+from spsim.inputs.hardware import leaves
+from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
+from spsim.inputs.quantities import Bandwidth, NonNegative
 from spsim.measuring.calibrate.catalogue import collective_rows, compute_rows
 from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, with_values
 from spsim.measuring.calibrate.collective_fit import measured_series

@@ -23,7 +23,8 @@ from spsim.costs.kernels import ComputeCost
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
 from spsim.engine.trace import Trace
-from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
+from spsim.inputs.hardware import HardwareProfile, leaves
+from spsim.inputs.quantities import Provenance
 from spsim.program.instructions import Communication, Instruction
 from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spsim.inputs.hardware import HardwareProfile, Leaf, Provenance, Table, leaves
+from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
+from spsim.inputs.quantities import Provenance, Table
 
 
 def leaf_at(profile: HardwareProfile, path: str) -> Any:
