@@ -50,7 +50,7 @@ REASONS = {
     "h800-ring-forward": "Relative to the ideal: FlashAttention-3 in the profile makes steps short against messages.",
     "h800-ring-both": "Relative to the ideal, as forward: faster kernels than measured expose more communication.",
     "a800-7b-64k": "Whole layers agree within 3 %; Ulysses against a ring of 2 is a tie.",
-    "a800-7b-30k": "Within 2 % but for the ring of 8, whose 60 MiB messages get 37 GB/s from an assumed curve.",
+    "a800-7b-30k": "Within 2 % but for the ring of 8, whose 60 MiB sends get 4 of 32 channels of 14 GB/s.",
     "a100-8b-longest": "Layers only, checkpoints on the device, ZeRO-1: what is left out and kept too much balance.",
 }
 """One sentence a table: where the prediction agrees, where not, and why."""
