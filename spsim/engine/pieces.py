@@ -72,19 +72,32 @@ class Piece(NamedTuple):
         for rank, lane, task, posted, start, end in self.recording.delayed(self.late).spans:
             yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
 
+    def spans_of(self, rank: int) -> Iterator[Span]:
+        """The spans of one rank at their place in time."""
+        recording, shift, first = self.recording.delayed(self.late), self.shift_ps, self.first_task
+        times = recording.times[rank].tolist() if rank in recording.times else []
+        for task, (lane, (posted, start, end)) in enumerate(zip(recording.outline.lanes, times, strict=False)):
+            yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
+
     def memory(self) -> Iterator[MemoryChange]:
         """Memory changes at their place in time."""
-        for change in self._changes(self.recording.delayed(self.late)):
-            yield change._replace(time_ps=change.time_ps + self.shift_ps, task=change.task + self.first_task)
+        for rank in self.recording.times:
+            yield from self.memory_of(rank)
 
-    def _changes(self, recording: Recording) -> Iterator[MemoryChange]:
-        yield from recording.memory
-        for rank, times in recording.times.items():
-            for buffer in self.brings:
-                yield self._change(rank, buffer, int(times[0, 0]), 1, 0)
-            for buffer in self.drops:
-                end, task = recording.end_of(rank, buffer)
-                yield self._change(rank, buffer, end, -1, task)
+    def memory_of(self, rank: int) -> Iterator[MemoryChange]:
+        """The memory changes of one rank at their place in time."""
+        recording, shift, first = self.recording.delayed(self.late), self.shift_ps, self.first_task
+        if rank in recording.times:
+            for time, _, size, category, tensor, task in self._changes(recording, rank):
+                yield MemoryChange(time + shift, rank, size, category, tensor, task + first)
+
+    def _changes(self, recording: Recording, rank: int) -> Iterator[MemoryChange]:
+        yield from recording.memory_by_rank[rank]
+        for buffer in self.brings:
+            yield self._change(rank, buffer, int(recording.times[rank][0, 0]), 1, 0)
+        for buffer in self.drops:
+            end, task = recording.end_of(rank, buffer)
+            yield self._change(rank, buffer, end, -1, task)
 
     def _change(self, rank: int, buffer: int, time: int, sign: int, task: int) -> MemoryChange:
         use = self.recording.outline.buffers[buffer]

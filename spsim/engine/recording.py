@@ -5,7 +5,7 @@ Times are integer picoseconds, from the beginning of the segment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -277,18 +277,23 @@ class Recording:
         begin: int = min(min(times[:, POSTED].tolist()) for times in self.times.values())
         return begin, max(self.ends.values())
 
-    @lazy
+    @property
     def memory(self) -> Sequence[MemoryChange]:
-        """Memory changes of all ranks: a buffer is allocated when its writer is reached, and freed when the
-        last of its readers ends.
+        """Memory changes of all ranks."""
+        return [change for own in self.memory_by_rank.values() for change in own]
+
+    @lazy
+    def memory_by_rank(self) -> Mapping[int, Sequence[MemoryChange]]:
+        """Memory changes of each rank: a buffer is allocated when its writer is reached, and freed when the last of its
+        readers ends.
         """
-        found = []
-        for rank in self.times:
-            for time, size, buffer in zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True):
-                use = self.outline.buffers[buffer]
-                task = use.writer if size > 0 else self.end_of(rank, buffer)[1]
-                found.append(MemoryChange(time, rank, size, use.category, use.tensor, task or 0))
-        return [change for change in found if change.bytes]
+        return {rank: [change for change in self._memory(rank) if change.bytes] for rank in self.times}
+
+    def _memory(self, rank: int) -> Iterator[MemoryChange]:
+        for time, size, buffer in zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True):
+            use = self.outline.buffers[buffer]
+            task = use.writer if size > 0 else self.end_of(rank, buffer)[1]
+            yield MemoryChange(time, rank, size, use.category, use.tensor, task or 0)
 
     def changes(self, rank: int) -> tuple[Integers, Integers, Integers]:
         """Times, bytes and buffers of the memory changes of one rank, in order of time, what is freed before what
@@ -301,6 +306,18 @@ class Recording:
         times, changes = times.ravel(), (lives.signs * sizes).ravel()
         order = np.lexsort((changes, times))
         return times[order], changes[order], lives.buffers[order]
+
+    @lazy
+    def left_behind(self) -> dict[int, Mapping[str, int]]:
+        """Bytes by category that are there after it and were not before, of each rank."""
+        categories = [use.category for use in self.outline.buffers]
+        found: dict[int, Mapping[str, int]] = {}
+        for rank in self.times:
+            own = found[rank] = dict.fromkeys(categories, 0)
+            _, sizes, buffers = self.changes(rank)
+            for size, buffer in zip(sizes.tolist(), buffers.tolist(), strict=True):
+                own[categories[buffer]] += size
+        return found
 
     def changes_after(self, rank: int, time: int) -> list[Left]:
         """Changes of memory that are still to come, its own and those of earlier segments."""

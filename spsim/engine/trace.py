@@ -6,7 +6,7 @@ spans and memory changes of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -36,27 +36,31 @@ class Leaf(NamedTuple):
             moved = moved.after(repeat.move.times(repeat.runs - 1))
         return self.stretch.run(self.stretch.runs - 1, moved)
 
-    def find(self, layer: int | None, micro_batch: int | None, *, edges: bool = False) -> Iterator[Piece]:
-        """Its pieces of one layer and micro-batch; of many equal ones in it the first and the last with `edges`."""
+    def find(
+        self, layers: Collection[int] | None, micro_batches: Collection[int] | None, *, edges: bool = False
+    ) -> Iterator[Piece]:
+        """Its pieces of some layers and micro-batches; of many equal ones in it the first and the last with `edges`."""
         stretch = self.stretch
         levels = [(repeat.move, repeat.runs) for repeat in self.repeats] + [(stretch.move, stretch.runs)]
-        wanted = _less(layer, stretch.layer), _less(micro_batch, stretch.micro_batch)
+        wanted = _less(layers, stretch.layer), _less(micro_batches, stretch.micro_batch)
         alone = stretch._replace(runs=1, move=STAY, brings=(), drops=())
         for moved in _moves(levels, STAY, wanted, edges=edges):
             yield alone.run(0, moved)
 
 
-def _less(wanted: int | None, have: int | None) -> int | None:
-    """The difference, or None where either does not matter."""
-    return None if wanted is None or have is None else wanted - have
+Wanted = tuple[Set[int] | None, Set[int] | None]
+"""Layers and micro-batches that are wanted, counted from those of a stretch; None where all are."""
 
 
-def _moves(
-    levels: Sequence[tuple[Move, int]], moved: Move, wanted: tuple[int | None, int | None], *, edges: bool
-) -> Iterator[Move]:
+def _less(wanted: Collection[int] | None, have: int | None) -> Set[int] | None:
+    """The differences, or None where either does not matter."""
+    return None if wanted is None or have is None else {number - have for number in wanted}
+
+
+def _moves(levels: Sequence[tuple[Move, int]], moved: Move, wanted: Wanted, *, edges: bool) -> Iterator[Move]:
     """All ways to run the levels that move by the wanted layers and micro-batches."""
     if not levels:
-        if all(want is None or want == have for want, have in zip(wanted, moved[2:4], strict=True)):
+        if all(want is None or have in want for want, have in zip(wanted, moved[2:4], strict=True)):
             yield moved
         return
     (move, runs), *inner = levels
@@ -65,12 +69,12 @@ def _moves(
         yield from _moves(inner, moved.after(move.times(index)), wanted, edges=edges)
 
 
-def _indices(move: Move, runs: int, moved: Move, wanted: tuple[int | None, int | None]) -> Sequence[int]:
+def _indices(move: Move, runs: int, moved: Move, wanted: Wanted) -> Sequence[int]:
     """Which runs may be among them: around a piece only one level changes the layer, and one the micro-batch."""
     for step, want, have in zip(move[2:4], wanted, moved[2:4], strict=True):
         if step and want is not None:
-            index, rest = divmod(want - have, step)
-            return (index,) if rest == 0 and 0 <= index < runs else ()
+            found = (divmod(number - have, step) for number in want)
+            return sorted(index for index, rest in found if rest == 0 and 0 <= index < runs)
     return range(runs)
 
 
@@ -139,7 +143,12 @@ class Trace:
         """The pieces of a pass of one layer and micro-batch, in order; those of a measured run belong to no layer."""
         for leaf in self.leaves:
             if leaf.stretch.phase == phase:
-                yield from leaf.find(layer, micro_batch)
+                yield from leaf.find(_one(layer), _one(micro_batch))
+
+    def pieces_in(self, layers: Collection[int], micro_batches: Collection[int]) -> list[Piece]:
+        """The pieces of some layers and micro-batches and those that belong to none, in order of tasks."""
+        found = (piece for leaf in self.leaves for piece in leaf.find(layers, micro_batches))
+        return sorted(found, key=lambda piece: piece.first_task)
 
     def window_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> tuple[int, int]:
         """When the first task of a pass of one layer and micro-batch is posted, and when the last ends."""
@@ -147,7 +156,7 @@ class Trace:
             piece
             for leaf in self.leaves
             if leaf.stretch.phase == phase
-            for piece in leaf.find(layer, micro_batch, edges=True)
+            for piece in leaf.find(_one(layer), _one(micro_batch), edges=True)
         ]
         windows = [piece.window for piece in pieces]
         return min((begin for begin, _ in windows), default=0), max((end for _, end in windows), default=0)
@@ -174,6 +183,10 @@ class Trace:
     def end_ps(self) -> int:
         """End of the last span."""
         return max((node.end_ps for node in self.nodes), default=0)
+
+
+def _one(number: int | None) -> tuple[int] | None:
+    return None if number is None else (number,)
 
 
 def _leaves(nodes: Sequence[Node], around: tuple[Repeat, ...]) -> Iterator[Leaf]:

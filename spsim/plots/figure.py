@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib as mpl
@@ -98,6 +99,7 @@ def describe_workload(*results: Result) -> str:
     return " · ".join(part for part in described[0] if all(part in parts for parts in described))
 
 
+@lru_cache(maxsize=4096)
 def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, float]:
     """Width and height in points of lines of text."""
     font = FontProperties(size=size, weight="bold" if bold else "normal")
@@ -107,7 +109,11 @@ def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, flo
 
 
 def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
-    """The first text that fits a box in points, with its rotation; upright texts first."""
+    """The first text that fits a box in points, with its rotation; upright texts first. None fits a box that is thinner
+    than a line.
+    """
+    if min(width, height) < size:
+        return None
     for rotation in (0, 90):
         for text in options:
             along, across = text_size(text, size)

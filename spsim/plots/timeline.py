@@ -36,10 +36,11 @@ from spsim.plots.figure import (
     side_by_side,
     text_size,
 )
-from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
+from spsim.plots.view import View, Window, busiest_view, layer_view
 from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.results.accounts import PEERS, STAGES, waits_on
 from spsim.results.result import Result
+from spsim.results.selection import distinct_ranks
 from spsim.units import PS_PER_MS, PS_PER_US
 
 LEFT, RIGHT, BOTTOM, TOP, HEADER = 1.35, 0.3, 0.95, 0.75, 0.55

@@ -137,7 +137,7 @@ def _peak_of_whole(trace: Trace, rank: int, static: int) -> Peak:
     return peak
 
 
-class _Profile(NamedTuple):
+class Profile(NamedTuple):
     """The memory of one rank over some nodes, from what is there before them."""
 
     highest: int
@@ -155,14 +155,14 @@ def _peak(trace: Trace, rank: int, static: int) -> Peak:
     return Peak(rank, static + profile.highest, profile.time_ps, profile.task)
 
 
-def _profile(nodes: Sequence[Node], rank: int) -> _Profile | None:
+def _profile(nodes: Sequence[Node], rank: int) -> Profile | None:
     """Walks the nodes that the rank takes part in. Of runs that keep something the last is the fullest, otherwise
     the first.
     """
-    found: _Profile | None = None
+    found: Profile | None = None
     base = 0
     for node in nodes:
-        one = _one_run(node, rank)
+        one = profile_of_run(node, rank)
         if one is None:
             continue
         base += _size(node.ends[0], node.brings)
@@ -170,19 +170,19 @@ def _profile(nodes: Sequence[Node], rank: int) -> _Profile | None:
         highest = base + fullest * one.total + one.highest
         if found is None or highest > found.highest:
             move = node.move.times(fullest)
-            found = _Profile(highest, one.time_ps + move.shift_ps, one.task + move.tasks, 0)
+            found = Profile(highest, one.time_ps + move.shift_ps, one.task + move.tasks, 0)
         base += node.runs * one.total - _size(node.ends[1], node.drops)
     return None if found is None else found._replace(total=base)
 
 
-def _one_run(node: Node, rank: int) -> _Profile | None:
+def profile_of_run(node: Node, rank: int) -> Profile | None:
     """Of the first run of a node, without what it gets from outside."""
     if isinstance(node, Repeat):
         return _profile(node.body, rank)
     if rank not in node.recording.times:
         return None
     fullest = node.recording.fullest[rank]
-    return _Profile(fullest.bytes, node.shift_ps + fullest.time_ps, node.first_task + fullest.task, fullest.total)
+    return Profile(fullest.bytes, node.shift_ps + fullest.time_ps, node.first_task + fullest.task, fullest.total)
 
 
 def _size(stretch: Stretch, buffers: Sequence[int]) -> int:
@@ -200,7 +200,7 @@ def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
 
 def _first_above(nodes: Sequence[Node], rank: int, room: int) -> int | None:
     for node in nodes:
-        one = _one_run(node, rank)
+        one = profile_of_run(node, rank)
         if one is None:
             continue
         room -= _size(node.ends[0], node.brings)
