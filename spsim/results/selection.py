@@ -15,7 +15,7 @@ from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.lazy import lazy
 
-LARGE = 50_000
+LARGE = 25_000
 """Spans from which on some layers and micro-batches are left out, unless they are named."""
 LARGEST = 2_000_000
 """Spans that are written out at most: some hundred megabytes of tables."""
