@@ -17,7 +17,9 @@ from spsim.lazy import lazy
 
 LARGE = 25_000
 """Spans from which on some layers and micro-batches are left out, unless they are named."""
-LARGEST = 2_000_000
+OF_CLASSES = 4
+"""Times as many from which on classes of ranks are left out too."""
+LARGEST = 1_000_000
 """Spans that are written out at most: some hundred megabytes of tables."""
 LANES = (COMPUTE_LANE, "tp", "ulysses", "ring", "dp")
 """Order of the lanes in pictures and traces."""
@@ -97,7 +99,7 @@ def select(
     if of_layers is None:
         wanted = wanted[: max(1, LARGE // one)]
     if ranks is None:
-        chosen = simulated_for(trace, spread([*chosen], max(1, LARGE * len(chosen) // one)))
+        chosen = simulated_for(trace, spread([*chosen], max(1, OF_CLASSES * LARGE * len(chosen) // one)))
     found = Selection(trace, chosen, wanted, batches, (layers, micro_batches))
     if one * len(wanted) * len(batches) > LARGEST and found.num_spans > LARGEST:
         raise InputError(
