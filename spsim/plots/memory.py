@@ -110,10 +110,11 @@ def _settled(result: Result) -> pd.DataFrame:
     """
     trace, peak = result.trace, result.peak
     moments = curve(trace, peak.rank, [(peak.time_ps, peak.time_ps)], trace.end_ps // POINTS_ACROSS)
-    static = {_column(name): size / GIB for name, size in result.static.by_category().items()}
-    frame = pd.DataFrame({"time_ms": [moment.time_ps / PS_PER_MS for moment in moments], **static})
-    for category in held.CATEGORIES:
-        frame[_column(category)] = [moment.sizes[category] / GIB for moment in moments]
+    static = result.static.by_category()
+    frame = pd.DataFrame({"time_ms": [moment.time_ps / PS_PER_MS for moment in moments]})
+    for category in dict.fromkeys((*static, *held.CATEGORIES)):
+        always = static.get(category, 0)
+        frame[_column(category)] = [(always + moment.sizes[category]) / GIB for moment in moments]
     return frame.assign(total_gib=frame.filter(like="_gib").sum(axis=1))
 
 

@@ -77,14 +77,8 @@ def _rank_memory(
     frame = pd.DataFrame({"rank": rank, "time_us": [time / PS_PER_US for time in times], "operator": operators})
     for category, size in static.items():
         frame[f"{category}_gib"] = size / GIB
-<<<<<<< HEAD
-    for category in CATEGORIES:
-        sizes = [static.get(category, 0), *(c.bytes if c.category == category else 0 for c in changes)]
-        frame[f"{category.replace(' ', '_')}_gib"] = np.cumsum(sizes) / GIB
-=======
     for category, column in zip(CATEGORIES, np.array(sizes).T, strict=True):
-        frame[f"{category.replace(' ', '_')}_gib"] = column / GIB
->>>>>>> 6d8d1cc (Exported traces on whole nanoseconds, of a selection, for Perfetto and as torch.profiler writes them (work in progress))
+        frame[f"{category.replace(' ', '_')}_gib"] = (static.get(category, 0) + column) / GIB
     frame["total_gib"] = frame.filter(like="_gib").sum(axis=1)
     return frame
 
