@@ -53,9 +53,18 @@ class Model(Configuration):
     parallel_residual: bool = False
     """Attention and MLP read the same input through a norm each: x + attention + MLP (GPT-NeoX)."""
     tied_embeddings: bool = _DERIVED
+    """The output head is the embedding."""
+    head_rows: Annotated[int, Field(ge=0, le=2**24)] = _DERIVED
+    """Of the output head: the vocabulary unless given, 0 without a head, the labels of a classifier."""
+    head_bias: bool = False
+    """One number a row of the head."""
     attention: Attention = "flash"
+    sliding_window: Size | None = None
+    """Keys that a query looks back at, itself included. Sequences that are longer are refused."""
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    left_out: str = ""
+    """Parts of a larger model that are not simulated, such as its vision tower; results say so in a note."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,6 +80,8 @@ class Model(Configuration):
         filled.setdefault("bias", not gated)
         filled.setdefault("qkv_bias", filled["bias"])
         filled.setdefault("tied_embeddings", not gated)
+        if "vocab" in filled:
+            filled.setdefault("head_rows", filled["vocab"])
         hidden, heads = filled.get("hidden"), filled.get("heads")
         if "heads" in filled:
             filled.setdefault("kv_heads", heads)
@@ -98,6 +109,11 @@ class Model(Configuration):
             )
         return self
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a result must know of the model."""
+        return (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
+
     @cached_property
     def layer_parameters(self) -> int:
         """Parameters of one transformer layer."""
@@ -113,11 +129,13 @@ class Model(Configuration):
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the whole model: embeddings, layers, final norm and, if untied, the head."""
-        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        """Parameters of the whole model: embeddings, layers, final norm and, unless it is the embedding, the head."""
+        embeddings = self.vocab * self.hidden
+        shared = self.tied_embeddings and self.head_rows == self.vocab
+        head = (0 if shared else self.head_rows * self.hidden) + (self.head_rows if self.head_bias else 0)
         positions = self.max_positions * self.hidden if self.positions == "learned" else 0
         final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        return embeddings + positions + self.layers * self.layer_parameters + final_norm
+        return embeddings + positions + self.layers * self.layer_parameters + final_norm + head
 
 
 def _gpt(name: str, layers: int, hidden: int, heads: int) -> Model:

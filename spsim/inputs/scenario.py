@@ -114,8 +114,8 @@ class Scenario(Shapes):
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """Settings without effect, said once."""
-        return tuple(without_effect(self.model, self.plan))
+        """Parts of the model that are left out, and settings without effect, said once."""
+        return (*self.model.notes, *without_effect(self.model, self.plan))
 
 
 def _from_table(kind: type[BaseModel], value: Any) -> Any:
