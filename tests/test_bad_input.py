@@ -140,7 +140,7 @@ def test_refused(arguments: list[str], words: list[str], capsys: pytest.CaptureF
         ("vocab = 1000", "vocab = 1000\nffn_hidden = 100", ["100", "tp"]),
         ("vocab = 1000", "vocab = 1000\nexperts = 8", ["experts", "unknown key"]),
         ("vocab = 1000", "vocab = 1000\ngated_mlp = true", ["ffn_hidden", "missing"]),
-        ("tp = 8", "tp = 8\nsp = true", ["sp", "unknown key"]),
+        ("tp = 8", "tp = 8\nsp = 8", ["sequence_parallel = 8", "ulysses=N", "ring=N"]),
         ("[workload]", "[load]", ["workload", "missing"]),
         ("layers = 2", "layers = " + "[" * 5000, ["nested"]),
         ("vocab = 1000", 'vocab = 1000\nname = "[/red]"\nffn_hidden = 100', ["100", "tp"]),

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from spsim.errors import InputError
+from spsim.inputs.configuration import Name
 from spsim.work import known_data_type, known_kernel_pass
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
@@ -87,7 +88,7 @@ class NonNegative(Provenance):
 class Level(Table):
     """One level of the topology, inner to outer."""
 
-    name: str
+    name: Name
     kind: Literal["switch", "full_mesh", "ring", "pcie_tree", "shared_memory", "fat_tree"]
     gpus: Annotated[int, Field(ge=1)] | None = None
     """GPUs that the level joins; none for a fabric without a limit."""
@@ -114,7 +115,7 @@ class DeviceMemory(Table):
 class Datasheet(Table):
     """The vendor's figures of one device and its topology."""
 
-    device: str
+    device: Name
     compute_units: Quantity
     flop_per_clock_per_unit: Quantity
     """16-bit dense matrix FLOP; for a CPU, of its widest type."""
