@@ -137,10 +137,10 @@ def load_scenario(path: Path) -> Scenario:
 
 def scenario_from(settings: Mapping[str, Any], where: str) -> Scenario:
     """A scenario from its settings by name; `where` names their origin in messages."""
-    for name in ("hardware", "model", "workload"):
-        if name not in settings:
-            raise InputError(f"{where}: {name} is missing; give hardware, model, plan and workload")
     for name in settings:
         if name not in Scenario.model_fields:
             raise unknown_key(where, name, Scenario.model_fields)
+    for name in ("hardware", "model", "workload"):
+        if name not in settings:
+            raise InputError(f"{where}: {name} is missing; give hardware, model, plan and workload")
     return Scenario(**settings)
