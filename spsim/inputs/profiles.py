@@ -31,11 +31,16 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     text = str(name_or_path)
     if text.endswith(".toml"):
         return _load(Path(text))
+    return _load(profiles_directory() / f"{_name(text)}.toml")
+
+
+@cache
+def _name(text: str) -> str:
     names = profile_names()
     name = named(text, names, "hardware")
     if name is None:
         raise InputError(f"unknown hardware {text!r}; {nearest(text, names)}, or the path of a .toml profile")
-    return _load(profiles_directory() / f"{name}.toml")
+    return name
 
 
 @cache

@@ -7,7 +7,7 @@ or underscores. A word with one reading is taken as that; where it has several, 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from difflib import get_close_matches
 from typing import Any
 
@@ -84,8 +84,8 @@ ADVICE = {
 FLAGS = {"recompute_activations": "selective", "gradient_checkpointing": "full", "activation_checkpointing": "full"}
 """Flag elsewhere -> what it recomputes."""
 
-_ALL_TO_ALL = ("a2a", "all_to_all", "alltoall", "ulysses")
-_COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "a2a")}
+_ALL_TO_ALL = ("a2a", "all_to_all", "alltoall")
+_COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
 """`cp_comm_type` of Megatron-LM, as it is spelled there and in other places."""
 _ROTATE = {"allgather": "all_gather", "alltoall": "p2p"}
 """`context_parallel_rotate_method` of torchtitan: gathers K and V, or hands them round with a permuting all-to-all."""
@@ -113,8 +113,12 @@ def renamed(
     return found
 
 
-def plan_options(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def plan_options(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     """Options of a plan under the names of spsim; `InputError` names the key to use where one has several readings."""
+    texts = [value for value in options.values() if isinstance(value, str)]
+    switch = isinstance(options.get("sequence_parallel", False), bool)
+    if options.keys() <= known and switch and all(plain(text) == _COMM.get(text, text) == text for text in texts):
+        return dict(options)
     for key in options:
         if plain(key) in ADVICE:
             raise InputError(f"plan: {key}: {ADVICE[plain(key)]}")
@@ -137,9 +141,9 @@ def _context_parallel(options: dict[str, Any]) -> dict[str, Any]:
     degree, kind = options.pop("cp", None), _kind(options)
     if kind is None:
         return options if degree is None else _with(options, "ring", degree)
-    if degree is None and "ring" not in options and not (kind == "a2a" and "ulysses" in options):
-        raise InputError(f"plan: how context parallelism communicates is given ({kind}) but not its degree; add cp=N")
-    if kind == "a2a":
+    if degree is None and "ring" not in options and not (kind == "ulysses" and "ulysses" in options):
+        raise InputError("plan: how context parallelism communicates is given but not its degree; add cp=N")
+    if kind == "ulysses":
         if "ring" in options:
             raise InputError(
                 f"plan: an all-to-all moves heads, no ring: write ulysses={options['ring']} instead of ring"
@@ -150,7 +154,7 @@ def _context_parallel(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(options: dict[str, Any]) -> str | None:
-    """How context parallelism communicates: `p2p`, `all_gather` or `a2a`, taken out of the options."""
+    """How context parallelism communicates: `p2p`, `all_gather` or `ulysses`, taken out of the options."""
     comm, rotate = options.pop("cp_comm_type", None), options.pop("context_parallel_rotate_method", None)
     if options.get("ring_kind") in _ALL_TO_ALL:
         comm = options.pop("ring_kind")
