@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     Raises `InputError` where it is given something else, and where the profile lacks a curve that the plan needs.
     """
     if not isinstance(scenario, Scenario):
-        raise InputError(f"simulate: {scenario!r} is no Scenario; write simulate({Scenario.example()})")
+        raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
     block = _block(scenario, fold)
     numbers = block.template.at(scenario.workload)
     amounts = _amounts(scenario, scenario.workload)

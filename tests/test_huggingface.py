@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from spsim import Scenario, Workload, simulate, sweep
+from spsim.cli import main
 from spsim.errors import InputError
 from spsim.inputs.model import PRESETS, load_model
 
@@ -244,6 +245,9 @@ OLD = {"n_embd": 256, "n_layer": 3, "n_head": 8, "n_positions": 512, "vocab_size
         ("minicpm", {**GENERAL, "scale_emb": 12}, 2_479_872),
         ("Yi", GENERAL, 2_479_872),
         ("exaone", {**{k: v for k, v in GENERAL.items() if k != "num_hidden_layers"}, "num_layers": 3}, 2_479_872),
+        ("xverse", GENERAL, 2_479_872),
+        ("aquila", GENERAL, 2_479_872),
+        ("hunyuan_v1_dense", {**GENERAL, "head_dim": 32}, 2_480_064),
         ("glm", GENERAL, 3_959_040),
         ("seed_oss", GENERAL, 3_959_040),
         ("seed_oss", {**GENERAL, "attention_bias": False}, 3_954_432),
@@ -261,7 +265,7 @@ def test_small_models_count_as_those_of_transformers(
     family: str, keys: dict[str, Any], parameters: int, tmp_path: Path
 ) -> None:
     """Parameters of `AutoModelForCausalLM.from_config` on the meta device, transformers 5.24; those of InternLM2,
-    MiniCPM and Yi, whose code is beside their weights, are Llama's.
+    MiniCPM, XVERSE, Aquila and Yi, whose code is beside their weights, are Llama's.
     """
     assert load_model(written(tmp_path, {"model_type": family, **keys})).parameters == parameters
 
@@ -343,6 +347,16 @@ def test_the_language_model_of_a_multimodal_file(config: dict[str, Any], paramet
     scenario = Scenario(hardware="dgx-h100", model=found, workload=Workload(seq_len=64))
     assert [note for note in scenario.notes if "the language model alone: vision_config is left out" in note]
     assert simulate(scenario).to_json()["notes"] == list(scenario.notes)
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "explain"])
+def test_every_command_says_what_is_left_out(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = ["--plan", "tp=2", "--plan", "ulysses=2"] if command == "compare" else ["--plan", "tp=2"]
+    path = str(written(tmp_path, PALIGEMMA))
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--model", path, "--hardware", "dgx-h100", "--seq-len", "1K", *plans])
+    assert ended.value.code == 0
+    assert "the language model alone: vision_config is left out" in capsys.readouterr().out
 
 
 def test_whether_the_embeddings_of_a_language_model_are_tied(tmp_path: Path) -> None:
@@ -460,6 +474,7 @@ def test_other_attention_is_refused(tmp_path: Path) -> None:
         ({**NEMOTRON, "hidden_act": "silu"}, ["activation 'silu'", "relu2"]),
         ({**LLAMA, "attention_bias": True}, ["attention_bias", "biases in one of the two"]),
         ({**QWEN3, "attention_bias": True}, ["attention_bias", "biases in one of the two"]),
+        ({**LLAMA, "model_type": "internlm", "bias": True}, ["bias is true", "biases in one of the two"]),
         ({**GPT_NEOX, "attention_bias": False}, ["attention_bias", "biases in one of the two"]),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",

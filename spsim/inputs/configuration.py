@@ -5,7 +5,7 @@ line, wherever the object is made.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -33,7 +33,20 @@ class Configuration(BaseModel):
         try:
             super().__init__(**kind.own_words(settings))
         except ValidationError as error:
-            raise first_problem(error, kind.__name__.lower()) from None
+            raise first_problem(error, kind.called()) from None
+
+    @classmethod
+    def called(cls) -> str:
+        """What messages call it."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def of_table(cls, table: Mapping[Any, Any]) -> Self:
+        """From a table; `InputError` where a key is no name."""
+        strange = [key for key in table if not isinstance(key, str)]
+        if strange:
+            raise InputError(f"{cls.called()}: {strange[0]!r}: is no key; write a name")
+        return cls(**table)
 
     @classmethod
     def example(cls) -> str:
@@ -46,7 +59,7 @@ class Configuration(BaseModel):
         """The settings under the names of spsim; `InputError` where one is not known."""
         if settings.keys() <= cls.model_fields.keys():
             return settings
-        where = cls.__name__.lower()
+        where = cls.called()
         found = renamed(settings, cls.words, cls.model_fields.keys(), where)
         for name in found:
             if name not in cls.model_fields:

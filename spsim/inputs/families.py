@@ -245,6 +245,12 @@ class _Exaone(_Llama):
     hidden_act: str = Field("silu", validation_alias=AliasChoices("activation_function", "hidden_act"))
 
 
+class _HunYuan(_Llama):
+    """Its norms of q and k stand behind the rotation, at the same cost."""
+
+    traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qk_norm": True}
+
+
 class _Glm(_Llama):
     head_dim: Count | None = 128
     attention_bias: bool = True
@@ -368,11 +374,12 @@ class _Arcee(_Nemotron):
 
 
 FAMILIES: dict[str, type[Family]] = {
-    "arcee": _Arcee, "ernie4_5": _Ernie, "exaone": _Exaone, "gemma": _Gemma, "glm": _Glm, "gpt2": _GPT2,
-    "gpt_bigcode": _GPTBigCode, "gpt_neox": _GPTNeoX, "granite": _Llama, "internlm2": _InternLM2, "internlm3":
-    _InternLM3, "llama": _Llama, "minicpm": _Llama, "ministral": _Mistral, "ministral3": _Ministral3, "mistral":
-    _Mistral, "nemotron": _Nemotron, "phi3": _Phi3, "qwen2": _Qwen2, "qwen2_vl": _Qwen2VL, "qwen2_vl_text":
-    _Qwen2VL, "qwen2_5_vl": _Qwen2VL, "qwen2_5_vl_text": _Qwen2VL, "qwen3": _Qwen3, "qwen3_vl_text": _Qwen3,
-    "seed_oss": _SeedOss, "stablelm": _StableLM, "starcoder2": _StarCoder2, "Yi": _Llama,
+    "aquila": _Llama, "arcee": _Arcee, "ernie4_5": _Ernie, "exaone": _Exaone, "gemma": _Gemma, "glm": _Glm,
+    "gpt2": _GPT2, "gpt_bigcode": _GPTBigCode, "gpt_neox": _GPTNeoX, "granite": _Llama,
+    "hunyuan_v1_dense": _HunYuan, "internlm": _InternLM2, "internlm2": _InternLM2, "internlm3": _InternLM3,
+    "llama": _Llama, "minicpm": _Llama, "ministral": _Mistral, "ministral3": _Ministral3, "mistral": _Mistral,
+    "nemotron": _Nemotron, "phi3": _Phi3, "qwen2": _Qwen2, "qwen2_vl": _Qwen2VL, "qwen2_vl_text": _Qwen2VL,
+    "qwen2_5_vl": _Qwen2VL, "qwen2_5_vl_text": _Qwen2VL, "qwen3": _Qwen3, "qwen3_vl_text": _Qwen3,
+    "seed_oss": _SeedOss, "stablelm": _StableLM, "starcoder2": _StarCoder2, "xverse": _Llama, "Yi": _Llama,
 }  # fmt: skip
 """By `model_type`."""

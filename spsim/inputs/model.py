@@ -229,7 +229,7 @@ def model_of(table: Mapping[str, Any]) -> Model:
     What followed from other fields in the preset follows from the changed ones; the name says what was changed.
     """
     if PRESET not in table:
-        return Model(**table)
+        return Model.of_table(table)
     base, changes = load_model(table[PRESET]), Model.own_words({k: v for k, v in table.items() if k != PRESET})
     changed = ", ".join(f"{key} = {value}" for key, value in changes.items())
     name = {"name": f"{base.name} ({changed})"} if changed else {}

@@ -40,6 +40,11 @@ class Shapes(Configuration):
         ) -> None:
             """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
 
+    @classmethod
+    def called(cls) -> str:
+        """A scenario without hardware."""
+        return "scenario"
+
     @field_validator("model", mode="before")
     @classmethod
     def _load_model(cls, value: Any) -> Any:
@@ -127,7 +132,7 @@ class Scenario(Shapes):
 
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:
-    return kind(**value) if isinstance(value, Mapping) else value
+    return kind.of_table(value) if isinstance(value, Mapping) else value
 
 
 def load_scenario(path: Path) -> Scenario:

@@ -61,7 +61,7 @@ def command(
         return
     console = open_console()
     console.print(report.explanation_table(explanation))
-    for line in report.saving_lines(explanation):
+    for line in (*report.saving_lines(explanation), *(f"note: {note}" for note in explanation.notes)):
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
 
