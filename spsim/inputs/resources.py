@@ -52,14 +52,14 @@ def read_text(path: Path) -> str:
 
 def _text(path: Path) -> str:
     """A device or pipe may have no end, or none yet, and is not opened; a file may grow while it is read."""
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         raise InputError(f"{path}: is a directory, expected a file")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: is no regular file, expected one; write what it gives to a file first")
     with path.open("rb") as file:
-        content = file.read(MAX_TEXT + 1)
-    if len(content) > MAX_TEXT:
+        content = b"" if status.st_size > MAX_TEXT else file.read(MAX_TEXT + 1)
+    if max(status.st_size, len(content)) > MAX_TEXT:
         raise InputError(f"{path}: has over {MAX_TEXT // MIB} MiB, more than any input of spsim; give another file")
     return content.decode("utf-8-sig")
 
