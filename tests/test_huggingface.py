@@ -359,6 +359,29 @@ def test_every_command_says_what_is_left_out(command: str, tmp_path: Path, capsy
     assert "the language model alone: vision_config is left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("table", "parameters"),
+    [
+        ({"model_type": "llama"}, 666_914_816),
+        ({"model_type": "llama", "num_attention_heads": 64}, 666_914_816),
+        ({"model_type": "mistral", "sliding_window": None}, 698_372_096),
+        ({"model_type": "granite"}, 666_914_816),
+        ({"model_type": "qwen2"}, 1_919_987_712),
+        ({"model_type": "gemma"}, 1_340_095_488),
+    ],
+)
+def test_what_the_table_of_a_language_model_leaves_out(table: dict[str, Any], parameters: int, tmp_path: Path) -> None:
+    """The language models of `LlavaConfig` with two layers, on the meta device, transformers 5.24."""
+    config = {"model_type": "llava", "text_config": {**table, "num_hidden_layers": 2}, "vision_config": {}}
+    assert load_model(written(tmp_path, config)).parameters == parameters
+
+
+def test_sizes_are_left_out_of_tables_alone(tmp_path: Path) -> None:
+    """And only of families whose first sizes are known."""
+    assert "num_hidden_layers: required" in refused(tmp_path, {"model_type": "llama"})
+    assert "text_config: num_hidden_layers: required" in refused(tmp_path, {"text_config": {"model_type": "minicpm"}})
+
+
 def test_whether_the_embeddings_of_a_language_model_are_tied(tmp_path: Path) -> None:
     """Its own table says it, else the file, else its family."""
     head = 32064 * 4096

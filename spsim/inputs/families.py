@@ -179,34 +179,33 @@ class _Rotary(Family):
         return {**super().fields(), "ffn_hidden": self.intermediate_size, **given}
 
 
-def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, int]:
-    return {
+def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None, vocab: int) -> dict[str, int]:
+    """Without KV heads where the code takes as many as heads."""
+    sizes = {
         "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": vocab,
     }  # fmt: skip
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 class _Mistral(_Rotary):
     sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 14336, 32, 32, 8, 32000)
-
     num_key_value_heads: Count | None
     sliding_window: Count | None = 4096
 
 
 class _Ministral3(_Rotary):
     sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 14336, 34, 32, 8, 131072)
-
     num_key_value_heads: Count | None
     head_dim: Count | None = 128
 
 
 class _Phi3(_Rotary):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(3072, 8192, 32, 32, 32, 32064)
+    sizes: ClassVar[Mapping[str, int]] = _sizes(3072, 8192, 32, 32, None, 32064)
 
 
 class _Qwen2(_Rotary):
     sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 22016, 32, 32, 32, 151936)
-
     num_key_value_heads: Count | None
     use_sliding_window: bool = False
     sliding_window: Count | None = 4096
@@ -223,15 +222,13 @@ class _Qwen2(_Rotary):
 
 class _Qwen2VL(_Qwen2):
     sizes: ClassVar[Mapping[str, int]] = _sizes(8192, 29568, 80, 64, 8, 152064)
-
     max_window_layers: Annotated[int, Field(ge=0)] = 80
 
 
 class _Llama(_Rotary):
     """Granite too: its multipliers of embeddings, residuals and logits move nothing and cost next to nothing."""
 
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 11008, 32, 32, 32, 32000)
-
+    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 11008, 32, 32, None, 32000)
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -240,7 +237,14 @@ class _Llama(_Rotary):
         return self.attention_bias, self.attention_bias, self.mlp_bias
 
 
+class _LlamaLike(_Llama):
+    """Code beside the weights."""
+
+    sizes: ClassVar[Mapping[str, int]] = {}
+
+
 class _Exaone(_Llama):
+    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 14336, 32, 32, 8, 102400)
     num_hidden_layers: Count = Field(validation_alias=AliasChoices("num_layers", "num_hidden_layers"))
     hidden_act: str = Field("silu", validation_alias=AliasChoices("activation_function", "hidden_act"))
 
@@ -249,9 +253,11 @@ class _HunYuan(_Llama):
     """Its norms of q and k stand behind the rotation, at the same cost."""
 
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qk_norm": True}
+    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 11008, 32, 32, None, 290943)
 
 
 class _Glm(_Llama):
+    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 13696, 40, 32, 2, 151552)
     head_dim: Count | None = 128
     attention_bias: bool = True
 
@@ -261,6 +267,7 @@ class _Glm(_Llama):
 
 
 class _SeedOss(_Llama):
+    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 27648, 64, 80, 8, 155136)
     num_key_value_heads: Count | None
     head_dim: Count | None = 128
     attention_bias: bool = True
@@ -306,7 +313,6 @@ class _Ernie(_Rotary):
 class _Qwen3(_Llama):
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qk_norm": True}
     sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 22016, 32, 32, 32, 151936)
-
     num_key_value_heads: Count | None
     head_dim: Count | None = 128
     use_sliding_window: bool = False
@@ -320,7 +326,6 @@ class _Qwen3(_Llama):
 
 class _Gemma(_Llama):
     sizes: ClassVar[Mapping[str, int]] = _sizes(3072, 24576, 28, 16, 16, 256000)
-
     num_key_value_heads: Count | None
     head_dim: Count | None = 256
     hidden_act: str = "gelu_pytorch_tanh"
@@ -366,20 +371,22 @@ class _StarCoder2(_Plain):
 
 
 class _Nemotron(_Plain, _Llama):
+    sizes: ClassVar[Mapping[str, int]] = _sizes(6144, 24576, 32, 48, None, 256000)
     hidden_act: str = "relu2"
 
 
 class _Arcee(_Nemotron):
     traits: ClassVar[Mapping[str, Any]] = {"positions": "rope", "norm": "rmsnorm"}
+    sizes: ClassVar[Mapping[str, int]] = _sizes(2560, 18432, 32, 32, None, 32000)
 
 
 FAMILIES: dict[str, type[Family]] = {
-    "aquila": _Llama, "arcee": _Arcee, "ernie4_5": _Ernie, "exaone": _Exaone, "gemma": _Gemma, "glm": _Glm,
+    "aquila": _LlamaLike, "arcee": _Arcee, "ernie4_5": _Ernie, "exaone": _Exaone, "gemma": _Gemma, "glm": _Glm,
     "gpt2": _GPT2, "gpt_bigcode": _GPTBigCode, "gpt_neox": _GPTNeoX, "granite": _Llama,
     "hunyuan_v1_dense": _HunYuan, "internlm": _InternLM2, "internlm2": _InternLM2, "internlm3": _InternLM3,
-    "llama": _Llama, "minicpm": _Llama, "ministral": _Mistral, "ministral3": _Ministral3, "mistral": _Mistral,
+    "llama": _Llama, "minicpm": _LlamaLike, "ministral": _Mistral, "ministral3": _Ministral3, "mistral": _Mistral,
     "nemotron": _Nemotron, "phi3": _Phi3, "qwen2": _Qwen2, "qwen2_vl": _Qwen2VL, "qwen2_vl_text": _Qwen2VL,
     "qwen2_5_vl": _Qwen2VL, "qwen2_5_vl_text": _Qwen2VL, "qwen3": _Qwen3, "qwen3_vl_text": _Qwen3,
-    "seed_oss": _SeedOss, "stablelm": _StableLM, "starcoder2": _StarCoder2, "xverse": _Llama, "Yi": _Llama,
+    "seed_oss": _SeedOss, "stablelm": _StableLM, "starcoder2": _StarCoder2, "xverse": _LlamaLike, "Yi": _LlamaLike,
 }  # fmt: skip
 """By `model_type`."""
