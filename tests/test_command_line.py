@@ -162,6 +162,19 @@ def test_options_take_the_place_of_what_a_case_file_says(capsys, tmp_path):
     assert (found["workload"]["precision"], found["workload"]["seq_len"], found["plan"]["tp"]) == ("fp16", 2048, 8)
 
 
+def test_paths_of_a_case_file_are_beside_it_too(capsys, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "model.toml").write_text("layers = 2\nhidden = 256\nheads = 8\nvocab = 512\n")
+    (tmp_path / "sub" / "case.toml").write_text(
+        'hardware = "dgx-h100"\nmodel = "model.toml"\n[workload]\nseq_len = 256\n'
+    )
+    documents = []
+    for directory, case in ((tmp_path, "sub/case.toml"), (tmp_path / "sub", "case.toml")):
+        monkeypatch.chdir(directory)
+        documents.append(printed(capsys, "run", case))
+    assert documents[0] == documents[1]
+
+
 def test_compare_and_explain_take_a_case_file(capsys, tmp_path):
     """The plan of the file is the first."""
     (tmp_path / "case.toml").write_text(CASE)

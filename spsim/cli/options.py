@@ -16,9 +16,7 @@ def read_tokens(text: str) -> int:
     try:
         return int(tokens(text))
     except ValueError:
-        raise typer.BadParameter(
-            f"--seq-len: {text!r} is no number of tokens; write for instance 65536 or 64K"
-        ) from None
+        raise typer.BadParameter(f"{text!r} is no number of tokens; write for instance 65536 or 64K") from None
 
 
 CaseFile = Annotated[

@@ -5,6 +5,7 @@ said before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,9 @@ class Given:
         for name in file:
             if name not in Scenario.model_fields:
                 raise unknown_key(self.where, name, Scenario.model_fields)
+        for section in ("hardware", "model"):
+            if isinstance(file.get(section), str):
+                file[section] = _found(file[section], self.case)
         return file
 
     def _missing(self, name: str, required: Sequence[str]) -> InputError:
@@ -106,6 +110,15 @@ class Given:
         """(setting, value) of those that change a plan, or of the others."""
         parsed = [_change(text) for text in self.changes]
         return [(path, value) for path, value in parsed if (path.partition(".")[0] == "plan") == of_plan]
+
+
+def _found(name: str, case: Path | None) -> str:
+    """A name, or a path from the working directory; else one from the directory of the case file."""
+    is_path = "/" in name or name.endswith((".toml", ".json"))
+    with suppress(OSError, ValueError):
+        if case is not None and is_path and not Path(name).exists() and (case.parent / name).exists():
+            return str(case.parent / name)
+    return name
 
 
 def _change(text: str) -> tuple[str, Any]:

@@ -15,7 +15,6 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.resources import read_toml
 from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node, without_effect
 from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
@@ -133,11 +132,6 @@ class Scenario(Shapes):
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:
     return kind.of_table(value) if isinstance(value, Mapping) else value
-
-
-def load_scenario(path: Path) -> Scenario:
-    """The scenario of a case file: `hardware`, `model`, `[plan]` and `[workload]`, TOML."""
-    return scenario_from(read_toml(path), str(path))
 
 
 def scenario_from(settings: Mapping[str, Any], where: str) -> Scenario:
