@@ -38,7 +38,7 @@ class ResultColumns(Derived):
     @property
     def exact(self) -> Points:
         """Workloads whose figures are, to the bit, those of `simulate`; it has to find those of others."""
-        return self.step.exact & (self.static.total + self.step.level.highest < EXACT)
+        return self.step.exact & (self.static.total + self.step.memory.highest < EXACT)
 
     @lazy
     def step_ps(self) -> Any:
@@ -68,7 +68,7 @@ class ResultColumns(Derived):
     @lazy
     def peak_bytes(self) -> Any:
         """See `Derived`."""
-        return self.static.total + np.maximum(self.step.level.highest, 0.0)
+        return self.static.total + np.maximum(self.step.memory.highest, 0.0)
 
     def _of_step(self, flops_per_layer: Any) -> Any:
         return np.asarray(super()._of_step(flops_per_layer)).astype(np.float64)
@@ -76,7 +76,7 @@ class ResultColumns(Derived):
     @lazy
     def peak_operator(self) -> Any:
         """The operators whose allocations make the peaks."""
-        return self._names(self.step.memory.fullest(self.step.level), self.step.level.highest > 0)
+        return self._names(self.step.memory.fullest(), self.step.memory.highest > 0)
 
     @lazy
     def out_of_memory_at(self) -> Any:

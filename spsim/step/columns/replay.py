@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,33 +22,43 @@ Holds = Sequence[tuple[Times, Times]]
 """From when to when communications hold the device: one after the other, none within another."""
 
 
-@dataclass(frozen=True, slots=True)
 class Contention:
     """Of `whole` parts of its rate a kernel loses `lost` while a communication holds the device."""
 
-    whole: int
-    lost: int
+    def __init__(self, slowdown: float) -> None:
+        """Of the share that it loses, in the smallest numbers: they multiply picoseconds."""
+        lost = round(slowdown * PPM)
+        common = gcd(lost, PPM)
+        self.whole, self.lost = PPM // common, lost // common
+        numbers = self.whole, self.lost, self.whole - self.lost, 0
+        self._arrays = [np.array(number, dtype=np.int64) for number in numbers]
+        """What operations on arrays need not convert each time."""
 
     def slowed(self, begin: Times, duration: Times, holds: Holds) -> Times:
-        """The first picosecond in which kernels are done, as the engine works them through."""
-        whole, lost, slow = self.whole, self.lost, self.whole - self.lost
-        alone = end = begin + duration
-        owed: Any = 0
-        """Work that was lost, in parts of a picosecond."""
+        """The first picosecond in which kernels are done, as the engine works them through.
+
+        A kernel is slow from when it is held until the communication ends, or until the work is done that is left by
+        then: in `whole - lost` parts a picosecond. What that loses it works off alone. Times and losses count down.
+        """
+        whole, lost, slow, zero = self._arrays
+        alone = begin + duration
+        owed: Times | None = None
         for posted, ended in holds:
-            held = np.maximum(begin, posted)
-            left = (alone - held) * whole + owed
-            owed = owed + np.maximum(ended - held, 0) * lost
-            within, beyond = held - -left // slow, alone - -owed // whole
-            end = np.maximum(end, np.minimum(within, beyond))
-        return end
-
-
-def contention(slowdown: float) -> Contention:
-    """Of the share of its rate that a kernel loses, in the smallest numbers: they multiply picoseconds."""
-    lost = round(slowdown * PPM)
-    common = gcd(lost, PPM)
-    return Contention(PPM // common, lost // common)
+            slow_time = np.maximum(begin, posted)
+            most = slow_time - ended
+            slow_time -= alone
+            slow_time *= whole
+            if owed is not None:
+                slow_time += owed
+            slow_time //= slow
+            np.maximum(slow_time, most, out=slow_time)
+            np.minimum(slow_time, zero, out=slow_time)
+            slow_time *= lost
+            owed = slow_time if owed is None else np.add(owed, slow_time, out=owed)
+        if owed is not None:
+            owed //= whole
+            alone -= owed
+        return alone
 
 
 @dataclass(frozen=True, slots=True)
