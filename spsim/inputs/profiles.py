@@ -23,17 +23,16 @@ def profile_names() -> list[str]:
 
 def load_profile(name_or_path: str | Path) -> HardwareProfile:
     """The profile of a shipped name or of a TOML file; `InputError` lists what there is."""
-    text = str(name_or_path)
+    return _load(str(name_or_path))
+
+
+@cache
+def _load(text: str) -> HardwareProfile:
     path = Path(text) if text.endswith(".toml") else profiles_directory() / f"{text}.toml"
     if not text.endswith(".toml") and not path.is_file():
         raise InputError(
             f"unknown hardware {text!r}; use one of {', '.join(profile_names())}, or the path of a .toml profile"
         )
-    return _load(path)
-
-
-@cache
-def _load(path: Path) -> HardwareProfile:
     return parse_profile(read_toml(path), str(path))
 
 
