@@ -91,16 +91,14 @@ class ResultColumns(Derived):
 
     def _names(self, spots: Spots, by_task: Points) -> Any:
         """What tasks are called; where it is by none, what is there all the time."""
-        found = np.full(by_task.shape, STATIC, dtype=object)
-        known: dict[tuple[int, int, int], str] = {}
-        for place, spot in enumerate(zip(*(column.tolist() for column in spots), strict=True)):
-            if by_task[place]:
-                if spot not in known:
-                    leaf, layer, task = spot
-                    label = self.step.block.labels[leaf][task]
-                    known[spot] = operator_name(label, layer if layer >= 0 else None)
-                found[place] = known[spot]
+        places = [*zip(*(column.tolist() for column in spots), strict=True)]
+        names = {place: self._name(*place) for place in set(places)}
+        found = np.array([names[place] for place in places], dtype=object)
+        found[~by_task] = STATIC
         return found
+
+    def _name(self, leaf: int, layer: int, task: int) -> str:
+        return operator_name(self.step.block.labels[leaf][task], layer if layer >= 0 else None)
 
     def saved_bytes(self, *categories: TensorKind) -> Any:
         """See `Derived`."""
