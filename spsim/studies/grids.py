@@ -44,6 +44,12 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
     return tables + tables_of_rows([row(points[place]) for place in alone], alone)
 
 
+def by_family(points: Iterable[Point]) -> list[int]:
+    """The places of all points, those that are computed at once together."""
+    sorting = _Sorting(points)
+    return [place for family in (*sorting.families.values(), sorting.alone) for place in family.places]
+
+
 @dataclass(slots=True)
 class _Family:
     """Points with one hardware, model and plan, whose workloads differ in their sizes."""

@@ -31,9 +31,9 @@ class Table:
         for place, row in zip(self.places, zip(*values, strict=True), strict=True):
             yield place, dict(zip(self.columns, row, strict=True))
 
-    def moved(self, by: int) -> Table:
-        """The same where other rows stand before all."""
-        return Table([place + by for place in self.places], self.columns)
+    def placed(self, places: Sequence[int]) -> Table:
+        """The same where its places are numbers of others."""
+        return Table([places[place] for place in self.places], self.columns)
 
 
 def tables_of_rows(rows: Sequence[Row], places: Sequence[int]) -> list[Table]:
