@@ -59,7 +59,8 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     with np.errstate(over="ignore", invalid="ignore"):
         numbers = products(block.columns.coefficients, basis)
         step = block.columns.run(
-            block.itinerary(grid.model.layers, grid.num_micro_batches),
+            grid.model.layers,
+            grid.num_micro_batches,
             block.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
             sum(block.sync_durations(comm, grid.gpus_per_node, messages)),
             basis,

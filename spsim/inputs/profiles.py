@@ -28,19 +28,18 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     """
     if not isinstance(name_or_path, str | Path):
         raise InputError(f"hardware {name_or_path!r} is neither a name nor a path; give for instance 'dgx-h100'")
-    text = str(name_or_path)
-    if text.endswith(".toml"):
-        return _load(Path(text))
-    return _load(profiles_directory() / f"{_name(text)}.toml")
+    return _named(str(name_or_path))
 
 
 @cache
-def _name(text: str) -> str:
+def _named(text: str) -> HardwareProfile:
+    if text.endswith(".toml"):
+        return _load(Path(text))
     names = profile_names()
     name = named(text, names, "hardware")
     if name is None:
         raise InputError(f"unknown hardware {text!r}; {nearest(text, names)}, or the path of a .toml profile")
-    return name
+    return _load(profiles_directory() / f"{name}.toml")
 
 
 @cache
