@@ -100,7 +100,7 @@ class PreparedBlock:
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
         coefficients = self.template.coefficients.astype(np.float64)
-        return BlockColumns(self.passes, self.sync, slots, self._buffer_positions, coefficients)
+        return BlockColumns(self.passes, slots, self._buffer_positions, coefficients)
 
     @lazy
     def groups(self) -> Groups:
@@ -201,7 +201,7 @@ class PreparedBlock:
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
         seconds = np.zeros((self.template.index.num_slots, *numbers.shape[1:]))
-        floats = numbers.astype(np.float64, copy=False).T
+        floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
             seconds.T[..., group.slots] = compute.duration(group.work(floats))
         for step, position, slots in self._messages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,11 +22,12 @@ from spsim.cli.options import (
     PlanOption,
     PrecisionOption,
     SeqLenOption,
+    SetOption,
 )
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
+from spsim.cli.settings import Given
 from spsim.errors import InputError
 from spsim.export import chrome_trace, kineto
-from spsim.inputs.scenario import Scenario, load_scenario
 from spsim.report import run as report
 from spsim.results import tables
 from spsim.results.result import Result
@@ -58,6 +59,7 @@ def command(
     precision: PrecisionOption = None,
     phase: PhaseOption = None,
     nodes: NodesOption = None,
+    changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
     ranks: RanksOption = None,
@@ -65,14 +67,13 @@ def command(
     trace_format: FormatOption = "perfetto",
 ) -> None:
     """Simulate one scenario."""
-    workload = {
-        "seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch, "precision": precision,
-        "phase": phase,
-    }  # fmt: skip
-    workload = {key: value for key, value in workload.items() if value is not None}
     if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
         raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
-    result = simulate(_scenario(case, hardware, model, plan, workload, nodes))
+    given = Given.of(
+        "run", case, plan, changes, hardware=hardware, model=model, nodes=nodes, seq_len=seq_len,
+        micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+    )  # fmt: skip
+    result = simulate(given.scenario())
     selection = None if out is None else _selection(result, ranks, layers)
     written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
     if as_json:
@@ -88,28 +89,6 @@ def command(
         console.print(
             f"trace, spans and memory curve: {selection.words}; --ranks and --layers choose others", soft_wrap=True
         )
-
-
-def _scenario(
-    case: Path | None,
-    hardware: str | None,
-    model: str | None,
-    plan: str | None,
-    workload: dict[str, Any],
-    nodes: int | None,
-) -> Scenario:
-    options = {"--hardware": hardware, "--model": model, "--plan": plan, "--nodes": nodes, **workload}
-    given = [name for name, value in options.items() if value is not None]
-    if case is not None:
-        if case == Path():
-            raise InputError("run: the name of the case file is empty; give its path")
-        if given:
-            raise InputError(f"run: both a case file and {given[0]} are given; use one of them")
-        return load_scenario(case)
-    if model is None or hardware is None or "seq_len" not in workload:
-        missing = "--model" if model is None else "--hardware" if hardware is None else "--seq-len"
-        raise InputError(f"run: {missing} is missing; give a case file, or at least --model, --hardware and --seq-len")
-    return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload, nodes=nodes)
 
 
 def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:
