@@ -70,7 +70,7 @@ class Kernels:
         return MemoryBound(kind, moved, self.operator.kernel, backward)
 
     def _product(self, dims: Iterable[str]) -> int:
-        return math.prod([self.placed.sizes[dim] for dim in dims])
+        return math.ceil(math.prod([self.placed.sizes[dim] for dim in dims]))
 
     def _refuse(self, what: str) -> InputError:
         return InputError(f"operator {self.operator.name} ({self.operator.subscripts}): {what}")
@@ -146,7 +146,8 @@ class Product(Kernels):
     @lazy
     def data_gradients(self) -> tuple[tuple[PlacedOperand, Gemm], ...]:
         """One product for the gradient of each activation operand."""
-        m, n, k, batch, moved = (getattr(self._gemm, name) for name in ("m", "n", "k", "batch", "bytes_moved"))
+        forward = self._gemm
+        m, n, k, batch, moved = forward.m, forward.n, forward.k, forward.batch, forward.bytes_moved
         if self.matrices:
             return ((self.placed.activations[0], Gemm(m, k, n, batch, moved)),)
         left, right = self.placed.activations
@@ -178,7 +179,7 @@ class Attention(Kernels):
 
     def over_gathered_keys(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[FlashAttention, ...]:
         """Over all keys; under a contiguous cut later ranks see more of the square."""
-        queries, keys = self.placed.sizes["s"], self.placed.sizes["j"]
+        queries, keys = self._product("s"), self._product("j")
         degree = self.placed.mesh.degree("ring") if ("ring", "s") in self.placed.splits else 1
         if not causal:
             return (self.block(direction, queries, keys, 2 * queries * keys, causal=False),)
@@ -193,7 +194,7 @@ class Attention(Kernels):
 
     def _twice_last_pairs(self, degree: int) -> int:
         """Of queries at the last of the positions of the keys: the first of them sees all keys but those after it."""
-        queries, keys = self.operator.extents["s"], self.operator.extents["j"]
+        queries, keys = (math.ceil(self.operator.extents[dim]) for dim in "sj")
         if degree > 1 or queries > keys:
             raise self._refuse(f"a causal mask of {queries} queries on {keys} keys needs no ring and enough keys")
         return queries * (2 * keys - queries + 1)
@@ -215,7 +216,7 @@ class Attention(Kernels):
 
     @lazy
     def _batch(self) -> int:
-        return self.placed.sizes.get("b", 1)
+        return self._product(self.placed.sizes.keys() & {"b"})
 
     @lazy
     def _heads(self) -> frozenset[str]:

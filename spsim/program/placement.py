@@ -8,8 +8,10 @@ partial. No model is known here. `docs/design.md` states the rules; a strategy i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from spsim.program.mesh import Axis, Mesh
@@ -45,6 +47,22 @@ def shard(dim: str) -> Placement:
 Layout = tuple[tuple[Axis, Placement], ...]
 """One placement per axis of the mesh, outer to inner."""
 
+Extent = int | Fraction
+"""Size of a dimension; a fraction is a mean, such as the tokens of one expert."""
+
+
+@lru_cache(maxsize=1024)
+def factors(dim: str) -> tuple[str, ...]:
+    """The dimensions that a dimension is a product of: s, b and k of `s*b*k/e`. It is cut where one of them is."""
+    return tuple(dim.partition("/")[0].split("*"))
+
+
+def part(size: Extent, parts: int) -> Extent:
+    """A part of a dimension: rounded up, so that KV heads fewer than the degree are replicated, one a rank; means are
+    divided.
+    """
+    return -(-size // parts) if isinstance(size, int) else size / parts
+
 
 class Sized(Protocol):
     """What placement needs to know of a tensor."""
@@ -52,20 +70,25 @@ class Sized(Protocol):
     @property
     def dims(self) -> tuple[str, ...]: ...
     @property
-    def sizes(self) -> tuple[int, ...]: ...
+    def sizes(self) -> tuple[Extent, ...]: ...
     @property
     def itemsize(self) -> int: ...
 
 
 def local_elements(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
-    """Elements that one rank holds; a dimension that does not divide is rounded up, so that KV heads fewer
-    than the degree are replicated, one a rank.
-    """
+    """Elements that one rank holds."""
     parts: dict[str, int] = {}
     for axis, placement in layout:
         if placement.dim is not None:
             parts[placement.dim] = parts.get(placement.dim, 1) * mesh.degree(axis)
-    return math.prod([-(-size // parts.get(dim, 1)) for dim, size in zip(tensor.dims, tensor.sizes, strict=True)])
+    return elements(tensor.dims, tensor.sizes, parts)
+
+
+def elements(dims: Sequence[str], sizes: Sequence[Extent], parts: Mapping[str, int]) -> int:
+    """Of a tensor whose dimensions are cut in so many parts."""
+    if parts:
+        sizes = [part(size, parts[dim]) if dim in parts else size for dim, size in zip(dims, sizes, strict=True)]
+    return math.ceil(math.prod(sizes))
 
 
 def local_bytes(tensor: Sized, layout: Layout, mesh: Mesh) -> int:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
 from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
@@ -36,6 +35,7 @@ from spsim.step.itinerary import Item, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import Segment
 from spsim.units import KIB, MIB, PS_PER_S, picoseconds
+from spsim.work import MAIN_GRADIENT_BYTES
 
 _blocks: Cache[PreparedBlock] = Cache(64 * MIB, lambda block: block.nbytes)
 
