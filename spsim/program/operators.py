@@ -72,8 +72,8 @@ class Operator:
     """Inputs whose gradient is the gradient of the output, the same storage."""
     kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
-    region: str = ""
-    """Operators of a name may be split by rules of their own, on axes of their own: experts."""
+    rules: str = ""
+    """Name of the rules that it is split by, where those are not the ones of the block: experts."""
 
     def __post_init__(self) -> None:
         """`InputError` for what is no sum of products: where tokens are dealt out to experts, positions are missing on

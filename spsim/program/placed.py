@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Splits, Tensor, TensorKind, layouts
-from spsim.program.placement import REPLICATE, Extent, Layout, elements, local_elements, part, shard
+from spsim.program.placement import FLAT, REPLICATE, Extent, Layout, elements, local_elements, part, shard
 
 
 @dataclass(slots=True, eq=False)
@@ -75,14 +75,14 @@ class PlacedOperator:
         return PlacedOperand(tensor.name, tensor, subscript, layout, gradient, held, held * tensor.itemsize)
 
     def _at_rest(self, sharding: Sequence[Axis]) -> Iterator[PlacedOperand]:
-        """Sharded along the first dimension, and so must the gradient arrive; it stays a partial sum elsewhere."""
+        """Sharded where they are used whole, and so must the gradient arrive; it may stay a partial sum elsewhere."""
         for weight in self.weights:
-            rests = {axis: shard(weight.tensor.dims[0]) for axis, used in weight.layout if used == REPLICATE}
+            axes = [axis for axis, used in weight.layout if used == REPLICATE and axis in sharding]
             layout, gradient = (
-                tuple([(axis, rests[axis] if axis in sharding and axis in rests else used) for axis, used in own])
+                tuple([(axis, shard(FLAT) if axis in axes else placement) for axis, placement in own])
                 for own in (weight.layout, weight.gradient)
             )
-            if layout != weight.layout:
+            if axes:
                 held = local_elements(weight.tensor, layout, self.mesh)
                 size = held * weight.tensor.itemsize
                 yield replace(weight, layout=layout, gradient=gradient, elements=held, bytes=size)

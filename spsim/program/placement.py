@@ -44,6 +44,9 @@ def shard(dim: str) -> Placement:
     return Placement("shard", dim)
 
 
+FLAT = "flat"
+"""In place of a dimension: all elements in a row, as weights are sharded that rest."""
+
 Layout = tuple[tuple[Axis, Placement], ...]
 """One placement per axis of the mesh, outer to inner."""
 
@@ -81,7 +84,8 @@ def local_elements(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
     for axis, placement in layout:
         if placement.dim is not None:
             parts[placement.dim] = parts.get(placement.dim, 1) * mesh.degree(axis)
-    return elements(tensor.dims, tensor.sizes, parts)
+    held = elements(tensor.dims, tensor.sizes, parts)
+    return -(-held // parts[FLAT]) if FLAT in parts else held
 
 
 def elements(dims: Sequence[str], sizes: Sequence[Extent], parts: Mapping[str, int]) -> int:
@@ -115,22 +119,24 @@ _COLLECTIVES: Mapping[tuple[str, str], Collective | None] = {
     ("replicate", "shard"): None,
 }
 """Between kinds of placements; None is a slice."""
+_GROWTH = {("partial", "shard"): -1, ("replicate", "shard"): -1, ("shard", "replicate"): 1}
+"""Where a rank holds less afterwards, and where more."""
 
 
 def redistribute(source: Layout, target: Layout, *, backward: bool = False) -> list[Redistribution]:
-    """Steps from `source` to `target`: innermost axis first, in the backward pass outermost first."""
+    """Steps from `source` to `target`, so that no step moves more than it must: what makes the tensor smaller first,
+    what makes it larger last. Of equal ones the innermost axis first, in the backward pass the outermost.
+    """
+    order = range(len(source)) if backward else range(len(source) - 1, -1, -1)
+    changed = [index for index in order if source[index] != target[index]]
+    kinds = {index: (source[index][1].kind, target[index][1].kind) for index in changed}
     steps = []
     reached = list(source)
-    order = range(len(source)) if backward else range(len(source) - 1, -1, -1)
-    for index in order:
-        axis, have = reached[index]
-        want = target[index][1]
-        if have == want:
-            continue
-        assert want != PARTIAL, "the rules never ask for a sum to be taken apart"
+    for index in sorted(changed, key=lambda index: _GROWTH.get(kinds[index], 0)):
+        assert target[index][1] != PARTIAL, "the rules never ask for a sum to be taken apart"
         before = tuple(reached)
-        reached[index] = (axis, want)
-        steps.append(Redistribution(axis, _COLLECTIVES[have.kind, want.kind], before, tuple(reached)))
+        reached[index] = target[index]
+        steps.append(Redistribution(source[index][0], _COLLECTIVES[kinds[index]], before, tuple(reached)))
     return steps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from spsim.lazy import lazy
 from spsim.program.instructions import WeightSync
@@ -42,17 +43,17 @@ class Move:
 
 
 class Region:
-    """The operators of a block on a mesh, and their tensors as they lie and move.
+    """The operators of a block on one mesh, each under the rules of its kind, and their tensors as they lie and move.
 
     Nothing here depends on what is recomputed, kept or overlapped, so that plans of the same degrees share it.
     """
 
     def __init__(
-        self, operators: Sequence[Operator], rules: Rules, mesh: Mesh, regions: Mapping[str, Rules] | None = None
+        self, operators: Sequence[Operator], rules: Rules, mesh: Mesh, named: Mapping[str, Rules] = MappingProxyType({})
     ) -> None:
-        """`rules` are those of operators whose region has none of its own in `regions`."""
+        """`rules` are those of the block, `named` those of operators that name theirs."""
         self.mesh = mesh
-        own = [(regions or {}).get(op.region, rules) for op in operators]
+        own = [named.get(op.rules, rules) for op in operators]
         self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
         self.kernels = {op.name: kernels_of(op) for op in self.operators}
         self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))

@@ -18,9 +18,7 @@ class SplitRule:
     position_mixing: tuple[str, ...]
     """For operators that have the key positions `j` among their dimensions."""
     shards_weights: bool = False
-    """Weights that are used whole rest sharded along their first dimension, and are gathered for each use: ZeRO-3
-    (Rajbhandari et al. 2020), as `Shard(0)` of FSDP2.
-    """
+    """Weights that are used whole rest sharded, and are gathered for each use (ZeRO-3, Rajbhandari et al. 2020)."""
 
 
 Rules = Mapping[Axis, SplitRule]

@@ -95,8 +95,10 @@ class PreparedBlock:
 
     @lazy
     def columns(self) -> BlockColumns | None:
-        """Prepared for many workloads at once, if one rank stands for all and `covered` covers its passes."""
-        if self.ranks.simulated != "one" or not all(map(covered, self.passes.values())):
+        """Prepared for many workloads at once, if one rank stands for all, `covered` covers its passes and no size is
+        rounded.
+        """
+        if self.ranks.simulated != "one" or self.template.divisor > 1 or not all(map(covered, self.passes.values())):
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
         coefficients = self.template.coefficients.astype(np.float64)

@@ -60,7 +60,7 @@ class Block:
         owns_gather: Sequence[Tensor] = (),
         passthrough: Sequence[Tensor] = (),
         kernel: KernelName | None = None,
-        region: str = "",
+        rules: str = "",
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
         left, right = parse(signature)
@@ -76,6 +76,6 @@ class Block:
                 owns_gather=frozenset(tensor.name for tensor in owns_gather),
                 passthrough=frozenset(tensor.name for tensor in passthrough),
                 kernel=kernel,
-                region=region,
+                rules=rules,
             )
         )
