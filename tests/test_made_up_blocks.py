@@ -1,13 +1,15 @@
-"""Blocks that no model here has: dimensions that are products, weights that rest sharded, experts by rules of their own.
+"""Blocks that no model here has: dimensions that are products, weights that rest sharded, experts with own rules.
 
 Collectives, bytes and memory are worked out by hand, or held against what FSDP2 and Megatron-Core are known to do.
 """
 
 import math
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from spsim.costs.static_memory import static_memory
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
+from spsim.inputs.profiles import load_profile
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import Block
 from spsim.program.blocks.transformer import transformer_layer
@@ -25,6 +28,9 @@ from spsim.program.placement import shard
 from spsim.program.region import Region
 from spsim.program.sizes import Template, every_workload
 from spsim.program.strategies import SplitRule, split_rules
+from spsim.results.derived import Amounts
+from spsim.simulation import assemble
+from spsim.step.preparation import PreparedBlock
 from tests.test_template import assert_equals_program
 
 TOKENS_OF_AN_EXPERT = "s*b*k/e"
@@ -56,9 +62,7 @@ def calls(steps):
 
 def order(steps):
     """Kernels and collectives in order of issue, for reading."""
-    return [
-        f"{s.collective} {s.tensor}" if isinstance(s, Communication) else f"{s.operator} {s.part}" for s in steps
-    ]
+    return [f"{s.collective} {s.tensor}" if isinstance(s, Communication) else f"{s.operator} {s.part}" for s in steps]
 
 
 # ------------------------------------------------------------ dimensions that are products
@@ -104,12 +108,14 @@ def test_a_product_is_cut_where_its_factors_are():
     assert dict(dealt.layout) == dict.fromkeys(("dp", "ulysses"), shard(TOKENS_OF_AN_EXPERT))
     assert dealt.elements == 512 * 8 * 2 * 64 // (2 * 4)
     assert placed["up"].sizes[TOKENS_OF_AN_EXPERT] == 512 * 8 * 2 // 16 // 8
-    assert {op.name: dict(op.splits) for op in region.operators} == dict.fromkeys(placed, {"dp": "b", "ulysses": "s"})
+    assert {op.splits for op in region.operators} == {(("dp", "b"), ("ulysses", "s"))}
 
 
 def test_experts_where_the_tokens_are():
     """Without expert parallelism nothing moves, and the gradients of all weights are summed."""
-    program = compiled(routed(Block(SIZES, 2)), {"dp": DATA, "ulysses": SplitRule(("s",), ("a",))}, {"dp": 2, "ulysses": 4})
+    program = compiled(
+        routed(Block(SIZES, 2)), {"dp": DATA, "ulysses": SplitRule(("s",), ("a",))}, {"dp": 2, "ulysses": 4}
+    )
     assert calls(program.instructions) == []
     assert {sync.weight: sync.axes for sync in program.weight_sync} == dict.fromkeys(
         ("router_weight", "up_weight", "down_weight"), ("dp", "ulysses")
@@ -293,7 +299,9 @@ def llama():
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("plan", ["dp=4", "dp=2,tp=2,sequence_parallel", "dp=2,ulysses=2", "dp=2,ring=2,ring_kind=all_gather"])
+@pytest.mark.parametrize(
+    "plan", ["dp=4", "dp=2,tp=2,sequence_parallel", "dp=2,ulysses=2", "dp=2,ring=2,ring_kind=all_gather"]
+)
 def test_every_weight_of_a_layer(plan, recompute):
     """Each is gathered once in each pass and reduced once; nothing else changes but what is left for the end of the
     step, of shards and over the other axes.
@@ -322,3 +330,153 @@ def test_every_weight_of_a_layer(plan, recompute):
         if sync.axes != ("dp",)
     }
     assert {(sync.weight, sync.axes, sync.elements) for sync in programs[0].weight_sync} == left
+
+
+# ------------------------------------------------------------ experts by rules of their own
+
+
+T = 512 * 8 * 2
+"""Tokens that all experts get."""
+AWAY = {"experts": {"dp": SplitRule(("e",), ())}}
+
+
+def test_experts_over_the_replicas():
+    """Expert parallelism over dp: tokens go to their experts and come back, and so do the gradients. A rank sends three
+    quarters of its tokens; expert weights are its own, and those of the router are summed.
+    """
+    program = compiled(routed(Block(SIZES, 2)), {"dp": DATA}, {"dp": 4}, named=AWAY)
+    own = 2 * T * H // 4
+    assert calls(program.forward) == [("all_to_all", "dp", "dealt", own), ("all_to_all", "dp", "made", own)]
+    assert calls(program.backward) == [("all_to_all", "dp", "made", own), ("all_to_all", "dp", "dealt", own)]
+    assert {c.sent_bytes for c in communications(program.instructions)} == {own * 3 // 4}
+    assert {c.operator for c in communications(program.forward)} == {"up", "combine"}
+    assert program.parameters == H * 16 + 2 * 16 * H * F // 4
+    assert [(sync.weight, sync.axes) for sync in program.weight_sync] == [("router_weight", ("dp",))]
+    works = {step.operator: step.work[0] for step in program.forward if isinstance(step, Compute)}
+    assert (works["up"].batch, works["up"].m) == (4, T // 16)
+
+
+def test_experts_over_a_part_of_the_replicas():
+    """Eight replicas, experts over four of them: an axis of its own inside dp. The rest of dp sums expert gradients."""
+    rules, degrees = {"dp": DATA, "ep": DATA}, {"dp": 2, "ep": 4}
+    named = {"experts": {"dp": DATA, "ep": SplitRule(("e",), ())}}
+    program = compiled(routed(Block(SIZES, 2)), rules, degrees, named=named)
+    own = 2 * T * H // 8
+    assert calls(program.forward) == [("all_to_all", "ep", "dealt", own), ("all_to_all", "ep", "made", own)]
+    synced = {sync.weight: (sync.axes, sync.elements) for sync in program.weight_sync}
+    each = 16 * H * F // 4
+    assert synced == {
+        "router_weight": (("dp", "ep"), 16 * H), "up_weight": (("dp",), each), "down_weight": (("dp",), each)
+    }  # fmt: skip
+    assert Mesh(degrees).group(5, ("ep",)) == (4, 5, 6, 7)
+
+
+def test_experts_cut_by_tp():
+    """Megatron-Core's all-to-all dispatcher with sequence parallelism: all-to-all, then the gather over tp; back the
+    reduce-scatter over tp, then the all-to-all; backward the same in reverse. What is smaller travels between experts.
+    """
+    degrees = {"ep": 4, "tp": 2}
+    program = compiled(routed(Block(SIZES, 2)), MAIN, degrees, named=EXPERTS)
+    own, gathered = 2 * T * H // 8, 2 * T * H // 4
+    there = [("all_to_all", "ep", "dealt", own), ("all_gather", "tp", "dealt", gathered)]
+    back = [("reduce_scatter", "tp", "made", gathered), ("all_to_all", "ep", "made", own)]
+    assert calls(program.forward) == there + back
+    mirrored = [("all_to_all", "ep", "made", own), ("all_gather", "tp", "made", gathered)]
+    assert calls(program.backward) == [
+        *mirrored, ("reduce_scatter", "tp", "dealt", gathered), ("all_to_all", "ep", "dealt", own)
+    ]  # fmt: skip
+    assert program.parameters == H * 16 + 2 * 16 * H * F // 8
+    works = {step.operator: step.work[0] for step in program.forward if isinstance(step, Compute)}
+    assert (works["up"].batch, works["up"].m, works["up"].n) == (4, T // 16, F // 2)
+
+
+def test_experts_over_tp():
+    """Experts over tp as well: two all-to-alls, and whole experts on each rank."""
+    named = {"experts": {"ep": SplitRule(("e",), ()), "tp": SplitRule(("e",), ())}}
+    program = compiled(routed(Block(SIZES, 2)), MAIN, {"ep": 4, "tp": 2}, named=named)
+    own = 2 * T * H // 8
+    assert [call[:2] for call in calls(program.forward)] == [("all_to_all", axis) for axis in ("tp", "ep", "tp", "ep")]
+    assert {call[3] for call in calls(program.instructions)} == {own}
+    assert [sync.weight for sync in program.weight_sync] == ["router_weight"] * 2
+
+
+def test_tokens_gathered_instead():
+    """The all-gather dispatcher: every rank has all tokens and leaves the sum over its own experts."""
+    everywhere = SplitRule(("e", "b"), ())
+    named = {name: {"ep": everywhere} for name in ("experts", "movers")}
+    operators = [
+        op if op.name not in ("dispatch", "combine") else replace(op, rules="movers") for op in routed(Block(SIZES, 2))
+    ]
+    after = Block(SIZES, 2)
+    after.add("norm", "norm", "s b h -> s b h", [after.tensor("out", "s b h")], [after.tensor("normed", "s b h")])
+    program = compiled([*operators, *after.operators], {"ep": DATA}, {"ep": 4}, named=named)
+    whole = 2 * 512 * 8 * H
+    assert ("all_gather", "ep", "x", whole) in calls(program.forward)
+    assert ("reduce_scatter", "ep", "out", whole) in calls(program.forward)
+    assert not [call for call in calls(program.instructions) if call[0] == "all_to_all"]
+
+
+def test_experts_that_rest_sharded():
+    """FSDP of experts over the replicas that share them, as Megatron-Core's expert data-parallel group."""
+    degrees = {"dp": 2, "ep": 4}
+    named = {"experts": {"dp": FSDP, "ep": SplitRule(("e",), ())}}
+    program = compiled(routed(Block(SIZES, 2)), {"dp": DATA, "ep": DATA}, degrees, named=named)
+    weight = 16 * H * F // 4
+    assert calls(program.forward)[:2] == [
+        ("all_to_all", "ep", "dealt", 2 * T * H // 8), ("all_gather", "dp", "up_weight", 2 * weight)
+    ]  # fmt: skip
+    assert ("reduce_scatter", "dp", "up_weight", 4 * weight) in calls(program.backward)
+    assert program.parameters == H * 16 + 2 * weight // 2
+    assert [sync.weight for sync in program.weight_sync] == ["router_weight"]
+
+
+# ------------------------------------------------------------ on the engine
+
+
+def simulated(operators, rules, *, fold=True, named=None, **options):
+    """Three equal blocks and two micro-batches on four replicas."""
+    plan, program = Plan(dp=4), compiled(operators, rules, {"dp": 4}, named=named, **options)
+    template = Template(program, 1)
+    block = PreparedBlock(template, plan, lambda _: program, fold=fold, weight_bytes=2)
+    scenario = SimpleNamespace(
+        hardware=load_profile("dgx-h100"), model=SimpleNamespace(name="made up", layers=3), plan=plan,
+        workload=SimpleNamespace(precision="bf16"), num_micro_batches=2, gpus_per_node=8, notes=(), summary=(),
+    )  # fmt: skip
+    numbers = template.at(Workload(seq_len=1))
+    static = static_memory(3 * numbers.parameters, plan, 2)
+    return assemble("blocks", scenario, block, numbers, Amounts(1, 1, 1.0, None), static, fold=fold)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_sharded_weights_fold(keep):
+    """Gathers and reductions beside the kernels of their layers, folded and not: the same spans and bytes."""
+    whole, folded = (simulated(mlp(), {"dp": FSDP}, fold=fold, keep_weights=keep) for fold in (False, True))
+    assert folded.step_time_s == whole.step_time_s
+    assert folded.peak_memory_gib == whole.peak_memory_gib
+    pd.testing.assert_frame_equal(whole.spans, folded.spans)
+    pd.testing.assert_frame_equal(whole.memory_curve, folded.memory_curve)
+
+
+def test_a_gather_runs_behind_the_kernel_before():
+    """The second weight is gathered as soon as the first is; its kernel waits for it, and the kernel before."""
+    spans = simulated(mlp(), {"dp": FSDP}).spans
+    gathered, up, ahead, down = spans[spans["rank"] == 0].head(4).itertuples()
+    assert (up.start_us, ahead.start_us) == (gathered.end_us, gathered.end_us)
+    assert (gathered.collective, ahead.collective) == ("all_gather", "all_gather")
+    assert down.start_us == max(up.end_us, ahead.end_us)
+
+
+def test_what_memory_holds_at_most():
+    """A quarter at rest. At the peak the gradient of a whole weight, in fp32, beside what data parallelism holds."""
+    sharded, whole = (simulated(mlp(), {"dp": rule}) for rule in (FSDP, DATA))
+    assert sharded.static.total == whole.static.total // 4
+    tasks = [round(result.peak_memory_gib * 2**30) - result.static.total for result in (sharded, whole)]
+    assert tasks[0] - tasks[1] == 2 * DOWN
+
+
+def test_experts_fold():
+    """Dispatch and combine on the lane of the axis that they move along."""
+    rules = {"dp": DATA}
+    whole, folded = (simulated(routed(Block(SIZES, 2)), rules, fold=fold, named=AWAY) for fold in (False, True))
+    pd.testing.assert_frame_equal(whole.spans, folded.spans)
+    assert set(folded.spans[folded.spans["collective"] == "all_to_all"]["lane"]) == {"dp"}

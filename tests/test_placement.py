@@ -134,7 +134,9 @@ SHORT = dict.fromkeys(AXES, 2)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(FORWARD, min_size=len(AXES), max_size=len(AXES)), st.lists(TARGETS, min_size=len(AXES), max_size=len(AXES)))
+@given(
+    st.lists(FORWARD, min_size=len(AXES), max_size=len(AXES)), st.lists(TARGETS, min_size=len(AXES), max_size=len(AXES))
+)
 def test_the_gradient_mirrors_the_tensor(sources, targets):
     """Moving the gradient back is the mirrored sequence: each collective's dual, in reverse order."""
     source, target = (tuple(zip(AXES, side, strict=True)) for side in (sources, targets))
@@ -151,7 +153,11 @@ def test_the_gradient_mirrors_the_tensor(sources, targets):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(FORWARD, min_size=len(AXES), max_size=len(AXES)), st.lists(TARGETS, min_size=len(AXES), max_size=len(AXES)), st.booleans())
+@given(
+    st.lists(FORWARD, min_size=len(AXES), max_size=len(AXES)),
+    st.lists(TARGETS, min_size=len(AXES), max_size=len(AXES)),
+    st.booleans(),
+)
 def test_steps_chain_from_source_to_target(sources, targets, backward):
     """Each step changes one axis, starts where the one before ended, and the last reaches the target."""
     source, target = (tuple(zip(AXES, side, strict=True)) for side in (sources, targets))
