@@ -31,6 +31,7 @@ from spsim.program.strategies import SplitRule, split_rules
 from spsim.results.derived import Amounts
 from spsim.simulation import assemble
 from spsim.step.preparation import PreparedBlock
+from spsim.work import Gemm
 from tests.test_template import assert_equals_program
 
 TOKENS_OF_AN_EXPERT = "s*b*k/e"
@@ -275,19 +276,47 @@ def test_weights_on_two_axes():
     assert program.parameters == 2 * H * F // 8
 
 
-def test_a_weight_that_two_operators_use():
-    """It is gathered once in each pass, and its gradients are summed before they move."""
-    block = Block({**SIZES, "o": H}, 2)
+def written_by(steps, collective):
+    """What computes the gradient that a collective moves."""
+    (read,) = collective.reads
+    return next(step for step in steps if read in {buffer.id for buffer in step.writes})
+
+
+@pytest.mark.parametrize("rule", [FSDP, SplitRule((), (), shards_weights=True)])
+def test_a_weight_that_two_operators_use(rule):
+    """It is gathered once in each pass, and its gradients are summed before they move. Where all ranks compute the same
+    the gradient is whole on each, and a part of it is taken.
+    """
+    block = Block(SIZES, 2)
     x, once, twice = (block.tensor(name, "s b h") for name in ("x", "once", "twice"))
     weight = block.weight("weight", "h")
     block.add("one", "norm", "s b h, h -> s b h", [x, weight], [once], mixes="h", saves=[x])
     block.add("two", "norm", "s b h, h -> s b h", [once, weight], [twice], mixes="h", saves=[once])
-    program = compiled(block.operators, {"dp": FSDP}, {"dp": 4})
+    program = compiled(block.operators, {"dp": rule}, {"dp": 4})
     assert order(program.forward) == ["all_gather weight", "one forward", "two forward"]
-    assert order(program.backward) == [
-        "all_gather weight", "two backward", "one backward", "weight gradient accumulate", "reduce_scatter weight",
-    ]  # fmt: skip
-    assert calls(program.backward)[-1][-1] == 4 * H
+    expected = ["all_gather weight", "two backward", "one backward", "weight gradient accumulate"]
+    assert order(program.backward) == expected + ["reduce_scatter weight"] * (rule is FSDP)
+    gathered, two, one, total, *_ = program.backward
+    assert {buffer.id for buffer in gathered.writes} <= {*two.reads} & {*one.reads}
+    assert [buffer.bytes for buffer in total.writes] == [4 * H]
+    assert [call[-1] for call in calls(program.backward)] == [2 * H] + [4 * H] * (rule is FSDP)
+    assert program.parameters == H // 4
+
+
+def test_the_gradient_of_a_bias():
+    """It is there when the kernel that sums it has run, after the product of the weight."""
+    block = Block(SIZES, 2)
+    x, out = block.tensor("x", "s b h"), block.tensor("out", "s b f")
+    weights = [block.weight("weight", "h f"), block.weight("bias", "f")]
+    block.add("linear", "gemm", "s b h, h f, f -> s b f", [x, *weights], [out], saves=[x])
+    program = compiled(block.operators, {"dp": FSDP}, {"dp": 4})
+    writers = {
+        c.tensor: written_by(program.backward, c).work[0]
+        for c in communications(program.backward)
+        if c.collective == "reduce_scatter"
+    }
+    assert isinstance(writers["weight"], Gemm)
+    assert writers["bias"].kernel == "bias_gradient"
 
 
 def llama():
@@ -428,6 +457,13 @@ def test_experts_that_rest_sharded():
     assert ("reduce_scatter", "dp", "up_weight", 4 * weight) in calls(program.backward)
     assert program.parameters == H * 16 + 2 * weight // 2
     assert [sync.weight for sync in program.weight_sync] == ["router_weight"]
+
+
+def test_what_is_cut_already_rests_as_it_is_used():
+    """On an axis over which experts are spread nothing is gathered, whatever its rule says of weights."""
+    named = {"experts": {"dp": SplitRule(("e",), (), shards_weights=True)}}
+    program = compiled(routed(Block(SIZES, 2)), {"dp": DATA}, {"dp": 4}, named=named)
+    assert program == compiled(routed(Block(SIZES, 2)), {"dp": DATA}, {"dp": 4}, named=AWAY)
 
 
 # ------------------------------------------------------------ on the engine

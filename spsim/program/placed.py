@@ -13,8 +13,8 @@ from spsim.program.placement import FLAT, REPLICATE, Extent, Layout, elements, l
 
 @dataclass(slots=True, eq=False)
 class PlacedOperand:
-    """An operand as an operator reads or writes it on one rank. Never changed; to freeze it would take longer than all
-    else that compilation does with it.
+    """An operand as an operator reads or writes it on one rank. Nobody changes it; it is not frozen because compilation
+    makes many, and a frozen one takes three times as long to make.
     """
 
     name: str

@@ -51,7 +51,7 @@ Layout = tuple[tuple[Axis, Placement], ...]
 """One placement per axis of the mesh, outer to inner."""
 
 Extent = int | Fraction
-"""Size of a dimension; a fraction is a mean, such as the tokens of one expert."""
+"""Size of a dimension; of a product a fraction, for it may be a mean: the tokens of one of many experts."""
 
 
 @lru_cache(maxsize=1024)
@@ -61,8 +61,8 @@ def factors(dim: str) -> tuple[str, ...]:
 
 
 def part(size: Extent, parts: int) -> Extent:
-    """A part of a dimension: rounded up, so that KV heads fewer than the degree are replicated, one a rank; means are
-    divided.
+    """Of a dimension on one rank: rounded up, so that KV heads fewer than the degree are replicated, one a rank.
+    Fractions are divided.
     """
     return -(-size // parts) if isinstance(size, int) else size / parts
 

@@ -100,19 +100,19 @@ class Region:
         return self._bytes[key]
 
     @lazy
+    def weights(self) -> dict[str, PlacedOperand]:
+        """At rest, each once, however many operators use it."""
+        return {weight.name: weight for op in self.operators for weight in op.weights} | self.resting
+
+    @lazy
     def weight_syncs(self) -> tuple[WeightSync, ...]:
         """Weights whose gradients are partial sums."""
-        return tuple(weight_syncs(self._weights, self.mesh))
+        return tuple(weight_syncs(self.weights.values(), self.mesh))
 
     @lazy
     def parameters(self) -> int:
-        """Of the block, on one rank, at rest."""
-        return sum(weight.elements for weight in self._weights)
-
-    @property
-    def _weights(self) -> Iterator[PlacedOperand]:
-        """At rest, as often as they are used."""
-        return (self.resting.get(weight.name, weight) for op in self.operators for weight in op.weights)
+        """Of the block, on one rank."""
+        return sum(weight.elements for weight in self.weights.values())
 
 
 def _placed(operator: Operator, rules: Rules, mesh: Mesh) -> PlacedOperator:
