@@ -19,6 +19,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.workload import Workload
+from spsim.program.assembly import program_in
 from spsim.program.blocks.block import Block
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.compiler import compile_region
@@ -471,7 +472,11 @@ def test_what_is_cut_already_rests_as_it_is_used():
 
 def simulated(operators, rules, *, fold=True, named=None, **options):
     """Three equal blocks and two micro-batches on four replicas."""
-    plan, program = Plan(dp=4), compiled(operators, rules, {"dp": 4}, named=named, **options)
+    return on_engine(compiled(operators, rules, {"dp": 4}, named=named, **options), Plan(dp=4), fold=fold)
+
+
+def on_engine(program, plan, *, fold):
+    """The same of a program."""
     template = Template(program, 1)
     block = PreparedBlock(template, plan, lambda _: program, fold=fold, weight_bytes=2)
     scenario = SimpleNamespace(
@@ -516,3 +521,18 @@ def test_experts_fold():
     whole, folded = (simulated(routed(Block(SIZES, 2)), rules, fold=fold, named=AWAY) for fold in (False, True))
     pd.testing.assert_frame_equal(whole.spans, folded.spans)
     assert set(folded.spans[folded.spans["collective"] == "all_to_all"]["lane"]) == {"dp"}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["dp=2,ring=4", "dp=2,ring=8", "dp=2,ulysses=2,recompute=selective", "dp=2,tp=2,sequence_parallel,recompute=full"],
+)
+def test_sharded_weights_of_a_layer_fold(plan):
+    """Beside every other strategy; a gather is waited for in another step of a ring than it is issued in."""
+    plan = parse_plan(plan)
+    operators = transformer_layer(llama(), Workload(seq_len=4096, micro_batch=1), plan.dp)
+    region = Region(operators, {**split_rules(plan), "dp": FSDP}, mesh_of(plan))
+    program = program_in(region, plan, causal=True)
+    whole, folded = (on_engine(program, plan, fold=fold) for fold in (False, True))
+    assert folded.step_time_s == whole.step_time_s
+    pd.testing.assert_frame_equal(whole.memory_curve, folded.memory_curve)
