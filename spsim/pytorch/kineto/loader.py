@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.pytorch.kineto.device import device_spans
-from spsim.pytorch.kineto.events import HINT, ProfiledRank, read_profile
 from spsim.pytorch.kineto.host import host_spans
+from spsim.pytorch.kineto.phases import in_passes
+from spsim.pytorch.kineto.profile import HINT, ProfiledRank, read_profile
 from spsim.results.measured import MeasuredSpan, measured_trace
 
 NS_PER_US = 1e3
@@ -36,26 +35,24 @@ def load_kineto_trace(paths: str | Path | Sequence[str | Path], *, unnamed_lane:
     rank that another file is of. Files that do not say their rank are taken as ranks in the order given.
     """
     files = _files(paths)
-    profiles = [read_profile(path, index) for index, path in enumerate(files)]
-    by_rank: dict[int, ProfiledRank] = {}
-    for profile in profiles:
+    read = [(path, *_read(path, index, unnamed_lane)) for index, path in enumerate(files)]
+    by_rank: dict[int, Path] = {}
+    for path, profile, _ in read:
         if profile.rank in by_rank:
-            raise InputError(
-                f"{profile.path}: is of rank {profile.rank}, as is {by_rank[profile.rank].path}; give one file a rank"
-            )
-        by_rank[profile.rank] = profile
-    return measured_trace(align([(profile.base_ns, _spans(profile, unnamed_lane)) for profile in profiles]))
+            raise InputError(f"{path}: is of rank {profile.rank}, as is {by_rank[profile.rank]}; give one file a rank")
+        by_rank[profile.rank] = path
+    return measured_trace(align([(profile.base_ns, spans) for _, profile, spans in read]))
 
 
 def _files(paths: Any) -> list[Path]:
     given = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
     for path in given:
-        if not isinstance(path, str | PathLike):
+        if not isinstance(path, str | os.PathLike) or "\0" in str(path):
             raise InputError(f"measured trace: {path!r} is no path; give the path of one file of torch.profiler a rank")
     files = [Path(path) for path in given]
     if not files:
         raise InputError("measured trace: no files; give one file of torch.profiler for each rank")
-    for path, count in Counter(path.resolve() for path in files).items():
+    for path, count in Counter(map(os.path.realpath, files)).items():
         if count > 1:
             raise InputError(f"{path}: is given {count} times; give one file a rank")
     return files
@@ -65,8 +62,8 @@ def read_spans(path: Path, rank: int, *, unnamed_lane: str = "communication") ->
     """The time of day, in nanoseconds, from which the times of one file count, and its spans; `rank` serves where
     the file does not say its own.
     """
-    profile = read_profile(path, rank)
-    return profile.base_ns, _spans(profile, unnamed_lane)
+    profile, spans = _read(path, rank, unnamed_lane)
+    return profile.base_ns, spans
 
 
 def align(ranks: Sequence[tuple[int, Sequence[MeasuredSpan]]]) -> list[MeasuredSpan]:
@@ -84,18 +81,13 @@ def align(ranks: Sequence[tuple[int, Sequence[MeasuredSpan]]]) -> list[MeasuredS
     return aligned
 
 
-def _spans(profile: ProfiledRank, unnamed_lane: str) -> list[MeasuredSpan]:
-    found = device_spans(profile) or host_spans(profile, unnamed_lane)
-    if not found:
-        raise InputError(f"{profile.path}: neither kernels nor operators are recorded in it; {HINT}")
-    return [replace(span, micro_batch=number) for span, number in zip(found, _passes(found), strict=True)]
-
-
-def _passes(spans: Sequence[MeasuredSpan]) -> list[int]:
-    """The number of the pass that each span belongs to, spans in the order in which they were issued."""
-    begun: Counter[Pass] = Counter([spans[0].phase])
-    numbers = [0]
-    for before, span in pairwise(spans):
-        begun[span.phase] += span.phase != before.phase
-        numbers.append(begun[span.phase] - 1)
-    return numbers
+def _read(path: Path, rank: int, unnamed_lane: str) -> tuple[ProfiledRank, list[MeasuredSpan]]:
+    """What one file holds, and its spans; everything wrong with it names the file."""
+    try:
+        profile = read_profile(path, rank)
+        issued = device_spans(profile) or host_spans(profile, unnamed_lane)
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}; {HINT}") from None
+    if not issued:
+        raise InputError(f"{path}: neither kernels nor operators are recorded in it; {HINT}")
+    return profile, in_passes(issued)
