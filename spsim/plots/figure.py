@@ -36,6 +36,7 @@ COLOURS = {
     "dropout": "#66CCEE",
     "elementwise": "#BBBBBB",
     "communication": "#EE6677",
+    "copy": "#DDAA33",
     "other": "#777777",
 }
 """By operator class; `other` is a measured kernel whose name says nothing."""
@@ -107,7 +108,11 @@ def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, flo
 
 
 def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
-    """The first text that fits a box in points, with its rotation; upright texts first."""
+    """The first text that fits a box in points, with its rotation; upright texts first. None fits where a letter is
+    higher than the box is wide.
+    """
+    if width <= size:
+        return None
     for rotation in (0, 90):
         for text in options:
             along, across = text_size(text, size)

@@ -31,7 +31,7 @@ class Phases:
             if event.category == "cpu_op" and GRADIENT.match(event.name):
                 gradients[event.thread].append(event)
         self._gradients = {thread: intervals(own) for thread, own in gradients.items()}
-        self._engines = self._gradients.keys() - set(_users_threads(events, self._gradients))
+        self._engines = self._gradients.keys() - _users_threads(events, self._gradients)
         self._steps = intervals(event for event in events if event.name.startswith(OPTIMIZER))
         self._clears = intervals(event for event in events if event.name.startswith(CLEARS))
 
@@ -46,20 +46,21 @@ class Phases:
         return _inside(self._clears, time)
 
 
-def _users_threads(events: Sequence[Event], gradients: dict[Thread, list[Interval]]) -> Iterator[Thread]:
-    """Threads of the user's program: those with its annotations, and the one with most operators beside gradients.
+def _users_threads(events: Sequence[Event], gradients: dict[Thread, list[Interval]]) -> set[Thread]:
+    """Threads of the user's program: those with its annotations, else the one with most operators beside gradients.
 
     Autograd's engine has threads of its own for devices, on which nothing but gradients is computed, hooks included.
     """
+    annotated = {event.thread for event in events if event.name.startswith(USERS)}
+    if annotated:
+        return annotated
     beside: Counter[Thread] = Counter()
     covered: dict[Thread, float] = {}
     for event in events:
-        if event.name.startswith(USERS):
-            yield event.thread
-        elif event.category == "cpu_op" and event.start >= covered.get(event.thread, event.start):
+        if event.category == "cpu_op" and event.start >= covered.get(event.thread, event.start):
             covered[event.thread] = event.end
             beside[event.thread] += not _inside(gradients.get(event.thread, ()), event.start)
-    yield from (thread for thread, count in beside.most_common(1) if count)
+    return {thread for thread, count in beside.most_common(1) if count}
 
 
 def _inside(found: Sequence[Interval], time: float) -> bool:
