@@ -85,6 +85,9 @@ def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...
     outputs = [leaf for leaf in leaves if leaf.requires_grad]
     if not outputs:
         raise InputError(f"{name}: no output needs a gradient; give the module parameters or inputs that require one")
+    if not any(leaf.numel() for leaf in outputs):
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in inputs)
+        raise InputError(f"{name}: its outputs hold no elements; give inputs that hold some, instead of {shapes}")
     wanted = [leaf for leaf in inputs if leaf.requires_grad] + parameters
     seeds = [torch.empty_like(leaf) for leaf in outputs]
     recorder.phase = "backward"
