@@ -406,6 +406,9 @@ def test_clocks_of_different_days(tmp_path):
         paths[-1].write_text(json.dumps({**head, "traceEvents": [kernel()]}))
     with pytest.raises(InputError, match="more than a hundred days"):
         load_kineto_trace(paths)
+    paths[0].write_text(json.dumps({"traceEvents": [kernel(), {**kernel(), "ts": BASE_NS / 1000}]}))
+    with pytest.raises(InputError, match=r"0.json: 'all_reduce' ends 1.7e\+15 us after the first event"):
+        load_kineto_trace(paths[0])
 
 
 def test_no_file_without_end_is_read(tmp_path, monkeypatch):

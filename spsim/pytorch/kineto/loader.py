@@ -15,7 +15,7 @@ from spsim.pytorch.kineto.device import device_spans
 from spsim.pytorch.kineto.host import host_spans
 from spsim.pytorch.kineto.phases import in_passes
 from spsim.pytorch.kineto.profile import HINT, ProfiledRank, read_profile
-from spsim.results.measured import MeasuredSpan, measured_trace
+from spsim.results.measured import MAX_LENGTH_US, MeasuredSpan, measured_trace
 
 NS_PER_US = 1e3
 
@@ -90,4 +90,11 @@ def _read(path: Path, rank: int, unnamed_lane: str) -> tuple[ProfiledRank, list[
         raise error if str(path) in str(error) else InputError(f"{path}: {error}; {HINT}") from None
     if not issued:
         raise InputError(f"{path}: neither kernels nor operators are recorded in it; {HINT}")
+    first = min(one.span.asked_us for one in issued)
+    last = max((one.span for one in issued), key=lambda span: span.end_us)
+    if last.end_us - first >= MAX_LENGTH_US:
+        raise InputError(
+            f"{path}: {last.name!r} ends {last.end_us - first:.3g} us after the first event, more than a hundred days; "
+            f"{HINT}"
+        )
     return profile, in_passes(issued)
