@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spsim.errors import InputError, first_problem
-from spsim.inputs.hardware import CollectiveName, MemoryBoundFractions
+from spsim.inputs.hardware import CollectiveName
+from spsim.inputs.kernel_coefficients import MemoryBoundFractions
 from spsim.work import DATA_TYPES
 
 Kind = Literal["environment", "gemm", "attention", "memory_bound", "launch", "collective", "interference", "memory"]
