@@ -650,6 +650,21 @@ def test_the_summary_of_a_trace(tmp_path, capsys):
     assert (tmp_path / "out" / "timeline.png").stat().st_size > 10_000
 
 
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    """A dollar is no mathematics; what a terminal would obey, and halves of letters, are replaced."""
+    path = tmp_path / "$x^$\x1b.json"
+    names = ("$x^$", "a\x1b[31m\n", "\ud800")
+    events = [launched(f"nccl{name}", 0, 100 * n, 90, correlation=n)[1] for n, name in enumerate(names)]
+    described = call("allreduce", 4, Process_Group_Description="$x^$\x1b")
+    events += launched(NCCL, 0, 300, 90, correlation=9, **described)
+    path.write_text(json.dumps({"traceEvents": [*events, *launched("$x^$", 0, 400, 90, correlation=10)]}))
+    code, out, _ = run_trace(path, "--out", tmp_path, capsys=capsys)
+    assert code == 0
+    assert "nccla?[31m?" in out
+    assert "nccl?" in out
+    assert "\x1b" not in out
+
+
 def test_the_command_in_words(tmp_path, capsys):
     """Kinds of passes that do not occur are left out; what is not recorded is said; the same bytes twice are one."""
     path = tmp_path / "a.json"

@@ -75,7 +75,7 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
 
 
 def add_title(figure: Figure, title: str, subtitle: str) -> None:
-    """Title and subtitle at the top left, smaller where they would not fit."""
+    """Title and subtitle at the top left, smaller where they would not fit; a dollar in a name is no mathematics."""
     across, up = figure.get_size_inches()
     left = 0.25
     lines = ((title, TITLE_SIZE, 0.14, "bold", "black"), (subtitle, TEXT_SIZE, 0.45, "normal", MUTED))
@@ -83,7 +83,7 @@ def add_title(figure: Figure, title: str, subtitle: str) -> None:
         width, _ = text_size(text, size, bold=weight == "bold")
         fit = min(1.0, (across - 2 * left) * POINTS / width) if width else 1.0
         figure.text(
-            left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top"
+            left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top", parse_math=False
         )  # fmt: skip
 
 
@@ -108,10 +108,10 @@ def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, flo
 
 
 def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
-    """The first text that fits a box in points, with its rotation; upright texts first. None fits where a letter is
-    higher than the box is wide.
+    """The first text that fits a box in points, with its rotation; upright texts first. None fits a box that is thinner
+    than a line.
     """
-    if width <= size:
+    if min(width, height) < size:
         return None
     for rotation in (0, 90):
         for text in options:

@@ -247,11 +247,11 @@ class _Panel:
         box = {"facecolor": style["color"], "edgecolor": "none", "pad": 0.6} if "hatch" in style else None
         self.axes.text(
             x, row, text, rotation=rotation, size=LABEL_SIZE, ha="center", va="center", linespacing=1.0,
-            color=ink_on(style["color"]), bbox=box,
+            color=ink_on(style["color"]), bbox=box, parse_math=False,
         )  # fmt: skip
 
     def _lanes(self, positions: dict[tuple[int, str], float]) -> None:
-        self.axes.set_yticks(list(positions.values()), _lane_names(self.view), size=SMALL_SIZE)
+        self.axes.set_yticks(list(positions.values()), _lane_names(self.view), size=SMALL_SIZE, parse_math=False)
         self.axes.set_ylim(_height(self.view.rows) - 0.5, -0.5)
         self.axes.tick_params(axis="y", length=0)
         self.axes.grid(axis="x", color=GRID, linewidth=0.6)
@@ -321,8 +321,9 @@ def _draw(panels: Sequence[tuple[str, View]]) -> Figure:
         _Panel(view, axes, scale, width * POINTS / limit, width, row * POINTS).draw()
         axes.set_xlim(0, limit / scale)
         axes.annotate(
-            header, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", size=TEXT_SIZE, weight="bold"
-        )
+            header, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", size=TEXT_SIZE,
+            weight="bold", parse_math=False,
+        )  # fmt: skip
         axes.tick_params(axis="x", labelbottom=top < BOTTOM + 0.01)
     measured = all(view.trace.measured for _, view in panels)
     figure.axes[-1].set_xlabel(f"time in the {'passes' if measured else 'layer'} ({unit})", size=SMALL_SIZE)

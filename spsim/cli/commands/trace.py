@@ -12,6 +12,7 @@ from spsim.cli.options import JsonOption
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
 from spsim.engine.trace import Trace
 from spsim.pytorch.kineto import load_kineto_trace
+from spsim.pytorch.kineto.events import printable
 from spsim.report import trace as report
 from spsim.results.measured_summary import TraceSummary, summarise
 
@@ -47,7 +48,10 @@ def _write(trace: Trace, summary: TraceSummary, files: list[Path], out: Path) ->
 
     name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
     figure = plots.plot_timeline(
-        trace, ranks=sorted(trace.copies)[:MAX_DRAWN], phases=list(summary.passes), title=f"First passes of {name}"
+        trace,
+        ranks=sorted(trace.copies)[:MAX_DRAWN],
+        phases=list(summary.passes),
+        title=f"First passes of {printable(name)}",
     )
     with staging(out) as directory:
         plots.save(figure, directory / "timeline.png")

@@ -60,7 +60,7 @@ class Event:
 
     def text(self, key: str) -> str:
         """A word; empty where there is none."""
-        return str(self.place(key, self.arguments.get(key, "")))
+        return printable(str(self.place(key, self.arguments.get(key, ""))))
 
     def ranks(self) -> tuple[int, ...]:
         """The ranks of its process group; none where the list was shortened, as torch does for large groups."""
@@ -95,6 +95,11 @@ class Event:
         shown = shown if len(shown) <= VALUE_SHOWN else f"{shown[:VALUE_SHOWN]}…"
         where = f"event {self.number} of traceEvents ({self.name[:NAME_SHOWN]!r})"
         return InputError(f"{where}: {key!r} is {shown}, but must be {rule}")
+
+
+def printable(text: str) -> str:
+    """A text without control characters and halves of letters, which a question mark stands for."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _is_count(value: Any) -> bool:
@@ -135,7 +140,7 @@ def _event(record: dict[str, Any], number: int) -> Event:
     name, kind, arguments = record.get("name"), record.get("cat") or "", record.get("args")
     if not (isinstance(name, str) and isinstance(kind, str)):
         raise InputError(f"event {number} of traceEvents: its name and cat must be texts")
-    known = arguments if isinstance(arguments, dict) else {}
+    known, name = arguments if isinstance(arguments, dict) else {}, printable(name)
     event = Event(name, category(kind), ("", ""), 0.0, 0.0, known, number)
     start, duration = (_microseconds(event, key, record.get(key)) for key in ("ts", "dur"))
     if not 0 <= duration <= MAX_DURATION_US:
