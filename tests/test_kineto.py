@@ -559,7 +559,8 @@ def test_what_frames_or_awaits_work_is_none(tmp_path):
         event(name, category, 0, 500, stream=7, correlation=3)
         for name, category in (
             ("Optimizer.step", "gpu_user_annotation"), ("Stream Sync", "cuda_sync"), ("event_wait", "mtia_ccp_events"),
-            ("range", "cuda_profiler_range"),
+            ("range", "cuda_profiler_range"), ("Optimizer.step", "mlu_user_annotation"), ("a", "gcu_sync"),
+            ("b", "mlu_notifier"), ("c", "hardware_counters"), ("d", "xpu_scope_profiler"), ("e", "cpu_op"),
         )
     ]  # fmt: skip
     assert {info.name for info in loaded(tmp_path, [*steps(), *framing]).tasks} == {"forward", "backward", "step"}
@@ -606,9 +607,10 @@ def test_collectives_before_torch_2_3(name, annotation, operator, kind, message_
         ("CopyHostToDevice", False),
     ],
 )  # fmt: skip
-def test_copies_from_and_to_the_host_hide_nothing(name, hides, tmp_path):
+@pytest.mark.parametrize("category", ["gpu_memcpy", "Memcpy", "mlu_memcpy"])
+def test_copies_from_and_to_the_host_hide_nothing(category, name, hides, tmp_path):
     """30 us of a transfer of 100 us are under a copy: work of the device only where it stays there."""
-    copied = {**launched(name, 0, 50, 30, correlation=2)[1], "cat": "gpu_memcpy"}
+    copied = {**launched(name, 0, 50, 30, correlation=2)[1], "cat": category}
     trace = loaded(tmp_path, [*launched(NCCL, 0, 10, 100, correlation=1, stream=20, **call("allreduce", 8)), copied])
     assert metrics.exposed_communication(trace) == {0: (70 if hides else 100) * PS_PER_US}
     assert {info.operator_class for info in trace.tasks} == {"communication", "copy"}

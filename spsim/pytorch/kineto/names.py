@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-# Categories (ActivityType.h of Kineto), in small letters.
+# Categories (ActivityType.h of Kineto and of its forks for other devices), in small letters.
 
 FORMER = {
     "operator": "cpu_op", "runtime": "cuda_runtime", "memcpy": "gpu_memcpy", "memset": "gpu_memset",
@@ -18,12 +18,13 @@ FORMER = {
 """Categories of torch 1.8 to 1.11, and those of today."""
 DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset", "mtia_ccp_events", "collective_comm"})
 """What a device does."""
-OTHERWISE = frozenset({
+HOST = frozenset({
     "", "cpu_op", "user_annotation", "cpu_instant_event", "python_function", "overhead", "trace", "hpu_op",
-    "external_correlation", "gpu_user_annotation", "cuda_sync", "cuda_event", "cuda_profiler_range", "xpu_sync",
-    "xpu_scope_profiler", "mtia_insight", "mtia_counters", "hardware_counters",
+    "external_correlation",
 })  # fmt: skip
-"""What is known to be no work of a device: the host's, or what frames, awaits and counts the work."""
+"""What the host does beside calls to a device."""
+FRAMES = ("_user_annotation", "_sync", "_event", "_profiler_range", "_profiler", "_counters", "_insight", "_notifier")
+"""How categories end of what frames, awaits and counts the work of a device: `cuda_sync`, `gpu_user_annotation`."""
 CALLS = ("_runtime", "_driver")
 """How categories of calls from the host to a device end, whichever device it is."""
 AWAITS = frozenset({"event_record", "event_wait"})
@@ -96,9 +97,16 @@ ITEMSIZES = {
 
 
 def category(given: str) -> str:
-    """A category in the words of today's versions."""
+    """A category in the words of today's versions for CUDA; forks say `mlu_memcpy`."""
     lowered = given.lower()
-    return FORMER.get(lowered, lowered)
+    former = FORMER.get(lowered, lowered)
+    kind = former.rpartition("_")[2]
+    return f"gpu_{kind}" if kind in ("memcpy", "memset") else former
+
+
+def is_beside_work(category: str) -> bool:
+    """Whether it is known to be no work of a device, nor a call that launches some."""
+    return category in HOST or category.endswith(FRAMES)
 
 
 def leaves_device(copy: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from spsim.errors import InputError
 from spsim.files import read_limited
 from spsim.pytorch.kineto.events import Event, Thread, events_in
-from spsim.pytorch.kineto.names import CALLS, DEVICE_WORK, OTHERWISE
+from spsim.pytorch.kineto.names import CALLS, DEVICE_WORK, is_beside_work
 from spsim.pytorch.kineto.phases import Phases
 from spsim.units import GIB
 
@@ -55,7 +55,7 @@ class ProfiledRank:
     def launches(self) -> dict[int | str, Event]:
         """Calls of the host to a device by their correlation."""
         work = set(map(id, self.work))
-        calls = (e for e in self.events if id(e) not in work and (e.category not in OTHERWISE))
+        calls = (event for event in self.events if id(event) not in work and not is_beside_work(event.category))
         found = {event.identifier("correlation"): event for event in calls}
         return {key: event for key, event in found.items() if key is not None}
 
@@ -68,7 +68,7 @@ class ProfiledRank:
 def _is_work(event: Event, launched: set[int | str | None]) -> bool:
     if event.category in DEVICE_WORK:
         return True
-    if event.category in OTHERWISE or event.category.endswith(CALLS):
+    if is_beside_work(event.category) or event.category.endswith(CALLS):
         return False
     return bool(event.arguments.keys() & {"stream", "device"}) or event.identifier("correlation") in launched
 
