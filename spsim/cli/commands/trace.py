@@ -11,8 +11,8 @@ import typer
 from spsim.cli.options import JsonOption
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
 from spsim.engine.trace import Trace
+from spsim.errors import printable
 from spsim.pytorch.kineto import load_kineto_trace
-from spsim.pytorch.kineto.events import printable
 from spsim.report import trace as report
 from spsim.results.measured_summary import TraceSummary, summarise
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from spsim.errors import InputError
+from spsim.errors import InputError, printable
 from spsim.pytorch.kineto.names import ITEMSIZES, category
 
 Thread = tuple[int | str, int | str]
@@ -95,11 +95,6 @@ class Event:
         shown = shown if len(shown) <= VALUE_SHOWN else f"{shown[:VALUE_SHOWN]}…"
         where = f"event {self.number} of traceEvents ({self.name[:NAME_SHOWN]!r})"
         return InputError(f"{where}: {key!r} is {shown}, but must be {rule}")
-
-
-def printable(text: str) -> str:
-    """A text without control characters and halves of letters, which a question mark stands for."""
-    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _is_count(value: Any) -> bool:
