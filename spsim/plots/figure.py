@@ -37,6 +37,7 @@ COLOURS = {
     "dropout": "#66CCEE",
     "elementwise": "#BBBBBB",
     "communication": "#EE6677",
+    "copy": "#DDAA33",
     "other": "#777777",
 }
 """By operator class; `other` is a measured kernel whose name says nothing."""
@@ -75,7 +76,7 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
 
 
 def add_title(figure: Figure, title: str, subtitle: str) -> None:
-    """Title and subtitle at the top left, smaller where they would not fit."""
+    """Title and subtitle at the top left, smaller where they would not fit; a dollar in a name is no mathematics."""
     across, up = figure.get_size_inches()
     left = 0.25
     lines = ((title, TITLE_SIZE, 0.14, "bold", "black"), (subtitle, TEXT_SIZE, 0.45, "normal", MUTED))
@@ -83,7 +84,7 @@ def add_title(figure: Figure, title: str, subtitle: str) -> None:
         width, _ = text_size(text, size, bold=weight == "bold")
         fit = min(1.0, (across - 2 * left) * POINTS / width) if width else 1.0
         figure.text(
-            left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top"
+            left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top", parse_math=False
         )  # fmt: skip
 
 
