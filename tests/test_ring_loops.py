@@ -23,13 +23,14 @@ BACKWARD = ["send_receive", "attention", "elementwise", "elementwise", "send_rec
 
 
 def ring(plan, *, loops, causal=True, workload=None, operators=transformer_layer):
-    """The program of a layer under a plan, with its rings as loops or step by step."""
+    """The program of a layer under a plan, with its rings as loops wherever there is one, or step by step."""
     plan = parse_plan(plan)
+    written_out = 1 if loops else plan.ring
     layer = operators(model(heads=16, kv_heads=8, causal=causal), workload or Workload(seq_len=5040 * 16))
     region = Region(layer, split_rules(plan), mesh_of(plan))
     program = compile_region(region, plan, causal=causal)
     for op in (op for op in layer if op.kind == "attention"):
-        program = lower_ring(program, plan, region.mesh, region.kernels[op.name], causal=causal, loops=loops)
+        program = lower_ring(program, plan, region.mesh, region.kernels[op.name], causal=causal, written_out=written_out)
     return program
 
 
