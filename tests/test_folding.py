@@ -33,6 +33,8 @@ CASES = [
     ("ulysses=4,recompute=selective", UNFUSED, 1),
     ("ring=4", {}, 1),
     ("ring=4,recompute=full", GQA, 1),
+    ("ring=16", GQA, 1),
+    ("ring=16,recompute=full", {}, 1),
     ("ring=4,ring_kind=all_gather", UNFUSED, 1),
     ("ring=4,ring_kind=all_gather", {}, 1),
     ("ring=4,ring_cut=contiguous", {"causal": False}, 1),
