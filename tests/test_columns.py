@@ -175,11 +175,15 @@ def test_blocks_with_loops_run_as_in_the_engine():
 # ------------------------------------------------------------ rows of sweeps
 
 
+MANY_DEGREES = [(8, 1, 2), (4, 2, 2), (8, 2, 1), (2, 1, 8), (4, 1, 4), (1, 1, 16)]
+"""Of several nodes."""
+
+
 def random_settings(rng):
     """Hardware, model and plan of a random configuration, of one node or several, that simulates."""
     while True:
         many = rng.random() < 0.2
-        tp, ulysses, ring = rng.choice([(8, 1, 2), (4, 2, 2), (8, 2, 1), (2, 1, 8), (4, 1, 4), (1, 1, 16)] if many else DEGREES)
+        tp, ulysses, ring = rng.choice(MANY_DEGREES if many else DEGREES)
         kind = rng.choice(["p2p", "p2p", "all_gather"])
         own = {
             "layers": rng.choice([1, 2, 5]), "hidden": rng.choice([512, 4096]), "heads": 16,

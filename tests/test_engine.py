@@ -60,14 +60,15 @@ def test_a_collective_waits_for_the_slowest():
 
 def test_an_exchange_waits_for_its_neighbours_only():
     """Four ranks ready at 1, 2, 3 and 20. Transfers start when both ends are ready: 0-1 at 2, 1-2 at 3, 2-3 and
-    3-0 at 20. A rank's exchange spans both of its own: rank 1 ends 5 ps after 3, the neighbours of 3 after 20.
+    3-0 at 20. A rank's exchange is over with the later of its own, and counts from when that one starts: of rank 1
+    from 3 on, of the neighbours of rank 3 from 20 on.
     """
     programs = {
         rank: [Task(0, "compute", work), Task(1, "net", 5, needs=(0,), meetings=exchange(1, rank, 4))]
         for rank, work in enumerate((1, 2, 3, 20))
     }
     found = times(programs)
-    assert [found[rank, 1][1:] for rank in range(4)] == [(2, 25), (2, 8), (3, 25), (20, 25)]
+    assert [found[rank, 1][1:] for rank in range(4)] == [(20, 25), (3, 8), (20, 25), (20, 25)]
 
 
 def test_two_ranks_exchange_over_one_pair_of_edges():

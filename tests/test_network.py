@@ -114,13 +114,15 @@ def test_of_open_holds_the_larger_share_counts():
 
 
 def test_an_exchange_is_a_transfer_for_each_of_its_edges():
-    """Three ranks ready at 0, 2 and 10, edges of 4 ps. Edge 0-1 moves alone 2-6; 1-2 and 2-0 share 10-18."""
+    """Three ranks ready at 0, 2 and 10, edges of 4 ps. Edge 0-1 moves alone 2-6; 1-2 and 2-0 share 10-18.
+    Ranks 0 and 1 wait for those: until 10 for rank 2.
+    """
     programs = {
         rank: [Task(0, "compute", work), Task(1, "net", 4, (0,), exchange(1, rank, 3))]
         for rank, work in enumerate((0, 2, 10))
     }
     found = times(programs, network=SharedLink)
-    assert [found[rank, 1] for rank in range(3)] == [(0, 2, 18), (2, 2, 18), (10, 10, 18)]
+    assert [found[rank, 1] for rank in range(3)] == [(0, 10, 18), (2, 10, 18), (10, 10, 18)]
 
 
 # ------------------------------------------------------------ the seam

@@ -31,7 +31,8 @@ def ring(plan, *, loops, causal=True, workload=None, operators=transformer_layer
     region = Region(layer, split_rules(plan), mesh_of(plan))
     program = compile_region(region, plan, causal=causal)
     for op in (op for op in layer if op.kind == "attention"):
-        program = lower_ring(program, plan, region.mesh, region.kernels[op.name], causal=causal, written_out=written_out)
+        kernels = region.kernels[op.name]
+        program = lower_ring(program, plan, region.mesh, kernels, causal=causal, written_out=written_out)
     return program
 
 

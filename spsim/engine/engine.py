@@ -7,9 +7,10 @@ While a communication is posted on a rank, its computation runs at `1 - slowdown
 collective holds part of the device, also while it waits for its peers.
 
 A lane of kernels is one simpy process: how long they take depends on what is posted meanwhile, so that the clock
-has to be waited for, once for a row of kernels up to one that another lane waits for. A communication needs no
-process: when it is posted and when it ends follows from the ends of what it waits for and from its peers, and is
-recorded as soon as those are known. Only a network whose transfers share links makes it wait for the clock.
+has to be waited for, once for a row of kernels up to one that another lane waits for; not on a rank on which nothing
+can be posted meanwhile. A communication needs no process: when it is posted and when it ends follows from the ends of
+what it waits for and from its peers, and is recorded as soon as those are known. Only a network whose transfers share
+links makes it wait for the clock.
 
 A run need not begin at the beginning: `Start` says where a rank stands, which is all that tasks that ran before can
 mean to those that follow.
@@ -33,7 +34,8 @@ class _Rank:
     """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
     __slots__ = (
-        "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "times", "waiting",
+        "alone", "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "start", "times",
+        "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -44,9 +46,14 @@ class _Rank:
         durations: Sequence[int] | None,
         start: Start,
         slowdown: float,
+        *,
+        alone: bool,
     ) -> None:
         self.env = env
         self.program = program
+        self.start = start
+        self.alone = alone
+        """Whether nothing is posted on it while a row of kernels runs."""
         self.rate = rate_beside(slowdown)
         """Of kernels while communications are posted that have no slowdown of their own."""
         self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
@@ -100,7 +107,7 @@ class _Rank:
 class _Communicator:
     """A lane of communications of one rank, and where it stands."""
 
-    __slots__ = ("free", "index", "met", "over", "posted", "rank", "runs")
+    __slots__ = ("free", "index", "over", "posted", "rank", "runs")
 
     def __init__(self, rank: int, runs: Sequence[Run], free: int) -> None:
         self.rank = rank
@@ -110,10 +117,10 @@ class _Communicator:
         self.free = free
         self.posted: int | None = None
         """When the communication at `index` was or will be posted, if it is not known when it ends."""
-        self.met: list[int] = []
-        """When its transfers begin of which it is known when they are over."""
-        self.over: list[int] = []
-        """And when they are; without a network as soon as they begin, since each rank then takes its own time."""
+        self.over: list[tuple[int, int]] = []
+        """Of its transfers of which that is known, when they are over and when they begin. Without a network they are
+        over as soon as they begin, since each rank then takes its own time.
+        """
 
 
 class _Simulation:
@@ -136,14 +143,17 @@ class _Simulation:
         self.arrived: dict[Key, list[_Communicator]] = defaultdict(list)
         self.network = None if network is None else network(self.env)
 
-    def add(self, number: int, rank: _Rank, start: Start) -> None:
-        self.ranks[number] = rank
-        for runs in rank.program.kernels:
-            self.env.process(self._compute(rank, runs, start.free(runs[0].lane)))
-
-    def finish(self) -> None:
+    def run(self) -> None:
+        """All tasks of all ranks, to the end."""
         for rank in self.ranks.values():
             self._communicate(rank.communicators)
+        for rank in self.ranks.values():
+            for runs in rank.program.kernels:
+                walk = self._compute(rank, runs, rank.start.free(runs[0].lane))
+                if rank.alone:
+                    next(walk, None)  # to its end: it would wait for nothing but what never comes
+                else:
+                    self.env.process(walk)
         self.env.run()
         waiting = list(self._waiting())
         if waiting:
@@ -174,7 +184,7 @@ class _Simulation:
             if stop == index:
                 yield rank.known(runs[index].needs)
                 continue
-            remaining = end - env.now
+            remaining = 0 if rank.alone else end - env.now
             if remaining:
                 yield env.timeout(remaining)
                 if len(rank.holds) > seen or rank.open:
@@ -231,11 +241,11 @@ class _Simulation:
                     pending += self._arrive(communicator, run.meetings)
                 if len(communicator.over) < len(run.meetings):
                     return
-                start, end = min(communicator.met), max(communicator.over)
+                end, start = max(communicator.over)
                 if self.network is None:
                     end += duration
                 rank.open.remove((posted, rate))
-                communicator.posted, communicator.met, communicator.over = None, [], []
+                communicator.posted, communicator.over = None, []
             communicator.index += 1
             communicator.free = end
             rank.settle(run.last, (posted, end, rate), start)
@@ -273,11 +283,10 @@ class _Simulation:
             end.callbacks.append(over)
 
 
-def _over(communicators: Iterable[_Communicator], met: int, end: int) -> None:
+def _over(communicators: Iterable[_Communicator], begin: int, end: int) -> None:
     """It is known when a transfer of communications ends."""
     for communicator in communicators:
-        communicator.met.append(met)
-        communicator.over.append(end)
+        communicator.over.append((end, begin))
 
 
 _ORIGIN = Start()
@@ -303,7 +312,9 @@ def run(
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
         start = starts[number] if starts else _ORIGIN
-        rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None, start, slowdown)
-        simulation.add(number, rank, start)
-    simulation.finish()
+        own = durations[number] if durations else None
+        alone = network is None and prepared.alone
+        rank = _Rank(simulation.env, number, prepared, own, start, slowdown, alone=alone)
+        simulation.ranks[number] = rank
+    simulation.run()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

@@ -118,6 +118,11 @@ class RankProgram:
         return [runs for runs in self._lanes if runs[0].meetings]
 
     @cached_property
+    def alone(self) -> bool:
+        """Whether no communication meets another rank, and all kernels are on one lane."""
+        return len(self.kernels) < 2 and all(run.parties < 2 for runs in self.communications for run in runs)
+
+    @cached_property
     def rates(self) -> set[int | None]:
         """Rates of kernels beside communications."""
         return {run.rate for runs in self.communications for run in runs}

@@ -24,7 +24,7 @@ from spsim.engine.recording import Integers, Moments, Recording
 from spsim.engine.tasks import RankProgram
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
-from spsim.step.lanes import IDLE, Busy, State, left_by, record, start
+from spsim.step.lanes import IDLE, Busy, State, record, start
 from spsim.step.segments import Segment
 
 
@@ -165,17 +165,15 @@ class _Walk:
     ) -> tuple[Recording, State]:
         """A segment as it ran, and where its ranks stand then."""
         self.events += sum(map(len, moments.values()))
-        by_rank = dict(zip(moments, state, strict=True))
-        recording = record(segment, moments, self.step.sizes[segment.name], by_rank)
-        return recording, tuple([
-            left_by(segment, recording, rank, own, *by_rank[rank]) for rank, own in moments.items()
-        ])  # fmt: skip
+        return record(segment, moments, self.step.sizes[segment.name], state)
 
     # Loops
 
     def _loop(self, loop: Loop) -> list[Node]:
         """Walks the runs of a loop until one begins as an earlier one did."""
         runs = int(loop.runs)
+        if runs == 1:
+            return _edged(self._one(loop, 0), loop)
         nodes: list[Node] = []
         seen: dict[State, _Before] = {}
         last: _Before | None = None
@@ -235,6 +233,8 @@ def _repeated(body: Sequence[Node], runs: int, move: Move) -> Node:
 
 def _edged(nodes: list[Node], loop: Loop) -> list[Node]:
     """The nodes of a loop, with what its first run gets from outside and its last hands to nobody."""
+    if len(nodes) == 1 and loop.brings and loop.drops:
+        return [nodes[0]._replace(brings=loop.brings, drops=loop.drops)]
     if loop.brings:
         nodes[0] = nodes[0]._replace(brings=loop.brings)
     if loop.drops:

@@ -201,9 +201,9 @@ class PreparedBlock:
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
         seconds = np.zeros((self.template.index.num_slots, *numbers.shape[1:]))
-        floats = numbers.astype(np.float64, copy=False).T
+        floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
-            seconds.T[..., group.slots] = compute.duration(group.work(floats))
+            seconds[group.slots] = np.asarray(compute.duration(group.work(floats))).T
         for step, position, slots in self._messages:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
