@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -336,7 +335,7 @@ def test_a_shorter_task_delays_nothing(programs, data):
 
     def shorten(rank, task):
         duration = max(0, task.duration_ps - cut) if (rank, task.id) == chosen else task.duration_ps
-        return replace(task, duration_ps=duration)
+        return task._replace(duration_ps=duration)
 
     before, after = times(programs), times(changed(programs, shorten))
     assert all(after[key][2] <= before[key][2] for key in before)
@@ -349,7 +348,7 @@ def test_another_lane_delays_nothing(programs):
 
     def move(rank, task):
         lane = f"{task.lane} 2" if task.id % 2 and task.lane != "compute" else task.lane
-        return replace(task, lane=lane)
+        return task._replace(lane=lane)
 
     before, after = times(programs), times(changed(programs, move))
     assert all(after[key][2] <= before[key][2] for key in before)
@@ -382,9 +381,9 @@ def halves(programs, cut):
         first[rank] = [task for task in tasks if task.id < cut]
         last = tuple({task.lane: task.id for task in first[rank] if not task.meetings}.values())
         rest = [task for task in tasks if task.id >= cut]
-        whole[rank] = [*first[rank], *(replace(task, needs=(*task.needs, *last)) for task in rest)]
+        whole[rank] = [*first[rank], *(task._replace(needs=(*task.needs, *last)) for task in rest)]
         second[rank] = [
-            replace(task, needs=tuple(f"{need}" if need in range(cut) else need for need in task.needs))
+            task._replace(needs=tuple(f"{need}" if need in range(cut) else need for need in task.needs))
             for task in rest
         ]
     return whole, first, second

@@ -5,7 +5,6 @@ Sorting tasks into lanes and into runs of kernels is done once, for many runs of
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,16 +20,14 @@ Key = tuple[Any, ...]
 """Of a rendezvous: of which group, and its how manieth call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Meeting:
+class Meeting(NamedTuple):
     """A rendezvous: `parties` tasks with the same key must have been posted before any can proceed."""
 
     key: Key
     parties: int
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One item of a lane. A task with meetings is a communication: its duration starts when all have met."""
 
     id: int
@@ -83,16 +80,16 @@ class Run:
 
     def __init__(self, tasks: Sequence[Task], needs: Iterable[Need], awaiting: Collection[Task]) -> None:
         self.lane = tasks[0].lane
-        self.tasks = tuple(task.id for task in tasks)
+        self.tasks = tuple([task.id for task in tasks])
         self.last = self.tasks[-1]
         self.needs = tuple(needs)
         """What the first one waits for: tasks of other lanes, and what ended before the run."""
         self.awaited = bool(awaiting)
         """Whether tasks of other lanes wait for the last one."""
-        self.releases = any(task.meetings for task in awaiting)
+        self.releases = self.awaited and any(task.meetings for task in awaiting)
         """Whether communications are among them."""
         self.meetings = tasks[0].meetings
-        self.parties = max((meeting.parties for meeting in self.meetings), default=0)
+        self.parties = max([meeting.parties for meeting in self.meetings], default=0)
         slowdown = tasks[0].slowdown
         self.rate = None if slowdown is None else rate_beside(slowdown)
         """Of kernels beside it, unless it is that of all."""
@@ -130,39 +127,45 @@ class RankProgram:
     @cached_property
     def _lanes(self) -> list[list[Run]]:
         """Lanes of kernels and of communications: one that has both is two that wait for each other."""
-        lane_of = {task.id: (task.lane, bool(task.meetings)) for task in self.tasks}
-        needs = self._needs(lane_of)
-        awaiting: dict[Need, list[Task]] = defaultdict(list)
-        for task in self.tasks:
-            for need in needs[task.id]:
-                awaiting[need].append(task)
-        lanes: dict[tuple[str, bool], list[list[Task]]] = defaultdict(list)
-        for task in self.tasks:
-            runs = lanes[lane_of[task.id]]
-            if not runs or task.meetings or needs[task.id] or awaiting[runs[-1][-1].id]:
-                runs.append([])
-            runs[-1].append(task)
-        return [[Run(run, needs[run[0].id], awaiting[run[-1].id]) for run in runs] for runs in lanes.values()]
+        needs = self._needs()
+        awaiting: dict[Need, list[Task]] = {}
+        for task, own in zip(self.tasks, needs, strict=True):
+            for need in own:
+                awaiting.setdefault(need, []).append(task)
+        lanes: dict[tuple[str, bool], list[tuple[list[Task], list[Need]]]] = {}
+        for task, own in zip(self.tasks, needs, strict=True):
+            runs = lanes.setdefault((task.lane, bool(task.meetings)), [])
+            if not runs or task.meetings or own or runs[-1][0][-1].id in awaiting:
+                runs.append(([task], own))
+            else:
+                runs[-1][0].append(task)
+        return [[Run(run, own, awaiting.get(run[-1].id, ())) for run, own in runs] for runs in lanes.values()]
 
-    def _needs(self, lane_of: Mapping[int, tuple[str, bool]]) -> dict[int, list[Need]]:
+    def _needs(self) -> list[list[Need]]:
         """What each task waits for on other lanes, unless another of its needs implies it, and before the run."""
-        place = {task.id: index for index, task in enumerate(self.tasks)}
-        needs: dict[int, list[Need]] = {}
+        place = {number: index for index, number in enumerate(self.ids)}
+        lanes: dict[tuple[str, bool], int] = {}
+        lane_of = [lanes.setdefault((task.lane, bool(task.meetings)), len(lanes)) for task in self.tasks]
+        found: list[list[Need]] = []
         before: dict[str, int] = {}
-        ended: dict[int, dict[tuple[str, bool], int]] = {}
-        """The last place of each lane that has ended when a task has."""
-        for task in self.tasks:
-            found: list[int] = []
-            reached: dict[tuple[str, bool], int] = {}
-            named = [need for need in task.needs if isinstance(need, str)]
-            own = {need for need in task.needs if isinstance(need, int)} | {before.get(task.lane, task.id)}
-            own.discard(task.id)
-            for need in sorted(own, key=place.__getitem__, reverse=True):
-                if place[need] > reached.get(lane_of[need], -1):
-                    found.append(need)
-                for lane, last in ended.get(need, {lane_of[need]: place[need]}).items():
-                    reached[lane] = max(last, reached.get(lane, -1))
-            needs[task.id] = [*(need for need in found if lane_of[need] != lane_of[task.id]), *named]
-            ended[task.id] = reached | {lane_of[task.id]: place[task.id]}
-            before[task.lane] = task.id
-        return needs
+        ended: list[list[int]] = []
+        """Of each task so far, the last place of each lane that has ended when it has."""
+        for here, task in enumerate(self.tasks):
+            lane, last = lane_of[here], before.get(task.lane, -1)
+            own = {place[need] for need in task.needs if not isinstance(need, str)} if task.needs else set()
+            if last >= 0:
+                own.add(last)
+            reached = [-1] * len(lanes)
+            needs: list[Need] = []
+            for need in sorted(own, reverse=True):
+                if need <= reached[lane_of[need]]:
+                    continue  # so is all that it waited for
+                if lane_of[need] != lane:
+                    needs.append(self.ids[need])
+                reached = [*map(max, reached, ended[need])] if need < here else reached
+                reached[lane_of[need]] = max(need, reached[lane_of[need]])
+            found.append([*needs, *(need for need in task.needs if isinstance(need, str))] if self.names else needs)
+            reached[lane] = here
+            ended.append(reached)
+            before[task.lane] = here
+        return found

@@ -51,8 +51,8 @@ class KernelGroup:
     """Where the duration of each kernel goes."""
 
     def work(self, values: npt.NDArray[np.float64]) -> Work:
-        """All kernels of the group as one `Work` of arrays, of many workloads with a row for each: in `values` they
-        are columns.
+        """All kernels of the group as one `Work` of arrays; where `values` of many workloads have a column for each,
+        its arrays have a row.
         """
         numbers: dict[str, Any] = {name: values.take(where, axis=0).T for name, where in self.numbers.items()}
         return self.kind(**self.constants, **numbers)

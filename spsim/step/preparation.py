@@ -7,6 +7,7 @@ itinerary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
-from spsim.step.itinerary import Item, Runs, Visit, accumulation
+from spsim.step.itinerary import Item, Loop, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import Segment
 from spsim.units import KIB, MIB, PS_PER_S, picoseconds
@@ -82,6 +83,7 @@ class PreparedBlock:
         differ = any(len(work) > 1 for work in works)
         self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
+        self._layers: dict[int, Loop] = {}
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +116,9 @@ class PreparedBlock:
 
     def itinerary(self, layers: int, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of equal layers, and the synchronisation of the gradients after it."""
-        steps = accumulation(list(self.passes.values()), layers, micro_batches)
+        if layers not in self._layers:
+            self._layers[layers] = accumulation(list(self.passes.values()), layers, 1)
+        steps = replace(self._layers[layers], runs=micro_batches)
         return (steps, Visit(self.sync)) if self.sync else (steps,)
 
     @lazy

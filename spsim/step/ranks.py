@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from spsim.engine.tasks import Meeting, RankProgram, Task
@@ -61,7 +61,7 @@ class Ranks:
         called: Counter[tuple[object, ...]] = Counter()
         for task in segment.tasks:
             call = segment.calls.get(task.id)
-            yield replace(task, meetings=self._meetings(call, rank, called)) if call else task
+            yield task._replace(meetings=self._meetings(call, rank, called)) if call else task
 
     def _meetings(self, call: Call, rank: int, called: Counter[tuple[object, ...]]) -> tuple[Meeting, ...]:
         """A collective meets its whole group; an exchange meets the next rank and the previous one. Of a group each
