@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim.engine.network import Transfer
-from spsim.engine.tasks import DeadlockError, Task
+from spsim.engine.tasks import DeadlockError, Hold, Start, Task
 from tests.replay import SLOWDOWNS, Replay, exchange, meeting, random_programs, random_starts, times
 
 
 class SharedLink:
     """One link for all transfers: an equal part for each that is active, shared anew when one begins or ends."""
+
+    shares = True
 
     def __init__(self, env):
         self.env = env
@@ -131,6 +133,8 @@ def test_an_exchange_is_a_transfer_for_each_of_its_edges():
 class Closed:
     """The closed form as a network."""
 
+    shares = False
+
     def __init__(self, env):
         self.env = env
 
@@ -171,6 +175,17 @@ def test_a_network_is_told_of_each_rendezvous_once():
     assert found[1, 1] == (9, 9, 13)
 
 
+@pytest.mark.parametrize("start", [Start(5, {"net": 9}), Start(5, holds=[Hold(2, 6)])])
+def test_a_shared_link_has_to_know_all_transfers(start):
+    """A lane that is busy and a device that is held come from transfers before the run; ended ones do not matter."""
+    tasks = {0: [Task(0, "compute", 4)]}
+    with pytest.raises(ValueError, match="rank 0 starts with a communication under way"):
+        times(tasks, network=SharedLink, starts={0: start})
+    assert times(tasks, network=Closed, starts={0: start})[0, 0][0] == 5
+    ended = Start(5, {"net": 5}, [Hold(2, 5)], {"before": 4})
+    assert times(tasks, network=SharedLink, starts={0: ended}) == {(0, 0): (5, 5, 9)}
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_who_waits_for_a_transfer_without_an_end_is_named(kernels):
     """A deadlock, with kernels of that rank or without; what does not wait for it ends."""
@@ -209,7 +224,8 @@ class SharedReplay(Replay):
 @given(random_programs(kinds=("collective", "collective")), SLOWDOWNS, st.data())
 def test_a_shared_link_equals_the_replay(programs, slowdown, data):
     """Collectives of all ranks and lanes over one link, beside kernels that wait for them and are slowed."""
-    starts = data.draw(random_starts(programs))
+    drawn = data.draw(random_starts(programs))
+    starts = {rank: Start(start.time, ends=start.ends) for rank, start in drawn.items()}
     found = times(programs, slowdown, starts=starts, network=SharedLink)
     assert found == SharedReplay(programs, slowdown, starts=starts).times()
 

@@ -292,6 +292,18 @@ def _over(communicators: Iterable[_Communicator], begin: int, end: int) -> None:
 _ORIGIN = Start()
 
 
+def _refuse_under_way(starts: Mapping[int, Start]) -> None:
+    """Where transfers share links, those from before a run would have to be known."""
+    for number, start in starts.items():
+        busy = [lane for lane, free in start.lanes.items() if free > start.time]
+        if busy or any(hold.end > start.time for hold in start.holds):
+            where = f" on lane {busy[0]}" if busy else ""
+            raise ValueError(
+                f"rank {number} starts with a communication under way{where}: the network, whose transfers share links, "
+                "does not know of it; begin the run where none is"
+            )
+
+
 def run(
     programs: Mapping[int, RankProgram | Sequence[Task]],
     *,
@@ -305,10 +317,13 @@ def run(
 
     `durations` (by task, in picoseconds) and `starts` are given per rank. The times of each rank are in the order of
     its tasks. A `network` decides when transfers end; without one a communication takes its duration from its last
-    meeting on. Raises `DeadlockError` when tasks wait for each other, for a peer that never comes, or for a transfer
+    meeting on; if its transfers share links, it raises `ValueError` where communications are under way at a start.
+    Raises `DeadlockError` when tasks wait for each other, for a peer that never comes, or for a transfer
     that never ends.
     """
     simulation = _Simulation(network)
+    if starts and simulation.network is not None and simulation.network.shares:
+        _refuse_under_way(starts)
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
         start = starts[number] if starts else _ORIGIN
