@@ -299,8 +299,8 @@ def _refuse_under_way(starts: Mapping[int, Start]) -> None:
         if busy or any(hold.end > start.time for hold in start.holds):
             where = f" on lane {busy[0]}" if busy else ""
             raise ValueError(
-                f"rank {number} starts with a communication under way{where}: the network, whose transfers share links, "
-                "does not know of it; begin the run where none is"
+                f"rank {number} starts with a communication under way{where}: the network, whose transfers share links,"
+                " does not know of it; begin the run where none is"
             )
 
 
