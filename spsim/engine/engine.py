@@ -34,8 +34,8 @@ class _Rank:
     """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
     __slots__ = (
-        "alone", "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "start", "times",
-        "waiting",
+        "alone", "blocked", "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "start",
+        "times", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -60,7 +60,9 @@ class _Rank:
         self.communicators = [_Communicator(number, runs, start.free(runs[0].lane)) for runs in program.communications]
         self.times: dict[Need, Moments] = {name: (start.ends.get(name, start.time),) * 3 for name in program.names}
         self.waiting: dict[Need, simpy.Event] = {}
-        """Events of tasks whose times other lanes want to know."""
+        """Events of tasks whose times lanes of kernels want to know."""
+        self.blocked: dict[Need, list[_Communicator]] = {}
+        """By task those who want to know its times."""
         self.holds: list[Held] = [
             (begin, end, self.rate if own is None else rate_beside(own)) for begin, end, own in start.holds
         ]
@@ -71,10 +73,13 @@ class _Rank:
         self.ordered = sorted if len(rates) < 2 else in_turn
         """Brings holds into order; where all are of one rate, it does not matter that they overlap."""
 
+    def unknown(self, needs: Iterable[Need]) -> Need:
+        """The first of some tasks whose times are not known."""
+        return next(need for need in needs if need not in self.times)
+
     def known(self, needs: Iterable[Need]) -> simpy.Event:
-        """The event of the times of the first of some tasks that is not known becoming known."""
-        unknown = next(need for need in needs if need not in self.times)
-        return self.waiting.setdefault(unknown, self.env.event())
+        """The event of its times becoming known."""
+        return self.waiting.setdefault(self.unknown(needs), self.env.event())
 
     def tell(self, task: int) -> None:
         """The times of a task are known."""
@@ -193,8 +198,8 @@ class _Simulation:
             free, index, last = end, stop, runs[stop - 1]
             if rank.waiting:
                 rank.tell(last.last)
-            if last.releases:
-                self._communicate(rank.communicators)
+            if last.last in rank.blocked:
+                self._communicate(rank.blocked.pop(last.last))
 
     def _row(
         self, rank: _Rank, runs: Sequence[Run], index: int, free: int, holds: Sequence[Held]
@@ -230,6 +235,7 @@ class _Simulation:
             run = runs[communicator.index]
             posted = rank.end_of(run.needs, communicator.free)
             if posted is None:
+                rank.blocked.setdefault(rank.unknown(run.needs), []).append(communicator)
                 return
             rate = rank.rate if run.rate is None else run.rate
             duration = rank.durations[run.last]
@@ -249,8 +255,7 @@ class _Simulation:
             communicator.index += 1
             communicator.free = end
             rank.settle(run.last, (posted, end, rate), start)
-            if run.releases:
-                pending += rank.communicators
+            pending += rank.blocked.pop(run.last, ())
 
     def _arrive(self, communicator: _Communicator, meetings: Sequence[Meeting]) -> list[_Communicator]:
         """Be at meetings from when it is posted; and all who are at those that are complete."""
@@ -259,6 +264,7 @@ class _Simulation:
             there = self.arrived[meeting.key]
             there.append(communicator)
             if len(there) == meeting.parties:
+                del self.arrived[meeting.key]
                 at = max([other.posted or 0 for other in there])
                 if self.network is None:
                     _over(there, at, at)

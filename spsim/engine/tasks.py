@@ -5,7 +5,7 @@ Sorting tasks into lanes and into runs of kernels is done once, for many runs of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -73,36 +73,48 @@ class DeadlockError(RuntimeError):
     """No task can proceed; the message names the ones that wait."""
 
 
-class Run:
+class Run(NamedTuple):
     """Consecutive kernels of a lane of which only the last is waited for, or one communication."""
 
-    __slots__ = ("awaited", "lane", "last", "meetings", "needs", "parties", "rate", "releases", "tasks")
+    lane: str
+    tasks: tuple[int, ...]
+    last: int
+    needs: tuple[Need, ...]
+    """What the first one waits for: tasks of other lanes, and what ended before the run."""
+    awaited: bool
+    """Whether tasks of other lanes wait for the last one."""
+    rate: int | None
+    """Of kernels beside it, unless it is that of all."""
+    meetings: tuple[Meeting, ...] = ()
+    parties: int = 0
 
-    def __init__(self, tasks: Sequence[Task], needs: Iterable[Need], awaiting: Collection[Task]) -> None:
-        self.lane = tasks[0].lane
-        self.tasks = tuple([task.id for task in tasks])
-        self.last = self.tasks[-1]
-        self.needs = tuple(needs)
-        """What the first one waits for: tasks of other lanes, and what ended before the run."""
-        self.awaited = bool(awaiting)
-        """Whether tasks of other lanes wait for the last one."""
-        self.releases = self.awaited and any(task.meetings for task in awaiting)
-        """Whether communications are among them."""
-        self.meetings = tasks[0].meetings
-        self.parties = max([meeting.parties for meeting in self.meetings], default=0)
-        slowdown = tasks[0].slowdown
-        self.rate = None if slowdown is None else rate_beside(slowdown)
-        """Of kernels beside it, unless it is that of all."""
+    def meeting(self, meetings: tuple[Meeting, ...]) -> Run:
+        """The same on another rank."""
+        return self._replace(meetings=meetings, parties=max(meeting.parties for meeting in meetings))
+
+
+def _run(tasks: Sequence[Task], needs: Iterable[Need], *, awaited: bool) -> Run:
+    first, last = tasks[0], tasks[-1].id
+    rate = None if first.slowdown is None else rate_beside(first.slowdown)
+    run = Run(first.lane, tuple([task.id for task in tasks]), last, tuple(needs), awaited, rate)
+    return run.meeting(first.meetings) if first.meetings else run
 
 
 class RankProgram:
     """The tasks of one rank, sorted into lanes; made once for many runs with different durations."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], like: RankProgram | None = None) -> None:
+        """`like` is the program of another rank whose tasks are the same but for whom they meet."""
         self.tasks = tasks
-        self.ids = tuple(task.id for task in tasks)
-        self.names = frozenset(need for task in tasks for need in task.needs if isinstance(need, str))
+        self.ids: tuple[int, ...]
+        self.names: frozenset[str]
         """What ended before the run, as far as a task waits for it."""
+        if like is None:
+            self.ids = tuple([task.id for task in tasks])
+            self.names = frozenset([need for task in tasks for need in task.needs if isinstance(need, str)])
+        else:
+            self.ids, self.names = like.ids, like.names
+        self._like = like
 
     @cached_property
     def kernels(self) -> list[list[Run]]:
@@ -127,19 +139,20 @@ class RankProgram:
     @cached_property
     def _lanes(self) -> list[list[Run]]:
         """Lanes of kernels and of communications: one that has both is two that wait for each other."""
+        if self._like is not None:
+            meetings = {task.id: task.meetings for task in self.tasks}
+            lanes_of = self._like._lanes
+            return [[run.meeting(meetings[run.last]) if run.meetings else run for run in runs] for runs in lanes_of]
         needs = self._needs()
-        awaiting: dict[Need, list[Task]] = {}
-        for task, own in zip(self.tasks, needs, strict=True):
-            for need in own:
-                awaiting.setdefault(need, []).append(task)
+        awaited = {need for own in needs for need in own}
         lanes: dict[tuple[str, bool], list[tuple[list[Task], list[Need]]]] = {}
         for task, own in zip(self.tasks, needs, strict=True):
             runs = lanes.setdefault((task.lane, bool(task.meetings)), [])
-            if not runs or task.meetings or own or runs[-1][0][-1].id in awaiting:
+            if not runs or task.meetings or own or runs[-1][0][-1].id in awaited:
                 runs.append(([task], own))
             else:
                 runs[-1][0].append(task)
-        return [[Run(run, own, awaiting.get(run[-1].id, ())) for run, own in runs] for runs in lanes.values()]
+        return [[_run(run, own, awaited=run[-1].id in awaited) for run, own in runs] for runs in lanes.values()]
 
     def _needs(self) -> list[list[Need]]:
         """What each task waits for on other lanes, unless another of its needs implies it, and before the run."""

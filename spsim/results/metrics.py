@@ -77,9 +77,8 @@ def _idle(recording: Recording, rank: int) -> Idle:
         return Idle()
     if not recording.begins and times[:, STARTED].tolist() == times[:, POSTED].tolist():
         return Idle(communication=length)
-    parts = accounts.of_piece(recording, rank).parts
-    waits = Idle(0, parts[accounts.PEERS], parts[accounts.STAGES], parts[accounts.IDLE])
-    return waits._replace(communication=length - sum(waits))
+    _, transfer, peer, stage = accounts.levels(recording, rank)
+    return Idle(transfer, peer, stage, length - transfer - peer - stage)
 
 
 def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:

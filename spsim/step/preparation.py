@@ -88,7 +88,7 @@ class PreparedBlock:
     @property
     def nbytes(self) -> int:
         """About the memory that it takes, and will take once it has been simulated."""
-        return 3 * KIB * sum(len(segment.tasks) for segment in self.segments) * (1 + self.ranks.number)
+        return KIB * sum(len(segment.tasks) for segment in self.segments) * (24 + self.ranks.number) // 4
 
     @lazy
     def programs(self) -> dict[str, Mapping[int, RankProgram]]:
