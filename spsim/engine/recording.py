@@ -37,11 +37,15 @@ Moments = tuple[int, int, int]
 """When a task was posted, started and ended, as of a span."""
 Integers = npt.NDArray[Any]
 """64 bits each, or Python's own where that is too few."""
+Ran = Sequence[Moments] | Integers
+"""Moments of tasks in order, as an array a row for each."""
 _NOTHING: Integers = np.zeros(0, dtype=np.int64)
 
 
-def columns(moments: Sequence[Moments]) -> Integers:
+def columns(moments: Ran) -> Integers:
     """Moments as an array, a row for each task; exactly."""
+    if isinstance(moments, np.ndarray):
+        return moments
     flat = chain.from_iterable(moments)
     try:
         return np.fromiter(flat, np.int64, 3 * len(moments)).reshape(-1, 3)

@@ -92,7 +92,8 @@ def levels(recording: Recording, rank: int) -> list[int]:
     if flights:
         lanes = [*lanes, *(flight.lane for flight in flights)]
         times = np.concatenate([times, [flight[1:4] for flight in flights]])
-    does = np.array([KERNEL if lane.startswith(COMPUTE_LANE) else _waits_at(lane) for lane in lanes])
+    at = {lane: KERNEL if lane.startswith(COMPUTE_LANE) else _waits_at(lane) for lane in {*lanes}}
+    does = np.array([at[lane] for lane in lanes])
     works, waits = times[:, [STARTED, ENDED]], times[:, [POSTED, STARTED]]
     spans = [works[does == KERNEL], works[does != KERNEL], waits[does == PEER], waits[does == STAGE]]
     covered = [_covered(np.concatenate(spans[: level + 1]), begin, end) for level in (KERNEL, TRANSFER, PEER, STAGE)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from spsim.engine.recording import ENDED, Flight, Integers, Left, Moments, Recording, columns
+from spsim.engine.recording import ENDED, Flight, Integers, Left, Ran, Recording, columns
 from spsim.engine.tasks import Hold, Start
 from spsim.step.segments import Segment
 
@@ -42,7 +42,7 @@ def start(segment: Segment, time: int, busy: Busy) -> Start:
 
 
 def record(
-    segment: Segment, moments: Mapping[int, Sequence[Moments]], sizes: Sequence[int] | Integers, found: State
+    segment: Segment, moments: Mapping[int, Ran], sizes: Sequence[int] | Integers, found: State
 ) -> tuple[Recording, State]:
     """A segment as it ran on ranks that stood as `found`, and how they stand then."""
     times = {rank: columns(own) for rank, own in moments.items()}
@@ -66,25 +66,23 @@ def record(
     ])  # fmt: skip
 
 
-def end_of(segment: Segment, moments: Sequence[Moments], time: int) -> int:
+def end_of(segment: Segment, moments: Ran, time: int) -> int:
     """When the kernels of a rank end after a segment; `time` before it."""
     last = segment.outline.last_kernel
-    return time if last is None else moments[last][ENDED]
+    return time if last is None else int(moments[last][ENDED])
 
 
-def _outlasts(segment: Segment, moments: Sequence[Moments], end: int, busy: Busy) -> bool:
+def _outlasts(segment: Segment, moments: Ran, end: int, busy: Busy) -> bool:
     """Whether anything may be left undone when the kernels end."""
     return busy is not IDLE or any(moments[task][ENDED] > end for task in segment.last_calls.values())
 
 
-def _left(
-    segment: Segment, recording: Recording, rank: int, moments: Sequence[Moments], end: int, time: int, busy: Busy
-) -> Busy:
+def _left(segment: Segment, recording: Recording, rank: int, moments: Ran, end: int, time: int, busy: Busy) -> Busy:
     """What is left undone at the `end` of the kernels of a rank, which stood at `time` as it was."""
     lanes = {lane: time + free for lane, free in busy.lanes}
-    lanes |= {lane: moments[task][ENDED] for lane, task in segment.last_calls.items()}
+    lanes |= {lane: int(moments[task][ENDED]) for lane, task in segment.last_calls.items()}
     ends = {name: time + arrival for name, arrival in busy.ends}
-    ends |= {name: moments[task][ENDED] for name, task in segment.exports.items()}
+    ends |= {name: int(moments[task][ENDED]) for name, task in segment.exports.items()}
     flights = [flight.moved(time) for flight in busy.flights]
     flights += flights_of(segment, moments)
     left = Busy(
@@ -96,10 +94,13 @@ def _left(
     return IDLE if left == IDLE else left
 
 
-def flights_of(segment: Segment, moments: Sequence[Moments]) -> list[Flight]:
+def flights_of(segment: Segment, moments: Ran) -> list[Flight]:
     """The communications of a segment."""
-    own = ((segment.tasks[task], segment.labels[task]) for task in segment.calls)
-    return [Flight(task.lane, *moments[task.id], label.kind, task.slowdown) for task, label in own]
+    found = []
+    for call in segment.calls:
+        task, (posted, start, end) = segment.tasks[call], map(int, moments[call])
+        found.append(Flight(task.lane, posted, start, end, segment.labels[call].kind, task.slowdown))
+    return found
 
 
 def _merged(flights: Iterable[Flight]) -> tuple[Flight, ...]:

@@ -28,6 +28,7 @@ from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import layer_template
+from spsim.step.abreast import Abreast
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
@@ -94,6 +95,13 @@ class PreparedBlock:
     def programs(self) -> dict[str, Mapping[int, RankProgram]]:
         """Segment -> simulated rank -> its tasks."""
         return {segment.name: self.ranks.programs(segment) for segment in self.segments}
+
+    @lazy
+    def abreast(self) -> dict[str, Abreast]:
+        """Segments prepared for all ranks at once, where they are folded."""
+        if self.ranks.simulated != "positions":
+            return {}
+        return {segment.name: Abreast(segment, self.programs[segment.name]) for segment in self.segments}
 
     @lazy
     def columns(self) -> BlockColumns | None:
