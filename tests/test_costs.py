@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from spsim import simulate
 from spsim.costs.collectives import CommCost, CurveTime
 from spsim.costs.kernels import ComputeCost
+from spsim.costs.traffic import TrafficCost
 from spsim.errors import InputError
 from spsim.inputs.hardware import CollectiveCurve
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
@@ -110,7 +111,7 @@ def test_measured_points_are_reproduced(hardware, name):
     of a smaller message where that was measured slower. Within the whole bytes of the wire.
     """
     cost = CommCost(load_profile(hardware))
-    for measured in cost.inner.curves[name]:
+    for measured in cost.inner.curves.get(name, ()):
         slowest = measured.curve.latency_us * US
         for message, bandwidth in measured.curve.points:
             time = float(wire_share(name, measured.curve.ranks)) * message / (bandwidth * 1e9)
@@ -135,7 +136,7 @@ def test_in_network_reduction_serves_large_groups_and_all_reduce_only():
         assert cost.duration("all_reduce", 2**30, ranks) == cost.overhead + nvls(2**30, ranks)
         assert nvls(2**30, ranks) < ring(2**30, ranks)
     assert cost.duration("all_reduce", 2**30, 8) - cost.overhead == pytest.approx(2**30 * 1.75 / 469.67e9, rel=1e-5)
-    others = [c.curve.algorithm for name in COLLECTIVES[1:] for c in cost.inner.curves[name]]
+    others = [c.curve.algorithm for name in COLLECTIVES[1:] for c in cost.inner.curves.get(name, ())]
     assert "nvls" not in others
 
 
@@ -233,7 +234,7 @@ def test_a_weight_gradient_by_hand():
 def test_a_batched_product_fills_the_device_with_all_of_its_tiles():
     """32 products of 512 x 512 have 256 tiles: the tail is 1 + 54/256, not 1 + 54/8 of one product."""
     one, batch = Gemm(512, 512, 512, 1, 1), Gemm(512, 512, 512, 32, 1)
-    ratio = (a100().gemm_time(batch) - 4 * US) / (a100().gemm_time(one) - 4 * US)
+    ratio = (a100().duration(batch) - 4 * US) / (a100().duration(one) - 4 * US)
     assert ratio == pytest.approx(32 * (1 + 54 / 256) / (1 + 54 / 8))
 
 
@@ -262,7 +263,7 @@ def test_short_sequences_reach_half_of_the_rate():
     cost = a100()
 
     def rate(work):
-        return work.flops / (cost.attention_time(work) - 4 * US)
+        return work.flops / (cost.duration(work) - 4 * US)
 
     assert rate(flash(tokens=313)) == pytest.approx(312e12 * 0.6792 / 2)
     assert rate(flash(tokens=2**20)) == pytest.approx(312e12 * 0.6792, rel=1e-3)
@@ -284,7 +285,7 @@ def test_head_sizes_are_interpolated(head_dim, fraction, half_tokens):
     """Measured at 64 and 128."""
     work = flash(head_dim)
     expected = work.flops / (312e12 * fraction * 4096 / (4096 + half_tokens))
-    assert a100().attention_time(work) == pytest.approx(4 * US + expected, rel=1e-9)
+    assert a100().duration(work) == pytest.approx(4 * US + expected, rel=1e-9)
 
 
 WITH_FP8 = [name for name in profile_names() if "fp8" in load_profile(name).datasheet.peak_tflops]
@@ -312,7 +313,7 @@ def test_heads_of_different_sizes_at_once():
 def test_attention_bound_by_memory():
     """1.7005 GB of traffic at 0.834 of 2039 GB/s take a millisecond."""
     work = FlashAttention("forward", 1, 1, 128, 128, 512, 512, 1, False, bytes_moved=1_700_526_000)
-    assert a100().attention_time(work) == pytest.approx(1004 * US, rel=1e-6)
+    assert a100().duration(work) == pytest.approx(1004 * US, rel=1e-6)
 
 
 MIB = 2**20
@@ -346,8 +347,8 @@ def test_memory_bound_tiers_by_hand(name):
 def test_memory_bound_time_is_monotone_and_continuous(hardware, name, size, more):
     """A few bytes more take a little more, never less: at most 4 times what they would at memory speed."""
     cost = ComputeCost(load_profile(hardware), "bf16")
-    less, longer = (cost.memory_time(MemoryBound(name, n)) for n in (size, size + more))
-    at_memory_speed = more / cost._bandwidth(name)
+    less, longer = (cost.duration(MemoryBound(name, n)) for n in (size, size + more))
+    at_memory_speed = more / TrafficCost(load_profile(hardware), "bf16").bandwidth(name)
     assert less <= longer <= less + 4 * at_memory_speed + 1e-15
 
 

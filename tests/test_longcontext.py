@@ -20,7 +20,7 @@ LIMITS = {
     "a100-128k-2x32": (5, 5, 70),
     "a100-128k-8x128": (17, 19, 14),
     "a100-128k-64x32-gqa8": (17, 19, 30),
-    "a100-32k-32x32": (17, 20, 210),  # also Ulysses: not explained
+    "a100-32k-32x32": (16, 20, 210),  # also Ulysses: not explained
     "a100-report-32k-32x128-gqa4": (18, 18, 26),
     "a100-report-128k-32x128-gqa4": (18, 19, 320),  # perhaps forward and backward
     "l20-128k-32x32": (17, 21, 20),

@@ -16,10 +16,20 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from spsim.errors import InputError
-from spsim.work import known_data_type, known_kernel_pass
+from spsim.inputs.configuration import Name
+from spsim.inputs.kernel_coefficients import (
+    AttentionCoefficients,
+    DataType,
+    GemmCoefficients,
+    KernelPass,
+    KernelRates,
+    MemoryBoundFractions,
+    SendCoefficients,
+)
+from spsim.inputs.quantities import Bandwidth, Microseconds, NonNegative, Provenance, Quantity, Table
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
 
@@ -27,67 +37,10 @@ PEAK_IDENTITY_TOLERANCE = 0.01
 """Largest relative gap between a 16-bit peak and units x FLOP per clock x clock; a sparse peak is off by 2."""
 
 
-class Table(BaseModel):
-    """A table of a profile: frozen, and an unknown key is an error. A validator is built when it is first used: that
-    of a profile contains those of its tables.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
-
-
-Number = Annotated[float, Field(strict=True)]
-KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
-"""Such as gelu_backward."""
-DataType = Annotated[str, AfterValidator(known_data_type)]
-HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
-
-
-class Provenance(Table):
-    """Where a number comes from."""
-
-    source: Annotated[str, Field(min_length=3)]
-    """A key of the profile's `sources`."""
-    fitted_on: tuple[str, ...] = ()
-    """Ids of the measured cases that the value was fitted on; empty for a value measured by itself."""
-    held_out_error_percent: float | None = None
-    flagged: bool = False
-    """True where a calibration missed its error limit for this class."""
-
-
-class Quantity(Provenance):
-    """A positive number and its source; the unit is in the name of the field that holds it."""
-
-    value: Annotated[Number, Field(gt=0)]
-
-
-class Bandwidth(Quantity):
-    """GB/s: a value beyond the bounds is in another unit."""
-
-    value: Annotated[Number, Field(ge=0.1, le=1e5)]
-
-
-class Microseconds(Provenance):
-    """Time of a start or a latency: a value beyond the bound is in another unit."""
-
-    value: Annotated[Number, Field(ge=0, le=1e3)]
-
-
-class Fraction(Provenance):
-    """A number in (0, 1] and its source."""
-
-    value: Annotated[Number, Field(gt=0, le=1)]
-
-
-class NonNegative(Provenance):
-    """A number of at least 0 and its source."""
-
-    value: Annotated[Number, Field(ge=0)]
-
-
 class Level(Table):
     """One level of the topology, inner to outer."""
 
-    name: str
+    name: Name
     kind: Literal["switch", "full_mesh", "ring", "pcie_tree", "shared_memory", "fat_tree"]
     gpus: Annotated[int, Field(ge=1)] | None = None
     """GPUs that the level joins; none for a fabric without a limit."""
@@ -114,7 +67,7 @@ class DeviceMemory(Table):
 class Datasheet(Table):
     """The vendor's figures of one device and its topology."""
 
-    device: str
+    device: Name
     compute_units: Quantity
     flop_per_clock_per_unit: Quantity
     """16-bit dense matrix FLOP; for a CPU, of its widest type."""
@@ -143,74 +96,6 @@ class Datasheet(Table):
                 "give the dense peak and the clock it is stated for"
             )
         return self
-
-
-class GemmCoefficients(Table):
-    """Matrix products: see `compute_cost.gemm_time`."""
-
-    fraction: dict[str, Fraction]
-    """Share of the dense peak that full tiles reach, by data type."""
-    k_pad: NonNegative
-    """Elements added to K for the prologue and epilogue of a tile."""
-    tile_m: Quantity
-    tile_n: Quantity
-    tail_waves: NonNegative
-    """Mean part of a wave of tiles lost at the end; ceil(x) - x averages one half."""
-    weight_gradient_rate: Fraction
-    """Rate of the weight-gradient product relative to forward."""
-    accumulation_exposed: NonNegative
-    """Share of the read and write of fp32 main gradients that the product does not hide."""
-    traffic_exposed: NonNegative | None = None
-    """Share of the shorter of FLOP time and memory time that the other does not hide; none unless measured."""
-    start_us: NonNegative | None = None
-    """Start of a product beyond that of any kernel: the call of its library; none unless measured."""
-
-
-class AttentionCurve(Table):
-    """Flash attention of one head size, direction and masking."""
-
-    fraction: Fraction
-    """Share of the dense peak at long sequences; a causal kernel is charged half the square."""
-    half_tokens: NonNegative
-    """Sequence length at which half of that share is reached."""
-
-
-class AttentionMasks(Table):
-    """Curves by head size (a decimal number as key)."""
-
-    causal: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
-    full: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
-    block_tokens: NonNegative | None = None
-    """Keys that a masked kernel computes or skips together; their cost is part of the curves unless measured."""
-
-
-class AttentionCoefficients(Table):
-    """Flash attention curves, by direction, masking and head size."""
-
-    forward: AttentionMasks
-    backward: AttentionMasks
-
-
-class MemoryBoundFractions(Table):
-    """Share of the memory bandwidth by operator class."""
-
-    elementwise: Fraction
-    norm: Fraction
-    softmax: Fraction
-    dropout: Fraction
-    embedding: Fraction | None = None
-    cross_entropy: Fraction | None = None
-    optimizer: Fraction | None = None
-    """The last three stand outside the transformer layers."""
-
-
-class KernelRates(Table):
-    """Measured traffic of one sort of memory-bound kernel, in memory and in the last-level cache."""
-
-    memory_gb_per_s: Bandwidth
-    cache_gb_per_s: Bandwidth
-    start_us: NonNegative | None = None
-    """Start beyond that of any kernel, such as a node of the autograd graph on a CPU; none unless measured."""
 
 
 class CollectiveCurve(Provenance):
@@ -257,10 +142,10 @@ class Coefficients(Table):
 
     gemm: GemmCoefficients
     attention: AttentionCoefficients
-    attention_by_dtype: dict[DataType, AttentionCoefficients] = {}
+    attention_by_dtype: dict[DataType, AttentionCoefficients] = Field(default_factory=dict)
     """Where the kernel of a data type is another than `attention` describes."""
     memory_bound: MemoryBoundFractions
-    kernel_rates: dict[DataType, dict[KernelPass, KernelRates]] = {}
+    kernel_rates: dict[DataType, dict[KernelPass, KernelRates]] = Field(default_factory=dict)
     """By data type and kernel_direction, such as gelu_backward, where more than the traffic matters; others have
     `memory_bound`. Types without rates take those of `bf16`: tensors between products are of 16 bits."""
     l2_bandwidth_gb_per_s: Bandwidth
@@ -269,6 +154,8 @@ class Coefficients(Table):
     """Start of one kernel in a busy stream."""
     collectives: dict[str, dict[CollectiveName, Annotated[tuple[CollectiveCurve, ...], Field(min_length=1)]]]
     """Curves by topology level and collective."""
+    sends: dict[str, SendCoefficients] = Field(default_factory=dict)
+    """By topology level, in the place of a curve of `send_receive`: its time depends on the communicator."""
     collective_overhead_us: Microseconds
     """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
     the compute stream and the communication stream, both ways."""
@@ -292,7 +179,7 @@ class HardwareProfile(Table):
     name: Annotated[str, Field(min_length=1)]
     description: str
     as_of: str
-    provenance: dict[str, str] = {}
+    provenance: dict[str, str] = Field(default_factory=dict)
     """Versions, clocks, dates and hosts of a calibration."""
     sources: dict[str, str]
     datasheet: Datasheet
@@ -315,6 +202,11 @@ class HardwareProfile(Table):
             for collective, curves in table.items():
                 for curve in curves:
                     _check_curve(levels[name], collective, curve)
+        for name in self.coefficients.sends:
+            if name not in levels:
+                raise ValueError(f"sends name the level {name!r}, which the topology does not have")
+            if "send_receive" in self.coefficients.collectives.get(name, {}):
+                raise ValueError(f"sends.{name} and collectives.{name}.send_receive say the same; keep one")
         return self
 
     @model_validator(mode="after")

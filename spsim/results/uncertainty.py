@@ -23,7 +23,8 @@ from spsim.costs.kernels import ComputeCost
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
 from spsim.engine.trace import Trace
-from spsim.inputs.hardware import HardwareProfile, Provenance, leaves
+from spsim.inputs.hardware import HardwareProfile, leaves
+from spsim.inputs.quantities import Provenance
 from spsim.program.instructions import Communication, Instruction
 from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective
@@ -114,7 +115,7 @@ class Account:
         if key not in self._collectives:
             nodes = nodes_of(self.block.mesh, axes, self.gpus_per_node, ranks)
             paths = self.comm.coefficients_of(collective, nodes)
-            self._collectives[key] = tuple(path for path in paths if path.startswith("collectives."))
+            self._collectives[key] = tuple(path for path in paths if path.startswith(("collectives.", "sends.")))
         return self._collectives[key]
 
     def flagged(self) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spsim.inputs.hardware import HardwareProfile, Leaf, Provenance, Table, leaves
+from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
+from spsim.inputs.quantities import Provenance, Table
 
 
 def leaf_at(profile: HardwareProfile, path: str) -> Any:
@@ -37,6 +38,12 @@ def _with_leaves(here: Any, changes: Mapping[tuple[str, ...], Leaf | Table]) -> 
     if isinstance(here, dict):
         return {**here, **{name: _with_leaves(here.get(name, {}), own) for name, own in inner.items()}}
     return here.model_copy(update={name: _with_leaves(getattr(here, name), own) for name, own in inner.items()})
+
+
+def without_sends(profile: HardwareProfile, level: str) -> HardwareProfile:
+    """The profile without the law of send-receive at a level, in whose place comes a measured curve."""
+    sends = {name: table for name, table in profile.coefficients.sends.items() if name != level}
+    return profile.model_copy(update={"coefficients": profile.coefficients.model_copy(update={"sends": sends})})
 
 
 def with_values(profile: HardwareProfile, values: Mapping[str, float]) -> HardwareProfile:

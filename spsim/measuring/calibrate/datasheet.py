@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from spsim.errors import InputError
-from spsim.inputs.hardware import Bandwidth, Datasheet, HardwareProfile, Quantity
+from spsim.inputs.hardware import Datasheet, HardwareProfile
+from spsim.inputs.quantities import Bandwidth, Quantity
 from spsim.measuring.calibrate.collective_fit import algorithm_of, measured_series
 from spsim.measuring.calibrate.records import Measurement, RowError
 from spsim.measuring.calibrate.samples import attention_samples, gemm_samples, memory_samples, timed

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spsim.errors import InputError
-from spsim.inputs.hardware import HardwareProfile, Leaf, Provenance, leaves
+from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
 from spsim.inputs.profiles import parse_profile
+from spsim.inputs.quantities import Provenance
 from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for

@@ -9,7 +9,9 @@ from itertools import product
 import numpy as np
 
 from spsim.costs.kernels import ComputeCost
-from spsim.inputs.hardware import AttentionCurve, Fraction, HardwareProfile, Leaf, NonNegative
+from spsim.inputs.hardware import HardwareProfile, Leaf
+from spsim.inputs.kernel_coefficients import AttentionCurve
+from spsim.inputs.quantities import Fraction, NonNegative
 from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves, with_values
 from spsim.measuring.calibrate.outcome import ClassFit, Seconds
 from spsim.measuring.calibrate.records import Measurement

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.kernels import ComputeCost, rates_key
+from spsim.costs.kernels import ComputeCost
+from spsim.costs.traffic import rates_key
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.measuring.calibrate.records import Measurement

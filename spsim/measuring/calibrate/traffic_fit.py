@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from spsim.costs.kernels import rates_key
-from spsim.inputs.hardware import Bandwidth, Fraction, HardwareProfile, KernelRates, NonNegative
+from spsim.costs.traffic import rates_key
+from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.kernel_coefficients import KernelRates
+from spsim.inputs.quantities import Bandwidth, Fraction, NonNegative
 from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
 from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
 from spsim.measuring.calibrate.outcome import ClassFit, mean_error

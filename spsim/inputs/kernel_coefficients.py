@@ -1,0 +1,100 @@
+"""Coefficients of the formulas that time kernels and sends, as a hardware profile holds them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Quantity, Table
+from spsim.work import known_data_type, known_kernel_pass
+
+KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
+"""Such as gelu_backward."""
+DataType = Annotated[str, AfterValidator(known_data_type)]
+HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+
+
+class GemmCoefficients(Table):
+    """Matrix products: see `costs.products`."""
+
+    fraction: dict[str, Fraction]
+    """Share of the dense peak that full tiles reach, by data type."""
+    k_pad: NonNegative
+    """Elements added to K for the prologue and epilogue of a tile."""
+    tile_m: Quantity
+    tile_n: Quantity
+    tail_waves: NonNegative
+    """Mean part of a wave of tiles lost at the end; ceil(x) - x averages one half."""
+    weight_gradient_rate: Fraction
+    """Rate of the weight-gradient product relative to forward."""
+    accumulation_exposed: NonNegative
+    """Share of the read and write of fp32 main gradients that the product does not hide."""
+    traffic_exposed: NonNegative | None = None
+    """Share of the shorter of FLOP time and memory time that the other does not hide; none unless measured."""
+    start_us: NonNegative | None = None
+    """Start of a product beyond that of any kernel: the call of its library; none unless measured."""
+
+
+class AttentionCurve(Table):
+    """Flash attention of one head size, direction and masking."""
+
+    fraction: Fraction
+    """Share of the dense peak at long sequences; a causal kernel is charged half the square."""
+    half_tokens: NonNegative
+    """Sequence length at which half of that share is reached."""
+
+
+class AttentionMasks(Table):
+    """Curves by head size (a decimal number as key)."""
+
+    causal: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
+    full: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
+    block_tokens: NonNegative | None = None
+    """Keys that a masked kernel computes or skips together; their cost is part of the curves unless measured."""
+
+
+class AttentionCoefficients(Table):
+    """Flash attention curves, by direction, masking and head size."""
+
+    forward: AttentionMasks
+    backward: AttentionMasks
+
+
+class MemoryBoundFractions(Table):
+    """Share of the memory bandwidth by operator class."""
+
+    elementwise: Fraction
+    norm: Fraction
+    softmax: Fraction
+    dropout: Fraction
+    embedding: Fraction | None = None
+    cross_entropy: Fraction | None = None
+    optimizer: Fraction | None = None
+    """The last three stand outside the transformer layers."""
+
+
+class KernelRates(Table):
+    """Measured traffic of one sort of memory-bound kernel, in memory and in the last-level cache."""
+
+    memory_gb_per_s: Bandwidth
+    cache_gb_per_s: Bandwidth
+    start_us: NonNegative | None = None
+    """Start beyond that of any kernel, such as a node of the autograd graph on a CPU; none unless measured."""
+
+
+class SendCoefficients(Table):
+    """Send and receive by the channels that NCCL gives to one: see `costs.sends`."""
+
+    channel_gb_per_s: Bandwidth
+    """That one channel copies at."""
+    link_gb_per_s: Bandwidth
+    """That all channels reach at most."""
+    blend: Quantity | None = None
+    """Exponent by which the two limits blend where they are alike; without it the lower one holds."""
+    start_us: Microseconds
+    """Time of a message beyond its bytes."""
+    latency_us: Microseconds
+    """Time of the smallest messages."""
+    from_mib: Quantity
+    """Smallest message that these describe; below it the time is interpolated from the latency."""
