@@ -76,7 +76,8 @@ def frame(tables: Sequence[Table], order: Sequence[int]) -> pd.DataFrame:
     named = dict.fromkeys(name for index in dict.fromkeys(number[in_order].tolist()) for name in tables[index].columns)
     ready = tables[0].columns if len(tables) == 1 and np.array_equal(places[0], np.arange(count)) else {}
     columns = {
-        name: ready[name] if _is_known(ready.get(name)) else _joined(name, tables, places, count) for name in named
+        name: ready[name].copy() if _is_known(ready.get(name)) else _joined(name, tables, places, count)
+        for name in named
     }
     mixed = [name for name, column in columns.items() if column is None]
     if mixed:
