@@ -204,7 +204,7 @@ class AttentionCost:
         return self._profile.coefficients.attention_picked
 
 
-def _value(leaf: Quantity | None | Any, otherwise: float) -> float:
+def _value(leaf: Quantity | Any | None, otherwise: float) -> float:
     return otherwise if leaf is None else float(leaf.value)
 
 

@@ -67,8 +67,9 @@ def _fit_pass(samples: Sequence[Sample], profile: HardwareProfile, root: str) ->
     together, if that predicts better.
     """
     tiles = dict.fromkeys(("causal" if _work(s).causal else "full", _work(s).head_dim) for s in samples)
-    starts = {f"{root}.{mask}": _tiles(leaf_at(profile, root), mask, tiles) for mask in ("causal", "full")}
-    profile = with_leaves(profile, starts)
+    own = leaf_at(profile, root)
+    begun = own.model_copy(update={mask: _tiles(own, mask, tiles) for mask in ("causal", "full")})
+    profile = with_leaves(profile, {root: begun})
     plain = list(_parameters(samples, profile, root, tiles))
     fit = fit_samples(samples, profile, plain)
     if _error(fit) < GOOD or not any(mask == "causal" for mask, _ in tiles):

@@ -203,12 +203,25 @@ def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Measurement]:
             raise first_problem(error, f"{path}: line {reader.line_num}") from None
 
 
+def _check_header(path: Path) -> None:
+    with path.open("a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+    if header is not None and tuple(header) == COLUMNS_BEFORE:
+        raise InputError(
+            f"{path}: was measured before attention had several kernels; fit it alone, or give another --raw"
+        )
+
+
 LONGEST_LINE = 2**16
 """Bytes from the end of a file within which its last line begins."""
 
 
 def append_measurements(path: Path, rows: Sequence[Measurement]) -> None:
-    """Add rows to a raw file, with its header when it is new; a line that was cut short is removed first."""
+    """Add rows to a raw file, with its header when it is new; a line that was cut short is removed first.
+    `InputError` where the file is of an older version, with other columns.
+    """
+    _check_header(path)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     with path.open("a+b") as file:

@@ -108,8 +108,8 @@ def _attention(row: Measurement) -> FlashAttention:
     heads = row.heads or 1
     return FlashAttention(
         kernel_of(row), "backward" if row.name == "backward" else "forward", row.batch or 1, heads,
-        row.kv_heads or heads, row.head_dim or 1, row.head_dim or 1, queries, keys, queries * keys * (1 if row.causal else 2), bool(row.causal),
-        row.bytes_moved or 0,
+        row.kv_heads or heads, row.head_dim or 1, row.head_dim or 1, queries, keys,
+        queries * keys * (1 if row.causal else 2), bool(row.causal), row.bytes_moved or 0,
     )  # fmt: skip
 
 

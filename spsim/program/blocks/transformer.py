@@ -124,9 +124,7 @@ class _Layer:
         self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope")
         return out
 
-    def fused_attention(
-        self, kernel: AttentionKernel | Framework, q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor:
+    def fused_attention(self, kernel: AttentionKernel | Framework, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Core attention in one kernel; keeps q, k, v, its output and the log-sum-exp of each row."""
         context = self.tensor("context", "s b a d")
         log_sum_exp = self.tensor("log_sum_exp", "a s b", "log-sum-exp", itemsize=4)
