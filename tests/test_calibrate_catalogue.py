@@ -36,12 +36,19 @@ def machine(**changes):
     """One node of eight GPUs with a cache of 50 MiB, unless changed."""
     fields = {
         "device": "cuda", "dtypes": ("fp32", "tf32", "fp16", "bf16", "fp8"), "cache_bytes": 50 * MIB, "ranks": 8,
-        "nodes": 1, "levels": ("nvlink", "infiniband"),
+        "nodes": 1, "levels": ("nvlink", "infiniband"), "attention_kernels": ("cudnn", "flash_attention_2"),
     }  # fmt: skip
     return Machine(**{**fields, **changes})
 
 
-CPU = machine(device="cpu", dtypes=("fp32", "bf16"), cache_bytes=16 * MIB, ranks=2, levels=("shared-memory",))
+CPU = machine(
+    device="cpu",
+    dtypes=("fp32", "bf16"),
+    cache_bytes=16 * MIB,
+    ranks=2,
+    levels=("shared-memory",),
+    attention_kernels=("torch_cpu",),
+)
 
 
 def kernels(name, **changes):

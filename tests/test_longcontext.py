@@ -123,13 +123,14 @@ def test_fewer_key_value_heads_help_the_ring_more():
 
 
 def test_the_window_of_one_gpu_is_its_kernel():
-    """Causal flash attention: 2·a·d·s² FLOPs at the share of the peak that s reaches, and the start of a kernel."""
+    """Causal flash attention of 32 heads on 8: its traffic is nothing beside it, and its share is near what it reaches
+    full, since a head has more blocks than the device holds.
+    """
     profile = load_profile("dgx-a100-80gb")
-    curve = profile.coefficients.attention.forward.causal["128"]
     tokens = 65536
-    rate = 312e12 * curve.fraction.value * tokens / (tokens + curve.half_tokens.value)
-    expected = 2 * 32 * 128 * tokens**2 / rate + profile.coefficients.kernel_overhead_us.value / 1e6
-    assert attention(Plan(), 8, hardware="dgx-a100-80gb", seq_len=tokens) == pytest.approx(expected, rel=1e-6)
+    fraction = profile.coefficients.attention["flash_attention_2"].forward.causal["128"].fraction.value
+    expected = 2 * 32 * 128 * tokens**2 / (312e12 * fraction)
+    assert attention(Plan(), 8, hardware="dgx-a100-80gb", seq_len=tokens) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_window_holds_four_all_to_alls_and_the_kernel_on_an_eighth_of_the_heads():

@@ -76,7 +76,7 @@ def _lead(ranks: Ranks, device: Device, settings: Settings, report: Report, fail
     profile = base_profile(settings.base, device.name, gpu=device.kind == "cuda")
     machine = _machine(ranks, device, profile)
     device.warm_up()
-    picked = {"attention_kernel": name for name in machine.attention_kernels[:1]}
+    picked = {"attention_kernel": next(iter(machine.attention_kernels), "")}
     raw = RawFile(settings.file, environment_rows({**_facts(ranks, device), **picked}))
 
     def guard(row: Measurement) -> AbstractContextManager[None]:
