@@ -96,11 +96,11 @@ def test_products_of_unfused_attention_are_those_of_the_simulator():
 def test_flash_attention_moves_what_the_simulator_says(direction, kv_heads):
     work = kernels("attention", kv_heads=kv_heads).over_gathered_keys(direction, True, "zigzag")[0]
     row = flash_attention(
-        "bf16", direction, batch=BATCH, heads=8, kv_heads=kv_heads, head_dim=32, tokens=TOKENS, causal=True
+        "cudnn", "bf16", direction, batch=BATCH, heads=8, kv_heads=kv_heads, head_dim=32, tokens=TOKENS, causal=True
     )
     assert row.bytes_moved == work.bytes_moved
-    assert (row.batch, row.heads, row.head_dim, row.queries, row.keys, row.causal) == (
-        work.batch, work.heads, work.head_dim, work.queries, work.keys, work.causal
+    assert (row.batch, row.heads, row.kv_heads, row.head_dim, row.queries, row.keys, row.causal) == (
+        work.batch, work.heads, work.kv_heads, work.head_dim, work.queries, work.keys, work.causal
     )  # fmt: skip
 
 

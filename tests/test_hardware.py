@@ -431,7 +431,7 @@ MISSING = [
     "calibrated.l2_bandwidth_gb_per_s",
     "assumed.overlap_slowdown",
     "assumed.gemm.k_pad",
-    "calibrated.attention.backward.full",
+    "calibrated.attention.cudnn.backward.full",
     "assumed.memory.context_mib",
     "datasheet.memory.reported_mib",
 ]

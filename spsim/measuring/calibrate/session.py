@@ -89,7 +89,8 @@ def title(row: Measurement) -> str:
     if row.kind == "attention":
         batch = f"{row.batch} x " if row.batch and row.batch > 1 else ""
         shape = f"{batch}{row.heads}/{row.kv_heads} heads of {row.head_dim}, {row.queries} tokens"
-        return f"{row.kernel or 'attention'} {row.name} {row.dtype} {shape}{', causal' if row.causal else ''}"
+        kernel = f"{row.kernel} " if row.kernel else ""
+        return f"attention {kernel}{row.name} {row.dtype} {shape}{', causal' if row.causal else ''}"
     shape = "x".join(str(size) for size in (row.batch, row.m, row.n, row.k) if size and size > 1)
     main = ", accumulated" if row.accumulated else ""
     return " ".join(
