@@ -1,6 +1,6 @@
 """How well do the closed forms of collectives hold, and what does it cost a layer to cross nodes?
 
-794 published times of collectives on A100, H100, H200, B200, GB200 and MI300X, on one node and on up to 32,
+754 published times of collectives on A100, H100, H200, B200, GB200 and MI300X, on one node and on up to 32,
 against the closed forms of `spsim.costs.collectives`. Rows that a curve was made from are marked; the others are
 predictions: other machines, group sizes, and everything that crosses nodes with several GPUs each. Then a
 layer of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
@@ -15,10 +15,10 @@ From 1 GiB on expect 2 % within a node, 4 % with up to four GPUs of each node an
   costs 6-9 us up to 128 MiB, and 13-16 us above: probably NCCL's change to its Simple protocol, for which its
   own tables have 14 us a step between nodes. Steps on one node, from which the prediction is made, cost 3-7 us.
 - That cluster of ten also stays 17 % below its adapters at 16 GiB, which eight nodes elsewhere do not.
-- The two pairs of B200 nodes are the same hardware and library under two operating systems. Send-receive is as
-  predicted on both, but 1 MiB gathers in 585 and 262 us, 39 and 17 us a step, and all-reduce of 16 GiB stays at
-  240 and 264 GB/s where all-gather reaches 357 and 371. Their owners look for it in the software
-  (mit-orcd/orcd-benchmarks, b200-ubuntu/out-nccl-2node/summary.md). Four nodes at AWS reach 382 GB/s, as predicted.
+- The two pairs of B200 nodes are spoilt by their launch, and stand in no error: Open MPI binds a process to one core
+  when two are started, and the log of such a run (mit-orcd/orcd-benchmarks, b200-nodes at bca7147) shows the network
+  threads of all eight GPUs of a node on it. 1 MiB gathers in 585 and 262 us there. Four nodes at AWS, a process for
+  each GPU, reach 382 GB/s, as predicted. The virtual machines of the next point were started in the same way.
 - The nodes of `h100-2x4-lambda` and `h100-2x8-lambda` all-reduce 134 GB/s with four adapters each and 117 with
   eight, though one and two reach 49 and 98: these virtual machines do not add up their adapters.
 - The pair of DGX H100 is noisy between 8 KiB and 128 MiB: 16 KiB on all GPUs take 967 us out of place, 50 in place.
@@ -105,8 +105,11 @@ def predicted_us(row: "pd.Series[float]") -> float:
 
 
 def compared() -> pd.DataFrame:
-    """The measured rows with `predicted_us` and `error_percent`, positive where the prediction is longer."""
+    """The measured rows with `predicted_us` and `error_percent`, positive where the prediction is longer; without those
+    that their launch has spoilt.
+    """
     frame = measured()
+    frame = frame[frame["use"] != "spoilt"].copy()
     frame["predicted_us"] = frame.apply(predicted_us, axis=1)
     frame["error_percent"] = 100 * (frame["predicted_us"] / frame["time_us"] - 1)
     return frame

@@ -22,6 +22,7 @@ EXPERIMENT = runpy.run_path(str(Path(__file__).parent.parent / "experiments" / "
 COMPARED = EXPERIMENT["compared"]()
 ERRORS = EXPERIMENT["errors"](COMPARED)
 SEVERAL_LEVELS = [name for name in profile_names() if len(load_profile(name).datasheet.topology) > 1]
+CURVES = [(name, found) for name in profile_names() for found in CommCost(load_profile(name)).inner.curves]
 NVSWITCH = [name for name in SEVERAL_LEVELS if load_profile(name).datasheet.topology[0].kind == "switch"]
 
 
@@ -35,7 +36,7 @@ PREDICTED = {
     ("h100-4", "all_gather"): (7, 13),
     ("h100-4", "reduce_scatter"): (9, 17),
     ("h100-4", "all_to_all"): (4, 7),
-    ("h100-4", "send_receive"): (19, 93),  # all 8 GPUs are slower at 32 and 64 MiB than 4
+    ("h100-4", "send_receive"): (1, 2),
     ("h100-8-azure", "all_reduce"): (3, 9),
     ("h100-8-orcd", "send_receive"): (1, 1),
     ("h100-8-orcd", "all_reduce"): (2, 5),
@@ -47,7 +48,7 @@ PREDICTED = {
     ("h200-sweep", "all_gather"): (6, 10),
     ("h200-sweep", "all_to_all"): (2, 5.1),
     ("h200-sweep", "reduce_scatter"): (2, 3),
-    ("h200-sweep", "send_receive"): (30, 75),
+    ("h200-sweep", "send_receive"): (33, 79),  # channels of 36 GB/s, as from registered buffers
     ("b200-8-aws", "all_reduce"): (9, 28),
     ("b200-counts", "all_reduce"): (3, 6),
     ("mi300x-2", "all_reduce"): (7, 7),
@@ -87,30 +88,19 @@ PREDICTED = {
     ("h100-32x8", "all_reduce"): (7, 7),
     ("h100-32x8", "all_gather"): (31, 31),
     ("b200-4x8-aws", "all_reduce"): (23, 55),  # from 512 MiB on within 8 %
-    # Pairs of nodes whose collectives of 1 MiB take 0.5 and 0.2 ms, though send-receive is as fast as elsewhere.
-    ("b200-2x8", "send_receive"): (6, 15),
-    ("b200-2x8", "all_reduce"): (78, 92),
-    ("b200-2x8", "all_gather"): (49, 86),
-    ("b200-2x8", "reduce_scatter"): (47, 83),
-    ("b200-2x8", "all_to_all"): (68, 93),
-    ("b200-2x8-ubuntu", "send_receive"): (4, 16),
-    ("b200-2x8-ubuntu", "all_reduce"): (71, 89),
-    ("b200-2x8-ubuntu", "all_gather"): (34, 68),
-    ("b200-2x8-ubuntu", "reduce_scatter"): (36, 68),
-    ("b200-2x8-ubuntu", "all_to_all"): (56, 82),
     ("gb200-2x72", "all_reduce"): (5, 11),
     ("gb200-20x72", "all_reduce"): (56, 61),  # a ring alone would err 24 %
 }
 
 
 # Pairs of machines that fall short of their own adapters; why is in the notes of the experiment.
-FAULTY = ["b200-2x8", "b200-2x8-ubuntu", "h100-2x4-lambda", "h100-2x8-lambda"]
+FAULTY = ["h100-2x4-lambda", "h100-2x8-lambda"]
 
 
 def test_every_measured_table_has_a_limit():
     predicted = ERRORS[ERRORS["use"] == "prediction"]
     assert set(zip(predicted["table"], predicted["collective"], strict=True)) == set(PREDICTED)
-    assert len(COMPARED) == 794
+    assert len(COMPARED) == 834 - 80
     assert set(COMPARED["hardware"]) <= set(profile_names())
 
 
@@ -134,11 +124,14 @@ def test_errors_within_nodes_and_across():
 
 
 def test_rows_that_made_a_curve_come_back():
-    """Within 3 %, but for what several tables were joined or smoothed into."""
-    rows = ERRORS[(ERRORS["use"] == "curve") & ~ERRORS["table"].isin(["h100-2", "b200-8"])]
-    assert rows["largest"].max() < 3
-    joined = ERRORS[(ERRORS["use"] == "curve") & ERRORS["table"].isin(["h100-2", "b200-8"])]
-    assert joined["largest"].max() < 24
+    """Within 3 %, but for what several tables were joined or smoothed into, or one law of channels describes."""
+    made = ERRORS[ERRORS["use"] == "curve"]
+    sends = made["collective"] == "send_receive"
+    joined = made["table"].isin(["h100-2", "b200-8"])
+    assert made[~sends & ~joined]["largest"].max() < 3
+    assert made[~sends & joined]["largest"].max() < 24
+    assert made[sends]["mean"].max() < 18, "one channel between nodes is a sixth faster than each of two"
+    assert made[sends]["mean"].median() < 3
 
 
 def test_the_fabric_sets_the_smallest_all_reduce_over_nodes():
@@ -165,8 +158,7 @@ def test_measured_rows_are_consistent():
 # ------------------------------------------------------------ one node
 
 
-@pytest.mark.parametrize("name", profile_names())
-@pytest.mark.parametrize("collective", COLLECTIVES)
+@pytest.mark.parametrize(("name", "collective"), CURVES)
 def test_one_node_is_the_fastest_curve(name, collective):
     """nodes = 1: latency by steps and transfer by bytes on the wire (on each link of a mesh), read off with numpy."""
     cost = CommCost(load_profile(name))
@@ -224,6 +216,7 @@ def round_numbers(tables):
     An adapter passes on 1 MB at a time.
     """
     tables["assumed"]["adapter_chunk_mib"]["value"] = 1e6 / 2**20
+    del tables["calibrated"]["sends"]
     numbers = {"nvlink": (4, 10.0, 1.0, 100.0), "infiniband": (2, 20.0, 2.0, 10.0)}
     for level, (ranks, latency, step, rate) in numbers.items():
         for collective in COLLECTIVES:

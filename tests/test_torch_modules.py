@@ -23,6 +23,7 @@ from spsim.inputs.plan import parse_plan
 from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute
 from spsim.program.operators import Operand, Operator, Tensor
+from spsim.results.held import held_at
 from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import H100
 
@@ -384,18 +385,98 @@ def test_memory_after_the_forward_pass_is_what_is_saved(name):
     result = traced.simulate(H100)
     last = len(result.program.forward) - 1
     assert sum(change.bytes for change in result.trace.memory if change.task <= last) == traced.saved_bytes
-    assert sum(change.bytes for change in result.trace.memory) == 0
+    left = [change for change in result.trace.memory if change.category == "gradients"]
+    assert sum(change.bytes for change in result.trace.memory) == sum(change.bytes for change in left)
+    assert sum(change.bytes for change in left) == traced.tape.gradient_bytes
 
 
 def test_peak_memory_of_a_chain():
-    """Two linears of 1000 x 1000 on 10 rows, fp32, weights and gradients there all along: the peak is reached in the
-    backward pass of the second, with the input, both outputs' gradients and the kept output of the first.
+    """Two linears of 1000 x 1000 on 10 rows, fp32: fullest when both gradients of 4 MB are there, beside the input of
+    the module, its gradient, and that of the output of the first.
     """
     module = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
-    result = trace_module(module, inputs(10, 1000)).simulate(H100)
-    row = 4 * 10 * 1000
-    assert result.static.total == 2 * 2 * 4 * 1000 * 1000
-    assert result.peak.bytes == result.static.total + 4 * row
+    traced = trace_module(module, inputs(10, 1000))
+    row, weight = 4 * 10 * 1000, 4 * 1000 * 1000
+    made = traced.simulate(H100)
+    assert made.static.total == 2 * weight
+    assert made.peak.bytes == 2 * weight + 2 * weight + 3 * row
+    held = held_at(made.peak, made.trace, made.static.by_category())
+    assert held == {"weights": 2 * weight, "gradients": 2 * weight, "activations": row, "temporary": 2 * row}
+    assert made.memory_curve["gradients_gib"].iloc[-1] * 2**30 == 2 * weight
+
+
+def test_kept_gradients_are_there_all_along_and_added_to():
+    """The first gradient of 4 MB stands beside those that are there, with the input, the output of the first linear
+    and the gradient of that of the second; an addition reads two and writes one.
+    """
+    module = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
+    traced = trace_module(module, inputs(10, 1000))
+    row, weight = 4 * 10 * 1000, 4 * 1000 * 1000
+    kept, made = traced.simulate(H100, gradients="kept"), traced.simulate(H100)
+    assert kept.static.total == 2 * 2 * weight
+    assert kept.peak.bytes == 2 * 2 * weight + weight + 3 * row
+    cost = ComputeCost(spsim.load_profile(H100), "fp32")
+    addition = cost.duration(MemoryBound("elementwise", 3 * weight, "add"))
+    assert kept.step_time_s - made.step_time_s == pytest.approx(2 * addition, rel=1e-6)
+
+
+class WithLoss(nn.Module):
+    """Logits and, as transformers' heads for language models have it, their loss in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 1000, bias=False)
+
+    def forward(self, x, labels):
+        logits = self.head(x)
+        return nn.functional.cross_entropy(logits.float(), labels), logits
+
+
+def test_a_loss_is_what_the_backward_pass_begins_from():
+    """Logits have no gradient from outside, and nobody keeps them: fullest when the softmax, the gradient of its
+    logarithm and that of its input are there, 50 x 1000 in fp32 each; the weight in bf16 has no gradient yet.
+    """
+    traced = trace_module(WithLoss().bfloat16(), (inputs(50, 16, dtype=torch.bfloat16), torch.zeros(50).long()))
+    assert [value.shape for value in traced.tape.output_gradients] == [()]
+    found = traced.simulate(H100)
+    assert found.peak_operator.startswith("_log_softmax_backward_data")
+    assert found.peak.bytes == 2 * 16_000 + 3 * 4 * 50_000 + 2 * 50 * 16 + 8 * 50
+
+
+class Checkpointed(nn.Sequential):
+    """Keeps its input only, and runs again in the backward pass, up to the last tensor that is wanted there."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_checkpointed_modules_run_again_on_fake_parameters(device):
+    with torch.device(device):
+        parts = [Checkpointed(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(3)]
+        plain = nn.Sequential(*(nn.Sequential(*part) for part in parts))
+        again = trace_module(nn.Sequential(*parts), inputs(5, 16, device=device))
+    once = trace_module(plain, inputs(5, 16, device=device))
+    assert again.saved_bytes == 3 * 4 * 5 * 16
+    assert again.flops.forward == once.flops.forward
+    assert again.flops.backward == once.flops.backward + 3 * 2 * 5 * 16 * 64
+    storages = {value.storage for call in again.tape.calls for value in call.tensors}
+    assert len(storages & again.tape.parameters.keys()) == 12
+
+
+@pytest.mark.parametrize("plan", ["tp=4", "tp=2,sequence_parallel,recompute=full", "ulysses=4", "ring=4"])
+def test_gradients_of_a_split_module_are_those_of_its_weights(plan):
+    traced = trace_module(GPT(256, 4, 0.0).bfloat16(), inputs(2, 128, 256, dtype=torch.bfloat16))
+    made, kept = (traced.simulate(H100, plan, gradients=name) for name in ("set_to_none", "kept"))
+    left = [change.bytes for change in made.trace.memory if change.category == "gradients" and change.rank == 0]
+    assert sum(left) == made.static.weights == kept.static.gradients
+    assert made.static.gradients == 0
+    assert made.peak.bytes <= kept.peak.bytes
+
+
+def test_unknown_gradients_are_refused():
+    with pytest.raises(InputError, match="gradients: 'none' is not known; use one of set_to_none, kept"):
+        mlp(True).simulate(H100, gradients="none")
 
 
 def test_the_result_draws_and_exports(tmp_path):

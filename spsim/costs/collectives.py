@@ -24,11 +24,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from math import ceil, log2
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from spsim.costs.sends import SendTime
 from spsim.errors import InputError
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile, Level
 from spsim.program.placement import Collective, sent_bytes
@@ -158,13 +159,23 @@ class LevelCost:
         self._allowed: dict[tuple[Collective, int, str | None], list[CurveTime]] = {}
         table = profile.coefficients.collectives.get(level.name, {})
         mesh = level.kind == "full_mesh"
+        sends = profile.coefficients.sends.get(level.name)
+        self.sends = SendTime(sends, level.bandwidth) if sends else None
         self.curves = {
             name: [CurveTime(curve, name, full_mesh=mesh) for curve in curves] for name, curves in table.items()
         }
 
     def time(self, collective: Collective, message: Number, ranks: int) -> Number:
         """Seconds by the fastest algorithm that the number of ranks allows."""
+        if collective == "send_receive" and self.sends:
+            return cast("Number", self.sends(message, ranks))
         return _least([curve(message, ranks) for curve in self.allowed(collective, ranks)])
+
+    def path(self, collective: Collective) -> str:
+        """Dotted path of the coefficients of one collective."""
+        if collective == "send_receive" and self.sends:
+            return f"sends.{self.name}"
+        return f"collectives.{self.name}.{collective}"
 
     def allowed(self, collective: Collective, ranks: int, algorithm: str | None = None) -> list[CurveTime]:
         """Curves, of one algorithm or all, that so many ranks may use; `InputError` where there is none."""
@@ -218,6 +229,8 @@ class CommCost:
 
     def _over_nodes(self, collective: Collective, message: Number, ranks: int, nodes: int) -> Number:
         outer = self._outer()
+        if collective == "send_receive" and outer.sends:
+            return cast("Number", outer.sends(message, ranks, nodes))
         if nodes == ranks or collective == "send_receive":
             return outer.time(collective, message, nodes)
         if collective == "all_to_all":
@@ -293,10 +306,18 @@ class CommCost:
         ]
         return _longer(_least(inside), _least(across))
 
+    def remark(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> str | None:
+        """What the time of a collective hangs on beyond its bytes, for the reader of a result."""
+        level = self.inner if nodes == 1 else self._outer()
+        if collective != "send_receive" or not level.sends:
+            return None
+        found = level.sends.remark(message, ranks, nodes)
+        return f"each send of {message / MIB:.4g} MiB among {ranks} ranks has {found}" if found else None
+
     def coefficients_of(self, collective: Collective, nodes: int = 1) -> tuple[str, ...]:
         """Dotted paths of the curves behind a duration."""
-        names = [f"collectives.{self.inner.name}.{collective}", "collective_overhead_us"]
+        names = [self.inner.path(collective), "collective_overhead_us"]
         if nodes > 1 and self.outer is not None:
-            names.append(f"collectives.{self.outer.name}.{collective}")
+            names.append(self.outer.path(collective))
             names += ["adapter_chunk_mib"] if collective in CHUNKED else []
         return tuple(names)

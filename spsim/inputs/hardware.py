@@ -27,6 +27,7 @@ from spsim.inputs.kernel_coefficients import (
     KernelRates,
     MemoryBoundFractions,
     PickedKernel,
+    SendCoefficients,
 )
 from spsim.inputs.quantities import Bandwidth, Microseconds, NonNegative, Provenance, Quantity, Table
 from spsim.work import AttentionKernel, Framework
@@ -157,6 +158,8 @@ class Coefficients(Table):
     """Start of one kernel in a busy stream."""
     collectives: dict[str, dict[CollectiveName, Annotated[tuple[CollectiveCurve, ...], Field(min_length=1)]]]
     """Curves by topology level and collective."""
+    sends: dict[str, SendCoefficients] = Field(default_factory=dict)
+    """By topology level, in the place of a curve of `send_receive`: its time depends on the communicator."""
     collective_overhead_us: Microseconds
     """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
     the compute stream and the communication stream, both ways."""
@@ -216,6 +219,11 @@ class HardwareProfile(Table):
             for collective, curves in table.items():
                 for curve in curves:
                     _check_curve(levels[name], collective, curve)
+        for name in self.coefficients.sends:
+            if name not in levels:
+                raise ValueError(f"sends name the level {name!r}, which the topology does not have")
+            if "send_receive" in self.coefficients.collectives.get(name, {}):
+                raise ValueError(f"sends.{name} and collectives.{name}.send_receive say the same; keep one")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Coefficients of the formulas that time kernels, as a hardware profile holds them."""
+"""Coefficients of the formulas that time kernels and sends, as a hardware profile holds them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from spsim.inputs.quantities import Bandwidth, Fraction, NonNegative, Provenance, Quantity, Table
+from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
 from spsim.work import AttentionKernel, known_data_type, known_kernel_pass
 
 KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
@@ -111,3 +111,20 @@ class KernelRates(Table):
     cache_gb_per_s: Bandwidth
     start_us: NonNegative | None = None
     """Start beyond that of any kernel, such as a node of the autograd graph on a CPU; none unless measured."""
+
+
+class SendCoefficients(Table):
+    """Send and receive by the channels that NCCL gives to one: see `costs.sends`."""
+
+    channel_gb_per_s: Bandwidth
+    """That one channel copies at."""
+    link_gb_per_s: Bandwidth
+    """That all channels reach at most."""
+    blend: Quantity | None = None
+    """Exponent by which the two limits blend where they are alike; without it the lower one holds."""
+    start_us: Microseconds
+    """Time of a message beyond its bytes."""
+    latency_us: Microseconds
+    """Time of the smallest messages."""
+    from_mib: Quantity
+    """Smallest message that these describe; below it the time is interpolated from the latency."""

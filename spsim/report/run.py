@@ -81,7 +81,7 @@ def _fit(result: Result) -> str:
 
 def notes(result: Result) -> list[str]:
     """What a reader of the figures must know: notes, assumed inputs, errors of the calibration."""
-    lines = [f"note: {note}" for note in result.scenario.notes]
+    lines = [f"note: {note}" for note in result.notes]
     if result.assumed:
         lines.append(f"assumed inputs used ({len(result.assumed)}): {', '.join(result.assumed)}")
     if result.flagged:

@@ -11,7 +11,7 @@ from spsim.engine.pieces import STAY, Move, Node, Stretch, runs_during
 from spsim.engine.trace import Trace
 from spsim.results.metrics import Peak
 
-CATEGORIES = ("activations", "communication buffers", "temporary")
+CATEGORIES = ("activations", "communication buffers", "temporary", "gradients")
 """Of what tasks allocate."""
 
 
@@ -21,7 +21,7 @@ def held_at(peak: Peak, trace: Trace, static: Mapping[str, int]) -> dict[str, in
     if peak.task is not None:
         for node in trace.nodes:
             found.update(_held(node, peak.rank, peak.time_ps, STAY))
-    sizes = {**static, **{category: found[category] for category in CATEGORIES}}
+    sizes = {**static, **{category: static.get(category, 0) + found[category] for category in CATEGORIES}}
     return {category: size for category, size in sizes.items() if size}
 
 

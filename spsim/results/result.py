@@ -74,6 +74,11 @@ class Result(Derived):
         return _assumed_inputs(self.scenario, self.block)
 
     @lazy
+    def notes(self) -> tuple[str, ...]:
+        """Settings without effect, and what durations hang on beyond the bytes."""
+        return (*self.scenario.notes, *_remarks(self))
+
+    @lazy
     def _account(self) -> Account:
         return Account(
             self.scenario.hardware,
@@ -254,7 +259,7 @@ class Result(Derived):
             "assumed": list(self.assumed),
             "flagged": list(self.flagged),
             "error_band": None if self.error_band is None else asdict(self.error_band),
-            "notes": list(scenario.notes),
+            "notes": list(self.notes),
         }
 
 
@@ -270,3 +275,14 @@ def _assumed_inputs(scenario: Simulated, block: PreparedBlock) -> tuple[str, ...
                 nodes = nodes_of(block.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
                 used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
+
+
+def _remarks(result: Result) -> tuple[str, ...]:
+    scenario = result.scenario
+    _, comm = cost_models(scenario.hardware, scenario.workload.precision)
+    found: dict[str | None, None] = {}
+    for step in (step for section in result.program.sections for step in section.instructions):
+        if isinstance(step, Communication):
+            nodes = nodes_of(result.block.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
+            found[comm.remark(step.collective, step.message_bytes, step.ranks, nodes)] = None
+    return tuple(remark for remark in found if remark)

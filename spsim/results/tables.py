@@ -65,7 +65,7 @@ def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFram
     for category, size in static.items():
         frame[f"{category}_gib"] = size / GIB
     for category in CATEGORIES:
-        sizes = [0, *(c.bytes if c.category == category else 0 for c in changes)]
+        sizes = [static.get(category, 0), *(c.bytes if c.category == category else 0 for c in changes)]
         frame[f"{category.replace(' ', '_')}_gib"] = np.cumsum(sizes) / GIB
     frame["total_gib"] = frame.filter(like="_gib").sum(axis=1)
     return frame

@@ -115,7 +115,7 @@ class Account:
         if key not in self._collectives:
             nodes = nodes_of(self.block.mesh, axes, self.gpus_per_node, ranks)
             paths = self.comm.coefficients_of(collective, nodes)
-            self._collectives[key] = tuple(path for path in paths if path.startswith("collectives."))
+            self._collectives[key] = tuple(path for path in paths if path.startswith(("collectives.", "sends.")))
         return self._collectives[key]
 
     def flagged(self) -> tuple[str, ...]:

@@ -169,7 +169,9 @@ class _Issue:
             replaced = {self.roots[number] for number, _ in section.carried}
             later = later | ({*inherited} - replaced) | {self.roots[left] for _, left in section.carried}
         return {
-            b.id: BufferUse(b.tensor, b.category, writer, tuple(readers[b.id]), b.id in later)
+            b.id: BufferUse(
+                b.tensor, b.category, writer, tuple(readers[b.id]), b.id in later or b.category == "gradients"
+            )
             for b, writer in (*found, *written)
         }
 

@@ -40,6 +40,12 @@ def _with_leaves(here: Any, changes: Mapping[tuple[str, ...], Leaf | Table]) -> 
     return here.model_copy(update={name: _with_leaves(getattr(here, name), own) for name, own in inner.items()})
 
 
+def without_sends(profile: HardwareProfile, level: str) -> HardwareProfile:
+    """The profile without the law of send-receive at a level, in whose place comes a measured curve."""
+    sends = {name: table for name, table in profile.coefficients.sends.items() if name != level}
+    return profile.model_copy(update={"coefficients": profile.coefficients.model_copy(update={"sends": sends})})
+
+
 def with_values(profile: HardwareProfile, values: Mapping[str, float]) -> HardwareProfile:
     """The profile with other numbers at paths that exist, unchecked."""
     found = ((path, leaf_at(profile, path), value) for path, value in values.items())

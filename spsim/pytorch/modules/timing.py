@@ -14,6 +14,7 @@ from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.program.instructions import Compute, Program
 from spsim.program.sizes import Template
 from spsim.pytorch.modules.costs import kernels
+from spsim.pytorch.modules.gradients import Gradients, added, gradient_bytes
 from spsim.pytorch.modules.tape import Tape
 from spsim.results.derived import Amounts
 from spsim.results.result import Result
@@ -86,19 +87,23 @@ class TracedResult(Result):
         return self.layer_backward_s
 
 
-def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedResult:
+def simulate_program(
+    program: Program, tape: Tape, hardware: HardwareProfile, plan: Plan, gradients: Gradients
+) -> TracedResult:
     """One forward and backward pass; weights and gradients in the module's dtype, and no optimizer.
 
     Raises `InputError` where the profile lacks the dtype, or a curve that the plan needs.
     """
     scenario = _scenario(tape, hardware, plan)
     itemsize = ELEMENT_BYTES[scenario.workload.precision]
+    static = _static(program, tape, plan, itemsize, gradients)
+    if gradients == "kept":
+        program = added(program)
     template = Template(program, 1)
     block = PreparedBlock(
         template, plan, lambda _: program, fold=True, weight_bytes=itemsize, gradient_bytes=itemsize
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
-    static = _static(program, tape, plan, itemsize)
     result = assemble("module", scenario, block, numbers, _amounts(program, tape, plan), static)
     return TracedResult(**{field.name: getattr(result, field.name) for field in fields(result)})
 
@@ -125,8 +130,7 @@ def _scenario(tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedScenar
     return scenario
 
 
-def _static(program: Program, tape: Tape, plan: Plan, itemsize: int) -> StaticMemory:
-    """Weights and gradients of one rank, in the dtype of the module; a module has no optimizer."""
-    if plan.gpus == 1:
-        return StaticMemory(tape.parameter_bytes, tape.gradient_bytes, 0)
-    return StaticMemory(itemsize * program.parameters, itemsize * program.parameters, 0)
+def _static(program: Program, tape: Tape, plan: Plan, itemsize: int, gradients: Gradients) -> StaticMemory:
+    """Weights of one rank, and gradients that are kept, in the dtype of the module; a module has no optimizer."""
+    weights = tape.parameter_bytes if plan.gpus == 1 else itemsize * program.parameters
+    return StaticMemory(weights, gradient_bytes(program.backward) if gradients == "kept" else 0, 0)
