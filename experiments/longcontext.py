@@ -40,7 +40,7 @@ REASONS = {
     "a100-128k-8x128": "Zigzag rings are predicted 4 % ahead of Ulysses, measured up to 13 % behind: merges not fused.",
     "a100-128k-64x32-gqa8": "The measured order; the same factor in every plan, that of head size 32.",
     "a100-32k-32x32": "Measured 2.5 to 3.5 times as long as a sixteenth of the 128K rows, Ulysses too: not explained.",
-    "a100-report-32k-32x128-gqa4": "Ulysses ends with a few long blocks; the long ring is measured behind: merges not fused.",
+    "a100-report-32k-32x128-gqa4": "Ulysses ends with a few long blocks; the long ring is measured behind: merges.",
     "a100-report-128k-32x128-gqa4": "4.2 times too fast, 13 % if the rows held the backward pass; zigzag plans tie.",
     "l20-128k-32x32": "Zigzag plans with a ring tie; Ulysses is not far enough behind: all-to-all is slower.",
     "l20-128k-32x128-gqa4": "As above: Ulysses last of the zigzag plans, but not behind the contiguous rings.",

@@ -19,7 +19,7 @@ from spsim.errors import InputError
 from spsim.inputs.hardware import leaves
 from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
-from spsim.inputs.quantities import Bandwidth, NonNegative
+from spsim.inputs.quantities import Bandwidth, NonNegative, Provenance
 from spsim.measuring.calibrate.catalogue import collective_rows, compute_rows
 from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, with_values
 from spsim.measuring.calibrate.collective_fit import measured_series
@@ -549,10 +549,15 @@ def main_ok(arguments):
 
 
 def with_errors(profile, errors):
-    """A profile with held-out errors; one above the limit is flagged."""
+    """A profile with these held-out errors and no others; one above the limit is flagged."""
+    without = {
+        path: leaf.model_copy(update={"held_out_error_percent": None})
+        for path, leaf in leaves(profile.coefficients) if isinstance(leaf, Provenance)
+    }  # fmt: skip
     return with_leaves(
         profile,
-        {
+        without
+        | {
             path: leaf_at(profile, path).model_copy(
                 update={"held_out_error_percent": error, "flagged": error > LIMIT_PERCENT}
             )

@@ -20,7 +20,7 @@ LIMITS = {
     "a100-128k-2x32": (4, 5, 47),
     "a100-128k-8x128": (17, 19, 11),
     "a100-128k-64x32-gqa8": (19, 19, 30),
-    "a100-32k-32x32": (17, 20, 200),  # also Ulysses: not explained
+    "a100-32k-32x32": (16, 20, 200),  # also Ulysses: not explained
     "a100-report-32k-32x128-gqa4": (17, 18, 16),
     "a100-report-128k-32x128-gqa4": (16, 19, 325),  # perhaps forward and backward
     "l20-128k-32x32": (15, 21, 22),

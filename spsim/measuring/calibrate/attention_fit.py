@@ -11,16 +11,18 @@ import numpy as np
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCoefficients, AttentionTile
 from spsim.inputs.quantities import NonNegative
-from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
-from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
+from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves, with_values
+from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples
 from spsim.measuring.calibrate.outcome import ClassFit
 from spsim.measuring.calibrate.records import Measurement
-from spsim.measuring.calibrate.samples import HALF_PRECISION, Sample, attention_samples
-from spsim.measuring.calibrate.solver import Parameter
+from spsim.measuring.calibrate.samples import HALF_PRECISION, Batch, Sample, attention_samples
+from spsim.measuring.calibrate.solver import Parameter, refine
 from spsim.work import FlashAttention
 
-GOOD = 0.05
-"""Mean held-out error below which no other coefficients are looked for."""
+GOOD = 0.02
+"""Mean error below which no other coefficients are looked for."""
+LONGEST = 3
+"""Kernels of a tile that its rate is first taken from."""
 ROWS_PER_PARAMETER = 2
 """Measurements that each coefficient common to all head sizes takes beyond those of single head sizes."""
 
@@ -31,10 +33,10 @@ def fit_attention(rows: Sequence[Measurement], profile: HardwareProfile) -> Fit:
     A kernel begins with its coefficients in the base, or with those of the kernel that torch picks there. How many
     rows a block has and how many blocks share a unit stay as they are: they are facts about the kernel.
     """
-    classes = list[ClassFit]()
+    base, classes = profile, list[ClassFit]()
     samples = sorted(attention_samples(rows), key=_root)
     for root, own in groupby(samples, key=_root):
-        profile = _with_start(profile, root)
+        profile = _with_start(profile, root, base)
         fit = _fit_pass(list(own), profile, root)
         profile, classes = fit.profile, [*classes, *fit.classes]
     return Fit(profile, tuple(classes))
@@ -51,37 +53,47 @@ def _root(sample: Sample) -> str:
     return f"{own}.{_work(sample).kernel}.{_work(sample).direction}"
 
 
-def _with_start(profile: HardwareProfile, root: str) -> HardwareProfile:
-    """The profile with coefficients of a kernel to begin with."""
+def _with_start(profile: HardwareProfile, root: str, base: HardwareProfile) -> HardwareProfile:
+    """The profile with coefficients of a kernel to begin with, those of the base."""
     kernel_path, _, _ = root.rpartition(".")
     table, _, kernel = kernel_path.rpartition(".")
-    known: dict[str, AttentionCoefficients] = profile.coefficients.attention  # type: ignore[assignment]
     if kernel in (leaf_at(profile, table) or {}):
         return profile
-    start = known.get(kernel, known[profile.attention_kernel("torch")])
-    return with_leaves(profile, {kernel_path: start, f"attention.{kernel}": start})
+    known: dict[str, AttentionCoefficients] = base.coefficients.attention  # type: ignore[assignment]
+    start = known.get(kernel, known[base.attention_kernel("torch")])
+    common = {} if kernel in profile.coefficients.attention else {f"attention.{kernel}": start}
+    return with_leaves(profile, {kernel_path: start, **common})
 
 
 def _fit_pass(samples: Sequence[Sample], profile: HardwareProfile, root: str) -> Fit:
     """What is common to all head sizes, and the tiles of each; also the block of keys that a masked kernel skips
-    together, if that predicts better.
+    together, if that describes it better.
     """
     tiles = dict.fromkeys(("causal" if _work(s).causal else "full", _work(s).head_dim) for s in samples)
     own = leaf_at(profile, root)
     begun = own.model_copy(update={mask: _tiles(own, mask, tiles) for mask in ("causal", "full")})
-    profile = with_leaves(profile, {root: begun})
-    plain = list(_parameters(samples, profile, root, tiles))
-    fit = fit_samples(samples, profile, plain)
-    if _error(fit) < GOOD or not any(mask == "causal" for mask, _ in tiles):
-        return fit
-    block = Parameter(f"{root}.block_tokens", 0, 4096, 512)
-    other = with_missing(profile, {block.path: NonNegative(value=0, source="unknown")})
-    with_block = fit_samples(samples, other, [*plain, block])
-    return with_block if _error(with_block) < OTHER_SHAPE * _error(fit) else fit
+    profile = _with_rates(samples, with_leaves(profile, {root: begun}), root, tiles)
+    parameters = list(_parameters(samples, profile, root, tiles))
+    batch = Batch(samples)
+    found = refine(batch, profile, parameters)
+    if _error(batch, found) > GOOD and any(mask == "causal" for mask, _ in tiles):
+        block = Parameter(f"{root}.block_tokens", 0, 4096, 512)
+        other = refine(batch, _as_without_mask(found, root, block), [*parameters, block])
+        if _error(batch, other) < OTHER_SHAPE * _error(batch, found):
+            found, parameters = other, [*parameters, block]
+    return fit_samples(samples, found, parameters, refine)
 
 
-def _error(fit: Fit) -> float:
-    return float(np.mean([one.mean_error for one in fit.classes]))
+def _as_without_mask(profile: HardwareProfile, root: str, block: Parameter) -> HardwareProfile:
+    """Tiles of the masked kernel as those of the full one, and blocks that it skips: it may differ by these alone."""
+    own = leaf_at(profile, root)
+    causal = {size: own.full.get(size, tile) for size, tile in own.causal.items()}
+    typical = NonNegative(value=block.typical, source="unknown")
+    return with_leaves(profile, {root: own.model_copy(update={"causal": causal, "block_tokens": typical})})
+
+
+def _error(batch: Batch, profile: HardwareProfile) -> float:
+    return float(np.mean(np.abs(np.log(batch.times(profile) / batch.seconds))))
 
 
 def _tiles(own: Any, mask: str, tiles: dict[tuple[str, int], None]) -> dict[str, AttentionTile]:
@@ -92,6 +104,20 @@ def _tiles(own: Any, mask: str, tiles: dict[tuple[str, int], None]) -> dict[str,
     return found or known
 
 
+def _with_rates(
+    samples: Sequence[Sample], profile: HardwareProfile, root: str, tiles: dict[tuple[str, int], None]
+) -> HardwareProfile:
+    """Shares of the peak to begin with: those of the profile times how much faster its longest kernels were."""
+    changes = {}
+    for mask, size in tiles:
+        own = [s for s in samples if _work(s).head_dim == size and _work(s).causal == (mask == "causal")]
+        longest = Batch(sorted(own, key=lambda s: s.seconds)[-LONGEST:])
+        path = f"{root}.{mask}.{size}.fraction"
+        faster = float(np.median(longest.times(profile) / longest.seconds))
+        changes[path] = min(max(leaf_at(profile, path).value * faster, LOWEST), 1.0)
+    return with_values(profile, changes)
+
+
 def _parameters(
     samples: Sequence[Sample], profile: HardwareProfile, root: str, tiles: dict[tuple[str, int], None]
 ) -> Iterator[Parameter]:
@@ -100,8 +126,8 @@ def _parameters(
         own = [_work(s) for s in samples if _work(s).head_dim == size and _work(s).causal == (mask == "causal")]
         yield Parameter(f"{root}.{mask}.{size}.fraction", LOWEST, 1)
         if len({(work.queries, work.keys) for work in own}) > 1:
-            yield Parameter(f"{root}.{mask}.{size}.block_us", 0, 1e5, 5)
-    common = [Parameter(f"{root}.start_us", 0, 1e4, 5), Parameter(f"{root}.traffic_exposed", 0, 10, 0.5)]
+            yield Parameter(f"{root}.{mask}.{size}.block_us", 0, 1e3, 5)
+    common = [Parameter(f"{root}.start_us", 0, 1e3, 5), Parameter(f"{root}.traffic_exposed", 0, 10, 0.5)]
     own = leaf_at(profile, root)
     if own.lone_rate:
         common.append(Parameter(f"{root}.lone_rate", 1 / own.blocks_per_unit.value, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +30,15 @@ class Fit:
     classes: tuple[ClassFit, ...]
 
 
-def fit_samples(samples: Sequence[Sample], profile: HardwareProfile, parameters: Sequence[Parameter]) -> Fit:
+Search = Callable[[Batch, HardwareProfile, Sequence[Parameter]], HardwareProfile]
+
+
+def fit_samples(
+    samples: Sequence[Sample], profile: HardwareProfile, parameters: Sequence[Parameter], search: Search = solve
+) -> Fit:
     """Final coefficients from all samples, and the errors of each class by halves of the shapes."""
     batch = Batch(samples)
-    final = solve(batch, profile, parameters)
+    final = search(batch, profile, parameters)
     held_out = _where_enough(samples, held_out_times(samples, final, parameters))
     fitted = batch.times(final)
     values = {parameter.path: float(leaf_at(final, parameter.path).value) for parameter in parameters}
