@@ -215,7 +215,9 @@ def test_a_time_limit_ends_a_block_that_hangs_and_no_other():
 def test_expected_times_are_flops_and_bytes_at_their_peaks():
     forward = next(linear("fp32", 1000, 1000, 1000))
     assert expected_seconds(forward, PROFILE) == pytest.approx(2e9 / 0.2752e12 + 12e6 / 48e9)
-    attention = flash_attention("bf16", "backward", batch=1, heads=2, kv_heads=2, head_dim=64, tokens=1000, causal=True)
+    attention = flash_attention(
+        "torch_cpu", "bf16", "backward", batch=1, heads=2, kv_heads=2, head_dim=64, tokens=1000, causal=True
+    )
     assert expected_seconds(attention, PROFILE) == pytest.approx(
         2.5 * 2 * 1000 * 1000 * 2 * 64 / 0.5504e12 + attention.bytes_moved / 48e9
     )

@@ -1,10 +1,8 @@
 """Durations of collectives and kernels against formulas worked by hand, and the work of a ring by counting."""
 
 from copy import deepcopy
-from dataclasses import astuple, replace
 from fractions import Fraction
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -238,84 +236,6 @@ def test_a_batched_product_fills_the_device_with_all_of_its_tiles():
     assert ratio == pytest.approx(32 * (1 + 54 / 256) / (1 + 54 / 8))
 
 
-def flash(head_dim=128, tokens=4096, direction="forward", *, keys=None, causal=True):
-    """16 heads over `tokens` queries and as many keys."""
-    keys = keys or tokens
-    twice_pairs = tokens * keys if causal else 2 * tokens * keys
-    return FlashAttention(direction, 1, 16, head_dim, head_dim, tokens, keys, twice_pairs, causal, bytes_moved=1)
-
-
-def test_flash_attention_by_hand():
-    """4 x 16 x 128 FLOPs for each of 4096^2/2 pairs: 68.72 GFLOP; 0.6792 of 312 TFLOP/s x 4096 / (4096 + 313).
-
-    Backward: 2.5 times the FLOPs, 0.5995 and 545 tokens.
-    """
-    forward, backward = flash(), flash(direction="backward")
-    assert (forward.flops, backward.flops) == (68_719_476_736, 171_798_691_840)
-    expected = 68_719_476_736 / (312e12 * 0.6792 * 4096 / 4409)
-    assert a100().duration(forward) == pytest.approx(4 * US + expected, rel=1e-9)
-    expected = 171_798_691_840 / (312e12 * 0.5995 * 4096 / 4641)
-    assert a100().duration(backward) == pytest.approx(4 * US + expected, rel=1e-9)
-
-
-def test_short_sequences_reach_half_of_the_rate():
-    """At `half_tokens` (313) the rate is half of that of very long ones; the shorter side counts."""
-    cost = a100()
-
-    def rate(work):
-        return work.flops / (cost.duration(work) - 4 * US)
-
-    assert rate(flash(tokens=313)) == pytest.approx(312e12 * 0.6792 / 2)
-    assert rate(flash(tokens=2**20)) == pytest.approx(312e12 * 0.6792, rel=1e-3)
-    assert rate(flash(tokens=2**20, keys=313)) == pytest.approx(312e12 * 0.6792 / 2)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "fraction", "half_tokens"),
-    [
-        (64, 0.5994, 322),
-        (128, 0.6792, 313),
-        (96, (0.5994 + 0.6792) / 2, 317.5),  # half way
-        (80, 0.75 * 0.5994 + 0.25 * 0.6792, 0.75 * 322 + 0.25 * 313),
-        (32, 0.5994, 322),  # constant below
-        (256, 0.6792, 313),  # constant above
-    ],
-)
-def test_head_sizes_are_interpolated(head_dim, fraction, half_tokens):
-    """Measured at 64 and 128."""
-    work = flash(head_dim)
-    expected = work.flops / (312e12 * fraction * 4096 / (4096 + half_tokens))
-    assert a100().duration(work) == pytest.approx(4 * US + expected, rel=1e-9)
-
-
-WITH_FP8 = [name for name in profile_names() if "fp8" in load_profile(name).datasheet.peak_tflops]
-
-
-@pytest.mark.parametrize("name", WITH_FP8)
-def test_attention_beside_fp8_products_runs_in_16_bits(name):
-    """Without curves of its own it takes the time of bf16, not half of it, and names the coefficients that it used."""
-    half, eighth = (ComputeCost(load_profile(name), dtype) for dtype in ("bf16", "fp8"))
-    assert eighth.duration(flash()) == half.duration(flash())
-    assert eighth.class_of(flash()) == half.class_of(flash()) == "attention.forward.causal"
-    product = Gemm(8192, 8192, 8192, 1, bytes_moved=1)
-    assert eighth.duration(product) < 0.7 * half.duration(product)
-
-
-def test_heads_of_different_sizes_at_once():
-    """An array of kernels takes the times of each alone."""
-    cost, sizes = a100(), (64, 80, 128)
-    columns = zip(*(astuple(flash(size)) for size in sizes), strict=True)
-    arrays = (column[0] if isinstance(column[0], str) else np.array(column, dtype=float) for column in columns)
-    many = replace(FlashAttention(*arrays), causal=True)
-    assert cost.duration(many).tolist() == [cost.duration(flash(size)) for size in sizes]
-
-
-def test_attention_bound_by_memory():
-    """1.7005 GB of traffic at 0.834 of 2039 GB/s take a millisecond."""
-    work = FlashAttention("forward", 1, 1, 128, 128, 512, 512, 1, False, bytes_moved=1_700_526_000)
-    assert a100().duration(work) == pytest.approx(1004 * US, rel=1e-6)
-
-
 MIB = 2**20
 CLASSES = {"elementwise": 0.834, "norm": 0.70, "softmax": 0.71, "dropout": 0.71}
 
@@ -364,8 +284,6 @@ def measured(**blocks):
         calibrated = tables["calibrated"]
         for name, value in blocks.get("gemm", {}).items():
             calibrated["gemm"][name] = {"value": value, **source}
-        for direction, value in blocks.get("block_tokens", {}).items():
-            calibrated["attention"][direction]["block_tokens"] = {"value": value, **source}
         for dtype, kernels in blocks.get("kernel_rates", {}).items():
             calibrated.setdefault("kernel_rates", {})[dtype] = {
                 name: {
@@ -384,25 +302,6 @@ def test_a_product_with_a_start_and_exposed_traffic():
     cost = ComputeCost(measured(gemm={"start_us": 15, "traffic_exposed": 0.5}), "bf16")
     traffic = 1e8 / (0.834 * 2039e9)
     assert cost.duration(work) == pytest.approx(a100().duration(work) + 15 * US + 0.5 * traffic, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "pairs"),
-    [
-        (128, 128 * 128),  # one block holds all keys: the whole square
-        (512, 512 * 512),
-        (1024, 512 * 512 + 512 * 1024),  # the first half of the queries needs one block, the second two
-        (2048, 512 * (512 + 1024 + 1536 + 2048)),
-    ],
-)
-def test_a_masked_kernel_skips_whole_blocks_of_keys(tokens, pairs):
-    """Blocks of 512, counted block by block; without a mask nothing changes."""
-    with_blocks = ComputeCost(measured(block_tokens={"forward": 512}), "bf16")
-    start = 4 * US
-    masked = (with_blocks.duration(flash(tokens=tokens)) - start) / (a100().duration(flash(tokens=tokens)) - start)
-    assert masked == pytest.approx(pairs / (tokens * tokens / 2), rel=1e-9)
-    for work in (flash(tokens=tokens, causal=False), flash(tokens=tokens, direction="backward")):
-        assert with_blocks.duration(work) == a100().duration(work)
 
 
 def test_rates_of_a_kernel_by_hand():
@@ -424,21 +323,6 @@ def test_rates_of_a_kernel_by_hand():
     assert cost.duration(MemoryBound("dropout", 10**8, "dropout")) == pytest.approx(13 * US + 1e-3, rel=1e-9)
     assert cost.coefficients_of(work) == ("kernel_overhead_us", "kernel_rates.bf16.layer_norm_backward")
     assert cost.coefficients_of(other) == ("kernel_overhead_us", "memory_bound.norm", "l2_bandwidth_gb_per_s")
-
-
-def test_attention_of_another_type_has_its_own_curves():
-    """fp32 at half of its peak, 19.5 TFLOP/s, whatever the length; bf16 as before."""
-    curve = {"128": {name: {"value": v, "source": "by-hand"} for name, v in (("fraction", 0.5), ("half_tokens", 0))}}
-    masks = {"causal": curve, "full": curve}
-
-    def change(tables):
-        tables["sources"]["by-hand"] = "By hand"
-        tables["calibrated"]["attention_by_dtype"] = {"fp32": {"forward": masks, "backward": masks}}
-
-    extended = profile(change)
-    assert ComputeCost(extended, "bf16").duration(flash()) == a100().duration(flash())
-    expected = flash().flops / (0.5 * 19.5e12)
-    assert ComputeCost(extended, "fp32").duration(flash()) == pytest.approx(4 * US + expected, rel=1e-9)
 
 
 # ------------------------------------------------------------ the kernels of a layer

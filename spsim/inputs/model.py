@@ -15,10 +15,11 @@ from pydantic import Field, model_validator
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
 from spsim.inputs.resources import read_toml
+from spsim.work import AttentionKernel, Framework
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Activation = Literal["gelu", "squared_relu", "swiglu", "geglu"]
-Attention = Literal["flash", "unfused"]
+Attention = Literal["flash", "unfused"] | AttentionKernel
 GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 
 
@@ -54,6 +55,7 @@ class Model(Configuration):
     """Attention and MLP read the same input through a norm each: x + attention + MLP (GPT-NeoX)."""
     tied_embeddings: bool = _DERIVED
     attention: Attention = "flash"
+    """`flash`: the fused kernel that Transformer Engine picks on the hardware; or a kernel of the profile by name."""
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -97,6 +99,13 @@ class Model(Configuration):
                 f"activation {self.activation!r} and gated_mlp = {self.gated_mlp} exclude each other; change one"
             )
         return self
+
+    @property
+    def attention_kernel(self) -> AttentionKernel | Framework | None:
+        """The fused kernel of core attention, by its name or by what picks it; none where it is unfused."""
+        if self.attention == "unfused":
+            return None
+        return "transformer_engine" if self.attention == "flash" else self.attention
 
     @cached_property
     def layer_parameters(self) -> int:

@@ -209,8 +209,9 @@ class Attention(Kernels):
         passes = 1 if direction == "forward" else 2
         rows = (queries * heads + keys * kv_heads) * batch * (width + value_width)
         return FlashAttention(
-            direction=direction, batch=batch, heads=heads, head_dim=width, value_dim=value_width, queries=queries,
-            keys=keys, twice_pairs=twice_pairs, causal=causal, bytes_moved=passes * rows * of_queries.tensor.itemsize,
+            kernel=self.operator.attention_kernel, direction=direction, batch=batch, heads=heads, kv_heads=kv_heads,
+            head_dim=width, value_dim=value_width, queries=queries, keys=keys, twice_pairs=twice_pairs, causal=causal,
+            bytes_moved=passes * rows * of_queries.tensor.itemsize,
         )  # fmt: skip
 
     @lazy

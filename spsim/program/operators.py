@@ -22,7 +22,7 @@ from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, shard
 from spsim.program.strategies import SplitRule
-from spsim.work import KernelClass, KernelName
+from spsim.work import AttentionKernel, Framework, KernelClass, KernelName
 
 TensorKind = Literal["activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
 
@@ -66,6 +66,8 @@ class Operator:
     """Inputs whose gradient is the gradient of the output, the same storage."""
     kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
+    attention_kernel: AttentionKernel | Framework = "transformer_engine"
+    """Which fused kernel computes core attention."""
 
     def __post_init__(self) -> None:
         """`InputError` for what is no sum of products: where tokens are dealt out to experts, positions are missing on

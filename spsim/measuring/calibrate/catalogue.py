@@ -23,7 +23,7 @@ from spsim.measuring.calibrate.shapes import (
     score_products,
 )
 from spsim.units import GIB, KIB, MIB
-from spsim.work import Direction
+from spsim.work import AttentionKernel, Direction
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive")
 LAUNCHES = ("stream_add", "stream_linear", "stream_layer_norm", "stream_softmax")
@@ -44,6 +44,8 @@ class Machine:
     nodes: int
     levels: tuple[str, ...]
     """Names of the topology's levels, inner to outer."""
+    attention_kernels: tuple[AttentionKernel, ...]
+    """Fused kernels that torch has, the one that it picks by itself first."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -156,19 +158,27 @@ def _wide(machine: Machine) -> tuple[str, ...]:
 
 
 def _attention(machine: Machine, sizes: Selection) -> Iterator[Measurement]:
-    """Multi-head with all head sizes and lengths, grouped queries with one size.
+    """Multi-head with all head sizes and lengths, grouped queries with one size, and fewer and more heads.
 
     The fused kernel of a GPU takes 16 bits only.
     """
     dtypes = _wide(machine) if machine.device == "cpu" else ("bf16",)
-    for dtype, direction, causal in product(dtypes, DIRECTIONS, (True, False)):
-        cases = [(head_dim, sizes.heads, length) for head_dim in sizes.head_dims for length in sizes.lengths]
-        cases += [(128, sizes.heads // 4, length) for length in sizes.lengths[1::2]]
-        for head_dim, kv_heads, length in cases:
+    heads = sizes.heads
+    cases = [(1, heads, heads, head_dim, length) for head_dim in sizes.head_dims for length in sizes.lengths]
+    cases += [(1, heads, heads // 4, 128, length) for length in sizes.lengths[1::2]]
+    if machine.device == "cuda":
+        spread = product(SPREAD, (64, 128), sizes.lengths[::2])
+        cases += [(batch, own, own, head_dim, length) for (batch, own), head_dim, length in spread]
+    for kernel, dtype, direction, causal in product(machine.attention_kernels, dtypes, DIRECTIONS, (True, False)):
+        for batch, own_heads, kv_heads, head_dim, length in cases:
             yield flash_attention(
-                dtype, direction, batch=1, heads=sizes.heads, kv_heads=kv_heads, head_dim=head_dim, tokens=length,
-                causal=causal,
+                kernel, dtype, direction, batch=batch, heads=own_heads, kv_heads=kv_heads, head_dim=head_dim,
+                tokens=length, causal=causal,
             )  # fmt: skip
+
+
+SPREAD = ((1, 2), (1, 8), (2, 32))
+"""Sequences and heads of attention on a GPU, so that few blocks and many waves of them are seen."""
 
 
 MASTER_PRECISION = ("cross_entropy", "adam")

@@ -14,13 +14,16 @@ import numpy as np
 
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
+from spsim.inputs.kernel_coefficients import PickedKernel
 from spsim.inputs.profiles import parse_profile
 from spsim.inputs.quantities import Provenance
+from spsim.measuring.calibrate.attention_fit import fit_attention
 from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
-from spsim.measuring.calibrate.kernel_fit import Fit, fit_attention, fit_gemm
+from spsim.measuring.calibrate.kernel_fit import Fit
 from spsim.measuring.calibrate.outcome import ClassFit, FittedProfile
+from spsim.measuring.calibrate.product_fit import fit_gemm
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import timed
 from spsim.measuring.calibrate.solver import rounded
@@ -102,6 +105,7 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
         draft.take(fit, topic)
         classes += fit.classes
     _measured_by_themselves(measurements, draft)
+    _picked_kernel(environment, draft)
     if not draft.measured:
         raise InputError("no measurement has a result; run calibrate again, or give another raw file")
     composed = check_over_nodes(measurements, draft.profile)
@@ -140,6 +144,16 @@ def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:
         draft.put("collective_overhead_us", 0.0, "collective-start", text)
 
 
+def _picked_kernel(environment: Mapping[str, str], draft: _Draft) -> None:
+    """Which attention kernel torch runs by itself, where the session says so and the profile knows the kernel."""
+    kernel = environment.get("attention_kernel", "")
+    if kernel in draft.profile.coefficients.attention:
+        source = draft.cite("attention-kernel", "which kernel torch picks for attention by itself")
+        leaf = PickedKernel(kernel=kernel, source=source)
+        draft.profile = with_leaves(draft.profile, {"attention_picked.torch": leaf})
+        draft.measured.add("attention_picked.torch")
+
+
 def _values(rows: Iterable[Measurement], kind: str, name: str) -> list[float]:
     """Results that are not times, of rows whose name begins so."""
     found = (row for row in rows if row.kind == kind and row.name.startswith(name) and not row.skipped)
@@ -157,13 +171,18 @@ def _finished(
             "as_of": draft.date,
             "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}"},
             "sources": {**draft.profile.sources, **draft.sources},
-            "assumed": frozenset(path for path in kept if _in_base(path) in base.assumed),
+            "assumed": frozenset(path for path in kept if _is_assumed(_in_base(path), base)),
         }
     )
     tables = document(profile)
     cited = set(_cited(tables))
     tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
     return parse_profile(tables, name)
+
+
+def _is_assumed(path: str, base: HardwareProfile) -> bool:
+    """Whether a coefficient of the base is; one that the base does not have was begun with that of another kernel."""
+    return path in base.assumed or leaf_at(base, path) is None
 
 
 def _in_base(path: str) -> str:

@@ -87,8 +87,10 @@ def title(row: Measurement) -> str:
         of = [f"{size} bytes" if size else "", f"on {row.ranks} ranks by {row.level}" if row.ranks else ""]
         return " ".join(part for part in (row.name, row.dtype, *of) if part)
     if row.kind == "attention":
-        shape = f"{row.heads}/{row.kv_heads} heads of {row.head_dim}, {row.queries} tokens"
-        return f"attention {row.name} {row.dtype} {shape}{', causal' if row.causal else ''}"
+        batch = f"{row.batch} x " if row.batch and row.batch > 1 else ""
+        shape = f"{batch}{row.heads}/{row.kv_heads} heads of {row.head_dim}, {row.queries} tokens"
+        kernel = f"{row.kernel} " if row.kernel else ""
+        return f"attention {kernel}{row.name} {row.dtype} {shape}{', causal' if row.causal else ''}"
     shape = "x".join(str(size) for size in (row.batch, row.m, row.n, row.k) if size and size > 1)
     main = ", accumulated" if row.accumulated else ""
     return " ".join(

@@ -129,11 +129,12 @@ def _convolution(call: Call, moved: int) -> tuple[Gemm, ...]:
 
 def _attention(call: Call, moved: int) -> FlashAttention:
     batch, heads, queries, head_dim = call.arguments["query"].shape
-    keys, value_dim = call.arguments["key"].shape[-2], call.arguments["value"].shape[-1]
+    _, kv_heads, keys, _ = call.arguments["key"].shape
+    value_dim = call.arguments["value"].shape[-1]
     causal = bool(call.arguments.get("is_causal", False))
     direction: Direction = "backward" if call.op.endswith("_backward") else "forward"
     return FlashAttention(
-        direction, batch, heads, head_dim, value_dim, queries, keys,
+        "torch", direction, batch, heads, kv_heads, head_dim, value_dim, queries, keys,
         twice_pairs=twice_pairs(queries, keys) if causal else 2 * queries * keys, causal=causal, bytes_moved=moved,
     )  # fmt: skip
 
