@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "Two or more plans side by side: where time and memory differ, and why.",
     "explain": "Which operators does sequence parallelism apply to, and why?",
     "validate": "Predicted against measured, a row a case.",
+    "kernels": "Your own microbenchmarks of products or attention against a hardware profile.",
     "list": "The shipped hardware profiles or models.",
     "calibrate": "Measure this machine, alone or under torchrun, and fit a hardware profile to it.",
     "verify": "Run real PyTorch layers on the GPUs or CPU at hand, and compare them with the simulation.",
