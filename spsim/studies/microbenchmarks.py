@@ -131,7 +131,8 @@ class Attention(BaseModel):
         """What the prediction of this row goes beyond: sizes that lie between or beyond those that were measured."""
         own = profile.coefficients.attention[kernel].forward
         tiles = own.causal if self.causal else own.full
-        marks = [] if str(self.head_dim) in tiles else [f"head_dim {self.head_dim} from those of {', '.join(sorted(tiles, key=int))}"]
+        sizes = ", ".join(sorted(tiles, key=int))
+        marks = [] if str(self.head_dim) in tiles else [f"head_dim {self.head_dim} from those of {sizes}"]
         if (self.kv_heads or self.heads) < self.heads:
             marks.append("fewer KV heads than heads")
         return "; ".join(marks)
