@@ -31,7 +31,10 @@ ALL_REDUCE = "all_reduce fp32 4096 bytes on 2 ranks by shared-memory"
 
 
 def all_rows():
-    here = machine(device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu(2).cache_share, ranks=2, levels=("shared-memory",))
+    here = machine(
+        device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu(2).cache_share, ranks=2, levels=("shared-memory",),
+        attention_kernels=("torch_cpu",),
+    )  # fmt: skip
     return [row for section in sections(here, quick=True) for row in section.rows]
 
 
