@@ -11,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from spsim.costs.seconds import Seconds
-from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
 from spsim.inputs.hardware import HardwareProfile
 from spsim.units import US_PER_S
-from spsim.work import Gemm
+from spsim.work import MAIN_GRADIENT_BYTES, Gemm
 
 ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
 """Read and write of one main gradient."""
