@@ -16,11 +16,13 @@ from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
 from spsim.inputs.profiles import parse_profile
 from spsim.inputs.quantities import Provenance
+from spsim.measuring.calibrate.attention_fit import fit_attention
 from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
-from spsim.measuring.calibrate.kernel_fit import Fit, fit_attention, fit_gemm
+from spsim.measuring.calibrate.kernel_fit import Fit
 from spsim.measuring.calibrate.outcome import ClassFit, FittedProfile
+from spsim.measuring.calibrate.product_fit import fit_gemm
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import timed
 from spsim.measuring.calibrate.solver import rounded
