@@ -12,7 +12,7 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCurve
 from spsim.inputs.quantities import NonNegative
 from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
-from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
+from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, UNKNOWN, Fit, fit_samples, with_missing
 from spsim.measuring.calibrate.outcome import ClassFit
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import HALF_PRECISION, Sample, attention_samples
@@ -67,7 +67,7 @@ def _fit_curves(samples: Sequence[Sample], profile: HardwareProfile, root: str, 
     if mask == "full":
         return fit_samples(samples, profile, plain)
     block = Parameter(f"{root}.block_tokens", 0, 4096, 512)
-    with_block = with_missing(profile, {block.path: NonNegative(value=0, source="unknown")})
+    with_block = with_missing(profile, {block.path: NonNegative(value=0, source=UNKNOWN)})
     options = [(profile, plain), (with_block, [*fractions, block]), (with_block, [*plain, block])]
     fits = [fit_samples(samples, *option) for option in options]
     errors = [fit.classes[0].mean_error * OTHER_SHAPE**-number for number, fit in enumerate(fits)]

@@ -20,6 +20,8 @@ OTHER_SHAPE = 0.8
 """Share of the held-out error to which coefficients that describe a class in another way have to bring it."""
 LOWEST = 1e-4
 """Smallest share of a peak that is looked for."""
+UNKNOWN = "unknown"
+"""Source of a coefficient that a search begins with and no row has measured yet."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def _where_enough(samples: Sequence[Sample], times: Seconds) -> Seconds:
 
 def _paths_of(samples: Sequence[Sample], profile: HardwareProfile, fitted: Iterable[str]) -> tuple[str, ...]:
     """The fitted coefficients that some of these samples take their time from."""
-    used = {path for s in samples for path in ComputeCost(profile, s.dtype).coefficients_of(s.work)}
+    used = {path for s in samples for path in ComputeCost(profile, s.dtype, burst=True).coefficients_of(s.work)}
     return tuple(path for path in fitted if any(path == name or path.startswith(f"{name}.") for name in used))
 
 

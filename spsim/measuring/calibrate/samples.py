@@ -129,10 +129,10 @@ class Batch:
         self.groups = [(samples[at[0]].dtype, _stack([samples[i].work for i in at]), at) for at in where.values()]
 
     def times(self, profile: HardwareProfile) -> Seconds:
-        """Seconds of each sample on a profile."""
+        """Seconds of each sample on a profile: measured one by one, in bursts."""
         found = np.empty(len(self.samples))
         for dtype, work, at in self.groups:
-            found[at] = ComputeCost(profile, dtype).duration(work)
+            found[at] = ComputeCost(profile, dtype, burst=True).duration(work)
         return found
 
 

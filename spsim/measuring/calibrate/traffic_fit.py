@@ -12,7 +12,7 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.inputs.quantities import Bandwidth, Fraction, NonNegative
 from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
-from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
+from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, UNKNOWN, Fit, fit_samples, with_missing
 from spsim.measuring.calibrate.outcome import ClassFit, mean_error
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import Batch, Sample, memory_samples
@@ -39,7 +39,7 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
         return Fit(profile, ())
     no_rates = profile.coefficients.model_copy(update={"kernel_rates": {}})
     profile = profile.model_copy(update={"coefficients": no_rates})
-    half = Fraction(value=0.5, source="unknown")
+    half = Fraction(value=0.5, source=UNKNOWN)
     profile = with_missing(profile, {f"memory_bound.{group}": half for group in _groups(samples)})
     shared = fit_samples(samples, profile, _shares(samples, profile))
     better = {}
