@@ -13,6 +13,7 @@ KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
 """Such as gelu_backward."""
 DataType = Annotated[str, AfterValidator(known_data_type)]
 HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+RowLength = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 
 
 class GemmCoefficients(Table):

@@ -11,8 +11,8 @@ import numpy as np
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCurve
 from spsim.inputs.quantities import NonNegative
-from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
-from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, UNKNOWN, Fit, fit_samples, with_missing
+from spsim.measuring.calibrate.coefficients import UNKNOWN, leaf_at, with_leaves
+from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
 from spsim.measuring.calibrate.outcome import ClassFit
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import HALF_PRECISION, Sample, attention_samples

@@ -17,7 +17,7 @@ from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
 from spsim.inputs.profiles import parse_profile
 from spsim.inputs.quantities import Provenance
 from spsim.measuring.calibrate.attention_fit import fit_attention
-from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves
+from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, without_unknown
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
 from spsim.measuring.calibrate.kernel_fit import Fit
@@ -103,6 +103,7 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
         fit = fit_class(measurements, draft.profile)
         draft.take(fit, topic)
         classes += fit.classes
+    draft.profile = without_unknown(draft.profile, start)
     _measured_by_themselves(measurements, draft)
     if not draft.measured:
         raise InputError("no measurement has a result; run calibrate again, or give another raw file")

@@ -13,6 +13,7 @@ from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
 from spsim.measuring.calibrate.outcome import ClassFit, Seconds
 from spsim.measuring.calibrate.samples import Batch, Sample
 from spsim.measuring.calibrate.solver import Parameter, held_out_times, solve
+from spsim.work import DATA_TYPES
 
 MIN_SHAPES = 4
 """Shapes of a class from which half of them can be left out."""
@@ -20,8 +21,6 @@ OTHER_SHAPE = 0.8
 """Share of the held-out error to which coefficients that describe a class in another way have to bring it."""
 LOWEST = 1e-4
 """Smallest share of a peak that is looked for."""
-UNKNOWN = "unknown"
-"""Source of a coefficient that a search begins with and no row has measured yet."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,10 @@ def _paths_of(samples: Sequence[Sample], profile: HardwareProfile, fitted: Itera
 
 
 def short_name(path: str) -> str:
-    """The end of a dotted path, with the head size that it is of."""
+    """The end of a dotted path, with the head size that it is of; without the data type."""
     *_, owner, name = ("", *path.split("."))
+    if name in DATA_TYPES:
+        return owner
     return f"{name} at {owner}" if owner.isdecimal() else name
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.quantities import Fraction, NonNegative, Quantity
-from spsim.measuring.calibrate.kernel_fit import LOWEST, UNKNOWN, Fit, fit_samples, with_missing
+from spsim.measuring.calibrate.coefficients import UNKNOWN
+from spsim.measuring.calibrate.kernel_fit import LOWEST, Fit, fit_samples, with_missing
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import HALF_PRECISION, NO_ACCUMULATION, Sample, gemm_samples
 from spsim.measuring.calibrate.solver import Parameter
@@ -60,6 +61,8 @@ def _rates(dtype: str, works: Sequence[Gemm]) -> list[Parameter]:
         found.append(Parameter(f"gemm.weight_gradient_rate.{dtype}", 0.05, 1))
     if accumulated > NO_ACCUMULATION:
         found.append(Parameter(f"gemm.accumulation_exposed.{dtype}", 0, 4))
+    if accumulated > NO_ACCUMULATION and dtype in HALF_PRECISION:
+        # Of other types a kernel of its own adds, after the product.
         found.append(Parameter(f"gemm.accumulation_half_k.{dtype}", 100, 1e6))
     return found
 

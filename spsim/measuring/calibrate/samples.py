@@ -77,7 +77,8 @@ def _sample(
 ) -> Sample:
     made = work(row)
     kernel = rates_key(made.kernel, made.backward) if isinstance(made, MemoryBound) else None
-    stratum = (row.dtype, kernel, row.head_dim, beyond_cache)
+    length = made.row if isinstance(made, MemoryBound) else None
+    stratum = (row.dtype, kernel, length, row.head_dim, beyond_cache)
     return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
@@ -113,7 +114,7 @@ def _memory_bound(row: Measurement) -> MemoryBound:
     if kernel not in MEMORY_BOUND or (kernel == operator and direction not in ("forward", "backward")):
         raise InputError(f"{title(row)}: there is no such operator; use one of {', '.join(MEMORY_BOUND)}")
     backward = direction == "backward"
-    return MemoryBound(MEMORY_BOUND[kernel].operator_class, row.bytes_moved or 0, kernel, backward)  # type: ignore[arg-type]
+    return MemoryBound(MEMORY_BOUND[kernel].operator_class, row.bytes_moved or 0, kernel, backward, row.n or 0)  # type: ignore[arg-type]
 
 
 class Batch:
