@@ -21,19 +21,22 @@ from spsim.work import Gemm
 
 ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
 """Read and write of one main gradient."""
+LESS = 1e-12
+"""Share by which a number of tiles is taken for less, so that rounding does not make a whole wave two."""
 OPERAND_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 
 class _Constants(NamedTuple):
-    """Of one device and precision; arrays are of tile_m by tile_n."""
+    """Of one device and precision."""
 
     tile_m: npt.NDArray[np.float64]
     tile_n: npt.NDArray[np.float64]
-    units: float
+    part_of_a_wave: float
+    """That one tile is."""
     per_k: npt.NDArray[np.float64]
-    """Seconds of a tile and one element of K."""
-    per_tile: npt.NDArray[np.float64]
-    """Seconds of its prologue and epilogue."""
+    """Seconds of a wave of tiles and one element of K."""
+    k_pad: float
+    """Elements of K for prologue and epilogue."""
     limit: float
     """FLOP/s that no product exceeds."""
     gradient_rate: float
@@ -62,8 +65,8 @@ class ProductCost:
     def time(self, work: Gemm) -> Seconds:
         """start + (c^4 + t^4)^(1/4) + exposed accumulation; c the time of the tiles, t that of the traffic.
 
-        c = least over the tiles of waves x (K x seconds per element of K + seconds of prologue and epilogue), with
-        waves = ceil(ceil(m / tile_m) x ceil(n / tile_n) x batch / units), and no less than FLOPs over the power limit.
+        c = least over the tiles of waves x (K + pad) x seconds per element of K, with waves = ceil(ceil(m / tile_m) x
+        ceil(n / tile_n) x batch / units), and no less than FLOPs over the power limit.
         Of two times of one length neither hides the other: together they take 1.19 times as long. The accumulation
         into main gradients is hidden by K / (K + half_k), at the rate of the memory.
         """
@@ -75,14 +78,22 @@ class ProductCost:
         return total
 
     def _tiles(self, work: Gemm) -> Seconds:
-        """Seconds of the waves of tiles, of the size that is done first."""
+        """Seconds of the waves of tiles, of the size that is done first.
+
+        Sizes of tiles are the first axis, and in place, since arrays of many kernels are large.
+        """
         gemm = self._constants
-        rows = np.ceil(np.divide.outer(work.m, gemm.tile_m))[..., :, np.newaxis]
-        columns = np.ceil(np.divide.outer(work.n, gemm.tile_n))[..., np.newaxis, :]
-        k, batch = (np.asarray(number)[..., np.newaxis, np.newaxis] for number in (work.k, work.batch))
-        waves = np.ceil(rows * columns * batch / gemm.units)
-        seconds: Seconds = (waves * (k * gemm.per_k + gemm.per_tile)).min(axis=(-2, -1))
-        return seconds
+        axes = (-1, *(1 for _ in max((np.shape(number) for number in (work.m, work.n, work.batch)), key=len)))
+        columns = np.ceil(work.n / gemm.tile_n.reshape(axes))
+        rows = [np.ceil(work.m / tile_m) * work.batch * gemm.part_of_a_wave for tile_m in gemm.tile_m]
+        waves: npt.NDArray[np.float64] | None = None
+        least: Seconds = np.inf
+        for own, per_k in zip(rows, gemm.per_k, strict=True):
+            waves = np.multiply(columns, own, out=waves)
+            np.ceil(waves, out=waves)
+            waves *= per_k.reshape(axes)
+            least = np.minimum(least, np.minimum.reduce(waves))
+        return least * (work.k + gemm.k_pad)
 
     def class_of(self, work: Gemm) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
@@ -108,9 +119,9 @@ def _constants(profile: HardwareProfile, dtype: str, limit: str) -> _Constants:
     return _Constants(
         tile_m=tile_m,
         tile_n=tile_n,
-        units=units,
+        part_of_a_wave=(1 - LESS) / units,
         per_k=per_k * slower,
-        per_tile=per_k * gemm.k_pad_bytes.value / OPERAND_BYTES[dtype],
+        k_pad=gemm.k_pad_bytes.value / OPERAND_BYTES[dtype],
         limit=peak * (highest.value if highest else 1.0),
         gradient_rate=gemm.weight_gradient_rate[dtype].value,
         exposed=gemm.accumulation_exposed[dtype].value * ACCUMULATION_BYTES / profile.memory_bandwidth,
