@@ -37,7 +37,11 @@ from spsim.studies.comparison import PlanAccount, PlanComparison
 from tests.cases import model
 from tests.test_calibrate_catalogue import CPU, machine
 
-H100 = load_profile("dgx-h100")
+SHIPPED = load_profile("dgx-h100")
+H100 = SHIPPED.model_copy(
+    update={"coefficients": SHIPPED.coefficients.model_copy(update={"kernel_rates": {}, "row_rates": {}})}
+)
+"""Kernels at the shares of their classes."""
 GPU = machine(dtypes=("fp32", "bf16", "fp8"))
 TRUTH = {
     "gemm.fraction.bf16": 0.55, "gemm.fraction.fp8": 0.5, "gemm.weight_gradient_rate.bf16": 0.8,
@@ -150,7 +154,8 @@ def test_halves_hold_out_every_shape_once():
 
 
 def test_what_a_cpu_shows_is_found():
-    """A masked kernel that skips whole blocks of 512 keys, a product with a start, and dropout that takes the time of its random numbers in the cache as well.
+    """A masked kernel that skips whole blocks of 512 keys, a product with a start, and
+    dropout that takes the time of its random numbers in the cache as well.
     """
     rates = KernelRates(memory_gb_per_s=bandwidth(2.0), cache_gb_per_s=bandwidth(2.0))
     slower = KernelRates(memory_gb_per_s=bandwidth(4.0), cache_gb_per_s=bandwidth(6.0), start_us=extra(20.0))

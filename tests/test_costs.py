@@ -226,8 +226,8 @@ def beside(compute, traffic):
 
 
 def test_a_square_product_by_hand():
-    """4096^3: 32 x 16 tiles of 128 x 256 are 5 waves on 108 units; 5 x 2 x 128 x 256 x (4096 + 115) FLOPs at 0.83 of the
-    2.889 TFLOP/s of a unit take 575.5 us, 0.3 in 10,000 more beside 59.2 us of traffic, and 4 us to start.
+    """4096^3: 32 x 16 tiles of 128 x 256 are 5 waves on 108 units; 5 x 2 x 128 x 256 x (4096 + 115) FLOPs at 0.83 of
+    the 2.889 TFLOP/s of a unit take 575.5 us, 0.3 in 10,000 more beside 59.2 us of traffic, and 4 us to start.
     """
     work = Gemm(4096, 4096, 4096, 1, bytes_moved=3 * 2 * 4096**2)
     assert work.flops == 137_438_953_472
@@ -237,8 +237,8 @@ def test_a_square_product_by_hand():
     assert a100().duration(work) == pytest.approx(579.5 * US, rel=1e-4)
 
 
-SHAPES = [(16, 4096, 4096, 1), (8192, 2304, 6144, 1), (6144, 2304, 8192, 1), (2048, 2048, 96, 32), (108 * 128, 256, 512, 1),
-          (108 * 128 + 1, 256, 512, 1), (1, 1, 1, 1)]  # fmt: skip
+SHAPES = [(16, 4096, 4096, 1), (8192, 2304, 6144, 1), (6144, 2304, 8192, 1), (2048, 2048, 96, 32),
+          (108 * 128, 256, 512, 1), (108 * 128 + 1, 256, 512, 1), (1, 1, 1, 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("m", "n", "k", "batch"), SHAPES)
@@ -277,7 +277,7 @@ def test_a_weight_gradient_by_hand():
 
 
 def test_main_loops_hide_the_accumulation_of_long_weight_gradients():
-    """H100 hides half of it at K = 3382; what is left of 1.39 x 8 bytes x 1024^2 at 3350 GB/s, beside the same product."""
+    """H100 hides half of 1.39 x 8 bytes x 1024^2 at 3350 GB/s at K = 3382, three quarters at three times that."""
     cost = ComputeCost(load_profile(H100), "bf16")
     plain, accumulated = (
         [cost.duration(Gemm(1024, 1024, k, 1, 1, elements)) for k in (3382, 3 * 3382)] for elements in (1, 1024**2)
@@ -487,7 +487,9 @@ def test_rates_by_row_length_by_hand():
         assert cost.class_of(work) == "row_rates.bf16.layer_norm_forward"
     names, rows = ("layer_norm", "rms_norm", "layer_norm"), np.array([2048.0, 2048.0, 64.0])
     many = cost.duration(MemoryBound("norm", size, names, row=rows))
-    alone = [cost.duration(MemoryBound("norm", size, name, row=int(row))) for name, row in zip(names, rows, strict=True)]
+    alone = [
+        cost.duration(MemoryBound("norm", size, name, row=int(row))) for name, row in zip(names, rows, strict=True)
+    ]
     assert many.tolist() == alone
     assert alone[1] == a100().duration(MemoryBound("norm", size, "rms_norm"))
 

@@ -1,7 +1,7 @@
 """Durations of matrix products: tiles of the result on the compute units of the device, in whole waves.
 
-A unit works through one tile at a time, so the last wave takes as long as a full one; of the tile sizes that the library
-has it takes the one that is done first. Small tiles are slower: each reads its own operands. The power of the board
+A unit works through one tile at a time, so the last wave takes as long as a full one; of the tile sizes that it has the
+library takes the one that is done first. Small tiles are slower: each reads its own operands. The power of the board
 limits the rate, in a training step more than in a burst. Facts and held-out errors: docs/model.md.
 """
 
@@ -104,7 +104,11 @@ class ProductCost:
         names: tuple[str, ...] = ("tile_m", "tile_n", "full_rate_side", "k_pad_bytes", "start_us")
         by_type: tuple[str, ...] = (self._limit,)
         by_type += ("weight_gradient_rate", "accumulation_exposed", "accumulation_half_k") if work.accumulated else ()
-        return ("memory_bound.elementwise", *(f"gemm.{n}" for n in names), *(f"gemm.{n}.{self._dtype}" for n in by_type))
+        return (
+            "memory_bound.elementwise",
+            *(f"gemm.{n}" for n in names),
+            *(f"gemm.{n}.{self._dtype}" for n in by_type),
+        )
 
 
 def _constants(profile: HardwareProfile, dtype: str, limit: str) -> _Constants:

@@ -87,14 +87,14 @@ class TrafficCost:
             self._known[key] = _Traffic(memory, cache, start), found
         return self._known[key]
 
-    def _at(self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool) -> tuple[float, ...]:
+    def _at(self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool) -> tuple[Seconds, ...]:
         """Of one kernel, as flat as arrays of many need it: `_Traffic`, and each `_Segment`, as many as any has."""
         name = rates_key(kernel, backward)
         if name not in self._by_row:
             at_any = _traffic(self._rates[name]) if name in self._rates else self._of_class(operator_class)
             return *at_any, *(self._segments * _UNCHANGED)
         known = sorted((int(length), _traffic(rates)) for length, rates in self._by_row[name].items())
-        found: list[float] = [*known[0][1]]
+        found: list[Seconds] = [*known[0][1]]
         for (shorter, before), (longer, after) in pairwise(known):
             found += (shorter, longer - shorter, *(new - old for old, new in zip(before, after, strict=True)))
         missing = self._segments - (len(known) - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import reduce
 from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
@@ -61,13 +60,15 @@ def _errors(one: ClassFit) -> tuple[str, str, str, str]:
 
 
 def rates_table(fitted: FittedProfile) -> Table | None:
-    """A row for each type, direction and row length of the kernels with rates of their own; None where there are none."""
+    """A row for each type, direction and row length of kernels with rates of their own; None where there are none."""
     measured = ["memory, GB/s", "cache, GB/s", "start, us"]
-    made = table("Rates of single kernels", ["kernel", "type", "direction", "row", *measured], numbers=["row", *measured])
+    made = table(
+        "Rates of single kernels", ["kernel", "type", "direction", "row", *measured], numbers=["row", *measured]
+    )
     for one in fitted.classes:
         for dtype, name, row in _rates(one):
             path = f"row_rates.{dtype}.{name}.{row}" if row else f"kernel_rates.{dtype}.{name}"
-            rates = reduce(_inside, path.split("."), fitted.profile.coefficients)
+            rates = _at(fitted.profile.coefficients, path)
             numbers = (rates.memory_gb_per_s, rates.cache_gb_per_s, rates.start_us)
             shown = (f"{number.value:g}" if number else "–" for number in numbers)
             made.add_row(one.name, dtype, name.rpartition("_")[2], str(row or "any"), *shown)
@@ -76,8 +77,10 @@ def rates_table(fitted: FittedProfile) -> Table | None:
     return made if made.row_count else None
 
 
-def _inside(here: Any, name: str) -> Any:
-    return here[name] if isinstance(here, dict) else getattr(here, name)
+def _at(table: Any, path: str) -> Any:
+    for name in path.split("."):
+        table = table[name] if isinstance(table, dict) else getattr(table, name)
+    return table
 
 
 def _rates(one: ClassFit) -> list[tuple[str, str, int]]:

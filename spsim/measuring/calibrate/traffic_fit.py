@@ -76,7 +76,11 @@ def _groups(samples: Iterable[Sample]) -> list[str]:
 
 def _tables(paths: Iterable[str]) -> list[str]:
     """Both rates of a kernel stand in one table."""
-    return list(dict.fromkeys(path.rpartition(".")[0] if path.startswith(("kernel_rates", "row_rates")) else path for path in paths))
+    return list(
+        dict.fromkeys(
+            path.rpartition(".")[0] if path.startswith(("kernel_rates", "row_rates")) else path for path in paths
+        )
+    )
 
 
 def _shares(samples: Sequence[Sample], profile: HardwareProfile) -> list[Parameter]:
