@@ -45,7 +45,7 @@ H100 = SHIPPED.model_copy(
 GPU = machine(dtypes=("fp32", "bf16", "fp8"))
 TRUTH = {
     "gemm.fraction.bf16": 0.55, "gemm.fraction.fp8": 0.5, "gemm.weight_gradient_rate.bf16": 0.8,
-    "gemm.k_pad_bytes": 800.0, "gemm.full_rate_side": 150.0, "gemm.accumulation_exposed.bf16": 1.0,
+    "gemm.k_pad_bytes": 800.0, "gemm.full_rate_side": 150.0,
     "attention.forward.causal.128.fraction": 0.5, "attention.forward.causal.128.half_tokens": 1200.0,
     "attention.backward.full.64.fraction": 0.4,
     "memory_bound.norm": 0.5, "memory_bound.elementwise": 0.7, "l2_bandwidth_gb_per_s": 5000.0,

@@ -53,7 +53,7 @@ def test_the_shipped_numbers_are_those_of_the_rows():
             assert leaf_at(fit.profile, path).value == pytest.approx(leaf_at(H100, path).value, rel=0.02), path
 
 
-@pytest.mark.parametrize(("seed", "number"), [(1, 20), (2, 60), (3, 60), (4, 150)])
+@pytest.mark.parametrize(("seed", "number"), [(1, 20), (2, 60)])
 def test_any_measured_rows_can_be_fitted(seed, number):
     """Every number has the source that it came from."""
     chosen = sorted(np.random.default_rng(seed).choice(len(ROWS), number, replace=False))

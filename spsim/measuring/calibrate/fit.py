@@ -158,7 +158,7 @@ def _finished(
             "name": name,
             "description": f"Calibrated on {environment.get('device', base.datasheet.device)}; base {base.name}",
             "as_of": draft.date,
-            "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}"},
+            "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}", **_from_base(kept)},
             "sources": {**draft.profile.sources, **draft.sources},
             "assumed": frozenset(path for path in kept if _in_base(path) in base.assumed),
         }
@@ -167,6 +167,16 @@ def _finished(
     cited = set(_cited(tables))
     tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
     return parse_profile(tables, name)
+
+
+def _from_base(kept: Sequence[str]) -> dict[str, str]:
+    """The levels whose collectives nobody measured here, for the provenance; empty where all were."""
+    parts = [path.split(".") for path in kept if path.startswith(("collectives.", "sends."))]
+    levels: dict[str, dict[str, None]] = {}
+    for table, level, name, *_ in parts:
+        levels.setdefault(level, {})["send_receive" if table == "sends" else name] = None
+    text = "; ".join(f"{level}: {', '.join(names)}" for level, names in levels.items())
+    return {"collectives_from_base": text} if text else {}
 
 
 def _in_base(path: str) -> str:
