@@ -203,9 +203,8 @@ def extra(number):
 
 
 def test_terms_that_the_data_do_not_show_stay_those_of_the_base(fitted):
-    """The truth has the tail and the exposed accumulation of the base, and no other term."""
-    assert {"gemm.tile_m", "gemm.tile_n"} <= set(fitted.kept)
-    assert leaf_at(fitted.profile, "gemm.start_us") is None
+    """Bursts do not show the power limit, nor times the tiles of the library."""
+    assert {"gemm.tile_m", "gemm.tile_n", "gemm.sustained_limit.bf16"} <= set(fitted.kept)
     assert leaf_at(fitted.profile, "attention.forward.block_tokens") is None
     assert not fitted.profile.coefficients.kernel_rates
     for path in fitted.kept:
@@ -749,6 +748,7 @@ def test_rates_of_kernels_are_a_table_that_fits_eighty_columns(mixed, fitted):
         "rms_norm",
         "bf16",
         "backward",
+        "any",
         f"{rates.memory_gb_per_s.value:g}",
         f"{rates.cache_gb_per_s.value:g}",
         start,

@@ -20,6 +20,8 @@ from spsim.measuring.calibrate.solver import Parameter, solve
 from spsim.units import GB, MIB
 from spsim.work import KernelName, MemoryBound
 
+WELL_DESCRIBED = 0.05
+"""Held-out error up to which rates are not taken apart by row length."""
 STREAMING = ("add", "copy")
 """Kernels of the class `elementwise` that do nothing but move data: its share is theirs where they were measured, since
 products and attention read and write their tensors at it.
@@ -105,7 +107,7 @@ def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float
         for path, own in passes.items():
             options = (_rates_of(path, own, profile, cache, start=start) for start in (False, True))
             fit = min(options, key=lambda fit: mean_error(fit.classes))
-            by_row = _by_row(path, own, profile, cache)
+            by_row = _by_row(path, own, profile, cache) if mean_error(fit.classes) > WELL_DESCRIBED else None
             if by_row and mean_error(by_row.classes) < OTHER_SHAPE * mean_error(fit.classes):
                 fit = by_row
             profile, parts = fit.profile, [*parts, *fit.classes]
