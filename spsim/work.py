@@ -121,6 +121,8 @@ class MemoryBound:
     kernel: KernelName | None = None
     backward: bool = False
     """The gradient of the kernel."""
+    row: int = 0
+    """Elements that it reduces or scales together: of a norm, a softmax, a bias; 0 where that does not matter."""
 
     @property
     def flops(self) -> int:

@@ -28,6 +28,7 @@ from spsim.inputs.kernel_coefficients import (
     KernelRates,
     MemoryBoundFractions,
     PickedKernel,
+    RowLength,
     SendCoefficients,
 )
 from spsim.inputs.quantities import Bandwidth, Microseconds, NonNegative, Provenance, Quantity, Table
@@ -153,6 +154,8 @@ class Coefficients(Table):
     kernel_rates: dict[DataType, dict[KernelPass, KernelRates]] = Field(default_factory=dict)
     """By data type and kernel_direction, such as gelu_backward, where more than the traffic matters; others have
     `memory_bound`. Types without rates take those of `bf16`: tensors between products are of 16 bits."""
+    row_rates: dict[DataType, dict[KernelPass, dict[RowLength, KernelRates]]] = Field(default_factory=dict)
+    """The same of kernels that take other times for other row lengths, by the measured ones; they go first."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
     kernel_overhead_us: Microseconds
