@@ -56,6 +56,10 @@ class _Constants(NamedTuple):
     join_traffic: Seconds
     stream: Seconds
     """Bytes per second that one block reads."""
+    any_causal: bool
+    all_causal: bool
+    any_splits: bool
+    """Of all kernels of an array, so that nothing is computed in vain."""
 
 
 class AttentionCost:
@@ -80,7 +84,7 @@ class AttentionCost:
         exposed = own.traffic * self._traffic(work, own) / self._streaming_rate
         busy = self._blocks(work, own) + exposed
         total: Seconds = own.start + np.maximum(busy, work.bytes_moved / self._streaming_rate)
-        return self._with_split(work, own, total) if np.any(own.splits) else total
+        return self._with_split(work, own, total) if own.any_splits else total
 
     def _blocks(self, work: FlashAttention, own: _Constants) -> Seconds:
         """Seconds from the start of the first block to the end of the last."""
@@ -89,7 +93,7 @@ class AttentionCost:
         per_head = np.ceil(rows / own.rows)
         heads = work.batch * work.heads
         blocks, token = heads * per_head, own.token * work.width
-        if not np.any(own.causal):
+        if not own.any_causal:
             return self._in_waves(own, blocks, token * others)
         # Tokens of the mean block, with the part of its last tile that is masked, and of the longest, which backward
         # belongs to keys that all queries see.
@@ -99,7 +103,7 @@ class AttentionCost:
         block = own.block + loop
         spread = blocks * (own.block + token * mean) / own.slots + _imbalance(own, per_head, heads) * block
         masked = np.where(blocks <= own.slots, own.block + self._alone(own, loop, blocks), np.maximum(block, spread))
-        if np.all(own.causal):
+        if own.all_causal:
             return masked
         seconds: Seconds = np.where(own.causal, masked, self._in_waves(own, blocks, token * others))
         return seconds
@@ -152,7 +156,10 @@ class AttentionCost:
         sizes = tuple(work.head_dim.tolist()) if isinstance(work.head_dim, np.ndarray) else work.head_dim
         key = (work.kernel, work.direction, work.causal, sizes)
         if key not in self._known:
-            self._known[key] = _Constants(*each(self._at, *key))
+            found = each(self._at, *key)
+            _, causal, split, *_ = found
+            of_all = {"any_causal": np.any(causal), "all_causal": np.all(causal), "any_splits": np.any(split)}
+            self._known[key] = _Constants(*found, **{name: bool(value) for name, value in of_all.items()})
         if np.any(work.queries == 1) and np.any((work.queries == 1) & (self._known[key].splits == 0) & (work.keys > 1)):
             raise InputError(
                 "attention of one query: only a kernel that splits keys has a measured time; "
