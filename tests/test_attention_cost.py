@@ -17,7 +17,8 @@ from spsim.errors import InputError
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.measuring.calibrate.attention_fit import fit_attention
-from spsim.measuring.calibrate.records import Measurement
+from spsim.measuring.calibrate.fit import fit_profile
+from spsim.measuring.calibrate.records import Measurement, append_measurements, read_measurements
 from spsim.measuring.calibrate.samples import Batch, attention_samples
 from spsim.measuring.calibrate.shapes import flash_attention
 from spsim.units import US_PER_S
@@ -391,3 +392,29 @@ def test_a_row_without_a_kernel_is_of_the_flash_kernel():
     for clock, kernel in (("cuda_events", "flash_attention_2"), ("thread_cpu", "torch_cpu")):
         (sample,) = attention_samples([Measurement(**row, causal=True, clock=clock, time_us=US_PER_S)])
         assert sample.work.kernel == kernel
+
+
+def test_a_calibration_says_which_kernel_torch_picks():
+    """And a kernel that the base does not have: begun with another's, whose facts are then assumed of it."""
+    rows = [row for row in measured_rows() if row.kernel == "cudnn" and row.name == "forward"][::4]
+    other = [row.model_copy(update={"kernel": "memory_efficient", "time_us": 3 * row.time_us}) for row in rows]
+    picked = Measurement(kind="environment", name="attention_kernel", text="memory_efficient")
+    found = fit_profile([*other, picked], load_profile(H100), "mine").profile
+    assert found.attention_kernel("torch") == "memory_efficient"
+    assert found.attention_kernel("transformer_engine") == "cudnn"
+    assert errors_of(other, found).mean() < 0.05
+    assert "attention.memory_efficient.forward.block_rows" in found.assumed
+    assert "attention.memory_efficient.forward.full.128.fraction" not in found.assumed
+    assert found.coefficients.attention["cudnn"] == load_profile(H100).coefficients.attention["cudnn"]
+
+
+def test_raw_files_from_before_the_column_are_read_and_not_added_to(tmp_path):
+    file = tmp_path / "raw.csv"
+    append_measurements(file, [Measurement(kind="environment", name="date", text="2026-11-27")])
+    whole = file.read_text().splitlines()
+    column = whole[0].split(",").index("kernel")
+    file.write_text("".join(",".join(p for i, p in enumerate(line.split(",")) if i != column) + "\n" for line in whole))
+    (row,) = read_measurements(file)
+    assert (row.text, row.kernel) == ("2026-11-27", None)
+    with pytest.raises(InputError, match=r"raw\.csv: was measured before attention had several kernels"):
+        append_measurements(file, [row])
