@@ -23,6 +23,8 @@ KernelName = Literal[
     "adam",
 ]  # fmt: skip
 """Memory-bound kernels that a profile may have rates of their own for; others are known by their class only."""
+MAIN_GRADIENT_BYTES = 4
+"""Of an element: gradients of weights are accumulated and reduced in fp32."""
 DATA_TYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
 AttentionKernel = Literal["flash_attention_2", "flash_attention_3", "cudnn", "memory_efficient", "torch_cpu"]
 """Fused kernels, by the library that they are of; `memory_efficient` is CUTLASS's in torch."""
@@ -119,6 +121,8 @@ class MemoryBound:
     kernel: KernelName | None = None
     backward: bool = False
     """The gradient of the kernel."""
+    row: int = 0
+    """Elements that it reduces or scales together: of a norm, a softmax, a bias; 0 where that does not matter."""
 
     @property
     def flops(self) -> int:

@@ -17,7 +17,8 @@ from spsim.errors import InputError
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.measuring.calibrate.attention_fit import fit_attention
-from spsim.measuring.calibrate.records import Measurement
+from spsim.measuring.calibrate.fit import fit_profile
+from spsim.measuring.calibrate.records import Measurement, append_measurements, read_measurements
 from spsim.measuring.calibrate.samples import Batch, attention_samples
 from spsim.measuring.calibrate.shapes import flash_attention
 from spsim.units import US_PER_S
@@ -58,7 +59,7 @@ def blocks_only(**changes):
     tables["sources"]["by-hand"] = "By hand"
     kernels = tables["calibrated"]["attention"]
     kernels["cudnn"] = {"forward": one_way, "backward": one_way}
-    tables["assumed"]["kernel_overhead_us"] = {"value": 0, **source}
+    tables["calibrated"]["kernel_overhead_us"] = {"value": 0, **source}
     return parse_profile(tables, "by hand")
 
 
@@ -275,10 +276,15 @@ def test_head_sizes_between_measured_ones_lie_between_them():
         assert min(w.flops / seconds(w) for w in outer) < rate < max(w.flops / seconds(w) for w in outer)
 
 
+def streaming():
+    """Share of the memory bandwidth that operands pass at."""
+    return load_profile(H100).coefficients.memory_bound.elementwise.value
+
+
 def test_few_queries_draw_no_more_than_the_memory_gives():
-    """Reading all keys and values takes their bytes at 0.887 of 3,350 GB/s at least."""
+    """Reading all keys and values takes their bytes at what a copy reaches of 3,350 GB/s at least."""
     work = attention("flash_attention_2", batch=64, heads=32, queries=1, keys=8192)
-    assert seconds(work) > work.bytes_moved / (0.887 * 3350e9)
+    assert seconds(work) > work.bytes_moved / (streaming() * 3350e9)
 
 
 NUMBERS = [field.name for field in fields(FlashAttention) if field.type == "int"]
@@ -332,8 +338,8 @@ def test_attention_of_another_type_has_its_own_coefficients():
 
 
 def test_traffic_is_a_bound():
-    """2.97 GB of operands at 0.887 of 3,350 GB/s take a millisecond."""
-    work = replace(attention(heads=1, queries=128), bytes_moved=2_971_450_000)
+    """3.35 GB of operands at what a copy reaches of 3,350 GB/s take a millisecond at that share."""
+    work = replace(attention(heads=1, queries=128), bytes_moved=round(3_350_000_000 * streaming()))
     assert seconds(work, blocks_only()) == pytest.approx(1000 * US, rel=1e-6)
 
 
@@ -386,3 +392,29 @@ def test_a_row_without_a_kernel_is_of_the_flash_kernel():
     for clock, kernel in (("cuda_events", "flash_attention_2"), ("thread_cpu", "torch_cpu")):
         (sample,) = attention_samples([Measurement(**row, causal=True, clock=clock, time_us=US_PER_S)])
         assert sample.work.kernel == kernel
+
+
+def test_a_calibration_says_which_kernel_torch_picks():
+    """And a kernel that the base does not have: begun with another's, whose facts are then assumed of it."""
+    rows = [row for row in measured_rows() if row.kernel == "cudnn" and row.name == "forward"][::4]
+    other = [row.model_copy(update={"kernel": "memory_efficient", "time_us": 3 * row.time_us}) for row in rows]
+    picked = Measurement(kind="environment", name="attention_kernel", text="memory_efficient")
+    found = fit_profile([*other, picked], load_profile(H100), "mine").profile
+    assert found.attention_kernel("torch") == "memory_efficient"
+    assert found.attention_kernel("transformer_engine") == "cudnn"
+    assert errors_of(other, found).mean() < 0.05
+    assert "attention.memory_efficient.forward.block_rows" in found.assumed
+    assert "attention.memory_efficient.forward.full.128.fraction" not in found.assumed
+    assert found.coefficients.attention["cudnn"] == load_profile(H100).coefficients.attention["cudnn"]
+
+
+def test_raw_files_from_before_the_column_are_read_and_not_added_to(tmp_path):
+    file = tmp_path / "raw.csv"
+    append_measurements(file, [Measurement(kind="environment", name="date", text="2026-11-27")])
+    whole = file.read_text().splitlines()
+    column = whole[0].split(",").index("kernel")
+    file.write_text("".join(",".join(p for i, p in enumerate(line.split(",")) if i != column) + "\n" for line in whole))
+    (row,) = read_measurements(file)
+    assert (row.text, row.kernel) == ("2026-11-27", None)
+    with pytest.raises(InputError, match=r"raw\.csv: was measured before attention had several kernels"):
+        append_measurements(file, [row])

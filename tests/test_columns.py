@@ -113,10 +113,10 @@ class Block:
         joins = frozenset(rng.sample(["tp", "ring"], rng.randint(0, 2))) if last else frozenset()
         return Segment(name, phase, tuple(tasks), labels, calls, exports, joins, tuple(buffers), ())
 
-    def columns(self, itinerary):
+    def columns(self, layers, micro_batches):
         """All workloads at once."""
-        block = BlockColumns(self.passes, None, self.slots, self.positions, self.coefficients)
-        return block, block.run(itinerary, self.times, 0, self.basis, self.slowdown)
+        block = BlockColumns(self.passes, self.slots, self.positions, self.coefficients)
+        return block, block.run(layers, micro_batches, self.times, 0, self.basis, self.slowdown)
 
     def trace(self, itinerary, point):
         """One workload by the engine."""
@@ -145,10 +145,10 @@ def test_blocks_with_loops_run_as_in_the_engine():
     for seed in range(250):
         made = Block(seed)
         rng, layers, micro_batches = Random(seed), 1 + seed % 4, np.array([1 + (seed + n) % 3 for n in range(MANY)])
-        block, found = made.columns((accumulation([*made.passes.values()], layers, micro_batches),))
-        spots = found.memory.fullest(found.level)
-        limits = np.array([float(rng.randint(0, int(found.level.highest[n]))) for n in range(MANY)])
-        above = found.memory.first_above(limits, found.level.highest > limits)
+        block, found = made.columns(layers, micro_batches)
+        spots = found.memory.fullest()
+        limits = np.array([float(rng.randint(0, int(found.memory.highest[n]))) for n in range(MANY)])
+        above = found.memory.first_above(limits, found.memory.highest > limits)
         covered = found.exact
         exact, total = exact + covered.sum(), total + MANY
         loops += covered.sum() * (len(made.segments) > 2)
@@ -161,7 +161,7 @@ def test_blocks_with_loops_run_as_in_the_engine():
             own = metrics.compute_by_class(trace, 0)
             assert {name: own.get(name, 0) for name in block.classes} == {n: t[point] for n, t in found.compute.items()}
             peak = metrics.peak_memory(trace, 0)
-            assert peak.bytes == found.level.highest[point]
+            assert peak.bytes == found.memory.highest[point]
             leaf, layer, task = (int(column[point]) for column in spots)
             assert named(trace, peak.task) == (block.labels[leaf][task], layer)
             if limits[point] < peak.bytes:

@@ -227,12 +227,14 @@ def without_sources(value, drop=()):
     ("name", "other", "own"),
     [
         # H200 takes NVLS from 5 GPUs, which was measured there.
-        ("dgx-h200", "dgx-h100", ("device", "memory", "memory_bound", "min_ranks")),
-        ("dgx-a100-40gb", "dgx-a100-80gb", ("device", "memory", "memory_bound")),
+        ("dgx-h200", "dgx-h100", ("device", "memory", "memory_bound", "min_ranks", "kernel_rates", "row_rates")),
+        ("dgx-a100-40gb", "dgx-a100-80gb", ("device", "memory", "memory_bound", "kernel_rates")),
     ],
 )
 def test_same_device_but_for_its_memory(name, other, own):
-    """H200 is H100 and A100-40 is A100-80 with other HBM; only the share of elementwise kernels was measured again."""
+    """H200 is H100 and A100-40 is A100-80 with other HBM; only the share of elementwise kernels was measured again, and
+    rates of kernels from the memory are scaled.
+    """
     mine, base = load_profile(name), load_profile(other)
     assert without_sources(mine.datasheet.model_dump(), own) == without_sources(base.datasheet.model_dump(), own)
     assert without_sources(mine.coefficients.model_dump(), own) == without_sources(base.coefficients.model_dump(), own)
@@ -339,7 +341,7 @@ def test_missing_file_is_an_input_error(tmp_path):
         load_profile(tmp_path / "mine.toml")
 
 
-UNKNOWN = ["nvlinks", "datasheet.tdp_w", "assumed.gemm.tile_k", "calibrated.memory.slack_mib"]
+UNKNOWN = ["nvlinks", "datasheet.tdp_w", "calibrated.gemm.tile_k", "calibrated.memory.slack_mib"]
 
 
 @pytest.mark.parametrize("path", UNKNOWN)
@@ -400,7 +402,7 @@ def test_coefficient_in_both_blocks_is_refused():
 
 
 def test_nested_coefficient_in_both_blocks_is_refused():
-    data = changed("dgx-h100", "calibrated.memory_bound.dropout", {"value": 0.7, "source": "dropout-guess"})
+    data = changed("dgx-h100", "assumed.memory_bound", {"dropout": {"value": 0.7, "source": "calibrate-memory-bound"}})
     assert "memory_bound.dropout: stands in both" in refusal(data)
 
 
@@ -409,7 +411,7 @@ NUMBERS = [
     "datasheet.topology.0.link_gb_per_s",
     "calibrated.l2_bandwidth_gb_per_s",
     "calibrated.memory_bound.norm",
-    "assumed.kernel_overhead_us",
+    "calibrated.kernel_overhead_us",
     "calibrated.gemm.fraction.bf16",
 ]
 
@@ -432,7 +434,7 @@ def test_total_overlap_slowdown_is_refused():
 MISSING = [
     "calibrated.l2_bandwidth_gb_per_s",
     "assumed.overlap_slowdown",
-    "assumed.gemm.k_pad",
+    "calibrated.gemm.k_pad_bytes",
     "calibrated.attention.cudnn.backward.full",
     "assumed.memory.context_mib",
     "datasheet.memory.reported_mib",

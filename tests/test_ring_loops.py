@@ -141,7 +141,7 @@ def two_layers(settings, workload):
         return out.name if name == LAYER_INPUT else f"{name} again"
 
     def again(operands):
-        return tuple(Operand(replace(o.tensor, name=renamed(o.tensor.name)), o.subscript) for o in operands)
+        return tuple(Operand(o.tensor._replace(name=renamed(o.tensor.name)), o.subscript) for o in operands)
 
     def names(own):
         return type(own)(map(renamed, own))

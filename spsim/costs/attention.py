@@ -23,6 +23,8 @@ from spsim.units import GB, US_PER_S
 from spsim.work import AttentionKernel, Direction, FlashAttention, Framework, each
 
 FP32_BYTES = 4
+FLOPS = 2
+"""Of a multiplication: an addition comes with it."""
 
 
 class _Constants(NamedTuple):
@@ -39,12 +41,12 @@ class _Constants(NamedTuple):
     rows: Seconds
     tokens: Seconds
     """Keys that a masked block skips together."""
-    per_unit: Seconds
-    """Blocks that share a compute unit."""
+    slots: Seconds
+    """Blocks that run at once."""
     lone: Seconds
     """Time of a block alone on its unit over that of as many as it holds."""
-    rate: Seconds
-    """FLOP/s of one unit."""
+    token: Seconds
+    """Seconds of a block for each token and each multiplication of a pair."""
     block: Seconds
     """Seconds of a block beside its loop."""
     split_rate: Seconds
@@ -54,6 +56,10 @@ class _Constants(NamedTuple):
     join_traffic: Seconds
     stream: Seconds
     """Bytes per second that one block reads."""
+    any_causal: bool
+    all_causal: bool
+    any_splits: bool
+    """Of all kernels of an array, so that nothing is computed in vain."""
 
 
 class AttentionCost:
@@ -78,7 +84,7 @@ class AttentionCost:
         exposed = own.traffic * self._traffic(work, own) / self._streaming_rate
         busy = self._blocks(work, own) + exposed
         total: Seconds = own.start + np.maximum(busy, work.bytes_moved / self._streaming_rate)
-        return self._with_split(work, own, total) if np.any(own.splits) else total
+        return self._with_split(work, own, total) if own.any_splits else total
 
     def _blocks(self, work: FlashAttention, own: _Constants) -> Seconds:
         """Seconds from the start of the first block to the end of the last."""
@@ -86,27 +92,33 @@ class AttentionCost:
         others = np.where(own.backward, work.queries, work.keys)
         per_head = np.ceil(rows / own.rows)
         heads = work.batch * work.heads
-        blocks, slots = heads * per_head, self._units * own.per_unit
-        token = own.rows * 2 * work.width * own.per_unit / own.rate
-        # Under a mask: tokens of the mean block, with the part of its last tile that is masked, and of the longest,
-        # which backward belongs to keys that all queries see.
+        blocks, token = heads * per_head, own.token * work.width
+        if not own.any_causal:
+            return self._in_waves(own, blocks, token * others)
+        # Tokens of the mean block, with the part of its last tile that is masked, and of the longest, which backward
+        # belongs to keys that all queries see.
         mean = np.minimum(others, work.twice_pairs / (2 * rows) + own.tokens / 2)
         last = np.minimum(others, mean + np.maximum(0.0, np.minimum(rows, others) - own.tokens) / 2)
-        longest = np.where((own.backward == 0) & (own.causal > 0), last, others)
-        block = own.block + token * longest
-        waves = np.floor(blocks / slots)
-        rest = blocks - waves * slots
-        whole = waves * block + (rest > 0) * (own.block + token * longest * self._lone(own, rest))
-        spread = blocks * (own.block + token * mean) / slots + _imbalance(own, per_head, heads, slots) * block
-        alone = own.block + token * longest * self._lone(own, blocks)
-        masked = np.where(blocks <= slots, alone, np.maximum(block, spread))
-        seconds: Seconds = np.where(own.causal, masked, whole)
+        loop = token * np.where(own.backward, others, last)
+        block = own.block + loop
+        spread = blocks * (own.block + token * mean) / own.slots + _imbalance(own, per_head, heads) * block
+        masked = np.where(blocks <= own.slots, own.block + self._alone(own, loop, blocks), np.maximum(block, spread))
+        if own.all_causal:
+            return masked
+        seconds: Seconds = np.where(own.causal, masked, self._in_waves(own, blocks, token * others))
         return seconds
 
-    def _lone(self, own: _Constants, blocks: Seconds) -> Seconds:
-        """Time of so many blocks over that of units that hold as many as they can."""
-        factor: Seconds = np.where(blocks <= self._units, own.lone, 1.0)
-        return factor
+    def _in_waves(self, own: _Constants, blocks: Seconds, loop: Seconds) -> Seconds:
+        """Seconds of equal blocks: whole waves, and one for the rest."""
+        waves = np.floor(blocks / own.slots)
+        rest = blocks - waves * own.slots
+        seconds: Seconds = waves * (own.block + loop) + (rest > 0) * (own.block + self._alone(own, loop, rest))
+        return seconds
+
+    def _alone(self, own: _Constants, loop: Seconds, blocks: Seconds) -> Seconds:
+        """The loop of blocks, which is shorter where each of so many has a unit for itself."""
+        seconds: Seconds = loop * np.where(blocks <= self._units, own.lone, 1.0)
+        return seconds
 
     @staticmethod
     def _traffic(work: FlashAttention, own: _Constants) -> Seconds:
@@ -121,18 +133,14 @@ class AttentionCost:
         grouped = work.queries == 1
         heads = work.batch * np.where(grouped, work.kv_heads, work.heads)
         blocks = heads * np.ceil(np.where(grouped, work.heads / work.kv_heads, work.queries) / SPLIT_ROWS)
-        slots = self._units * own.per_unit
-        if not np.any((own.splits > 0) & (blocks < FILLED * slots)):
+        if not np.any((own.splits > 0) & (blocks < FILLED * own.slots)):
             return plain
         tile = key_blocks(work.head_dim)
-        parts = splits(blocks, slots, np.ceil(work.keys / tile))
+        parts = splits(blocks, own.slots, np.ceil(work.keys / tile))
         keys = np.minimum(work.keys, np.ceil(work.keys / parts / tile) * tile)
-        token = SPLIT_ROWS * 2 * work.width * own.per_unit / (own.rate * np.where(own.splits, own.split_rate, 1.0))
+        token = SPLIT_ROWS / own.rows * own.token * work.width / np.where(own.splits, own.split_rate, 1.0)
         number = blocks * parts
-        waves = np.floor(number / slots)
-        rest = number - waves * slots
-        loops = waves * (own.block + token * keys)
-        loops = loops + (rest > 0) * (own.block + token * keys * self._lone(own, rest))
+        loops = self._in_waves(own, number, token * keys)
         stream = np.minimum(self._streaming_rate, np.where(own.splits, number * own.stream, self._streaming_rate))
         results = 2 * FP32_BYTES * parts * work.batch * work.heads * work.queries * work.value_dim
         busy = loops + own.traffic * work.bytes_moved / self._streaming_rate
@@ -148,8 +156,11 @@ class AttentionCost:
         sizes = tuple(work.head_dim.tolist()) if isinstance(work.head_dim, np.ndarray) else work.head_dim
         key = (work.kernel, work.direction, work.causal, sizes)
         if key not in self._known:
-            self._known[key] = _Constants(*each(self._at, *key))
-        if np.any((work.queries == 1) & (self._known[key].splits == 0) & (work.keys > 1)):
+            found = each(self._at, *key)
+            _, causal, split, *_ = found
+            of_all = {"any_causal": np.any(causal), "all_causal": np.all(causal), "any_splits": np.any(split)}
+            self._known[key] = _Constants(*found, **{name: bool(value) for name, value in of_all.items()})
+        if np.any(work.queries == 1) and np.any((work.queries == 1) & (self._known[key].splits == 0) & (work.keys > 1)):
             raise InputError(
                 "attention of one query: only a kernel that splits keys has a measured time; "
                 f"ask for one of {', '.join(self._splitting()) or 'another profile'}"
@@ -172,8 +183,9 @@ class AttentionCost:
         rows, split = own.block_rows.value, own.split
         return (
             float(direction == "backward"), float(causal), float(split is not None), own.start_us.value / US_PER_S,
-            own.traffic_exposed.value, rows, _value(own.block_tokens, rows), per_unit, 1 / (per_unit * lone_rate)
-            if per_unit > 1 else 1.0, self._unit_peak * fraction, block_us / US_PER_S,
+            own.traffic_exposed.value, rows, _value(own.block_tokens, rows), self._units * per_unit,
+            1 / (per_unit * lone_rate) if per_unit > 1 else 1.0,
+            rows * FLOPS * per_unit / (self._unit_peak * fraction), block_us / US_PER_S,
             *((split.rate.value, split.join_us.value / US_PER_S, split.join_traffic.value,
                split.block_gb_per_s.value * GB) if split else (0.0, 0.0, 0.0, 0.0)),
         )  # fmt: skip
@@ -208,7 +220,7 @@ def _value(leaf: Quantity | Any | None, otherwise: float) -> float:
     return otherwise if leaf is None else float(leaf.value)
 
 
-def _imbalance(own: _Constants, per_head: Seconds, heads: Seconds, slots: Seconds) -> Seconds:
+def _imbalance(own: _Constants, per_head: Seconds, heads: Seconds) -> Seconds:
     """What the last block takes beyond the mean of the slots, in longest blocks; x = blocks of a head / slots.
 
     Blocks start in the order of positions. Forward the longest comes last: 0.65 - 0.07 x, at least one half. Backward
@@ -216,9 +228,9 @@ def _imbalance(own: _Constants, per_head: Seconds, heads: Seconds, slots: Second
     one beside the long ones of the other, so that an even number of heads leaves nothing over. Both are what
     starting such blocks one by one gives (tests/test_attention_cost.py), within 0.05 from 4 blocks a head on.
     """
-    x = per_head / slots
+    x = per_head / own.slots
     forward = np.maximum(0.5, 0.65 - 0.07 * x)
     pairs = np.where(heads % 2 == 0, 1.0, -1.0) * np.exp(-6 * heads * (x - 1) ** 2)
     backward = np.maximum(0.0, 0.64 - 0.36 * x) * (1 - pairs)
-    share: Seconds = np.where(own.backward, backward, forward) * (1 - 1 / slots)
+    share: Seconds = np.where(own.backward, backward, forward) * (1 - 1 / own.slots)
     return share

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from spsim.errors import InputError
+from spsim.inputs.configuration import Name
 from spsim.inputs.kernel_coefficients import (
     AttentionCoefficients,
     DataType,
@@ -27,6 +28,7 @@ from spsim.inputs.kernel_coefficients import (
     KernelRates,
     MemoryBoundFractions,
     PickedKernel,
+    RowLength,
     SendCoefficients,
 )
 from spsim.inputs.quantities import Bandwidth, Microseconds, NonNegative, Provenance, Quantity, Table
@@ -41,7 +43,7 @@ PEAK_IDENTITY_TOLERANCE = 0.01
 class Level(Table):
     """One level of the topology, inner to outer."""
 
-    name: str
+    name: Name
     kind: Literal["switch", "full_mesh", "ring", "pcie_tree", "shared_memory", "fat_tree"]
     gpus: Annotated[int, Field(ge=1)] | None = None
     """GPUs that the level joins; none for a fabric without a limit."""
@@ -68,7 +70,7 @@ class DeviceMemory(Table):
 class Datasheet(Table):
     """The vendor's figures of one device and its topology."""
 
-    device: str
+    device: Name
     compute_units: Quantity
     flop_per_clock_per_unit: Quantity
     """16-bit dense matrix FLOP; for a CPU, of its widest type."""
@@ -152,6 +154,8 @@ class Coefficients(Table):
     kernel_rates: dict[DataType, dict[KernelPass, KernelRates]] = Field(default_factory=dict)
     """By data type and kernel_direction, such as gelu_backward, where more than the traffic matters; others have
     `memory_bound`. Types without rates take those of `bf16`: tensors between products are of 16 bits."""
+    row_rates: dict[DataType, dict[KernelPass, dict[RowLength, KernelRates]]] = Field(default_factory=dict)
+    """The same of kernels that take other times for other row lengths, by the measured ones; they go first."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
     kernel_overhead_us: Microseconds

@@ -6,34 +6,40 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
+from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Sides, Table
 from spsim.work import AttentionKernel, known_data_type, known_kernel_pass
 
 KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
 """Such as gelu_backward."""
 DataType = Annotated[str, AfterValidator(known_data_type)]
 HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+RowLength = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 
 
 class GemmCoefficients(Table):
-    """Matrix products: see `costs.products`."""
+    """Matrix products as tiles on compute units: see `costs.products`."""
 
     fraction: dict[str, Fraction]
-    """Share of the dense peak that full tiles reach, by data type."""
-    k_pad: NonNegative
-    """Elements added to K for the prologue and epilogue of a tile."""
-    tile_m: Quantity
-    tile_n: Quantity
-    tail_waves: NonNegative
-    """Mean part of a wave of tiles lost at the end; ceil(x) - x averages one half."""
-    weight_gradient_rate: Fraction
-    """Rate of the weight-gradient product relative to forward."""
-    accumulation_exposed: NonNegative
-    """Share of the read and write of fp32 main gradients that the product does not hide."""
-    traffic_exposed: NonNegative | None = None
-    """Share of the shorter of FLOP time and memory time that the other does not hide; none unless measured."""
-    start_us: NonNegative | None = None
-    """Start of a product beyond that of any kernel: the call of its library; none unless measured."""
+    """Share of the dense peak at which the units work through full tiles, by data type."""
+    burst_limit: dict[str, Fraction] = Field(default_factory=dict)
+    """Share of the peak that no product exceeds in a burst of milliseconds, as microbenchmarks run; by data type."""
+    sustained_limit: dict[str, Fraction] = Field(default_factory=dict)
+    """The same at the power limit of the board, as a training step runs."""
+    tile_m: Sides
+    tile_n: Sides
+    """The library takes the pair that is done first."""
+    full_rate_side: NonNegative
+    """Side of the smallest square tile whose operands arrive as fast as they are multiplied."""
+    k_pad_bytes: NonNegative
+    """Added to K for the prologue and epilogue of a tile, in bytes of an operand: their time is that of any type."""
+    start_us: NonNegative
+    """Start of a product beyond that of any kernel."""
+    weight_gradient_rate: dict[str, Fraction]
+    """Rate of the weight-gradient product relative to forward, by data type."""
+    accumulation_exposed: dict[str, NonNegative]
+    """Share of the read and write of fp32 main gradients that a short product does not hide, by data type."""
+    accumulation_half_k: dict[str, Quantity] = Field(default_factory=dict)
+    """K at which main loops hide half of it; none where it never is."""
 
 
 class AttentionTile(Table):

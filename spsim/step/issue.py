@@ -13,6 +13,8 @@ Nothing is issued before the segment that it belongs to is reached.
 | tp, regather and gradient without `tp_backward_overlap` | tp | in program order | yes |
 | ulysses, all | ulysses | when its tensor is ready | yes |
 | ring, other | ring | when its tensor is ready; K and V of the next step when a step starts | no |
+| dp and ep, regather | dp, ep | in program order | no |
+| dp and ep, other | dp, ep | when its tensor is ready: weights one after another from the start of the segment | no |
 | weight, group of ulysses and ring | dp | end of the step, coalesced | yes |
 | weight, tp | tp | end of the step, coalesced | yes |
 

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
 from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
@@ -36,6 +35,7 @@ from spsim.step.itinerary import Item, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import Segment
 from spsim.units import KIB, MIB, PS_PER_S, picoseconds
+from spsim.work import MAIN_GRADIENT_BYTES
 
 _blocks: Cache[PreparedBlock] = Cache(64 * MIB, lambda block: block.nbytes)
 
@@ -95,12 +95,14 @@ class PreparedBlock:
 
     @lazy
     def columns(self) -> BlockColumns | None:
-        """Prepared for many workloads at once, if one rank stands for all and `covered` covers its passes."""
-        if self.ranks.simulated != "one" or not all(map(covered, self.passes.values())):
+        """Prepared for many workloads at once, if one rank stands for all, `covered` covers its passes and no size is
+        rounded.
+        """
+        if self.ranks.simulated != "one" or self.template.divisor > 1 or not all(map(covered, self.passes.values())):
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
         coefficients = self.template.coefficients.astype(np.float64)
-        return BlockColumns(self.passes, self.sync, slots, self._buffer_positions, coefficients)
+        return BlockColumns(self.passes, slots, self._buffer_positions, coefficients)
 
     @lazy
     def groups(self) -> Groups:
@@ -201,7 +203,7 @@ class PreparedBlock:
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
         seconds = np.zeros((self.template.index.num_slots, *numbers.shape[1:]))
-        floats = numbers.astype(np.float64, copy=False).T
+        floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
             seconds.T[..., group.slots] = compute.duration(group.work(floats))
         for step, position, slots in self._messages:

@@ -31,9 +31,9 @@ class Table:
         for place, row in zip(self.places, zip(*values, strict=True), strict=True):
             yield place, dict(zip(self.columns, row, strict=True))
 
-    def moved(self, by: int) -> Table:
-        """The same where other rows stand before all."""
-        return Table([place + by for place in self.places], self.columns)
+    def placed(self, places: Sequence[int]) -> Table:
+        """The same where its places are numbers of others."""
+        return Table([places[place] for place in self.places], self.columns)
 
 
 def tables_of_rows(rows: Sequence[Row], places: Sequence[int]) -> list[Table]:
@@ -103,9 +103,11 @@ def _joined(name: str, tables: Sequence[Table], places: Sequence[npt.NDArray[np.
     parts = [(own, table.columns[name]) for own, table in zip(places, tables, strict=True) if name in table.columns]
     kinds = {_kind(column) for _, column in parts}
     kind = kinds.pop()
-    whole = sum(len(own) for own, _ in parts) == count
+    whole = len(parts) == len(tables)
     if kinds or kind not in (float, int, bool, str) or not (whole or kind in (float, int)):
         return None
+    if len(tables) == 1 and not isinstance(parts[0][1], np.ndarray | list):
+        return parts[0][1]
     column = np.empty(count, dtype=object if kind is str else kind) if whole else np.full(count, np.nan)
     for own, values in parts:
         column[own] = values

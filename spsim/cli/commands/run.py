@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from spsim.cli.options import (
     CaseFile,
@@ -19,10 +18,11 @@ from spsim.cli.options import (
     PlanOption,
     PrecisionOption,
     SeqLenOption,
+    SetOption,
 )
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
+from spsim.cli.settings import Given
 from spsim.errors import InputError
-from spsim.inputs.scenario import Scenario, load_scenario
 from spsim.report import run as report
 from spsim.results.result import Result
 from spsim.simulation import simulate
@@ -42,16 +42,16 @@ def command(
     precision: PrecisionOption = None,
     phase: PhaseOption = None,
     nodes: NodesOption = None,
+    changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
 ) -> None:
     """Simulate one scenario."""
-    workload = {
-        "seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch, "precision": precision,
-        "phase": phase,
-    }  # fmt: skip
-    workload = {key: value for key, value in workload.items() if value is not None}
-    result = simulate(_scenario(case, hardware, model, plan, workload, nodes))
+    given = Given.of(
+        "run", case, plan, changes, hardware=hardware, model=model, nodes=nodes, seq_len=seq_len,
+        micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+    )  # fmt: skip
+    result = simulate(given.scenario())
     written = [] if out is None else _write_outputs(result, out)
     if as_json:
         print_json(result.to_json())
@@ -62,28 +62,6 @@ def command(
     for line in report.notes(result):
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
-
-
-def _scenario(
-    case: Path | None,
-    hardware: str | None,
-    model: str | None,
-    plan: str | None,
-    workload: dict[str, Any],
-    nodes: int | None,
-) -> Scenario:
-    options = {"--hardware": hardware, "--model": model, "--plan": plan, "--nodes": nodes, **workload}
-    given = [name for name, value in options.items() if value is not None]
-    if case is not None:
-        if case == Path():
-            raise InputError("run: the name of the case file is empty; give its path")
-        if given:
-            raise InputError(f"run: both a case file and {given[0]} are given; use one of them")
-        return load_scenario(case)
-    if model is None or hardware is None or "seq_len" not in workload:
-        missing = "--model" if model is None else "--hardware" if hardware is None else "--seq-len"
-        raise InputError(f"run: {missing} is missing; give a case file, or at least --model, --hardware and --seq-len")
-    return Scenario(hardware=hardware, model=model, plan=plan or "", workload=workload, nodes=nodes)
 
 
 def _write_outputs(result: Result, out: Path) -> list[str]:

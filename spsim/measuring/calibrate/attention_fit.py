@@ -11,7 +11,7 @@ import numpy as np
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCoefficients, AttentionTile
 from spsim.inputs.quantities import NonNegative
-from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves, with_values
+from spsim.measuring.calibrate.coefficients import UNKNOWN, leaf_at, with_leaves, with_values
 from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples
 from spsim.measuring.calibrate.outcome import ClassFit
 from spsim.measuring.calibrate.records import Measurement
@@ -88,7 +88,7 @@ def _as_without_mask(profile: HardwareProfile, root: str, block: Parameter) -> H
     """Tiles of the masked kernel as those of the full one, and blocks that it skips: it may differ by these alone."""
     own = leaf_at(profile, root)
     causal = {size: own.full.get(size, tile) for size, tile in own.causal.items()}
-    typical = NonNegative(value=block.typical, source="unknown")
+    typical = NonNegative(value=block.typical, source=UNKNOWN)
     return with_leaves(profile, {root: own.model_copy(update={"causal": causal, "block_tokens": typical})})
 
 

@@ -65,6 +65,8 @@ class Selection:
     layers: tuple[tuple[Model, int], ...]
     """(model, tensor-parallel degree): the linears of one rank."""
     tokens: tuple[int, ...]
+    short: tuple[tuple[int, int, int], ...]
+    """(tokens, inputs, outputs) of linears that take a few microseconds: their start, and few tiles with a long K."""
     lengths: tuple[int, ...]
     """Of sequences in attention."""
     heads: int
@@ -83,6 +85,9 @@ a CPU stay below the 32 MiB from which the C library gives every tensor fresh pa
 """
 
 
+SHORT = ((128, 1024, 1024), (256, 1536, 1536), (64, 4096, 4096), (256, 768, 3584), (128, 14336, 4096))
+
+
 def _small(hidden: int) -> Model:
     return Model(name=f"small-{hidden}", layers=1, hidden=hidden, heads=hidden // 64, vocab=1)
 
@@ -94,6 +99,7 @@ def selection(machine: Machine, *, quick: bool) -> Selection:
         return Selection(
             layers=tuple((_small(h), 1) for h in hidden),
             tokens=(128, 512) if quick else (128, 256, 512, 1024, 2048),
+            short=(),
             lengths=(128, 256, 512, 1024) if quick else (128, 256, 512, 1024, 2048),
             heads=4,
             head_dims=(64, 128) if quick else (64, 96, 128),
@@ -106,6 +112,7 @@ def selection(machine: Machine, *, quick: bool) -> Selection:
     return Selection(
         layers=tuple((load_model(name), t) for name in names for t in ((8,) if quick else (1, 8))),
         tokens=(2048, 8192) if quick else (1024, 4096),
+        short=SHORT[:2] if quick else SHORT,
         lengths=(512, 1024, 2048, 4096, 8192) if quick else (256, 512, 1024, 2048, 4096, 8192, 16384),
         heads=16,
         head_dims=(64, 96, 128),
@@ -148,6 +155,8 @@ def _gemms(machine: Machine, sizes: Selection) -> Iterator[Measurement]:
     for dtype, (model, t), tokens in product(machine.dtypes, sizes.layers, sizes.tokens):
         for inputs, outputs in _linears(model, t):
             yield from linear(dtype, tokens, inputs, outputs)
+    for dtype, (tokens, inputs, outputs) in product(machine.dtypes, sizes.short):
+        yield from linear(dtype, tokens, inputs, outputs)
     for dtype, head_dim, tokens in product(_wide(machine), sizes.head_dims, sizes.lengths[:4]):
         yield from score_products(dtype, 1, sizes.heads, head_dim, tokens)
 

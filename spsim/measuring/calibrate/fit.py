@@ -18,7 +18,7 @@ from spsim.inputs.kernel_coefficients import PickedKernel
 from spsim.inputs.profiles import parse_profile
 from spsim.inputs.quantities import Provenance
 from spsim.measuring.calibrate.attention_fit import fit_attention
-from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves
+from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, without_unknown
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
 from spsim.measuring.calibrate.kernel_fit import Fit
@@ -104,6 +104,7 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
         fit = fit_class(measurements, draft.profile)
         draft.take(fit, topic)
         classes += fit.classes
+    draft.profile = without_unknown(draft.profile, start)
     _measured_by_themselves(measurements, draft)
     _picked_kernel(environment, draft)
     if not draft.measured:
@@ -169,7 +170,7 @@ def _finished(
             "name": name,
             "description": f"Calibrated on {environment.get('device', base.datasheet.device)}; base {base.name}",
             "as_of": draft.date,
-            "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}"},
+            "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}", **_from_base(kept)},
             "sources": {**draft.profile.sources, **draft.sources},
             "assumed": frozenset(path for path in kept if _is_assumed(_in_base(path), base)),
         }
@@ -183,6 +184,16 @@ def _finished(
 def _is_assumed(path: str, base: HardwareProfile) -> bool:
     """Whether a coefficient of the base is; one that the base does not have was begun with that of another kernel."""
     return path in base.assumed or leaf_at(base, path) is None
+
+
+def _from_base(kept: Sequence[str]) -> dict[str, str]:
+    """The levels whose collectives nobody measured here, for the provenance; empty where all were."""
+    parts = [path.split(".") for path in kept if path.startswith(("collectives.", "sends."))]
+    levels: dict[str, dict[str, None]] = {}
+    for table, level, name, *_ in parts:
+        levels.setdefault(level, {})["send_receive" if table == "sends" else name] = None
+    text = "; ".join(f"{level}: {', '.join(names)}" for level, names in levels.items())
+    return {"collectives_from_base": text} if text else {}
 
 
 def _in_base(path: str) -> str:

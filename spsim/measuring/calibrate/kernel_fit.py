@@ -13,6 +13,7 @@ from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
 from spsim.measuring.calibrate.outcome import ClassFit, Seconds
 from spsim.measuring.calibrate.samples import Batch, Sample
 from spsim.measuring.calibrate.solver import Parameter, held_out_times, solve
+from spsim.work import DATA_TYPES
 
 MIN_SHAPES = 4
 """Shapes of a class from which half of them can be left out."""
@@ -61,13 +62,15 @@ def _where_enough(samples: Sequence[Sample], times: Seconds) -> Seconds:
 
 def _paths_of(samples: Sequence[Sample], profile: HardwareProfile, fitted: Iterable[str]) -> tuple[str, ...]:
     """The fitted coefficients that some of these samples take their time from."""
-    used = {path for s in samples for path in ComputeCost(profile, s.dtype).coefficients_of(s.work)}
+    used = {path for s in samples for path in ComputeCost(profile, s.dtype, burst=True).coefficients_of(s.work)}
     return tuple(path for path in fitted if any(path == name or path.startswith(f"{name}.") for name in used))
 
 
 def short_name(path: str) -> str:
-    """The end of a dotted path, with the head size that it is of."""
+    """The end of a dotted path, with the head size that it is of; without the data type."""
     *_, owner, name = ("", *path.split("."))
+    if name in DATA_TYPES:
+        return owner
     return f"{name} at {owner}" if owner.isdecimal() else name
 
 

@@ -77,7 +77,8 @@ def _sample(
 ) -> Sample:
     made = work(row)
     kernel = rates_key(made.kernel, made.backward) if isinstance(made, MemoryBound) else None
-    stratum = (row.dtype, kernel, row.head_dim, beyond_cache)
+    length = made.row if isinstance(made, MemoryBound) else None
+    stratum = (row.dtype, kernel, length, row.head_dim, beyond_cache)
     return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
@@ -119,7 +120,7 @@ def _memory_bound(row: Measurement) -> MemoryBound:
     if kernel not in MEMORY_BOUND or (kernel == operator and direction not in ("forward", "backward")):
         raise InputError(f"{title(row)}: there is no such operator; use one of {', '.join(MEMORY_BOUND)}")
     backward = direction == "backward"
-    return MemoryBound(MEMORY_BOUND[kernel].operator_class, row.bytes_moved or 0, kernel, backward)  # type: ignore[arg-type]
+    return MemoryBound(MEMORY_BOUND[kernel].operator_class, row.bytes_moved or 0, kernel, backward, row.n or 0)  # type: ignore[arg-type]
 
 
 class Batch:
@@ -135,10 +136,10 @@ class Batch:
         self.groups = [(samples[at[0]].dtype, _stack([samples[i].work for i in at]), at) for at in where.values()]
 
     def times(self, profile: HardwareProfile) -> Seconds:
-        """Seconds of each sample on a profile."""
+        """Seconds of each sample on a profile: measured one by one, in bursts."""
         found = np.empty(len(self.samples))
         for dtype, work, at in self.groups:
-            found[at] = ComputeCost(profile, dtype).duration(work)
+            found[at] = ComputeCost(profile, dtype, burst=True).duration(work)
         return found
 
 

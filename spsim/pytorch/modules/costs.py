@@ -98,7 +98,13 @@ def kernels(call: Call) -> tuple[Work, ...]:
         return _convolution(call, moved)
     if kind == "attention":
         return (_attention(call, moved),)
-    return (MemoryBound(kind, moved, *kernel_of(call)),)
+    return (MemoryBound(kind, moved, *kernel_of(call), row=_row(call)),)
+
+
+def _row(call: Call) -> int:
+    """Elements that a norm, a softmax or the sum for a bias works on together: the last dimension of its result."""
+    shape = call.results[0].shape if call.results else ()
+    return shape[-1] if len(shape) else 0
 
 
 def _product(call: Call, moved: int) -> Gemm:

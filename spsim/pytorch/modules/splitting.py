@@ -11,6 +11,7 @@ from spsim.program.assembly import program_in
 from spsim.program.instructions import Communication, Compute, Instruction, Program, Section
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator, operator_splits
+from spsim.program.placement import Extent
 from spsim.program.region import Region
 from spsim.program.strategies import split_rules
 from spsim.pytorch.modules.emission import OUTPUT
@@ -87,7 +88,7 @@ def _check_divisibility(operators: Sequence[Operator], plan: Plan, causal: bool)
             _check_dimension(op, dim, degree, heads)
 
 
-def _check_dimension(op: Operator, dim: str, degree: int, heads: int) -> None:
+def _check_dimension(op: Operator, dim: str, degree: int, heads: Extent) -> None:
     for operand in op.inputs + op.outputs:
         if dim in operand.subscript:
             size = operand.tensor.sizes[operand.subscript.index(dim)]
