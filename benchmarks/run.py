@@ -31,6 +31,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from timing import REPETITIONS, cpu_seconds
 
 import spsim
 from spsim import report
@@ -50,17 +51,6 @@ COMMANDS = {
     "explain": "--model gpt-22b --plan tp=8,sequence_parallel",
     "list": "hardware",
 }
-REPETITIONS = 5
-
-
-def cpu_seconds(work: Callable[[], Any]) -> float:
-    """Best CPU time of several repetitions; the machine may be shared, and the best is disturbed least."""
-    times = []
-    for _ in range(REPETITIONS):
-        start = process_time()
-        work()
-        times.append(process_time() - start)
-    return min(times)
 
 
 def engine_table() -> Table:

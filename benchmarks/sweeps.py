@@ -1,4 +1,4 @@
-"""What does an experiment file cost beyond `sweep()`? CPU time, median of several repetitions.
+"""What does an experiment file cost beyond `sweep()`? CPU time, best of several repetitions.
 
     python benchmarks/sweeps.py [--rows N]
 
@@ -13,21 +13,18 @@ import io
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice, product
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
-from time import process_time
-from typing import Any
 
 from rich.console import Console
+from timing import REPETITIONS, cpu_seconds
 
 import spsim
 from spsim.report.table import table
 from spsim.studies.experiments import run_experiment
 
-REPETITIONS = 5
 HARDWARE, MODELS = ("dgx-a100-80gb", "dgx-h100"), ("gpt-22b", "llama-3-8b")
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "tp=2,sequence_parallel,ulysses=4")
 FILE = """
@@ -53,16 +50,6 @@ def points(*, objects: bool) -> Iterator[spsim.Point]:
 def experiment(rows: int, *, objects: bool = False) -> spsim.Experiment:
     """As a user would write it."""
     return spsim.Experiment(name="long", title="Long", points=list(islice(points(objects=objects), rows)))
-
-
-def cpu_seconds(work: Callable[[], Any]) -> float:
-    """Median CPU time of several repetitions."""
-    times = []
-    for _ in range(REPETITIONS):
-        start = process_time()
-        work()
-        times.append(process_time() - start)
-    return median(times)
 
 
 def through_a_file(long: spsim.Experiment, directory: Path) -> None:
@@ -101,7 +88,7 @@ def again(number: int, out: Path) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    print(f"run again: {median(times):.2f} s, peak memory {after.ru_maxrss / 1024:.0f} MiB")
+    print(f"run again: {min(times):.2f} s, peak memory {after.ru_maxrss / 1024:.0f} MiB")
 
 
 if __name__ == "__main__":

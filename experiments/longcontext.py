@@ -25,6 +25,7 @@ from rich.table import Table
 import spsim
 from spsim import report
 from spsim.inputs.hardware import CollectiveCurve, Datasheet, HardwareProfile
+from spsim.inputs.kernel_coefficients import SendCoefficients
 from spsim.inputs.plan import parse_plan
 
 DATA = Path(__file__).parent / "data" / "longcontext.csv"
@@ -87,7 +88,8 @@ def device(name: str, compute_share: float, link_share: float) -> HardwareProfil
         level: {kind: tuple(slower(curve, link_share) for curve in curves) for kind, curves in table.items()}
         for level, table in profile.coefficients.collectives.items()
     }
-    coefficients = profile.coefficients.model_copy(update={"collectives": collectives})
+    sends = {level: thinner(send, link_share) for level, send in profile.coefficients.sends.items()}
+    coefficients = profile.coefficients.model_copy(update={"collectives": collectives, "sends": sends})
     datasheet = weaker(profile.datasheet, compute_share)
     return profile.model_copy(update={"coefficients": coefficients, "datasheet": datasheet})
 
@@ -95,6 +97,14 @@ def device(name: str, compute_share: float, link_share: float) -> HardwareProfil
 def slower(curve: CollectiveCurve, share: float) -> CollectiveCurve:
     """A curve with a share of its bandwidth at every message, and the same latency."""
     return curve.model_copy(update={"points": tuple((size, rate * share) for size, rate in curve.points)})
+
+
+def thinner(send: SendCoefficients, share: float) -> SendCoefficients:
+    """Sends with a share of the bandwidth of channels and links."""
+    rates = {name: getattr(send, name) for name in ("channel_gb_per_s", "link_gb_per_s")}
+    return send.model_copy(
+        update={name: rate.model_copy(update={"value": rate.value * share}) for name, rate in rates.items()}
+    )
 
 
 def weaker(datasheet: Datasheet, share: float) -> Datasheet:

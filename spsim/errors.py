@@ -10,6 +10,19 @@ from pydantic import ValidationError
 class InputError(ValueError):
     """A value given by the user breaks a rule; the message says which value, which rule and how to fix it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Text as one line of what can be seen."""
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """Text in which whatever moves a cursor, colours a terminal or is no character is written out, as `\\x1b`."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 def first_problem(error: ValidationError, where: str) -> InputError:
     """The first complaint of a pydantic validation as one line, with the place in the file or call."""
@@ -27,4 +40,4 @@ def first_problem(error: ValidationError, where: str) -> InputError:
     elif isinstance(value, str | int | float | bool):
         text = f"{text}, got {value!r}"
     place = f"{where}: {path}: " if path else f"{where}: "
-    return InputError(" ".join((place + text).split()))
+    return InputError(place + text)

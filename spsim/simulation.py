@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from spsim.costs.static_memory import StaticMemory, static_memory
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.trace import Trace
+from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload, Workloads
@@ -32,8 +34,10 @@ from spsim.step.unfolded import unfold_step
 def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """Simulate a scenario. `fold` simulates identical ranks and layers once; the result is the same without.
 
-    Raises `InputError` where the hardware profile lacks a curve that the plan needs.
+    Raises `InputError` where it is given something else, and where the profile lacks a curve that the plan needs.
     """
+    if not isinstance(scenario, Scenario):
+        raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
     block = _block(scenario, fold)
     numbers = block.template.at(scenario.workload)
     amounts = _amounts(scenario, scenario.workload)
@@ -55,7 +59,8 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     with np.errstate(over="ignore", invalid="ignore"):
         numbers = products(block.columns.coefficients, basis)
         step = block.columns.run(
-            block.itinerary(grid.model.layers, grid.num_micro_batches),
+            grid.model.layers,
+            grid.num_micro_batches,
             block.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
             sum(block.sync_durations(comm, grid.gpus_per_node, messages)),
             basis,
@@ -116,6 +121,7 @@ def assemble(
         ),
         block.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,
+        block.abreast,
     )
     walked = fold_step(step) if fold else unfold_step(step)
     copies, gpus = block.ranks.copies, scenario.plan.gpus

@@ -23,6 +23,8 @@ KernelName = Literal[
     "adam",
 ]  # fmt: skip
 """Memory-bound kernels that a profile may have rates of their own for; others are known by their class only."""
+MAIN_GRADIENT_BYTES = 4
+"""Of an element: gradients of weights are accumulated and reduced in fp32."""
 DATA_TYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
 
 

@@ -1,5 +1,6 @@
 """A user's mistake is one line that names the value, the rule and the fix, with exit status 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,8 +141,8 @@ def test_refused(arguments: list[str], words: list[str], capsys: pytest.CaptureF
         ("vocab = 1000", "vocab = 1000\nffn_hidden = 100", ["100", "tp"]),
         ("vocab = 1000", "vocab = 1000\nexperts = 8", ["experts", "unknown key"]),
         ("vocab = 1000", "vocab = 1000\ngated_mlp = true", ["ffn_hidden", "missing"]),
-        ("tp = 8", "tp = 8\nsp = true", ["sp", "unknown key"]),
-        ("[workload]", "[load]", ["workload", "missing"]),
+        ("tp = 8", "tp = 8\nsp = 8", ["sequence_parallel = 8", "ulysses=N", "ring=N"]),
+        ("[workload]", "[load]", ["load: unknown key", "did you mean workload?"]),
         ("layers = 2", "layers = " + "[" * 5000, ["nested"]),
         ("vocab = 1000", 'vocab = 1000\nname = "[/red]"\nffn_hidden = 100', ["100", "tp"]),
         ("seq_len = 2048", "", ["seq_len", "missing"]),
@@ -208,21 +209,88 @@ def test_comparison_outputs_all_or_nothing(tmp_path: Path, capsys: pytest.Captur
     assert [path.name for path in out.iterdir()] == ["comparison.json"]
 
 
-def test_too_many_records_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    line = refused([*with_plan("tp=8"), "--global-batch", "1000", "--out", str(out)], capsys)
-    assert "global_batch" in line
-    assert not out.exists()
-
-
 def test_empty_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out is empty" in refused([*with_plan("tp=8"), "--out", ""], capsys)
 
 
-def test_case_and_options_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["run", "compare", "explain"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "model.attention"], ["--set 'model.attention'", "setting=value"]),
+        (["--set", "=flash"], ["--set '=flash'", "setting=value"]),
+        (["--set", "attention=flash"], ["attention is no setting", "model.attention=flash"]),
+        (["--set", "modle.attention=flash"], ["modle.attention is no setting"]),
+        (["--set", "model.attnetion=flash"], ["attnetion: unknown key", "did you mean attention?"]),
+        (["--set", "model.attention=fast"], ["attention", "'flash' or 'unfused'", "fast"]),
+        (["--set", "plan.recompute=most"], ["recompute", "most", "selective"]),
+        (["--set", "plan.squence_parallel=true"], ["did you mean sequence_parallel?"]),
+        (["--set", "workload.seq_len=0"], ["seq_len", "0"]),
+        (["--set", "hardware.overlap_slowdown=0"], ["hardware.overlap_slowdown", "copy of the file"]),
+        (["--set", "nodes=3"], ["nodes = 3"]),
+        (["--seq-len", "64KB"], ["--seq-len", "64KB", "64K"]),
+        (["--nodes", "3"], ["nodes = 3"]),
+        (["--hardware", "h100"], ["dgx-h100, h100-pcie-8"]),
+    ],
+)  # fmt: skip
+def test_changes_refused(
+    name: str, arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same in every command that takes a scenario."""
     path = tmp_path / "case.toml"
     path.write_text(CASE)
-    assert "both" in refused(["run", str(path), "--model", "gpt-22b"], capsys)
+    more = ["--plan", "tp=4"] if name == "compare" else []
+    line = refused([name, str(path), *more, *arguments], capsys)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*RUN, "--plan", "tp=8", "--plan", "ulysses=8"], ["--plan is given 2 times", "compare"]),
+        (["compare", *RUN[1:], "--plan", "tp=8", "--plan", "TP8"], ["TP8", "twice"]),
+        (["compare", "--hardware", "dgx-h100", "--plan", "tp=8"], ["compare: --model is missing"]),
+        (["explain", "--model", "gpt-22b", "--nodes", "2"], ["explain: --hardware is missing"]),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(arguments, capsys)
+    for word in words:
+        assert word in line
+
+
+def test_what_is_no_regular_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Devices and pipes are not opened: they may have no end, or never begin."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in ("/dev/zero", str(tmp_path / "pipe.toml")):
+        assert "no regular file" in refused(["run", path], capsys)
+        assert "no regular file" in refused(["validate", path], capsys)
+    assert "no regular file" in refused([*RUN, "--model", str(tmp_path / "pipe.toml")], capsys)
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    assert "no regular file" in refused([*RUN, "--model", str(tmp_path)], capsys)
+
+
+def test_a_file_that_is_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**40)
+    assert "has over 64 MiB" in refused([*RUN, "--model", str(tmp_path)], capsys)
+
+
+def test_control_characters_are_written_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In messages and in names, of files, keys and values."""
+    path = tmp_path / "case.toml"
+    path.write_text(CASE.replace("layers = 2", 'layers = 2\nname = "a\\u001b[31mb"'))
+    status, out, _ = command(["run", str(path)], capsys)
+    assert (status, "\x1b" in out, "a\\x1b[31mb on" in out) == (0, False, True)
+    path.write_text(CASE.replace("layers = 2", 'layers = 2\n"\\u001b[31m" = 1'))
+    assert "\\x1b[31m: unknown key" in refused(["run", str(path)], capsys)
+    for arguments in (with_plan("tp=8,\x1b[31m"), ["run", "\x1b[31m.toml"], ["\x1b[31m"], ["run", "--\x1b[31m"]):
+        line = refused(arguments, capsys)
+        assert "\\x1b[31m" in line
+        assert "\x1b" not in line
 
 
 def test_profile_with_a_wrong_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,7 +196,7 @@ def test_bad_options_are_refused(tmp_path, capsys):
     assert "is a directory" in refused(capsys, "--out", tmp_path / "directory.toml")
     assert "cannot be made a directory" in refused(capsys, "--out", tmp_path / "file" / "p.toml")
     assert "cannot be made a directory" in refused(capsys, "--out", out, "--raw", tmp_path / "file" / "raw")
-    assert "cannot be read" in refused(capsys, "--out", out, "--fit", tmp_path)
+    assert "no such file" in refused(capsys, "--out", out, "--fit", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory.toml", "file"]
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,32 @@ def test_readme_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert stop.value.code == 0
 
 
+@pytest.mark.parametrize("line", [line for line in readme_commands() if line.split()[0] in ("run", "compare")])
+def test_what_the_readme_simulates_fits(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = shlex.split(line)
+    out = arguments.index("--out")
+    with pytest.raises(SystemExit):
+        main([*arguments[:out], *arguments[out + 2 :], "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert all(plan["fits"] for plan in document.get("plans", [document]))
+
+
+def test_the_first_picture_is_that_of_a_command() -> None:
+    """The figures that its caption gives are those of the comparison in the README."""
+    line = next(line for line in readme_commands() if line.startswith("compare"))
+    plans = [word for before, word in pairwise(shlex.split(line)) if before == "--plan"]
+    model = {"preset": "gpt-22b", "attention": "flash"}
+    found = spsim.compare(plans, hardware="dgx-a100-80gb", model=model, workload={"seq_len": "8K"})
+    tp, sp = (account.result for account in found.accounts)
+    assert "--set model.attention=flash" in line
+    assert "--seq-len 8K" in line
+    forward, backward = sp.layer_forward_s / tp.layer_forward_s, sp.layer_backward_s / tp.layer_backward_s
+    assert (round(100 * (1 - forward)), round(100 * (backward - 1))) == (5, 1)
+    assert f"needs {sp.device_memory_gib:.0f} instead of {tp.device_memory_gib:.0f} of 80 GiB" in README
+    exposed = [{part: ps for part, ps in a.passes["forward"].items() if "exposed" in part} for a in found.accounts]
+    assert round(100 * (sum(exposed[1].values()) / sum(exposed[0].values()) - 1)) == 12
+
+
 def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for code in blocks("python"):
@@ -51,12 +78,17 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_readme_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, varied = blocks("toml")
     path = tmp_path / "case.toml"
-    path.write_text(blocks("toml")[0])
-    with pytest.raises(SystemExit):
-        main(["run", str(path), "--json"])
-    document = json.loads(capsys.readouterr().out)
-    assert (document["model"], document["plan"]["recompute"]) == ("gpt-22b", "selective")
+    for text, name in (
+        (whole, "gpt-22b"),
+        (re.sub("model = .*\n", "", whole) + varied, "gpt-22b (attention = flash, layers = 12)"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            main(["run", str(path), "--json"])
+        document = json.loads(capsys.readouterr().out)
+        assert (document["model"], document["plan"]["recompute"], document["fits"]) == (name, "selective", True)
 
 
 def test_readme_errors_are_the_current_ones() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from spsim import Scenario, Workload, simulate
+from spsim import Scenario, Workload, simulate, sweep
+from spsim.cli import main
 from spsim.errors import InputError
 from spsim.inputs.model import PRESETS, load_model
 
@@ -176,41 +177,299 @@ def test_a_file_a_directory_and_their_names(tmp_path: Path) -> None:
     assert load_model(written(tmp_path, LLAMA, "other.json")).name == "other"
 
 
-# ------------------------------------------------------------ windows
+# ------------------------------------------------------------ heads
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("config", "architecture", "head"),
     [
-        {**MISTRAL, "sliding_window": 32768},
-        {**MISTRAL, "sliding_window": 4096, "max_position_embeddings": 4096},
-        {**QWEN2, "use_sliding_window": True, "sliding_window": 131072},
-        {**QWEN3, "layer_types": ["full_attention"] * 36},
+        (MISTRAL, "MistralForCausalLM", 32000 * 4096),
+        (MISTRAL, "MistralModel", 0),
+        (LLAMA, "LLaMAForCausalLM", 32000 * 4096),
+        (GPT2, "GPT2LMHeadModel", 0),
+        (GPT2, "GPT2Model", 0),
+        (GPT2, "GPT2ForSequenceClassification", 2 * 768),
+        ({**LLAMA, "num_labels": 1}, "LlamaForSequenceClassification", 4096),
+        ({**LLAMA, "id2label": {"0": "LABEL_0"}}, "LlamaForSequenceClassification", 4096),
+        ({**LLAMA, "id2label": {"0": "bad", "1": "good", "2": "best"}}, "LlamaForSequenceClassification", 3 * 4096),
+        (LLAMA, "LlamaForSequenceClassification", 2 * 4096),
+        (LLAMA, "LlamaForRewardModel", 4096),
+        ({**LLAMA, "num_labels": 2}, "LlamaForTokenClassification", 2 * 4096 + 2),
+        (LLAMA, "LlamaForQuestionAnswering", 2 * 4096 + 2),
+        ({**GEMMA, "num_labels": 1}, "GemmaForSequenceClassification", 3072),
     ],
 )
-def test_a_window_over_the_whole_sequence_is_none(changes: dict[str, Any], tmp_path: Path) -> None:
-    assert load_model(written(tmp_path, changes)).layers in (28, 32, 36)
+def test_the_class_decides_about_the_head(config: dict[str, Any], architecture: str, head: int, tmp_path: Path) -> None:
+    """Bodies have none; a tied head is the embedding; a classifier has a row a label, two where none are named."""
+    body = load_model(written(tmp_path, {**config, "architectures": ["Model"]}))
+    assert (
+        load_model(written(tmp_path, {**config, "architectures": [architecture]})).parameters - body.parameters == head
+    )
+
+
+def test_published_counts_without_a_head(tmp_path: Path) -> None:
+    """Tensors of intfloat/e5-mistral-7b-instruct, and of Skywork/Skywork-Reward-Llama-3.1-8B (one row of 4096)."""
+    assert load_model(written(tmp_path, {**MISTRAL, "architectures": ["MistralModel"]})).parameters == 7_110_660_096
+    reward = {
+        **LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256, "num_labels": 1,
+        "architectures": ["LlamaForSequenceClassification"],
+    }  # fmt: skip
+    assert load_model(written(tmp_path, reward)).parameters == 7_504_928_768
+
+
+def test_a_file_without_a_class_has_the_head_of_a_language_model(tmp_path: Path) -> None:
+    for absent in (None, []):
+        found = load_model(written(tmp_path, {**LLAMA, "architectures": absent}))
+        assert found.parameters == PRESETS["llama-2-7b"].parameters
+
+
+# ------------------------------------------------------------ more families
+
+GENERAL = {
+    "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 1000,
+}  # fmt: skip
+OLD = {"n_embd": 256, "n_layer": 3, "n_head": 8, "n_positions": 512, "vocab_size": 1000}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "parameters"),
+    [
+        ("llama", GENERAL, 2_479_872),
+        ("granite", GENERAL, 2_479_872),
+        ("granite", {**GENERAL, "tie_word_embeddings": True}, 2_223_872),
+        ("granite", {**GENERAL, "attention_bias": True, "mlp_bias": True}, 2_486_400),
+        ("internlm2", {**GENERAL, "bias": False}, 2_479_872),
+        ("internlm3", GENERAL, 3_954_432),
+        ("internlm3", {**GENERAL, "qkv_bias": True, "bias": True}, 3_964_416),
+        ("minicpm", {**GENERAL, "scale_emb": 12}, 2_479_872),
+        ("Yi", GENERAL, 2_479_872),
+        ("exaone", {**{k: v for k, v in GENERAL.items() if k != "num_hidden_layers"}, "num_layers": 3}, 2_479_872),
+        ("xverse", GENERAL, 2_479_872),
+        ("aquila", GENERAL, 2_479_872),
+        ("hunyuan_v1_dense", {**GENERAL, "head_dim": 32}, 2_480_064),
+        ("glm", GENERAL, 3_959_040),
+        ("seed_oss", GENERAL, 3_959_040),
+        ("seed_oss", {**GENERAL, "attention_bias": False}, 3_954_432),
+        ("ministral3", GENERAL, 3_954_432),
+        ("ernie4_5", GENERAL, 3_698_432),
+        ("arcee", GENERAL, 1_988_352),
+        ("stablelm", GENERAL, 2_481_664),
+        ("stablelm", {**GENERAL, "use_qkv_bias": True}, 2_482_816),
+        ("starcoder2", GENERAL, 1_738_752),
+        ("gpt_bigcode", OLD, 2_411_456),
+        ("gpt_bigcode", {**OLD, "multi_query": False}, 2_756_864),
+    ],
+)
+def test_small_models_count_as_those_of_transformers(
+    family: str, keys: dict[str, Any], parameters: int, tmp_path: Path
+) -> None:
+    """Parameters of `AutoModelForCausalLM.from_config` on the meta device, transformers 5.24; those of InternLM2,
+    MiniCPM, XVERSE, Aquila and Yi, whose code is beside their weights, are Llama's.
+    """
+    assert load_model(written(tmp_path, {"model_type": family, **keys})).parameters == parameters
+
+
+def test_gpt2_under_the_general_names(tmp_path: Path) -> None:
+    general = {
+        "model_type": "gpt2", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "max_position_embeddings": 1024, "vocab_size": 50257,
+    }  # fmt: skip
+    assert load_model(written(tmp_path, general)) == load_model(written(tmp_path, GPT2))
+    assert refused(tmp_path, {**general, "hidden_size": "768"}).startswith("hidden_size: ")
+    line = refused(tmp_path, {**GPT2, "hidden_size": 1024})
+    assert "n_embd and hidden_size are the same and differ" in line
+
+
+def test_the_first_llama_files_have_no_positions(tmp_path: Path) -> None:
+    first = {key: value for key, value in LLAMA.items() if key != "max_position_embeddings"}
+    old = {**first, "max_sequence_length": 2048, "architectures": ["LLaMAForCausalLM"]}
+    assert load_model(written(tmp_path, old)).parameters == 6_738_415_616
+
+
+def test_an_embedding_model_may_look_at_all_positions(tmp_path: Path) -> None:
+    assert not load_model(written(tmp_path, {**QWEN2, "is_causal": False})).causal
+
+
+@pytest.mark.parametrize("key", ["qk_layernorm", "use_parallel_residual"])
+def test_what_a_family_may_ask_for_and_is_not_simulated(key: str, tmp_path: Path) -> None:
+    assert f"{key} is not simulated yet" in refused(tmp_path, {"model_type": "stablelm", **GENERAL, key: True})
+
+
+# ------------------------------------------------------------ multimodal files
+
+MISTRAL_SMALL = {
+    "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+    "text_config": {
+        "model_type": "mistral", "head_dim": 128, "hidden_size": 5120, "intermediate_size": 32768,
+        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 131072,
+        "max_position_embeddings": 131072, "sliding_window": None,
+    },
+    "vision_config": {"model_type": "pixtral", "hidden_size": 1024},
+}  # fmt: skip
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+    "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064},
+    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024},
+}  # fmt: skip
+PALIGEMMA = {
+    "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
+    "text_config": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8,
+        "num_hidden_layers": 18, "num_key_value_heads": 1, "vocab_size": 257216,
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152},
+}  # fmt: skip
+QWEN2_VL = {
+    **QWEN2, "model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"],
+    "vision_config": {"embed_dim": 1280, "hidden_size": 3584, "model_type": "qwen2_vl"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (MISTRAL_SMALL, 23_572_403_200),
+        ({**MISTRAL_SMALL, "architectures": ["Mistral3Model"]}, 23_572_403_200 - 131072 * 5120),
+        (LLAVA, 6_738_939_904),
+        ({**LLAVA, "architectures": ["LlavaModel"]}, 6_738_939_904 - 32064 * 4096),
+        (PALIGEMMA, 2_508_662_784),
+        (QWEN2_VL, 7_615_616_512),
+    ],
+    ids=["mistral3", "mistral3 body", "llava", "llava body", "paligemma", "qwen2_vl"],
+)
+def test_the_language_model_of_a_multimodal_file(config: dict[str, Any], parameters: int, tmp_path: Path) -> None:
+    """Tensors of the language models of mistralai/Mistral-Small-3.1-24B-Base-2503, llava-hf/llava-1.5-7b-hf (whose
+    table leaves out what is equal to the first Llama), google/paligemma-3b-pt-224 and Qwen/Qwen2-VL-7B; a note says so.
+    """
+    found = load_model(written(tmp_path, config))
+    assert found.parameters == parameters
+    scenario = Scenario(hardware="dgx-h100", model=found, workload=Workload(seq_len=64))
+    assert [note for note in scenario.notes if "the language model alone: vision_config is left out" in note]
+    assert simulate(scenario).to_json()["notes"] == list(scenario.notes)
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "explain"])
+def test_every_command_says_what_is_left_out(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = ["--plan", "tp=2", "--plan", "ulysses=2"] if command == "compare" else ["--plan", "tp=2"]
+    path = str(written(tmp_path, PALIGEMMA))
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--model", path, "--hardware", "dgx-h100", "--seq-len", "1K", *plans])
+    assert ended.value.code == 0
+    assert "the language model alone: vision_config is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("table", "parameters"),
+    [
+        ({"model_type": "llama"}, 666_914_816),
+        ({"model_type": "llama", "num_attention_heads": 64}, 666_914_816),
+        ({"model_type": "mistral", "sliding_window": None}, 698_372_096),
+        ({"model_type": "granite"}, 666_914_816),
+        ({"model_type": "qwen2"}, 1_919_987_712),
+        ({"model_type": "gemma"}, 1_340_095_488),
+    ],
+)
+def test_what_the_table_of_a_language_model_leaves_out(table: dict[str, Any], parameters: int, tmp_path: Path) -> None:
+    """The language models of `LlavaConfig` with two layers, on the meta device, transformers 5.24."""
+    config = {"model_type": "llava", "text_config": {**table, "num_hidden_layers": 2}, "vision_config": {}}
+    assert load_model(written(tmp_path, config)).parameters == parameters
+
+
+def test_sizes_are_left_out_of_tables_alone(tmp_path: Path) -> None:
+    """And only of families whose first sizes are known."""
+    assert "num_hidden_layers: required" in refused(tmp_path, {"model_type": "llama"})
+    assert "text_config: num_hidden_layers: required" in refused(tmp_path, {"text_config": {"model_type": "minicpm"}})
+
+
+def test_whether_the_embeddings_of_a_language_model_are_tied(tmp_path: Path) -> None:
+    """Its own table says it, else the file, else its family."""
+    head = 32064 * 4096
+    whole = load_model(written(tmp_path, LLAVA)).parameters
+    assert load_model(written(tmp_path, {**LLAVA, "tie_word_embeddings": True})).parameters == whole - head
+    inner = {**LLAVA["text_config"], "tie_word_embeddings": False}
+    both = {**LLAVA, "text_config": inner, "tie_word_embeddings": True}
+    assert load_model(written(tmp_path, both)).parameters == whole
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({**MISTRAL, "sliding_window": 4096}, ["sliding_window 4096", "max_position_embeddings 32768"]),
-        ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, ["sliding_window 4096"]),
-        ({**PHI3, "sliding_window": 2047}, ["sliding_window 2047"]),
-        ({**QWEN2, "use_sliding_window": True}, ["sliding_window 4096", "local attention"]),
-        (
-            {**QWEN3, "use_sliding_window": True, "sliding_window": 4096,
-             "layer_types": ["full_attention", "sliding_attention"] * 18},
-            ["local attention in some layers"],
-        ),
-        ({**QWEN3, "layer_types": ["linear_attention"] * 36}, ["layer_types", "linear_attention"]),
+        ({**LLAVA, "text_config": "llama"}, ["text_config: must be a table", "'llama'"]),
+        ({**LLAVA, "text_config": {}}, ["text_config: model_type: required"]),
+        ({**LLAVA, "text_config": {"model_type": "opt"}}, ["text_config: model_type 'opt' is not simulated yet"]),
+        ({**LLAVA, "text_config": {**LLAMA, "hidden_size": [1]}}, ["text_config: hidden_size: ", "integer"]),
+        ({**LLAVA, "text_config": {**LLAMA, "num_experts": 8}}, ["mixture of experts (num_experts)"]),
+        ({**LLAVA, "quantization_config": {"bits": 4}}, ["quantised weights (quantization_config)"]),
+        ({**LLAMA, "architectures": "LlamaModel"}, ["architectures: ", "list"]),
+        ({**LLAMA, "architectures": [3]}, ["architectures.0: ", "string", "3"]),
+        ({**LLAMA, "architectures": ["LlamaWithGate"]}, ["architectures: the head of 'LlamaWithGate'", "ForCausalLM"]),
+        ({**LLAMA, "num_labels": "two"}, ["num_labels: ", "integer", "'two'"]),
+        ({**LLAMA, "id2label": ["bad", "good"]}, ["id2label: "]),
+        ({**LLAMA, "is_causal": "no"}, ["is_causal: ", "'no'"]),
+        ({**QWEN3, "layer_types": ["full_attention"] * 4}, ["layer_types: names 4 layers", "num_hidden_layers is 36"]),
     ],
-)  # fmt: skip
-def test_a_window_that_bites_is_refused(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+)
+def test_a_value_of_the_wrong_kind_is_named(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     line = refused(tmp_path, config)
-    for word in [*words, "not simulated yet"]:
+    for word in words:
         assert word in line
+
+
+# ------------------------------------------------------------ windows
+
+WINDOWS = [
+    ({**MISTRAL, "sliding_window": 4096}, 4096),
+    ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, 4096),
+    ({**MISTRAL, "sliding_window": 32768}, 32768),
+    ({**PHI3, "sliding_window": 2047}, 2047),
+    ({**QWEN2, "use_sliding_window": True, "max_window_layers": 27}, 4096),
+    ({**QWEN2, "use_sliding_window": True, "max_window_layers": 28}, None),
+    ({**QWEN2, "use_sliding_window": True}, None),
+    ({**QWEN2, "use_sliding_window": True, "num_hidden_layers": 29}, 4096),
+    ({**QWEN2, "use_sliding_window": False, "max_window_layers": 0}, None),
+    ({**QWEN3, "use_sliding_window": True, "sliding_window": 4096}, 4096),
+    ({**QWEN3, "use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 36}, None),
+    ({**QWEN3, "layer_types": ["full_attention"] * 36}, None),
+    ({**QWEN3, "use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 36}, None),
+    (
+        {**QWEN3, "use_sliding_window": True, "sliding_window": 4096,
+         "layer_types": ["full_attention", "sliding_attention"] * 18},
+        4096,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "window"), WINDOWS)
+def test_the_window_of_any_layer(config: dict[str, Any], window: int | None, tmp_path: Path) -> None:
+    """Qwen's layers have it from `max_window_layers` on, 28 unless given; `layer_types` decides where it is given."""
+    assert load_model(written(tmp_path, config)).sliding_window == window
+
+
+def test_a_window_bites_where_the_sequence_is_longer(tmp_path: Path) -> None:
+    """Mistral 7B v0.1 at no more than 4096 tokens is the preset, to the bit."""
+    found = load_model(written(tmp_path, {**MISTRAL, "sliding_window": 4096}))
+
+    def simulated(model: Any, seq_len: int) -> Any:
+        document = simulate(Scenario(hardware="dgx-h100", model=model, workload=Workload(seq_len=seq_len))).to_json()
+        return {**document, "model": None}
+
+    assert simulated(found, 4096) == simulated("mistral-7b", 4096)
+    with pytest.raises(InputError, match=r"seq_len = 4097 .* sliding_window = 4096.* not simulated yet"):
+        simulated(found, 4097)
+
+
+def test_a_window_bites_in_a_sweep(tmp_path: Path) -> None:
+    path = written(tmp_path, {**MISTRAL, "sliding_window": 4096})
+    grid = [{"hardware": "dgx-h100", "model": path, "workload": {"seq_len": seq_len}} for seq_len in (1024, 4096, 8192)]
+    errors = sweep(grid)["error"]
+    assert list(errors[:2]) == ["", ""]
+    assert "sliding_window = 4096" in errors[2]
+
+
+def test_other_attention_is_refused(tmp_path: Path) -> None:
+    line = refused(tmp_path, {**QWEN3, "layer_types": ["linear_attention"] * 36})
+    assert "layer_types: 'linear_attention' is not simulated yet" in line
 
 
 # ------------------------------------------------------------ what is not simulated
@@ -238,6 +497,7 @@ def test_a_window_that_bites_is_refused(config: dict[str, Any], words: list[str]
         ({**NEMOTRON, "hidden_act": "silu"}, ["activation 'silu'", "relu2"]),
         ({**LLAMA, "attention_bias": True}, ["attention_bias", "biases in one of the two"]),
         ({**QWEN3, "attention_bias": True}, ["attention_bias", "biases in one of the two"]),
+        ({**LLAMA, "model_type": "internlm", "bias": True}, ["bias is true", "biases in one of the two"]),
         ({**GPT_NEOX, "attention_bias": False}, ["attention_bias", "biases in one of the two"]),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
@@ -257,7 +517,7 @@ def test_a_key_without_experts_asks_for_nothing(tmp_path: Path) -> None:
 
 
 REQUIRED = {
-    "llama": "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings",
+    "llama": "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size",
     "mistral": "hidden_size num_key_value_heads",
     "qwen2": "num_key_value_heads",
     "qwen3": "num_key_value_heads vocab_size",

@@ -1,5 +1,7 @@
 """Operators beyond those of a dense transformer layer: the right figure, or a refusal that names the operand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,15 @@ def test_values_of_another_width(direction, widths, causal):
     assert work.flops == (square // 2 if causal else square)
     assert (work.head_dim, work.value_dim) == (192, 128)
     assert work.bytes_moved == (1 if direction == "forward" else 2) * 2 * (4096 * 2 * 16) * 2 * (192 + 128)
+
+
+def test_keys_and_values_of_another_type():
+    """A cache of one byte an element: queries and output are moved as two."""
+    op = attention()
+    queries, *cached = op.inputs
+    cached = [Operand(operand.tensor._replace(itemsize=1), operand.subscript) for operand in cached]
+    (work,) = kernels(replace(op, inputs=(queries, *cached))).forward(True, "zigzag")
+    assert work.bytes_moved == 4096 * 2 * 16 * (2 + 1) * (192 + 128)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 4096), (1, 1), (7, 4096), (100, 101)])
@@ -141,6 +152,14 @@ def test_a_product_multiplies_what_it_sums():
         kernels(operator("gemm", "s b h -> s b", "left out")).forward(True, "zigzag")
 
 
+@pytest.mark.parametrize("signature", ["s b h, s b h, h f -> s b f", "h f, h f -> f"])
+def test_a_product_has_one_activation_beside_its_weights(signature):
+    names = "left right weight out" if signature.startswith("s") else "weight other out"
+    product = operator("gemm", signature, names, kinds={"weight": "weight", "other": "weight"})
+    with pytest.raises(InputError, match="takes one activation"):
+        kernels(product).forward(True, "zigzag")
+
+
 # ------------------------------------------------------------ embeddings
 
 
@@ -194,6 +213,13 @@ def test_an_embedding_is_split_by_its_vocabulary_or_its_tokens(plan, expected):
 def test_an_embedding_is_not_fed_activations():
     with pytest.raises(InputError, match="token ids"):
         kernels(embedding("activation")).forward(True, "zigzag")
+
+
+def test_a_lookup_is_of_rows():
+    """Not of the sum of a row."""
+    summed = operator("embedding", "s b, v h -> s b", "ids table out", kinds={"ids": "token ids", "table": "weight"})
+    with pytest.raises(InputError, match="table is not looked up along one dimension"):
+        kernels(summed).forward(True, "zigzag")
 
 
 def test_widths_may_differ_within_an_array_of_kernels():

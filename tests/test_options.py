@@ -70,6 +70,26 @@ def test_an_option_does_something_or_says_why_not(plan, model):
 
 
 @pytest.mark.parametrize(
+    ("degree", "seq_len", "line"),
+    [
+        (8, 65536, ""),
+        (16, 65536, "tp x ulysses = 16 does not divide heads = 40"),
+        (40, 65536, "seq_len = 65536 is not divisible by 40"),
+        (40, 65560, ""),
+    ],
+)
+def test_degrees_of_ulysses_where_keys_have_fewer_heads(degree, seq_len, line):
+    """Qwen2.5-14B has 40 heads and 8 KV heads: degrees that divide 40 work, KV heads repeated where they are fewer."""
+    traits = {"hidden": 5120, "heads": 40, "kv_heads": 8, "gated_mlp": True, "ffn_hidden": 13824}
+    settings = {"seq_len": seq_len, "hardware": "dgx-h100", **traits}
+    if line:
+        with pytest.raises(InputError, match=line):
+            scenario(f"ulysses={degree}", **settings)
+    else:
+        assert simulate(scenario(f"ulysses={degree}", **settings)).step_time_s > 0
+
+
+@pytest.mark.parametrize(
     ("plan", "traits", "notes"),
     [
         ("dp_overlap", {}, ["dp_overlap has no effect with dp = 1"]),

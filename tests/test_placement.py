@@ -134,7 +134,9 @@ SHORT = dict.fromkeys(AXES, 2)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(FORWARD, min_size=4, max_size=4), st.lists(TARGETS, min_size=4, max_size=4))
+@given(
+    st.lists(FORWARD, min_size=len(AXES), max_size=len(AXES)), st.lists(TARGETS, min_size=len(AXES), max_size=len(AXES))
+)
 def test_the_gradient_mirrors_the_tensor(sources, targets):
     """Moving the gradient back is the mirrored sequence: each collective's dual, in reverse order."""
     source, target = (tuple(zip(AXES, side, strict=True)) for side in (sources, targets))
@@ -151,7 +153,11 @@ def test_the_gradient_mirrors_the_tensor(sources, targets):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(FORWARD, min_size=4, max_size=4), st.lists(TARGETS, min_size=4, max_size=4), st.booleans())
+@given(
+    st.lists(FORWARD, min_size=len(AXES), max_size=len(AXES)),
+    st.lists(TARGETS, min_size=len(AXES), max_size=len(AXES)),
+    st.booleans(),
+)
 def test_steps_chain_from_source_to_target(sources, targets, backward):
     """Each step changes one axis, starts where the one before ended, and the last reaches the target."""
     source, target = (tuple(zip(AXES, side, strict=True)) for side in (sources, targets))
@@ -172,7 +178,7 @@ def test_steps_chain_from_source_to_target(sources, targets, backward):
     st.integers(1, 40),
     st.integers(1, 40),
     st.fixed_dictionaries({axis: st.integers(2, 4) for axis in AXES}),
-    st.lists(st.sampled_from([REPLICATE, PARTIAL, S, A]), min_size=4, max_size=4),
+    st.lists(st.sampled_from([REPLICATE, PARTIAL, S, A]), min_size=len(AXES), max_size=len(AXES)),
 )
 def test_local_elements_are_the_largest_part(s, a, degrees, placements):
     """Cutting each dimension in as many parts as its axes say, the fullest rank holds this much."""

@@ -95,6 +95,26 @@ def test_executor_gives_the_same_rows_in_the_same_order(file: RowFile) -> None:
         pd.testing.assert_frame_equal(run(grid, file, executor).drop(columns="key"), sweep(grid))
 
 
+def test_chunks_of_an_executor_do_not_divide_what_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three plans in turn, 20 points of each: three chunks of one plan."""
+    chunks: list[Sequence[Point]] = []
+
+    def watched(chunk: Sequence[Point]) -> list[Table]:
+        chunks.append(chunk)
+        return tables_of_points(chunk)
+
+    monkeypatch.setattr(sweeps, "tables_of_points", watched)
+    monkeypatch.setattr(sweeps, "WORKERS_CHUNKS", 3)
+    grid = [point(256 * n, plan) for n in range(1, 21) for plan in ("tp=8", "ulysses=8", "tp=4")]
+    with ThreadPoolExecutor(2) as executor:
+        found = sweep(grid, executor)
+    plans = [{item.settings["plan"] for item in chunk} for chunk in chunks]
+    assert len(plans) == 3
+    assert set.union(*plans) == {"tp=8", "ulysses=8", "tp=4"}
+    assert all(len(own) == 1 for own in plans)
+    pd.testing.assert_frame_equal(found, sweep(grid))
+
+
 def test_settings_without_labels_are_accepted() -> None:
     frame = sweep([dict(GRID[0].settings)])
     assert frame["seq_len"][0] == 256

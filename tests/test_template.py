@@ -88,9 +88,14 @@ def kernels_of(template, values):
 
 
 def assert_equals_compilation(model, plan, workload):
-    """All that a template says of a workload is what compiling it gives, as integers."""
+    """The same of the layer of a model."""
     template = prepared_layer(model, plan, True).template
-    numbers, program = template.at(workload), layer_program(model, plan, workload)
+    assert_equals_program(template, workload, layer_program(model, plan, workload))
+
+
+def assert_equals_program(template, workload, program):
+    """All that a template says of a workload is what compiling it gives, as integers."""
+    numbers = template.at(workload)
     index, kernels, used = template.index, kernels_of(template, numbers.values), set()
     assert list(map(structure, template.program.instructions)) == list(map(structure, program.instructions))
     for step in program.instructions:

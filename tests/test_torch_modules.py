@@ -23,6 +23,7 @@ from spsim.inputs.plan import parse_plan
 from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute
 from spsim.program.operators import Operand, Operator, Tensor
+from spsim.results.held import held_at
 from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import H100
 
@@ -92,6 +93,34 @@ class GPT(nn.Module):
         attended = x + F.dropout(self.o(y), self.p)
         y = self.norm2(x if self.parallel else attended)
         return attended + F.dropout(self.fc2(F.gelu(self.fc1(y))), self.p)
+
+
+class Turned(Llama):
+    """A rotation of a part of the head; what is left is passed on."""
+
+    def __init__(self, *sizes, turned, passed=lambda x: x):
+        super().__init__(*sizes, rope=True)
+        self.turned, self.passed = turned, passed
+
+    def rotate(self, x):
+        return torch.cat([x[..., : self.turned] * 2.0, self.passed(x[..., self.turned :])], -1)
+
+
+class Network(nn.Module):
+    """Token ids, layers, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {"embedding": nn.Embedding(30, 16), "layers": nn.ModuleList([Llama(16, 2, 2, 32) for _ in range(2)])}
+        )
+        self.head = nn.Linear(16, 30)
+
+    def forward(self, tokens):
+        x = self.model["embedding"](tokens)
+        for layer in self.model["layers"]:
+            x = layer(x)
+        return self.head(x)
 
 
 class Shared(nn.Module):
@@ -384,18 +413,98 @@ def test_memory_after_the_forward_pass_is_what_is_saved(name):
     result = traced.simulate(H100)
     last = len(result.program.forward) - 1
     assert sum(change.bytes for change in result.trace.memory if change.task <= last) == traced.saved_bytes
-    assert sum(change.bytes for change in result.trace.memory) == 0
+    left = [change for change in result.trace.memory if change.category == "gradients"]
+    assert sum(change.bytes for change in result.trace.memory) == sum(change.bytes for change in left)
+    assert sum(change.bytes for change in left) == traced.tape.gradient_bytes
 
 
 def test_peak_memory_of_a_chain():
-    """Two linears of 1000 x 1000 on 10 rows, fp32, weights and gradients there all along: the peak is reached in the
-    backward pass of the second, with the input, both outputs' gradients and the kept output of the first.
+    """Two linears of 1000 x 1000 on 10 rows, fp32: fullest when both gradients of 4 MB are there, beside the input of
+    the module, its gradient, and that of the output of the first.
     """
     module = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
-    result = trace_module(module, inputs(10, 1000)).simulate(H100)
-    row = 4 * 10 * 1000
-    assert result.static.total == 2 * 2 * 4 * 1000 * 1000
-    assert result.peak.bytes == result.static.total + 4 * row
+    traced = trace_module(module, inputs(10, 1000))
+    row, weight = 4 * 10 * 1000, 4 * 1000 * 1000
+    made = traced.simulate(H100)
+    assert made.static.total == 2 * weight
+    assert made.peak.bytes == 2 * weight + 2 * weight + 3 * row
+    held = held_at(made.peak, made.trace, made.static.by_category())
+    assert held == {"weights": 2 * weight, "gradients": 2 * weight, "activations": row, "temporary": 2 * row}
+    assert made.memory_curve["gradients_gib"].iloc[-1] * 2**30 == 2 * weight
+
+
+def test_kept_gradients_are_there_all_along_and_added_to():
+    """The first gradient of 4 MB stands beside those that are there, with the input, the output of the first linear
+    and the gradient of that of the second; an addition reads two and writes one.
+    """
+    module = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
+    traced = trace_module(module, inputs(10, 1000))
+    row, weight = 4 * 10 * 1000, 4 * 1000 * 1000
+    kept, made = traced.simulate(H100, gradients="kept"), traced.simulate(H100)
+    assert kept.static.total == 2 * 2 * weight
+    assert kept.peak.bytes == 2 * 2 * weight + weight + 3 * row
+    cost = ComputeCost(spsim.load_profile(H100), "fp32")
+    addition = cost.duration(MemoryBound("elementwise", 3 * weight, "add"))
+    assert kept.step_time_s - made.step_time_s == pytest.approx(2 * addition, rel=1e-6)
+
+
+class WithLoss(nn.Module):
+    """Logits and, as transformers' heads for language models have it, their loss in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 1000, bias=False)
+
+    def forward(self, x, labels):
+        logits = self.head(x)
+        return nn.functional.cross_entropy(logits.float(), labels), logits
+
+
+def test_a_loss_is_what_the_backward_pass_begins_from():
+    """Logits have no gradient from outside, and nobody keeps them: fullest when the softmax, the gradient of its
+    logarithm and that of its input are there, 50 x 1000 in fp32 each; the weight in bf16 has no gradient yet.
+    """
+    traced = trace_module(WithLoss().bfloat16(), (inputs(50, 16, dtype=torch.bfloat16), torch.zeros(50).long()))
+    assert [value.shape for value in traced.tape.output_gradients] == [()]
+    found = traced.simulate(H100)
+    assert found.peak_operator.startswith("_log_softmax_backward_data")
+    assert found.peak.bytes == 2 * 16_000 + 3 * 4 * 50_000 + 2 * 50 * 16 + 8 * 50
+
+
+class Checkpointed(nn.Sequential):
+    """Keeps its input only, and runs again in the backward pass, up to the last tensor that is wanted there."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_checkpointed_modules_run_again_on_fake_parameters(device):
+    with torch.device(device):
+        parts = [Checkpointed(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(3)]
+        plain = nn.Sequential(*(nn.Sequential(*part) for part in parts))
+        again = trace_module(nn.Sequential(*parts), inputs(5, 16, device=device))
+    once = trace_module(plain, inputs(5, 16, device=device))
+    assert again.saved_bytes == 3 * 4 * 5 * 16
+    assert again.flops.forward == once.flops.forward
+    assert again.flops.backward == once.flops.backward + 3 * 2 * 5 * 16 * 64
+    storages = {value.storage for call in again.tape.calls for value in call.tensors}
+    assert len(storages & again.tape.parameters.keys()) == 12
+
+
+@pytest.mark.parametrize("plan", ["tp=4", "tp=2,sequence_parallel,recompute=full", "ulysses=4", "ring=4"])
+def test_gradients_of_a_split_module_are_those_of_its_weights(plan):
+    traced = trace_module(GPT(256, 4, 0.0).bfloat16(), inputs(2, 128, 256, dtype=torch.bfloat16))
+    made, kept = (traced.simulate(H100, plan, gradients=name) for name in ("set_to_none", "kept"))
+    left = [change.bytes for change in made.trace.memory if change.category == "gradients" and change.rank == 0]
+    assert sum(left) == made.static.weights == kept.static.gradients
+    assert made.static.gradients == 0
+    assert made.peak.bytes <= kept.peak.bytes
+
+
+def test_unknown_gradients_are_refused():
+    with pytest.raises(InputError, match="gradients: 'none' is not known; use one of set_to_none, kept"):
+        mlp(True).simulate(H100, gradients="none")
 
 
 def test_the_result_draws_and_exports(tmp_path):
@@ -697,6 +806,38 @@ class Product(nn.Module):
         return torch.bmm(x, y)
 
 
+PASSED = {
+    "as it is": lambda x: x, "scaled": lambda x: x * 3.0, "copied": lambda x: x.clone(),
+    "converted": lambda x: x.float().to(x.dtype), "split": lambda x: x.split([0, x.shape[-1]], -1)[1],
+    "turned": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("passed", PASSED.values(), ids=PASSED)
+@pytest.mark.parametrize("plan", ["tp=4", "tp=4,sequence_parallel", "ulysses=4", "ring=4"])
+def test_a_part_that_holds_nothing_is_nobodys(plan, passed):
+    """A rotation of the whole head sends and keeps what one of half of it does, and its copy moves as much."""
+    half_head, whole = (
+        half(lambda size=size: Turned(256, 8, 8, 512, turned=size, passed=passed), 1, 64, 256) for size in (16, 32)
+    )
+    programs = [traced.program(plan) for traced in (half_head, whole)]
+    sent, copied = ([], [])
+    for program in programs:
+        steps = program.instructions
+        sent.append([(s.collective, s.message_bytes) for s in steps if isinstance(s, Communication)])
+        copied.append([s.work for s in program.forward if isinstance(s, Compute) and s.operator.startswith("cat")])
+    assert sent[0] == sent[1]
+    assert copied[0] == copied[1] != []
+    assert "cat" in set(whole.operators["operator"])
+
+
+def test_nothing_runs_for_a_part_that_holds_nothing():
+    """On one GPU the kernels are those of a module without the part."""
+    alone = half(lambda: Turned(256, 8, 8, 512, turned=32), 1, 64, 256)
+    scaled = half(lambda: Turned(256, 8, 8, 512, turned=32, passed=lambda x: (x * 3.0).exp()), 1, 64, 256)
+    assert [step.work for step in scaled.program("").forward] == [step.work for step in alone.program("").forward]
+
+
 class Mixed(nn.Module):
     def forward(self, x):
         return F.scaled_dot_product_attention(x, x.float(), x)
@@ -731,7 +872,15 @@ BAD = [
     (lambda: trace_module(nn.Linear(4, 4).double(), inputs(4).double()).simulate(H100), "float64 is not simulated"),
     (lambda: trace_module(nn.Linear(4, 4), inputs(4)).simulate("dgx-z9"), "dgx-z9"),
     (lambda: trace_module(convolutions(), inputs(2, 3, 8, 8)).program("tp=2"), "^0.convolution of .* has no rule"),
-    (lambda: trace_module(Shared(), torch.ones(2, 3, dtype=torch.long)).program("tp=2"), "0 floating-point inputs"),
+    (
+        lambda: trace_module(Shared(), torch.ones(2, 3, dtype=torch.long)).program("tp=2"),
+        "^Shared: has no floating-point input, .* trace one decoder layer on hidden states",
+    ),
+    (
+        lambda: trace_module(Network(), torch.ones(2, 8, dtype=torch.long)).program("tp=2"),
+        r"trace one decoder layer \(model.layers.0 of it\)",
+    ),
+    (lambda: trace_module(nn.Linear(4, 4), inputs(0, 2, 4)), r"hold no elements; .* instead of \[0, 2, 4\]"),
     (lambda: trace_module(Cross(), inputs(1, 2, 8, 16)).program("tp=2"), "not at the positions of its queries"),
     (lambda: trace_module(Partly(4, 4), inputs(2, 4)).program("tp=2"), "^add_ of .* writes into a part of a tensor"),
     (lambda: half(lambda: Llama(64, 4, 1, 64), 1, 8, 64).program("tp=2"), "one head of keys serves all heads"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -17,7 +17,8 @@ COMMANDS = {
     "compare": "Two or more plans side by side: where time and memory differ, and why.",
     "explain": "Which operators does sequence parallelism apply to, and why?",
     "validate": "Predicted against measured, a row a case.",
-    "list": "The shipped hardware profiles or models.",
+    "trace": "A run that torch.profiler recorded: its passes, time by class, collectives and exposed communication.",
+    "list": "The shipped hardware profiles or models, or the options of a plan.",
     "calibrate": "Measure this machine, alone or under torchrun, and fit a hardware profile to it.",
     "verify": "Run real PyTorch layers on the GPUs or CPU at hand, and compare them with the simulation.",
 }
@@ -26,7 +27,10 @@ COMMANDS = {
 EXPERIMENT = "experiment"
 """The command behind `spsim FILE.py`."""
 
-_LOOK: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+_LOOK: dict[str, Any] = {
+    "pretty_exceptions_enable": False, "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}  # fmt: skip
 
 
 class _Unopened(TyperCommand):
@@ -34,8 +38,10 @@ class _Unopened(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """The context of the command itself, which takes over from here."""
-        alone = typer.Typer(**_LOOK)
-        alone.command(self.name)(_loaded(f"spsim.cli.commands.{self.name}").command)
+        alone = typer.Typer(**_LOOK, add_completion=False)
+        alone.command(self.name, context_settings=_LOOK["context_settings"])(
+            _loaded(f"spsim.cli.commands.{self.name}").command
+        )
         return typer.main.get_command(alone).make_context(info_name, args, parent, **extra)
 
 
@@ -67,7 +73,7 @@ def build_app() -> TyperGroup:
     """The application with all its commands unopened."""
     root = typer.Typer(**_LOOK)
     root.callback()(_options)
-    group = typer.main.get_group(root)
+    group = cast("TyperGroup", typer.main.get_command(root))  # with the options that install shell completion
     for name, line in COMMANDS.items():
         group.add_command(_Unopened(name, short_help=line))
     group.add_command(_Unopened(EXPERIMENT, hidden=True))

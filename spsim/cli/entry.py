@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 
 from spsim.cli.app import EXPERIMENT, build_app
-from spsim.errors import InputError
+from spsim.errors import InputError, one_line
 from spsim.interrupts import INTERRUPTED
 
 _USAGE_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -61,5 +61,5 @@ def _interrupted() -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

@@ -7,16 +7,61 @@ from typing import Annotated
 
 import typer
 
-CaseFile = Annotated[Path | None, typer.Argument(help="A case file (TOML) with hardware, model, plan and workload.")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Preset or path of a TOML table.")]
-HardwareOption = Annotated[str | None, typer.Option("--hardware", help="Profile name or path of a TOML profile.")]
-PlanOption = Annotated[str | None, typer.Option("--plan", help='For instance "tp=8,sequence_parallel".')]
-SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens of a sequence.")]
-MicroBatchOption = Annotated[int | None, typer.Option("--micro-batch", help="Sequences of a micro-batch.")]
-GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", help="Sequences of a step.")]
+from spsim.cli.completion import hardware_names, model_names, plan_options, settings
+from spsim.inputs.workload import tokens
+
+
+def read_tokens(text: str) -> int:
+    """A number of tokens, as 65536 or 64K."""
+    try:
+        return int(tokens(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number of tokens; write for instance 65536 or 64K") from None
+
+
+CaseFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A case file (TOML) with hardware, model, plan and workload; options take the place of its own."
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Preset, or path of a TOML table or a config.json.", autocompletion=model_names),
+]
+HardwareOption = Annotated[
+    str | None,
+    typer.Option("--hardware", help="Profile name or path of a TOML profile.", autocompletion=hardware_names),
+]
+PlanOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plan", metavar="PLAN", help="For instance tp=8,sequence_parallel or TP8+SP; see spsim list plans.",
+        autocompletion=plan_options,
+    ),
+]  # fmt: skip
+SeqLenOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seq-len", "--seq-length", metavar="TOKENS", parser=read_tokens, help="Tokens of a sequence, as 65536 or 64K."
+    ),
+]
+MicroBatchOption = Annotated[
+    int | None, typer.Option("--micro-batch", "--micro-batch-size", help="Sequences of a micro-batch.")
+]
+GlobalBatchOption = Annotated[
+    int | None, typer.Option("--global-batch", "--global-batch-size", help="Sequences of a step.")
+]
 NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to spread the GPUs over; as few as hold them.")]
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, fp16 or fp8.")]
 PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SETTING=VALUE", help="Change one setting, as model.attention=flash; may be repeated.",
+        autocompletion=settings,
+    ),
+]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")

@@ -76,15 +76,19 @@ class CurveTime:
         self.curve = curve
         self.collective = collective
         self.full_mesh = full_mesh and collective != "send_receive"
-        latency = curve.latency_us / US_PER_S
         self._latencies: dict[int, float] = {}
-        self.wire = [0.0]
-        self.time_on_wire = [0.0]
+        self._wire: list[float] = [0.0]
+        """Where the lines begin that its time follows: bytes on the wire."""
+        self._lines: list[tuple[float, float, float, float]] = []
+        """Of each, bytes and seconds where it begins, and seconds by how many bytes it rises."""
+        latency, before = curve.latency_us / US_PER_S, 0.0
         for message, bandwidth in curve.points:
             wire = sent_bytes(collective, int(message), curve.ranks)
-            time = wire / (bandwidth * GB)
-            self.wire.append(wire)
-            self.time_on_wire.append(max(self.time_on_wire[-1], time - latency))
+            time = max(before, wire / (bandwidth * GB) - latency)
+            self._lines.append((self._wire[-1], before, time - before, wire - self._wire[-1]))
+            self._wire.append(wire)
+            before = time
+        self._lines.append((self._wire[-1], before, 1.0, curve.points[-1][1] * GB))
 
     def __call__(self, message: Number, ranks: int) -> Number:
         """Seconds for a message of the size that nccl-tests would name."""
@@ -123,31 +127,17 @@ class CurveTime:
         if self.full_mesh:
             wire = wire * ((self.curve.ranks - 1) / (ranks - 1))
         if isinstance(wire, np.ndarray):
-            return self._transfers(wire)
-        index = bisect_right(self.wire, wire)
-        if index == len(self.wire):
-            bandwidth = self.curve.points[-1][1] * GB
-            return self.time_on_wire[-1] + (wire - self.wire[-1]) / bandwidth
-        x0, x1 = self.wire[index - 1], self.wire[index]
-        y0, y1 = self.time_on_wire[index - 1], self.time_on_wire[index]
-        return y0 + (y1 - y0) * (wire - x0) / (x1 - x0)
-
-    def _transfers(self, wire: npt.NDArray[Any]) -> Floats:
-        """The same of many transfers."""
-        x0, y0, x1, y1 = self._pieces
-        found = np.searchsorted(x1, wire, side="right")
-        inside = np.minimum(found, len(x1) - 1)
-        x0, y0, x1, y1 = x0[inside], y0[inside], x1[inside], y1[inside]
-        time: Floats = y0 + (y1 - y0) * (wire - x0) / (x1 - x0)
-        bandwidth = self.curve.points[-1][1] * GB
-        beyond = self.time_on_wire[-1] + (wire - self.wire[-1]) / bandwidth
-        return np.where(found > inside, beyond, time)
+            begins, lines = self._arrays
+            wire = wire.astype(np.float64, copy=False)
+            begin, start, seconds, size = lines.take(begins.searchsorted(wire, side="right") - 1, axis=1)
+        else:
+            begin, start, seconds, size = self._lines[bisect_right(self._wire, wire) - 1]
+        time: Number = start + seconds * (wire - begin) / size
+        return time
 
     @cached_property
-    def _pieces(self) -> tuple[Floats, Floats, Floats, Floats]:
-        """Where each line between two sizes begins and ends: bytes and seconds, bytes and seconds."""
-        x, y = np.array(self.wire, dtype=np.float64), np.array(self.time_on_wire)
-        return x[:-1], y[:-1], x[1:], y[1:]
+    def _arrays(self) -> tuple[Floats, Floats]:
+        return np.array(self._wire), np.array(self._lines).T.copy()
 
 
 class LevelCost:
@@ -176,6 +166,10 @@ class LevelCost:
         if collective == "send_receive" and self.sends:
             return f"sends.{self.name}"
         return f"collectives.{self.name}.{collective}"
+
+    def fastest(self, collective: Collective, message: float, ranks: int) -> CurveTime:
+        """The curve that `time` is of."""
+        return min(self.allowed(collective, ranks), key=lambda curve: curve(message, ranks))
 
     def allowed(self, collective: Collective, ranks: int, algorithm: str | None = None) -> list[CurveTime]:
         """Curves, of one algorithm or all, that so many ranks may use; `InputError` where there is none."""
@@ -226,6 +220,20 @@ class CommCost:
             return across
         # Curves between nodes begin at larger messages; below those no adapter is faster than the links inside.
         return _longer(across, self.inner.time(collective, message, ranks))
+
+    def algorithm(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> str:
+        """What the library runs in that time; over several nodes, what it runs between them."""
+        if collective == "send_receive":
+            return collective
+        if nodes == 1:
+            return self.inner.fastest(collective, message, ranks).curve.algorithm
+        outer = self._outer()
+        if nodes == ranks or collective not in CHUNKED:
+            return outer.fastest(collective, message, nodes).curve.algorithm
+        if collective != "all_reduce":
+            return "ring"
+        ring = self._ring(outer, collective, message, ranks, nodes)
+        return "ring" if ring <= self._tree(outer, message, ranks // nodes, nodes) else "tree"
 
     def _over_nodes(self, collective: Collective, message: Number, ranks: int, nodes: int) -> Number:
         outer = self._outer()

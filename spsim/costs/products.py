@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.costs.seconds import Seconds
-from spsim.costs.static_memory import MAIN_GRADIENT_BYTES
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import GemmCoefficients
 from spsim.units import US_PER_S
-from spsim.work import Gemm
+from spsim.work import MAIN_GRADIENT_BYTES, Gemm
 
 ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
 """Read and write of one main gradient."""

@@ -52,8 +52,8 @@ class SendTime:
         the law was held against.
         """
         if isinstance(message, np.ndarray):
-            within = message < self._smallest
-            return np.where(within, self._short(message, ranks, nodes), self._long(message, ranks, nodes))
+            time, short = self._long(message, ranks, nodes), message < self._smallest
+            return np.where(short, self._short(message, ranks, nodes), time) if short.any() else time
         law = self._short if message < self._smallest else self._long
         return float(law(message, ranks, nodes))
 
@@ -70,10 +70,10 @@ class SendTime:
         parts = np.maximum(1, np.ceil(np.asarray(message) / PART)).astype(np.int64)
         if nodes > 1:
             return np.minimum(self._between_nodes(ranks, nodes), parts)
-        count = np.minimum(_halved_until(CHANNELS, CHANNELS / ranks), parts)
-        while np.any(growing := (message > count * FULL_SHARE) & (count < CHANNELS)):
-            count = np.where(growing, 2 * count, count)
-        return np.minimum(count, CHANNELS)
+        first = _halved_until(CHANNELS, CHANNELS / ranks)
+        counts = 1 << np.arange(first.bit_length() - 1, CHANNELS.bit_length())
+        grown: npt.NDArray[np.int64] = counts[np.searchsorted(counts[:-1] * FULL_SHARE, message)]
+        return np.minimum(grown, parts)
 
     def remark(self, message: int, ranks: int, nodes: int = 1) -> str | None:
         """What a reader must know where one send gets fewer channels than its GPU has for sends."""

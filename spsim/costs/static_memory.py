@@ -14,9 +14,8 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
+from spsim.work import MAIN_GRADIENT_BYTES
 
-MAIN_GRADIENT_BYTES = 4
-"""Gradients are accumulated and reduced in fp32."""
 MOMENT_BYTES = 8
 MASTER_BYTES = 4
 """The fp32 copy of a weight of lower precision."""

@@ -4,11 +4,16 @@ Frozen, keyword-only, strictly typed; an unknown key or a value out of range is 
 line, wherever the object is made.
 """
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from spsim.errors import InputError, first_problem
+from spsim.errors import InputError, first_problem, printable
+from spsim.inputs.words import renamed, unknown_key
+
+Name = Annotated[str, AfterValidator(printable)]
+"""What tables, pictures and messages show."""
 
 
 class Configuration(BaseModel):
@@ -16,31 +21,54 @@ class Configuration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __init__(self, **settings: Any) -> None:
+    words: ClassVar[Mapping[str, Iterable[str]]] = {}
+    """Field -> its names elsewhere, which are taken too."""
+
+    def __init__(self, *positional: Any, **settings: Any) -> None:
+        kind = type(self)
+        if positional:
+            raise InputError(
+                f"{kind.__name__}: takes its settings by name, got {positional[0]!r}; write {kind.example()}"
+            )
         try:
-            super().__init__(**settings)
+            super().__init__(**kind.own_words(settings))
         except ValidationError as error:
-            raise first_problem(error, type(self).__name__.lower()) from None
+            raise first_problem(error, kind.called()) from None
+
+    @classmethod
+    def called(cls) -> str:
+        """What messages call it."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def of_table(cls, table: Mapping[Any, Any]) -> Self:
+        """From a table; `InputError` where a key is no name."""
+        strange = [key for key in table if not isinstance(key, str)]
+        if strange:
+            raise InputError(f"{cls.called()}: {strange[0]!r}: is no key; write a name")
+        return cls(**table)
+
+    @classmethod
+    def example(cls) -> str:
+        """How one is made, for messages."""
+        required = [f"{name}=..." for name, field in cls.model_fields.items() if field.is_required()]
+        return f"{cls.__name__}({', '.join(required)})"
+
+    @classmethod
+    def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings under the names of spsim; `InputError` where one is not known."""
+        if settings.keys() <= cls.model_fields.keys():
+            return settings
+        where = cls.called()
+        found = renamed(settings, cls.words, cls.model_fields.keys(), where)
+        for name in found:
+            if name not in cls.model_fields:
+                raise unknown_key(where, name, cls.model_fields.keys())
+        return found
 
 
-def parse_options(text: str, where: str) -> dict[str, Any]:
-    """Settings from `key=value,flag,…` as the command line writes them; a bare key is true.
-
-    Values are integers, numbers, `true`/`false` or words. Raises `InputError` on an empty key or a key
-    given twice.
-    """
-    options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not key or (equals and not value):
-            raise InputError(f"{where}: {item!r} is not key=value or a bare flag; write for instance tp=8")
-        if key in options:
-            raise InputError(f"{where}: {key} is given twice; keep one")
-        options[key] = _value(value) if equals else True
-    return options
-
-
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """A value as the command line writes it."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for convert in (int, float):

@@ -29,9 +29,10 @@ class Grid:
     @classmethod
     def of(cls, scenario: Scenario, sizes: Sequence[tuple[int, int, int | None]]) -> Grid:
         """From the sequence, the micro-batch and the global batch, if one is given, of each workload."""
-        dp = scenario.plan.dp
-        plain = [(seq_len, micro_batch, batch or micro_batch * dp) for seq_len, micro_batch, batch in sizes]
-        seq_len, micro_batch, global_batch = np.array(plain, dtype=np.int64).reshape(-1, 3).T
+        columns = [*zip(*sizes, strict=True)] or [()] * 3
+        seq_len, micro_batch = (np.array(column, dtype=np.int64) for column in columns[:2])
+        given = np.array([batch or 0 for batch in columns[2]], dtype=np.int64)
+        global_batch = np.where(given > 0, given, micro_batch * scenario.plan.dp)
         return cls(scenario, Workloads(seq_len, micro_batch, scenario.workload.precision), global_batch)
 
     def part(self, which: Any) -> Grid:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from spsim.errors import InputError
+from spsim.inputs.configuration import Name
 from spsim.inputs.kernel_coefficients import (
     AttentionCoefficients,
     DataType,
@@ -40,7 +41,7 @@ PEAK_IDENTITY_TOLERANCE = 0.01
 class Level(Table):
     """One level of the topology, inner to outer."""
 
-    name: str
+    name: Name
     kind: Literal["switch", "full_mesh", "ring", "pcie_tree", "shared_memory", "fat_tree"]
     gpus: Annotated[int, Field(ge=1)] | None = None
     """GPUs that the level joins; none for a fabric without a limit."""
@@ -67,7 +68,7 @@ class DeviceMemory(Table):
 class Datasheet(Table):
     """The vendor's figures of one device and its topology."""
 
-    device: str
+    device: Name
     compute_units: Quantity
     flop_per_clock_per_unit: Quantity
     """16-bit dense matrix FLOP; for a CPU, of its widest type."""

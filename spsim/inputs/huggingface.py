@@ -1,8 +1,6 @@
 """Reads the config.json of Hugging Face transformers: the fields of `Model` that it says.
 
-A family is a table of the keys that its code reads; a default is what that code assumes for a key that the
-file leaves out, and `traits` are what the code fixes. Keys that change neither shapes nor time (initialisation,
-token ids, scaling of the rotations, dtype) are passed over; a computation that is not simulated is refused.
+`families` has the keys; here are the file, its language model where it describes more, and its head.
 """
 
 from __future__ import annotations
@@ -10,18 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spsim.errors import InputError, first_problem
+from spsim.inputs.families import FAMILIES, Count, Family
 from spsim.inputs.resources import read_text
 
-Count = Annotated[int, Field(ge=1)]
-
-_GELU = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh")
-GATED_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", **dict.fromkeys(_GELU, "geglu")}
-PLAIN_ACTIVATIONS = {"relu2": "squared_relu", **dict.fromkeys(_GELU, "gelu")}
+T = TypeVar("T", bound=BaseModel)
 
 NOT_SIMULATED = {
     "mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_"),
@@ -34,192 +29,43 @@ NOT_SIMULATED = {
 _LOCAL_AND_GLOBAL = "layers with local and with global attention, and norms after attention and MLP"
 NOT_SIMULATED_FAMILIES = dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _LOCAL_AND_GLOBAL)
 
+LANGUAGE = ("text_config", "llm_config", "language_config")
+"""Keys under which multimodal files have their language model."""
+_TIED = "tie_word_embeddings"
 
-class _Config(BaseModel):
-    """Keys of every family."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
-    traits: ClassVar[Mapping[str, Any]] = {}
-    activations: ClassVar[Mapping[str, str]] = PLAIN_ACTIVATIONS
-
-    num_hidden_layers: Count
-    hidden_size: Count
-    num_attention_heads: Count
-    vocab_size: Count
-    max_position_embeddings: Count
-    hidden_act: str
-    tie_word_embeddings: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1, alias="resid_pdrop")] = 0.0
-    """After attention and MLP. Flash attention drops its weights inside the kernel, at no cost."""
-
-    @model_validator(mode="after")
-    def _check_activation(self) -> Self:
-        if self.hidden_act not in self.activations:
-            raise ValueError(
-                f"activation {self.hidden_act!r} is not simulated yet; use one of {', '.join(self.activations)}"
-            )
-        return self
-
-    def fields(self) -> dict[str, Any]:
-        """Fields of `Model`."""
-        return {
-            "layers": self.num_hidden_layers, "hidden": self.hidden_size, "heads": self.num_attention_heads,
-            "vocab": self.vocab_size, "max_positions": self.max_position_embeddings, "dropout": self.dropout,
-            "tied_embeddings": self.tie_word_embeddings, "activation": self.activations[self.hidden_act],
-            **self.traits,
-        }  # fmt: skip
+QUESTION_ANSWERING_ROWS = 2
+"""Where an answer begins, and where it ends."""
 
 
-class _GPT2(_Config):
-    num_hidden_layers: Count = Field(alias="n_layer")
-    hidden_size: Count = Field(alias="n_embd")
-    num_attention_heads: Count = Field(alias="n_head")
-    max_position_embeddings: Count = Field(alias="n_positions")
-    intermediate_size: Count | None = Field(None, alias="n_inner")
-    hidden_act: str = Field("gelu_new", alias="activation_function")
-    tie_word_embeddings: bool = True
-    dropout: Annotated[float, Field(ge=0, lt=1, alias="resid_pdrop")] = 0.1
+class _Task(BaseModel):
+    """What a file says of the head behind the last layer."""
 
-    def fields(self) -> dict[str, Any]:
-        return {**super().fields(), "ffn_hidden": self.intermediate_size or 4 * self.hidden_size}
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
+    architectures: list[str] | None = None
+    num_labels: Count | None = None
+    id2label: dict[str, Any] | None = None
+    token_classification_bias: bool = True
 
-class _GPTNeoX(_Config):
-    traits: ClassVar[Mapping[str, Any]] = {"positions": "rope"}
-
-    intermediate_size: Count
-    dropout: Annotated[float, Field(ge=0, lt=1, alias="hidden_dropout")] = 0.0
-    use_parallel_residual: bool = True
-    attention_bias: bool = True
-
-    @model_validator(mode="after")
-    def _check_bias(self) -> Self:
-        _equal_biases(attention=self.attention_bias, mlp=True)
-        return self
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            **super().fields(),
-            "ffn_hidden": self.intermediate_size,
-            "parallel_residual": self.use_parallel_residual,
-        }
-
-
-class _Gated(_Config):
-    """Keys of the decoders after Llama: grouped-query attention, rotary positions, perhaps a sliding window."""
-
-    traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True}
-    activations: ClassVar[Mapping[str, str]] = GATED_ACTIVATIONS
-
-    intermediate_size: Count
-    num_key_value_heads: Count | None
-    head_dim: Count | None = None
-    hidden_act: str = "silu"
-    sliding_window: Count | None = None
-    use_sliding_window: bool = True
-    layer_types: list[str] | None = None
-
-    @model_validator(mode="after")
-    def _check_window(self) -> Self:
-        others = set(self.layer_types or ()) - {"full_attention", "sliding_attention"}
-        if others:
-            raise ValueError(f"layer_types: {min(others)!r} is not simulated yet; use 'full_attention'")
-        window, longest = self.sliding_window, self.max_position_embeddings
-        if self.use_sliding_window and window is not None and window < longest:
-            which = "in some layers " if len(set(self.layer_types or ())) > 1 else ""
-            raise ValueError(
-                f"sliding_window {window} is below max_position_embeddings {longest}: local attention {which}"
-                "is not simulated yet; set it to null for attention to the whole sequence"
-            )
-        return self
-
-    def fields(self) -> dict[str, Any]:
-        optional = {"kv_heads": self.num_key_value_heads, "head_dim": self.head_dim}
-        given = {name: value for name, value in optional.items() if value is not None}
-        return {**super().fields(), "ffn_hidden": self.intermediate_size, **given}
-
-
-class _Mistral(_Gated):
-    sliding_window: Count | None = 4096
-
-
-class _Phi3(_Gated):
-    num_key_value_heads: Count | None = None
-
-
-class _Qwen2(_Gated):
-    traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qkv_bias": True}
-
-    use_sliding_window: bool = False
-
-
-class _Llama(_Gated):
-    num_key_value_heads: Count | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    @model_validator(mode="after")
-    def _check_bias(self) -> Self:
-        _equal_biases(attention=self.attention_bias, mlp=self.mlp_bias)
-        return self
-
-    def fields(self) -> dict[str, Any]:
-        return {**super().fields(), "bias": self.attention_bias}
-
-
-class _Qwen3(_Llama):
-    traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qk_norm": True}
-
-    num_key_value_heads: Count | None
-    head_dim: Count | None = 128
-    use_sliding_window: bool = False
-
-
-class _Gemma(_Llama):
-    num_key_value_heads: Count | None
-    head_dim: Count | None = 256
-    hidden_act: str = "gelu_pytorch_tanh"
-    tie_word_embeddings: bool = True
-
-
-class _Nemotron(_Llama):
-    traits: ClassVar[Mapping[str, Any]] = {"positions": "rope"}
-    activations: ClassVar[Mapping[str, str]] = PLAIN_ACTIVATIONS
-
-    hidden_act: str = "relu2"
-
-
-FAMILIES: dict[str, type[_Config]] = {
-    "gemma": _Gemma,
-    "gpt2": _GPT2,
-    "gpt_neox": _GPTNeoX,
-    "llama": _Llama,
-    "mistral": _Mistral,
-    "nemotron": _Nemotron,
-    "phi3": _Phi3,
-    "qwen2": _Qwen2,
-    "qwen3": _Qwen3,
-}
-"""By `model_type`."""
+    def labels(self, otherwise: int) -> int:
+        """Rows of a classifier, or as many as its code assumes."""
+        return self.num_labels or len(self.id2label or ()) or otherwise
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The fields of `Model` that a config.json says; `InputError` names the file and the key."""
     config = _read_json(path)
-    parts = [f"{part} ({key})" for part, key in _not_simulated(config)]
+    _refuse_family(config, str(path))
+    key = next((name for name in LANGUAGE if config.get(name) is not None), None)
+    where = str(path) if key is None else f"{path}: {key}"
+    inner = config if key is None else _language_model(config[key], config, where)
+    parts = [f"{part} ({found})" for part, found in _not_simulated({**inner, **config})]
     if parts:
         raise InputError(f"{path}: not simulated yet: {', '.join(parts)}; use a dense model")
-    family = config.get("model_type")
-    if not isinstance(family, str):
-        raise InputError(f"{path}: model_type: required, a word such as 'llama'; got {family!r}")
-    if family in NOT_SIMULATED_FAMILIES:
-        raise InputError(f"{path}: model_type {family!r}: {NOT_SIMULATED_FAMILIES[family]} are not simulated yet")
-    if family not in FAMILIES:
-        raise InputError(f"{path}: model_type {family!r} is not simulated yet; use one of {', '.join(FAMILIES)}")
-    try:
-        return FAMILIES[family].model_validate(config).fields()
-    except ValidationError as error:
-        raise first_problem(error, str(path)) from None
+    _refuse_family(inner, where)
+    family = _validated(_family(inner, where), inner, where)
+    task = _validated(_Task, config if config.get("architectures") else inner, str(path))
+    return {**family.fields(), **_head(task, str(path)), **_left_out(config, key)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -234,6 +80,37 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
+def _language_model(table: Any, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The table of the language model with what it leaves out: sizes of its family, whether embeddings are tied."""
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: must be a table with the keys of the language model, got {table!r}")
+    family = table.get("model_type")
+    sizes = FAMILIES[family].sizes if isinstance(family, str) and family in FAMILIES else {}
+    tied = {_TIED: config[_TIED]} if _TIED in config else {}
+    return {**sizes, **tied, **table}
+
+
+def _left_out(config: Mapping[str, Any], key: str | None) -> dict[str, str]:
+    """What of a multimodal model is not read: the other parts with a table, such as `vision_config`."""
+    others = sorted(name for name, value in config.items() if name != key and _is_part(name, value))
+    if key is None and not others:
+        return {}
+    return {"left_out": ", ".join(others) or f"what stands outside {key}"}
+
+
+def _is_part(name: str, value: Any) -> bool:
+    return (
+        name.endswith("_config") and isinstance(value, dict) and any("hidden" in key or "dim" in key for key in value)
+    )
+
+
+def _refuse_family(config: Mapping[str, Any], where: str) -> None:
+    name = config.get("model_type")
+    reason = NOT_SIMULATED_FAMILIES.get(name) if isinstance(name, str) else None
+    if reason is not None:
+        raise InputError(f"{where}: model_type {name!r}: {reason} are not simulated yet")
+
+
 def _not_simulated(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(part, key) of what no family can express; a key of 0, false or null asks for nothing."""
     for part, beginnings in NOT_SIMULATED.items():
@@ -242,9 +119,38 @@ def _not_simulated(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield part, key
 
 
-def _equal_biases(*, attention: bool, mlp: bool) -> None:
-    if attention != mlp:
-        raise ValueError(
-            f"attention_bias is {str(attention).lower()} where the MLP's is {str(mlp).lower()}: "
-            "biases in one of the two are not simulated yet; make them equal"
-        )
+def _family(config: Mapping[str, Any], where: str) -> type[Family]:
+    name = config.get("model_type")
+    if not isinstance(name, str):
+        raise InputError(f"{where}: model_type: required, a word such as 'llama'; got {name!r}")
+    if name not in FAMILIES:
+        raise InputError(f"{where}: model_type {name!r} is not simulated yet; use one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _validated(kind: type[T], config: Mapping[str, Any], where: str) -> T:
+    try:
+        return kind.model_validate(config)
+    except ValidationError as error:
+        raise first_problem(error, where) from None
+
+
+def _head(task: _Task, where: str) -> dict[str, Any]:
+    """Fields of `Model`, by the ending of the class; the head of a language model where none is named."""
+    name = task.architectures[0] if task.architectures else "ForCausalLM"
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")):
+        return {}
+    if name.endswith("RewardModel"):
+        return {"head_rows": task.labels(1)}
+    if name.endswith("ForSequenceClassification"):
+        return {"head_rows": task.labels(2)}
+    if name.endswith("ForTokenClassification"):
+        return {"head_rows": task.labels(2), "head_bias": task.token_classification_bias}
+    if name.endswith("ForQuestionAnswering"):
+        return {"head_rows": QUESTION_ANSWERING_ROWS, "head_bias": True}
+    if name.endswith("Model"):
+        return {"head_rows": 0}
+    raise InputError(
+        f"{where}: architectures: the head of {name!r} is not known; use a class that ends in ForCausalLM, "
+        "ForSequenceClassification or, for no head, Model"
+    )

@@ -6,14 +6,16 @@ of equal shape and cost are one: LayerNorm1p and Gemma's RMSNorm, exact and appr
 part of the head.
 """
 
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from spsim.errors import InputError
-from spsim.inputs.configuration import Configuration
+from spsim.inputs import words
+from spsim.inputs.configuration import Configuration, Name
 from spsim.inputs.resources import read_toml
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -23,13 +25,15 @@ GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 
 
 _DERIVED: Any = Field(default=None)
-"""Follows from other fields unless given; see `Model._fill_defaults`."""
+"""Follows from other fields unless given; see `Model.filled`."""
 
 
 class Model(Configuration):
     """A decoder-only transformer; every layer is the same."""
 
-    name: str = "custom"
+    words: ClassVar[Mapping[str, Iterable[str]]] = words.MODEL
+
+    name: Name = "custom"
     layers: Annotated[int, Field(ge=1, le=10_000)]
     hidden: Size
     ffn_hidden: Size = _DERIVED
@@ -53,16 +57,35 @@ class Model(Configuration):
     parallel_residual: bool = False
     """Attention and MLP read the same input through a norm each: x + attention + MLP (GPT-NeoX)."""
     tied_embeddings: bool = _DERIVED
+    """The output head is the embedding."""
+    head_rows: Annotated[int, Field(ge=0, le=2**24)] = _DERIVED
+    """Of the output head: the vocabulary unless given, 0 without a head, the labels of a classifier."""
+    head_bias: bool = False
+    """One number a row of the head."""
     attention: Attention = "flash"
+    sliding_window: Size | None = None
+    """Keys that a query looks back at, itself included. Sequences that are longer are refused."""
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    left_out: Name = ""
+    """Parts of a larger model that are not simulated, such as its vision tower; results say so in a note."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, data: Any) -> Any:
-        """Traits that follow from others: the family from `gated_mlp`, sizes from `hidden` and `heads`."""
         if not isinstance(data, dict):
             return data
+        filled = cls.filled(data)
+        if filled.get("gated_mlp", False) is True and "ffn_hidden" not in filled:
+            raise ValueError("ffn_hidden is missing; a gated MLP needs it")
+        hidden, heads = filled.get("hidden"), filled.get("heads")
+        if "head_dim" not in filled and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            raise ValueError(f"hidden {hidden} is not divisible by heads {heads}; change one or give head_dim")
+        return filled
+
+    @staticmethod
+    def filled(data: Mapping[str, Any]) -> dict[str, Any]:
+        """With the traits that follow from others: the family from `gated_mlp`, sizes from `hidden` and `heads`."""
         filled = dict(data)
         gated = filled.get("gated_mlp", False) is True
         filled.setdefault("activation", "swiglu" if gated else "gelu")
@@ -72,16 +95,13 @@ class Model(Configuration):
         filled.setdefault("qkv_bias", filled["bias"])
         filled.setdefault("tied_embeddings", not gated)
         hidden, heads = filled.get("hidden"), filled.get("heads")
-        if "heads" in filled:
-            filled.setdefault("kv_heads", heads)
+        for name, source in (("kv_heads", "heads"), ("head_rows", "vocab")):
+            if source in filled:
+                filled.setdefault(name, filled[source])
         if isinstance(hidden, int) and not gated:
             filled.setdefault("ffn_hidden", 4 * hidden)
-        if gated and "ffn_hidden" not in filled:
-            raise ValueError("ffn_hidden is missing; a gated MLP needs it")
-        if "head_dim" not in filled and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-            if hidden % heads:
-                raise ValueError(f"hidden {hidden} is not divisible by heads {heads}; change one or give head_dim")
-            filled["head_dim"] = hidden // heads
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
+            filled.setdefault("head_dim", hidden // heads)
         return filled
 
     @model_validator(mode="after")
@@ -98,6 +118,11 @@ class Model(Configuration):
             )
         return self
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a result must know of the model."""
+        return (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
+
     @cached_property
     def layer_parameters(self) -> int:
         """Parameters of one transformer layer."""
@@ -113,11 +138,13 @@ class Model(Configuration):
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the whole model: embeddings, layers, final norm and, if untied, the head."""
-        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        """Parameters of the whole model: embeddings, layers, final norm and, unless it is the embedding, the head."""
+        embeddings = self.vocab * self.hidden
+        shared = self.tied_embeddings and self.head_rows == self.vocab
+        head = (0 if shared else self.head_rows * self.hidden) + (self.head_rows if self.head_bias else 0)
         positions = self.max_positions * self.hidden if self.positions == "learned" else 0
         final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        return embeddings + positions + self.layers * self.layer_parameters + final_norm
+        return embeddings + positions + self.layers * self.layer_parameters + final_norm + head
 
 
 def _gpt(name: str, layers: int, hidden: int, heads: int) -> Model:
@@ -167,9 +194,11 @@ PRESETS: dict[str, Model] = {
 
 
 def load_model(name_or_path: str | Path) -> Model:
-    """The model of a preset name, of a TOML file with the fields of `Model`, or of a Hugging Face config.json
-    (or the directory that holds one); `InputError` otherwise.
+    """The model of a preset name (or of a part of it that no other has, as `mistral`), of a TOML file with the fields
+    of `Model`, or of a Hugging Face config.json (or the directory that holds one); `InputError` otherwise.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(f"model {name_or_path!r} is neither a name nor a path; give for instance 'llama-3-8b'")
     text, path = str(name_or_path), Path(name_or_path)
     if text in PRESETS:
         return PRESETS[text]
@@ -177,14 +206,44 @@ def load_model(name_or_path: str | Path) -> Model:
         table = read_toml(path)
         if not isinstance(table.get("model", table), dict):
             raise InputError(f"{text}: model: must be a table of dimensions, not a name; write [model]")
-        return Model(**{"name": path.stem, **table.get("model", table)})
+        return model_of({"name": path.stem, **table.get("model", table)})
     if path.suffix == ".json":
         return _from_config(path)
     if text and _is_directory(path):
         return _from_config(path / "config.json")
-    raise InputError(
-        f"unknown model {text!r}; use one of {', '.join(PRESETS)}, or the path of a .toml table or a config.json"
-    )
+    preset = words.named(text, PRESETS, "model")
+    if preset is None:
+        raise InputError(
+            f"unknown model {text!r}; {words.nearest(text, PRESETS)}, or the path of a .toml table or a config.json"
+        )
+    return PRESETS[preset]
+
+
+PRESET = "preset"
+"""Key of a model that the others change."""
+
+
+def model_of(table: Mapping[str, Any]) -> Model:
+    """The model of a table: the fields of `Model`, or a `preset` (what `load_model` takes) and what differs from it.
+
+    What followed from other fields in the preset follows from the changed ones; the name says what was changed.
+    """
+    if PRESET not in table:
+        return Model.of_table(table)
+    base, changes = load_model(table[PRESET]), Model.own_words({k: v for k, v in table.items() if k != PRESET})
+    changed = ", ".join(f"{key} = {value}" for key, value in changes.items())
+    name = {"name": f"{base.name} ({changed})"} if changed else {}
+    return Model(**{**_given(base), **name, **changes})
+
+
+def _given(model: Model) -> dict[str, Any]:
+    """The fields from which all others follow."""
+    fields = model.model_dump()
+    for name, field in Model.model_fields.items():
+        without = {key: value for key, value in fields.items() if key != name}
+        if field.default is None and Model.filled(without).get(name) == fields[name]:
+            fields = without
+    return fields
 
 
 def _is_directory(path: Path) -> bool:

@@ -1,10 +1,13 @@
 """The parallel plan: degrees of the mesh axes and the options of the schedule."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from spsim.inputs.configuration import Configuration, parse_options
+from spsim.errors import InputError
+from spsim.inputs.configuration import Configuration, read_value
+from spsim.inputs.words import label_options, plan_options
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
 
@@ -37,6 +40,16 @@ class Plan(Configuration):
     keep_gathered: bool = False
     """Keep the gathered input of a linear instead of its shard, as DTensor does; no re-gather in backward."""
 
+    @classmethod
+    def example(cls) -> str:
+        """Of two options."""
+        return "Plan(tp=8, sequence_parallel=True)"
+
+    @classmethod
+    def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Megatron's and others' words too; see `words.PLAN`."""
+        return super().own_words(plan_options(settings, cls.model_fields.keys()))
+
     @property
     def gpus(self) -> int:
         """Product of the degrees."""
@@ -51,7 +64,7 @@ class Plan(Configuration):
     def text(self) -> str:
         """The plan as the command line writes it: what differs from one GPU without options."""
         given = {name: getattr(self, name) for name, usual in _DEFAULTS.items() if getattr(self, name) != usual}
-        return ",".join(name if value is True else f"{name}={value}" for name, value in given.items())
+        return plan_text(given)
 
     @property
     def summary(self) -> tuple[str, ...]:
@@ -72,5 +85,40 @@ _DEFAULTS = {name: field.default for name, field in Plan.model_fields.items()}
 
 
 def parse_plan(text: str) -> Plan:
-    """A plan from the form of the command line: `tp=8,sequence_parallel,recompute=selective`."""
-    return Plan(**parse_options(text, "plan"))
+    """A plan from the form of the command line: `tp=8,sequence_parallel,recompute=selective`; labels as `TP8+SP` and
+    the names of Megatron-LM and others are taken too.
+    """
+    return Plan(**parse_options(text))
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Options of a plan from `key=value,flag,…` and labels, under their own names; a bare key is true.
+
+    Values are integers, numbers, `true`/`false` or words. Raises `InputError` on an empty key or a key given twice.
+    """
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        label = label_options(item)
+        for key, value in [_option(item)] if label is None else label:
+            if key in options:
+                raise InputError(f"plan: {key} is given twice; keep one")
+            options[key] = value
+    return plan_options(options, Plan.model_fields.keys())
+
+
+def _option(item: str) -> tuple[str, Any]:
+    key, equals, value = (part.strip() for part in item.partition("="))
+    if not key or (equals and not value):
+        raise InputError(f"plan: {item!r} is not key=value or a bare flag; write for instance tp=8")
+    if len(value.split()) > 1:
+        raise InputError(f"plan: {item!r} has a blank in its value; divide options by commas, as in tp=8,ring=2")
+    return key, read_value(value) if equals else True
+
+
+def plan_text(options: Mapping[str, Any]) -> str:
+    """Options as the command line writes them."""
+    return ",".join(name if value is True else f"{name}={_text(value)}" for name, value in options.items())
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

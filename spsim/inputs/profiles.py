@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from spsim.errors import InputError, first_problem
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.resources import profiles_directory, read_toml
+from spsim.inputs.words import named, nearest
 
 
 def profile_names() -> list[str]:
@@ -22,14 +23,23 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name_or_path: str | Path) -> HardwareProfile:
-    """The profile of a shipped name or of a TOML file; `InputError` lists what there is."""
-    text = str(name_or_path)
-    path = Path(text) if text.endswith(".toml") else profiles_directory() / f"{text}.toml"
-    if not text.endswith(".toml") and not path.is_file():
-        raise InputError(
-            f"unknown hardware {text!r}; use one of {', '.join(profile_names())}, or the path of a .toml profile"
-        )
-    return _load(path)
+    """The profile of a shipped name (or of a part of it that no other has, as `l40s`), or of a TOML file; `InputError`
+    lists what there is.
+    """
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(f"hardware {name_or_path!r} is neither a name nor a path; give for instance 'dgx-h100'")
+    return _named(str(name_or_path))
+
+
+@cache
+def _named(text: str) -> HardwareProfile:
+    if text.endswith(".toml"):
+        return _load(Path(text))
+    names = profile_names()
+    name = named(text, names, "hardware")
+    if name is None:
+        raise InputError(f"unknown hardware {text!r}; {nearest(text, names)}, or the path of a .toml profile")
+    return _load(profiles_directory() / f"{name}.toml")
 
 
 @cache

@@ -3,11 +3,13 @@
 An installed wheel carries both inside the package; an editable install reads them from the checkout.
 """
 
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from spsim.errors import InputError
+from spsim.units import MIB
 
 _PACKAGE = Path(__file__).parent.parent
 _CHECKOUT = _PACKAGE.parent
@@ -28,18 +30,38 @@ def measured_cases() -> Path:
     return _shipped("data", "experiments/data") / "measured_training.csv"
 
 
+MAX_TEXT = 64 * MIB
+"""Bytes of a text file: a thousand times what a long profile has, and few enough to be held."""
+
+
 def read_text(path: Path) -> str:
-    """The text of a user's file; `InputError` when it is missing, a directory or not text."""
+    """The text of a user's file; `InputError` when it is missing, no regular file, too large or not text."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return _text(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a directory, expected a file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not a text file (UTF-8), expected one") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is no path ({error}); check it") from None
+
+
+def _text(path: Path) -> str:
+    """A device or pipe may have no end, or none yet, and is not opened; a file may grow while it is read."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"{path}: is a directory, expected a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: is no regular file, expected one; write what it gives to a file first")
+    with path.open("rb") as file:
+        content = b"" if status.st_size > MAX_TEXT else file.read(MAX_TEXT + 1)
+    if max(status.st_size, len(content)) > MAX_TEXT:
+        raise InputError(f"{path}: has over {MAX_TEXT // MIB} MiB, more than any input of spsim; give another file")
+    return content.decode("utf-8-sig")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

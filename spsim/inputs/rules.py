@@ -20,7 +20,7 @@ MAX_MICRO_BATCHES = 100_000
 
 def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
     """The rules between model, plan and workload, whatever the hardware; `InputError` names the first broken."""
-    for check in (_check_scope, _check_heads, _check_widths, _check_sequence, _check_batch):
+    for check in (_check_scope, _check_heads, _check_widths, _check_window, _check_sequence, _check_batch):
         check(model, plan, workload)
 
 
@@ -111,7 +111,18 @@ def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: An
     """Which of many workloads keep the rules for their sizes, where others of their kind keep all others."""
     unit = workloads.micro_batch * plan.dp
     whole = (workloads.seq_len % sequence_unit(model, plan) == 0) & (global_batch % unit == 0)
+    if model.sliding_window is not None:
+        whole &= workloads.seq_len <= model.sliding_window
     return whole & (global_batch // unit <= MAX_MICRO_BATCHES)
+
+
+def _check_window(model: Model, plan: Plan, workload: Workload) -> None:
+    window = model.sliding_window
+    if window is not None and workload.seq_len > window:
+        raise InputError(
+            f"workload: seq_len = {workload.seq_len} is above sliding_window = {window} of the model: local attention "
+            f"is not simulated yet; use at most {window}, or a model without sliding_window"
+        )
 
 
 def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:

@@ -5,45 +5,51 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, Field, InstanceOf, field_validator, model_validator
+from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
 from spsim.inputs.hardware import HardwareProfile
-from spsim.inputs.model import Model, load_model
+from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.resources import read_toml
 from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node, without_effect
+from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
-
-_SINGLE_GPU = Plan()
 
 
 class Shapes(Configuration):
     """A model under a plan for a workload, known to fit each other whatever the hardware; names are resolved."""
 
     model: InstanceOf[Model]
-    plan: InstanceOf[Plan]
+    plan: InstanceOf[Plan] = Plan()
     workload: InstanceOf[Workload]
 
-    def __init__(
-        self,
-        *,
-        model: Model | Mapping[str, Any] | str | Path,
-        plan: Plan | Mapping[str, Any] | str,
-        workload: Workload | Mapping[str, Any],
-        **further: Any,
-    ) -> None:
-        """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
-        super().__init__(model=model, plan=plan, workload=workload, **further)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            model: Model | Mapping[str, Any] | str | Path,
+            plan: Plan | Mapping[str, Any] | str = "",
+            workload: Workload | Mapping[str, Any],
+            **further: Any,
+        ) -> None:
+            """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
+
+    @classmethod
+    def called(cls) -> str:
+        """A scenario without hardware."""
+        return "scenario"
 
     @field_validator("model", mode="before")
     @classmethod
     def _load_model(cls, value: Any) -> Any:
-        return load_model(value) if isinstance(value, str | Path) else _from_table(Model, value)
+        if isinstance(value, str | Path):
+            return load_model(value)
+        return model_of(value) if isinstance(value, Mapping) else value
 
     @field_validator("plan", mode="before")
     @classmethod
@@ -68,17 +74,23 @@ class Scenario(Shapes):
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
 
-    def __init__(
-        self,
-        *,
-        hardware: HardwareProfile | str | Path,
-        model: Model | Mapping[str, Any] | str | Path,
-        plan: Plan | Mapping[str, Any] | str = _SINGLE_GPU,
-        workload: Workload | Mapping[str, Any],
-        nodes: int | None = None,
-    ) -> None:
-        """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
-        super().__init__(hardware=hardware, model=model, plan=plan, workload=workload, nodes=nodes)
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            hardware: HardwareProfile | str | Path,
+            model: Model | Mapping[str, Any] | str | Path,
+            plan: Plan | Mapping[str, Any] | str = "",
+            workload: Workload | Mapping[str, Any],
+            nodes: int | None = None,
+        ) -> None:
+            """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
+
+    @classmethod
+    def example(cls) -> str:
+        """Of all that is required."""
+        return "Scenario(hardware='dgx-h100', model='llama-3-8b', plan='tp=8', workload={'seq_len': 8192})"
 
     @field_validator("hardware", mode="before")
     @classmethod
@@ -114,25 +126,20 @@ class Scenario(Shapes):
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """Settings without effect, said once."""
-        return tuple(without_effect(self.model, self.plan))
+        """Parts of the model that are left out, and settings without effect, said once."""
+        return (*self.model.notes, *without_effect(self.model, self.plan))
 
 
-def _from_table(kind: type[BaseModel], value: Any) -> Any:
-    return kind(**value) if isinstance(value, Mapping) else value
-
-
-def load_scenario(path: Path) -> Scenario:
-    """The scenario of a case file: `hardware`, `model`, `[plan]` and `[workload]`, TOML."""
-    return scenario_from(read_toml(path), str(path))
+def _from_table(kind: type[Configuration], value: Any) -> Any:
+    return kind.of_table(value) if isinstance(value, Mapping) else value
 
 
 def scenario_from(settings: Mapping[str, Any], where: str) -> Scenario:
     """A scenario from its settings by name; `where` names their origin in messages."""
+    for name in settings:
+        if name not in Scenario.model_fields:
+            raise unknown_key(where, name, Scenario.model_fields)
     for name in ("hardware", "model", "workload"):
         if name not in settings:
             raise InputError(f"{where}: {name} is missing; give hardware, model, plan and workload")
-    for name in settings:
-        if name not in Scenario.model_fields:
-            raise InputError(f"{where}: {name!r}: unknown key; remove it or correct its spelling")
     return Scenario(**settings)

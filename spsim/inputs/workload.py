@@ -1,10 +1,13 @@
 """The workload: how many tokens, in which phase and precision."""
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from spsim.inputs import words
 from spsim.inputs.configuration import Configuration
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
@@ -12,16 +15,32 @@ ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2
 """With fp8 the inputs of products are converted; tensors stay in 16 bits."""
 
 
+_UNITS = {"k": 2**10, "m": 2**20}
+
+
+def tokens(value: Any) -> Any:
+    """`64K` and `1M` as the numbers of tokens that they mean, 65,536 and 1,048,576; anything else as it is."""
+    found = re.fullmatch(r"(\d{1,9})([kKmM])", value) if isinstance(value, str) else None
+    return int(found[1]) * _UNITS[found[2].lower()] if found else value
+
+
+def _precision(value: Any) -> Any:
+    return words.PRECISIONS.get(words.plain(value), words.plain(value)) if isinstance(value, str) else value
+
+
 class Workload(Configuration):
     """Tokens of a step; `global_batch` defaults to one micro-batch per data-parallel replica."""
 
-    seq_len: Annotated[int, Field(ge=1, le=2**30)]
+    words: ClassVar[Mapping[str, Iterable[str]]] = words.WORKLOAD
+
+    seq_len: Annotated[int, Field(ge=1, le=2**30), BeforeValidator(tokens)]
+    """Tokens of a sequence; a text such as `64K` too."""
     micro_batch: Annotated[int, Field(ge=1, le=2**20)] = 1
     """Sequences of one micro-batch on one replica."""
     global_batch: Annotated[int, Field(ge=1, le=2**30)] | None = None
     """Sequences of a step over all replicas."""
     phase: Literal["training", "prefill", "decode"] = "training"
-    precision: Precision = "bf16"
+    precision: Annotated[Precision, BeforeValidator(_precision)] = "bf16"
 
     @property
     def element_bytes(self) -> int:

@@ -42,8 +42,8 @@ def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
 
 
 def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Program:
-    """The program of some operators, ring attention lowered to its exchange where the plan says p2p."""
-    return _lowered(Region(operators, split_rules(plan), mesh_of(plan)), plan, causal=causal)
+    """The program of some operators under the rules of the plan."""
+    return program_in(Region(operators, split_rules(plan), mesh_of(plan)), plan, causal=causal)
 
 
 def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
@@ -51,10 +51,11 @@ def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
     operators = _layers.get(key, lambda: transformer_layer(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
-    return _lowered(region, plan, causal=model.causal)
+    return program_in(region, plan, causal=model.causal)
 
 
-def _lowered(region: Region, plan: Plan, *, causal: bool) -> Program:
+def program_in(region: Region, plan: Plan, *, causal: bool) -> Program:
+    """The program of a region, ring attention lowered to its exchange where the plan says p2p."""
     program = compile_region(region, plan, causal=causal)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program

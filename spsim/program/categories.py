@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 
 from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Program, Section
 
 
-def categorise(program: Program) -> Program:
-    """Forward buffers that the backward pass reads are activations, and so is the chain of block inputs."""
+def categorise(program: Program, weights: Set[str] = frozenset()) -> Program:
+    """Forward buffers that the backward pass reads are activations, and so is the chain of block inputs. Those of
+    `weights` are not: they stay what they are.
+    """
     kept = {buffer for step in program.backward for buffer in step.reads}
     kept |= {b.alias_of for step in program.forward for b in step.writes if b.id in kept and b.alias_of is not None}
+    if weights:
+        kept -= {b.id for step in program.forward for b in step.writes if b.tensor in weights}
     if any(entry.id in kept for entry in program.inputs):
         kept |= {output.id for output in program.outputs}
     return replace(

@@ -33,6 +33,8 @@ from spsim.program.region import Move, Region
 from spsim.program.strategies import split_rules
 from spsim.work import KernelClass, MemoryBound, Work
 
+AT_REST = -1
+"""Number of what is no buffer of the program: weights are there for the whole step."""
 Key = tuple[str, Layout, str]
 """(tensor, layout, generation): a recomputed or gathered-again tensor is another buffer."""
 
@@ -42,9 +44,13 @@ def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, ca
     return compile_region(Region(operators, split_rules(plan), mesh), plan, causal=causal)
 
 
-def compile_region(region: Region, plan: Plan, *, causal: bool) -> Program:
-    """The same of operators that are placed already, for plans with the degrees of their mesh."""
-    return categorise(_Compiler(region, plan, causal).compile())
+def compile_region(region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False) -> Program:
+    """The same of operators that are placed already, for plans with the degrees of their mesh.
+
+    With `keep_weights` weights that the forward pass gathers stay for the backward pass, which else gathers them again
+    (`reshard_after_forward` of FSDP2).
+    """
+    return categorise(_Compiler(region, plan, causal, keep_weights).compile(), region.resting.keys())
 
 
 def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
@@ -59,17 +65,22 @@ def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
 class _Compiler:
     """State of one compilation: the instructions so far, and which buffer holds which tensor in which layout."""
 
-    def __init__(self, region: Region, plan: Plan, causal: bool) -> None:
+    def __init__(self, region: Region, plan: Plan, causal: bool, keep_weights: bool) -> None:
         self.region = region
         self.operators = region.operators
         self.plan = plan
         self.causal = causal
+        self.keep_weights = keep_weights
         self.recomputed = self.to_recompute = recomputed([op.operator for op in self.operators], plan)
         self.inside = {o.name for op in self.operators if op.name in self.recomputed for o in op.outputs}
         self.saved = {op.name: list(self._saved_of(op)) for op in self.operators}
         self.part: Part = "forward"
         self.instructions: list[Instruction] = []
-        self.values: dict[Key, Buffer] = {}
+        self.values: dict[Key, Buffer] = {
+            (weight.name, weight.layout, generation): Buffer(AT_REST, weight.name, weight.bytes, "temporary")
+            for weight in region.resting.values()
+            for generation in ("forward", "regather")
+        }
         self.gradients: dict[str, list[tuple[Layout, Buffer]]] = defaultdict(list)
         self.collected: dict[str, Buffer] = {}
         self.num_buffers = 0
@@ -134,7 +145,7 @@ class _Compiler:
         self.instructions.append(
             Communication(
                 self._next(), operator, tensor, move.axis, collective, move.ranks, move.message_bytes,
-                move.sent_bytes, purpose, self.part, (have.id,), (buffer,),
+                move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
             )
         )  # fmt: skip
         return buffer
@@ -156,6 +167,7 @@ class _Compiler:
     def _run_forward(self, op: PlacedOperator, part: Part) -> None:
         generation = "recompute" if part == "recompute" else "forward"
         reads = [self._fetch_input(op, operand, generation) for operand in op.handed_over]
+        reads += [self._fetch_weight(op, weight) for weight in op.gathered]
         work = self.region.kernels[op.name].forward(self.causal, self.plan.ring_cut)
         writes = [self._hold(output, generation) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
@@ -163,6 +175,14 @@ class _Compiler:
     def _fetch_input(self, op: PlacedOperator, operand: PlacedOperand, generation: str) -> Buffer:
         source = self.region.produced[operand.name].layout
         return self._fetch(operand.tensor, source, operand.layout, generation, "input", op.name)
+
+    def _fetch_weight(self, op: PlacedOperator, weight: PlacedOperand) -> Buffer:
+        """A weight that rests in another layout. Recomputation and the backward pass gather it again, once for both."""
+        again = self.part != "forward" and not self.keep_weights
+        generation = "regather" if again else "forward"
+        purpose: Purpose = "regather" if again else "input"
+        rests = self.region.resting[weight.name].layout
+        return self._fetch(weight.tensor, rests, weight.layout, generation, purpose, op.name)
 
     # What is saved
 
@@ -192,6 +212,8 @@ class _Compiler:
                     seen.add((operand.name, layout))
                     size = self.region.bytes_of(operand.tensor, layout)
                     yield Saved(operand.name, layout, size, operand.tensor.kind, op.name)
+            for weight in op.gathered if self.keep_weights else ():
+                yield Saved(weight.name, weight.layout, weight.bytes, "weight", op.name)
 
     def _kept_for(self, op: PlacedOperator) -> list[tuple[PlacedOperand, Layout]]:
         if op.name not in self.recomputed:
@@ -214,7 +236,7 @@ class _Compiler:
         for op in reversed(self.operators):
             self._recompute_for(op.name)
             self._run_backward(op)
-            for operand in op.activations:
+            for operand in op.differentiated:
                 if self.region.last_summand[operand.name] is op:
                     self._collect_gradient(operand.tensor)
 
@@ -242,8 +264,9 @@ class _Compiler:
     def _run_backward(self, op: PlacedOperator) -> None:
         gradients = [self.collected[output.name] for output in op.results]
         saved, kernels = self._read_saved(op), self.region.kernels[op.name]
+        weights = [self._fetch_weight(op, weight) for weight in op.gathered]
         if isinstance(kernels, Product):
-            self._run_product_backward(op, kernels, gradients, saved)
+            self._run_product_backward(op, kernels, gradients, saved, weights)
             return
         passthrough = op.operator.passthrough
         for operand in op.activations:
@@ -251,19 +274,27 @@ class _Compiler:
                 self.gradients[operand.name].append((operand.gradient, gradients[0]))
         work = kernels.backward(self.causal, self.plan.ring_cut)
         if work:
-            writes = [self._gradient_of(o) for o in op.activations if o.name not in passthrough]
-            self._compute(op.name, op.operator.kind, "backward", work, [*gradients, *saved.values()], writes)
+            reads = [*gradients, *saved.values(), *weights]
+            writes = [self._gradient_of(o) for o in op.differentiated if o.name not in passthrough]
+            self._compute(op.name, op.operator.kind, "backward", work, reads, writes)
 
     def _run_product_backward(
-        self, op: PlacedOperator, kernels: Product, gradients: list[Buffer], saved: dict[str, Buffer]
+        self,
+        op: PlacedOperator,
+        kernels: Product,
+        gradients: list[Buffer],
+        saved: dict[str, Buffer],
+        weights: list[Buffer],
     ) -> None:
         """Data gradients first, then the weight gradient: Megatron's order, which hides communication."""
         for operand, work in kernels.data_gradients:
-            others = [] if op.weights else [b for name, b in saved.items() if name != operand.name]
+            others = weights if op.weights else [b for name, b in saved.items() if name != operand.name]
             self._compute(op.name, "gemm", "dgrad", (work,), [*gradients, *others], [self._gradient_of(operand)])
         for weight_work in kernels.weight_gradients:
-            inputs = saved.values() if not isinstance(weight_work, MemoryBound) else ()
-            self._compute(op.name, "gemm", "wgrad", (weight_work,), [*gradients, *inputs], [])
+            of_matrices = not isinstance(weight_work, MemoryBound)
+            inputs = saved.values() if of_matrices else ()
+            writes = [self._gradient_of(w) for w in op.gathered if (w in kernels.matrices) == of_matrices]
+            self._compute(op.name, "gemm", "wgrad", (weight_work,), [*gradients, *inputs], writes)
 
     def _read_saved(self, op: PlacedOperator) -> dict[str, Buffer]:
         """What the backward pass of an operator reads of its forward pass, gathered again where it owns that."""
@@ -276,7 +307,7 @@ class _Compiler:
         return buffers
 
     def _gradient_of(self, operand: PlacedOperand) -> Buffer:
-        buffer = self._buffer(f"{operand.name} gradient", operand.bytes)
+        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes)
         self.gradients[operand.name].append((operand.gradient, buffer))
         return buffer
 
@@ -290,7 +321,7 @@ class _Compiler:
         moved = []
         for layout, buffers in groups.items():
             total = self._sum(tensor, layout, buffers)
-            for move in self.region.moves(tensor, layout, required, backward=True):
+            for move in self.region.moves(tensor.gradient, layout, required, backward=True):
                 total = self._communicate(move, tensor.name, total, "gradient", producer)
             moved.append(total)
         self.collected[tensor.name] = self._sum(tensor, required, moved)
@@ -301,7 +332,7 @@ class _Compiler:
             return buffers[0]
         total, name = buffers[0], f"{tensor.name} gradient"
         for other in buffers[1:]:
-            size = self.region.bytes_of(tensor, layout)
+            size = self.region.bytes_of(tensor.gradient, layout)
             result = self._buffer(name, size)
             work = MemoryBound("elementwise", 3 * size, "add")
             self._compute(name, "elementwise", "accumulate", (work,), [total, other], [result])

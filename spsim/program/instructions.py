@@ -18,7 +18,8 @@ from spsim.work import KernelClass, Work
 
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
-Category = Literal["activations", "communication buffers", "temporary"]
+Category = Literal["activations", "communication buffers", "temporary", "gradients"]
+"""What memory is for; gradients of weights stay after the pass that writes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class Kernels:
         return MemoryBound(kind, moved, self.operator.kernel, backward, self.row)
 
     def _product(self, dims: Iterable[str]) -> int:
-        return math.prod([self.placed.sizes[dim] for dim in dims])
+        return math.ceil(math.prod([self.placed.sizes[dim] for dim in dims]))
 
     def _refuse(self, what: str) -> InputError:
         return InputError(f"operator {self.operator.name} ({self.operator.subscripts}): {what}")
@@ -94,6 +94,8 @@ class Lookup(Kernels):
         if len(self.placed.weights) != 1 or self.placed.activations:
             raise self._refuse("a lookup reads one table and token ids; give the ids the kind 'token ids'")
         (table,) = self.placed.weights
+        if len(self.operator.contracted.intersection(table.subscript)) != 1:
+            raise self._refuse(f"{table.name} is not looked up along one dimension, its rows")
         return sum(result.elements for result in self.placed.results) * table.tensor.itemsize
 
     @lazy
@@ -126,6 +128,8 @@ class Product(Kernels):
 
     def _linear(self) -> Gemm:
         """Dimensions that activation, weight and result share are a batch: one product for each expert."""
+        if len(self.operator.activations) != 1:
+            raise self._refuse("a product with weights takes one activation")
         contracted, given = self.operator.contracted, self.operator.activations[0].subscript
         shared = [dim for dim in given if dim not in contracted and dim in self.matrices[0].subscript]
         for matrix in self.matrices:
@@ -155,7 +159,8 @@ class Product(Kernels):
     @lazy
     def data_gradients(self) -> tuple[tuple[PlacedOperand, Gemm], ...]:
         """One product for the gradient of each activation operand."""
-        m, n, k, batch, moved = (getattr(self._gemm, name) for name in ("m", "n", "k", "batch", "bytes_moved"))
+        forward = self._gemm
+        m, n, k, batch, moved = forward.m, forward.n, forward.k, forward.batch, forward.bytes_moved
         if self.matrices:
             return ((self.placed.activations[0], Gemm(m, k, n, batch, moved)),)
         left, right = self.placed.activations
@@ -187,7 +192,7 @@ class Attention(Kernels):
 
     def over_gathered_keys(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[FlashAttention, ...]:
         """Over all keys; under a contiguous cut later ranks see more of the square."""
-        queries, keys = self.placed.sizes["s"], self.placed.sizes["j"]
+        queries, keys = self._product("s"), self._product("j")
         degree = self.placed.mesh.degree("ring") if ("ring", "s") in self.placed.splits else 1
         if not causal:
             return (self.block(direction, queries, keys, 2 * queries * keys, causal=False),)
@@ -202,29 +207,32 @@ class Attention(Kernels):
 
     def _twice_last_pairs(self, degree: int) -> int:
         """Of queries at the last of the positions of the keys: the first of them sees all keys but those after it."""
-        queries, keys = self.operator.extents["s"], self.operator.extents["j"]
+        queries, keys = (math.ceil(self.operator.extents[dim]) for dim in "sj")
         if degree > 1 or queries > keys:
             raise self._refuse(f"a causal mask of {queries} queries on {keys} keys needs no ring and enough keys")
         return queries * (2 * keys - queries + 1)
 
     def block(self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool) -> FlashAttention:
         """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed."""
-        if len(self.placed.inputs) != 3:
-            raise self._refuse("attention takes queries, keys and values")
+        if len(self.placed.inputs) != 3 or len(self.placed.results) != 1:
+            raise self._refuse("attention takes queries, keys and values, and makes one result")
         of_queries, of_keys, of_values = self.placed.inputs
         batch, width, value_width = self._batch, self._width(of_queries), self._width(of_values)
         heads = self._product(self._heads)
         kv_heads = of_keys.elements // (self.placed.sizes["j"] * batch * width)
         passes = 1 if direction == "forward" else 2
-        rows = (queries * heads + keys * kv_heads) * batch * (width + value_width)
+        (result,) = self.placed.results
+        of_query = width * of_queries.tensor.itemsize + value_width * result.tensor.itemsize
+        of_key = width * of_keys.tensor.itemsize + value_width * of_values.tensor.itemsize
+        moved = passes * batch * (queries * heads * of_query + keys * kv_heads * of_key)
         return FlashAttention(
             direction=direction, batch=batch, heads=heads, head_dim=width, value_dim=value_width, queries=queries,
-            keys=keys, twice_pairs=twice_pairs, causal=causal, bytes_moved=passes * rows * of_queries.tensor.itemsize,
+            keys=keys, twice_pairs=twice_pairs, causal=causal, bytes_moved=moved,
         )  # fmt: skip
 
     @lazy
     def _batch(self) -> int:
-        return self.placed.sizes.get("b", 1)
+        return self._product(self.placed.sizes.keys() & {"b"})
 
     @lazy
     def _heads(self) -> frozenset[str]:

@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
-Axis = Literal["dp", "ring", "ulysses", "tp"]
-AXES: tuple[Axis, ...] = ("dp", "ring", "ulysses", "tp")
-"""Mesh axes, outer to inner: consecutive ranks differ in tp."""
+Axis = Literal["dp", "ep", "ring", "ulysses", "tp"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+"""Mesh axes, outer to inner: consecutive ranks differ in tp. Experts that are spread over a part of the replicas have
+an axis of their own, ep, inside dp.
+"""
 
 
 @dataclass(frozen=True)

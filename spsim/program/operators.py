@@ -4,25 +4,28 @@ Subscripts are written as in einsum. A dimension on the left and not on the righ
 operator is linear along it and may be split there, which leaves a partial sum. A dimension that the
 operator *mixes* is never split.
 
+A dimension may be a product of others: `s*b*k/e` are the tokens of one of e experts, of which each of s*b tokens has
+k. It is cut where one of its factors is.
+
 A tensor read at `s-k` is read k positions before s, for every k from 0: `s-k b h, k h -> s b h` is a causal
 convolution over a window of k positions.
 
 Dimensions: s query positions, j key positions, b micro-batch, h hidden, a heads, d head size, f MLP
-width, g gate and up projection.
+width, g gate and up projection, e experts, k experts of a token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spsim.errors import InputError
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
-from spsim.program.placement import PARTIAL, REPLICATE, Layout, Placement, shard
-from spsim.program.strategies import SplitRule
-from spsim.work import KernelClass, KernelName
+from spsim.program.placement import PARTIAL, REPLICATE, Extent, Layout, Placement, factors, shard
+from spsim.program.strategies import Rules, SplitRule
+from spsim.work import MAIN_GRADIENT_BYTES, KernelClass, KernelName
 
 TensorKind = Literal["activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
 
@@ -30,19 +33,22 @@ LAGGED = "s-"
 """Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor of the unsplit layer: global sizes."""
+class Tensor(NamedTuple):
+    """A tensor of the unsplit layer: global sizes. A tuple, as operands are, for compilation makes many."""
 
     name: str
     dims: tuple[str, ...]
-    sizes: tuple[int, ...]
+    sizes: tuple[Extent, ...]
     itemsize: int
     kind: TensorKind = "activation"
 
+    @property
+    def gradient(self) -> Tensor:
+        """Its gradient: of a weight in fp32, in which it is summed over ranks and micro-batches."""
+        return self._replace(itemsize=MAIN_GRADIENT_BYTES) if self.kind == "weight" else self
 
-@dataclass(frozen=True, slots=True)
-class Operand:
+
+class Operand(NamedTuple):
     """A tensor as one operator reads or writes it: K is a tensor `s b a d` that attention reads as `j b a d`."""
 
     tensor: Tensor
@@ -66,27 +72,33 @@ class Operator:
     """Inputs whose gradient is the gradient of the output, the same storage."""
     kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
+    rules: str = ""
+    """Name of the rules that it is split by, where those are not the ones of the block: experts."""
 
     def __post_init__(self) -> None:
         """`InputError` for what is no sum of products: where tokens are dealt out to experts, positions are missing on
         the right, but nothing is summed over them.
         """
-        read = {dim.partition("-")[0] for operand in self.inputs for dim in operand.subscript}
-        for operand in self.outputs if self.contracted else ():
-            if made := [dim for dim in operand.subscript if dim not in read]:
+        if not self.contracted:
+            return
+        read = _with_factors({dim.partition("-")[0] for operand in self.inputs for dim in operand.subscript})
+        for operand in self.outputs:
+            if made := [dim for dim in operand.subscript if dim not in read and read.isdisjoint(factors(dim))]:
                 raise InputError(
                     f"operator {self.name} ({self.subscripts}): {operand.tensor.name} has dimensions of no input "
                     f"({' '.join(made)}), so that {' '.join(sorted(self.contracted))} cannot be summed over; mix them"
                 )
 
     @lazy
-    def extents(self) -> dict[str, int]:
+    def extents(self) -> dict[str, Extent]:
         """Global size of each dimension; K and V may have fewer heads than the operator."""
-        sizes: dict[str, int] = {}
+        sizes: dict[str, Extent] = {}
         for operand in self.inputs + self.outputs:
             for dim, size in zip(operand.subscript, operand.tensor.sizes, strict=True):
-                dim = "s" if dim.startswith(LAGGED) else dim
-                sizes[dim] = max(size, sizes.get(dim, 0))
+                if size > sizes.get(dim, 0):
+                    sizes[dim] = size
+        for dim in [dim for dim in sizes if dim.startswith(LAGGED)]:
+            sizes["s"] = max(sizes.pop(dim), sizes.get("s", 0))
         return sizes
 
     @property
@@ -98,8 +110,8 @@ class Operator:
     def contracted(self) -> frozenset[str]:
         """Dimensions on the left and not on the right, along which the operator is linear."""
         left = {dim for operand in self.inputs for dim in operand.subscript if not dim.startswith(LAGGED)}
-        right = {dim for operand in self.outputs for dim in operand.subscript}
-        return frozenset(left - right - self.mixes)
+        right = _with_factors({dim for operand in self.outputs for dim in operand.subscript})
+        return frozenset([dim for dim in left - right - self.mixes if right.isdisjoint(factors(dim))])
 
     @lazy
     def activations(self) -> tuple[Operand, ...]:
@@ -130,36 +142,47 @@ class Operator:
     def split(self, rule: SplitRule) -> str | None:
         """The dimension along which a rule splits this operator: the first that it has and does not mix."""
         candidates = rule.position_mixing if self.mixes_positions else rule.token_wise
-        return next((dim for dim in candidates if dim in self.extents and dim not in self.mixes), None)
+        return next((dim for dim in candidates if dim in self.along), None)
+
+    @lazy
+    def along(self) -> dict[str, list[str]]:
+        """Dimension that it may be split along -> its dimensions that are cut then: that one, and products of it."""
+        found = {dim: [dim] for dim in self.extents}
+        for dim in self.extents:
+            for own in factors(dim) if "*" in dim else ():
+                found.setdefault(own, []).append(dim)
+        return {own: cut for own, cut in found.items() if self.mixes.isdisjoint(cut)}
+
+
+def _with_factors(dims: set[str]) -> set[str]:
+    return dims.union(*[factors(dim) for dim in dims if "*" in dim])
 
 
 Splits = tuple[tuple[Axis, str | None], ...]
 """(axis, dimension or None) for each axis of the mesh, outer to inner."""
 
 
-def arriving(operand: Operand, splits: Splits) -> Layout:
-    """How an input, or the gradient of an output, must arrive: sharded where it has the dimension, whole otherwise."""
-    return _layout(operand.tensor.dims, operand.subscript, splits, REPLICATE)
-
-
-def leaving(operand: Operand, splits: Splits) -> Layout:
-    """How an output leaves, a partial sum where the split dimension is contracted; and so does the gradient of an
-    input or weight, partial where that was whole on a split axis.
-    """
-    return _layout(operand.tensor.dims, operand.subscript, splits, PARTIAL)
-
-
 @lru_cache(maxsize=4096)
-def _layout(dims: tuple[str, ...], subscript: tuple[str, ...], splits: Splits, otherwise: Placement) -> Layout:
-    def placement(split: str | None) -> Placement:
+def layouts(dims: tuple[str, ...], subscript: tuple[str, ...], splits: Splits) -> tuple[Layout, Layout]:
+    """How an operand arrives and how it leaves: sharded where it has the split dimension.
+
+    Where it has not, an input, or the gradient of an output, must arrive whole. An output leaves as a partial sum, for
+    the dimension is contracted; and so does the gradient of an input or weight, which was whole.
+    """
+
+    def placement(split: str | None, otherwise: Placement) -> Placement:
         if split is None:
             return REPLICATE
-        return shard(dims[subscript.index(split)]) if split in subscript else otherwise
+        cut = (dim for dim, read in zip(dims, subscript, strict=True) if split in factors(read))
+        return next(map(shard, cut), otherwise)
 
-    return tuple((axis, placement(split)) for axis, split in splits)
+    arrives, leaves = (
+        tuple((axis, placement(split, otherwise)) for axis, split in splits) for otherwise in (REPLICATE, PARTIAL)
+    )
+    return arrives, leaves
 
 
-def operator_splits(operator: Operator, rules: dict[Axis, SplitRule], mesh: Mesh) -> Splits:
+def operator_splits(operator: Operator, rules: Rules, mesh: Mesh) -> Splits:
     """The dimension an operator is split along on each axis of the mesh."""
     return tuple((axis, operator.split(rules[axis])) for axis in mesh.axes)
 

@@ -8,8 +8,10 @@ partial. No model is known here. `docs/design.md` states the rules; a strategy i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from spsim.program.mesh import Axis, Mesh
@@ -42,8 +44,27 @@ def shard(dim: str) -> Placement:
     return Placement("shard", dim)
 
 
+FLAT = "flat"
+"""In place of a dimension: all elements in a row, as weights are sharded that rest."""
+
 Layout = tuple[tuple[Axis, Placement], ...]
 """One placement per axis of the mesh, outer to inner."""
+
+Extent = int | Fraction
+"""Size of a dimension; of a product a fraction, for it may be a mean: the tokens of one of many experts."""
+
+
+@lru_cache(maxsize=1024)
+def factors(dim: str) -> tuple[str, ...]:
+    """The dimensions that a dimension is a product of: s, b and k of `s*b*k/e`. It is cut where one of them is."""
+    return tuple(dim.partition("/")[0].split("*"))
+
+
+def part(size: Extent, parts: int) -> Extent:
+    """Of a dimension on one rank: rounded up, so that KV heads fewer than the degree are replicated, one a rank.
+    Fractions are divided.
+    """
+    return -(-size // parts) if isinstance(size, int) else size / parts
 
 
 class Sized(Protocol):
@@ -52,20 +73,26 @@ class Sized(Protocol):
     @property
     def dims(self) -> tuple[str, ...]: ...
     @property
-    def sizes(self) -> tuple[int, ...]: ...
+    def sizes(self) -> tuple[Extent, ...]: ...
     @property
     def itemsize(self) -> int: ...
 
 
 def local_elements(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
-    """Elements that one rank holds; a dimension that does not divide is rounded up, so that KV heads fewer
-    than the degree are replicated, one a rank.
-    """
+    """Elements that one rank holds."""
     parts: dict[str, int] = {}
     for axis, placement in layout:
         if placement.dim is not None:
             parts[placement.dim] = parts.get(placement.dim, 1) * mesh.degree(axis)
-    return math.prod([-(-size // parts.get(dim, 1)) for dim, size in zip(tensor.dims, tensor.sizes, strict=True)])
+    held = elements(tensor.dims, tensor.sizes, parts)
+    return -(-held // parts[FLAT]) if FLAT in parts else held
+
+
+def elements(dims: Sequence[str], sizes: Sequence[Extent], parts: Mapping[str, int]) -> int:
+    """Of a tensor whose dimensions are cut in so many parts."""
+    if parts:
+        sizes = [part(size, parts[dim]) if dim in parts else size for dim, size in zip(dims, sizes, strict=True)]
+    return math.ceil(math.prod(sizes))
 
 
 def local_bytes(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
@@ -92,22 +119,24 @@ _COLLECTIVES: Mapping[tuple[str, str], Collective | None] = {
     ("replicate", "shard"): None,
 }
 """Between kinds of placements; None is a slice."""
+_GROWTH = {("partial", "shard"): -1, ("replicate", "shard"): -1, ("shard", "replicate"): 1}
+"""Where a rank holds less afterwards, and where more."""
 
 
 def redistribute(source: Layout, target: Layout, *, backward: bool = False) -> list[Redistribution]:
-    """Steps from `source` to `target`: innermost axis first, in the backward pass outermost first."""
+    """Steps from `source` to `target`, so that no step moves more than it must: what makes the tensor smaller first,
+    what makes it larger last. Of equal ones the innermost axis first, in the backward pass the outermost.
+    """
+    order = range(len(source)) if backward else range(len(source) - 1, -1, -1)
+    changed = [index for index in order if source[index] != target[index]]
+    kinds = {index: (source[index][1].kind, target[index][1].kind) for index in changed}
     steps = []
     reached = list(source)
-    order = range(len(source)) if backward else range(len(source) - 1, -1, -1)
-    for index in order:
-        axis, have = reached[index]
-        want = target[index][1]
-        if have == want:
-            continue
-        assert want != PARTIAL, "the rules never ask for a sum to be taken apart"
+    for index in sorted(changed, key=lambda index: _GROWTH.get(kinds[index], 0)):
+        assert target[index][1] != PARTIAL, "the rules never ask for a sum to be taken apart"
         before = tuple(reached)
-        reached[index] = (axis, want)
-        steps.append(Redistribution(axis, _COLLECTIVES[have.kind, want.kind], before, tuple(reached)))
+        reached[index] = target[index]
+        steps.append(Redistribution(source[index][0], _COLLECTIVES[kinds[index]], before, tuple(reached)))
     return steps
 
 

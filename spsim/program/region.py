@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from spsim.lazy import lazy
 from spsim.program.instructions import WeightSync
 from spsim.program.kernels import kernels_of
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
-from spsim.program.placed import PlacedOperator
+from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import (
     Collective,
     Layout,
@@ -20,7 +21,7 @@ from spsim.program.placement import (
     redistribute,
     sent_bytes,
 )
-from spsim.program.strategies import SplitRule
+from spsim.program.strategies import Rules
 from spsim.program.weights import weight_syncs
 
 
@@ -42,19 +43,23 @@ class Move:
 
 
 class Region:
-    """The operators of a block on one mesh under one set of rules, and their tensors as they lie and move.
+    """The operators of a block on one mesh, each under the rules of its kind, and their tensors as they lie and move.
 
     Nothing here depends on what is recomputed, kept or overlapped, so that plans of the same degrees share it.
     """
 
-    def __init__(self, operators: Sequence[Operator], rules: dict[Axis, SplitRule], mesh: Mesh) -> None:
+    def __init__(
+        self, operators: Sequence[Operator], rules: Rules, mesh: Mesh, named: Mapping[str, Rules] = MappingProxyType({})
+    ) -> None:
+        """`rules` are those of the block, `named` those of operators that name theirs."""
         self.mesh = mesh
-        self.operators = tuple([PlacedOperator(op, operator_splits(op, rules, mesh), mesh) for op in operators])
+        own = [named.get(op.rules, rules) for op in operators]
+        self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
         self.kernels = {op.name: kernels_of(op) for op in self.operators}
         self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
         # What comes from outside is placed as any output of an operator that does not mix positions.
         sources = (Operator(entry.name, "elementwise", (), (Operand(entry, entry.dims),)) for entry in self.entries)
-        outside = [PlacedOperator(source, operator_splits(source, rules, mesh), mesh) for source in sources]
+        outside = [_placed(source, rules, mesh) for source in sources]
         every = (*outside, *self.operators)
         self.produced = {output.name: output for op in every for output in op.outputs}
         """Tensor -> as its producer leaves it."""
@@ -62,10 +67,14 @@ class Region:
         read = (operand for op in self.operators[::-1] for operand in op.handed_over)
         self.produced |= {operand.name: operand for operand in read if operand.tensor.kind == "token ids"}
         self.producers = {output.name: op.name for op in every for output in op.outputs}
-        self.last_summand = {o.name: op for op in reversed(self.operators) for o in op.activations}
+        self.resting = {weight.name: weight for op in self.operators[::-1] for weight in op.resting}
+        """Weights that rest in another layout than they are used in, as they rest."""
+        self.produced |= self.resting
+        self.producers |= {weight.name: op.name for op in self.operators for weight in op.resting}
+        self.last_summand = {o.name: op for op in self.operators[::-1] for o in op.differentiated}
         """Tensor -> the operator that reads it first, whose gradient of it is the last."""
         self._moves: dict[tuple[str, Layout, Layout, bool], tuple[Move, ...]] = {}
-        self._bytes: dict[tuple[str, Layout], int] = {}
+        self._bytes: dict[tuple[str, int, Layout], int] = {}
 
     def moves(self, tensor: Tensor, source: Layout, target: Layout, *, backward: bool = False) -> tuple[Move, ...]:
         """From one layout of a tensor to another."""
@@ -85,20 +94,30 @@ class Region:
 
     def bytes_of(self, tensor: Tensor, layout: Layout) -> int:
         """Bytes of a tensor on one rank."""
-        key = (tensor.name, layout)
+        key = (tensor.name, tensor.itemsize, layout)
         if key not in self._bytes:
             self._bytes[key] = local_bytes(tensor, layout, self.mesh)
         return self._bytes[key]
 
     @lazy
+    def weights(self) -> dict[str, PlacedOperand]:
+        """At rest, each once, however many operators use it."""
+        return {weight.name: weight for op in self.operators for weight in op.weights} | self.resting
+
+    @lazy
     def weight_syncs(self) -> tuple[WeightSync, ...]:
         """Weights whose gradients are partial sums."""
-        return tuple(weight_syncs(self.operators, self.mesh))
+        return tuple(weight_syncs(self.weights.values(), self.mesh))
 
     @lazy
     def parameters(self) -> int:
         """Of the block, on one rank."""
-        return sum(weight.elements for op in self.operators for weight in op.weights)
+        return sum(weight.elements for weight in self.weights.values())
+
+
+def _placed(operator: Operator, rules: Rules, mesh: Mesh) -> PlacedOperator:
+    sharding = [axis for axis in mesh.axes if rules[axis].shards_weights]
+    return PlacedOperator(operator, operator_splits(operator, rules, mesh), mesh, sharding)
 
 
 def _from_outside(operators: Sequence[Operator]) -> Iterator[Tensor]:

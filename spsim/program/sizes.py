@@ -4,6 +4,8 @@ Under one plan the structure of a program does not depend on the sequence length
 size in it (dimensions of kernels, bytes of buffers and messages) is a polynomial in x = s / unit and b, with the
 monomials 1, x, x^2, b, xb, x^2b and coefficients that are natural numbers. So one compilation tells them all
 (Kronecker substitution): at x = 2^K and b = 2^3K the coefficients stand beside each other in the bits of a size.
+Where tokens are divided, among experts, x stands for s / (unit x divisor): coefficients are fractions then, and sizes
+are rounded up to whole numbers.
 A template holds the structure and the coefficients; evaluating it is one small matrix product.
 """
 
@@ -51,33 +53,40 @@ class KernelGroup:
     """Where the duration of each kernel goes."""
 
     def work(self, values: npt.NDArray[np.float64]) -> Work:
-        """All kernels of the group as one `Work` of arrays; `values` of many workloads have a row for each."""
-        numbers: dict[str, Any] = {name: values[..., where] for name, where in self.numbers.items()}
+        """All kernels of the group as one `Work` of arrays; where `values` of many workloads have a column for each,
+        its arrays have a row.
+        """
+        numbers: dict[str, Any] = {name: values.take(where, axis=0).T for name, where in self.numbers.items()}
         return self.kind(**self.constants, **numbers)
 
 
 class Template:
     """Structure and coefficients of one block under one plan."""
 
-    def __init__(self, program: Program, unit: int) -> None:
-        """A program compiled at `every_workload(unit)`, or one whose sizes hold for all.
+    def __init__(self, program: Program, unit: int, divisor: int = 1) -> None:
+        """A program compiled at `every_workload(unit * divisor)`, or one whose sizes hold for all.
 
         Raises `ArithmeticError` where a size is no polynomial of the stated form.
         """
         self.program = program
         """The structure; read its sizes from `at`."""
         self.unit = unit
+        """Divides every sequence length."""
+        self.divisor = divisor
         reader = _Reader(program)
         self.index = reader.index
-        self.coefficients = _coefficients(reader.positions)
-        self.groups = tuple(_with_constants(group, self.coefficients) for group in reader.groups)
+        compiled = _coefficients(reader.positions)
+        self.groups = tuple(_with_constants(group, compiled) for group in reader.groups)
+        self.coefficients = compiled if divisor == 1 else _undivided(compiled, divisor)
+        """Of 1, x, x^2, b, xb and x^2b where x = s / unit, times the square of the divisor."""
 
     def at(self, workload: Workload) -> Numbers:
         """The sizes of the program for a workload."""
         x, b = workload.seq_len // self.unit, workload.micro_batch
         basis = _monomials(x, b)
         number = np.int64 if basis[-1] * self._total < 2**62 else object
-        return Numbers(self, self.coefficients.astype(number, copy=False) @ np.array(basis, dtype=number))
+        values = self.coefficients.astype(number, copy=False) @ np.array(basis, dtype=number)
+        return Numbers(self, values if self.divisor == 1 else -(-values // self.divisor**2))
 
     def basis(self, seq_len: npt.NDArray[np.int64], micro_batch: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The monomials of many workloads, a column for each: its product with the coefficients is their sizes."""
@@ -221,6 +230,14 @@ def _coefficients(sizes: Iterable[int]) -> Vector:
     if words[:, :, 1].any() or (words[:, :, 0] < 0).any():
         raise ArithmeticError("a size is no polynomial in s and b, or one of its coefficients has over 63 bits")
     return np.ascontiguousarray(words[:, :, 0], dtype=np.int64)
+
+
+def _undivided(coefficients: Vector, divisor: int) -> Vector:
+    """Those of powers of x / divisor as those of powers of x, times the square of the divisor."""
+    if int(coefficients.max(initial=0)) * divisor**2 >= 2**63:
+        raise ArithmeticError(f"a coefficient times the square of {divisor} has over 63 bits")
+    scales: Vector = np.array(2 * (divisor**2, divisor, 1))
+    return coefficients * scales
 
 
 def _with_constants(group: KernelGroup, coefficients: Vector) -> KernelGroup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spsim.inputs.plan import Plan
@@ -16,6 +17,12 @@ class SplitRule:
     """For operators that do not mix positions."""
     position_mixing: tuple[str, ...]
     """For operators that have the key positions `j` among their dimensions."""
+    shards_weights: bool = False
+    """Weights that are used whole rest sharded, and are gathered for each use (ZeRO-3, Rajbhandari et al. 2020)."""
+
+
+Rules = Mapping[Axis, SplitRule]
+"""How the operators of a region are split on each axis."""
 
 
 def split_rules(plan: Plan) -> dict[Axis, SplitRule]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from spsim.program.instructions import WeightSync
 from spsim.program.mesh import Mesh
-from spsim.program.placed import PlacedOperand, PlacedOperator
+from spsim.program.placed import PlacedOperand
 from spsim.program.placement import PARTIAL
 
 
-def weight_syncs(operators: tuple[PlacedOperator, ...], mesh: Mesh) -> Iterator[WeightSync]:
-    """Weights used whole by a split operator, and KV weights replicated over part of the tp axis."""
-    for weight in (weight for op in operators for weight in op.weights):
+def weight_syncs(weights: Iterable[PlacedOperand], mesh: Mesh) -> Iterator[WeightSync]:
+    """Of weights at rest: those used whole by a split operator, and KV weights replicated over part of the tp axis."""
+    for weight in weights:
         partial = [axis for axis, placement in weight.gradient if placement == PARTIAL]
         outer = tuple([axis for axis in partial if axis != "tp"])
         if outer:

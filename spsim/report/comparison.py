@@ -103,7 +103,9 @@ def comparison_lines(comparison: PlanComparison) -> list[str]:
 
 
 def _trust_lines(comparison: PlanComparison) -> Iterable[str]:
-    """The rule of the error band, and what a calibration does not describe."""
+    """What is left out or has no effect, the rule of the error band, and what a calibration does not describe."""
+    notes = [note for account in comparison.accounts for note in account.result.scenario.notes]
+    yield from (f"note: {note}" for note in dict.fromkeys(notes))
     if any(_band_of(pair) is not None for pair in comparison.differences):
         yield (
             "A difference of steps is within the error band where it is smaller in percent than the larger band of the "

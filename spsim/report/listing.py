@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, get_args
+
 from rich.table import Table
 
 from spsim.inputs.model import PRESETS
+from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import load_profile, profile_names
+from spsim.inputs.words import PLAN
 from spsim.report.table import table
 from spsim.units import GIB, MIB
 
@@ -45,3 +50,52 @@ def model_table() -> Table:
         sizes = (model.layers, model.hidden, model.ffn_hidden, model.heads, model.kv_heads, model.vocab)
         made.add_row(model.name, f"{model.parameters / 1e9:.2f} B", *(str(size) for size in sizes), model.attention)
     return made
+
+
+PLAN_OPTIONS: Mapping[str, str] = {
+    "tp": "GPUs that share heads and the width of the MLP: Megatron tensor parallelism",
+    "sequence_parallel": "norms, dropouts and residuals on a shard of the sequence over tp: Megatron SP",
+    "ulysses": "GPUs that share the sequence, and heads in attention, by all-to-all: DeepSpeed-Ulysses",
+    "ring": "GPUs that share the sequence in attention too: ring attention, context parallelism (cp)",
+    "ring_kind": "K and V go round from GPU to GPU, or are gathered before attention",
+    "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
+    "pp": "pipeline stages (not simulated yet)",
+    "virtual_pp": "chunks of a stage (not simulated yet)",
+    "dp": "replicas (not simulated yet)",
+    "distributed_optimizer": "optimizer state sharded over ulysses x ring: ZeRO stage 1",
+    "zero": "ZeRO stage (2 and 3 are not simulated yet)",
+    "recompute": "recompute core attention (selective) or the layer (full) in the backward pass",
+    "tp_backward_overlap": "gradient communication of tp behind weight gradients, as Megatron does",
+    "tp_overlap": "forward communication of tp in pieces behind its products (not simulated yet)",
+    "dp_overlap": "gradients of replicas behind the backward pass (not simulated yet)",
+    "keep_gathered": "keep the gathered input of a linear, as DTensor does, instead of gathering it again",
+}
+"""What each option of a plan means."""
+
+
+def plan_table() -> Table:
+    """The options of a plan, with what others call them."""
+    made = table("Plans: options joined by commas", ["option", "values", "default", "what it does", "elsewhere"])
+    for column in (0, 1, 2):
+        made.columns[column].no_wrap = True
+    for name, meaning in PLAN_OPTIONS.items():
+        field = Plan.model_fields[name]
+        elsewhere = (*PLAN.get(name, ()), *(("cp", *PLAN["cp"]) if name == "ring" else ()))
+        made.add_row(name, _values(field.annotation, name), _shown(field.default), meaning, ", ".join(elsewhere))
+    made.caption = (
+        "For instance tp=8,sequence_parallel,recompute=selective; a bare switch is true. Labels are plans too: TP8+SP, "
+        "Ulysses 8, TP2 × Ring 4. cp is ring, or ulysses with cp_comm_type=a2a. A plan has "
+        "tp × ulysses × ring × pp × dp GPUs"
+    )
+    made.caption_justify = "left"
+    return made
+
+
+def _values(annotation: Any, name: str) -> str:
+    if annotation is bool:
+        return "true, false"
+    return ", ".join(map(str, get_args(annotation))) or ("0 to 3" if name == "zero" else "1, 2, …")
+
+
+def _shown(default: Any) -> str:
+    return str(default).lower()

@@ -38,7 +38,7 @@ class ResultColumns(Derived):
     @property
     def exact(self) -> Points:
         """Workloads whose figures are, to the bit, those of `simulate`; it has to find those of others."""
-        return self.step.exact & (self.static.total + self.step.level.highest < EXACT)
+        return self.step.exact & (self.static.total + self.step.memory.highest < EXACT)
 
     @lazy
     def step_ps(self) -> Any:
@@ -68,7 +68,7 @@ class ResultColumns(Derived):
     @lazy
     def peak_bytes(self) -> Any:
         """See `Derived`."""
-        return self.static.total + np.maximum(self.step.level.highest, 0.0)
+        return self.static.total + np.maximum(self.step.memory.highest, 0.0)
 
     def _of_step(self, flops_per_layer: Any) -> Any:
         return np.asarray(super()._of_step(flops_per_layer)).astype(np.float64)
@@ -76,7 +76,7 @@ class ResultColumns(Derived):
     @lazy
     def peak_operator(self) -> Any:
         """The operators whose allocations make the peaks."""
-        return self._names(self.step.memory.fullest(self.step.level), self.step.level.highest > 0)
+        return self._names(self.step.memory.fullest(), self.step.memory.highest > 0)
 
     @lazy
     def out_of_memory_at(self) -> Any:
@@ -91,16 +91,14 @@ class ResultColumns(Derived):
 
     def _names(self, spots: Spots, by_task: Points) -> Any:
         """What tasks are called; where it is by none, what is there all the time."""
-        found = np.full(by_task.shape, STATIC, dtype=object)
-        known: dict[tuple[int, int, int], str] = {}
-        for place, spot in enumerate(zip(*(column.tolist() for column in spots), strict=True)):
-            if by_task[place]:
-                if spot not in known:
-                    leaf, layer, task = spot
-                    label = self.step.block.labels[leaf][task]
-                    known[spot] = operator_name(label, layer if layer >= 0 else None)
-                found[place] = known[spot]
+        places = [*zip(*(column.tolist() for column in spots), strict=True)]
+        names = {place: self._name(*place) for place in set(places)}
+        found = np.array([names[place] for place in places], dtype=object)
+        found[~by_task] = STATIC
         return found
+
+    def _name(self, leaf: int, layer: int, task: int) -> str:
+        return operator_name(self.step.block.labels[leaf][task], layer if layer >= 0 else None)
 
     def saved_bytes(self, *categories: TensorKind) -> Any:
         """See `Derived`."""

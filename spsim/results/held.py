@@ -11,7 +11,7 @@ from spsim.engine.pieces import STAY, Move, Node, Stretch, runs_during
 from spsim.engine.trace import Trace
 from spsim.results.metrics import Peak
 
-CATEGORIES = ("activations", "communication buffers", "temporary")
+CATEGORIES = ("activations", "communication buffers", "temporary", "gradients")
 """Of what tasks allocate."""
 
 
@@ -21,8 +21,16 @@ def held_at(peak: Peak, trace: Trace, static: Mapping[str, int]) -> dict[str, in
     if peak.task is not None:
         for node in trace.nodes:
             found.update(_held(node, peak.rank, peak.time_ps, STAY))
-    sizes = {**static, **{category: found[category] for category in CATEGORIES}}
+    sizes = {**static, **{category: static.get(category, 0) + found[category] for category in CATEGORIES}}
     return {category: size for category, size in sizes.items() if size}
+
+
+def held_before(trace: Trace, rank: int, time_ps: int) -> Counter[str]:
+    """Bytes by category of what tasks have allocated on a rank before a moment."""
+    found = Counter[str]()
+    for node in trace.nodes:
+        found.update(_held(node, rank, time_ps - 1, STAY))
+    return found
 
 
 def _held(node: Node, rank: int, time: int, moved: Move) -> Counter[str]:
@@ -31,19 +39,19 @@ def _held(node: Node, rank: int, time: int, moved: Move) -> Counter[str]:
     found = _left(node, rank, under_way.start)
     for index in under_way:
         if isinstance(node, Stretch):
-            for change in node.run(index, moved).memory():
-                if change.rank == rank and change.time_ps <= time:
+            for change in node.run(index, moved).memory_of(rank):
+                if change.time_ps <= time:
                     found[change.category] += change.bytes
         else:
             for inner in node.run(index):
-                found.update(_held(inner, rank, time, moved.after(node.move.times(index))))
+                found.update(_held(inner, rank, time, moved.after(node.move, index)))
     return found
 
 
 def _left(node: Node, rank: int, runs: int) -> Counter[str]:
     """What the first runs of a node leave behind, so many of them."""
     found = Counter[str]()
-    for category, size in _one_run(node, rank).items():
+    for category, size in left_by_run(node, rank).items():
         found[category] = runs * size
     first, last = node.ends
     if runs:
@@ -53,16 +61,14 @@ def _left(node: Node, rank: int, runs: int) -> Counter[str]:
     return found
 
 
-def _one_run(node: Node, rank: int) -> Counter[str]:
+def left_by_run(node: Node, rank: int) -> Counter[str]:
     """What one run of a node leaves behind, without what it gets from outside."""
     found = Counter[str]()
     if not isinstance(node, Stretch):
         for inner in node.body:
             found.update(_left(inner, rank, inner.runs))
-    elif rank in node.recording.times:
-        _, sizes, buffers = node.recording.changes(rank)
-        for size, buffer in zip(sizes.tolist(), buffers.tolist(), strict=True):
-            found[node.recording.outline.buffers[buffer].category] += size
+    else:
+        found.update(node.recording.left_behind.get(rank, {}))
     return found
 
 

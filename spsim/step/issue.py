@@ -13,6 +13,8 @@ Nothing is issued before the segment that it belongs to is reached.
 | tp, regather and gradient without `tp_backward_overlap` | tp | in program order | yes |
 | ulysses, all | ulysses | when its tensor is ready | yes |
 | ring, other | ring | when its tensor is ready; K and V of the next step when a step starts | no |
+| dp and ep, regather | dp, ep | in program order | no |
+| dp and ep, other | dp, ep | when its tensor is ready: weights one after another from the start of the segment | no |
 | weight, group of ulysses and ring | dp | end of the step, coalesced | yes |
 | weight, tp | tp | end of the step, coalesced | yes |
 
@@ -132,6 +134,8 @@ class _Issue:
 
     def _exports(self, section: Section, later: Sequence[Section]) -> dict[str, int]:
         """Arrivals that later sections of the pass wait for, or the next run of the section."""
+        if not later and not section.carried:
+            return {}
         wanted = {buffer for other in later for step in other.instructions for buffer in step.reads}
         wanted |= {left for _, left in section.carried}
         return {
@@ -169,7 +173,9 @@ class _Issue:
             replaced = {self.roots[number] for number, _ in section.carried}
             later = later | ({*inherited} - replaced) | {self.roots[left] for _, left in section.carried}
         return {
-            b.id: BufferUse(b.tensor, b.category, writer, tuple(readers[b.id]), b.id in later)
+            b.id: BufferUse(
+                b.tensor, b.category, writer, tuple(readers[b.id]), b.id in later or b.category == "gradients"
+            )
             for b, writer in (*found, *written)
         }
 

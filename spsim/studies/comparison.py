@@ -11,7 +11,7 @@ differences to its difference.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.engine.pieces import Pass
 from spsim.errors import InputError
-from spsim.inputs.configuration import parse_options
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import Plan, parse_options, plan_text
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
 from spsim.results import accounts
@@ -230,6 +229,7 @@ def compare(
     hardware: HardwareProfile | str | Path,
     model: Model | Mapping[str, Any] | str | Path,
     workload: Workload | Mapping[str, Any],
+    nodes: int | None = None,
 ) -> PlanComparison:
     """Simulate plans of one model, hardware and workload, and account for their differences; everything may be given
     as to a `Scenario`.
@@ -237,12 +237,20 @@ def compare(
     Raises `InputError` for fewer than two plans, a plan given twice, and whatever breaks a rule, before any is
     simulated.
     """
-    texts = [_text(plan) for plan in ([plans] if isinstance(plans, str) else plans)]
+    texts = [_text(plan) for plan in _listed(plans)]
     _check_plans(texts)
     common = Scenario(hardware=hardware, model=model, workload=workload)
-    scenarios = {text: _scenario(common, text) for text in texts}
+    scenarios = {text: _scenario(common, text, nodes) for text in texts}
     names = _names({text: scenario.plan.label for text, scenario in scenarios.items()})
     return PlanComparison(tuple(PlanAccount(names[text], text, simulate(scenarios[text])) for text in scenarios))
+
+
+def _listed(plans: Any) -> Sequence[Any]:
+    if isinstance(plans, str | Plan | Mapping):
+        return [plans]
+    if not isinstance(plans, Iterable):
+        raise InputError(f"compare: {plans!r} is no list of plans; write for instance ['tp=8', 'ulysses=8']")
+    return list(plans)
 
 
 def _text(plan: Plan | Mapping[str, Any] | str) -> str:
@@ -255,12 +263,22 @@ def _text(plan: Plan | Mapping[str, Any] | str) -> str:
     return found.text
 
 
-def _scenario(common: Scenario, plan: str) -> Scenario:
+def _scenario(common: Scenario, plan: str, nodes: int | None) -> Scenario:
     """Under another plan; `InputError` says which."""
     try:
-        return Scenario(hardware=common.hardware, model=common.model, plan=plan, workload=common.workload)
+        return Scenario(
+            hardware=common.hardware, model=common.model, plan=plan, workload=common.workload, nodes=nodes
+        )  # fmt: skip
     except InputError as error:
         raise InputError(f"--plan {plan!r}: {str(error).removeprefix('plan: ')}") from None
+
+
+def _options(text: str) -> dict[str, Any]:
+    """Of a plan; `InputError` says of which."""
+    try:
+        return parse_options(text)
+    except InputError as error:
+        raise InputError(f"--plan {text!r}: {str(error).removeprefix('plan: ')}") from None
 
 
 def _check_plans(plans: Sequence[str]) -> None:
@@ -271,7 +289,7 @@ def _check_plans(plans: Sequence[str]) -> None:
         )
     seen: list[dict[str, Any]] = []
     for text in plans:
-        options = parse_options(text, "plan")
+        options = _options(text)
         if options in seen:
             raise InputError(f"compare: plan {text!r} is given twice; change one of the two or leave it out")
         seen.append(options)
@@ -281,9 +299,8 @@ def _names(labels: Mapping[str, str]) -> dict[str, str]:
     """Label and further options of each plan; where several have the same, the plan as it was given."""
     names = {}
     for text, label in labels.items():
-        options = [option.strip() for option in text.split(",")]
-        further = [option for option in options if option and option.partition("=")[0].strip() not in LABELLED]
-        names[text] = ", ".join([label, *further])
+        further = {name: value for name, value in _options(text).items() if name not in LABELLED}
+        names[text] = ", ".join([label, *filter(None, plan_text(further).split(","))])
     shared = Counter(names.values())
     return {text: text if text and shared[name] > 1 else name for text, name in names.items()}
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.rules import without_effect
 from spsim.inputs.scenario import Shapes
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
@@ -74,12 +75,15 @@ class Explanation:
     with_: str
     operators: tuple[OperatorExplanation, ...]
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What of the model is left out, and which options of the plan have no effect."""
 
     def to_json(self) -> dict[str, Any]:
         """The document of `explain --json`."""
         return {
             "model": self.model, "without": self.without, "with": self.with_,
             "operators": [asdict(operator) for operator in self.operators], "saved": self.parts,
+            "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -141,7 +145,7 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
     sharded = {op.name: dict(operator_splits(op, split_rules(with_), mesh_of(with_))) for op in operators}
     return Explanation(
         model=model.name, plan=plan.label, without=without.label, with_=with_.label, operators=rows,
-        parts=_savings(rows, operators, sharded),
+        parts=_savings(rows, operators, sharded), notes=(*model.notes, *without_effect(model, plan)),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import compress
@@ -20,7 +20,7 @@ from spsim.inputs.scenario import Scenario, scenario_from
 from spsim.inputs.workload import ELEMENT_BYTES, Workload
 from spsim.results.columns import ResultColumns
 from spsim.simulation import simulate_many
-from spsim.studies.points import Point, Settings
+from spsim.studies.points import Labels, Point
 from spsim.studies.rows import Row, measures, row
 from spsim.studies.tables import Table, tables_of_rows
 
@@ -33,17 +33,21 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
     """The rows of all points: the only place where sweeps compute, here or in a worker. Those that break a rule have
     their reason in `error` and no numbers.
     """
-    sorting = _Sorting()
-    for place, point in enumerate(points):
-        sorting.add(place, point)
+    sorting = _Sorting(points)
     tables: list[Table] = []
-    alone = sorting.alone
+    alone = sorting.alone.places
     for family in sorting.families.values():
         if len(family.places) == 1:  # no slower, and nothing has to be prepared
             alone += family.places
         else:
             tables += _computed(points, family, alone)
     return tables + tables_of_rows([row(points[place]) for place in alone], alone)
+
+
+def by_family(points: Iterable[Point]) -> list[int]:
+    """The places of all points, those that are computed at once together."""
+    sorting = _Sorting(points)
+    return [place for family in (*sorting.families.values(), sorting.alone) for place in family.places]
 
 
 @dataclass(slots=True)
@@ -58,46 +62,55 @@ class _Family:
 class _Sorting:
     """Points by family; what looks unusual stands alone, so that the usual way says what is wrong with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, points: Iterable[Point]) -> None:
         self.families: dict[Hashable, _Family] = defaultdict(_Family)
-        self.alone: list[int] = []
-        self._known: dict[int, tuple[Any, Hashable]] = {}
-        """Objects by identity, which are kept so that no other takes their place."""
+        self.alone = _Family()
+        self._families: dict[Hashable, tuple[Any, _Family]] = {}
+        """By the identity of what points share, which is kept so that nothing else takes its place."""
+        self._values: dict[int, tuple[Any, Hashable]] = {}
+        """The same of each value."""
+        for place, point in enumerate(points):
+            self._add(place, point)
 
-    def add(self, place: int, point: Point) -> None:
-        """One more point."""
-        settings, workload = point.settings, point.settings.get("workload")
-        given = workload.__dict__ if isinstance(workload, Workload) else workload
-        if settings.keys() <= _SETTINGS and isinstance(given, dict) and given.keys() <= _WORKLOAD:
-            precision = given.get("precision", "bf16")
-            if given.get("phase", "training") == "training" and precision in _PRECISIONS:
-                key = (self._key(settings), precision, *point.labels)
-                family = self.families[key]
-                family.places.append(place)
-                family.sizes.append((given.get("seq_len"), given.get("micro_batch", 1), given.get("global_batch")))
-                return
-        self.alone.append(place)
+    def _add(self, place: int, point: Point) -> None:
+        settings, labels = point.settings, point.labels
+        given = settings.get("workload")
+        if not isinstance(given, dict):
+            given = given.__dict__ if isinstance(given, Workload) else None
+        if given is None or not (_SETTINGS.issuperset(settings) and _WORKLOAD.issuperset(given)):
+            self.alone.places.append(place)
+            return
+        hardware, model, nodes = settings.get("hardware"), settings.get("model"), settings.get("nodes")
+        plan = settings.get("plan", _NOT_GIVEN)
+        phase, precision = given.get("phase", "training"), given.get("precision", "bf16")
+        key = (id(hardware), id(model), id(plan), id(nodes), id(phase), id(precision), *labels)
+        known = self._families.get(key)
+        if known is None:
+            shared = hardware, model, plan, nodes
+            known = self._families[key] = (shared, phase, precision), self._family(shared, phase, precision, labels)
+        family = known[1]
+        family.places.append(place)
+        family.sizes.append((given.get("seq_len"), given.get("micro_batch", 1), given.get("global_batch")))
 
-    def _key(self, settings: Settings) -> Hashable:
-        return tuple([self._identity(settings.get(name, _NOT_GIVEN)) for name in _SHARED])
+    def _family(self, shared: tuple[Any, ...], phase: Any, precision: Any, labels: Labels) -> _Family:
+        if phase != "training" or precision not in _PRECISIONS:
+            return self.alone
+        return self.families[(*map(self._by_value, shared), precision, *labels)]
 
-    def _identity(self, value: Any) -> Hashable:
+    def _by_value(self, value: Any) -> Hashable:
         """Equal of what is equal, as far as that can be seen."""
-        if isinstance(value, str):
-            return value
-        if id(value) not in self._known:
-            self._known[id(value)] = value, _by_value(value)
-        return self._known[id(value)][1]
+        if id(value) not in self._values:
+            self._values[id(value)] = value, _hashable(value)
+        return self._values[id(value)][1]
 
 
 _SETTINGS = frozenset(Scenario.model_fields)
 _WORKLOAD = frozenset(Workload.model_fields)
-_SHARED = sorted(_SETTINGS - {"workload"})
 _PRECISIONS = tuple(ELEMENT_BYTES)
 _NOT_GIVEN = object()
 
 
-def _by_value(value: Any) -> Hashable:
+def _hashable(value: Any) -> Hashable:
     parts = tuple((name, type(part), part) for name, part in value.items()) if isinstance(value, Mapping) else value
     try:
         hash(parts)

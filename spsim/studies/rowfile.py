@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from spsim.errors import InputError
 from spsim.files import whole_text
@@ -18,8 +19,8 @@ from spsim.studies.tables import Table
 
 BATCH = 64
 """Lines that are parsed together: enough to share the names of columns, and few enough for the cache."""
-PART = 1024
-"""Rows that are handed out together."""
+PART = 256
+"""Rows that are handed out together: as objects of Python they stay in a cache."""
 
 
 class RowFile:
@@ -56,15 +57,15 @@ class RowFile:
                     for key, _ in _parse([line]):
                         if key in left:
                             left.remove(key)
-                            file.write(line)
+                            file.write(line.decode())
 
-    def _batches(self) -> Iterator[list[str]]:
+    def _batches(self) -> Iterator[list[bytes]]:
         if self.path.is_dir():
             raise InputError(
                 f"{self.path}: is a directory, expected the rows of a sweep; remove it or give another --out"
             )
         if self.path.exists():
-            with self.path.open(encoding="utf-8", errors="replace") as file:
+            with self.path.open("rb") as file:
                 while lines := list(islice(file, BATCH)):
                     yield lines
 
@@ -110,12 +111,12 @@ def _texts(column: Any) -> list[str]:
     return json.dumps(values)[1:-1].split(", ") if kinds <= {float, int, bool} else list(map(json.dumps, values))
 
 
-def _parse(lines: Sequence[str]) -> list[tuple[str, Row]]:
+def _parse(lines: Sequence[bytes]) -> list[tuple[str, Row]]:
     """(key, row) of some lines, without those that were cut short."""
-    if not lines[-1].endswith("\n"):
+    if not lines[-1].endswith(b"\n"):
         return _parse(lines[:-1]) if lines[1:] else []
     try:
-        rows = json.loads(f"[{','.join(lines)}]")
+        rows = from_json(b"[%b]" % b",".join(lines), cache_strings="keys")
         return [(str(row.pop("key")), row) for row in rows if "error" in row]
-    except (json.JSONDecodeError, RecursionError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         return [] if len(lines) == 1 else [found for line in lines for found in _parse([line])]

@@ -12,7 +12,7 @@ from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from spsim.studies.grids import tables_of_points
+from spsim.studies.grids import by_family, tables_of_points
 from spsim.studies.points import Point, Settings
 from spsim.studies.rowfile import RowFile
 from spsim.studies.tables import Table, frame, tables_of_rows
@@ -36,7 +36,7 @@ def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) ->
     Any `concurrent.futures.Executor` can compute them; without one they are computed here.
     """
     points = [point if isinstance(point, Point) else Point(point) for point in grid]
-    chunks = iter([tables_of_points(points)]) if executor is None else _computed_by(executor, points)
+    chunks = iter([tables_of_points(points)]) if executor is None else tables_of(points, executor)
     return frame([table for tables in chunks for table in tables], range(len(points)))
 
 
@@ -61,7 +61,7 @@ def run_points(
     with file.appending(list(missing)) as append:
         for computed in tables_of(list(missing.values()), executor):
             append(computed)
-            tables += [table.moved(first) for table in computed]
+            tables += [table.placed(range(first, first + len(missing))) for table in computed]
             finished += sum(len(table.places) for table in computed)
             progress(finished)
     found = frame(tables, [place[key] for key in keys])
@@ -70,32 +70,33 @@ def run_points(
 
 
 def tables_of(points: Sequence[Point], executor: Executor | None) -> Iterator[list[Table]]:
-    """The rows of chunks of points as they are finished, in any order when an executor computes them."""
-    return _computed_here(points) if executor is None else _computed_by(executor, points)
+    """The rows of chunks of points as they are finished, in any order; what is computed at once stands together."""
+    order = by_family(points)
+    return _computed_here(points, order) if executor is None else _computed_by(executor, points, order)
 
 
-def _computed_here(points: Sequence[Point]) -> Iterator[list[Table]]:
+def _computed_here(points: Sequence[Point], order: Sequence[int]) -> Iterator[list[Table]]:
     start, size = 0, 1
-    while start < len(points):
+    while start < len(order):
         begin = perf_counter()
-        tables = tables_of_points(points[start : start + size])
+        chunk = order[start : start + size]
+        tables = tables_of_points([points[place] for place in chunk])
         in_time = int(size * INTERVAL_S / (perf_counter() - begin))
-        yield [table.moved(start) for table in tables]
+        yield [table.placed(chunk) for table in tables]
         start += size
         size = min(max(in_time, 1), 4 * size, LARGEST_CHUNK)
 
 
-def _computed_by(executor: Executor, points: Sequence[Point]) -> Iterator[list[Table]]:
-    size = min(max(len(points) // WORKERS_CHUNKS, 1), LARGEST_WORKERS_CHUNK)
-    starts = {
-        executor.submit(tables_of_points, points[start : start + size]): start for start in range(0, len(points), size)
-    }
+def _computed_by(executor: Executor, points: Sequence[Point], order: Sequence[int]) -> Iterator[list[Table]]:
+    size = min(max(len(order) // WORKERS_CHUNKS, 1), LARGEST_WORKERS_CHUNK)
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    running = {executor.submit(tables_of_points, [points[place] for place in chunk]): chunk for chunk in chunks}
     try:
-        for future in as_completed(starts):
-            start = starts.pop(future)
-            yield [table.moved(start) for table in future.result()]
+        for future in as_completed(running):
+            chunk = running.pop(future)
+            yield [table.placed(chunk) for table in future.result()]
             del future  # with its rows
     finally:
-        wait(starts, timeout=LAST_WORDS_S)
-        for future in starts:
+        wait(running, timeout=LAST_WORDS_S)
+        for future in running:
             future.cancel()

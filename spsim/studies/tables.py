@@ -31,9 +31,9 @@ class Table:
         for place, row in zip(self.places, zip(*values, strict=True), strict=True):
             yield place, dict(zip(self.columns, row, strict=True))
 
-    def moved(self, by: int) -> Table:
-        """The same where other rows stand before all."""
-        return Table([place + by for place in self.places], self.columns)
+    def placed(self, places: Sequence[int]) -> Table:
+        """The same where its places are numbers of others."""
+        return Table([places[place] for place in self.places], self.columns)
 
 
 def tables_of_rows(rows: Sequence[Row], places: Sequence[int]) -> list[Table]:
@@ -74,7 +74,11 @@ def frame(tables: Sequence[Table], order: Sequence[int]) -> pd.DataFrame:
         number[own] = index
     in_order = np.array(order, dtype=np.intp)
     named = dict.fromkeys(name for index in dict.fromkeys(number[in_order].tolist()) for name in tables[index].columns)
-    columns = {name: _joined(name, tables, places, count) for name in named}
+    ready = tables[0].columns if len(tables) == 1 and np.array_equal(places[0], np.arange(count)) else {}
+    columns = {
+        name: ready[name].copy() if _is_known(ready.get(name)) else _joined(name, tables, places, count)
+        for name in named
+    }
     mixed = [name for name, column in columns.items() if column is None]
     if mixed:
         inferred = pd.DataFrame(_rows(tables, mixed, count), columns=mixed)
@@ -98,14 +102,21 @@ def _kind(column: Any) -> type:
     return type(column)
 
 
+def _is_known(column: Any) -> bool:
+    """Whether a column is an array whose values are of one kind."""
+    return isinstance(column, np.ndarray) and column.dtype.char in _KINDS
+
+
 def _joined(name: str, tables: Sequence[Table], places: Sequence[npt.NDArray[np.intp]], count: int) -> Any:
     """A column whose values are numbers of one kind, or texts; None where pandas has to find out what it is."""
     parts = [(own, table.columns[name]) for own, table in zip(places, tables, strict=True) if name in table.columns]
     kinds = {_kind(column) for _, column in parts}
     kind = kinds.pop()
-    whole = sum(len(own) for own, _ in parts) == count
+    whole = len(parts) == len(tables)
     if kinds or kind not in (float, int, bool, str) or not (whole or kind in (float, int)):
         return None
+    if len(tables) == 1 and not isinstance(parts[0][1], np.ndarray | list):
+        return parts[0][1]
     column = np.empty(count, dtype=object if kind is str else kind) if whole else np.full(count, np.nan)
     for own, values in parts:
         column[own] = values

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from spsim.errors import InputError, first_problem
+from spsim.inputs.configuration import Name
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import load_profile
@@ -40,8 +41,8 @@ class MeasuredCase(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    case_id: str = Field(min_length=1)
-    family: str = Field(min_length=1)
+    case_id: Name = Field(min_length=1)
+    family: Name = Field(min_length=1)
     hardware: str
     model: str
     layers: int

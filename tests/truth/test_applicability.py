@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.mesh import Mesh
-from spsim.program.operators import LAGGED, Operand, Operator, arriving, leaving, operator_splits, parse
+from spsim.program.operators import LAGGED, Operand, Operator, layouts, operator_splits, parse
 from spsim.program.operators import Tensor as Named
 from spsim.program.placement import REPLICATE, shard
 from spsim.program.strategies import SplitRule
@@ -256,5 +256,8 @@ def test_the_compiler_agrees(name: str) -> None:
     splits = operator_splits(operator, {"ring": SplitRule(("s",), ("s",))}, Mesh({"ring": 2}))
     convolves = name == "causal convolution"
     assert dict(splits) == {"ring": "s" if convolves else None}
-    assert dict(arriving(operator.inputs[0], splits)) == {"ring": REPLICATE}
-    assert dict(leaving(operator.outputs[0], splits)) == {"ring": shard("s") if convolves else REPLICATE}
+    read, written = operator.inputs[0], operator.outputs[0]
+    arriving, _ = layouts(read.tensor.dims, read.subscript, splits)
+    _, leaving = layouts(written.tensor.dims, written.subscript, splits)
+    assert dict(arriving) == {"ring": REPLICATE}
+    assert dict(leaving) == {"ring": shard("s") if convolves else REPLICATE}

@@ -8,29 +8,52 @@ from typing import Annotated, Any
 
 import typer
 
-from spsim.cli.options import GlobalBatchOption, JsonOption, MicroBatchOption, PrecisionOption
+from spsim.cli.completion import plan_options
+from spsim.cli.options import (
+    CaseFile,
+    GlobalBatchOption,
+    HardwareOption,
+    JsonOption,
+    MicroBatchOption,
+    ModelOption,
+    NodesOption,
+    PhaseOption,
+    PrecisionOption,
+    SeqLenOption,
+    SetOption,
+)
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
+from spsim.cli.settings import Given
 from spsim.report import comparison as report
 from spsim.studies.comparison import PlanComparison, compare
 
 
 def command(
-    model: Annotated[str, typer.Option("--model", help="Preset or path of a TOML table.")],
-    hardware: Annotated[str, typer.Option("--hardware", help="Profile name or path of a TOML profile.")],
-    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a sequence.")],
-    plan: Annotated[list[str] | None, typer.Option("--plan", help="Once for each plan, at least twice.")] = None,
+    case: CaseFile = None,
+    model: ModelOption = None,
+    hardware: HardwareOption = None,
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plan", help="Once for each plan; that of a case file is the first.", autocompletion=plan_options
+        ),
+    ] = None,
+    seq_len: SeqLenOption = None,
     micro_batch: MicroBatchOption = None,
     global_batch: GlobalBatchOption = None,
     precision: PrecisionOption = None,
+    phase: PhaseOption = None,
+    nodes: NodesOption = None,
+    changes: SetOption = None,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for pictures and comparison.json.")] = None,
 ) -> None:
     """Two or more plans side by side: where time and memory differ, and why."""
-    workload = {
-        "seq_len": seq_len, "micro_batch": micro_batch, "global_batch": global_batch, "precision": precision
-    }  # fmt: skip
-    workload = {key: value for key, value in workload.items() if value is not None}
-    comparison = compare(plan or [], hardware=hardware, model=model, workload=workload)
+    given = Given.of(
+        "compare", case, plan, changes, hardware=hardware, model=model, nodes=nodes, seq_len=seq_len,
+        micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+    )  # fmt: skip
+    comparison = compare(given.all_plans(), **given.settings())
     document = {**comparison.to_json(), "words": report.comparison_lines(comparison)}
     written = [] if out is None else _write_comparison(comparison, document, out)
     if as_json:

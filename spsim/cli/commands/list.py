@@ -16,8 +16,12 @@ class Listing(StrEnum):
 
     hardware = "hardware"
     models = "models"
+    plans = "plans"
 
 
-def command(what: Annotated[Listing, typer.Argument(help="hardware or models")]) -> None:
-    """The shipped hardware profiles or models."""
-    open_console().print(report.hardware_table() if what is Listing.hardware else report.model_table())
+def command(what: Annotated[Listing, typer.Argument(help="hardware, models or plans")]) -> None:
+    """The shipped hardware profiles or models, or the options of a plan."""
+    tables = {
+        Listing.hardware: report.hardware_table, Listing.models: report.model_table, Listing.plans: report.plan_table
+    }  # fmt: skip
+    open_console().print(tables[what]())

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from spsim.errors import InputError, first_problem
 from spsim.inputs.hardware import CollectiveName
 from spsim.inputs.kernel_coefficients import MemoryBoundFractions
+from spsim.inputs.resources import read_text
 from spsim.work import DATA_TYPES
 
 Kind = Literal["environment", "gemm", "attention", "memory_bound", "launch", "collective", "interference", "memory"]
@@ -172,11 +173,7 @@ COLUMNS = tuple(Measurement.model_fields)
 
 def read_measurements(path: Path) -> list[Measurement]:
     """The rows of a raw file; a last line that was cut short is left out. `InputError` names line and column."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read ({reason}); give the raw CSV of a calibration") from None
+    text = read_text(path)
     whole = text[: text.rfind("\n") + 1]
     if not whole:
         return []

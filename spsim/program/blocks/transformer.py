@@ -6,75 +6,25 @@ What each operator keeps for its backward pass follows Korthikanti et al. 2022 (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import attrgetter
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
-from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
-from spsim.work import KernelClass, KernelName
+from spsim.program.blocks.block import Block
+from spsim.program.operators import Operator, Tensor
+from spsim.work import KernelClass
 
 
-class _Layer:
-    """Collects the operators of one layer; sizes come from the model and the workload."""
+class _Layer(Block):
+    """The operators of one layer; sizes come from the model and the workload."""
 
     def __init__(self, model: Model, workload: Workload, replicas: int) -> None:
-        self.model = model
-        self.element_bytes = workload.element_bytes
-        self.sizes = {
+        sizes = {
             "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch * replicas,
             "h": model.hidden, "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
         }  # fmt: skip
-        self.operators: list[Operator] = []
-
-    def tensor(
-        self,
-        name: str,
-        dims: str,
-        kind: TensorKind = "activation",
-        itemsize: int | None = None,
-        heads: int = 0,
-    ) -> Tensor:
-        """A tensor whose sizes follow from its dimensions; `heads` overrides the number of heads (K and V),
-        `itemsize` the bytes of an element.
-        """
-        names = tuple(dims.split())
-        sizes = tuple(heads if dim == "a" and heads else self.sizes[dim] for dim in names)
-        return Tensor(name, names, sizes, itemsize or self.element_bytes, kind)
-
-    def weight(self, name: str, dims: str, heads: int = 0) -> Tensor:
-        return self.tensor(name, dims, "weight", heads=heads)
-
-    def add(
-        self,
-        name: str,
-        kind: KernelClass,
-        signature: str,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        *,
-        mixes: str = "",
-        saves: Sequence[Tensor] = (),
-        owns_gather: Sequence[Tensor] = (),
-        passthrough: Sequence[Tensor] = (),
-        kernel: KernelName | None = None,
-    ) -> None:
-        """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
-        left, right = parse(signature)
-        right += tuple(tensor.dims for tensor in outputs[len(right) :])
-        self.operators.append(
-            Operator(
-                name=name,
-                kind=kind,
-                inputs=tuple(Operand(t, s) for t, s in zip(inputs, left, strict=True)),
-                outputs=tuple(Operand(t, s) for t, s in zip(outputs, right, strict=True)),
-                mixes=frozenset(mixes.split()),
-                saves=tuple(tensor.name for tensor in saves),
-                owns_gather=frozenset(tensor.name for tensor in owns_gather),
-                passthrough=frozenset(tensor.name for tensor in passthrough),
-                kernel=kernel,
-            )
-        )
+        super().__init__(sizes, workload.element_bytes)
+        self.model = model
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """LayerNorm keeps its input and fp32 mean and reciprocal deviation, RMSNorm the latter only."""

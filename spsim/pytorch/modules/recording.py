@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -79,17 +79,26 @@ def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...
     parameters = [value for value in state.values() if value.requires_grad]
     recorder.parameters = {recorder.storage(value): key for key, value in state.items()}
     known = [recorder.value(leaf) for leaf in inputs]
-    with recorder.watching(), torch.enable_grad():
-        found = torch.func.functional_call(module, state, args, dict(kwargs))
-    leaves = [leaf for leaf in tree_flatten(found)[0] if isinstance(leaf, Tensor)]
-    outputs = [leaf for leaf in leaves if leaf.requires_grad]
-    if not outputs:
-        raise InputError(f"{name}: no output needs a gradient; give the module parameters or inputs that require one")
+
+    def passes(own: nn.Module) -> tuple[list[Tensor], list[Tensor], Any]:
+        with recorder.watching(), torch.enable_grad():
+            found = own(*args, **kwargs)
+        leaves = [leaf for leaf in tree_flatten(found)[0] if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in leaves if leaf.requires_grad]
+        if not outputs:
+            raise InputError(
+                f"{name}: no output needs a gradient; give the module parameters or inputs that require one"
+            )
+        _check_elements(name, inputs, outputs)
+        roots = _roots(outputs)
+        seeds = [torch.empty_like(leaf) for leaf in roots]
+        recorder.phase = "backward"
+        with recorder.watching():
+            return outputs, seeds, torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
+
     wanted = [leaf for leaf in inputs if leaf.requires_grad] + parameters
-    seeds = [torch.empty_like(leaf) for leaf in outputs]
-    recorder.phase = "backward"
-    with recorder.watching():
-        gradients = torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
+    whole = {f"module.{key}": value for key, value in state.items()}
+    outputs, seeds, gradients = torch.func.functional_call(_Passes(module), whole, (passes,))
     by_input = dict(zip(map(id, wanted), gradients, strict=True))
     of_parameters = [gradient for gradient in gradients[len(wanted) - len(parameters) :] if gradient is not None]
     held = [by_input.get(id(leaf)) for leaf in inputs]
@@ -110,6 +119,32 @@ def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...
         input_gradients=tuple(None if g is None else recorder.value(g) for g in held),
         parameter_gradients=frozenset(recorder.storage(g) for g in of_parameters),
     )
+
+
+def _check_elements(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    if not any(leaf.numel() for leaf in outputs):
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in inputs)
+        raise InputError(f"{name}: its outputs hold no elements; give inputs that hold some, instead of {shapes}")
+
+
+class _Passes(nn.Module):
+    """A module with both of its passes inside, since checkpointed parts run again in the backward pass, when they
+    must still find the fake parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, passes: Callable[[nn.Module], Any]) -> Any:
+        """Whatever `passes` returns of the module."""
+        return passes(self.module)
+
+
+def _roots(outputs: list[Tensor]) -> list[Tensor]:
+    """What the backward pass begins from: the loss, where a module returns one beside its logits, else all outputs."""
+    scalars = [leaf for leaf in outputs if leaf.dim() == 0]
+    return scalars if len(scalars) == 1 else outputs
 
 
 def _fake(leaf: Tensor) -> Tensor:

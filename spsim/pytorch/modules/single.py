@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from spsim.errors import InputError
 from spsim.program.categories import categorise
-from spsim.program.instructions import Buffer, Compute, Part, Program, Saved, Section
+from spsim.program.instructions import Buffer, Category, Compute, Part, Program, Saved, Section
 from spsim.program.operators import TensorKind
 from spsim.pytorch.modules.costs import kernels, operator_class
 from spsim.pytorch.modules.tape import Call, Tape, Value
@@ -16,8 +16,8 @@ def single_gpu_program(tape: Tape) -> Program:
     """One kernel after the other. A storage is a buffer from the kernel that writes it to the last that reads
     it; what autograd keeps is read by the last kernel of its node.
 
-    Parameters and their gradients are there all the time and no buffers. Several inputs are one buffer, and so
-    are several gradients of outputs.
+    Parameters are there all the time and no buffers; their gradients stay once they are written. Several inputs are
+    one buffer, and so are several gradients of outputs.
     """
     return _Program(tape).build()
 
@@ -48,10 +48,10 @@ class _Program:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         self.input = Buffer(0, "input", sum(value.bytes for value in tape.inputs), "temporary")
-        self.output_gradient = Buffer(1, "output gradient", sum(v.bytes for v in tape.outputs), "temporary")
+        self.output_gradient = Buffer(1, "output gradient", sum(v.bytes for v in tape.output_gradients), "temporary")
         self.buffers = {value.storage: self.input for value in tape.inputs}
         self.buffers |= {value.storage: self.output_gradient for value in tape.output_gradients}
-        self.static = tape.parameters.keys() | tape.parameter_gradients
+        self.static = tape.parameters.keys()
         self.num_buffers = 2
         self.num_steps = 0
 
@@ -102,7 +102,8 @@ class _Program:
         """New storages among the results, and reserved memory that is written for the first time."""
         for storage in dict.fromkeys(value.storage for value in (*call.results, *call.written)):
             if storage not in self.buffers and storage not in self.static:
-                buffer = Buffer(self.num_buffers, call.name, self.tape.storages[storage], "temporary")
+                category: Category = "gradients" if storage in self.tape.parameter_gradients else "temporary"
+                buffer = Buffer(self.num_buffers, call.name, self.tape.storages[storage], category)
                 self.buffers[storage] = buffer
                 self.num_buffers += 1
                 yield buffer

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
-from spsim.program.assembly import program_of
+from spsim.program.assembly import program_in
 from spsim.program.instructions import Communication, Compute, Instruction, Program, Section
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator, operator_splits
+from spsim.program.placement import Extent
+from spsim.program.region import Region
 from spsim.program.strategies import split_rules
 from spsim.pytorch.modules.emission import OUTPUT
+from spsim.pytorch.modules.gradients import with_gradients
 from spsim.work import Gemm
 
 
@@ -23,7 +26,8 @@ def split_program(operators: Sequence[Operator], plan: Plan, *, causal: bool, in
     Raises `InputError` where a dimension does not divide.
     """
     _check_divisibility(operators, plan, causal)
-    program = program_of(operators, plan, causal=causal)
+    region = Region(operators, split_rules(plan), mesh_of(plan))
+    program = program_in(region, plan, causal=causal)
     if not input_gradient:
         program = _without_input_gradient(program, {op.name for op in operators if op.weights})
     passes = (program.forward_sections, program.backward_sections)
@@ -32,7 +36,8 @@ def split_program(operators: Sequence[Operator], plan: Plan, *, causal: bool, in
         1 + max(step.id for step in program.instructions), "input", "elementwise", "backward", (None,),
         tuple(gradient.id for gradient in program.input_gradients), (),
     )  # fmt: skip
-    return replace(program, forward_sections=forward, backward_sections=(*backward, Section((handed_on,))))
+    program = replace(program, forward_sections=forward, backward_sections=(*backward, Section((handed_on,))))
+    return with_gradients(program, {op.name: sum(weight.bytes for weight in op.weights) for op in region.operators})
 
 
 def _sections_as_torch(section: Section) -> Section:
@@ -83,7 +88,7 @@ def _check_divisibility(operators: Sequence[Operator], plan: Plan, causal: bool)
             _check_dimension(op, dim, degree, heads)
 
 
-def _check_dimension(op: Operator, dim: str, degree: int, heads: int) -> None:
+def _check_dimension(op: Operator, dim: str, degree: int, heads: Extent) -> None:
     for operand in op.inputs + op.outputs:
         if dim in operand.subscript:
             size = operand.tensor.sizes[operand.subscript.index(dim)]

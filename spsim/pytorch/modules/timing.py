@@ -11,15 +11,18 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import check_nodes, gpus_per_node
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.lazy import lazy
 from spsim.program.instructions import Compute, Program
 from spsim.program.sizes import Template
+from spsim.pytorch.modules.allocator import ERROR_PERCENT, reserved_bytes
 from spsim.pytorch.modules.costs import kernels
+from spsim.pytorch.modules.gradients import Gradients, added, gradient_bytes
 from spsim.pytorch.modules.tape import Tape
 from spsim.results.derived import Amounts
 from spsim.results.result import Result
 from spsim.simulation import assemble
 from spsim.step.preparation import PreparedBlock
-from spsim.units import MS_PER_S
+from spsim.units import GIB, MS_PER_S
 
 PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """dtype of a module -> precision of a profile; torch computes fp32 products in fp32 unless told otherwise."""
@@ -71,9 +74,30 @@ class TracedScenario:
 class TracedResult(Result):
     """What one simulation of a traced module found; a layer is the module."""
 
+    weights: tuple[int, ...] = ()
+    """Bytes of each weight of one rank, or of those of each operator."""
+
+    @lazy
+    def peak_reserved_gib(self) -> float:
+        """An estimate of what torch's caching allocator reserves for such steps, `reserved_error_percent` off: the
+        peak and what lies idle between its blocks, without an optimizer.
+        """
+        kept = self.weights if self.static.gradients else ()
+        return reserved_bytes(self.program, (*self.weights, *kept)) / GIB
+
+    @property
+    def reserved_error_percent(self) -> float:
+        """Half-width of the band of `peak_reserved_gib`."""
+        return ERROR_PERCENT
+
     def __repr__(self) -> str:
         where = f"{self.scenario.hardware.name}, {self.scenario.plan.gpus} GPUs"
         return f"TracedResult({self.scenario.model.name} on {where}: {self.step_time_s * MS_PER_S:.3f} ms)"
+
+    def to_json(self) -> dict[str, Any]:
+        """As of any result, and the estimate of reserved memory."""
+        reserved = {name: getattr(self, name) for name in ("peak_reserved_gib", "reserved_error_percent")}
+        return {**super().to_json(), **reserved}
 
     @property
     def forward_s(self) -> float:
@@ -86,21 +110,33 @@ class TracedResult(Result):
         return self.layer_backward_s
 
 
-def simulate_program(program: Program, tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedResult:
+def simulate_program(
+    program: Program, tape: Tape, hardware: HardwareProfile, plan: Plan, gradients: Gradients
+) -> TracedResult:
     """One forward and backward pass; weights and gradients in the module's dtype, and no optimizer.
 
     Raises `InputError` where the profile lacks the dtype, or a curve that the plan needs.
     """
     scenario = _scenario(tape, hardware, plan)
     itemsize = ELEMENT_BYTES[scenario.workload.precision]
+    static = _static(program, tape, plan, itemsize, gradients)
+    weights = _weights(program, tape, plan)
+    if gradients == "kept":
+        program = added(program)
     template = Template(program, 1)
     block = PreparedBlock(
         template, plan, lambda _: program, fold=True, weight_bytes=itemsize, gradient_bytes=itemsize
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
-    static = _static(program, tape, plan, itemsize)
     result = assemble("module", scenario, block, numbers, _amounts(program, tape, plan), static)
-    return TracedResult(**{field.name: getattr(result, field.name) for field in fields(result)})
+    return TracedResult(**{field.name: getattr(result, field.name) for field in fields(result)}, weights=weights)
+
+
+def _weights(program: Program, tape: Tape, plan: Plan) -> tuple[int, ...]:
+    """Under a plan those of an operator together, which are as large as their gradients."""
+    if plan.gpus == 1:
+        return tuple(tape.storages[storage] for storage in tape.parameters)
+    return tuple(b.bytes for step in program.backward for b in step.writes if b.category == "gradients")
 
 
 def _amounts(program: Program, tape: Tape, plan: Plan) -> Amounts:
@@ -125,8 +161,7 @@ def _scenario(tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedScenar
     return scenario
 
 
-def _static(program: Program, tape: Tape, plan: Plan, itemsize: int) -> StaticMemory:
-    """Weights and gradients of one rank, in the dtype of the module; a module has no optimizer."""
-    if plan.gpus == 1:
-        return StaticMemory(tape.parameter_bytes, tape.gradient_bytes, 0)
-    return StaticMemory(itemsize * program.parameters, itemsize * program.parameters, 0)
+def _static(program: Program, tape: Tape, plan: Plan, itemsize: int, gradients: Gradients) -> StaticMemory:
+    """Weights of one rank, and gradients that are kept, in the dtype of the module; a module has no optimizer."""
+    weights = tape.parameter_bytes if plan.gpus == 1 else itemsize * program.parameters
+    return StaticMemory(weights, gradient_bytes(program.backward) if gradients == "kept" else 0, 0)

@@ -18,6 +18,7 @@ from spsim.program.instructions import Program
 from spsim.program.operators import Operator
 from spsim.pytorch.modules.costs import bytes_moved, operator_class
 from spsim.pytorch.modules.emission import operators_of
+from spsim.pytorch.modules.gradients import GRADIENTS, Gradients
 from spsim.pytorch.modules.graph import Graph
 from spsim.pytorch.modules.reading import read_graph
 from spsim.pytorch.modules.single import single_gpu_program
@@ -117,14 +118,21 @@ class TracedModule:
         """
         return operators_of(self._graph)
 
-    def simulate(self, hardware: HardwareProfile | str | Path, plan: Plan | str = "") -> TracedResult:
+    def simulate(
+        self, hardware: HardwareProfile | str | Path, plan: Plan | str = "", *, gradients: Gradients = "set_to_none"
+    ) -> TracedResult:
         """One forward and backward pass of the module on a hardware profile under a plan.
+
+        `gradients` of weights exist from when the backward pass writes them ("set_to_none", as after torch's
+        `zero_grad`), or are there all along and added to ("kept").
 
         Raises `InputError` as `program` does, and where the profile lacks the module's dtype or a curve.
         """
+        if gradients not in GRADIENTS:
+            raise InputError(f"gradients: {gradients!r} is not known; use one of {', '.join(GRADIENTS)}")
         plan = parse_plan(plan) if isinstance(plan, str) else plan
         profile = hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
-        return simulate_program(self.program(plan), self.tape, profile, plan)
+        return simulate_program(self.program(plan), self.tape, profile, plan, gradients)
 
 
 def _row(call: Call, saved: int) -> dict[str, object]:

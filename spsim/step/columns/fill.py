@@ -199,8 +199,11 @@ class _Open:
 
     def add_to(self, levels: Floats, moments: Times, basis: Floats) -> None:
         """The changes that come before each moment."""
-        times = moments[self.ends[0]] if len(self.ends) == 1 else np.maximum.reduce(moments[self.ends])
-        changes = (times <= moments[self.limits]) * (self.sizes @ basis)
+        first, *others = self.ends
+        times = moments.take(first, axis=0)
+        for other in others:
+            np.maximum(times, moments.take(other, axis=0), out=times)
+        changes = (times <= moments.take(self.limits, axis=0)) * (self.sizes @ basis)
         levels[self.at] += np.add.reduceat(changes, self.starts, axis=0)
 
 
@@ -232,7 +235,7 @@ class Fill:
 
     @lazy
     def _times(self) -> Times:
-        return self._replay.posted[self._tasks]
+        return self._replay.posted.take(self._tasks, axis=0)
 
     @lazy
     def _sizes(self) -> Floats:

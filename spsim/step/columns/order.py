@@ -8,8 +8,9 @@ for what, whatever the workload.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,29 +42,15 @@ class Piece:
         return self.first + len(self.segment.tasks)
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """A communication, which begins when what it waits for has ended."""
+class Turn(NamedTuple):
+    """A task, which begins when what it waits for has ended."""
 
     task: int
     waits: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """Kernels in a row of which only the first waits."""
-
-    first: int
-    stop: int
-    waits: tuple[int, ...]
-    holds: tuple[int, ...]
-    """Communications that may be posted while they run, those of a lane in order."""
-    lanes: int
+    holds: tuple[int, ...] = ()
+    """Communications that may be posted while a kernel runs, those of a lane in order."""
+    lanes: int = 0
     """Number of lanes of those."""
-
-    def follows(self, other: Kernels) -> bool:
-        """Whether it only goes on with a row."""
-        return (other.stop, (self.first - 1,), self.holds) == (self.first, self.waits, other.holds)
 
 
 class Order:
@@ -110,29 +97,25 @@ class Order:
         return bits.astype(np.bool_)
 
     @cached_property
-    def program(self) -> Sequence[Transfer | Kernels]:
+    def program(self) -> Sequence[Turn]:
         """In an order in which the times of all that each waits for are known, and of all that slows it."""
         kernels = _bits(self.kernels)
         turns = [((before & kernels).bit_count(), kernels >> task & 1, task) for task, before in enumerate(self.before)]
-        found: list[Transfer | Kernels] = []
+        found: list[Turn] = []
         posted = 0
         for _, is_kernel, task in sorted(turns):
-            if not is_kernel:
-                posted |= 1 << task
-                found.append(Transfer(task, self.waits[task]))
-                continue
-            row = self._kernel(task, posted & ~self.before[task])
-            before = found[-1] if found else None
-            if isinstance(before, Kernels) and row.follows(before):
-                found[-1] = replace(before, stop=row.stop)
+            if is_kernel:
+                found.append(Turn(task, self.waits[task], *self._holds(posted & ~self.before[task])))
             else:
-                found.append(row)
+                posted |= 1 << task
+                found.append(Turn(task, self.waits[task]))
         return found
 
-    def _kernel(self, task: int, holds: int) -> Kernels:
-        own = [other for other in range(holds.bit_length()) if holds >> other & 1]
-        own.sort(key=lambda other: self.tasks[other].lane)
-        return Kernels(task, task + 1, self.waits[task], tuple(own), len({self.tasks[other].lane for other in own}))
+    def _holds(self, posted: int) -> tuple[tuple[int, ...], int]:
+        """Some communications, lane by lane, and the number of lanes."""
+        own = [task for task in self.tasks if posted >> task.id & 1]
+        own.sort(key=lambda task: task.lane)
+        return tuple(task.id for task in own), len({task.lane for task in own})
 
     def end(self, piece: Piece) -> int:
         """The last kernel up to the end of a piece; where there is none, its last task."""

@@ -24,21 +24,20 @@ class PassColumns:
         self.ends = [order.end(piece) for piece in order.pieces]
         self.loose = [np.array(order.loose(piece), dtype=np.intp) for piece in order.pieces]
         """Of each piece, the communications up to its end that may outlast it."""
-        self.runs = np.array([float(piece.runs) for piece in order.pieces])
-        """Of each piece, how many in a row are like it."""
-        self._members = [_members(piece.segment, classes) for piece in order.pieces]
+        runs = np.array([float(piece.runs) for piece in order.pieces] + [0.0])
+        self._turns = runs[:-1] - runs[1:]
+        """How often the time up to the end of each piece counts: a piece runs from the end of the one before it."""
+        self._members = np.hstack([piece.runs * _members(piece.segment, classes) for piece in order.pieces])
 
-    def lengths(self, run: Replay) -> Floats:
-        """Picoseconds of each piece, from the end of the kernels before it to the end of its own."""
-        found = run.ended[self.ends].astype(np.float64)
-        found[1:] -= found[:-1].copy()
-        return found
+    def length(self, run: Replay) -> Floats:
+        """Picoseconds of the pass, all runs of its loops included."""
+        length: Floats = self._turns @ run.ended.take(self.ends, axis=0)
+        return length
 
-    def compute(self, run: Replay) -> list[Floats]:
-        """Picoseconds of the kernels of each piece, a row for each class."""
-        took = (run.ended - run.posted).astype(np.float64)
-        own = zip(self.order.pieces, self._members, strict=True)
-        return [members @ took[piece.first : piece.stop] for piece, members in own]
+    def compute(self, run: Replay) -> Floats:
+        """Picoseconds of its kernels, a row for each class."""
+        compute: Floats = self._members @ (run.ended - run.posted).astype(np.float64)
+        return compute
 
     def holds(self, run: Replay) -> Points:
         """For which workloads the pieces stand for the whole pass: nothing is under way at its end, everything is

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from spsim.engine.contention import PPM
-from spsim.step.columns.order import Kernels, Order
+from spsim.step.columns.order import Order
 
 Times = npt.NDArray[np.int64]
 Points = npt.NDArray[np.bool_]
@@ -23,33 +22,42 @@ Holds = Sequence[tuple[Times, Times]]
 """From when to when communications hold the device: one after the other, none within another."""
 
 
-@dataclass(frozen=True, slots=True)
 class Contention:
     """Of `whole` parts of its rate a kernel loses `lost` while a communication holds the device."""
 
-    whole: int
-    lost: int
+    def __init__(self, slowdown: float) -> None:
+        """Of the share that it loses, in the smallest numbers: they multiply picoseconds."""
+        lost = round(slowdown * PPM)
+        common = gcd(lost, PPM)
+        self.whole, self.lost = PPM // common, lost // common
+        numbers = self.whole, self.lost, self.whole - self.lost, 0
+        self._arrays = [np.array(number, dtype=np.int64) for number in numbers]
+        """What operations on arrays need not convert each time."""
 
-    def slowed(self, begin: Times, duration: Times, holds: Holds) -> Times:
-        """The first picosecond in which kernels are done, as the engine works them through."""
-        whole, lost, slow = self.whole, self.lost, self.whole - self.lost
-        alone = end = begin + duration
-        owed: Any = 0
-        """Work that was lost, in parts of a picosecond."""
+    def slowed(self, begin: Times, duration: Times, holds: Holds, out: Times) -> None:
+        """Write the first picosecond in which kernels are done, as the engine works them through.
+
+        A kernel is slow from when it is held until the communication ends, or until the work is done that is left by
+        then: in `whole - lost` parts a picosecond. What that loses it works off alone. Times and losses count down.
+        """
+        whole, lost, slow, zero = self._arrays
+        alone = np.add(begin, duration, out=out)
+        owed: Times | None = None
         for posted, ended in holds:
-            held = np.maximum(begin, posted)
-            left = (alone - held) * whole + owed
-            owed = owed + np.maximum(ended - held, 0) * lost
-            within, beyond = held - -left // slow, alone - -owed // whole
-            end = np.maximum(end, np.minimum(within, beyond))
-        return end
-
-
-def contention(slowdown: float) -> Contention:
-    """Of the share of its rate that a kernel loses, in the smallest numbers: they multiply picoseconds."""
-    lost = round(slowdown * PPM)
-    common = gcd(lost, PPM)
-    return Contention(PPM // common, lost // common)
+            slow_time = np.maximum(begin, posted)
+            most = slow_time - ended
+            slow_time -= alone
+            slow_time *= whole
+            if owed is not None:
+                slow_time += owed
+            slow_time //= slow
+            np.maximum(slow_time, most, out=slow_time)
+            np.minimum(slow_time, zero, out=slow_time)
+            slow_time *= lost
+            owed = slow_time if owed is None else np.add(owed, slow_time, out=owed)
+        if owed is not None:
+            owed //= whole
+            alone -= owed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,35 +80,25 @@ class Replay:
 
 def replay(order: Order, durations: Times, contention: Contention) -> Replay:
     """Run the tasks of a pass; durations are positive, and their sum times `contention.whole` is below 2^62."""
-    found = Replay(np.empty((2 * len(durations), durations.shape[1]), dtype=np.int64))
-    posted, ended = found.posted, found.ended
-    start = np.zeros(durations.shape[1], dtype=np.int64)
-    for step in order.program:
-        begin = start
-        for place, task in enumerate(step.waits):
-            begin = np.maximum(begin, ended[task]) if place else ended[task]
-        if not isinstance(step, Kernels):
-            posted[step.task] = begin
-            np.add(begin, durations[step.task], out=ended[step.task])
-        elif step.holds and contention.lost:
-            holds = _holds(step, posted, ended)
-            for task in range(step.first, step.stop):
-                posted[task] = begin
-                begin = ended[task] = contention.slowed(begin, durations[task], holds)
+    tasks, points = durations.shape
+    found = Replay(np.empty((2 * tasks, points), dtype=np.int64))
+    posted = [np.zeros(points, dtype=np.int64)] * tasks
+    ended, lengths = [*found.ended], [*durations]
+    for task, waits, holds, lanes in order.program:
+        for place, other in enumerate(waits):
+            posted[task] = np.maximum(posted[task], ended[other]) if place else ended[other]
+        if holds and contention.lost:
+            held = [(posted[other], ended[other]) for other in holds]
+            contention.slowed(posted[task], lengths[task], held if lanes == 1 else _merged(held), out=ended[task])
         else:
-            first, stop = step.first, step.stop
-            posted[first] = begin
-            durations[first:stop].cumsum(axis=0, out=ended[first:stop])
-            ended[first:stop] += begin
-            posted[first + 1 : stop] = ended[first : stop - 1]
+            np.add(posted[task], lengths[task], out=ended[task])
+    np.concatenate(posted, out=found.posted.reshape(-1))
     return found
 
 
-def _holds(step: Kernels, posted: Times, ended: Times) -> Holds:
-    """When communications hold the device; those of several lanes overlap, and which is first depends."""
-    if step.lanes == 1:
-        return [(posted[task], ended[task]) for task in step.holds]
-    begins, ends = posted[[*step.holds]], ended[[*step.holds]]
+def _merged(holds: Holds) -> Holds:
+    """Communications of several lanes one after the other: they overlap, and which is first depends."""
+    begins, ends = map(np.array, zip(*holds, strict=True))
     order = begins.argsort(axis=0)
     begins, ends = np.take_along_axis(begins, order, axis=0), np.take_along_axis(ends, order, axis=0)
     np.maximum(begins[1:], np.maximum.accumulate(ends)[:-1], out=begins[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ from spsim.lazy import lazy
 from spsim.step.columns.fill import Fill, Floats, Places
 from spsim.step.columns.order import order_of
 from spsim.step.columns.passes import PassColumns
-from spsim.step.columns.replay import Points, Times, contention, replay
-from spsim.step.columns.walk import Leaf, Level, Memory, Node, counts, nodes_of
-from spsim.step.itinerary import Item, Runs
+from spsim.step.columns.replay import Contention, Points, Times, replay
+from spsim.step.columns.walk import Branch, Leaf, Memory, Node, nodes_of
+from spsim.step.itinerary import Runs, accumulation
 from spsim.step.segments import BlockPass, Segment
 
 EXACT = 2.0**53
@@ -27,70 +28,75 @@ class BlockColumns:
     def __init__(
         self,
         passes: Mapping[Pass, BlockPass],
-        sync: Segment | None,
         slots: Mapping[str, Places],
         positions: Mapping[str, Places],
         coefficients: Floats,
     ) -> None:
         """`slots` of the durations of the tasks of each segment, and `positions` of the bytes of its buffers among
-        numbers with `coefficients`. The communications of `sync` follow each other.
+        numbers with `coefficients`.
         """
-        self.positions = positions
         self.coefficients = coefficients
         self.monomials: Floats = coefficients.sum(axis=0)
         """Coefficients of the sum of all numbers."""
         orders = {phase: order_of(block) for phase, block in passes.items()}
         pieces = [piece for order in orders.values() for piece in order.pieces]
-        segments = [piece.segment for piece in pieces] + ([sync] if sync else [])
         self.labels = [
             [label for piece in order.pieces for label in piece.segment.labels]
             for order in orders.values()
             for _ in order.pieces
         ]
         """Of each leaf, what the tasks of its pass are."""
-        self.leaves: dict[str, list[Leaf]] = {segment.name: [] for segment in segments}
-        for number, segment in enumerate(segments):
-            runs = pieces[number].runs if number < len(pieces) else 1
-            self.leaves[segment.name].append(Leaf(number, runs))
-        self.classes = sorted({name for segment in segments for name in segment.outline.classes[0]})
+        self.classes = sorted({name for piece in pieces for name in piece.segment.outline.classes[0]})
         self.passes = {
             phase: PassColumns(order, positions, coefficients, self.classes) for phase, order in orders.items()
         }
         self.slots = np.concatenate([slots[piece.segment.name] for piece in pieces])
-        self._sizes: dict[tuple[str, Sequence[int]], Floats] = {}
+        self._blocks = tuple(passes.values())
+        self._positions = positions
+        self._leaves: dict[str, list[Leaf]] = defaultdict(list)
+        for number, piece in enumerate(pieces):
+            self._leaves[piece.segment.name].append(Leaf(number, piece.runs))
+        self._walks: dict[int, tuple[Sequence[Node], Floats]] = {}
 
-    def run(self, itinerary: Sequence[Item], times: Times, sync_ps: int, basis: Floats, slowdown: float) -> StepColumns:
-        """A step that walks the passes, with picoseconds by slot and of the synchronisation, and the monomials of the
-        sizes of all workloads.
+    def run(
+        self, layers: int, micro_batches: Runs, times: Times, sync_ps: int, basis: Floats, slowdown: float
+    ) -> StepColumns:
+        """A step of equal layers and micro-batches, with picoseconds by slot and of the synchronisation after it, and
+        the monomials of the sizes of all workloads.
         """
-        rate = contention(slowdown)
+        rate = Contention(slowdown)
         durations = times[self.slots]
         holds = self.monomials @ basis < EXACT
         holds &= durations.min(axis=0) > 0
         holds &= durations.sum(axis=0) < 2**62 // rate.whole
-        lengths: list[Floats] = []
+        phases: dict[Pass, Floats] = {}
         compute: list[Floats] = []
         fills: list[Fill] = []
-        phases: dict[Pass, Floats] = {}
         first = 0
         for phase, own in self.passes.items():
             run = replay(own.order, durations[first : first + len(own.order.tasks)], rate)
             first += len(own.order.tasks)
             holds &= own.holds(run)
-            found = own.lengths(run)
-            phases[phase] = own.runs @ found
-            lengths += [*found]
-            compute += own.compute(run)
+            phases[phase] = own.length(run)
+            compute.append(own.compute(run))
             fills += own.fills.of(run, basis)
-        nodes = nodes_of(itinerary, self.leaves, lambda *buffers: self._size(*buffers) @ basis)
-        return StepColumns(self, nodes, holds, phases, lengths, compute, fills, sync_ps)
+        nodes, sums = self._walk(layers)
+        memory = Memory([Branch(nodes, micro_batches)], fills, sums @ basis)
+        kernels = sum(compute[1:], compute[0])
+        return StepColumns(self, layers * micro_batches, holds, phases, kernels, memory, sync_ps)
 
-    def _size(self, segment: Segment, buffers: Sequence[int]) -> Floats:
-        """Coefficients of the bytes of some buffers."""
-        key = (segment.name, buffers)
-        if key not in self._sizes:
-            self._sizes[key] = self.coefficients[self.positions[segment.name][[*buffers]]].sum(axis=0)
-        return self._sizes[key]
+    def _walk(self, layers: int) -> tuple[Sequence[Node], Floats]:
+        """One micro-batch, and the coefficients of the sums of bytes that its nodes name."""
+        if layers not in self._walks:
+            sums: list[Floats] = []
+
+            def noted(segment: Segment, buffers: Sequence[int]) -> int:
+                sums.append(self.coefficients[self._positions[segment.name][[*buffers]]].sum(axis=0))
+                return len(sums) - 1
+
+            nodes = nodes_of(accumulation(self._blocks, layers, 1).body, self._leaves, noted)
+            self._walks[layers] = nodes, np.array(sums).reshape(-1, self.coefficients.shape[1])
+        return self._walks[layers]
 
 
 @dataclass(frozen=True)
@@ -98,27 +104,22 @@ class StepColumns:
     """What a step came to; times in picoseconds."""
 
     block: BlockColumns
-    nodes: Sequence[Node]
+    instances: Runs
+    """Passes of a layer in the step."""
     holds: Points
     """For which workloads the segments ran as they are recorded."""
     phases: Mapping[Pass, Floats]
     """Of each pass of one layer and micro-batch."""
-    lengths: Sequence[Floats]
-    """Of each leaf but the synchronisation, as what follows."""
-    kernels: Sequence[Floats]
-    """By class."""
-    fills: Sequence[Fill]
+    kernels: Floats
+    """Of one layer and micro-batch, a row for each class."""
+    memory: Memory
     weight_sync: int
     """Synchronisation of weight gradients at the end of the step."""
 
     @lazy
-    def _counts(self) -> list[Runs]:
-        found = counts(self.nodes)
-        return [found[number] for number in range(len(self.lengths))]
-
-    @lazy
     def _layers(self) -> Floats:
-        return _total(self._counts, self.lengths)
+        first, *more = self.phases.values()
+        return sum(more, first) * self.instances
 
     @lazy
     def end(self) -> Floats:
@@ -128,33 +129,15 @@ class StepColumns:
     @lazy
     def compute(self) -> Mapping[str, Floats]:
         """Kernels by class."""
-        return dict(zip(self.block.classes, self._compute, strict=True))
-
-    @lazy
-    def _compute(self) -> Floats:
-        return _total(self._counts, self.kernels)
+        return dict(zip(self.block.classes, self.kernels * self.instances, strict=True))
 
     @lazy
     def exposed(self) -> Floats:
         """Communication while no kernel runs, weight synchronisation apart: for nothing else do kernels wait."""
-        exposed: Floats = self._layers - self._compute.sum(axis=0)
+        exposed: Floats = self._layers - self.kernels.sum(axis=0) * self.instances
         return exposed
-
-    @lazy
-    def memory(self) -> Memory:
-        """The memory of the step."""
-        return Memory(self.nodes, dict(enumerate(self.fills)))
-
-    @lazy
-    def level(self) -> Level:
-        """Where memory is highest over what is there all the time."""
-        return self.memory.level()
 
     @lazy
     def exact(self) -> Points:
         """For which workloads all numbers hold; others have to be simulated."""
-        return self.holds & (self.end < EXACT) & (self.level.highest < EXACT)
-
-
-def _total(counts: Sequence[Runs], amounts: Sequence[Floats]) -> Floats:
-    return sum((count * amount for count, amount in zip(counts[1:], amounts[1:], strict=True)), counts[0] * amounts[0])
+        return self.holds & (self.end < EXACT) & (self.memory.highest < EXACT)

@@ -1,4 +1,4 @@
-"""The walk over the itinerary of a step for many workloads at once, where each segment took what is known.
+"""The walk over a step for many workloads at once, where each segment took what is known.
 
 It is the walk of `folding` for passes that begin with all lanes free: one run of a loop is like all others. Of memory
 it finds what `metrics` finds in a trace.
@@ -26,9 +26,10 @@ class Leaf(NamedTuple):
     number: int
     runs: Runs
     layer: int = NO_LAYER
-    brings: Floats | float = 0.0
-    """Bytes that come from outside, as of a visit."""
-    drops: Floats | float = 0.0
+    brings: int | None = None
+    """Which sum of bytes comes from outside, as of a visit,"""
+    drops: int | None = None
+    """and which is freed by none."""
     layers: int = 0
 
 
@@ -37,10 +38,10 @@ class Branch(NamedTuple):
 
     body: Sequence[Leaf | Branch]
     runs: Runs
-    layers: int
+    layers: int = 0
     """From one run to the next."""
-    brings: Floats | float = 0.0
-    drops: Floats | float = 0.0
+    brings: int | None = None
+    drops: int | None = None
 
 
 Node = Leaf | Branch
@@ -49,9 +50,9 @@ Node = Leaf | Branch
 def nodes_of(
     items: Sequence[Item],
     leaves: Mapping[str, Sequence[Leaf]],
-    size: Callable[[Segment, Sequence[int]], Floats | float],
+    size: Callable[[Segment, Sequence[int]], int],
 ) -> list[Node]:
-    """The nodes of an itinerary, with the runs of each segment and the bytes of some of its buffers."""
+    """The nodes of an itinerary, with the runs of each segment; `size` notes some of its buffers as a sum of bytes."""
     nodes: list[Node] = []
     for item in items:
         visit = item.body[0] if isinstance(item, Loop) else item
@@ -69,27 +70,13 @@ def nodes_of(
     return nodes
 
 
-def counts(nodes: Sequence[Node], times: Runs = 1) -> dict[int, Runs]:
-    """How often each leaf runs in the step."""
-    found: dict[int, Runs] = {}
-    for node in nodes:
-        if isinstance(node, Branch):
-            found |= counts(node.body, times * node.runs)
-        else:
-            found[node.number] = times * node.runs
-    return found
-
-
 class Level(NamedTuple):
-    """The memory of some nodes over what is there before them, for each workload."""
+    """How full memory is at its fullest in the runs of a leaf, for each workload."""
 
+    leaf: int
     highest: Floats
-    leaf: Places | int
-    """The number of the leaf in which it is highest,"""
+    """Over what is there before: of runs that keep something that is in the last, otherwise in the first."""
     layer: Places | int
-    """and the layer."""
-    total: Floats
-    """What is there after them."""
 
 
 class Spots(NamedTuple):
@@ -103,62 +90,54 @@ class Spots(NamedTuple):
 
 
 class Memory:
-    """The memory of a step whose leaves are filled as known; those that are not do not change it."""
+    """The memory of a step whose leaves are filled as known."""
 
-    def __init__(self, nodes: Sequence[Node], fills: Mapping[int, Fill]) -> None:
+    def __init__(self, nodes: Sequence[Node], fills: Sequence[Fill], sums: Floats) -> None:
+        """`sums` of bytes that come from outside or are freed by none."""
+        self.nodes = nodes
         self.fills = fills
-        self.nodes = self._filled(nodes)
+        self.sums = sums
+        self._levels, _ = self._of(nodes)
+        self._by_level: Floats = np.array([level.highest for level in self._levels])
+        self.highest: Floats = self._by_level.max(axis=0)
+        """The fullest level over what is there all the time."""
 
-    def _filled(self, nodes: Sequence[Node]) -> list[Node]:
-        return [node for node in nodes if isinstance(node, Branch) or node.number in self.fills]
-
-    def level(self) -> Level:
-        """Of the whole step."""
-        return self._level(self.nodes)
-
-    def _level(self, nodes: Sequence[Node]) -> Level:
-        """Of runs that keep something the last is the fullest, otherwise the first; of equal ones the first counts."""
+    def _of(self, nodes: Sequence[Node]) -> tuple[list[Level], Floats]:
+        """Of some nodes over what is there before them, and what is there after them."""
         base: Floats | float = 0.0
-        found: Level | None = None
+        found: list[Level] = []
         for node in nodes:
-            one = self._one_run(node)
-            base = base + node.brings
-            highest, layer = one.highest + base, one.layer
+            levels, total = self._one_run(node)
+            over = base = base if node.brings is None else base + self.sums[node.brings]
+            later: Places | int = 0
             if not (isinstance(node.runs, int) and node.runs == 1):
-                last = (one.total > 0) * (node.runs - 1)
-                highest = highest + last * one.total
-                layer = layer + last * node.layers if node.layers else layer
-            if found is None:
-                found = Level(highest, one.leaf, layer, one.total)
-            else:
-                higher = highest > found.highest
-                found = Level(
-                    np.maximum(highest, found.highest),
-                    np.where(higher, one.leaf, found.leaf),
-                    np.where(higher, layer, found.layer),
-                    one.total,
-                )
-            base = base + node.runs * one.total - node.drops
-        assert found is not None
-        return found._replace(total=np.asarray(base))
+                more = node.runs - 1
+                over = base + more * np.maximum(total, 0.0)
+                later = (total > 0) * (more * node.layers) if node.layers else 0
+                total = total * node.runs
+            found += [Level(leaf, highest + over, layer + later) for leaf, highest, layer in levels]
+            base = base + total if node.drops is None else base + total - self.sums[node.drops]
+        return found, np.asarray(base)
 
-    def _one_run(self, node: Node) -> Level:
+    def _one_run(self, node: Node) -> tuple[list[Level], Floats]:
         """Of the first run of a node, without what it gets from outside."""
         if isinstance(node, Branch):
-            return self._level(self._filled(node.body))
+            return self._of(node.body)
         fill = self.fills[node.number]
-        return Level(fill.highest, node.number, node.layer, fill.total)
+        return [Level(node.number, fill.highest, node.layer)], fill.total
 
-    def fullest(self, level: Level) -> Spots:
-        """Whose allocation makes memory highest."""
-        shape = level.highest.shape
-        leaf, layer = np.broadcast_to(level.leaf, shape), np.broadcast_to(level.layer, shape)
-        task = np.zeros(shape, dtype=np.intp)
-        for number, fill in self.fills.items():
-            here = leaf == number
-            if here.any():
-                task[here] = fill.fullest[here]
-        return Spots(leaf, layer, task)
+    def fullest(self) -> Spots:
+        """Whose allocation makes memory highest: of equal levels the first counts."""
+        shape = self.highest.shape
+        found = Spots(*(np.zeros(shape, dtype=np.intp) for _ in range(3)))
+        first = self._by_level.argmax(axis=0)
+        for place in set(first.tolist()):
+            leaf, _, layer = self._levels[place]
+            here = first == place
+            found.leaf[here] = leaf
+            found.layer[here] = np.broadcast_to(layer, shape)[here]
+            found.task[here] = self.fills[leaf].fullest[here]
+        return found
 
     def first_above(self, room: Floats, asked: Points) -> Spots:
         """Whose allocation first takes more than `room` bytes, of the workloads that are asked for."""
@@ -170,21 +149,23 @@ class Memory:
     def _first_above(self, nodes: Sequence[Node], room: Floats, asked: Points, found: Spots) -> None:
         """Writes to `found` where it is asked for."""
         for node in nodes:
-            one = self._one_run(node)
-            room = room - node.brings
-            grows = one.total > 0
-            run = np.where(grows, np.maximum(0, (room - one.highest) // np.where(grows, one.total, 1.0) + 1), 0.0)
-            left = room - run * one.total
-            here = asked & (run < node.runs) & (one.highest > left)
+            levels, total = self._one_run(node)
+            highest = np.maximum.reduce([level.highest for level in levels])
+            room = room if node.brings is None else room - self.sums[node.brings]
+            grows = total > 0
+            run = np.where(grows, np.maximum(0, (room - highest) // np.where(grows, total, 1.0) + 1), 0.0)
+            left = room - run * total
+            here = asked & (run < node.runs) & (highest > left)
             if here.any():
                 self._first_of_run(node, left, here, found)
                 found.layer[here] += (run * node.layers).astype(np.intp)[here]
             asked = asked & ~here
-            room = room - (node.runs * one.total - node.drops)
+            room = room - node.runs * total
+            room = room if node.drops is None else room + self.sums[node.drops]
 
     def _first_of_run(self, node: Node, room: Floats, asked: Points, found: Spots) -> None:
         if isinstance(node, Branch):
-            self._first_above(self._filled(node.body), room, asked, found)
+            self._first_above(node.body, room, asked, found)
             return
         found.leaf[asked], found.layer[asked] = node.number, node.layer
         found.task[asked] = self.fills[node.number].first_above(room)[asked]
