@@ -44,7 +44,7 @@ def test_sequence_parallelism_gains_in_the_forward_pass_only(cases: dict[str, Me
 
 def test_175b_layer_on_h100(validation: Validation, cases: dict[str, MeasuredCase]) -> None:
     """One Transformer Engine layer, wall clock with launches and a sync. The profile has the three kernels of eager
-    torch for bias, dropout and residual, which TP alone runs on all tokens, so that TP+SP gains more than with TE's one.
+    torch for bias, dropout and residual, which TP alone runs on all tokens, so TP+SP gains more than with one.
     """
     assert max(errors(validation, "fuser")) <= 18
     assert mean(errors(validation, "fuser")) <= 10.5
