@@ -209,13 +209,6 @@ def test_comparison_outputs_all_or_nothing(tmp_path: Path, capsys: pytest.Captur
     assert [path.name for path in out.iterdir()] == ["comparison.json"]
 
 
-def test_too_many_records_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    line = refused([*with_plan("tp=8"), "--global-batch", "1000", "--out", str(out)], capsys)
-    assert "global_batch" in line
-    assert not out.exists()
-
-
 def test_empty_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out is empty" in refused([*with_plan("tp=8"), "--out", ""], capsys)
 

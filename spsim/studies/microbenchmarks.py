@@ -193,7 +193,7 @@ def measured_kernels(
 
     Raises `InputError` for a file that is neither of products nor of attention, and for values that are impossible.
     """
-    cost = ComputeCost(profile, precision)
+    cost = ComputeCost(profile, precision, burst=burst)
     rows: list[MeasuredKernel] = []
     for columns, row in _read(path):
         for direction, time in row.times:

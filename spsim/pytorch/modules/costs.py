@@ -43,8 +43,8 @@ KERNELS: Mapping[str, tuple[KernelName, bool]] = {
 
 
 def operator_class(call: Call) -> KernelClass:
-    """The class of coefficients that a call is timed with."""
-    if call.op in PRODUCTS or call.op in CONVOLUTIONS or call.op == "convolution_backward":
+    """The class of coefficients that a call is timed with; a product that sums nothing writes zeros."""
+    if (call.op in PRODUCTS and call.flops) or call.op in CONVOLUTIONS or call.op == "convolution_backward":
         return "gemm"
     if call.op.startswith(ATTENTION):
         return "attention"
@@ -92,10 +92,8 @@ def kernels(call: Call) -> tuple[Work, ...]:
     if not call.launches:
         return ()
     kind, moved = operator_class(call), bytes_moved(call)
-    if call.op in PRODUCTS:
-        return (_product(call, moved),)
     if kind == "gemm":
-        return _convolution(call, moved)
+        return (_product(call, moved),) if call.op in PRODUCTS else _convolution(call, moved)
     if kind == "attention":
         return (_attention(call, moved),)
     return (MemoryBound(kind, moved, *kernel_of(call), row=_row(call)),)
