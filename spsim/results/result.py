@@ -25,6 +25,7 @@ from spsim.results.selection import Selection, select
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.preparation import PreparedBlock
 from spsim.units import seconds
+from spsim.work import FlashAttention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +60,14 @@ class Result(Derived):
     def program(self) -> Program:
         """One layer under the plan."""
         return self.block.program_at(self.scenario.workload)
+
+    @lazy
+    def attention(self) -> str | None:
+        """The fused kernel of core attention by its name, or `unfused`; none where nothing is known to attend."""
+        steps = (step for segment in self.block.segments for step in segment.instructions if isinstance(step, Compute))
+        works = (work for step in steps for work in step.work if isinstance(work, FlashAttention))
+        names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
+        return ", ".join(names) or ("unfused" if self.scope != "module" else None)
 
     @lazy
     def assumed(self) -> tuple[str, ...]:
@@ -264,6 +273,7 @@ class Result(Derived):
             "plan": scenario.plan.model_dump(),
             "workload": scenario.workload.model_dump(),
             "gpus": scenario.plan.gpus,
+            "attention": self.attention,
             **dict(documented(self)),
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
             "assumed": list(self.assumed),
