@@ -45,15 +45,47 @@ def places(document):
             yield from places(document[key])
 
 
+def numbers(document):
+    """Where numbers stand among the places of a document; in rows of texts, those that can be read as one."""
+    found = list(enumerate(places(document)))
+    if isinstance(document, list):
+        return [number for number, (owner, key) in found if scaled_text(owner[key], 2) != owner[key]]
+    return [number for number, (owner, key) in found if is_number(owner[key])]
+
+
+def scaled(document, number, factor):
+    """A document with one number scaled, a whole one to a whole one."""
+    changed = deepcopy(document)
+    owner, key = list(places(changed))[number]
+    if isinstance(document, list):
+        owner[key] = scaled_text(owner[key], factor)
+    else:
+        owner[key] = whole(owner[key] * factor, factor) if isinstance(owner[key], int) else owner[key] * factor
+    return changed
+
+
+def whole(product, factor):
+    """A whole number for a scaled one, another than before."""
+    return math.ceil(product) if factor > 1 else math.floor(product)
+
+
 @st.composite
 def damaged(draw, document, values=VALUES):
     """A document with one to three changes."""
     changed = deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        found = list(places(changed))
-        if found:
-            _change(draw, *draw(st.sampled_from(found)), values)
+        if changed:
+            _change(draw, *_place(draw, changed), values)
     return changed
+
+
+def _place(draw, document):
+    """A table or list in a document and a key of it; what stands in a long list is no likelier than the rest."""
+    key = draw(st.sampled_from(list(document) if isinstance(document, dict) else range(len(document))))
+    inner = document[key]
+    if isinstance(inner, dict | list) and inner and draw(st.integers(0, 3)):
+        return _place(draw, inner)
+    return document, key
 
 
 def _change(draw, owner, key, values):
@@ -128,12 +160,12 @@ def damaged_table(draw, table):
 
 
 def scaled_text(text, factor):
-    """A number that stands as a text, scaled; any other text as it is."""
+    """A number that stands as a text, scaled; anything else as it is."""
     try:
-        scaled = float(text) * factor
-    except ValueError:
+        product = float(text) * factor
+    except (TypeError, ValueError):
         return text
-    return str(int(scaled)) if text.isdecimal() else repr(scaled)
+    return str(whole(product, factor)) if text.isdecimal() and math.isfinite(product) else repr(product)
 
 
 # ------------------------------------------------------------ words of the command line

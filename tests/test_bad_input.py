@@ -353,6 +353,8 @@ def test_damaged_rows_are_simulated_again(tmp_path: Path, capsys: pytest.Capture
     [
         ("", ["column"]),
         ("case_id,family\nx,y\n", ["column", "hardware"]),
+        (f'case_id,"{"x" * 200_000}', ["line 1", "quotation marks"]),
+        ("case_id\rx\n", ["column", "family"]),
     ],
 )
 def test_measured_file_refused(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ from tests.test_kineto import gpu_rank
 
 pytestmark = pytest.mark.fuzz
 EXAMPLES = settings.get_profile("fuzz")
-DEAR = settings(EXAMPLES, max_examples=EXAMPLES.max_examples // 5)
+DEAR = settings(EXAMPLES, max_examples=-(-EXAMPLES.max_examples // 20))
 """For inputs that take a second each."""
 SECONDS = 30
 """Processor time after which an input is taken to hang."""
@@ -197,11 +197,11 @@ def profile(name):
     return read_toml(profiles_directory() / f"{name}.toml")
 
 
-def scenarios(path):
+def runs(path):
     """The documents of runs that between them use most of a profile."""
-    model = ("--model", "llama-3-8b")
-    plans = ("tp=8", "ulysses=8", "ring=8", "tp=8,ring=2,sequence_parallel")
-    return [document("run", "--hardware", path, *model, "--seq-len", "8192", "--plan", plan) for plan in plans]
+    plans = ("", "tp=2", "tp=2,sequence_parallel", "ulysses=2", "ring=2")
+    model = ["run", "--hardware", path, "--model", "llama-3-8b", "--seq-len", "8192"]
+    return [document(*model, "--plan", plan) for plan in plans]
 
 
 @given(st.sampled_from(profile_names()).map(profile).flatmap(fuzz.damaged))
@@ -233,6 +233,21 @@ def measured():
 def test_measured_cases(rows):
     with written("measured.csv", rows) as path:
         document("validate", path)
+
+
+KERNELS = {
+    "gemm": [["m", "n", "k", "direction", "time_us", "host"], ["4096", "4096", "4096", "wgrad", "200.5", "a"],
+             ["512", "1024", "8192", "forward", "31", "b"]],
+    "attention": [["heads", "kv_heads", "head_dim", "tokens", "causal", "forward_us", "backward_us"],
+                  ["32", "8", "128", "4096", "1", "700", "2000.5"], ["16", "16", "64", "1000", "0", "90", ""]],
+}  # fmt: skip
+
+
+@given(st.sampled_from(sorted(KERNELS)).map(KERNELS.get).flatmap(fuzz.damaged_table))
+@EXAMPLES
+def test_microbenchmarks(rows):
+    with written("measured.csv", rows) as path:
+        document("kernels", path, "--hardware", "dgx-h100")
 
 
 @cache
@@ -268,3 +283,43 @@ def test_measured_traces(trace):
 def test_texts_of_measured_traces(text):
     with written("rank0.json", text) as path:
         document("trace", path)
+
+
+# ------------------------------------------------------------ numbers that matter
+
+NUMBERS = {
+    "case.toml": (CASE, lambda path: [document("run", path)]),
+    "llama.toml": (LLAMA, lambda path: [document(*RUN, "--plan", "tp=4", "--model", path)]),
+    **{
+        f"{config['model_type']}.json": (config, lambda path: [document(*RUN, "--plan", "tp=2", "--model", path)])
+        for config in FAMILIES
+    },
+    **{f"{name}.toml": (profile(name), runs) for name in ("dgx-a100-80gb", "l40s-8", "cpu-2")},
+    "measured.csv": (measured(), lambda path: [document("validate", path)]),
+    **{
+        f"{name}.csv": (rows, lambda path: [document("kernels", path, "--hardware", "dgx-h100")])
+        for name, rows in KERNELS.items()
+    },
+    "trace.json": (gpu_rank(0, late=0), lambda path: [document("trace", path)]),
+}
+"""File -> what stands in it, and what is made of it."""
+SHARE = 1 if EXAMPLES.max_examples > 100 else 12
+"""One number in so many is tried."""
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e-3])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_in_another_unit_is_refused_or_changes_the_result(name, factor):
+    """Of those of which a tenth more does: nine in ten at least."""
+    content, made = NUMBERS[name]
+
+    def seen(number, factor):
+        with written(name, fuzz.scaled(content, number, factor)) as path:
+            return made(path) != usual
+
+    with written(name, content) as path:
+        usual = made(path)
+    assert usual[0] is not None
+    matter = [number for number in fuzz.numbers(content)[::SHARE] if seen(number, 1.1)]
+    silent = [number for number in matter if not seen(number, factor)]
+    assert len(silent) <= 0.1 * len(matter), [[*fuzz.places(content)][number] for number in silent]

@@ -9,8 +9,7 @@ microbenchmarks run, unless the rates of long runs at the power limit are asked 
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from spsim.costs.kernels import ComputeCost
 from spsim.errors import InputError, first_problem
+from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.resources import read_text
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
@@ -237,15 +237,15 @@ def _errors(errors: Any) -> KernelErrors:
 
 def _read(path: Path) -> Iterator[tuple[dict[str, Any], Product | Attention]]:
     """The rows of a file: their columns, and what they say."""
-    lines = csv.DictReader(io.StringIO(read_text(path)))
-    names = set(lines.fieldnames or ())
+    header, lines = csv_rows(read_text(path), path)
+    names = set(header)
     if not {"m", "n", "k", "time_us"} <= names and not {"heads", "head_dim"} <= names:
         raise InputError(
             f"{path}: columns {', '.join(sorted(names)) or 'none'}; products have m, n, k, time_us, attention has "
             "heads, head_dim with tokens or keys, and forward_us, backward_us or time_us"
         )
     schema = Product if {"m", "n", "k"} <= names else Attention
-    for number, line in enumerate(lines, start=2):
+    for number, line in lines:
         given = {name: value for name, value in line.items() if name and value not in (None, "")}
         try:
             yield {name: _number(text) for name, text in given.items()}, schema.model_validate(given)
@@ -254,10 +254,11 @@ def _read(path: Path) -> Iterator[tuple[dict[str, Any], Product | Attention]]:
 
 
 def _number(text: str) -> int | float | str:
-    """A value of a column as a number, where it is one."""
+    """A value of a column as a number, where it is one that JSON knows."""
     for kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             continue
+        return value if abs(value) < math.inf else text
     return text

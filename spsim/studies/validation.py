@@ -7,8 +7,6 @@ what each means. Nothing here knows a case by name.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from spsim.errors import InputError, first_problem
 from spsim.inputs.configuration import Name
+from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import load_profile
@@ -140,16 +139,16 @@ class Validation:
 def load_cases(path: Path | None = None) -> list[MeasuredCase]:
     """The measured cases of a CSV file, by default the shipped one; `InputError` names line and column."""
     where = path or measured_cases()
-    reader = csv.DictReader(io.StringIO(read_text(where)))
-    missing = [name for name in MeasuredCase.model_fields if name not in (reader.fieldnames or ())]
+    columns, rows = csv_rows(read_text(where), where)
+    missing = [name for name in MeasuredCase.model_fields if name not in columns]
     if missing:
         raise InputError(f"{where}: column {missing[0]!r} is missing; a measured case needs it")
     cases = []
-    for row in reader:
+    for line, row in rows:
         try:
             cases.append(MeasuredCase.model_validate(row))
         except ValidationError as error:
-            raise first_problem(error, f"{where}: line {reader.line_num}") from None
+            raise first_problem(error, f"{where}: line {line}") from None
     if not cases:
         raise InputError(f"{where}: no measured cases; give at least one row below the header")
     return cases

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spsim.errors import InputError, first_problem
+from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.hardware import CollectiveName
 from spsim.inputs.kernel_coefficients import MemoryBoundFractions
 from spsim.inputs.resources import read_text
@@ -181,23 +182,23 @@ def read_measurements(path: Path) -> list[Measurement]:
     whole = text[: text.rfind("\n") + 1]
     if not whole:
         return []
-    reader = csv.DictReader(io.StringIO(whole))
-    if tuple(reader.fieldnames or ()) not in (COLUMNS, COLUMNS_BEFORE):
+    header, rows = csv_rows(whole, path)
+    if tuple(header) not in (COLUMNS, COLUMNS_BEFORE):
         raise InputError(f"{path}: the header is not that of a calibration; give the raw CSV that calibrate wrote")
-    return list(_rows(path, reader))
+    return list(_measurements(path, rows))
 
 
-def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Measurement]:
-    for row in reader:
+def _measurements(path: Path, rows: Iterable[tuple[int, dict[Any, Any]]]) -> Iterator[Measurement]:
+    for line, row in rows:
         if None in row or None in row.values():
             raise InputError(
-                f"{path}: line {reader.line_num} has another number of columns than the header; it was cut or edited, "
+                f"{path}: line {line} has another number of columns than the header; it was cut or edited, "
                 "remove it and run calibrate again to measure it"
             )
         try:
             yield Measurement.model_validate(row)
         except ValidationError as error:
-            raise first_problem(error, f"{path}: line {reader.line_num}") from None
+            raise first_problem(error, f"{path}: line {line}") from None
 
 
 def _check_header(path: Path) -> None:
