@@ -137,6 +137,28 @@ def damaged_text(draw, text):
 
 
 @st.composite
+def damaged_lines(draw, text):
+    """A text of which lines are lost, doubled, exchanged, joined, cut short or between lines of anything."""
+    lines = text.splitlines(keepends=True)
+    for _ in range(draw(st.integers(1, 4))):
+        at, other = (draw(st.integers(0, len(lines) - 1)) for _ in range(2))
+        match draw(st.sampled_from(["lost", "doubled", "exchanged", "joined", "cut", "strange"])):
+            case "lost" if len(lines) > 1:
+                del lines[at]
+            case "doubled":
+                lines.insert(at, lines[other])
+            case "exchanged":
+                lines[at], lines[other] = lines[other], lines[at]
+            case "joined":
+                lines[at] = lines[at].rstrip("\n")
+            case "cut":
+                lines[at] = lines[at][: draw(st.integers(0, len(lines[at])))] + draw(st.sampled_from(["", "\n"]))
+            case "strange":
+                lines.insert(at, draw(st.one_of(TEXTS, VALUES.map(repr))) + "\n")
+    return "".join(lines)
+
+
+@st.composite
 def damaged_table(draw, table):
     """Rows of texts with one to three cells changed, or a row lost, doubled, longer or shorter."""
     rows = deepcopy(table)

@@ -285,6 +285,76 @@ def test_texts_of_measured_traces(text):
         document("trace", path)
 
 
+# ------------------------------------------------------------ experiments and their rows
+
+POINTS = """
+import spsim
+
+MODEL = {"layers": 2, "hidden": 256, "heads": 8, "vocab": 512}
+
+
+def build():
+    points = [
+        spsim.Point({"hardware": "dgx-h100", "model": MODEL, "plan": plan, "workload": {"seq_len": 64 * n}})
+        for n in range(1, 4) for plan in ("tp=8", "ulysses=8", "tp=3")
+    ]
+    return spsim.Experiment(name="mine", title="Mine", points=points)
+"""
+
+
+@cache
+def finished():
+    """What the experiment leaves: its rows as text, its table and manifest."""
+    with written("mine.py", POINTS) as path:
+        assert answer(path, "--out", path.parent) is not None
+        left = path.parent / "mine"
+        return (left / "rows.jsonl").read_text(), (left / "mine.csv").read_bytes(), (left / "manifest.json").read_bytes()
+
+
+@given(st.builds(lambda: finished()[0]).flatmap(fuzz.damaged_lines))
+@EXAMPLES
+def test_rows_that_a_sweep_resumes_from(rows):
+    """Lines that are lost, doubled, exchanged, joined, cut or no rows: the table is that of an undisturbed sweep."""
+    with written("mine.py", POINTS) as path:
+        left = path.parent / "mine"
+        left.mkdir()
+        (left / "rows.jsonl").write_bytes(rows.encode("utf-8", "surrogatepass"))
+        assert answer(path, "--out", path.parent) is not None
+        assert ((left / "mine.csv").read_bytes(), (left / "manifest.json").read_bytes()) == finished()[1:]
+
+
+EXPERIMENT = """
+import spsim
+
+SETTINGS = {{"hardware": "dgx-h100", "model": "llama-3-8b", "plan": "tp=8", "workload": {{"seq_len": 8192}}}}
+
+
+def build():
+    return spsim.Experiment(
+        name={name}, title={title}, points={points}, figures=lambda rows: {figures}, tables=lambda rows: {tables}
+    )
+"""
+USUAL = {"name": "'mine'", "title": "'Mine'", "points": "[spsim.Point(SETTINGS)]", "figures": "{}", "tables": "[]"}
+STRANGE = st.one_of(
+    st.sampled_from([
+        "None", "3", "rows", "build", "spsim", "1 / 0", "[SETTINGS]", "[None]", "(SETTINGS for _ in range(2))",
+        "[spsim.Point({})]", "[spsim.Point(SETTINGS, {'a': {}})]", "[spsim.Point(SETTINGS, {'error': 'x'})]",
+        "[spsim.Point(SETTINGS, {'key': 'x', 'step_time_ms': 1})]", "[spsim.Point(SETTINGS, {1: float('nan')})]",
+        "{'a.png': 3}", "{'../a.png': None}", "[None, 3]", "['[/red]']", "[rows]", "'$x^$'",
+    ]),
+    fuzz.VALUES.map(repr),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(sorted(USUAL)), STRANGE, min_size=1, max_size=2))
+@EXAMPLES
+def test_experiments(changes):
+    with written("mine.py", EXPERIMENT.format(**{**USUAL, **changes})) as path:
+        status, _, err = command([str(path), "--out", str(path.parent)])
+        assert (status, err) == (0, "") or (status == 2 and re.fullmatch(r"error: .+\n", err))
+        assert err[:-1].isprintable()
+
+
 # ------------------------------------------------------------ numbers that matter
 
 NUMBERS = {
@@ -300,17 +370,16 @@ NUMBERS = {
         f"{name}.csv": (rows, lambda path: [document("kernels", path, "--hardware", "dgx-h100")])
         for name, rows in KERNELS.items()
     },
-    "trace.json": (gpu_rank(0, late=0), lambda path: [document("trace", path)]),
 }
 """File -> what stands in it, and what is made of it."""
-SHARE = 1 if EXAMPLES.max_examples > 100 else 12
+FACTORS = (1e3, 1e-3)
+SHARE = 1 if EXAMPLES.max_examples > 100 else 20
 """One number in so many is tried."""
 
 
-@pytest.mark.parametrize("factor", [1e3, 1e-3])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_in_another_unit_is_refused_or_changes_the_result(name, factor):
-    """Of those of which a tenth more does: nine in ten at least."""
+def test_a_number_in_another_unit_is_refused_or_changes_the_result(name):
+    """Nine in ten at least, of the numbers of which a tenth more and a tenth less do."""
     content, made = NUMBERS[name]
 
     def seen(number, factor):
@@ -319,7 +388,7 @@ def test_a_number_in_another_unit_is_refused_or_changes_the_result(name, factor)
 
     with written(name, content) as path:
         usual = made(path)
-    assert usual[0] is not None
-    matter = [number for number in fuzz.numbers(content)[::SHARE] if seen(number, 1.1)]
-    silent = [number for number in matter if not seen(number, factor)]
-    assert len(silent) <= 0.1 * len(matter), [[*fuzz.places(content)][number] for number in silent]
+    assert None not in usual
+    matter = [number for number in fuzz.numbers(content)[::SHARE] if seen(number, 1.1) and seen(number, 0.9)]
+    silent = [(number, factor) for number in matter for factor in FACTORS if not seen(number, factor)]
+    assert len(silent) <= 0.1 * len(FACTORS) * len(matter), silent
