@@ -6,17 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from spsim.inputs.quantities import (
-    Bandwidth,
-    Exponent,
-    Fraction,
-    Microseconds,
-    NonNegative,
-    Provenance,
-    Quantity,
-    Sides,
-    Table,
-)
+from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Sides, Table
 from spsim.work import AttentionKernel, known_data_type, known_kernel_pass
 
 KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
@@ -140,7 +130,7 @@ class SendCoefficients(Table):
     """That one channel copies at."""
     link_gb_per_s: Bandwidth
     """That all channels reach at most."""
-    blend: Exponent | None = None
+    blend: Quantity | None = None
     """Exponent by which the two limits blend where they are alike; without it the lower one holds."""
     start_us: Microseconds
     """Time of a message beyond its bytes."""

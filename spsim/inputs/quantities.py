@@ -63,12 +63,6 @@ class NonNegative(Provenance):
     value: Annotated[Number, Field(ge=0)]
 
 
-class Exponent(Provenance):
-    """By which two limits blend, and its source: at 1 their inverses add up, at 20 the lower one holds."""
-
-    value: Annotated[Number, Field(ge=1, le=20)]
-
-
 class Sides(Provenance):
     """Sides of tiles in elements, and their source."""
 
