@@ -78,6 +78,7 @@ def answer(*arguments):
     status, out, err = command([str(argument) for argument in arguments])
     if status == 0:
         assert err == ""
+        assert out.replace("\n", "").isprintable(), out
         return out
     assert (status, out) == (2, ""), (status, out, err)
     assert re.fullmatch(r"error: .+\n", err)
@@ -121,6 +122,22 @@ def written(name, content):
 def test_case_files(case):
     with written("case.toml", case) as path:
         document("run", path)
+
+
+@given(fuzz.TEXTS, st.sampled_from(["run", "compare", "explain"]))
+@EXAMPLES
+def test_names(name, told_by):
+    """In tables."""
+    with written("case.toml", {**CASE, "model": {**CASE["model"], "name": name}}) as path:
+        answer(told_by, path, *(["--plan", "tp=8"] if told_by == "compare" else []))
+
+
+@given(fuzz.TEXTS)
+@DEAR
+def test_names_in_pictures(name):
+    with written("case.toml", {**CASE, "model": {**CASE["model"], "name": name}}) as path:
+        if answer("run", path, "--out", path.parent / "out") is not None:
+            assert len([*(path.parent / "out").iterdir()]) == 7
 
 
 @given(fuzz.damaged_text(tomli_w.dumps(CASE)))
