@@ -1,0 +1,101 @@
+"""What an assumed coefficient does to a result: the same programs with the coefficient a fifth lower and higher.
+
+A measured curve is one coefficient: all its times. Only the durations are worked out again, and the step walked; sizes
+and programs stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spsim.costs.collectives import CommCost
+from spsim.costs.kernels import ComputeCost
+from spsim.costs.static_memory import capacity, outside_tensors
+from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
+from spsim.step.costed import costed_step
+from spsim.step.folding import fold_step
+from spsim.units import GIB
+
+if TYPE_CHECKING:
+    from spsim.results.result import Result
+
+SHARE = 0.2
+"""By which coefficients are changed, down and up."""
+MOST_TASKS = 4_000
+"""Through the engine for a step, up to which it is walked again for each coefficient: some hundredths of a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What changes when a coefficient does, by -20 % and by +20 %."""
+
+    step_time_percent: tuple[float, float]
+    free_memory_gib: tuple[float, float]
+    """Of the device, beside tensors."""
+
+    def __bool__(self) -> bool:
+        return any((*self.step_time_percent, *self.free_memory_gib))
+
+
+def effects(result: Result, paths: tuple[str, ...]) -> dict[str, Effect]:
+    """Effect of each coefficient that has one, largest first."""
+    found = {path: _effect(result, path) for path in paths}
+    ranked = sorted(found.items(), key=lambda item: -max(map(abs, item[1].step_time_percent)))
+    return {path: effect for path, effect in ranked if effect}
+
+
+def _effect(result: Result, path: str) -> Effect:
+    changed = [scaled(result.scenario.hardware, path, 1 + way * SHARE) for way in (-1, 1)]
+    down, up = (100 * (_step_ps(result, hardware) / result.step_ps - 1) for hardware in changed)
+    room = _room(result, result.scenario.hardware)
+    less, more = ((_room(result, hardware) - room) / GIB for hardware in changed)
+    return Effect((down, up), (less, more))
+
+
+def _step_ps(result: Result, hardware: HardwareProfile) -> int:
+    scenario = result.scenario
+    step = costed_step(
+        result.block,
+        result.numbers,
+        hardware,
+        (ComputeCost(hardware, scenario.workload.precision), CommCost(hardware)),
+        layers=scenario.model.layers,
+        micro_batches=scenario.num_micro_batches,
+        gpus_per_node=scenario.gpus_per_node,
+    )
+    return max(node.end_ps for node in fold_step(step).nodes)
+
+
+def _room(result: Result, hardware: HardwareProfile) -> int:
+    """Bytes that tensors may take."""
+    return capacity(hardware) - outside_tensors(hardware, result.block.mesh)
+
+
+def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfile:
+    """The profile with one coefficient times a factor; of curves, all times."""
+    coefficients = _replaced(hardware.coefficients, path.split("."), factor)
+    return hardware.model_copy(update={"coefficients": coefficients})
+
+
+def _replaced(table: Any, path: list[str], factor: float) -> Any:
+    if not path:
+        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _times(table, factor)
+    name, *rest = path
+    if isinstance(table, dict):
+        return {**table, name: _replaced(table[name], rest, factor)}
+    return table.model_copy(update={name: _replaced(getattr(table, name), rest, factor)})
+
+
+def _times(quantity: Any, factor: float) -> Any:
+    return quantity.model_copy(update={"value": quantity.value * factor})
+
+
+def _slower(curve: CollectiveCurve, factor: float) -> CollectiveCurve:
+    return curve.model_copy(
+        update={
+            "latency_us": curve.latency_us * factor,
+            "step_latency_us": curve.step_latency_us * factor,
+            "points": tuple((size, bandwidth / factor) for size, bandwidth in curve.points),
+        }
+    )
