@@ -104,8 +104,8 @@ def tables(frame: pd.DataFrame) -> Iterator[Table | str]:
         )  # fmt: skip
     yield made
     yield (
-        "Plans are ranked by the step: all layers, then the synchronisation of weight gradients, which Ulysses and ring "
-        "need for every weight. A tie: steps differ by less than published ratios of such plans are off "
+        "Plans are ranked by the step: all layers, then the synchronisation of weight gradients, which Ulysses and "
+        "ring need for every weight. A tie: steps differ by less than published ratios of such plans are off "
         "(experiments/bands.py). Memory: of the device, with context and communicator buffers; kept: activations that "
         "one layer keeps for its backward pass."
     )

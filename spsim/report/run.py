@@ -74,10 +74,13 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
 
 
 def _fit(result: Result) -> str:
-    if result.fits:
-        return f"fits {result.capacity_gib:.1f} GiB reported by the driver; {FITS_SCOPE[result.scope]}"
     over = result.device_memory_gib - result.capacity_gib
-    return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {result.out_of_memory_at}"
+    fits = (
+        f"fits {result.capacity_gib:.1f} GiB reported by the driver"
+        if result.fits
+        else f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {result.out_of_memory_at}"
+    )
+    return f"{fits}; {FITS_SCOPE[result.scope]}"
 
 
 def notes(result: Result) -> list[str]:

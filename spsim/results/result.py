@@ -156,12 +156,12 @@ class Result(Derived):
     def overlap(self) -> str:
         """That neighbouring layers overlap, in words; empty where they do not."""
         passes = self.scenario.model.layers * self.scenario.num_micro_batches
-        more = passes * sum(self.pass_ps.values()) / self.step_ps - 1
+        more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
         if more <= OVERLAPPING:
             return ""
         return (
-            f"neighbouring layers overlap: {passes} times the layer time is {100 * more:.1f} % more than the step; "
-            "compare steps"
+            f"neighbouring layers overlap: {passes} times the layer time is {100 * more:.1f} % more than they take "
+            "together; compare steps"
         )
 
     @lazy
