@@ -222,7 +222,7 @@ def test_empty_out(capsys: pytest.CaptureFixture[str]) -> None:
         (["--set", "attention=flash"], ["attention is no setting", "model.attention=flash"]),
         (["--set", "modle.attention=flash"], ["modle.attention is no setting"]),
         (["--set", "model.attnetion=flash"], ["attnetion: unknown key", "did you mean attention?"]),
-        (["--set", "model.attention=fast"], ["attention", "'flash' or 'unfused'", "fast"]),
+        (["--set", "model.attention=fast"], ["attention", "'flash', 'unfused', 'flash_attention_2'", "fast"]),
         (["--set", "plan.recompute=most"], ["recompute", "most", "selective"]),
         (["--set", "plan.squence_parallel=true"], ["did you mean sequence_parallel?"]),
         (["--set", "workload.seq_len=0"], ["seq_len", "0"]),

@@ -31,6 +31,7 @@ PLANS = [
     "tp=4,recompute=full",
     "ulysses=8",
     "ring=8",
+    "ring=16",
     "ring=8,ring_cut=contiguous",
     "tp=2,ring=4,ring_cut=contiguous,sequence_parallel",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, pieces_during, place_of
+from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, end_of, pieces_during, place_of
 from spsim.engine.recording import MemoryChange, Recording, Span, TaskInfo
 from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
@@ -33,19 +33,30 @@ class Leaf(NamedTuple):
         """Its last piece."""
         moved = STAY
         for repeat in self.repeats:
-            moved = moved.after(repeat.move.times(repeat.runs - 1))
+            moved = moved.after(repeat.move, repeat.runs - 1)
         return self.stretch.run(self.stretch.runs - 1, moved)
 
-    def find(
-        self, layers: Collection[int] | None, micro_batches: Collection[int] | None, *, edges: bool = False
-    ) -> Iterator[Piece]:
-        """Its pieces of some layers and micro-batches; of many equal ones in it the first and the last with `edges`."""
-        stretch = self.stretch
-        levels = [(repeat.move, repeat.runs) for repeat in self.repeats] + [(stretch.move, stretch.runs)]
-        wanted = _less(layers, stretch.layer), _less(micro_batches, stretch.micro_batch)
-        alone = stretch._replace(runs=1, move=STAY, brings=(), drops=())
-        for moved in _moves(levels, STAY, wanted, edges=edges):
+    def find(self, layers: Collection[int] | None, micro_batches: Collection[int] | None) -> Iterator[Piece]:
+        """Its pieces of some layers and micro-batches."""
+        alone = self.stretch._replace(runs=1, move=STAY, brings=(), drops=())
+        for moved in self._moves(layers, micro_batches):
             yield alone.run(0, moved)
+
+    def windows(self, layer: int | None, micro_batch: int | None) -> list[tuple[int, int]]:
+        """Those of its pieces of one layer and micro-batch; of many equal ones in it of the first and the last."""
+        return [self.stretch.window(0, moved) for moved in self._moves(_one(layer), _one(micro_batch), edges=True)]
+
+    def _moves(
+        self, layers: Collection[int] | None, micro_batches: Collection[int] | None, *, edges: bool = False
+    ) -> list[Move]:
+        """To the pieces of some layers and micro-batches; of many equal ones to the first and the last with `edges`."""
+        stretch = self.stretch
+        wanted = _less(layers, stretch.layer), _less(micro_batches, stretch.micro_batch)
+        nodes: tuple[Node, ...] = (*self.repeats, stretch)
+        found = [STAY]
+        for node in nodes:
+            found = [moved.after(node.move, index) for moved in found for index in _indices(node, moved, wanted, edges)]
+        return [moved for moved in found if _among(moved.layers, wanted[0]) and _among(moved.micro_batches, wanted[1])]
 
 
 Wanted = tuple[Set[int] | None, Set[int] | None]
@@ -57,25 +68,21 @@ def _less(wanted: Collection[int] | None, have: int | None) -> Set[int] | None:
     return None if wanted is None or have is None else {number - have for number in wanted}
 
 
-def _moves(levels: Sequence[tuple[Move, int]], moved: Move, wanted: Wanted, *, edges: bool) -> Iterator[Move]:
-    """All ways to run the levels that move by the wanted layers and micro-batches."""
-    if not levels:
-        if all(want is None or have in want for want, have in zip(wanted, moved[2:4], strict=True)):
-            yield moved
-        return
-    (move, runs), *inner = levels
-    found = _indices(move, runs, moved, wanted)
-    for index in sorted({*found[:1], *found[-1:]}) if edges else found:
-        yield from _moves(inner, moved.after(move.times(index)), wanted, edges=edges)
+def _among(have: int, wanted: Set[int] | None) -> bool:
+    return wanted is None or have in wanted
 
 
-def _indices(move: Move, runs: int, moved: Move, wanted: Wanted) -> Sequence[int]:
-    """Which runs may be among them: around a piece only one level changes the layer, and one the micro-batch."""
-    for step, want, have in zip(move[2:4], wanted, moved[2:4], strict=True):
+def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[int]:
+    """Which runs of a node may be among the wanted ones: around a piece only one level changes the layer, and one the
+    micro-batch. Of many with `edges` the first and the last.
+    """
+    found: Sequence[int] = range(node.runs)
+    for step, want, have in zip(node.move[2:4], wanted, moved[2:4], strict=True):
         if step and want is not None:
-            found = (divmod(number - have, step) for number in want)
-            return sorted(index for index, rest in found if rest == 0 and 0 <= index < runs)
-    return range(runs)
+            places = (divmod(number - have, step) for number in want)
+            found = sorted(index for index, rest in places if rest == 0 and 0 <= index < node.runs)
+            break
+    return (found[0], found[-1]) if edges and len(found) > 1 else found
 
 
 @dataclass(frozen=True)
@@ -152,14 +159,9 @@ class Trace:
 
     def window_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> tuple[int, int]:
         """When the first task of a pass of one layer and micro-batch is posted, and when the last ends."""
-        pieces = [
-            piece
-            for leaf in self.leaves
-            if leaf.stretch.phase == phase
-            for piece in leaf.find(_one(layer), _one(micro_batch), edges=True)
-        ]
-        windows = [piece.window for piece in pieces]
-        return min((begin for begin, _ in windows), default=0), max((end for _, end in windows), default=0)
+        own = [leaf for leaf in self.leaves if leaf.stretch.phase == phase]
+        windows = [window for leaf in own for window in leaf.windows(layer, micro_batch)]
+        return (min(windows)[0], max([end for _, end in windows])) if windows else (0, 0)
 
     def pieces_during(self, start: int, end: int) -> Iterator[Piece]:
         """The pieces that are under way between two moments, in order."""
@@ -182,7 +184,7 @@ class Trace:
     @lazy
     def end_ps(self) -> int:
         """End of the last span."""
-        return max((node.end_ps for node in self.nodes), default=0)
+        return max(map(end_of, self.nodes), default=0)
 
 
 def _one(number: int | None) -> tuple[int] | None:

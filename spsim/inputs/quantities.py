@@ -61,3 +61,9 @@ class NonNegative(Provenance):
     """A number of at least 0 and its source."""
 
     value: Annotated[Number, Field(ge=0)]
+
+
+class Sides(Provenance):
+    """Sides of tiles in elements, and their source."""
+
+    value: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]

@@ -75,7 +75,7 @@ def _moments(trace: Trace, nodes: Sequence[Node], rank: int, resolution_ps: int,
         length = max(1, node.move.shift_ps, end - begin)
         if isinstance(node, Repeat) and length > resolution_ps:
             for index in range(node.runs):
-                later = moved.after(node.move.times(index))
+                later = moved.after(node.move, index)
                 yield from _moments(trace, [*node.run(index)], rank, resolution_ps, later)
         elif length > SEEN * resolution_ps:
             for index in range(node.runs):
@@ -95,7 +95,7 @@ def _fullest(trace: Trace, node: Node, rank: int, moved: Move, together: int) ->
     firsts = range(0, node.runs, together)
     for place, first in enumerate(firsts):
         run = min(first + together, node.runs) - 1 if profile.total > 0 else first
-        time = profile.time_ps + moved.after(node.move.times(run)).shift_ps
+        time = profile.time_ps + moved.after(node.move, run).shift_ps
         if place in (0, 1, len(firsts) - 1):
             known, held = run, held_before(trace, rank, time + 1)
         yield Moment(time, Counter({name: held[name] + (run - known) * left[name] for name in CATEGORIES}))

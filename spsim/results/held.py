@@ -44,7 +44,7 @@ def _held(node: Node, rank: int, time: int, moved: Move) -> Counter[str]:
                     found[change.category] += change.bytes
         else:
             for inner in node.run(index):
-                found.update(_held(inner, rank, time, moved.after(node.move.times(index))))
+                found.update(_held(inner, rank, time, moved.after(node.move, index)))
     return found
 
 

@@ -28,6 +28,7 @@ from spsim.results.sensitivity import MOST_TASKS, Effect, effects
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.preparation import PreparedBlock
 from spsim.units import seconds
+from spsim.work import FlashAttention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,6 +71,14 @@ class Result(Derived):
     def program(self) -> Program:
         """One layer under the plan."""
         return self.block.program_at(self.scenario.workload)
+
+    @lazy
+    def attention(self) -> str | None:
+        """The fused kernel of core attention by its name, or `unfused`; none where nothing is known to attend."""
+        steps = (step for segment in self.block.segments for step in segment.instructions if isinstance(step, Compute))
+        works = (work for step in steps for work in step.work if isinstance(work, FlashAttention))
+        names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
+        return ", ".join(names) or ("unfused" if self.scope != "module" else None)
 
     @lazy
     def assumed_effects(self) -> Mapping[str, Effect] | None:
@@ -323,6 +332,7 @@ class Result(Derived):
             "workload": scenario.workload.model_dump(),
             "gpus": scenario.plan.gpus,
             "nodes": self.nodes,
+            "attention": self.attention,
             **dict(documented(self)),
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
             "fits_scope": FITS_SCOPE[self.scope],

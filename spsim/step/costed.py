@@ -32,4 +32,5 @@ def costed_step(
         ),
         block.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,
+        block.abreast,
     )
