@@ -11,7 +11,8 @@ it: run it again when costs or profiles change. `spsim.results.bands` reads it, 
 - **part**: collectives by machine, how the group lies, and size, on the fabric that the profile describes; attention by
   machine, how it is split, and head size.
 
-Rows of collectives that a curve was made from count too; no coefficient was fitted on a row of the other two.
+`best_table_percent` is the median of the table that agrees best: a family is far off where every table says so, while one
+that is met shows that the others are of other machines. Rows of collectives that a curve was made from count too; no coefficient was fitted on a row of the other two.
 """
 
 from bisect import bisect_right
@@ -143,10 +144,12 @@ def made() -> pd.DataFrame:
         *collective_errors(),
         *attention_errors(parts),
     ]
-    groups = pd.DataFrame(errors).groupby(KEYS, sort=True)
+    frame = pd.DataFrame(errors)
+    best = frame.groupby([*KEYS, "table"])["percent"].median().groupby(KEYS, sort=True).min()
+    groups = frame.groupby(KEYS, sort=True)
     return groups.agg(
         rows=("percent", "size"),
-        median_percent=("percent", "median"),
+        best_table_percent=("percent", lambda percent: best[tuple(frame.loc[percent.index[0], KEYS])]),
         p90_percent=("percent", lambda percent: percent.quantile(0.9)),
         largest_percent=("percent", "max"),
         tables=("table", lambda tables: " ".join(sorted(set(tables)))),

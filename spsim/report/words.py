@@ -66,8 +66,7 @@ def measured(band: Band) -> str:
 
 def far_off(part: Band) -> str:
     """A part that is known to be far off."""
-    published = f"half of {part.rows} published figures differ by {part.percent:.0f} % or more"
-    return f"known to be far off: {part.of}: {published}"
+    return f"known to be far off: {part.of}: published tables differ by {part.percent:.0f} % or more ({part.rows} rows)"
 
 
 def missed(flagged: Iterable[str]) -> str:

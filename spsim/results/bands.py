@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from spsim.results.result import Result
 
 FAR_OFF_PERCENT = 25.0
-"""Median error from which on a part is known to be far off."""
+"""Error from which on a part is known to be far off: the median of every published table reaches it."""
 FEWEST_ROWS = 3
 """Rows of a part below which nothing is said of it."""
 SIZES = (0, MIB, 32 * MIB, 256 * MIB, 2**60)
@@ -63,7 +63,8 @@ class Entry:
     what: str
     """Of what: `layers`, `attention` or `collective`."""
     rows: int
-    median: float
+    best: float
+    """Median error of the table that agrees best."""
     p90: float
 
 
@@ -77,7 +78,7 @@ def table() -> Mapping[Key, Entry]:
     reader = csv.DictReader(io.StringIO(read_text(error_bands())))
     return {
         (row["of"], row["machine"], row["family"], int(row["from_bytes"] or 0)): Entry(
-            row["what"], int(row["rows"]), float(row["median_percent"]), float(row["p90_percent"])
+            row["what"], int(row["rows"]), float(row["best_table_percent"]), float(row["p90_percent"])
         )
         for row in reader
     }
@@ -168,7 +169,7 @@ def of_pair(hardware: HardwareProfile, one: Plan, other: Plan) -> Band:
 
 
 def far_off(result: Result) -> tuple[Band, ...]:
-    """Collectives and core attention of a result that are known to be far off, each once; bands are medians."""
+    """Collectives and core attention of a result that are known to be far off, each once; by at least so much."""
     scenario = result.scenario
     hardware, head_dim = scenario.hardware, getattr(scenario.model, "head_dim", None)
     found = [
@@ -197,9 +198,9 @@ def far_off_attention(hardware: HardwareProfile, plan: Plan, head_dim: int) -> B
 
 def _far_off(key: Key, words: str) -> Band | None:
     entry = table().get(key)
-    if entry is None or entry.rows < FEWEST_ROWS or entry.median < FAR_OFF_PERCENT:
+    if entry is None or entry.rows < FEWEST_ROWS or entry.best < FAR_OFF_PERCENT:
         return None
-    return Band(entry.median, words, entry.rows)
+    return Band(entry.best, words, entry.rows)
 
 
 def _sizes(start: int) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.static_memory import capacity, outside_tensors
+from spsim.engine.pieces import end_of
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
 from spsim.step.costed import costed_step
 from spsim.step.folding import fold_step
@@ -64,7 +65,7 @@ def _step_ps(result: Result, hardware: HardwareProfile) -> int:
         micro_batches=scenario.num_micro_batches,
         gpus_per_node=scenario.gpus_per_node,
     )
-    return max(node.end_ps for node in fold_step(step).nodes)
+    return max(map(end_of, fold_step(step).nodes))
 
 
 def _room(result: Result, hardware: HardwareProfile) -> int:
