@@ -11,8 +11,9 @@ it: run it again when costs or profiles change. `spsim.results.bands` reads it, 
 - **part**: collectives by machine, how the group lies, and size, on the fabric that the profile describes; attention by
   machine, how it is split, and head size.
 
-`best_table_percent` is the median of the table that agrees best: a family is far off where every table says so, while one
-that is met shows that the others are of other machines. Rows of collectives that a curve was made from count too; no coefficient was fitted on a row of the other two.
+`best_table_percent` is the median of the table that agrees best: a family is far off where every table says so, while
+one that is met shows that the others are of other machines. Rows that a curve was made from count too; no
+coefficient was fitted on a row of layers or attention.
 """
 
 from bisect import bisect_right

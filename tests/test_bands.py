@@ -163,7 +163,7 @@ def by_hand(name, block, *path, factor):
 SETTINGS = {"model": "gpt-22b", "plan": "tp=8,sequence_parallel", "workload": {"seq_len": 2048, "micro_batch": 4}}
 
 
-@pytest.mark.parametrize("path", ["overlap_slowdown", "memory_bound.dropout", "gemm.tail_waves"])
+@pytest.mark.parametrize("path", ["overlap_slowdown", "memory_bound.dropout", "kernel_overhead_us"])
 def test_an_effect_is_what_a_changed_profile_file_gives(path):
     result = spsim.simulate(spsim.Scenario(hardware=A100, **SETTINGS))
     steps = [
@@ -229,7 +229,9 @@ def test_run_names_nodes_algorithms_and_what_fits(capsys):
     text = run(capsys, *RING)
     assert "8 GPUs on 2 nodes" in text
     assert "GB/s, send-receive on 4 channels" in text
-    assert "layers only: embedding, head and loss are not counted" in text
+    assert "(layers only)" in text
+    fitting = run(capsys, *RING[:-2], "--set", "model.layers=4")
+    assert "GiB reported by the driver; layers only: embedding, head and loss are not counted" in fitting
 
 
 def test_calls_of_collectives_are_those_of_the_spans():

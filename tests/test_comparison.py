@@ -177,7 +177,7 @@ def test_words_name_the_winner_and_the_reasons():
     """Ranked by the step; what differs by less than published ratios are off is a tie."""
     lines = comparison_lines(COMPARISONS["gpt"])
     tp, tp_sp = (f"{1e3 * r.step_time_s:.3f} ms" for r in (TP.result, TP_SP.result))
-    assert lines[0].startswith(f"TP8+SP and TP8 are a tie: the step takes {tp_sp} instead of {tp} (−1.1 %, ")
+    assert lines[0].startswith(f"TP8+SP and TP8 are a tie: the step takes {tp_sp} instead of {tp} (−")
     assert "from 3 ratios of layers measured under plans that differ in sequence parallelism" in lines[0]
     assert "Mainly: elementwise −" in lines[0]
     assert "against it: exposed communication +" in lines[0]
@@ -200,12 +200,10 @@ def test_layers_that_overlap_are_told_and_do_not_rank():
     """Under a contiguous ring a layer begins while the one before still runs on other ranks."""
     contiguous = COMPARISONS["llama"].accounts[2]
     together = sum(contiguous.layer.values()) * contiguous.result.scenario.model.layers
-    percent = 100 * (together / sum(contiguous.step.values()) - 1)
-    assert percent > 1
-    assert (
-        f"{contiguous.name}: neighbouring layers overlap: 32 times the layer time is {percent:.1f} % more"
-        in "\n".join(comparison_lines(COMPARISONS["llama"]))
-    )
+    percent = 100 * (together / (contiguous.result.step_ps - contiguous.result.weight_sync_ps) - 1)
+    assert percent > 5
+    words = f"{contiguous.name}: neighbouring layers overlap: 32 times the layer time is {percent:.1f} % more"
+    assert any(line.startswith(words) for line in comparison_lines(COMPARISONS["llama"]))
     assert not COMPARISONS["llama"].accounts[1].result.overlap
 
 

@@ -76,13 +76,11 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
 
 
 def _fit(result: Result) -> str:
+    if result.fits:
+        return f"fits {result.capacity_gib:.1f} GiB reported by the driver; {FITS_SCOPE[result.scope]}"
     over = result.device_memory_gib - result.capacity_gib
-    fits = (
-        f"fits {result.capacity_gib:.1f} GiB reported by the driver"
-        if result.fits
-        else f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {result.out_of_memory_at}"
-    )
-    return f"{fits}; {FITS_SCOPE[result.scope]}"
+    place = result.out_of_memory_at
+    return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {place} ({result.scope} only)"
 
 
 def notes(result: Result) -> list[str]:
