@@ -180,8 +180,23 @@ def test_what_changes_nothing_is_not_listed():
     result = spsim.simulate(spsim.Scenario(hardware=A100, **alone))
     assert not [name for name in result.assumed if name.startswith("collective")]
     assert "overlap_slowdown" not in result.assumed
-    for effect in result.assumed_effects.values():
+    for effect in filter(None, result.assumed_effects.values()):
         assert any((*effect.step_time_percent, *effect.free_memory_gib))
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_says_what_its_assumed_inputs_do(name, capsys):
+    """Whatever its coefficients are: numbers, curves, or names of kernels, which have no effect by a fifth."""
+    gpus = min(8, spsim.load_profile(name).gpus_per_node)
+    settings = ("--model", "gpt-22b", "--set", "model.attention=flash", "--hardware", name, "--seq-len", "2K")
+    document = json.loads(run(capsys, *settings, "--plan", f"ulysses={gpus}", "--json"))
+    assert set(document["assumed"]) == set(document["assumed_effects"])
+    choices = {path for path, effect in document["assumed_effects"].items() if effect is None}
+    assert all(path.startswith(("attention_picked", "gemm.tile")) for path in choices)
+    text = run(capsys, *settings, "--plan", f"ulysses={gpus}")
+    for path, effect in document["assumed_effects"].items():
+        large = effect is None or max(map(abs, effect["step_time_percent"])) > 0.1
+        assert path in text or not large
 
 
 def test_a_curve_is_scaled_in_time():

@@ -11,7 +11,7 @@ from spsim.report.table import table
 from spsim.report.words import band, collective_counts, far_off, figure, gpus, missed, size, time
 from spsim.results.accounts import IDLE, PEERS, STAGES
 from spsim.results.result import FITS_SCOPE, Result
-from spsim.results.sensitivity import SHARE
+from spsim.results.sensitivity import SHARE, Effect
 from spsim.units import GIB, MIB
 
 WAITS = {
@@ -106,15 +106,22 @@ def _assumed(result: Result) -> str:
         return f"assumed inputs used ({len(names)}; too many tasks to say what each does): {', '.join(names)}"
     told, little = [], []
     for path, effect in effects.items():
-        percent, room = (max(map(abs, change)) for change in (effect.step_time_percent, effect.free_memory_gib))
+        percent, room = _largest(effect) if effect else (0.0, 0.0)
         if percent >= LITTLE_PERCENT or room:
             told.append(f"{path} ±{f'{percent:.1f} %' if percent else f'{room * GIB / MIB:.0f} MiB of free memory'}")
-        else:
+        elif effect:
             little.append(path)
     parts = [", ".join(told)] if told else []
-    parts += [f"less than ±{LITTLE_PERCENT} %: {', '.join(little)}"] if little else []
+    parts += [f"{len(little)} less than ±{LITTLE_PERCENT} % each (--json names them)"] if little else []
+    choices = [path for path, effect in effects.items() if effect is None]
+    parts += [f"choices: {', '.join(choices)}"] if choices else []
     what = f"what ±{100 * SHARE:.0f} % of each does to the step"
     return f"assumed inputs used ({len(names)}), and {what}: {'; '.join(parts)}"
+
+
+def _largest(effect: Effect) -> tuple[float, float]:
+    percent, room = (max(map(abs, change)) for change in (effect.step_time_percent, effect.free_memory_gib))
+    return percent, room
 
 
 def operator_table(result: Result, rows: int = 12) -> Table:

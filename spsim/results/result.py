@@ -81,9 +81,9 @@ class Result(Derived):
         return ", ".join(names) or ("unfused" if self.scope != "module" else None)
 
     @lazy
-    def assumed_effects(self) -> Mapping[str, Effect] | None:
-        """What each assumed coefficient does to the result, largest first, without those that do nothing; None where
-        the step is too long to be walked again for each.
+    def assumed_effects(self) -> Mapping[str, Effect | None] | None:
+        """What each assumed coefficient does to the result, largest first, without those that do nothing, and None
+        for those that are no number; None for all where the step is too long to be walked again for each.
         """
         if self.events > MOST_TASKS:
             return None
@@ -347,8 +347,8 @@ class Result(Derived):
         }
 
 
-def _effects_document(found: Mapping[str, Effect] | None) -> dict[str, Any] | None:
-    return None if found is None else {path: asdict(effect) for path, effect in found.items()}
+def _effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
+    return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
 
 
 def _assumed_inputs(scenario: Simulated, block: PreparedBlock) -> tuple[str, ...]:

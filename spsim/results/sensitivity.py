@@ -39,11 +39,25 @@ class Effect:
         return any((*self.step_time_percent, *self.free_memory_gib))
 
 
-def effects(result: Result, paths: tuple[str, ...]) -> dict[str, Effect]:
-    """Effect of each coefficient that has one, largest first."""
-    found = {path: _effect(result, path) for path in paths}
+def effects(result: Result, paths: tuple[str, ...]) -> dict[str, Effect | None]:
+    """Effect of each coefficient that has one, largest first; then those that are no number, such as the name of a
+    kernel, with None.
+    """
+    coefficients = result.scenario.hardware.coefficients
+    choices = [path for path in paths if not _is_number(_at(coefficients, path.split(".")))]
+    found = {path: _effect(result, path) for path in paths if path not in choices}
     ranked = sorted(found.items(), key=lambda item: -max(map(abs, item[1].step_time_percent)))
-    return {path: effect for path, effect in ranked if effect}
+    return {**{path: effect for path, effect in ranked if effect}, **dict.fromkeys(choices)}
+
+
+def _at(table: Any, path: list[str]) -> Any:
+    for name in path:
+        table = table[name] if isinstance(table, dict) else getattr(table, name)
+    return table
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) or isinstance(getattr(leaf, "value", None), float | int)
 
 
 def _effect(result: Result, path: str) -> Effect:
