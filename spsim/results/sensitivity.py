@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.costs.models import cost_models
 from spsim.costs.static_memory import capacity, outside_tensors
 from spsim.engine.pieces import end_of
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
 from spsim.step.costed import costed_step
-from spsim.step.folding import fold_step
+from spsim.step.folding import Step, fold_step
 from spsim.units import GIB
 
 if TYPE_CHECKING:
     from spsim.results.result import Result
 
+Costs = tuple[ComputeCost, CommCost]
+COMMUNICATION = ("collective", "sends", "adapter_chunk")
+"""How coefficients of collectives begin."""
 SHARE = 0.2
 """By which coefficients are changed, down and up."""
 MOST_TASKS = 4_000
@@ -43,9 +47,11 @@ def effects(result: Result, paths: tuple[str, ...]) -> dict[str, Effect | None]:
     """Effect of each coefficient that has one, largest first; then those that are no number, such as the name of a
     kernel, with None.
     """
-    coefficients = result.scenario.hardware.coefficients
-    choices = [path for path in paths if not _is_number(_at(coefficients, path.split(".")))]
-    found = {path: _effect(result, path) for path in paths if path not in choices}
+    hardware = result.scenario.hardware
+    choices = [path for path in paths if not _is_number(_at(hardware.coefficients, path.split(".")))]
+    costs = cost_models(hardware, result.scenario.workload.precision)
+    base = _step(result, hardware, costs)
+    found = {path: _effect(result, path, base, costs) for path in paths if path not in choices}
     ranked = sorted(found.items(), key=lambda item: -max(map(abs, item[1].step_time_percent)))
     return {**{path: effect for path, effect in ranked if effect}, **dict.fromkeys(choices)}
 
@@ -60,26 +66,39 @@ def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, tuple) or isinstance(getattr(leaf, "value", None), float | int)
 
 
-def _effect(result: Result, path: str) -> Effect:
-    changed = [scaled(result.scenario.hardware, path, 1 + way * SHARE) for way in (-1, 1)]
-    down, up = (100 * (_step_ps(result, hardware) / result.step_ps - 1) for hardware in changed)
+def _effect(result: Result, path: str, base: Step, costs: Costs) -> Effect:
+    down, up = (scaled(result.scenario.hardware, path, 1 + way * SHARE) for way in (-1, 1))
+    step = _step(result, up, _costs(result, up, path, costs))
+    if (step.durations, step.slowdown) == (base.durations, base.slowdown):
+        percent = (0.0, 0.0)
+    else:
+        steps = (_step(result, down, _costs(result, down, path, costs)), step)
+        less, more = (100 * (max(map(end_of, fold_step(one).nodes)) / result.step_ps - 1) for one in steps)
+        percent = (less, more)
     room = _room(result, result.scenario.hardware)
-    less, more = ((_room(result, hardware) - room) / GIB for hardware in changed)
-    return Effect((down, up), (less, more))
+    low, high = ((_room(result, hardware) - room) / GIB for hardware in (down, up))
+    return Effect(percent, (low, high))
 
 
-def _step_ps(result: Result, hardware: HardwareProfile) -> int:
+def _costs(result: Result, hardware: HardwareProfile, path: str, costs: Costs) -> Costs:
+    """Of the changed profile, where the coefficient is one of kernels or of communication."""
+    compute, comm = costs
+    if path.startswith(COMMUNICATION):
+        return compute, CommCost(hardware)
+    return ComputeCost(hardware, result.scenario.workload.precision), comm
+
+
+def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
     scenario = result.scenario
-    step = costed_step(
+    return costed_step(
         result.block,
         result.numbers,
         hardware,
-        (ComputeCost(hardware, scenario.workload.precision), CommCost(hardware)),
+        costs,
         layers=scenario.model.layers,
         micro_batches=scenario.num_micro_batches,
         gpus_per_node=scenario.gpus_per_node,
     )
-    return max(map(end_of, fold_step(step).nodes))
 
 
 def _room(result: Result, hardware: HardwareProfile) -> int:
