@@ -197,7 +197,7 @@ def build() -> spsim.Experiment:
     every = tuple(points())
     return spsim.Experiment(
         name="collectives",
-        title="Closed forms of collectives against benchmarks, and a layer across nodes",
+        title="Closed forms of collectives against benchmarks, and a step across nodes",
         points=every,
         quick=every[:6],
         figures=figures,

@@ -2,9 +2,9 @@
 
 TP only, Megatron TP+SP, Ulysses and ring attention, sequence lengths from 2K to 128K, on A100 and H100
 nodes, for gpt-22b and llama-3-8b: four layers of each, flash attention, one sequence a step. About 5
-seconds on two cores. Expect TP+SP to need the least memory of the plans that shard weights and to gain a
-few percent on A100; Ulysses and ring to be fastest once weights are small against activations, at the
-price of whole weights on every GPU.
+seconds on two cores. Expect TP+SP to need the least memory of all and mostly to tie with TP only in time;
+Ulysses and ring to have the shortest step once weights are small against activations, at the price of
+whole weights on every GPU.
 
     python -m spsim experiments/sweep.py [--out results] [--jobs N] [--quick]
 """
