@@ -215,6 +215,15 @@ def test_equal_figures_are_not_called_different():
     assert not any(re.search(r"([\d.]+) instead of \1 ", line) for line in words)
 
 
+def test_several_plans_may_have_the_lowest_peak():
+    """Of two nodes, whose number stands in the subtitle of pictures."""
+    plans = ("ring=8,zero=1", "ring=8,ring_cut=contiguous,zero=1", "ulysses=8,zero=1")
+    found = compare(plans, hardware=H100, model="llama-3-8b", workload={"seq_len": 65536}, nodes=2)
+    (last,) = (line for line in comparison_lines(found) if "Lowest peak" in line)
+    assert last.endswith("Lowest peak of memory: Ring 8, zero=1 and Ring 8, ring_cut=contiguous, zero=1.")
+    assert all("2 nodes" in result.scenario.summary for result in found.results.values())
+
+
 def test_nodes_are_shown(capsys):
     arguments = ["compare", "--model", "llama-3-8b", "--hardware", H100, "--seq-len", "32K", "--nodes", "2"]
     assert status_of([*arguments, "--plan", "tp=8", "--plan", "ulysses=8", "--json"]) == 0

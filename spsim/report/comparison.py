@@ -117,9 +117,14 @@ def comparison_lines(comparison: PlanComparison) -> list[str]:
     if len(accounts) > 2:
         first, *tied = comparison.fastest
         tie = f", a tie with {_listed(tied)}" if tied else ""
-        smallest = min(accounts, key=lambda account: account.result.peak_memory_gib)
-        lines.append(f"Shortest step: {first}{tie}. Lowest peak of memory: {smallest.name}.")
+        lines.append(f"Shortest step: {first}{tie}. Lowest peak of memory: {_listed(_smallest(accounts))}.")
     return [*lines, *_trust_lines(comparison)]
+
+
+def _smallest(accounts: Sequence[PlanAccount]) -> list[str]:
+    """The plan with the lowest peak of memory, and those that differ by less than is shown."""
+    peaks = {account.name: account.result.peak_memory_gib * GIB for account in accounts}
+    return [name for name, peak in peaks.items() if size(peak) == size(min(peaks.values()))]
 
 
 def _listed(names: Sequence[str]) -> str:
