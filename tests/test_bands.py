@@ -184,6 +184,24 @@ def test_what_changes_nothing_is_not_listed():
         assert any((*effect.step_time_percent, *effect.free_memory_gib))
 
 
+@pytest.mark.parametrize("name", [A100, H100])
+def test_memory_beside_tensors_has_no_effect_on_the_step(name):
+    """On products that the power limit of the board slows down as well."""
+    result = spsim.simulate(spsim.Scenario(hardware=name, **SETTINGS))
+    effects = {path: effect for path, effect in result.assumed_effects.items() if path.startswith("memory.")}
+    assert effects
+    assert {effect.step_time_percent for effect in effects.values()} == {(0.0, 0.0)}
+    assert all(down > 0 > up for down, up in (effect.free_memory_gib for effect in effects.values()))
+
+
+@pytest.mark.parametrize("path", ["power_share", "collective_overhead_us"])
+def test_an_effect_on_a_device_with_a_power_limit(path):
+    result = spsim.simulate(spsim.Scenario(hardware=H100, **SETTINGS))
+    changed = by_hand(H100, "assumed", path, factor=1.2)
+    longer = spsim.simulate(spsim.Scenario(hardware=changed, **SETTINGS)).step_time_s / result.step_time_s - 1
+    assert result.assumed_effects[path].step_time_percent[1] == pytest.approx(100 * longer, abs=1e-9)
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_every_profile_says_what_its_assumed_inputs_do(name, capsys):
     """Whatever its coefficients are: numbers, curves, or names of kernels, which have no effect by a fifth."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.costs.models import cost_models
+from spsim.costs.models import compute_cost, cost_models
 from spsim.costs.static_memory import capacity, outside_tensors
 from spsim.engine.pieces import end_of
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
@@ -85,7 +85,7 @@ def _costs(result: Result, hardware: HardwareProfile, path: str, costs: Costs) -
     compute, comm = costs
     if path.startswith(COMMUNICATION):
         return compute, CommCost(hardware)
-    return ComputeCost(hardware, result.scenario.workload.precision), comm
+    return compute_cost(hardware, result.scenario.workload.precision), comm
 
 
 def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
