@@ -3,7 +3,7 @@
 754 published times of collectives on A100, H100, H200, B200, GB200 and MI300X, on one node and on up to 32,
 against the closed forms of `spsim.costs.collectives`. Rows that a curve was made from are marked; the others are
 predictions: other machines, group sizes, and everything that crosses nodes with several GPUs each. Then a
-layer of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
+step of two layers of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
 
 From 1 GiB on expect 2 % within a node, 4 % with up to four GPUs of each node and 8 % with eight. What errs more:
 
@@ -178,9 +178,11 @@ def tables(frame: pd.DataFrame) -> Iterator[Table | str]:
             row["use"], *figures_of,
         )  # fmt: skip
     yield made
-    spread = report.table("One layer of llama-3-8b on 8 x H100, 32K tokens", ["strategy", *map(across, NODES)])
+    spread = report.table(
+        "A step of two layers of llama-3-8b on 8 x H100, 32K tokens", ["strategy", *map(across, NODES)]
+    )
     for strategy, group in frame.groupby("strategy", sort=False):
-        times = dict(zip(group["nodes"], group["layer_time_ms"], strict=True))
+        times = dict(zip(group["nodes"], group["step_time_ms"], strict=True))
         spread.add_row(str(strategy), *(f"{times[n]:.2f} ms" if n in times else "–" for n in NODES))
     yield spread
 
@@ -195,7 +197,7 @@ def build() -> spsim.Experiment:
     every = tuple(points())
     return spsim.Experiment(
         name="collectives",
-        title="Closed forms of collectives against benchmarks, and a layer across nodes",
+        title="Closed forms of collectives against benchmarks, and a step across nodes",
         points=every,
         quick=every[:6],
         figures=figures,

@@ -2,9 +2,9 @@
 
 TP only, Megatron TP+SP, Ulysses and ring attention, sequence lengths from 2K to 128K, on A100 and H100
 nodes, for gpt-22b and llama-3-8b: four layers of each, flash attention, one sequence a step. About 5
-seconds on two cores. Expect TP+SP to need the least memory of the plans that shard weights and to gain a
-few percent on A100; Ulysses and ring to be fastest once weights are small against activations, at the
-price of whole weights on every GPU.
+seconds on two cores. Expect TP+SP to need the least memory of all and mostly to tie with TP only in time;
+Ulysses and ring to have the shortest step once weights are small against activations, at the price of
+whole weights on every GPU.
 
     python -m spsim experiments/sweep.py [--out results] [--jobs N] [--quick]
 """
@@ -18,6 +18,7 @@ from rich.table import Table
 
 import spsim
 from spsim import plots, report
+from spsim.studies.ranking import ranked, tie
 
 LAYERS = 4
 MODELS = ("gpt-22b", "llama-3-8b")
@@ -93,31 +94,35 @@ def tables(frame: pd.DataFrame) -> Iterator[Table | str]:
     """Which strategy wins where, in time and in memory, in words."""
     made = report.table(
         f"Which strategy wins where? ({NOTE})",
-        ["model", "hardware", "tokens", "fastest layer", "fastest step", "least memory", "TP+SP against TP only"],
+        ["model", "hardware", "tokens", "shortest step", "least memory", "TP+SP against TP only"],
         numbers=["tokens"],
     )
     for (name, hardware, seq_len), group in frame.groupby(["model", "hardware", "seq_len"], sort=False):
         rows = group.set_index("strategy").to_dict("index")
         made.add_row(
-            name, hardware, f"{seq_len // 1024}K", fastest(rows, "layer_time_ms"), fastest(rows, "step_time_ms"),
-            leanest(rows), against_tp(rows),
+            name, hardware, f"{seq_len // 1024}K", fastest(rows, hardware), leanest(rows), against_tp(rows, hardware),
         )  # fmt: skip
     yield made
     yield (
-        "Layer: forward and backward of one layer. Step: all layers, then the synchronisation of weight gradients, "
-        "which Ulysses and ring need for every weight. Memory: of the device, with context and communicator buffers; "
-        "kept: activations that one layer keeps for its backward pass."
+        "Plans are ranked by the step: all layers, then the synchronisation of weight gradients, which Ulysses and "
+        "ring need for every weight. A tie: steps differ by less than published ratios of such plans are off "
+        "(experiments/bands.py). Memory: of the device, with context and communicator buffers; kept: activations that "
+        "one layer keeps for its backward pass."
     )
 
 
-def fastest(rows: Rows, time: str) -> str:
-    """The fastest plan that fits, and its lead over the next; the fastest of all if none fits."""
-    fitting = [name for name, row in rows.items() if row["fits"]]
-    ranked = sorted(fitting or rows, key=lambda name: rows[name][time])
-    first, *others = ranked
-    text = f"{first}: {rows[first][time]:.2f} ms"
-    if others:
-        text += f", {change(rows[first][time], rows[others[0]][time])} vs {others[0]}"
+def fastest(rows: Rows, hardware: str) -> str:
+    """The plan that fits with the shortest step, those that tie with it, and its lead over the next; the fastest of all
+    if none fits.
+    """
+    fitting = {name: row for name, row in rows.items() if row["fits"]}
+    ranking = ranked(fitting or rows, spsim.load_profile(hardware))
+    first = ranking.names[0]
+    text = f"{first}: {rows[first]['step_time_ms']:.2f} ms"
+    if ranking.tied:
+        text += f", a tie with {', '.join(ranking.tied)}"
+    if ranking.over:
+        text += f"; {ranking.over} +{ranking.lead_percent:.1f} %"
     missing = [name for name in rows if name not in fitting]
     return text + (f" ({', '.join(missing)} out of memory)" if missing else "")
 
@@ -128,11 +133,12 @@ def leanest(rows: Rows) -> str:
     return f"{name}, {rows[name]['device_memory_gib']:.1f} GiB"
 
 
-def against_tp(rows: Rows) -> str:
-    """Time and kept activations of TP+SP relative to TP only."""
+def against_tp(rows: Rows, hardware: str) -> str:
+    """Step and kept activations of TP+SP relative to TP only."""
     tp, sp = rows["TP only"], rows["TP+SP"]
     kept = change(sp["activation_mib_per_layer"], tp["activation_mib_per_layer"])
-    return f"layer {change(sp['layer_time_ms'], tp['layer_time_ms'])}, kept {kept}"
+    tied = " (a tie)" if tie(sp, tp, spsim.load_profile(hardware)) else ""
+    return f"step {change(sp['step_time_ms'], tp['step_time_ms'])}{tied}, kept {kept}"
 
 
 def change(mine: float, other: float) -> str:

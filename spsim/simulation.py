@@ -25,7 +25,8 @@ from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
 from spsim.results.uncertainty import has_flags, is_calibrated
-from spsim.step.folding import Step, fold_step
+from spsim.step.costed import costed_step
+from spsim.step.folding import fold_step
 from spsim.step.issue import task_info
 from spsim.step.preparation import PreparedBlock, prepared_layer
 from spsim.step.unfolded import unfold_step
@@ -110,18 +111,14 @@ def assemble(
     """Simulate a step of equal blocks, of a model's or of a traced module, with the sizes of one workload."""
     hardware, layers = scenario.hardware, scenario.model.layers
     messages = block.sync_messages(numbers, layers)
-    step = Step(
-        block.itinerary(layers, scenario.num_micro_batches),
-        block.programs,
-        block.durations(
-            numbers,
-            *cost_models(hardware, scenario.workload.precision),
-            gpus_per_node=scenario.gpus_per_node,
-            sync_messages=messages,
-        ),
-        block.sizes(numbers),
-        hardware.coefficients.overlap_slowdown.value,
-        block.abreast,
+    step = costed_step(
+        block,
+        numbers,
+        hardware,
+        cost_models(hardware, scenario.workload.precision),
+        layers=layers,
+        micro_batches=scenario.num_micro_batches,
+        gpus_per_node=scenario.gpus_per_node,
     )
     walked = fold_step(step) if fold else unfold_step(step)
     copies, gpus = block.ranks.copies, scenario.plan.gpus

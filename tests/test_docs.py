@@ -104,7 +104,30 @@ def test_links_of_the_readme_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_the_tie_of_the_readme_is_what_compare_says(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = shlex.split(next(line for line in readme_commands() if line.startswith("compare")))
+    with pytest.raises(SystemExit):
+        main([*arguments[: arguments.index("--out")], "--json"])
+    sentence = json.loads(capsys.readouterr().out)["words"][0]
+    assert sentence.partition("against it")[0] in " ".join(README.split())
+
+
+def test_what_a_result_says_of_its_trust_is_documented() -> None:
+    text = (ROOT / "docs" / "validation.md").read_text()
+    scenario = spsim.Scenario(hardware="dgx-h100", model="llama-3-8b", plan="tp=8", workload={"seq_len": 2048})
+    result = spsim.simulate(scenario).to_json()
+    for key in ("nodes", "fits_scope", "collectives", "assumed", "assumed_effects", "prior_band", "far_off"):
+        assert key in result
+        assert f"`{key}`" in text
+    for key in result["collectives"][0]:
+        assert f"`{key}`" in text
+
+
+EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def build(" in path.read_text()]
+"""All but the script that makes the bands of errors."""
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiment_in_quick_size(path: Path, tmp_path: Path) -> None:
     """Real process: it ends well, and leaves the CSV, the figures and the manifest."""
     done = subprocess.run(

@@ -235,6 +235,13 @@ class CommCost:
         ring = self._ring(outer, collective, message, ranks, nodes)
         return "ring" if ring <= self._tree(outer, message, ranks // nodes, nodes) else "tree"
 
+    def channels(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> int | None:
+        """Channels that a send and receive gets, where its time follows from them."""
+        level = self.inner if nodes == 1 else self._outer()
+        if collective != "send_receive" or not level.sends:
+            return None
+        return int(level.sends.channels(message, ranks, nodes))
+
     def _over_nodes(self, collective: Collective, message: Number, ranks: int, nodes: int) -> Number:
         outer = self._outer()
         if collective == "send_receive" and outer.sends:

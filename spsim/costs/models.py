@@ -10,8 +10,12 @@ from spsim.costs.power import PowerLimit
 from spsim.inputs.hardware import HardwareProfile
 
 
+def compute_cost(hardware: HardwareProfile, precision: str) -> ComputeCost:
+    """Durations of kernels in a step: of bursts, where the profile knows by how much a step slows them down."""
+    return ComputeCost(hardware, precision, burst=PowerLimit(hardware, precision).slowdown > 0)
+
+
 @lru_cache(maxsize=64)
 def cost_models(hardware: HardwareProfile, precision: str) -> tuple[ComputeCost, CommCost]:
-    """Durations of kernels and collectives on a profile: bursts, where it knows by how much a step slows them down."""
-    burst = PowerLimit(hardware, precision).slowdown > 0
-    return ComputeCost(hardware, precision, burst=burst), CommCost(hardware)
+    """Durations of kernels and collectives on a profile, made once."""
+    return compute_cost(hardware, precision), CommCost(hardware)

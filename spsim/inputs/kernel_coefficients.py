@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Sides, Table
 from spsim.work import AttentionKernel, known_data_type, known_kernel_pass
@@ -42,6 +42,15 @@ class GemmCoefficients(Table):
     """K at which main loops hide half of it; none where it never is."""
     unaligned_rate: Fraction | None = None
     """Share of the limit that products reach whose rows begin at no multiple of 16 bytes; all of it unless given."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        """What every product needs is there for each type that has a fraction."""
+        for name in ("weight_gradient_rate", "accumulation_exposed"):
+            for dtype in self.fraction:
+                if dtype not in getattr(self, name):
+                    raise ValueError(f"{name} has no {dtype}, of which there is a fraction; add it")
+        return self
 
 
 class AttentionTile(Table):

@@ -30,6 +30,11 @@ def measured_cases() -> Path:
     return _shipped("data", "experiments/data") / "measured_training.csv"
 
 
+def error_bands() -> Path:
+    """The shipped CSV file of how far published measurements are from predictions."""
+    return _shipped("data", "experiments/data") / "bands.csv"
+
+
 MAX_TEXT = 64 * MIB
 """Bytes of a text file: a thousand times what a long profile has, and few enough to be held."""
 

@@ -122,9 +122,10 @@ class Scenario(Shapes):
 
     @cached_property
     def summary(self) -> tuple[str, ...]:
-        """Sequence, micro-batch, ring cut and recomputation, for subtitles."""
+        """Sequence, micro-batch, nodes where they are several, ring cut and recomputation, for subtitles."""
         sizes = (f"sequence {self.workload.seq_len:,}", f"micro-batch {self.workload.micro_batch}")
-        return (*sizes, *self.plan.summary)
+        nodes = self.plan.gpus // self.gpus_per_node
+        return (*sizes, *([f"{nodes} nodes"] if nodes > 1 else []), *self.plan.summary)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def plot_layer_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
         axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
         top -= under
     _bar_legend(figure, out=not frame["fits"].astype(bool).all())
-    subtitle = "forward + backward of one layer, ms per 1K tokens of the sequence · bold: fastest plan that fits"
+    subtitle = "forward + backward of one layer, ms per 1K tokens of the sequence · bold: shortest step that fits"
     add_title(figure, "Time of a layer by strategy", _with(note, subtitle))
     return figure
 
@@ -158,9 +158,9 @@ def _stack(bars: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def _name_bars(axes: Axes, bars: pd.DataFrame) -> None:
-    """Strategies under their bars; the fastest that fits of each length in bold."""
+    """Strategies under their bars; the one that fits with the shortest step of each length in bold."""
     fitting = bars[bars["fits"].astype(bool)]
-    fastest = set(fitting.loc[fitting.groupby("seq_len")["layer_time_ms"].idxmin(), "x"])
+    fastest = set(fitting.loc[fitting.groupby("seq_len")["step_time_ms"].idxmin(), "x"])
     axes.set_xticks(list(bars["x"]), list(bars["strategy"]), size=LABEL_SIZE)
     axes.tick_params(axis="x", length=0)
     for x, label in zip(bars["x"], axes.get_xticklabels(), strict=True):

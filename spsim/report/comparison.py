@@ -7,8 +7,21 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 
 from spsim.report.table import table
-from spsim.report.words import band_parts, collective_counts, figure, memory_unit, missed, signed, size, time
-from spsim.studies.comparison import Difference, PlanAccount, PlanComparison, grouped
+from spsim.report.words import (
+    band_parts,
+    collective_counts,
+    far_off,
+    figure,
+    gpus,
+    measured,
+    memory_unit,
+    missed,
+    signed,
+    size,
+    time,
+)
+from spsim.results.bands import Band
+from spsim.studies.comparison import HELD_OUT, Difference, PlanAccount, PlanComparison, grouped
 from spsim.units import GIB, MIB, PS_PER_MS
 
 
@@ -20,6 +33,9 @@ def plans_table(comparison: PlanComparison) -> Table:
         f"{scenario.model.name} on {scenario.hardware.name}: sequence {scenario.workload.seq_len}, "
         f"micro-batch {scenario.workload.micro_batch}"
     )
+    nodes = {account.result.nodes for account in accounts}
+    if len(nodes) == 1 and nodes != {1}:
+        title += f", {nodes.pop()} nodes"
     made = table(title, ["quantity", *(account.name for account in accounts)])
     columns = [dict(_plan_rows(account)) for account in accounts]
     for quantity in columns[0]:
@@ -30,7 +46,7 @@ def plans_table(comparison: PlanComparison) -> Table:
 def _plan_rows(account: PlanAccount) -> Iterable[tuple[str, str]]:
     result = account.result
     yield "plan", account.text or account.name
-    yield "GPUs", str(result.scenario.plan.gpus)
+    yield "GPUs", gpus(result).replace(" GPUs", "").replace(" GPU", "")
     if result.attention:
         yield "attention", result.attention
     yield "layer forward", time(result.layer_forward_s)
@@ -41,7 +57,7 @@ def _plan_rows(account: PlanAccount) -> Iterable[tuple[str, str]]:
     yield "throughput", f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU"
     yield "peak memory", f"{size(result.peak_memory_gib * GIB)}, at {result.peak_operator}"
     yield "device memory", f"{size(result.device_memory_gib * GIB)} of {result.capacity_gib:.1f} GiB"
-    yield "fits", "yes" if result.fits else f"no, from {result.out_of_memory_at} on"
+    yield f"fits, {result.scope} only", "yes" if result.fits else f"no, from {result.out_of_memory_at} on"
     yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB"
     for phase, counts in result.collectives_per_layer.items():
         yield f"collectives, {phase}", collective_counts(counts)
@@ -97,58 +113,73 @@ def comparison_lines(comparison: PlanComparison) -> list[str]:
     if len({account.result.scenario.plan.gpus for account in accounts}) > 1:
         lines.append("The plans use different numbers of GPUs: compare the throughput per GPU, not times.")
     lines += [f"{a.name} does not fit in the device memory." for a in accounts if not a.result.fits]
+    lines += [f"{a.name}: {a.result.overlap}." for a in accounts if a.result.overlap]
     if len(accounts) > 2:
-        fastest = min(accounts, key=lambda account: account.result.step_time_s)
-        smallest = min(accounts, key=lambda account: account.result.peak_memory_gib)
-        lines.append(f"Shortest step: {fastest.name}. Lowest peak of memory: {smallest.name}.")
+        first, *tied = comparison.fastest
+        tie = f", a tie with {_listed(tied)}" if tied else ""
+        lines.append(f"Shortest step: {first}{tie}. Lowest peak of memory: {_listed(_smallest(accounts))}.")
     return [*lines, *_trust_lines(comparison)]
+
+
+def _smallest(accounts: Sequence[PlanAccount]) -> list[str]:
+    """The plan with the lowest peak of memory, and those that differ by less than is shown."""
+    peaks = {account.name: account.result.peak_memory_gib * GIB for account in accounts}
+    return [name for name, peak in peaks.items() if size(peak) == size(min(peaks.values()))]
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _trust_lines(comparison: PlanComparison) -> Iterable[str]:
     """What is left out or has no effect, the rule of the error band, and what a calibration does not describe."""
     notes = [note for account in comparison.accounts for note in account.result.scenario.notes]
     yield from (f"note: {note}" for note in dict.fromkeys(notes))
-    if any(_band_of(pair) is not None for pair in comparison.differences):
+    if any(pair.band.of == HELD_OUT for pair in comparison.differences):
         yield (
-            "A difference of steps is within the error band where it is smaller in percent than the larger band of the "
-            "two steps; errors that both plans share cancel in part, so the band is wide for a difference."
+            "A difference of steps is a tie where it is smaller in percent than the larger band of the two steps; "
+            "errors that both plans share cancel in part, so the band is wide for a difference."
         )
+    parts: dict[Band, list[str]] = {}
+    for account in comparison.accounts:
+        for part in account.result.far_off:
+            parts.setdefault(part, []).append(account.name)
+    yield from (f"{_listed(names)}: {far_off(part)}" for part, names in parts.items())
     flags: dict[tuple[str, ...], list[str]] = {}
     for account in comparison.accounts:
         if account.result.flagged:
             flags.setdefault(account.result.flagged, []).append(account.name)
-    yield from (f"{' and '.join(names)}: {missed(flagged)}" for flagged, names in flags.items())
-
-
-def _band_of(pair: Difference) -> float | None:
-    """The larger of the half-widths of both steps, in percent."""
-    bands = (account.result.error_band for account in (pair.before, pair.after))
-    known = [found.step_time_percent for found in bands if found and found.step_time_percent is not None]
-    return max(known, default=None)
+    yield from (f"{_listed(names)}: {missed(flagged)}" for flagged, names in flags.items())
 
 
 def _time_line(pair: Difference) -> str:
-    before, after = pair.before.name, pair.after.name
-    change, was = sum(pair.layer.values()), sum(pair.before.layer.values())
+    """Ranked by the step: neighbouring layers may overlap, and weights synchronise at its end."""
+    before, after = pair.before, pair.after
+    change = sum(pair.step.values())
+    was, now = (time(account.result.step_time_s) for account in (before, after))
     if not change:
-        return f"{after} takes as long as {before}: {was / PS_PER_MS:.3f} ms a layer."
-    step, band = 100 * sum(pair.step.values()) / sum(pair.before.step.values()), _band_of(pair)
-    trust = f", within the error band of ±{band:.1f} %" if band is not None and abs(step) < band else ""
-    return (
-        f"{after} is {'faster' if change < 0 else 'slower'} than {before}: one layer, forward and backward, takes "
-        f"{(was + change) / PS_PER_MS:.3f} instead of {was / PS_PER_MS:.3f} ms ({signed(100 * change / was, 1)} %; "
-        f"step {signed(step, 1)} %{trust}). {_reasons(grouped(pair.layer), change, PS_PER_MS, 'ms')}"
-    )
+        return f"{after.name} takes as long as {before.name}: {was} a step."
+    took = f"the step takes {now} instead of {was}" if now != was else f"the step takes {was} under both"
+    took += f" ({signed(pair.step_percent, 1)} %"
+    if pair.tie:
+        head = f"{after.name} and {before.name} are a tie: {took}, less than the band of {measured(pair.band)})"
+    else:
+        word = "faster" if change < 0 else "slower"
+        head = f"{after.name} is {word} than {before.name}: {took}; band {measured(pair.band)})"
+    return f"{head}. {_reasons(grouped(pair.step), change, PS_PER_MS, 'ms')}"
 
 
 def _memory_line(pair: Difference) -> str:
     change, was = sum(pair.memory.values()), sum(pair.before.memory.values())
-    if not change:
-        return f"{pair.after.name} has the same peak of memory as {pair.before.name}: {size(was)}."
     unit, name = memory_unit(was)
+    texts = [f"{amount / unit:.2f}" for amount in (was + change, was)]
+    if texts[0] == texts[1]:
+        more = f", {size(abs(change))} {'less' if change < 0 else 'more'}" if change else ""
+        return f"{pair.after.name} has the same peak of memory as {pair.before.name}: {texts[0]} {name}{more}."
     return (
-        f"{pair.after.name} needs {'less' if change < 0 else 'more'} memory: {(was + change) / unit:.2f} instead of "
-        f"{was / unit:.2f} {name} at the peak ({signed(100 * change / was, 1)} %). "
+        f"{pair.after.name} needs {'less' if change < 0 else 'more'} memory: {texts[0]} instead of "
+        f"{texts[1]} {name} at the peak ({signed(100 * change / was, 1)} %). "
         f"{_reasons(pair.memory, change, unit, name)}"
     )
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.table import Table
 
 from spsim.report.table import table
-from spsim.report.words import band, collective_counts, figure, missed, size, time
+from spsim.report.words import band, collective_counts, far_off, figure, gpus, missed, size, time
 from spsim.results.accounts import IDLE, PEERS, STAGES
-from spsim.results.result import Result
-from spsim.results.tables import operator_rows
+from spsim.results.result import FITS_SCOPE, Result
+from spsim.results.sensitivity import SHARE, Effect
 from spsim.units import GIB, MIB
 
 WAITS = {
@@ -19,6 +20,8 @@ WAITS = {
     "dependency": (IDLE, "nothing runs and no communication is posted"),
 }
 """What kernels wait for beside transfers: in a word, and why."""
+LITTLE_PERCENT = 0.1
+"""Of the step, below which effects are not told one by one."""
 SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
 
 
@@ -26,7 +29,7 @@ def summary(result: Result) -> Table:
     """The figures of one run."""
     scenario = result.scenario
     title = (
-        f"{scenario.model.name} on {scenario.hardware.name}: {scenario.plan.label}, {scenario.plan.gpus} GPUs, "
+        f"{scenario.model.name} on {scenario.hardware.name}: {scenario.plan.label}, {gpus(result)}, "
         f"sequence {scenario.workload.seq_len}, micro-batch {scenario.workload.micro_batch}"
     )
     made = table(title, ["quantity", "value", "of"], numbers=["value"])
@@ -74,33 +77,81 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
 
 def _fit(result: Result) -> str:
     if result.fits:
-        return f"fits: {result.capacity_gib:.1f} GiB reported by the driver"
+        return f"fits {result.capacity_gib:.1f} GiB reported by the driver; {FITS_SCOPE[result.scope]}"
     over = result.device_memory_gib - result.capacity_gib
-    return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {result.out_of_memory_at}"
+    place = result.out_of_memory_at
+    return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {place} ({result.scope} only)"
 
 
 def notes(result: Result) -> list[str]:
     """What a reader of the figures must know: notes, assumed inputs, errors of the calibration."""
     lines = [f"note: {note}" for note in result.notes]
     if result.assumed:
-        lines.append(f"assumed inputs used ({len(result.assumed)}): {', '.join(result.assumed)}")
+        lines.append(_assumed(result))
+    lines += map(far_off, result.far_off)
     if result.flagged:
         lines.append(missed(result.flagged))
     if result.error_band is not None:
         lines.append(band(result.error_band))
+    if result.prior_band is not None:
+        prior = result.prior_band
+        lines.append(f"how sure: 90 % of {prior.rows} {prior.of} are met within ±{prior.percent:.1f} %")
     return lines
 
 
+def _assumed(result: Result) -> str:
+    """Each coefficient with what a fifth of it does, largest first; those that do little together."""
+    names, effects = result.assumed, result.assumed_effects
+    if effects is None:
+        return f"assumed inputs used ({len(names)}; too many tasks to say what each does): {', '.join(names)}"
+    told, little = [], []
+    for path, effect in effects.items():
+        percent, room = _largest(effect) if effect else (0.0, 0.0)
+        if percent >= LITTLE_PERCENT or room:
+            told.append(f"{path} ±{f'{percent:.1f} %' if percent else f'{room * GIB / MIB:.0f} MiB of free memory'}")
+        elif effect:
+            little.append(path)
+    parts = [", ".join(told)] if told else []
+    parts += [f"{len(little)} less than ±{LITTLE_PERCENT} % each (--json names them)"] if little else []
+    choices = [path for path, effect in effects.items() if effect is None]
+    parts += [f"choices: {', '.join(choices)}"] if choices else []
+    what = f"what ±{100 * SHARE:.0f} % of each does to the step"
+    return f"assumed inputs used ({len(names)}), and {what}: {'; '.join(parts)}"
+
+
+def _largest(effect: Effect) -> tuple[float, float]:
+    percent, room = (max(map(abs, change)) for change in (effect.step_time_percent, effect.free_memory_gib))
+    return percent, room
+
+
 def operator_table(result: Result, rows: int = 12) -> Table:
-    """The operators that take most of the time of the first rank."""
+    """The operators that take most of the time of the first rank, with their rates."""
     made = table(
-        "Time of the first rank by operator", ["operator", "part", "class", "lane", "time", "share of step", "calls"],
+        "Time of the first rank by operator",
+        ["operator", "part", "class", "lane", "time", "share of step", "calls", "rate"],
         numbers=["time", "share of step", "calls"],
     )  # fmt: skip
-    for row in operator_rows(result.trace)[:rows]:
+    found = result.operator_rows
+    for row in found[:rows]:
         share = row["time_ms"] / 1e3 / result.step_time_s
         made.add_row(
             row["operator"], row["part"], row["operator_class"], row["lane"], time(row["time_ms"] / 1e3),
-            f"{100 * share:.1f} %", str(row["calls"]),
+            f"{100 * share:.1f} %", str(row["calls"]), _rate(row),
         )  # fmt: skip
+    shown, total = (sum(row["time_ms"] for row in some) for some in (found[:rows], found))
+    made.caption = (
+        f"{min(rows, len(found))} of {len(found)} operators, {100 * shown / total:.0f} % of their time; --out writes "
+        "all to operators.csv. GB/s: bus bandwidth"
+    )
+    made.caption_justify = "left"
     return made
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    """FLOP/s of a kernel; bytes that a GPU sends over time, and how they are sent."""
+    if not row["time_ms"]:
+        return ""
+    if row["sent_mib"]:
+        rate = f"{figure(row['sent_mib'] * MIB / row['time_ms'] / 1e6)} GB/s, {row['algorithm'].replace('_', '-')}"
+        return rate + (f" on {row['channels']} channels" if row["channels"] else "")
+    return f"{figure(row['gflop'] / row['time_ms'])} TFLOP/s" if row["gflop"] else ""

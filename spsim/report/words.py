@@ -9,6 +9,8 @@ from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
+    from spsim.results.bands import Band
+    from spsim.results.derived import Derived
     from spsim.results.uncertainty import ErrorBand
 
 FULL = 100
@@ -49,6 +51,22 @@ def signed(amount: float, digits: int) -> str:
     """With its sign, unless it is rounded to nothing."""
     text = f"{amount:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def gpus(result: Derived) -> str:
+    """How many, and of how many nodes where they are several."""
+    count = result.scenario.plan.gpus
+    return f"{count} GPU{'s' if count > 1 else ''}" + (f" on {result.nodes} nodes" if result.nodes > 1 else "")
+
+
+def measured(band: Band) -> str:
+    """A band and where it comes from."""
+    return f"±{band.percent:.1f} %, from {f'{band.rows} ' if band.rows else ''}{band.of}"
+
+
+def far_off(part: Band) -> str:
+    """A part that is known to be far off."""
+    return f"known to be far off: {part.of}: published tables differ by {part.percent:.0f} % or more ({part.rows} rows)"
 
 
 def missed(flagged: Iterable[str]) -> str:

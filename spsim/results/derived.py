@@ -88,6 +88,11 @@ class Derived:
     """Of the compute lane of the first rank, by operator class."""
     peak_bytes: int
 
+    @property
+    def nodes(self) -> int:
+        """Nodes that the GPUs of the plan are spread over."""
+        return self.scenario.plan.gpus // self.scenario.gpus_per_node
+
     # Times
 
     @property

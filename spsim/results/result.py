@@ -18,10 +18,13 @@ from spsim.program.mesh import nodes_of
 from spsim.program.operators import TensorKind
 from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
-from spsim.results import metrics, tables
+from spsim.results import bands, metrics, tables
+from spsim.results.bands import Band
+from spsim.results.calls import Call, calls
 from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
+from spsim.results.sensitivity import MOST_TASKS, Effect, effects
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.preparation import PreparedBlock
 from spsim.units import seconds
@@ -32,6 +35,14 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 """Of the documents of `run --json` and `compare --json`; 1 had no number."""
+
+FITS_SCOPE = {
+    "layers": "layers only: embedding, head and loss are not counted",
+    "module": "module only: optimizer states are not counted",
+}
+"""By scope, what the memory is of that has to fit."""
+OVERLAPPING = 0.001
+"""Share of the step from which on layers that overlap are spoken of."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,25 @@ class Result(Derived):
         return ", ".join(names) or ("unfused" if self.scope != "module" else None)
 
     @lazy
+    def assumed_effects(self) -> Mapping[str, Effect | None] | None:
+        """What each assumed coefficient does to the result, largest first, without those that do nothing, and None
+        for those that are no number; None for all where the step is too long to be walked again for each.
+        """
+        if self.events > MOST_TASKS:
+            return None
+        return effects(self, _assumed_inputs(self.scenario, self.block))
+
+    @property
     def assumed(self) -> tuple[str, ...]:
-        """Assumed coefficients that a duration of this run came from."""
-        return _assumed_inputs(self.scenario, self.block)
+        """Assumed coefficients that the result hangs on; where their effects are unknown, those that it came from."""
+        if self.assumed_effects is None:
+            return _assumed_inputs(self.scenario, self.block)
+        return tuple(sorted(self.assumed_effects))
 
     @lazy
     def notes(self) -> tuple[str, ...]:
-        """Settings without effect, and what durations hang on beyond the bytes."""
-        return (*self.scenario.notes, *_remarks(self))
+        """Settings without effect, what durations hang on beyond the bytes, and layers that overlap."""
+        return (*self.scenario.notes, *_remarks(self), *([self.overlap] if self.overlap else []))
 
     @lazy
     def _account(self) -> Account:
@@ -98,6 +120,16 @@ class Result(Derived):
     def error_band(self) -> ErrorBand | None:
         """Errors of the times from those of the coefficients, see `uncertainty`; None without a calibration."""
         return self._account.band() if is_calibrated(self.scenario.hardware) else None
+
+    @property
+    def prior_band(self) -> Band | None:
+        """How far published measurements are off, see `bands`; None where a calibration has errors of its own."""
+        return None if is_calibrated(self.scenario.hardware) else bands.of_time(self.scenario.hardware)
+
+    @lazy
+    def far_off(self) -> tuple[Band, ...]:
+        """Parts of the result whose published measurements are known to be far from predictions."""
+        return bands.far_off(self)
 
     # Times
 
@@ -128,6 +160,18 @@ class Result(Derived):
         """
         names = ("peer", "stage", "dependency")
         return {name: seconds(max(getattr(own, name) for own in self._idle.values())) for name in names}
+
+    @property
+    def overlap(self) -> str:
+        """That neighbouring layers overlap, in words; empty where they do not."""
+        passes = self.scenario.model.layers * self.scenario.num_micro_batches
+        more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
+        if more <= OVERLAPPING:
+            return ""
+        return (
+            f"neighbouring layers overlap: {passes} times the layer time is {100 * more:.1f} % more than they take "
+            "together; compare steps"
+        )
 
     @lazy
     def weight_sync_ps(self) -> int:
@@ -208,6 +252,11 @@ class Result(Derived):
             total[sync.collective] += sent_bytes(sync.collective, message, sync.ranks)
         return dict(sorted(total.items()))
 
+    @lazy
+    def collectives(self) -> tuple[Call, ...]:
+        """The collectives of a step with algorithm and rate; see `calls`."""
+        return calls(self)
+
     # Tables and pictures
 
     @lazy
@@ -222,8 +271,17 @@ class Result(Derived):
 
     @lazy
     def operators(self) -> pd.DataFrame:
-        """Time of the first rank by operator; see `tables.operators_frame`."""
-        return tables.operators_frame(self.trace)
+        """Time of the first rank by operator; see `tables.operator_rows`."""
+        return tables.operators_frame(self.trace, self._calls)
+
+    @lazy
+    def operator_rows(self) -> list[dict[str, Any]]:
+        """The same without pandas."""
+        return tables.operator_rows(self.trace, self._calls)
+
+    @property
+    def _calls(self) -> Mapping[tuple[str, str, int], Call]:
+        return {(call.collective, call.axis, call.message_bytes): call for call in self.collectives}
 
     def plot_timeline(self, path: str | Path, **options: Any) -> None:
         """Draw the lanes of the ranks; see `plots.plot_timeline`."""
@@ -273,14 +331,24 @@ class Result(Derived):
             "plan": scenario.plan.model_dump(),
             "workload": scenario.workload.model_dump(),
             "gpus": scenario.plan.gpus,
+            "nodes": self.nodes,
             "attention": self.attention,
             **dict(documented(self)),
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
+            "fits_scope": FITS_SCOPE[self.scope],
+            "collectives": [asdict(call) for call in self.collectives],
             "assumed": list(self.assumed),
+            "assumed_effects": _effects_document(self.assumed_effects),
             "flagged": list(self.flagged),
             "error_band": None if self.error_band is None else asdict(self.error_band),
+            "prior_band": None if self.prior_band is None else asdict(self.prior_band),
+            "far_off": [asdict(part) for part in self.far_off],
             "notes": list(self.notes),
         }
+
+
+def _effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
+    return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
 
 
 def _assumed_inputs(scenario: Simulated, block: PreparedBlock) -> tuple[str, ...]:
@@ -300,9 +368,6 @@ def _assumed_inputs(scenario: Simulated, block: PreparedBlock) -> tuple[str, ...
 def _remarks(result: Result) -> tuple[str, ...]:
     scenario = result.scenario
     _, comm = cost_models(scenario.hardware, scenario.workload.precision)
-    found: dict[str | None, None] = {}
-    for step in (step for section in result.program.sections for step in section.instructions):
-        if isinstance(step, Communication):
-            nodes = nodes_of(result.block.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
-            found[comm.remark(step.collective, step.message_bytes, step.ranks, nodes)] = None
+    calls = result.collectives
+    found = dict.fromkeys(comm.remark(call.collective, call.message_bytes, call.ranks, call.nodes) for call in calls)
     return tuple(remark for remark in found if remark)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spsim.engine.trace import Trace
+from spsim.results.calls import Call
 from spsim.results.filling import changes_during
 from spsim.results.held import CATEGORIES, held_before
 from spsim.results.selection import Selection
@@ -83,30 +84,43 @@ def _rank_memory(
     return frame
 
 
-def operators_frame(trace: Trace, rank: int = 0) -> pd.DataFrame:
+Calls = Mapping[tuple[str, str, int], Call]
+"""By collective, axis and bytes of the message."""
+
+
+def operators_frame(trace: Trace, calls: Calls | None = None) -> pd.DataFrame:
     """The rows of `operator_rows`."""
     import pandas as pd
 
-    return pd.DataFrame(operator_rows(trace, rank))
+    return pd.DataFrame(operator_rows(trace, calls))
 
 
-def operator_rows(trace: Trace, rank: int = 0) -> list[dict[str, Any]]:
-    """Time, calls and FLOPs of one simulated rank by operator and part over the step, longest first."""
+def operator_rows(trace: Trace, calls: Calls | None = None) -> list[dict[str, Any]]:
+    """Time, calls and FLOPs of the first rank by operator and part over the step, longest first; of `calls` the
+    algorithm and the channels.
+    """
     totals: dict[tuple[str, str, str, str], list[int]] = {}
+    known: dict[tuple[str, str, str, str], Call] = {}
     for recording, infos, count in trace.described():
         for span in recording.spans:
-            if span.rank != rank:
+            if span.rank != 0:
                 continue
             info = infos[span.task]
             label = f"{info.collective} for {info.name}" if info.collective not in ("", info.name) else info.name
-            entry = totals.setdefault((label, info.part, info.operator_class, span.lane), [0, 0, 0, 0])
+            key = (label, info.part, info.operator_class, span.lane)
+            entry = totals.setdefault(key, [0, 0, 0, 0])
             for index, value in enumerate((span.end_ps - span.start_ps, 1, info.flops, info.sent_bytes)):
                 entry[index] += count * value
+            call = (calls or {}).get((info.collective, info.axis, info.message_bytes))
+            if call is not None:
+                known[key] = call
     rows = [
         {
-            "operator": name, "part": part, "operator_class": kind, "lane": lane, "time_ms": time / PS_PER_MS,
-            "calls": calls, "gflop": flops / 1e9, "sent_mib": sent / MIB,
+            "operator": key[0], "part": key[1], "operator_class": key[2], "lane": key[3], "time_ms": time / PS_PER_MS,
+            "calls": count, "gflop": flops / 1e9, "sent_mib": sent / MIB,
+            "algorithm": known[key].algorithm if key in known else "",
+            "channels": known[key].channels or 0 if key in known else 0,
         }
-        for (name, part, kind, lane), (time, calls, flops, sent) in totals.items()
+        for key, (time, count, flops, sent) in totals.items()
     ]  # fmt: skip
     return sorted(rows, key=lambda row: row["time_ms"], reverse=True)

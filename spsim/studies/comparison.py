@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_options, plan_text
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
-from spsim.results import accounts
+from spsim.results import accounts, bands
 from spsim.results.accounts import IDLE, OTHER, PEERS, RECOMPUTATION, SLOWED, STAGES, SYNC, Account, is_exposed
+from spsim.results.bands import Band
 from spsim.results.held import held_at
 from spsim.results.result import SCHEMA_VERSION, Result
 from spsim.simulation import simulate
@@ -40,6 +41,9 @@ Parts = dict[str, int]
 
 EXPOSED = "exposed communication"
 _LAST = (SYNC, PEERS, STAGES, IDLE, OTHER)
+
+HELD_OUT = "held-out errors of the calibration"
+"""Where a band comes from that both plans share in part, so that it is wide for a difference."""
 
 LABELLED = ("tp", "sequence_parallel", "ulysses", "ring")
 """Options of a plan that its label shows."""
@@ -162,11 +166,41 @@ class Difference:
         """Bytes by category; they add up to the difference of the peaks."""
         return _change(self.before.memory, self.after.memory)
 
+    @cached_property
+    def band(self) -> Band:
+        """Of the difference of the steps: the larger error band of a calibrated profile, else of published ratios."""
+        results = (self.before.result, self.after.result)
+        known = [band.step_time_percent for band in (result.error_band for result in results) if band is not None]
+        percent = max((found for found in known if found is not None), default=None)
+        if percent is not None:
+            return Band(percent, HELD_OUT)
+        one, other = (result.scenario.plan for result in results)
+        return bands.of_pair(results[0].scenario.hardware, one, other)
+
+    @property
+    def step_percent(self) -> float:
+        """By how much the step of the second plan is longer."""
+        return 100 * sum(self.step.values()) / sum(self.before.step.values())
+
+    @property
+    def tie(self) -> bool:
+        """Whether the steps differ by less than the band."""
+        return bands.lead(sum(self.before.step.values()), sum(self.after.step.values())) < self.band.percent
+
+    @property
+    def faster(self) -> str | None:
+        """The plan with the shorter step; None where it is a tie."""
+        return None if self.tie else self.names[self.step_percent < 0]
+
     def to_json(self) -> dict[str, Any]:
-        """Whole picoseconds and bytes."""
+        """Whole picoseconds and bytes; which step is shorter, unless that is within the band."""
         return {
             "from": self.before.name,
             "to": self.after.name,
+            "step_difference_percent": self.step_percent,
+            "band": asdict(self.band),
+            "tie": self.tie,
+            "faster": self.faster,
             "layer_ps": self.layer,
             "step_ps": self.step,
             "peak_memory_bytes": self.memory,
@@ -192,6 +226,12 @@ class PlanComparison:
         """Results by the name of the plan, for plots."""
         return {account.name: account.result for account in self.accounts}
 
+    @property
+    def fastest(self) -> tuple[str, ...]:
+        """The plan with the shortest step, and those that tie with it."""
+        first, *others = sorted(self.accounts, key=lambda account: account.result.step_ps)
+        return (first.name, *(other.name for other in others if Difference(first, other).tie))
+
     @cached_property
     def differences(self) -> tuple[Difference, ...]:
         """From the first plan to each of the others."""
@@ -206,6 +246,7 @@ class PlanComparison:
             "hardware": scenario.hardware.name,
             "model": scenario.model.name,
             "workload": scenario.workload.model_dump(),
+            "fastest": list(self.fastest),
             "plans": [account.to_json() for account in self.accounts],
             "differences": [difference.to_json() for difference in self.differences],
         }

@@ -54,22 +54,26 @@ def command(
         micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     comparison = compare(given.all_plans(), **given.settings())
-    document = {**comparison.to_json(), "words": report.comparison_lines(comparison)}
-    written = [] if out is None else _write_comparison(comparison, document, out)
+    words = report.comparison_lines(comparison)
+    written = [] if out is None else _write_comparison(comparison, words, out)
     if as_json:
-        print_json(document)
+        print_json(_document(comparison, words))
         return
     console = open_console()
     console.print(report.plans_table(comparison))
     for pair in comparison.differences:
         console.print(report.time_table(pair))
         console.print(report.memory_table(pair))
-    for line in document["words"]:
+    for line in words:
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
 
 
-def _write_comparison(comparison: PlanComparison, document: dict[str, Any], out: Path) -> list[str]:
+def _document(comparison: PlanComparison, words: list[str]) -> dict[str, Any]:
+    return {**comparison.to_json(), "words": words}
+
+
+def _write_comparison(comparison: PlanComparison, words: list[str], out: Path) -> list[str]:
     """Pictures and the document of a comparison; the names of the files."""
     from spsim import plots
 
@@ -77,5 +81,6 @@ def _write_comparison(comparison: PlanComparison, document: dict[str, Any], out:
         comparison.plot_waterfalls(directory / "waterfall.png")
         plots.save(plots.plot_timelines(comparison.results), directory / "timelines.png")
         plots.save(plots.plot_memory_curves(comparison.results), directory / "memory_curves.png")
-        (directory / "comparison.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+        text = json.dumps(_document(comparison, words), indent=2)
+        (directory / "comparison.json").write_text(text, encoding="utf-8")
         return file_names(directory)

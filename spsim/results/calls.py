@@ -1,0 +1,86 @@
+"""The collectives of a step: which algorithm the library runs, over how many channels, at what rate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from spsim.costs.models import cost_models
+from spsim.program.instructions import Communication
+from spsim.program.placement import Collective, sent_bytes
+from spsim.units import GB
+
+if TYPE_CHECKING:
+    from spsim.results.result import Result
+
+
+class Message(NamedTuple):
+    """What decides about the time of a collective."""
+
+    collective: Collective
+    axis: str
+    ranks: int
+    nodes: int
+    message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Collectives that are alike."""
+
+    collective: Collective
+    axis: str
+    """Of the mesh, that its group runs along; several joined by ` × `."""
+    ranks: int
+    nodes: int
+    """That the group lies on."""
+    message_bytes: int
+    calls: int
+    """In a step."""
+    algorithm: str
+    """Of several nodes, between them."""
+    channels: int | None
+    """Of NCCL, for one send; None for other collectives, and where the profile has a curve."""
+    time_s: float
+    """From a framework, once all ranks are there and nothing else moves."""
+    gb_per_s: float
+    """Bus bandwidth: bytes that one GPU sends (of a ring) over that time."""
+
+
+def calls(result: Result) -> tuple[Call, ...]:
+    """The collectives of a step by kind, axis and message, in the order in which they are first issued."""
+    scenario = result.scenario
+    _, costs = cost_models(scenario.hardware, scenario.workload.precision)
+    counted: Counter[Message] = Counter()
+    for message, count in _messages(result):
+        counted[message] += count
+    found = []
+    for message, count in counted.items():
+        collective, axis, ranks, nodes, size = message
+        time = float(costs.duration(collective, size, ranks, nodes))
+        found.append(
+            Call(
+                collective, axis, ranks, nodes, size, count, costs.algorithm(collective, size, ranks, nodes),
+                costs.channels(collective, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _messages(result: Result) -> Iterator[tuple[Message, int]]:
+    """Each communication of a step with how often it runs, then the synchronisation of gradients."""
+    scenario, block, numbers = result.scenario, result.block, result.numbers
+    passes = scenario.model.layers * scenario.num_micro_batches
+    sizes = block.template.index.messages
+    for own in block.passes.values():
+        for part in own.parts:
+            for step in part.segment.instructions:
+                if isinstance(step, Communication):
+                    nodes = block.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
+                    size = int(numbers.values[sizes[step.id]])
+                    yield Message(step.collective, step.axis, step.ranks, nodes, size), passes * part.runs
+    for sync, size in zip(block.syncs, block.sync_messages(numbers, scenario.model.layers), strict=True):
+        nodes = block.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
+        yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), 1

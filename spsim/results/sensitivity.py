@@ -1,0 +1,135 @@
+"""What an assumed coefficient does to a result: the same programs with the coefficient a fifth lower and higher.
+
+A measured curve is one coefficient: all its times. Only the durations are worked out again, and the step walked; sizes
+and programs stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spsim.costs.collectives import CommCost
+from spsim.costs.kernels import ComputeCost
+from spsim.costs.models import compute_cost, cost_models
+from spsim.costs.static_memory import capacity, outside_tensors
+from spsim.engine.pieces import end_of
+from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
+from spsim.step.costed import costed_step
+from spsim.step.folding import Step, fold_step
+from spsim.units import GIB
+
+if TYPE_CHECKING:
+    from spsim.results.result import Result
+
+Costs = tuple[ComputeCost, CommCost]
+COMMUNICATION = ("collective", "sends", "adapter_chunk")
+"""How coefficients of collectives begin."""
+SHARE = 0.2
+"""By which coefficients are changed, down and up."""
+MOST_TASKS = 4_000
+"""Through the engine for a step, up to which it is walked again for each coefficient: some hundredths of a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What changes when a coefficient does, by -20 % and by +20 %."""
+
+    step_time_percent: tuple[float, float]
+    free_memory_gib: tuple[float, float]
+    """Of the device, beside tensors."""
+
+    def __bool__(self) -> bool:
+        return any((*self.step_time_percent, *self.free_memory_gib))
+
+
+def effects(result: Result, paths: tuple[str, ...]) -> dict[str, Effect | None]:
+    """Effect of each coefficient that has one, largest first; then those that are no number, such as the name of a
+    kernel, with None.
+    """
+    hardware = result.scenario.hardware
+    choices = [path for path in paths if not _is_number(_at(hardware.coefficients, path.split(".")))]
+    costs = cost_models(hardware, result.scenario.workload.precision)
+    base = _step(result, hardware, costs)
+    found = {path: _effect(result, path, base, costs) for path in paths if path not in choices}
+    ranked = sorted(found.items(), key=lambda item: -max(map(abs, item[1].step_time_percent)))
+    return {**{path: effect for path, effect in ranked if effect}, **dict.fromkeys(choices)}
+
+
+def _at(table: Any, path: list[str]) -> Any:
+    for name in path:
+        table = table[name] if isinstance(table, dict) else getattr(table, name)
+    return table
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) or isinstance(getattr(leaf, "value", None), float | int)
+
+
+def _effect(result: Result, path: str, base: Step, costs: Costs) -> Effect:
+    down, up = (scaled(result.scenario.hardware, path, 1 + way * SHARE) for way in (-1, 1))
+    step = _step(result, up, _costs(result, up, path, costs))
+    if (step.durations, step.slowdown) == (base.durations, base.slowdown):
+        percent = (0.0, 0.0)
+    else:
+        steps = (_step(result, down, _costs(result, down, path, costs)), step)
+        less, more = (100 * (max(map(end_of, fold_step(one).nodes)) / result.step_ps - 1) for one in steps)
+        percent = (less, more)
+    room = _room(result, result.scenario.hardware)
+    low, high = ((_room(result, hardware) - room) / GIB for hardware in (down, up))
+    return Effect(percent, (low, high))
+
+
+def _costs(result: Result, hardware: HardwareProfile, path: str, costs: Costs) -> Costs:
+    """Of the changed profile, where the coefficient is one of kernels or of communication."""
+    compute, comm = costs
+    if path.startswith(COMMUNICATION):
+        return compute, CommCost(hardware)
+    return compute_cost(hardware, result.scenario.workload.precision), comm
+
+
+def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
+    scenario = result.scenario
+    return costed_step(
+        result.block,
+        result.numbers,
+        hardware,
+        costs,
+        layers=scenario.model.layers,
+        micro_batches=scenario.num_micro_batches,
+        gpus_per_node=scenario.gpus_per_node,
+    )
+
+
+def _room(result: Result, hardware: HardwareProfile) -> int:
+    """Bytes that tensors may take."""
+    return capacity(hardware) - outside_tensors(hardware, result.block.mesh)
+
+
+def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfile:
+    """The profile with one coefficient times a factor; of curves, all times."""
+    coefficients = _replaced(hardware.coefficients, path.split("."), factor)
+    return hardware.model_copy(update={"coefficients": coefficients})
+
+
+def _replaced(table: Any, path: list[str], factor: float) -> Any:
+    if not path:
+        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _times(table, factor)
+    name, *rest = path
+    if isinstance(table, dict):
+        return {**table, name: _replaced(table[name], rest, factor)}
+    return table.model_copy(update={name: _replaced(getattr(table, name), rest, factor)})
+
+
+def _times(quantity: Any, factor: float) -> Any:
+    return quantity.model_copy(update={"value": quantity.value * factor})
+
+
+def _slower(curve: CollectiveCurve, factor: float) -> CollectiveCurve:
+    return curve.model_copy(
+        update={
+            "latency_us": curve.latency_us * factor,
+            "step_latency_us": curve.step_latency_us * factor,
+            "points": tuple((size, bandwidth / factor) for size, bandwidth in curve.points),
+        }
+    )
