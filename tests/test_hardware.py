@@ -448,6 +448,11 @@ def test_missing_coefficient_is_named(path):
     assert "missing" in message
 
 
+@pytest.mark.parametrize("name", ["weight_gradient_rate", "accumulation_exposed"])
+def test_what_products_of_one_type_lack_is_named(name):
+    assert f"{name}.bf16 is missing" in refusal(changed("dgx-h100", f"calibrated.gemm.{name}.bf16", None))
+
+
 @pytest.mark.parametrize("path", ["datasheet.memory.l2_mib.source", "assumed.overlap_slowdown.source"])
 def test_missing_source_is_refused(path):
     message = refusal(changed("dgx-h100", path, None))

@@ -49,7 +49,7 @@ class GemmCoefficients(Table):
         for name in ("weight_gradient_rate", "accumulation_exposed"):
             for dtype in self.fraction:
                 if dtype not in getattr(self, name):
-                    raise ValueError(f"{name} has no {dtype}, of which there is a fraction; add it")
+                    raise ValueError(f"{name}.{dtype} is missing; there is a fraction of this type, so add it")
         return self
 
 
