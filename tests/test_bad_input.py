@@ -94,6 +94,8 @@ def with_plan(plan: str) -> list[str]:
         (with_plan("sequence_parallel=maybe"), ["sequence_parallel", "maybe"]),
         (with_plan("recompute=most"), ["recompute", "most", "selective"]),
         (with_plan("ring=8"), ["unfused", "flash"]),
+        (["run", "--model", "llama-3-8b", "--hardware", "dgx-h100", "--seq-len", "65536", "--plan",
+          "ring=512,ring_cut=contiguous"], ["ring = 512", "contiguous", "at most 256", "zigzag"]),
         ([*RUN, "--hardware", "l40s-8", "--plan", "tp=16"], ["16 GPUs", "several nodes", "l40s-8", "at most 8"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-h100", "--seq-len", "2304", "--plan",
           "tp=4,ring=3,ring_kind=all_gather"], ["tp = 4", "blocks of 4 ranks", "nodes of 6", "unevenly"]),

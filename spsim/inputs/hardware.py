@@ -99,8 +99,8 @@ class Datasheet(Table):
         return self
 
 
-MessageBytes = Annotated[float, Field(gt=0, le=2.0**50)]
-BusBandwidth = Annotated[float, Field(gt=0, le=1e5)]
+MessageBytes = Annotated[float, Field(le=2.0**50)]
+BusBandwidth = Annotated[float, Field(le=1e5)]
 """GB/s."""
 
 

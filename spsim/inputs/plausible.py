@@ -35,8 +35,8 @@ FASTER, SLOWER = 0.1, 20
 """Larger messages take no less than a tenth of the time of the next smaller one, nor a twentieth of its bandwidth."""
 LATENCY = 10
 """Times the time of the smallest measured message that the latency may be."""
-SHORTEST_US = 0.5
-"""Of any message on a GPU."""
+LATENCY_US = (0.5, 5000)
+"""Of any collective on GPUs."""
 LARGEST_NODE = 1024
 """GPUs of the innermost level."""
 
@@ -165,8 +165,8 @@ def _check_curve(where: str, level: Level, collective: str, curve: CollectiveCur
             f"{where}: latency_us {curve.latency_us:g} is over the time of {size:g} bytes at {bandwidth:g} GB/s; "
             "check the units"
         )
-    if not processor and curve.latency_us < SHORTEST_US:
-        raise ValueError(f"{where}: latency_us {curve.latency_us:g} is under {SHORTEST_US}; check the unit")
+    if not processor and not LATENCY_US[0] <= curve.latency_us <= LATENCY_US[1]:
+        raise ValueError(f"{where}: latency_us {curve.latency_us:g} is not from 0.5 to 5000; check the unit")
     steps = 0 if curve.algorithm in ("nvls", "send_receive") else factor * (curve.ranks - max(curve.min_ranks, 2))
     if max(steps, 1) * curve.step_latency_us > curve.latency_us * (1 + 1e-6):
         raise ValueError(
