@@ -1,15 +1,22 @@
-"""The one way to write a file: whole or not at all."""
+"""The one way to write a file, whole or not at all, and to read one of another program's, up to a size."""
 
 from __future__ import annotations
 
 import errno
+import gzip
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from spsim.errors import InputError
+from spsim.units import GIB
+
+GZIP = b"\x1f\x8b"
+"""How a gzip file begins."""
+_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -40,3 +47,32 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_limited(path: Path, limit: int) -> bytearray:
+    """The content of a regular file of at most `limit` bytes, inflated where it is compressed by gzip.
+
+    Nothing beyond the limit is read or inflated. `InputError` where it is larger, no regular file, damaged or cannot be
+    read.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a regular file; give a file, no directory, device or pipe")
+        with path.open("rb") as file:
+            compressed = path.suffix == ".gz" or file.peek(len(GZIP))[: len(GZIP)] == GZIP
+            return _read(gzip.GzipFile(fileobj=file) if compressed else file, path, limit)
+    except (EOFError, zlib.error):
+        raise InputError(f"{path}: the compressed file is cut short or damaged; write or copy it again") from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path, its rights and its form"
+        ) from None
+
+
+def _read(source: BinaryIO | gzip.GzipFile, path: Path, limit: int) -> bytearray:
+    content = bytearray()
+    while chunk := source.read(_CHUNK):
+        content += chunk
+        if len(content) > limit:
+            raise InputError(f"{path}: holds more than {limit / GIB:.3g} GiB; give a smaller one")
+    return content

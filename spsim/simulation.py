@@ -121,6 +121,7 @@ def assemble(
         ),
         block.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,
+        block.abreast,
     )
     walked = fold_step(step) if fold else unfold_step(step)
     copies, gpus = block.ranks.copies, scenario.plan.gpus

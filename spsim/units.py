@@ -19,7 +19,9 @@ GB = GIGA
 
 MS_PER_S = 1e3
 US_PER_S = 1e6
+NS_PER_US = 10**3
 PS_PER_S = 10**12
+PS_PER_NS = 10**3
 PS_PER_US = 10**6
 PS_PER_MS = 10**9
 

@@ -26,6 +26,10 @@ KernelName = Literal[
 MAIN_GRADIENT_BYTES = 4
 """Of an element: gradients of weights are accumulated and reduced in fp32."""
 DATA_TYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
+AttentionKernel = Literal["flash_attention_2", "flash_attention_3", "cudnn", "memory_efficient", "torch_cpu"]
+"""Fused kernels, by the library that they are of; `memory_efficient` is CUTLASS's in torch."""
+Framework = Literal["transformer_engine", "torch"]
+"""What picks a kernel where none is asked for: Megatron-Core through Transformer Engine, or torch by itself."""
 
 
 def known_kernel_pass(name: str) -> str:
@@ -76,11 +80,15 @@ class Gemm:
 class FlashAttention:
     """Attention in one kernel, scores never in memory (Dao et al. 2022)."""
 
+    kernel: AttentionKernel | Framework
+    """By its name, or by that of the framework that picks it."""
     direction: Direction
     batch: int
     heads: int
+    """Of queries; those of keys and values are `kv_heads`."""
+    kv_heads: int
     head_dim: int
-    """Of queries and keys, which selects the curve of its efficiency."""
+    """Of queries and keys, which selects the coefficients of its efficiency."""
     value_dim: int
     queries: int
     keys: int
@@ -95,9 +103,13 @@ class FlashAttention:
         """Two products forward, of the width of keys and of values; backward recomputes the first and has two more
         of each: 2.5 times where the widths are equal (Dao 2023, section 4.1).
         """
+        return self.batch * self.heads * self.width * self.twice_pairs
+
+    @property
+    def width(self) -> int:
+        """Multiplications of a pair of query and key: of a head of its products, each."""
         of_keys, of_values = _products(self.direction)
-        width = of_keys * self.head_dim + of_values * self.value_dim
-        return self.batch * self.heads * width * self.twice_pairs
+        return of_keys * self.head_dim + of_values * self.value_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,8 @@ class MemoryBound:
     kernel: KernelName | None = None
     backward: bool = False
     """The gradient of the kernel."""
+    row: int = 0
+    """Elements that it reduces or scales together: of a norm, a softmax, a bias; 0 where that does not matter."""
 
     @property
     def flops(self) -> int:

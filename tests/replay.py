@@ -39,7 +39,7 @@ def exchange(task, rank, ranks):
 class Replay:
     """The engine's rules in plain Python, with exact fractions and no events.
 
-    A communication starts at the first of its rendezvous, and its duration runs from the last. Nothing of a rank or of
+    A communication starts, and its duration runs, when all of its rendezvous are complete. Nothing of a rank or of
     a lane is posted before its start.
     """
 
@@ -75,13 +75,9 @@ class Replay:
             self.posted[key] = now
             self.arrived.update(meeting.key for meeting in task.meetings)
         elif key not in self.start:
-            if task.meetings and not any(map(self.complete, task.meetings)):
-                return False
-            self.start[key] = now
-        elif key not in self.done:
             if not all(map(self.complete, task.meetings)):
                 return False
-            self.done[key] = Fraction(0)
+            self.start[key], self.done[key] = now, Fraction(0)
         elif self.done[key] >= self.durations[rank][task.id]:
             self.end[key] = now
             queue.popleft()

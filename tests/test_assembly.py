@@ -52,6 +52,10 @@ OTHER_TRAITS = {
     "causal": False,
     "dropout": 0.1,
     "activation": "squared_relu",
+    "head_rows": 3,
+    "head_bias": True,
+    "sliding_window": 4096,
+    "left_out": "vision_config",
 }
 
 

@@ -36,12 +36,19 @@ def machine(**changes):
     """One node of eight GPUs with a cache of 50 MiB, unless changed."""
     fields = {
         "device": "cuda", "dtypes": ("fp32", "tf32", "fp16", "bf16", "fp8"), "cache_bytes": 50 * MIB, "ranks": 8,
-        "nodes": 1, "levels": ("nvlink", "infiniband"),
+        "nodes": 1, "levels": ("nvlink", "infiniband"), "attention_kernels": ("cudnn", "flash_attention_2"),
     }  # fmt: skip
     return Machine(**{**fields, **changes})
 
 
-CPU = machine(device="cpu", dtypes=("fp32", "bf16"), cache_bytes=16 * MIB, ranks=2, levels=("shared-memory",))
+CPU = machine(
+    device="cpu",
+    dtypes=("fp32", "bf16"),
+    cache_bytes=16 * MIB,
+    ranks=2,
+    levels=("shared-memory",),
+    attention_kernels=("torch_cpu",),
+)
 
 
 def kernels(name, **changes):
@@ -89,11 +96,11 @@ def test_products_of_unfused_attention_are_those_of_the_simulator():
 def test_flash_attention_moves_what_the_simulator_says(direction, kv_heads):
     work = kernels("attention", kv_heads=kv_heads).over_gathered_keys(direction, True, "zigzag")[0]
     row = flash_attention(
-        "bf16", direction, batch=BATCH, heads=8, kv_heads=kv_heads, head_dim=32, tokens=TOKENS, causal=True
+        "cudnn", "bf16", direction, batch=BATCH, heads=8, kv_heads=kv_heads, head_dim=32, tokens=TOKENS, causal=True
     )
     assert row.bytes_moved == work.bytes_moved
-    assert (row.batch, row.heads, row.head_dim, row.queries, row.keys, row.causal) == (
-        work.batch, work.heads, work.head_dim, work.queries, work.keys, work.causal
+    assert (row.batch, row.heads, row.kv_heads, row.head_dim, row.queries, row.keys, row.causal) == (
+        work.batch, work.heads, work.kv_heads, work.head_dim, work.queries, work.keys, work.causal
     )  # fmt: skip
 
 

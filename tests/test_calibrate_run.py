@@ -31,7 +31,10 @@ ALL_REDUCE = "all_reduce fp32 4096 bytes on 2 ranks by shared-memory"
 
 
 def all_rows():
-    here = machine(device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu(2).cache_share, ranks=2, levels=("shared-memory",))
+    here = machine(
+        device="cpu", dtypes=CPU.dtypes, cache_bytes=Cpu(2).cache_share, ranks=2, levels=("shared-memory",),
+        attention_kernels=("torch_cpu",),
+    )  # fmt: skip
     return [row for section in sections(here, quick=True) for row in section.rows]
 
 
@@ -69,7 +72,11 @@ def measured(settings):
 def test_two_processes_measure_one_row_of_each_kind(tmp_path):
     smallest = [f"{name} fp32 1024 bytes on 2 ranks by shared-memory" for name in catalogue.COLLECTIVES]
     beside = "gemm_beside_all_reduce fp32 33554432 bytes on 2 ranks by shared-memory"
-    others = ["stream_add fp32", "norm_statistics bf16", "attention forward bf16 4/4 heads of 64, 128 tokens, causal"]
+    others = [
+        "stream_add fp32",
+        "norm_statistics bf16",
+        "attention torch_cpu forward bf16 4/4 heads of 64, 128 tokens, causal",
+    ]
     settings = prepare(tmp_path, named(FORWARD, beside, *smallest, *others))
     reports = []
     launch.measure(settings, reports.append)

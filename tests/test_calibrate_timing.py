@@ -103,7 +103,9 @@ ROWS = [
     *(row for name in MEMORY_BOUND for row in memory_bound(name, "fp32", 8, 128)),
     *(row for name in MEMORY_BOUND if name != "adam" for row in memory_bound(name, "bf16", 8, 128)),
     *(
-        flash_attention("bf16", direction, batch=1, heads=4, kv_heads=kv_heads, head_dim=64, tokens=64, causal=causal)
+        flash_attention(
+            "torch_cpu", "bf16", direction, batch=1, heads=4, kv_heads=kv_heads, head_dim=64, tokens=64, causal=causal
+        )
         for direction in ("forward", "backward")
         for kv_heads in (4, 1)
         for causal in (True, False)

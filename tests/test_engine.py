@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -60,14 +59,15 @@ def test_a_collective_waits_for_the_slowest():
 
 def test_an_exchange_waits_for_its_neighbours_only():
     """Four ranks ready at 1, 2, 3 and 20. Transfers start when both ends are ready: 0-1 at 2, 1-2 at 3, 2-3 and
-    3-0 at 20. A rank's exchange spans both of its own: rank 1 ends 5 ps after 3, the neighbours of 3 after 20.
+    3-0 at 20. A rank's exchange is over with the later of its own, and counts from when that one starts: of rank 1
+    from 3 on, of the neighbours of rank 3 from 20 on.
     """
     programs = {
         rank: [Task(0, "compute", work), Task(1, "net", 5, needs=(0,), meetings=exchange(1, rank, 4))]
         for rank, work in enumerate((1, 2, 3, 20))
     }
     found = times(programs)
-    assert [found[rank, 1][1:] for rank in range(4)] == [(2, 25), (2, 8), (3, 25), (20, 25)]
+    assert [found[rank, 1][1:] for rank in range(4)] == [(20, 25), (3, 8), (20, 25), (20, 25)]
 
 
 def test_two_ranks_exchange_over_one_pair_of_edges():
@@ -335,7 +335,7 @@ def test_a_shorter_task_delays_nothing(programs, data):
 
     def shorten(rank, task):
         duration = max(0, task.duration_ps - cut) if (rank, task.id) == chosen else task.duration_ps
-        return replace(task, duration_ps=duration)
+        return task._replace(duration_ps=duration)
 
     before, after = times(programs), times(changed(programs, shorten))
     assert all(after[key][2] <= before[key][2] for key in before)
@@ -348,7 +348,7 @@ def test_another_lane_delays_nothing(programs):
 
     def move(rank, task):
         lane = f"{task.lane} 2" if task.id % 2 and task.lane != "compute" else task.lane
-        return replace(task, lane=lane)
+        return task._replace(lane=lane)
 
     before, after = times(programs), times(changed(programs, move))
     assert all(after[key][2] <= before[key][2] for key in before)
@@ -381,9 +381,9 @@ def halves(programs, cut):
         first[rank] = [task for task in tasks if task.id < cut]
         last = tuple({task.lane: task.id for task in first[rank] if not task.meetings}.values())
         rest = [task for task in tasks if task.id >= cut]
-        whole[rank] = [*first[rank], *(replace(task, needs=(*task.needs, *last)) for task in rest)]
+        whole[rank] = [*first[rank], *(task._replace(needs=(*task.needs, *last)) for task in rest)]
         second[rank] = [
-            replace(task, needs=tuple(f"{need}" if need in range(cut) else need for need in task.needs))
+            task._replace(needs=tuple(f"{need}" if need in range(cut) else need for need in task.needs))
             for task in rest
         ]
     return whole, first, second

@@ -33,6 +33,8 @@ CASES = [
     ("ulysses=4,recompute=selective", UNFUSED, 1),
     ("ring=4", {}, 1),
     ("ring=4,recompute=full", GQA, 1),
+    ("ring=16", GQA, 1),
+    ("ring=16,recompute=full", {}, 1),
     ("ring=4,ring_kind=all_gather", UNFUSED, 1),
     ("ring=4,ring_kind=all_gather", {}, 1),
     ("ring=4,ring_cut=contiguous", {"causal": False}, 1),
@@ -217,6 +219,7 @@ def test_an_unbalanced_ring_is_slower():
     """The slowest rank sets the pace, all ranks end together, and those with less work wait."""
     zigzag, contiguous = (result(f"ring=4,ring_cut={cut}", **LONG) for cut in ("zigzag", "contiguous"))
     assert contiguous.layer_forward_s > 1.3 * zigzag.layer_forward_s
-    assert contiguous.exposed_comm_s > 10 * zigzag.exposed_comm_s
+    assert contiguous.idle_s["peer"] > 5 * zigzag.exposed_comm_s
+    assert zigzag.idle_s["peer"] == 0
     ends = contiguous.spans.groupby("rank")["end_us"].max()
     assert ends.min() == ends.max()

@@ -14,24 +14,24 @@ COMPARED = EXPERIMENT["compared"]()
 
 # Table: (agreeing pairs, counted pairs) that are reached at least, and the largest mean error in percent.
 LIMITS = {
-    "a100-128k-32x32": (18, 20, 36),
-    "a100-128k-8x32": (18, 18, 39),
-    "a100-128k-4x32": (12, 12, 49),
-    "a100-128k-2x32": (5, 5, 70),
-    "a100-128k-8x128": (17, 19, 14),
-    "a100-128k-64x32-gqa8": (17, 19, 30),
-    "a100-32k-32x32": (16, 20, 210),  # also Ulysses: not explained
-    "a100-report-32k-32x128-gqa4": (18, 18, 26),
-    "a100-report-128k-32x128-gqa4": (18, 19, 320),  # perhaps forward and backward
-    "l20-128k-32x32": (17, 21, 20),
-    "l20-128k-32x128-gqa4": (15, 20, 19),
-    "l20-32k-32x128-gqa4": (13, 21, 50),  # all-to-all at a sixth of the assumed rate
-    "l20-8k-32x128-gqa4": (15, 19, 120),
+    "a100-128k-32x32": (20, 20, 35),
+    "a100-128k-8x32": (18, 18, 33),
+    "a100-128k-4x32": (12, 12, 35),
+    "a100-128k-2x32": (4, 5, 47),
+    "a100-128k-8x128": (18, 19, 11),
+    "a100-128k-64x32-gqa8": (19, 19, 30),
+    "a100-32k-32x32": (16, 20, 200),  # also Ulysses: not explained
+    "a100-report-32k-32x128-gqa4": (17, 18, 16),
+    "a100-report-128k-32x128-gqa4": (16, 19, 325),  # perhaps forward and backward
+    "l20-128k-32x32": (15, 21, 22),
+    "l20-128k-32x128-gqa4": (15, 20, 20),
+    "l20-32k-32x128-gqa4": (13, 21, 43),  # all-to-all at a sixth of the assumed rate
+    "l20-8k-32x128-gqa4": (16, 19, 92),
     "a100-ring-forward": (1, 1, 11.5),
     "a100-ring-both": (1, 1, 8),
-    "h800-ring-forward": (1, 1, 6),
-    "h800-ring-both": (1, 1, 10),
-    "a800-7b-64k": (2, 2, 3),
+    "h800-ring-forward": (1, 1, 4.5),
+    "h800-ring-both": (1, 1, 9),
+    "a800-7b-64k": (2, 2, 5),
     "a800-7b-30k": (9, 10, 6),
     "a100-8b-longest": (1, 1, 0.1),
 }
@@ -123,13 +123,14 @@ def test_fewer_key_value_heads_help_the_ring_more():
 
 
 def test_the_window_of_one_gpu_is_its_kernel():
-    """Causal flash attention: 2·a·d·s² FLOPs at the share of the peak that s reaches, and the start of a kernel."""
+    """Causal flash attention of 32 heads on 8: its traffic is nothing beside it, and its share is near what it reaches
+    full, since a head has more blocks than the device holds.
+    """
     profile = load_profile("dgx-a100-80gb")
-    curve = profile.coefficients.attention.forward.causal["128"]
     tokens = 65536
-    rate = 312e12 * curve.fraction.value * tokens / (tokens + curve.half_tokens.value)
-    expected = 2 * 32 * 128 * tokens**2 / rate + profile.coefficients.kernel_overhead_us.value / 1e6
-    assert attention(Plan(), 8, hardware="dgx-a100-80gb", seq_len=tokens) == pytest.approx(expected, rel=1e-6)
+    fraction = profile.coefficients.attention["flash_attention_2"].forward.causal["128"].fraction.value
+    expected = 2 * 32 * 128 * tokens**2 / (312e12 * fraction)
+    assert attention(Plan(), 8, hardware="dgx-a100-80gb", seq_len=tokens) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_window_holds_four_all_to_alls_and_the_kernel_on_an_eighth_of_the_heads():

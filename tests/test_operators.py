@@ -224,12 +224,20 @@ def test_a_lookup_is_of_rows():
 
 def test_widths_may_differ_within_an_array_of_kernels():
     """Work of arrays: FLOPs of each as alone."""
-    columns = {"batch": 2, "heads": 4, "head_dim": [64, 192], "value_dim": [64, 128], "queries": 8, "keys": 8}
+    columns = {
+        "batch": 2,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": [64, 192],
+        "value_dim": [64, 128],
+        "queries": 8,
+        "keys": 8,
+    }
     many = FlashAttention(
-        ("forward", "backward"), *(np.array(v, dtype=float) for v in columns.values()), 64.0, True, 1.0
+        "cudnn", ("forward", "backward"), *(np.array(v, dtype=float) for v in columns.values()), 64.0, True, 1.0
     )
     alone = [
-        FlashAttention(direction, 2, 4, d, e, 8, 8, 64, True, 1).flops
+        FlashAttention("cudnn", direction, 2, 4, 4, d, e, 8, 8, 64, True, 1).flops
         for direction, d, e in (("forward", 64, 64), ("backward", 192, 128))
     ]
     assert many.flops.tolist() == alone

@@ -6,6 +6,7 @@ import pytest
 
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workload
+from spsim.program.assembly import layer_program
 from spsim.program.blocks.transformer import LAYER_INPUT, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import Buffer, Communication, Compute, Program, Section
@@ -23,13 +24,15 @@ BACKWARD = ["send_receive", "attention", "elementwise", "elementwise", "send_rec
 
 
 def ring(plan, *, loops, causal=True, workload=None, operators=transformer_layer):
-    """The program of a layer under a plan, with its rings as loops or step by step."""
+    """The program of a layer under a plan, with its rings as loops wherever there is one, or step by step."""
     plan = parse_plan(plan)
+    written_out = 1 if loops else plan.ring
     layer = operators(model(heads=16, kv_heads=8, causal=causal), workload or Workload(seq_len=5040 * 16))
     region = Region(layer, split_rules(plan), mesh_of(plan))
     program = compile_region(region, plan, causal=causal)
     for op in (op for op in layer if op.kind == "attention"):
-        program = lower_ring(program, plan, region.mesh, region.kernels[op.name], causal=causal, loops=loops)
+        kernels = region.kernels[op.name]
+        program = lower_ring(program, plan, region.mesh, kernels, causal=causal, written_out=written_out)
     return program
 
 
@@ -77,6 +80,14 @@ def test_written_out_it_is_the_ring_step_by_step(degree, option, causal):
     assert loops_of(looped.forward_sections) == again
     expected = [*(again if "recompute" in option else []), *([(BACKWARD, degree - 4)] if degree > 5 else [])]
     assert loops_of(looped.backward_sections) == expected
+
+
+def test_few_equal_steps_are_written_out():
+    """Which is less than the program of a long ring, whose equal steps stand there once."""
+    short, long_ = (layer_program(model(heads=16, kv_heads=8), parse_plan(plan), Workload(seq_len=5040 * 16))
+                    for plan in ("ring=10", "ring=14"))  # fmt: skip
+    assert [len(own) for own in (short.forward_sections, short.backward_sections)] == [1, 1]
+    assert [loops_of(own)[0][1] for own in (long_.forward_sections, long_.backward_sections)] == [11, 10]
 
 
 @pytest.mark.parametrize("degree", [3, 8])

@@ -95,6 +95,34 @@ class GPT(nn.Module):
         return attended + F.dropout(self.fc2(F.gelu(self.fc1(y))), self.p)
 
 
+class Turned(Llama):
+    """A rotation of a part of the head; what is left is passed on."""
+
+    def __init__(self, *sizes, turned, passed=lambda x: x):
+        super().__init__(*sizes, rope=True)
+        self.turned, self.passed = turned, passed
+
+    def rotate(self, x):
+        return torch.cat([x[..., : self.turned] * 2.0, self.passed(x[..., self.turned :])], -1)
+
+
+class Network(nn.Module):
+    """Token ids, layers, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {"embedding": nn.Embedding(30, 16), "layers": nn.ModuleList([Llama(16, 2, 2, 32) for _ in range(2)])}
+        )
+        self.head = nn.Linear(16, 30)
+
+    def forward(self, tokens):
+        x = self.model["embedding"](tokens)
+        for layer in self.model["layers"]:
+            x = layer(x)
+        return self.head(x)
+
+
 class Shared(nn.Module):
     """A tied weight, a parameter used twice, operators in place, a buffer and a loss."""
 
@@ -778,6 +806,38 @@ class Product(nn.Module):
         return torch.bmm(x, y)
 
 
+PASSED = {
+    "as it is": lambda x: x, "scaled": lambda x: x * 3.0, "copied": lambda x: x.clone(),
+    "converted": lambda x: x.float().to(x.dtype), "split": lambda x: x.split([0, x.shape[-1]], -1)[1],
+    "turned": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("passed", PASSED.values(), ids=PASSED)
+@pytest.mark.parametrize("plan", ["tp=4", "tp=4,sequence_parallel", "ulysses=4", "ring=4"])
+def test_a_part_that_holds_nothing_is_nobodys(plan, passed):
+    """A rotation of the whole head sends and keeps what one of half of it does, and its copy moves as much."""
+    half_head, whole = (
+        half(lambda size=size: Turned(256, 8, 8, 512, turned=size, passed=passed), 1, 64, 256) for size in (16, 32)
+    )
+    programs = [traced.program(plan) for traced in (half_head, whole)]
+    sent, copied = ([], [])
+    for program in programs:
+        steps = program.instructions
+        sent.append([(s.collective, s.message_bytes) for s in steps if isinstance(s, Communication)])
+        copied.append([s.work for s in program.forward if isinstance(s, Compute) and s.operator.startswith("cat")])
+    assert sent[0] == sent[1]
+    assert copied[0] == copied[1] != []
+    assert "cat" in set(whole.operators["operator"])
+
+
+def test_nothing_runs_for_a_part_that_holds_nothing():
+    """On one GPU the kernels are those of a module without the part."""
+    alone = half(lambda: Turned(256, 8, 8, 512, turned=32), 1, 64, 256)
+    scaled = half(lambda: Turned(256, 8, 8, 512, turned=32, passed=lambda x: (x * 3.0).exp()), 1, 64, 256)
+    assert [step.work for step in scaled.program("").forward] == [step.work for step in alone.program("").forward]
+
+
 class Mixed(nn.Module):
     def forward(self, x):
         return F.scaled_dot_product_attention(x, x.float(), x)
@@ -812,7 +872,15 @@ BAD = [
     (lambda: trace_module(nn.Linear(4, 4).double(), inputs(4).double()).simulate(H100), "float64 is not simulated"),
     (lambda: trace_module(nn.Linear(4, 4), inputs(4)).simulate("dgx-z9"), "dgx-z9"),
     (lambda: trace_module(convolutions(), inputs(2, 3, 8, 8)).program("tp=2"), "^0.convolution of .* has no rule"),
-    (lambda: trace_module(Shared(), torch.ones(2, 3, dtype=torch.long)).program("tp=2"), "0 floating-point inputs"),
+    (
+        lambda: trace_module(Shared(), torch.ones(2, 3, dtype=torch.long)).program("tp=2"),
+        "^Shared: has no floating-point input, .* trace one decoder layer on hidden states",
+    ),
+    (
+        lambda: trace_module(Network(), torch.ones(2, 8, dtype=torch.long)).program("tp=2"),
+        r"trace one decoder layer \(model.layers.0 of it\)",
+    ),
+    (lambda: trace_module(nn.Linear(4, 4), inputs(0, 2, 4)), r"hold no elements; .* instead of \[0, 2, 4\]"),
     (lambda: trace_module(Cross(), inputs(1, 2, 8, 16)).program("tp=2"), "not at the positions of its queries"),
     (lambda: trace_module(Partly(4, 4), inputs(2, 4)).program("tp=2"), "^add_ of .* writes into a part of a tensor"),
     (lambda: half(lambda: Llama(64, 4, 1, 64), 1, 8, 64).program("tp=2"), "one head of keys serves all heads"),

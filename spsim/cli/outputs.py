@@ -49,7 +49,9 @@ def print_json(document: Any) -> None:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A directory whose files move to `out` at the end: all of them, or none."""
+    """A directory whose files move to `out` at the end: all of them, or none. Folders in it move too, and of the traces
+    that an earlier run left in them none stay.
+    """
     make_directory(out)
     with TemporaryDirectory(dir=out, prefix=".partial-") as partial:
         try:
@@ -61,12 +63,17 @@ def staging(out: Path) -> Iterator[Path]:
             if (out / name).is_dir():
                 raise InputError(f"{out / name}: is a directory, expected a file; give another --out")
         for name in names:
+            make_directory((out / name).parent)
             (Path(partial) / name).replace(out / name)
+        for folder in {(out / name).parent for name in names} - {out}:
+            for file in folder.glob("*.json.gz"):
+                if file.relative_to(out).as_posix() not in names:
+                    file.unlink()
 
 
 def file_names(directory: Path) -> list[str]:
-    """Names of the files in a directory, sorted."""
-    return sorted(path.name for path in directory.iterdir())
+    """Names of the files in a directory and its folders, sorted."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def print_written(console: Console, out: Path | None, names: Sequence[str]) -> None:

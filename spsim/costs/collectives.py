@@ -167,6 +167,10 @@ class LevelCost:
             return f"sends.{self.name}"
         return f"collectives.{self.name}.{collective}"
 
+    def fastest(self, collective: Collective, message: float, ranks: int) -> CurveTime:
+        """The curve that `time` is of."""
+        return min(self.allowed(collective, ranks), key=lambda curve: curve(message, ranks))
+
     def allowed(self, collective: Collective, ranks: int, algorithm: str | None = None) -> list[CurveTime]:
         """Curves, of one algorithm or all, that so many ranks may use; `InputError` where there is none."""
         key = (collective, ranks, algorithm)
@@ -216,6 +220,20 @@ class CommCost:
             return across
         # Curves between nodes begin at larger messages; below those no adapter is faster than the links inside.
         return _longer(across, self.inner.time(collective, message, ranks))
+
+    def algorithm(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> str:
+        """What the library runs in that time; over several nodes, what it runs between them."""
+        if collective == "send_receive":
+            return collective
+        if nodes == 1:
+            return self.inner.fastest(collective, message, ranks).curve.algorithm
+        outer = self._outer()
+        if nodes == ranks or collective not in CHUNKED:
+            return outer.fastest(collective, message, nodes).curve.algorithm
+        if collective != "all_reduce":
+            return "ring"
+        ring = self._ring(outer, collective, message, ranks, nodes)
+        return "ring" if ring <= self._tree(outer, message, ranks // nodes, nodes) else "tree"
 
     def _over_nodes(self, collective: Collective, message: Number, ranks: int, nodes: int) -> Number:
         outer = self._outer()

@@ -18,11 +18,14 @@ from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 
 
 class ComputeCost:
-    """Durations on one device in one precision."""
+    """Durations on one device in one precision: in a training step, at the power limit of the board, or in a `burst`,
+    as microbenchmarks run.
+    """
 
-    def __init__(self, profile: HardwareProfile, dtype: str) -> None:
+    def __init__(self, profile: HardwareProfile, dtype: str, *, burst: bool = False) -> None:
         self.profile = profile
         self.dtype = dtype
+        self.burst = burst
         self._overhead = profile.coefficients.kernel_overhead_us.value / US_PER_S
 
     @cached_property
@@ -31,7 +34,7 @@ class ComputeCost:
 
     @cached_property
     def _products(self) -> ProductCost:
-        return ProductCost(self.profile, self.dtype, self._traffic.bandwidth("elementwise"))
+        return ProductCost(self.profile, self.dtype, self._traffic.bandwidth("elementwise"), burst=self.burst)
 
     @cached_property
     def _attention(self) -> AttentionCost:

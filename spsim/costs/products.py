@@ -1,7 +1,8 @@
-"""Durations of matrix products.
+"""Durations of matrix products: tiles of the result on the compute units of the device, in whole waves.
 
-A product takes its FLOPs at a share of the dense peak, or its bytes, whichever is longer; K is padded by the prologue
-and epilogue of a tile, and the last wave of tiles is half empty on average.
+A unit works through one tile at a time, so the last wave takes as long as a full one; of the tile sizes that it has the
+library takes the one that is done first. Small tiles are slower: each reads its own operands. The power of the board
+limits the rate, in a training step more than in a burst. Facts and held-out errors: docs/model.md.
 """
 
 from __future__ import annotations
@@ -9,74 +10,89 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from spsim.costs.seconds import Seconds
 from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.kernel_coefficients import GemmCoefficients
 from spsim.units import US_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, Gemm
 
 ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
 """Read and write of one main gradient."""
+LESS = 1e-12
+"""Share by which a number of tiles is taken for less, so that rounding does not make a whole wave two."""
+OPERAND_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 
 class _Constants(NamedTuple):
     """Of one device and precision."""
 
-    rate: float
-    """FLOP/s of a long product."""
-    gradient_rate: float
-    """The same of a product that is accumulated into main gradients."""
-    tile: float
-    """Elements of a tile of the result."""
-    lost_tiles: float
+    tile_m: npt.NDArray[np.float64]
+    tile_n: npt.NDArray[np.float64]
+    part_of_a_wave: float
+    """That one tile is."""
+    per_k: npt.NDArray[np.float64]
+    """Seconds of a wave of tiles and one element of K."""
     k_pad: float
-    exposed_bytes: float
-    """Of the accumulation, per element."""
-    bandwidth: float
-    """Bytes per second of the memory."""
+    """Elements of K for prologue and epilogue."""
+    limit: float
+    """FLOP/s that no product exceeds."""
+    gradient_rate: float
+    """Of a weight gradient, relative to forward."""
+    exposed: float
+    """Seconds that the accumulation into one main gradient adds to a short product."""
+    half_k: float
+    """K at which half of that is hidden."""
     start: float
     """Seconds beyond the start of any kernel."""
-    exposed_traffic: float
-    """Share of the shorter of FLOP time and memory time."""
 
 
 class ProductCost:
     """Durations of products on one device in one precision, beyond the start of any kernel."""
 
-    def __init__(self, profile: HardwareProfile, dtype: str, streaming_rate: float) -> None:
-        """`streaming_rate` in bytes per second: at which operands and results pass."""
+    def __init__(self, profile: HardwareProfile, dtype: str, streaming_rate: float, *, burst: bool) -> None:
+        """`streaming_rate` in bytes per second: at which operands and results pass. In a `burst` the device has not
+        reached its power limit.
+        """
         gemm = profile.coefficients.gemm
-        rate = profile.peak(dtype) * gemm.fraction[dtype].value
         self._dtype = dtype
+        self._limit = "burst_limit" if burst or dtype not in gemm.sustained_limit else "sustained_limit"
         self._streaming_rate = streaming_rate
-        self._constants = _Constants(
-            rate=rate,
-            gradient_rate=rate * gemm.weight_gradient_rate.value,
-            tile=gemm.tile_m.value * gemm.tile_n.value,
-            lost_tiles=gemm.tail_waves.value * profile.datasheet.compute_units.value,
-            k_pad=gemm.k_pad.value,
-            exposed_bytes=gemm.accumulation_exposed.value * ACCUMULATION_BYTES,
-            bandwidth=profile.memory_bandwidth,
-            start=gemm.start_us.value / US_PER_S if gemm.start_us else 0.0,
-            exposed_traffic=gemm.traffic_exposed.value if gemm.traffic_exposed else 0.0,
-        )
+        self._constants = _constants(profile, dtype, self._limit)
 
     def time(self, work: Gemm) -> Seconds:
-        """max(FLOP time, memory time) + the exposed parts of traffic and gradient accumulation.
+        """start + (c^4 + t^4)^(1/4) + exposed accumulation; c the time of the tiles, t that of the traffic.
 
-        FLOP time = flops x (1 + pad / K) x (1 + tail x units / tiles) / (peak x fraction): `tail` waves of
-        tiles are lost at the end, of `units` tiles each (facts and held-out errors: docs/model.md).
+        c = least over the tiles of waves x (K + pad) x seconds per element of K, with waves = ceil(ceil(m / tile_m) x
+        ceil(n / tile_n) x batch / units), and no less than FLOPs over the power limit.
+        Of two times of one length neither hides the other: together they take 1.19 times as long. The accumulation
+        into main gradients is hidden by K / (K + half_k), at the rate of the memory.
         """
         gemm = self._constants
-        rate = np.where(np.asarray(work.accumulated) > 0, gemm.gradient_rate, gemm.rate)
-        tail = gemm.lost_tiles / (work.batch * work.m * work.n / gemm.tile)
-        flop_time = work.flops * (1 + gemm.k_pad / work.k) * (1 + tail) / rate
-        memory_time = work.bytes_moved / self._streaming_rate
-        epilogue = gemm.exposed_bytes * work.accumulated / gemm.bandwidth
-        total: Seconds = gemm.start + np.maximum(flop_time, memory_time) + epilogue
-        if gemm.exposed_traffic:
-            total = total + gemm.exposed_traffic * np.minimum(flop_time, memory_time)
+        compute = np.maximum(self._tiles(work), work.flops / gemm.limit)
+        compute = compute / np.where(np.asarray(work.accumulated) > 0, gemm.gradient_rate, 1.0)
+        longer = _fourth_root(_fourth_power(compute) + _fourth_power(work.bytes_moved / self._streaming_rate))
+        total: Seconds = gemm.start + longer + gemm.exposed * work.accumulated / (1 + work.k / gemm.half_k)
         return total
+
+    def _tiles(self, work: Gemm) -> Seconds:
+        """Seconds of the waves of tiles, of the size that is done first.
+
+        Sizes of tiles are the first axis, and in place, since arrays of many kernels are large.
+        """
+        gemm = self._constants
+        axes = (-1, *(1 for _ in max((np.shape(number) for number in (work.m, work.n, work.batch)), key=len)))
+        columns = np.ceil(work.n / gemm.tile_n.reshape(axes))
+        rows = [np.ceil(work.m / tile_m) * work.batch * gemm.part_of_a_wave for tile_m in gemm.tile_m]
+        waves: npt.NDArray[np.float64] | None = None
+        least: Seconds = np.inf
+        for own, per_k in zip(rows, gemm.per_k, strict=True):
+            waves = np.multiply(columns, own, out=waves)
+            np.ceil(waves, out=waves)
+            waves *= per_k.reshape(axes)
+            least = np.minimum(least, np.minimum.reduce(waves))
+        return least * (work.k + gemm.k_pad)
 
     def class_of(self, work: Gemm) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
@@ -84,6 +100,49 @@ class ProductCost:
 
     def coefficients_of(self, work: Gemm) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""
-        names: tuple[str, ...] = ("k_pad", "tile_m", "tile_n", "tail_waves", "traffic_exposed", "start_us")
-        names += ("weight_gradient_rate", "accumulation_exposed") if work.accumulated else ()
-        return ("memory_bound.elementwise", *(f"gemm.{name}" for name in names))
+        names: tuple[str, ...] = ("tile_m", "tile_n", "full_rate_side", "k_pad_bytes", "start_us")
+        by_type: tuple[str, ...] = (self._limit,)
+        by_type += ("weight_gradient_rate", "accumulation_exposed", "accumulation_half_k") if work.accumulated else ()
+        return (
+            "memory_bound.elementwise",
+            *(f"gemm.{n}" for n in names),
+            *(f"gemm.{n}.{self._dtype}" for n in by_type),
+        )
+
+
+def _constants(profile: HardwareProfile, dtype: str, limit: str) -> _Constants:
+    gemm, peak = profile.coefficients.gemm, profile.peak(dtype)
+    tile_m, tile_n = (np.array(sides.value, dtype=np.float64) for sides in (gemm.tile_m, gemm.tile_n))
+    units = profile.datasheet.compute_units.value
+    area = np.multiply.outer(tile_m, tile_n)
+    # A tile of m x n reads m + n elements for every m x n multiplications; at the full rate 2 / side for each of them.
+    slower = np.maximum(1.0, gemm.full_rate_side.value / 2 * np.add.outer(tile_m, tile_n) / area)
+    per_k = 2 * area * units / (peak * gemm.fraction[dtype].value)
+    highest = getattr(gemm, limit).get(dtype)
+    return _Constants(
+        tile_m=tile_m,
+        tile_n=tile_n,
+        part_of_a_wave=(1 - LESS) / units,
+        per_k=per_k * slower,
+        k_pad=gemm.k_pad_bytes.value / OPERAND_BYTES[dtype],
+        limit=peak * (highest.value if highest else 1.0),
+        gradient_rate=gemm.weight_gradient_rate[dtype].value,
+        exposed=gemm.accumulation_exposed[dtype].value * ACCUMULATION_BYTES / profile.memory_bandwidth,
+        half_k=_half_k(gemm, dtype),
+        start=gemm.start_us.value / US_PER_S,
+    )
+
+
+def _half_k(gemm: GemmCoefficients, dtype: str) -> float:
+    half_k = gemm.accumulation_half_k.get(dtype)
+    return half_k.value if half_k else np.inf
+
+
+def _fourth_power(seconds: Seconds) -> Seconds:
+    return np.square(np.square(seconds))
+
+
+def _fourth_root(value: Seconds) -> Seconds:
+    """By square roots, which round alike for one number and for many; a power does not."""
+    root: Seconds = np.sqrt(np.sqrt(value))
+    return root

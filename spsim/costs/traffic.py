@@ -1,17 +1,40 @@
 """Durations of kernels that take the time of their memory traffic.
 
-At the rates of the kernel where a calibration has measured them, else at a share of the memory bandwidth by operator
-class; faster while the tensors fit the last-level cache.
+At the rates of the kernel where a calibration has measured them, at its row length where that matters, else at a share
+of the memory bandwidth by operator class; faster while the tensors fit the last-level cache.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from spsim.costs.seconds import Seconds
 from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.units import GB, MIB, US_PER_S
 from spsim.work import KernelName, MemoryBound, MemoryBoundClass, each
+
+
+class _Traffic(NamedTuple):
+    """Of one kernel, or arrays of many."""
+
+    memory: Seconds
+    """Seconds of a byte from the memory."""
+    cache: Seconds
+    """The same from the last-level cache."""
+    start: Seconds
+    """Seconds beyond the start of any kernel."""
+
+
+class _Segment(NamedTuple):
+    """From one measured row length to the next; of a kernel for which it does not matter nothing changes."""
+
+    shortest: Seconds
+    length: Seconds
+    change: _Traffic
 
 
 class TrafficCost:
@@ -20,21 +43,31 @@ class TrafficCost:
     def __init__(self, profile: HardwareProfile, dtype: str) -> None:
         self._profile = profile
         self._coefficients = profile.coefficients
-        self._rates_of = dtype if dtype in self._coefficients.kernel_rates else "bf16"
+        known = profile.coefficients.kernel_rates, profile.coefficients.row_rates
+        self._rates_of = dtype if any(dtype in tables for tables in known) else "bf16"
         self._rates = self._coefficients.kernel_rates.get(self._rates_of, {})
+        self._by_row = self._coefficients.row_rates.get(self._rates_of, {})
+        self._segments = max((len(lengths) - 1 for lengths in self._by_row.values()), default=0)
         self._cache_bytes = profile.datasheet.memory.l2_mib.value * MIB
         self._cache_bandwidth = self._coefficients.l2_bandwidth_gb_per_s.value * GB
-        self._known: dict[object, tuple[Seconds, Seconds, Seconds]] = {}
+        self._known: dict[object, tuple[_Traffic, tuple[_Segment, ...]]] = {}
 
     def time(self, work: MemoryBound) -> Seconds:
-        """Bytes over the kernel's own rate, or its class's share of the bandwidth; at the rate of the cache up to
-        half the cache, between the two up to the whole.
+        """Start + bytes over the kernel's own rate, or its class's share of the bandwidth; at the rate of the cache up
+        to half the cache, between the two up to the whole.
+
+        Where the row length matters, start and seconds per byte are linear between the measured lengths, constant
+        beyond.
         """
         total = work.bytes_moved
-        memory_rate, cache_rate, start = self._rate(work.operator_class, work.kernel, work.backward)
-        memory, cache = total / memory_rate, total / cache_rate
+        (memory, cache, start), segments = self._look_up(work.operator_class, work.kernel, work.backward)
+        for segment in segments:
+            share = np.minimum(1.0, np.maximum(0.0, (work.row - segment.shortest) / segment.length))
+            memory = memory + share * segment.change.memory
+            cache = cache + share * segment.change.cache
+            start = start + share * segment.change.start
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
-        time: Seconds = start + cache + beyond * (memory - cache)
+        time: Seconds = start + total * (cache + beyond * (memory - cache))
         return time
 
     def bandwidth(self, operator_class: MemoryBoundClass) -> float:
@@ -42,35 +75,56 @@ class TrafficCost:
         share: float = getattr(self._coefficients.memory_bound, operator_class).value
         return self._profile.memory_bandwidth * share
 
-    def _rate(
+    def _look_up(
         self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool
-    ) -> tuple[Seconds, Seconds, Seconds]:
-        """Bytes per second from the memory and from the cache, and seconds to start; arrays for many kernels."""
+    ) -> tuple[_Traffic, tuple[_Segment, ...]]:
+        """At the shortest measured row, and the changes to longer ones; arrays for many kernels."""
         key = (operator_class, kernel, backward)
         if key not in self._known:
-            self._known[key] = each(self._at, *key)
+            memory, cache, start, *rest = each(self._at, *key)
+            segments = (rest[at : at + 5] for at in range(0, len(rest), 5))
+            found = tuple(_Segment(shortest, length, _Traffic(*change)) for shortest, length, *change in segments)
+            self._known[key] = _Traffic(memory, cache, start), found
         return self._known[key]
 
-    def _at(
-        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool
-    ) -> tuple[float, float, float]:
-        """Of one kernel: as measured by itself, else at the share of its class and at the rate of the cache."""
-        rates = self._rates.get(rates_key(kernel, backward))
-        if rates is None:
-            memory = self.bandwidth(operator_class)
-            return memory, max(memory, self._cache_bandwidth), 0.0
-        start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
-        return rates.memory_gb_per_s.value * GB, rates.cache_gb_per_s.value * GB, start
+    def _at(self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool) -> tuple[Seconds, ...]:
+        """Of one kernel, as flat as arrays of many need it: `_Traffic`, and each `_Segment`, as many as any has."""
+        name = rates_key(kernel, backward)
+        if name not in self._by_row:
+            at_any = _traffic(self._rates[name]) if name in self._rates else self._of_class(operator_class)
+            return *at_any, *(self._segments * _UNCHANGED)
+        known = sorted((int(length), _traffic(rates)) for length, rates in self._by_row[name].items())
+        found: list[Seconds] = [*known[0][1]]
+        for (shorter, before), (longer, after) in pairwise(known):
+            found += (shorter, longer - shorter, *(new - old for old, new in zip(before, after, strict=True)))
+        missing = self._segments - (len(known) - 1)
+        return *found, *(missing * _UNCHANGED)
+
+    def _of_class(self, operator_class: MemoryBoundClass) -> _Traffic:
+        """At the share of the class and at the rate of the cache."""
+        memory = self.bandwidth(operator_class)
+        return _Traffic(1 / memory, 1 / max(memory, self._cache_bandwidth), 0.0)
 
     def class_of(self, work: MemoryBound) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
         kernel = rates_key(work.kernel, work.backward)
-        own = kernel in self._rates
-        return f"kernel_rates.{self._rates_of}.{kernel}" if own else f"memory_bound.{work.operator_class}"
+        for table, known in (("row_rates", self._by_row), ("kernel_rates", self._rates)):
+            if kernel in known:
+                return f"{table}.{self._rates_of}.{kernel}"
+        return f"memory_bound.{work.operator_class}"
 
     def coefficients_of(self, work: MemoryBound) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""
         return ("l2_bandwidth_gb_per_s",) if self.class_of(work).startswith("memory_bound.") else ()
+
+
+_UNCHANGED = (0.0, 1.0, 0.0, 0.0, 0.0)
+"""The segment of a kernel for which the row length does not matter."""
+
+
+def _traffic(rates: KernelRates) -> _Traffic:
+    start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
+    return _Traffic(1 / (rates.memory_gb_per_s.value * GB), 1 / (rates.cache_gb_per_s.value * GB), start)
 
 
 def rates_key(kernel: KernelName | None, backward: bool) -> str:

@@ -7,9 +7,10 @@ While a communication is posted on a rank, its computation runs at `1 - slowdown
 collective holds part of the device, also while it waits for its peers.
 
 A lane of kernels is one simpy process: how long they take depends on what is posted meanwhile, so that the clock
-has to be waited for, once for a row of kernels up to one that another lane waits for. A communication needs no
-process: when it is posted and when it ends follows from the ends of what it waits for and from its peers, and is
-recorded as soon as those are known. Only a network whose transfers share links makes it wait for the clock.
+has to be waited for, once for a row of kernels up to one that another lane waits for; not on a rank on which nothing
+can be posted meanwhile. A communication needs no process: when it is posted and when it ends follows from the ends of
+what it waits for and from its peers, and is recorded as soon as those are known. Only a network whose transfers share
+links makes it wait for the clock.
 
 A run need not begin at the beginning: `Start` says where a rank stands, which is all that tasks that ran before can
 mean to those that follow.
@@ -33,7 +34,8 @@ class _Rank:
     """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
     __slots__ = (
-        "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "times", "waiting",
+        "alone", "blocked", "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "start",
+        "times", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -44,16 +46,23 @@ class _Rank:
         durations: Sequence[int] | None,
         start: Start,
         slowdown: float,
+        *,
+        alone: bool,
     ) -> None:
         self.env = env
         self.program = program
+        self.start = start
+        self.alone = alone
+        """Whether nothing is posted on it while a row of kernels runs."""
         self.rate = rate_beside(slowdown)
         """Of kernels while communications are posted that have no slowdown of their own."""
         self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
         self.communicators = [_Communicator(number, runs, start.free(runs[0].lane)) for runs in program.communications]
         self.times: dict[Need, Moments] = {name: (start.ends.get(name, start.time),) * 3 for name in program.names}
         self.waiting: dict[Need, simpy.Event] = {}
-        """Events of tasks whose times other lanes want to know."""
+        """Events of tasks whose times lanes of kernels want to know."""
+        self.blocked: dict[Need, list[_Communicator]] = {}
+        """By task those who want to know its times."""
         self.holds: list[Held] = [
             (begin, end, self.rate if own is None else rate_beside(own)) for begin, end, own in start.holds
         ]
@@ -64,10 +73,13 @@ class _Rank:
         self.ordered = sorted if len(rates) < 2 else in_turn
         """Brings holds into order; where all are of one rate, it does not matter that they overlap."""
 
+    def unknown(self, needs: Iterable[Need]) -> Need:
+        """The first of some tasks whose times are not known."""
+        return next(need for need in needs if need not in self.times)
+
     def known(self, needs: Iterable[Need]) -> simpy.Event:
-        """The event of the times of the first of some tasks that is not known becoming known."""
-        unknown = next(need for need in needs if need not in self.times)
-        return self.waiting.setdefault(unknown, self.env.event())
+        """The event of its times becoming known."""
+        return self.waiting.setdefault(self.unknown(needs), self.env.event())
 
     def tell(self, task: int) -> None:
         """The times of a task are known."""
@@ -100,7 +112,7 @@ class _Rank:
 class _Communicator:
     """A lane of communications of one rank, and where it stands."""
 
-    __slots__ = ("free", "index", "met", "over", "posted", "rank", "runs")
+    __slots__ = ("free", "index", "over", "posted", "rank", "runs")
 
     def __init__(self, rank: int, runs: Sequence[Run], free: int) -> None:
         self.rank = rank
@@ -110,10 +122,10 @@ class _Communicator:
         self.free = free
         self.posted: int | None = None
         """When the communication at `index` was or will be posted, if it is not known when it ends."""
-        self.met: list[int] = []
-        """When its transfers begin of which it is known when they are over."""
-        self.over: list[int] = []
-        """And when they are; without a network as soon as they begin, since each rank then takes its own time."""
+        self.over: list[tuple[int, int]] = []
+        """Of its transfers of which that is known, when they are over and when they begin. Without a network they are
+        over as soon as they begin, since each rank then takes its own time.
+        """
 
 
 class _Simulation:
@@ -136,14 +148,17 @@ class _Simulation:
         self.arrived: dict[Key, list[_Communicator]] = defaultdict(list)
         self.network = None if network is None else network(self.env)
 
-    def add(self, number: int, rank: _Rank, start: Start) -> None:
-        self.ranks[number] = rank
-        for runs in rank.program.kernels:
-            self.env.process(self._compute(rank, runs, start.free(runs[0].lane)))
-
-    def finish(self) -> None:
+    def run(self) -> None:
+        """All tasks of all ranks, to the end."""
         for rank in self.ranks.values():
             self._communicate(rank.communicators)
+        for rank in self.ranks.values():
+            for runs in rank.program.kernels:
+                walk = self._compute(rank, runs, rank.start.free(runs[0].lane))
+                if rank.alone:
+                    next(walk, None)  # to its end: it would wait for nothing but what never comes
+                else:
+                    self.env.process(walk)
         self.env.run()
         waiting = list(self._waiting())
         if waiting:
@@ -174,7 +189,7 @@ class _Simulation:
             if stop == index:
                 yield rank.known(runs[index].needs)
                 continue
-            remaining = end - env.now
+            remaining = 0 if rank.alone else end - env.now
             if remaining:
                 yield env.timeout(remaining)
                 if len(rank.holds) > seen or rank.open:
@@ -183,8 +198,8 @@ class _Simulation:
             free, index, last = end, stop, runs[stop - 1]
             if rank.waiting:
                 rank.tell(last.last)
-            if last.releases:
-                self._communicate(rank.communicators)
+            if last.last in rank.blocked:
+                self._communicate(rank.blocked.pop(last.last))
 
     def _row(
         self, rank: _Rank, runs: Sequence[Run], index: int, free: int, holds: Sequence[Held]
@@ -220,6 +235,7 @@ class _Simulation:
             run = runs[communicator.index]
             posted = rank.end_of(run.needs, communicator.free)
             if posted is None:
+                rank.blocked.setdefault(rank.unknown(run.needs), []).append(communicator)
                 return
             rate = rank.rate if run.rate is None else run.rate
             duration = rank.durations[run.last]
@@ -231,16 +247,15 @@ class _Simulation:
                     pending += self._arrive(communicator, run.meetings)
                 if len(communicator.over) < len(run.meetings):
                     return
-                start, end = min(communicator.met), max(communicator.over)
+                end, start = max(communicator.over)
                 if self.network is None:
                     end += duration
                 rank.open.remove((posted, rate))
-                communicator.posted, communicator.met, communicator.over = None, [], []
+                communicator.posted, communicator.over = None, []
             communicator.index += 1
             communicator.free = end
             rank.settle(run.last, (posted, end, rate), start)
-            if run.releases:
-                pending += rank.communicators
+            pending += rank.blocked.pop(run.last, ())
 
     def _arrive(self, communicator: _Communicator, meetings: Sequence[Meeting]) -> list[_Communicator]:
         """Be at meetings from when it is posted; and all who are at those that are complete."""
@@ -249,6 +264,7 @@ class _Simulation:
             there = self.arrived[meeting.key]
             there.append(communicator)
             if len(there) == meeting.parties:
+                del self.arrived[meeting.key]
                 at = max([other.posted or 0 for other in there])
                 if self.network is None:
                     _over(there, at, at)
@@ -273,14 +289,25 @@ class _Simulation:
             end.callbacks.append(over)
 
 
-def _over(communicators: Iterable[_Communicator], met: int, end: int) -> None:
+def _over(communicators: Iterable[_Communicator], begin: int, end: int) -> None:
     """It is known when a transfer of communications ends."""
     for communicator in communicators:
-        communicator.met.append(met)
-        communicator.over.append(end)
+        communicator.over.append((end, begin))
 
 
 _ORIGIN = Start()
+
+
+def _refuse_under_way(starts: Mapping[int, Start]) -> None:
+    """Where transfers share links, those from before a run would have to be known."""
+    for number, start in starts.items():
+        busy = [lane for lane, free in start.lanes.items() if free > start.time]
+        if busy or any(hold.end > start.time for hold in start.holds):
+            where = f" on lane {busy[0]}" if busy else ""
+            raise ValueError(
+                f"rank {number} starts with a communication under way{where}: the network, whose transfers share links,"
+                " does not know of it; begin the run where none is"
+            )
 
 
 def run(
@@ -296,14 +323,19 @@ def run(
 
     `durations` (by task, in picoseconds) and `starts` are given per rank. The times of each rank are in the order of
     its tasks. A `network` decides when transfers end; without one a communication takes its duration from its last
-    meeting on. Raises `DeadlockError` when tasks wait for each other, for a peer that never comes, or for a transfer
+    meeting on; if its transfers share links, it raises `ValueError` where communications are under way at a start.
+    Raises `DeadlockError` when tasks wait for each other, for a peer that never comes, or for a transfer
     that never ends.
     """
     simulation = _Simulation(network)
+    if starts and simulation.network is not None and simulation.network.shares:
+        _refuse_under_way(starts)
     for number, program in programs.items():
         prepared = program if isinstance(program, RankProgram) else RankProgram(program)
         start = starts[number] if starts else _ORIGIN
-        rank = _Rank(simulation.env, number, prepared, durations[number] if durations else None, start, slowdown)
-        simulation.add(number, rank, start)
-    simulation.finish()
+        own = durations[number] if durations else None
+        alone = network is None and prepared.alone
+        rank = _Rank(simulation.env, number, prepared, own, start, slowdown, alone=alone)
+        simulation.ranks[number] = rank
+    simulation.run()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

@@ -28,6 +28,12 @@ class Transfer(NamedTuple):
 class Network(Protocol):
     """Decides when transfers end. It belongs to the simpy environment of one run, whose clock is in picoseconds."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether transfers change each other's ends. Then a run has to begin with none under way: the network would
+        not know of those that a `Start` tells of.
+        """
+
     def begin(self, transfer: Transfer, at: int) -> int | simpy.Event:
         """When a transfer ends that begins at `at`, on all its ranks: a time, if nothing that comes later can change
         it, or else an event of the environment that happens then.

@@ -25,21 +25,20 @@ class Move(NamedTuple):
     micro_batches: int = 0
     late: Late = ON_TIME
 
-    def after(self, other: Move) -> Move:
-        """Both, one after the other."""
-        late = {lane: self.late.get(lane, 0) + other.late.get(lane, 0) for lane in {*self.late, *other.late}}
+    def after(self, other: Move, times: int = 1) -> Move:
+        """This one, and then another so many times."""
+        if not times:
+            return self
+        late = self.late
+        if other.late:
+            late = {lane: late.get(lane, 0) + times * other.late.get(lane, 0) for lane in {*late, *other.late}}
         return Move(
-            self.shift_ps + other.shift_ps,
-            self.tasks + other.tasks,
-            self.layers + other.layers,
-            self.micro_batches + other.micro_batches,
+            self.shift_ps + times * other.shift_ps,
+            self.tasks + times * other.tasks,
+            self.layers + times * other.layers,
+            self.micro_batches + times * other.micro_batches,
             late,
         )
-
-    def times(self, count: int) -> Move:
-        """The same, `count` times."""
-        late = {lane: count * late for lane, late in self.late.items()}
-        return Move(count * self.shift_ps, count * self.tasks, count * self.layers, count * self.micro_batches, late)
 
 
 STAY = Move()
@@ -63,8 +62,7 @@ class Piece(NamedTuple):
     @property
     def window(self) -> tuple[int, int]:
         """When its first task is posted, and when its last ends."""
-        begin, end = self.recording.delayed(self.late).window
-        return self.shift_ps + begin, self.shift_ps + end
+        return _window(self.recording, self.shift_ps, self.late)
 
     def spans(self) -> Iterator[Span]:
         """Spans at their place in time."""
@@ -72,23 +70,42 @@ class Piece(NamedTuple):
         for rank, lane, task, posted, start, end in self.recording.delayed(self.late).spans:
             yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
 
+    def spans_of(self, rank: int) -> Iterator[Span]:
+        """The spans of one rank at their place in time."""
+        recording, shift, first = self.recording.delayed(self.late), self.shift_ps, self.first_task
+        times = recording.times[rank].tolist() if rank in recording.times else []
+        for task, (lane, (posted, start, end)) in enumerate(zip(recording.outline.lanes, times, strict=False)):
+            yield Span(rank, lane, task + first, posted + shift, start + shift, end + shift)
+
     def memory(self) -> Iterator[MemoryChange]:
         """Memory changes at their place in time."""
-        for change in self._changes(self.recording.delayed(self.late)):
-            yield change._replace(time_ps=change.time_ps + self.shift_ps, task=change.task + self.first_task)
+        for rank in self.recording.times:
+            yield from self.memory_of(rank)
 
-    def _changes(self, recording: Recording) -> Iterator[MemoryChange]:
-        yield from recording.memory
-        for rank, times in recording.times.items():
-            for buffer in self.brings:
-                yield self._change(rank, buffer, int(times[0, 0]), 1, 0)
-            for buffer in self.drops:
-                end, task = recording.end_of(rank, buffer)
-                yield self._change(rank, buffer, end, -1, task)
+    def memory_of(self, rank: int) -> Iterator[MemoryChange]:
+        """The memory changes of one rank at their place in time."""
+        recording, shift, first = self.recording.delayed(self.late), self.shift_ps, self.first_task
+        if rank in recording.times:
+            for time, _, size, category, tensor, task in self._changes(recording, rank):
+                yield MemoryChange(time + shift, rank, size, category, tensor, task + first)
+
+    def _changes(self, recording: Recording, rank: int) -> Iterator[MemoryChange]:
+        yield from recording.memory_by_rank[rank]
+        for buffer in self.brings:
+            yield self._change(rank, buffer, int(recording.times[rank][0, 0]), 1, 0)
+        for buffer in self.drops:
+            end, task = recording.end_of(rank, buffer)
+            yield self._change(rank, buffer, end, -1, task)
 
     def _change(self, rank: int, buffer: int, time: int, sign: int, task: int) -> MemoryChange:
         use = self.recording.outline.buffers[buffer]
         return MemoryChange(time, rank, sign * int(self.recording.sizes[buffer]), use.category, use.tensor, task)
+
+
+def _window(recording: Recording, shift_ps: int, late: Late) -> tuple[int, int]:
+    """When the first task of a piece is posted, and when its last ends."""
+    begin, end = recording.delayed(late).window
+    return begin + shift_ps, end + shift_ps
 
 
 class Stretch(NamedTuple):
@@ -119,18 +136,14 @@ class Stretch(NamedTuple):
         """Tasks of all pieces."""
         return self.runs * len(self.recording.outline.labels)
 
-    @property
-    def end_ps(self) -> int:
-        """End of the last task."""
-        return self.window(self.runs - 1)[1]
-
     def window(self, index: int, moved: Move = STAY) -> tuple[int, int]:
         """When the first task of one of the pieces is posted, and when its last ends."""
-        return self.run(index, moved).window
+        moved = moved.after(self.move, index)
+        return _window(self.recording, self.shift_ps + moved.shift_ps, moved.late)
 
     def run(self, index: int, moved: Move = STAY) -> Piece:
         """One of the pieces, where the stretch itself is moved."""
-        moved = moved.after(self.move.times(index)) if index else moved
+        moved = moved.after(self.move, index)
         return Piece(
             self.recording,
             self.phase,
@@ -187,14 +200,9 @@ class Repeat(NamedTuple):
         """Tasks of all runs."""
         return self.runs * self.move.tasks
 
-    @property
-    def end_ps(self) -> int:
-        """End of the last task."""
-        return self.window(self.runs - 1)[1]
-
     def window(self, index: int, moved: Move = STAY) -> tuple[int, int]:
         """When the first task of one of the runs is posted, and when its last ends."""
-        moved = moved.after(self.move.times(index))
+        moved = moved.after(self.move, index)
         begin = min(node.window(0, moved)[0] for node in self.body)
         return begin, max(node.window(node.runs - 1, moved)[1] for node in self.body)
 
@@ -202,7 +210,7 @@ class Repeat(NamedTuple):
         """All pieces in order."""
         for index in range(self.runs):
             for node in self.run(index):
-                yield from node.pieces(moved.after(self.move.times(index)))
+                yield from node.pieces(moved.after(self.move, index))
 
     def run(self, index: int) -> Iterator[Stretch | Repeat]:
         """The nodes of one of the runs, not moved."""
@@ -220,12 +228,17 @@ class Repeat(NamedTuple):
     def piece_of(self, task: int, moved: Move = STAY) -> Piece:
         """The piece that has a task."""
         index = (task - self.first_task - moved.tasks) // self.move.tasks
-        moved = moved.after(self.move.times(index))
+        moved = moved.after(self.move, index)
         place = place_of(self.body, task - moved.tasks)
         return self._node(place, index).piece_of(task, moved)
 
 
 Node = Stretch | Repeat
+
+
+def end_of(node: Node) -> int:
+    """End of its last task."""
+    return node.window(node.runs - 1)[1]
 
 
 def place_of(nodes: Sequence[Node], task: int) -> int:
@@ -253,4 +266,4 @@ def pieces_during(node: Node, start: int, end: int, moved: Move = STAY) -> Itera
             yield node.run(index, moved)
         else:
             for inner in node.run(index):
-                yield from pieces_during(inner, start, end, moved.after(node.move.times(index)))
+                yield from pieces_during(inner, start, end, moved.after(node.move, index))

@@ -5,7 +5,7 @@ Times are integer picoseconds, from the beginning of the segment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -37,11 +37,15 @@ Moments = tuple[int, int, int]
 """When a task was posted, started and ended, as of a span."""
 Integers = npt.NDArray[Any]
 """64 bits each, or Python's own where that is too few."""
+Ran = Sequence[Moments] | Integers
+"""Moments of tasks in order, as an array a row for each."""
 _NOTHING: Integers = np.zeros(0, dtype=np.int64)
 
 
-def columns(moments: Sequence[Moments]) -> Integers:
+def columns(moments: Ran) -> Integers:
     """Moments as an array, a row for each task; exactly."""
+    if isinstance(moments, np.ndarray):
+        return moments
     flat = chain.from_iterable(moments)
     try:
         return np.fromiter(flat, np.int64, 3 * len(moments)).reshape(-1, 3)
@@ -60,8 +64,7 @@ class MemoryChange(NamedTuple):
     task: int
 
 
-@dataclass(frozen=True, slots=True)
-class TaskInfo:
+class TaskInfo(NamedTuple):
     """What a task is, for tables and plots."""
 
     name: str
@@ -168,13 +171,15 @@ class Outline:
     def classes(self) -> tuple[Sequence[str], Integers]:
         """Operator classes, and for each of them 1 where a task is its kernel."""
         kernels = [
-            info.operator_class if lane == COMPUTE_LANE else ""
-            for lane, info in zip(self.lanes, self.labels, strict=True)
+            (info.operator_class, task)
+            for task, (lane, info) in enumerate(zip(self.lanes, self.labels, strict=True))
+            if lane == COMPUTE_LANE and info.operator_class
         ]
-        names = sorted(set(kernels) - {""})
-        return names, np.array([[int(kernel == name) for kernel in kernels] for name in names]).reshape(
-            -1, len(kernels)
-        )
+        names = sorted({name for name, _ in kernels})
+        found = np.zeros((len(names), len(self.lanes)), dtype=np.int64)
+        for name, task in kernels:
+            found[names.index(name), task] = 1
+        return names, found
 
     @lazy
     def last_kernel(self) -> int | None:
@@ -184,23 +189,25 @@ class Outline:
     @lazy
     def lives(self) -> _Lives:
         """What frees and what allocates each buffer."""
+        count = len(self.buffers)
         writers = [use.writer or 0 for use in self.buffers]
-        readers = [
-            list({self.lanes[task]: task for task in sorted(use.readers or [writer])}.values())
-            for use, writer in zip(self.buffers, writers, strict=True)
-        ]
+        readers = [self._last_of_lanes(use.readers or (use.writer or 0,)) for use in self.buffers]
         most = max(map(len, readers), default=1)
         freed_by = [[tasks[min(turn, len(tasks) - 1)] for tasks in readers] for turn in range(most)]
-        freed = [not use.outlives for use in self.buffers]
-        written = [use.writer is not None for use in self.buffers]
+        freed = np.array([not use.outlives for use in self.buffers], dtype=bool)
+        written = np.array([use.writer is not None for use in self.buffers], dtype=bool)
         return _Lives(
             len(COLUMNS) * np.array([[tasks, writers] for tasks in freed_by], dtype=np.intp)
             + np.array([[ENDED], [POSTED]]),
-            np.tile(np.arange(len(self.buffers)), 2),
-            np.array([[-int(goes) for goes in freed], written], dtype=int),
-            ~np.array(freed, dtype=bool) | ~np.array(written, dtype=bool),
+            np.arange(2 * count) % max(count, 1),
+            np.array([-freed.astype(int), written.astype(int)]),
+            ~freed | ~written,
             np.array(writers, dtype=np.intp),
         )
+
+    def _last_of_lanes(self, tasks: Sequence[int]) -> Sequence[int]:
+        """Of some tasks the last of each lane."""
+        return tasks if len(tasks) == 1 else [*{self.lanes[task]: task for task in sorted(tasks)}.values()]
 
 
 class Fullest(NamedTuple):
@@ -277,18 +284,23 @@ class Recording:
         begin: int = min(min(times[:, POSTED].tolist()) for times in self.times.values())
         return begin, max(self.ends.values())
 
-    @lazy
+    @property
     def memory(self) -> Sequence[MemoryChange]:
-        """Memory changes of all ranks: a buffer is allocated when its writer is reached, and freed when the
-        last of its readers ends.
+        """Memory changes of all ranks."""
+        return [change for own in self.memory_by_rank.values() for change in own]
+
+    @lazy
+    def memory_by_rank(self) -> Mapping[int, Sequence[MemoryChange]]:
+        """Memory changes of each rank: a buffer is allocated when its writer is reached, and freed when the last of its
+        readers ends.
         """
-        found = []
-        for rank in self.times:
-            for time, size, buffer in zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True):
-                use = self.outline.buffers[buffer]
-                task = use.writer if size > 0 else self.end_of(rank, buffer)[1]
-                found.append(MemoryChange(time, rank, size, use.category, use.tensor, task or 0))
-        return [change for change in found if change.bytes]
+        return {rank: [change for change in self._memory(rank) if change.bytes] for rank in self.times}
+
+    def _memory(self, rank: int) -> Iterator[MemoryChange]:
+        for time, size, buffer in zip(*map(np.ndarray.tolist, self.changes(rank)), strict=True):
+            use = self.outline.buffers[buffer]
+            task = use.writer if size > 0 else self.end_of(rank, buffer)[1]
+            yield MemoryChange(time, rank, size, use.category, use.tensor, task or 0)
 
     def changes(self, rank: int) -> tuple[Integers, Integers, Integers]:
         """Times, bytes and buffers of the memory changes of one rank, in order of time, what is freed before what
@@ -301,6 +313,18 @@ class Recording:
         times, changes = times.ravel(), (lives.signs * sizes).ravel()
         order = np.lexsort((changes, times))
         return times[order], changes[order], lives.buffers[order]
+
+    @lazy
+    def left_behind(self) -> dict[int, Mapping[str, int]]:
+        """Bytes by category that are there after it and were not before, of each rank."""
+        categories = [use.category for use in self.outline.buffers]
+        found: dict[int, Mapping[str, int]] = {}
+        for rank in self.times:
+            own = found[rank] = dict.fromkeys(categories, 0)
+            _, sizes, buffers = self.changes(rank)
+            for size, buffer in zip(sizes.tolist(), buffers.tolist(), strict=True):
+                own[categories[buffer]] += size
+        return found
 
     def changes_after(self, rank: int, time: int) -> list[Left]:
         """Changes of memory that are still to come, its own and those of earlier segments."""

@@ -5,8 +5,7 @@ Sorting tasks into lanes and into runs of kernels is done once, for many runs of
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,16 +20,14 @@ Key = tuple[Any, ...]
 """Of a rendezvous: of which group, and its how manieth call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Meeting:
+class Meeting(NamedTuple):
     """A rendezvous: `parties` tasks with the same key must have been posted before any can proceed."""
 
     key: Key
     parties: int
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One item of a lane. A task with meetings is a communication: its duration starts when all have met."""
 
     id: int
@@ -76,36 +73,48 @@ class DeadlockError(RuntimeError):
     """No task can proceed; the message names the ones that wait."""
 
 
-class Run:
+class Run(NamedTuple):
     """Consecutive kernels of a lane of which only the last is waited for, or one communication."""
 
-    __slots__ = ("awaited", "lane", "last", "meetings", "needs", "parties", "rate", "releases", "tasks")
+    lane: str
+    tasks: tuple[int, ...]
+    last: int
+    needs: tuple[Need, ...]
+    """What the first one waits for: tasks of other lanes, and what ended before the run."""
+    awaited: bool
+    """Whether tasks of other lanes wait for the last one."""
+    rate: int | None
+    """Of kernels beside it, unless it is that of all."""
+    meetings: tuple[Meeting, ...] = ()
+    parties: int = 0
 
-    def __init__(self, tasks: Sequence[Task], needs: Iterable[Need], awaiting: Collection[Task]) -> None:
-        self.lane = tasks[0].lane
-        self.tasks = tuple(task.id for task in tasks)
-        self.last = self.tasks[-1]
-        self.needs = tuple(needs)
-        """What the first one waits for: tasks of other lanes, and what ended before the run."""
-        self.awaited = bool(awaiting)
-        """Whether tasks of other lanes wait for the last one."""
-        self.releases = any(task.meetings for task in awaiting)
-        """Whether communications are among them."""
-        self.meetings = tasks[0].meetings
-        self.parties = max((meeting.parties for meeting in self.meetings), default=0)
-        slowdown = tasks[0].slowdown
-        self.rate = None if slowdown is None else rate_beside(slowdown)
-        """Of kernels beside it, unless it is that of all."""
+    def meeting(self, meetings: tuple[Meeting, ...]) -> Run:
+        """The same on another rank."""
+        return self._replace(meetings=meetings, parties=max(meeting.parties for meeting in meetings))
+
+
+def _run(tasks: Sequence[Task], needs: Iterable[Need], *, awaited: bool) -> Run:
+    first, last = tasks[0], tasks[-1].id
+    rate = None if first.slowdown is None else rate_beside(first.slowdown)
+    run = Run(first.lane, tuple([task.id for task in tasks]), last, tuple(needs), awaited, rate)
+    return run.meeting(first.meetings) if first.meetings else run
 
 
 class RankProgram:
     """The tasks of one rank, sorted into lanes; made once for many runs with different durations."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], like: RankProgram | None = None) -> None:
+        """`like` is the program of another rank whose tasks are the same but for whom they meet."""
         self.tasks = tasks
-        self.ids = tuple(task.id for task in tasks)
-        self.names = frozenset(need for task in tasks for need in task.needs if isinstance(need, str))
+        self.ids: tuple[int, ...]
+        self.names: frozenset[str]
         """What ended before the run, as far as a task waits for it."""
+        if like is None:
+            self.ids = tuple([task.id for task in tasks])
+            self.names = frozenset([need for task in tasks for need in task.needs if isinstance(need, str)])
+        else:
+            self.ids, self.names = like.ids, like.names
+        self._like = like
 
     @cached_property
     def kernels(self) -> list[list[Run]]:
@@ -118,6 +127,11 @@ class RankProgram:
         return [runs for runs in self._lanes if runs[0].meetings]
 
     @cached_property
+    def alone(self) -> bool:
+        """Whether no communication meets another rank, and all kernels are on one lane."""
+        return len(self.kernels) < 2 and all(run.parties < 2 for runs in self.communications for run in runs)
+
+    @cached_property
     def rates(self) -> set[int | None]:
         """Rates of kernels beside communications."""
         return {run.rate for runs in self.communications for run in runs}
@@ -125,39 +139,46 @@ class RankProgram:
     @cached_property
     def _lanes(self) -> list[list[Run]]:
         """Lanes of kernels and of communications: one that has both is two that wait for each other."""
-        lane_of = {task.id: (task.lane, bool(task.meetings)) for task in self.tasks}
-        needs = self._needs(lane_of)
-        awaiting: dict[Need, list[Task]] = defaultdict(list)
-        for task in self.tasks:
-            for need in needs[task.id]:
-                awaiting[need].append(task)
-        lanes: dict[tuple[str, bool], list[list[Task]]] = defaultdict(list)
-        for task in self.tasks:
-            runs = lanes[lane_of[task.id]]
-            if not runs or task.meetings or needs[task.id] or awaiting[runs[-1][-1].id]:
-                runs.append([])
-            runs[-1].append(task)
-        return [[Run(run, needs[run[0].id], awaiting[run[-1].id]) for run in runs] for runs in lanes.values()]
+        if self._like is not None:
+            meetings = {task.id: task.meetings for task in self.tasks}
+            lanes_of = self._like._lanes
+            return [[run.meeting(meetings[run.last]) if run.meetings else run for run in runs] for runs in lanes_of]
+        needs = self._needs()
+        awaited = {need for own in needs for need in own}
+        lanes: dict[tuple[str, bool], list[tuple[list[Task], list[Need]]]] = {}
+        for task, own in zip(self.tasks, needs, strict=True):
+            runs = lanes.setdefault((task.lane, bool(task.meetings)), [])
+            if not runs or task.meetings or own or runs[-1][0][-1].id in awaited:
+                runs.append(([task], own))
+            else:
+                runs[-1][0].append(task)
+        return [[_run(run, own, awaited=run[-1].id in awaited) for run, own in runs] for runs in lanes.values()]
 
-    def _needs(self, lane_of: Mapping[int, tuple[str, bool]]) -> dict[int, list[Need]]:
+    def _needs(self) -> list[list[Need]]:
         """What each task waits for on other lanes, unless another of its needs implies it, and before the run."""
-        place = {task.id: index for index, task in enumerate(self.tasks)}
-        needs: dict[int, list[Need]] = {}
+        place = {number: index for index, number in enumerate(self.ids)}
+        lanes: dict[tuple[str, bool], int] = {}
+        lane_of = [lanes.setdefault((task.lane, bool(task.meetings)), len(lanes)) for task in self.tasks]
+        found: list[list[Need]] = []
         before: dict[str, int] = {}
-        ended: dict[int, dict[tuple[str, bool], int]] = {}
-        """The last place of each lane that has ended when a task has."""
-        for task in self.tasks:
-            found: list[int] = []
-            reached: dict[tuple[str, bool], int] = {}
-            named = [need for need in task.needs if isinstance(need, str)]
-            own = {need for need in task.needs if isinstance(need, int)} | {before.get(task.lane, task.id)}
-            own.discard(task.id)
-            for need in sorted(own, key=place.__getitem__, reverse=True):
-                if place[need] > reached.get(lane_of[need], -1):
-                    found.append(need)
-                for lane, last in ended.get(need, {lane_of[need]: place[need]}).items():
-                    reached[lane] = max(last, reached.get(lane, -1))
-            needs[task.id] = [*(need for need in found if lane_of[need] != lane_of[task.id]), *named]
-            ended[task.id] = reached | {lane_of[task.id]: place[task.id]}
-            before[task.lane] = task.id
-        return needs
+        ended: list[list[int]] = []
+        """Of each task so far, the last place of each lane that has ended when it has."""
+        for here, task in enumerate(self.tasks):
+            lane, last = lane_of[here], before.get(task.lane, -1)
+            own = {place[need] for need in task.needs if not isinstance(need, str)} if task.needs else set()
+            if last >= 0:
+                own.add(last)
+            reached = [-1] * len(lanes)
+            needs: list[Need] = []
+            for need in sorted(own, reverse=True):
+                if need <= reached[lane_of[need]]:
+                    continue  # so is all that it waited for
+                if lane_of[need] != lane:
+                    needs.append(self.ids[need])
+                reached = [*map(max, reached, ended[need])] if need < here else reached
+                reached[lane_of[need]] = max(need, reached[lane_of[need]])
+            found.append([*needs, *(need for need in task.needs if isinstance(need, str))] if self.names else needs)
+            reached[lane] = here
+            ended.append(reached)
+            before[task.lane] = here
+        return found

@@ -6,12 +6,12 @@ spans and memory changes of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, pieces_during, place_of
+from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, end_of, pieces_during, place_of
 from spsim.engine.recording import MemoryChange, Recording, Span, TaskInfo
 from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
@@ -33,45 +33,56 @@ class Leaf(NamedTuple):
         """Its last piece."""
         moved = STAY
         for repeat in self.repeats:
-            moved = moved.after(repeat.move.times(repeat.runs - 1))
+            moved = moved.after(repeat.move, repeat.runs - 1)
         return self.stretch.run(self.stretch.runs - 1, moved)
 
-    def find(self, layer: int | None, micro_batch: int | None, *, edges: bool = False) -> Iterator[Piece]:
-        """Its pieces of one layer and micro-batch; of many equal ones in it the first and the last with `edges`."""
-        stretch = self.stretch
-        levels = [(repeat.move, repeat.runs) for repeat in self.repeats] + [(stretch.move, stretch.runs)]
-        wanted = _less(layer, stretch.layer), _less(micro_batch, stretch.micro_batch)
-        alone = stretch._replace(runs=1, move=STAY, brings=(), drops=())
-        for moved in _moves(levels, STAY, wanted, edges=edges):
+    def find(self, layers: Collection[int] | None, micro_batches: Collection[int] | None) -> Iterator[Piece]:
+        """Its pieces of some layers and micro-batches."""
+        alone = self.stretch._replace(runs=1, move=STAY, brings=(), drops=())
+        for moved in self._moves(layers, micro_batches):
             yield alone.run(0, moved)
 
+    def windows(self, layer: int | None, micro_batch: int | None) -> list[tuple[int, int]]:
+        """Those of its pieces of one layer and micro-batch; of many equal ones in it of the first and the last."""
+        return [self.stretch.window(0, moved) for moved in self._moves(_one(layer), _one(micro_batch), edges=True)]
 
-def _less(wanted: int | None, have: int | None) -> int | None:
-    """The difference, or None where either does not matter."""
-    return None if wanted is None or have is None else wanted - have
-
-
-def _moves(
-    levels: Sequence[tuple[Move, int]], moved: Move, wanted: tuple[int | None, int | None], *, edges: bool
-) -> Iterator[Move]:
-    """All ways to run the levels that move by the wanted layers and micro-batches."""
-    if not levels:
-        if all(want is None or want == have for want, have in zip(wanted, moved[2:4], strict=True)):
-            yield moved
-        return
-    (move, runs), *inner = levels
-    found = _indices(move, runs, moved, wanted)
-    for index in sorted({*found[:1], *found[-1:]}) if edges else found:
-        yield from _moves(inner, moved.after(move.times(index)), wanted, edges=edges)
+    def _moves(
+        self, layers: Collection[int] | None, micro_batches: Collection[int] | None, *, edges: bool = False
+    ) -> list[Move]:
+        """To the pieces of some layers and micro-batches; of many equal ones to the first and the last with `edges`."""
+        stretch = self.stretch
+        wanted = _less(layers, stretch.layer), _less(micro_batches, stretch.micro_batch)
+        nodes: tuple[Node, ...] = (*self.repeats, stretch)
+        found = [STAY]
+        for node in nodes:
+            found = [moved.after(node.move, index) for moved in found for index in _indices(node, moved, wanted, edges)]
+        return [moved for moved in found if _among(moved.layers, wanted[0]) and _among(moved.micro_batches, wanted[1])]
 
 
-def _indices(move: Move, runs: int, moved: Move, wanted: tuple[int | None, int | None]) -> Sequence[int]:
-    """Which runs may be among them: around a piece only one level changes the layer, and one the micro-batch."""
-    for step, want, have in zip(move[2:4], wanted, moved[2:4], strict=True):
+Wanted = tuple[Set[int] | None, Set[int] | None]
+"""Layers and micro-batches that are wanted, counted from those of a stretch; None where all are."""
+
+
+def _less(wanted: Collection[int] | None, have: int | None) -> Set[int] | None:
+    """The differences, or None where either does not matter."""
+    return None if wanted is None or have is None else {number - have for number in wanted}
+
+
+def _among(have: int, wanted: Set[int] | None) -> bool:
+    return wanted is None or have in wanted
+
+
+def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[int]:
+    """Which runs of a node may be among the wanted ones: around a piece only one level changes the layer, and one the
+    micro-batch. Of many with `edges` the first and the last.
+    """
+    found: Sequence[int] = range(node.runs)
+    for step, want, have in zip(node.move[2:4], wanted, moved[2:4], strict=True):
         if step and want is not None:
-            index, rest = divmod(want - have, step)
-            return (index,) if rest == 0 and 0 <= index < runs else ()
-    return range(runs)
+            places = (divmod(number - have, step) for number in want)
+            found = sorted(index for index, rest in places if rest == 0 and 0 <= index < node.runs)
+            break
+    return (found[0], found[-1]) if edges and len(found) > 1 else found
 
 
 @dataclass(frozen=True)
@@ -139,18 +150,18 @@ class Trace:
         """The pieces of a pass of one layer and micro-batch, in order; those of a measured run belong to no layer."""
         for leaf in self.leaves:
             if leaf.stretch.phase == phase:
-                yield from leaf.find(layer, micro_batch)
+                yield from leaf.find(_one(layer), _one(micro_batch))
+
+    def pieces_in(self, layers: Collection[int], micro_batches: Collection[int]) -> list[Piece]:
+        """The pieces of some layers and micro-batches and those that belong to none, in order of tasks."""
+        found = (piece for leaf in self.leaves for piece in leaf.find(layers, micro_batches))
+        return sorted(found, key=lambda piece: piece.first_task)
 
     def window_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> tuple[int, int]:
         """When the first task of a pass of one layer and micro-batch is posted, and when the last ends."""
-        pieces = [
-            piece
-            for leaf in self.leaves
-            if leaf.stretch.phase == phase
-            for piece in leaf.find(layer, micro_batch, edges=True)
-        ]
-        windows = [piece.window for piece in pieces]
-        return min((begin for begin, _ in windows), default=0), max((end for _, end in windows), default=0)
+        own = [leaf for leaf in self.leaves if leaf.stretch.phase == phase]
+        windows = [window for leaf in own for window in leaf.windows(layer, micro_batch)]
+        return (min(windows)[0], max([end for _, end in windows])) if windows else (0, 0)
 
     def pieces_during(self, start: int, end: int) -> Iterator[Piece]:
         """The pieces that are under way between two moments, in order."""
@@ -173,7 +184,11 @@ class Trace:
     @lazy
     def end_ps(self) -> int:
         """End of the last span."""
-        return max((node.end_ps for node in self.nodes), default=0)
+        return max(map(end_of, self.nodes), default=0)
+
+
+def _one(number: int | None) -> tuple[int] | None:
+    return None if number is None else (number,)
 
 
 def _leaves(nodes: Sequence[Node], around: tuple[Repeat, ...]) -> Iterator[Leaf]:

@@ -1,1 +1,1 @@
-"""Traces for other programs to read; no pictures."""
+"""Traces for other programs to read: for Perfetto, and as torch.profiler writes them; no pictures."""

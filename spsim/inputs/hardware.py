@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -27,10 +27,13 @@ from spsim.inputs.kernel_coefficients import (
     KernelPass,
     KernelRates,
     MemoryBoundFractions,
+    PickedKernel,
+    RowLength,
     SendCoefficients,
 )
 from spsim.inputs.plausible import check_profile
 from spsim.inputs.quantities import Bandwidth, Microseconds, NonNegative, Provenance, Quantity, Table
+from spsim.work import AttentionKernel, Framework
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
 
@@ -149,13 +152,18 @@ class Coefficients(Table):
     """Everything that a calibration fits; one value per profile."""
 
     gemm: GemmCoefficients
-    attention: AttentionCoefficients
-    attention_by_dtype: dict[DataType, AttentionCoefficients] = Field(default_factory=dict)
-    """Where the kernel of a data type is another than `attention` describes."""
+    attention: Annotated[dict[AttentionKernel, AttentionCoefficients], Field(min_length=1)]
+    """Fused kernels, in 16 bits."""
+    attention_picked: dict[Framework, PickedKernel]
+    """Which of them a framework runs if it is not told."""
+    attention_by_dtype: dict[DataType, dict[AttentionKernel, AttentionCoefficients]] = Field(default_factory=dict)
+    """Of a data type that runs at other rates."""
     memory_bound: MemoryBoundFractions
     kernel_rates: dict[DataType, dict[KernelPass, KernelRates]] = Field(default_factory=dict)
     """By data type and kernel_direction, such as gelu_backward, where more than the traffic matters; others have
     `memory_bound`. Types without rates take those of `bf16`: tensors between products are of 16 bits."""
+    row_rates: dict[DataType, dict[KernelPass, dict[RowLength, KernelRates]]] = Field(default_factory=dict)
+    """The same of kernels that take other times for other row lengths, by the measured ones; they go first."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
     kernel_overhead_us: Microseconds
@@ -174,6 +182,19 @@ class Coefficients(Table):
     overlap_slowdown: NonNegative
     """Share of its rate that compute loses while a collective holds units of the device."""
     memory: MemoryCoefficients
+
+    @model_validator(mode="after")
+    def _picked_kernels_exist(self) -> Self:
+        for framework in get_args(Framework):
+            if framework not in self.attention_picked:
+                raise ValueError(f"attention_picked has no {framework}; say which kernel it runs")
+        for framework, picked in self.attention_picked.items():
+            if picked.kernel not in self.attention:
+                raise ValueError(
+                    f"attention_picked.{framework} is {picked.kernel!r}, which attention does not have; "
+                    f"use one of {', '.join(self.attention)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _slowdown_below_one(self) -> Self:
@@ -245,6 +266,18 @@ class HardwareProfile(Table):
     def gpus_per_node(self) -> int:
         """GPUs joined by the innermost level."""
         return self.datasheet.topology[0].gpus or 1
+
+    def attention_kernel(self, wanted: AttentionKernel | Framework) -> AttentionKernel:
+        """A fused attention kernel by its name, or by that of the framework that picks it; `InputError` when the
+        profile does not have it.
+        """
+        coefficients = self.coefficients
+        if wanted in coefficients.attention_picked:
+            return coefficients.attention_picked[wanted].kernel
+        if wanted not in coefficients.attention:
+            have = ", ".join(coefficients.attention)
+            raise InputError(f"attention {wanted!r}: {self.name} has no such kernel; use flash, unfused or {have}")
+        return wanted
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s of a data type; `InputError` when the device does not have it."""

@@ -6,59 +6,95 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Quantity, Table
-from spsim.work import known_data_type, known_kernel_pass
+from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Sides, Table
+from spsim.work import AttentionKernel, known_data_type, known_kernel_pass
 
 KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
 """Such as gelu_backward."""
 DataType = Annotated[str, AfterValidator(known_data_type)]
 HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
+RowLength = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 
 
 class GemmCoefficients(Table):
-    """Matrix products: see `costs.products`."""
+    """Matrix products as tiles on compute units: see `costs.products`."""
 
     fraction: dict[str, Fraction]
-    """Share of the dense peak that full tiles reach, by data type."""
-    k_pad: NonNegative
-    """Elements added to K for the prologue and epilogue of a tile."""
-    tile_m: Quantity
-    tile_n: Quantity
-    tail_waves: NonNegative
-    """Mean part of a wave of tiles lost at the end; ceil(x) - x averages one half."""
-    weight_gradient_rate: Fraction
-    """Rate of the weight-gradient product relative to forward."""
-    accumulation_exposed: NonNegative
-    """Share of the read and write of fp32 main gradients that the product does not hide."""
-    traffic_exposed: NonNegative | None = None
-    """Share of the shorter of FLOP time and memory time that the other does not hide; none unless measured."""
-    start_us: NonNegative | None = None
-    """Start of a product beyond that of any kernel: the call of its library; none unless measured."""
+    """Share of the dense peak at which the units work through full tiles, by data type."""
+    burst_limit: dict[str, Fraction] = Field(default_factory=dict)
+    """Share of the peak that no product exceeds in a burst of milliseconds, as microbenchmarks run; by data type."""
+    sustained_limit: dict[str, Fraction] = Field(default_factory=dict)
+    """The same at the power limit of the board, as a training step runs."""
+    tile_m: Sides
+    tile_n: Sides
+    """The library takes the pair that is done first."""
+    full_rate_side: NonNegative
+    """Side of the smallest square tile whose operands arrive as fast as they are multiplied."""
+    k_pad_bytes: NonNegative
+    """Added to K for the prologue and epilogue of a tile, in bytes of an operand: their time is that of any type."""
+    start_us: NonNegative
+    """Start of a product beyond that of any kernel."""
+    weight_gradient_rate: dict[str, Fraction]
+    """Rate of the weight-gradient product relative to forward, by data type."""
+    accumulation_exposed: dict[str, NonNegative]
+    """Share of the read and write of fp32 main gradients that a short product does not hide, by data type."""
+    accumulation_half_k: dict[str, Quantity] = Field(default_factory=dict)
+    """K at which main loops hide half of it; none where it never is."""
 
 
-class AttentionCurve(Table):
-    """Flash attention of one head size, direction and masking."""
+class AttentionTile(Table):
+    """A thread block of a fused attention kernel of one head size, direction and masking: see `costs.attention`."""
 
     fraction: Fraction
-    """Share of the dense peak at long sequences; a causal kernel is charged half the square."""
-    half_tokens: NonNegative
-    """Sequence length at which half of that share is reached."""
+    """Share of the dense peak of the compute units, while they loop over keys."""
+    block_us: NonNegative
+    """What a block takes beside that loop."""
 
 
-class AttentionMasks(Table):
-    """Curves by head size (a decimal number as key)."""
+class KeySplit(Table):
+    """A forward kernel that also divides the keys of few queries among blocks, and joins their results."""
 
-    causal: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
-    full: Annotated[dict[HeadSize, AttentionCurve], Field(min_length=1)]
+    rate: Quantity
+    """Of a block, in multiples of that of blocks that are not split."""
+    join_us: NonNegative
+    """Start of joining."""
+    join_traffic: NonNegative
+    """Share of the time of writing and reading the fp32 results of the parts that joining takes."""
+    block_gb_per_s: Bandwidth
+    """Rate at which one block reads keys and values from memory."""
+
+
+class AttentionPass(Table):
+    """One direction of a fused attention kernel; tiles by head size (a decimal number as key)."""
+
+    start_us: NonNegative
+    """Of all its kernels, beyond that of any kernel."""
+    traffic_exposed: NonNegative
+    """Share of the time of operands and results that tiles do not hide, kernels before and after them included."""
+    block_rows: Quantity
+    """Queries of a thread block; backward, its keys."""
     block_tokens: NonNegative | None = None
-    """Keys that a masked kernel computes or skips together; their cost is part of the curves unless measured."""
+    """Keys (backward: queries) that a masked block computes or skips together; as many as rows unless measured."""
+    blocks_per_unit: Quantity | None = None
+    """Thread blocks that share a compute unit; one unless given."""
+    lone_rate: Fraction | None = None
+    """Share of a unit's rate that one of several blocks reaches alone."""
+    split: KeySplit | None = None
+    causal: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]
+    full: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]
 
 
 class AttentionCoefficients(Table):
-    """Flash attention curves, by direction, masking and head size."""
+    """One fused attention kernel."""
 
-    forward: AttentionMasks
-    backward: AttentionMasks
+    forward: AttentionPass
+    backward: AttentionPass
+
+
+class PickedKernel(Provenance):
+    """Which kernel a framework runs on the device."""
+
+    kernel: AttentionKernel
 
 
 class MemoryBoundFractions(Table):

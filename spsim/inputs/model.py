@@ -17,10 +17,11 @@ from spsim.errors import InputError
 from spsim.inputs import words
 from spsim.inputs.configuration import Configuration, Name
 from spsim.inputs.resources import read_toml
+from spsim.work import AttentionKernel, Framework
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Activation = Literal["gelu", "squared_relu", "swiglu", "geglu"]
-Attention = Literal["flash", "unfused"]
+Attention = Literal["flash", "unfused", AttentionKernel]
 GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 
 
@@ -63,6 +64,7 @@ class Model(Configuration):
     head_bias: bool = False
     """One number a row of the head."""
     attention: Attention = "flash"
+    """`flash`: the fused kernel that Transformer Engine picks on the hardware; or a kernel of the profile by name."""
     sliding_window: Size | None = None
     """Keys that a query looks back at, itself included. Sequences that are longer are refused."""
     causal: bool = True
@@ -117,6 +119,13 @@ class Model(Configuration):
                 f"activation {self.activation!r} and gated_mlp = {self.gated_mlp} exclude each other; change one"
             )
         return self
+
+    @property
+    def attention_kernel(self) -> AttentionKernel | Framework | None:
+        """The fused kernel of core attention, by its name or by what picks it; none where it is unfused."""
+        if self.attention == "unfused":
+            return None
+        return "transformer_engine" if self.attention == "flash" else self.attention
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -28,8 +28,14 @@ LEAST_SHARE = 1e-3
 """Of a peak or a bandwidth that any kernel reaches on a GPU."""
 LEAST_LINK = 2e-3
 """Share of a link that the largest message of any collective reaches on a GPU."""
-PRODUCTS = {"tile_m": (1, 1024), "tile_n": (1, 1024), "tail_waves": (0, 10), "accumulation_exposed": (0, 10)}
-"""What libraries of matrix products have."""
+LIMITS = {
+    "start_us": 100, "join_us": 100, "block_us": 100, "traffic_exposed": 10, "join_traffic": 10, "rate": 10,
+    "accumulation_exposed": 10, "accumulation_half_k": 1e5, "full_rate_side": 4096, "block_rows": 4096,
+    "block_tokens": 4096, "blocks_per_unit": 64,
+}  # fmt: skip
+"""Of coefficients of kernels on a GPU by their names."""
+ON_PROCESSOR = 100
+"""Times these limits that those of a CPU may be."""
 CHUNK_MIB, BLEND = (1 / 16, 1024), (0.5, 50)
 FASTER, SLOWER = 0.1, 20
 """Larger messages take no less than a tenth of the time of the next smaller one, nor a twentieth of its bandwidth."""
@@ -49,7 +55,7 @@ def check_profile(profile: HardwareProfile) -> None:
     _check_memory(profile)
     _check_products(profile)
     _check_peaks(sheet)
-    _check_rates(profile, 0.0 if processor else LEAST_SHARE)
+    _check_rates(profile, *((0.0, ON_PROCESSOR) if processor else (LEAST_SHARE, 1)))
     for name, table in profile.coefficients.collectives.items():
         level = next(level for level in sheet.topology if level.name == name)
         for collective, curves in table.items():
@@ -96,8 +102,6 @@ def _check_products(profile: HardwareProfile) -> None:
     missing = [dtype for dtype in profile.datasheet.peak_tflops if dtype not in gemm.fraction]
     if missing:
         raise ValueError(f"gemm.fraction has no {missing[0]}, of which there is a peak; add the share that is reached")
-    for name, limits in PRODUCTS.items():
-        _check_range(f"gemm.{name}", getattr(gemm, name), limits)
 
 
 def _check_peaks(sheet: Datasheet) -> None:
@@ -118,23 +122,28 @@ def _check_peaks(sheet: Datasheet) -> None:
         raise ValueError(f"clock_vector_mhz {vector:g} does not fit clock_tensor_mhz {tensor:g}; check the units")
 
 
-def _check_rates(profile: HardwareProfile, least: float) -> None:
-    """Shares of peaks and bandwidths; the rate of the cache."""
+def _check_rates(profile: HardwareProfile, least: float, slack: float) -> None:
+    """The rate of the cache; of kernels, shares of peaks and bandwidths, of which `least` is too few, and all else."""
     memory = profile.datasheet.memory.bandwidth_gb_per_s.value
     coefficients = profile.coefficients
     cache = coefficients.l2_bandwidth_gb_per_s.value
     if not memory / 20 <= cache <= 200 * memory:
         raise ValueError(f"l2_bandwidth_gb_per_s {cache:g} does not fit {memory:g} GB/s of memory; check the units")
-    for table in ("gemm", "attention", "attention_by_dtype", "memory_bound", "kernel_rates"):
+    for table in ("gemm", "attention", "attention_by_dtype", "memory_bound", "kernel_rates", "row_rates"):
         for path, number in _numbers(getattr(coefficients, table), table):
-            share = number.value if isinstance(number, Fraction) else number.value / memory
-            if share <= least:
+            name = next((part for part in reversed(path.split(".")) if part in LIMITS), "")
+            if name and number.value > slack * LIMITS[name]:
+                raise ValueError(
+                    f"{path} {number.value:g} is over {slack * LIMITS[name]:g}, more than any kernel has; check it"
+                )
+            share = number.value / memory if isinstance(number, Bandwidth) else number.value
+            if share <= least and isinstance(number, Fraction | Bandwidth):
                 raise ValueError(f"{path} {number.value:g} is a thousandth of what there is, or less; check the unit")
 
 
-def _numbers(table: Any, path: str) -> Iterator[tuple[str, Fraction | Bandwidth]]:
-    """The shares and rates in a table by their dotted path."""
-    if isinstance(table, Fraction | Bandwidth):
+def _numbers(table: Any, path: str) -> Iterator[tuple[str, Fraction | NonNegative | Quantity]]:
+    """The numbers in a table by their dotted path."""
+    if isinstance(table, Fraction | NonNegative | Quantity):
         yield path, table
     elif not isinstance(table, Provenance) and table is not None:
         items = table.items() if isinstance(table, dict) else ((n, getattr(table, n)) for n in type(table).model_fields)

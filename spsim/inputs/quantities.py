@@ -63,3 +63,9 @@ class NonNegative(Provenance):
     """A number of at least 0 and its source: tokens, elements, MiB or shares."""
 
     value: Annotated[Number, Field(ge=0, le=1e5)]
+
+
+class Sides(Provenance):
+    """Sides of tiles in elements, and their source."""
+
+    value: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, strict=False)]

@@ -101,6 +101,8 @@ class Scenario(Shapes):
     def _check_nodes(self) -> Self:
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.precision)
+        if kernel := self.model.attention_kernel:
+            self.hardware.attention_kernel(kernel)
         return self
 
     @property

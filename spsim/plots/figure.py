@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib as mpl
@@ -36,6 +37,7 @@ COLOURS = {
     "dropout": "#66CCEE",
     "elementwise": "#BBBBBB",
     "communication": "#EE6677",
+    "copy": "#DDAA33",
     "other": "#777777",
 }
 """By operator class; `other` is a measured kernel whose name says nothing."""
@@ -74,7 +76,7 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
 
 
 def add_title(figure: Figure, title: str, subtitle: str) -> None:
-    """Title and subtitle at the top left, smaller where they would not fit."""
+    """Title and subtitle at the top left, smaller where they would not fit; a dollar in a name is no mathematics."""
     across, up = figure.get_size_inches()
     left = 0.25
     lines = ((title, TITLE_SIZE, 0.14, "bold", "black"), (subtitle, TEXT_SIZE, 0.45, "normal", MUTED))
@@ -82,7 +84,7 @@ def add_title(figure: Figure, title: str, subtitle: str) -> None:
         width, _ = text_size(text, size, bold=weight == "bold")
         fit = min(1.0, (across - 2 * left) * POINTS / width) if width else 1.0
         figure.text(
-            left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top"
+            left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top", parse_math=False
         )  # fmt: skip
 
 
@@ -98,6 +100,7 @@ def describe_workload(*results: Result) -> str:
     return " · ".join(part for part in described[0] if all(part in parts for parts in described))
 
 
+@lru_cache(maxsize=4096)
 def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, float]:
     """Width and height in points of lines of text."""
     font = FontProperties(size=size, weight="bold" if bold else "normal")
@@ -107,7 +110,11 @@ def text_size(text: str, size: float, *, bold: bool = False) -> tuple[float, flo
 
 
 def fitting(options: Sequence[str], width: float, height: float, size: float) -> tuple[str, int] | None:
-    """The first text that fits a box in points, with its rotation; upright texts first."""
+    """The first text that fits a box in points, with its rotation; upright texts first. None fits a box that is thinner
+    than a line.
+    """
+    if min(width, height) < size:
+        return None
     for rotation in (0, 90):
         for text in options:
             along, across = text_size(text, size)

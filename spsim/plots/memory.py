@@ -25,8 +25,10 @@ from spsim.plots.figure import (
     describe_workload,
     text_size,
 )
+from spsim.results import held
+from spsim.results.filling import curve
 from spsim.results.result import Result
-from spsim.units import MS_PER_S, PS_PER_MS, PS_PER_US, US_PER_S
+from spsim.units import GIB, MS_PER_S, PS_PER_MS
 
 CATEGORIES = {
     "weights": "#4477AA",
@@ -44,6 +46,8 @@ RIGHT, KEY = 2.4, 0.65
 HEADROOM = 1.25
 NEAR = 1.6
 """Up to this multiple of the peak the capacity is drawn as a line, beyond it is named."""
+POINTS_ACROSS = 2000
+"""Pixels of the axes, and some more."""
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -51,13 +55,13 @@ def plot_memory(result: Result, *, rank: int | None = None, title: str | None = 
     """Memory of one rank by category, the fullest unless named, with its peak and the capacity."""
     rank = result.peak.rank if rank is None else rank
     alone = _alone(result, rank)
-    curve = _settled(alone)
-    sizes = {name: curve[_column(name)] for name in CATEGORIES}
-    peak = int(curve["total_gib"].argmax())
+    settled = _settled(alone)
+    sizes = {name: settled[_column(name)] for name in CATEGORIES}
+    peak = int(settled["total_gib"].argmax())
     labels = [f"{name}  {size.iloc[peak]:.2f} GiB" for name, size in sizes.items()]
     figure, axes = _figure(alone.step_time_s * MS_PER_S, labels)
     areas = axes.stackplot(
-        curve["time_ms"], *sizes.values(), labels=labels, colors=list(CATEGORIES.values()), step="post", linewidth=0
+        settled["time_ms"], *sizes.values(), labels=labels, colors=list(CATEGORIES.values()), step="post", linewidth=0
     )  # fmt: skip
     low = _limits(axes, alone.peak_memory_gib, _usable(alone), alone.capacity_gib)
     _mark_peak(axes, alone)
@@ -72,9 +76,9 @@ def plot_memory_curves(results: Mapping[str, Result], *, title: str | None = Non
     labels = {name: f"{name}  {result.peak_memory_gib:.2f} GiB" for name, result in results.items()}
     end = max(result.step_time_s for result in results.values()) * MS_PER_S
     figure, axes = _figure(end, list(labels.values()))
-    for index, (name, curve) in enumerate(curves.items()):
+    for index, (name, settled) in enumerate(curves.items()):
         axes.step(
-            curve["time_ms"], curve["total_gib"], where="post", linewidth=1.6, label=labels[name],
+            settled["time_ms"], settled["total_gib"], where="post", linewidth=1.6, label=labels[name],
             color=SERIES[index % len(SERIES)], linestyle=STYLES[index // len(SERIES) % len(STYLES)],
         )  # fmt: skip
     handles = list(axes.lines)
@@ -101,11 +105,17 @@ def _alone(result: Result, rank: int) -> Result:
 
 
 def _settled(result: Result) -> pd.DataFrame:
-    """The curve with one row per moment, up to the end of the step."""
-    curve = result.memory_curve.drop_duplicates("time_us", keep="last")
-    end = curve.iloc[[-1]].assign(time_us=result.step_time_s * US_PER_S)
-    curve = pd.concat([curve, end], ignore_index=True)
-    return curve.assign(time_ms=curve["time_us"] * PS_PER_US / PS_PER_MS)
+    """Memory of the only simulated rank over the step, a row each time that it changes, or for each point that can be
+    told from the next.
+    """
+    trace, peak = result.trace, result.peak
+    moments = curve(trace, peak.rank, [(peak.time_ps, peak.time_ps)], trace.end_ps // POINTS_ACROSS)
+    static = result.static.by_category()
+    frame = pd.DataFrame({"time_ms": [moment.time_ps / PS_PER_MS for moment in moments]})
+    for category in dict.fromkeys((*static, *held.CATEGORIES)):
+        always = static.get(category, 0)
+        frame[_column(category)] = [(always + moment.sizes[category]) / GIB for moment in moments]
+    return frame.assign(total_gib=frame.filter(like="_gib").sum(axis=1))
 
 
 def _column(category: str) -> str:

@@ -36,14 +36,17 @@ from spsim.plots.figure import (
     side_by_side,
     text_size,
 )
-from spsim.plots.view import View, Window, busiest_view, distinct_ranks, layer_view
+from spsim.plots.view import View, Window, busiest_view, layer_view
 from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.results.accounts import PEERS, STAGES, waits_on
 from spsim.results.result import Result
+from spsim.results.selection import distinct_ranks
 from spsim.units import PS_PER_MS, PS_PER_US
 
 LEFT, RIGHT, BOTTOM, TOP, HEADER = 1.35, 0.3, 0.95, 0.75, 0.55
-"""Inches around the lanes: labels, margin, legend, title, and the lines above each panel."""
+"""Inches around the lanes: labels if they are no longer, margin, legend, title, and the lines above each panel."""
+BESIDE_LABEL = 0.2
+"""Inches around the longest label."""
 ONE_LINE = 0.3
 """Inches above a panel without a name of its own."""
 RANK_GAP = 0.3
@@ -198,6 +201,8 @@ class _Panel:
     scale: int
     """Picoseconds of one unit of the axis."""
     points_per_ps: float
+    width: float
+    """Inches."""
     row_points: float
     bars: dict[str, _Bars] = field(default_factory=dict)
 
@@ -243,13 +248,11 @@ class _Panel:
         box = {"facecolor": style["color"], "edgecolor": "none", "pad": 0.6} if "hatch" in style else None
         self.axes.text(
             x, row, text, rotation=rotation, size=LABEL_SIZE, ha="center", va="center", linespacing=1.0,
-            color=ink_on(style["color"]), bbox=box,
+            color=ink_on(style["color"]), bbox=box, parse_math=False,
         )  # fmt: skip
 
     def _lanes(self, positions: dict[tuple[int, str], float]) -> None:
-        several = len(self.view.ranks) > 1
-        names = [f"rank {rank}  {lane}" if several and lane == COMPUTE_LANE else lane for rank, lane in positions]
-        self.axes.set_yticks(list(positions.values()), names, size=SMALL_SIZE)
+        self.axes.set_yticks(list(positions.values()), _lane_names(self.view), size=SMALL_SIZE, parse_math=False)
         self.axes.set_ylim(_height(self.view.rows) - 0.5, -0.5)
         self.axes.tick_params(axis="y", length=0)
         self.axes.grid(axis="x", color=GRID, linewidth=0.6)
@@ -261,7 +264,7 @@ class _Panel:
         middles = side_by_side(
             [(window.drawn_ps + window.length_ps / 2) * self.points_per_ps for window in windows],
             [text_size(name, SMALL_SIZE)[0] for name in names],
-            (WIDTH - LEFT - RIGHT) * POINTS,
+            self.width * POINTS,
         )
         for window, name, middle in zip(windows, names, middles, strict=True):
             if window.drawn_ps:
@@ -278,6 +281,12 @@ def _look(look: str) -> dict[str, Any]:
     name, _, recomputed = look.partition(", ")
     style = {"color": plain.get(name) or COLOURS[name], "edgecolor": "white"}
     return style | {"hatch": HATCH} if recomputed else style
+
+
+def _lane_names(view: View) -> list[str]:
+    """Labels of the rows of a view; of several ranks the first lane names its rank."""
+    several = len(view.ranks) > 1
+    return [f"rank {rank}  {lane}" if several and lane == COMPUTE_LANE else lane for rank, lane in view.rows]
 
 
 def _positions(rows: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
@@ -303,18 +312,22 @@ def _draw(panels: Sequence[tuple[str, View]]) -> Figure:
     figure = Figure(figsize=(WIDTH, BOTTOM + TOP + sum(heights) + above * len(panels)))
     limit = max(view.length_ps for _, view in panels)
     scale, unit = (PS_PER_MS, "ms") if limit >= PS_PER_MS else (PS_PER_US, "µs")
-    width = WIDTH - LEFT - RIGHT
+    labels = [name for _, view in panels for name in _lane_names(view)]
+    left = max(LEFT, BESIDE_LABEL + max(text_size(name, SMALL_SIZE)[0] for name in labels) / POINTS)
+    width = WIDTH - left - RIGHT
     top = float(figure.get_figheight()) - TOP
     for (header, view), height in zip(panels, heights, strict=True):
         top -= above + height
-        axes = axes_at(figure, LEFT, top, width, height)
-        _Panel(view, axes, scale, width * POINTS / limit, row * POINTS).draw()
+        axes = axes_at(figure, left, top, width, height)
+        _Panel(view, axes, scale, width * POINTS / limit, width, row * POINTS).draw()
         axes.set_xlim(0, limit / scale)
         axes.annotate(
-            header, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", size=TEXT_SIZE, weight="bold"
-        )
+            header, (0, 1), (0, 18), xycoords="axes fraction", textcoords="offset points", size=TEXT_SIZE,
+            weight="bold", parse_math=False,
+        )  # fmt: skip
         axes.tick_params(axis="x", labelbottom=top < BOTTOM + 0.01)
-    figure.axes[-1].set_xlabel(f"time in the layer ({unit})", size=SMALL_SIZE)
+    measured = all(view.trace.measured for _, view in panels)
+    figure.axes[-1].set_xlabel(f"time in the {'passes' if measured else 'layer'} ({unit})", size=SMALL_SIZE)
     _legend(figure, {span.info.collective for _, view in panels for scene in view.scenes for span in scene.own})
     return figure
 

@@ -5,7 +5,7 @@ Only pieces of the trace that are under way during those passes are looked at, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -13,9 +13,9 @@ from spsim.engine.pieces import Pass, Piece
 from spsim.engine.recording import Span, TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
-from spsim.export.chrome_trace import lane_order
 from spsim.results.accounts import Interval, kernels_wait
 from spsim.results.metrics import compute_by_class
+from spsim.results.selection import distinct_ranks, lane_order, simulated_for, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +82,20 @@ class View:
         return list(dict.fromkeys(rank for rank, _ in self.rows))
 
 
+MOST_RANKS = 8
+"""Ranks that are shown unless they are named: a ring that is cut contiguously has as many distinct ones as ranks."""
 PHASES: tuple[Pass, ...] = ("forward", "backward")
 
 
 def layer_view(
     trace: Trace, layer: int, micro_batch: int, phases: Sequence[str] | None, ranks: Sequence[int] | None
 ) -> View:
-    """The view of some ranks, or of the distinct ones, in the given phases of one layer, or in those it has."""
+    """The view of some ranks, or of the distinct ones and not too many, in the given phases of one layer, or in those
+    it has.
+    """
     there = {leaf.stretch.phase for leaf in trace.leaves}
     wanted = [phase for phase in PHASES if phase in there] if phases is None else phases
-    shown = _simulated(trace, distinct_ranks(trace) if ranks is None else ranks)
+    shown = simulated_for(trace, spread(distinct_ranks(trace), MOST_RANKS) if ranks is None else ranks)
     scenes: list[Scene] = []
     for phase in wanted:
         drawn = sum(scene.window.length_ps for scene in scenes)
@@ -131,28 +135,10 @@ def _scene(trace: Trace, pieces: Sequence[Piece], shown: Mapping[int, int], draw
 def _spans(trace: Trace, piece: Piece, shown: Mapping[int, int], window: Window) -> Iterator[Shown]:
     """The spans of a piece that are seen in a window; a kernel without duration is one that the rank did not run."""
     infos = trace.describe(piece)
-    for span in piece.spans():
-        if span.posted_ps < min(span.end_ps, window.end_ps) and span.end_ps > window.start_ps:
-            info = infos[span.task - piece.first_task]
-            yield from (Shown(rank, span, info) for rank, source in shown.items() if source == span.rank)
-
-
-def distinct_ranks(trace: Trace) -> list[int]:
-    """The first of each set of ranks with the same spans."""
-    first: dict[tuple[object, ...], int] = {}
-    for rank in trace.copies:
-        times = (recording.times.get(rank) for recording in trace.recordings)
-        first.setdefault(tuple(None if own is None else tuple(own.ravel().tolist()) for own in times), rank)
-    return list(first.values())
-
-
-def _simulated(trace: Trace, ranks: Iterable[int]) -> dict[int, int]:
-    """Rank -> the rank that was simulated for it."""
-    source = {copy: rank for rank, copies in trace.copies.items() for copy in copies}
-    unknown = [rank for rank in ranks if rank not in source]
-    if unknown:
-        raise InputError(f"ranks: {unknown[0]} is not a rank of the plan; use 0 to {max(source)}")
-    return {rank: source[rank] for rank in ranks}
+    for rank, source in shown.items():
+        for span, info in zip(piece.spans_of(source), infos, strict=False):
+            if span.posted_ps < min(span.end_ps, window.end_ps) and span.end_ps > window.start_ps:
+                yield Shown(rank, span, info)
 
 
 def busiest_view(trace: Trace, layer: int, micro_batch: int, phases: Sequence[str] | None) -> View:

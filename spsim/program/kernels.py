@@ -35,6 +35,15 @@ class Kernels:
         contracted = self.operator.contracted
         return tuple([w for w in self.placed.weights if contracted.isdisjoint(w.subscript)])
 
+    @lazy
+    def row(self) -> int:
+        """Elements that a norm or a softmax reduces together; of others those of a vector of weights, or of a token."""
+        if self.operator.kind in ("norm", "softmax"):
+            return self._product(self.operator.mixes)
+        if self.vectors:
+            return max([vector.elements for vector in self.vectors])
+        return self._product(dim for dim in self.placed.results[0].subscript if dim not in ("s", "b"))
+
     def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""
         return self._forward
@@ -60,14 +69,14 @@ class Kernels:
             return ()
         total = bytes_of(written or placed.results) if summed else 0
         if not written:
-            return (MemoryBound("elementwise", total, "bias_gradient"),)
+            return (MemoryBound("elementwise", total, "bias_gradient", row=self.row),)
         return (self._streaming(total + bytes_of([*placed.results, *placed.saved, *written]), backward=True),)
 
     def _streaming(self, moved: int, *, backward: bool = False) -> MemoryBound:
         kind = self.operator.kind
         if kind == "gemm" or kind == "attention":
             raise AssertionError(f"{self.operator.name} takes the time of its FLOPs")
-        return MemoryBound(kind, moved, self.operator.kernel, backward)
+        return MemoryBound(kind, moved, self.operator.kernel, backward, self.row)
 
     def _product(self, dims: Iterable[str]) -> int:
         return math.ceil(math.prod([self.placed.sizes[dim] for dim in dims]))
@@ -167,7 +176,7 @@ class Product(Kernels):
         product = Gemm(forward.k, forward.n, forward.m, forward.batch, forward.bytes_moved, accumulated=elements)
         if not self.vectors:
             return (product,)
-        return product, MemoryBound("elementwise", bytes_of(self.placed.results), "bias_gradient")
+        return product, MemoryBound("elementwise", bytes_of(self.placed.results), "bias_gradient", row=self.row)
 
 
 class Attention(Kernels):
@@ -217,8 +226,9 @@ class Attention(Kernels):
         of_key = width * of_keys.tensor.itemsize + value_width * of_values.tensor.itemsize
         moved = passes * batch * (queries * heads * of_query + keys * kv_heads * of_key)
         return FlashAttention(
-            direction=direction, batch=batch, heads=heads, head_dim=width, value_dim=value_width, queries=queries,
-            keys=keys, twice_pairs=twice_pairs, causal=causal, bytes_moved=moved,
+            kernel=self.operator.attention_kernel, direction=direction, batch=batch, heads=heads, kv_heads=kv_heads,
+            head_dim=width, value_dim=value_width, queries=queries, keys=keys, twice_pairs=twice_pairs, causal=causal,
+            bytes_moved=moved,
         )  # fmt: skip
 
     @lazy

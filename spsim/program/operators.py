@@ -25,7 +25,7 @@ from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Extent, Layout, Placement, factors, shard
 from spsim.program.strategies import Rules, SplitRule
-from spsim.work import MAIN_GRADIENT_BYTES, KernelClass, KernelName
+from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Framework, KernelClass, KernelName
 
 TensorKind = Literal["activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
 
@@ -72,6 +72,8 @@ class Operator:
     """Inputs whose gradient is the gradient of the output, the same storage."""
     kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
+    attention_kernel: AttentionKernel | Framework = "transformer_engine"
+    """Which fused kernel computes core attention."""
     rules: str = ""
     """Name of the rules that it is split by, where those are not the ones of the block: experts."""
 

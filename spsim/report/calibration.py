@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
 
@@ -21,11 +21,19 @@ WORDS = {
     "start_us": "start {} us",
     "weight_gradient_rate": "rate of the weight gradient {} of forward",
     "accumulation_exposed": "{} times the traffic of gradient accumulation added",
-    "traffic_exposed": "{} times the shorter of arithmetic and memory traffic added",
+    "accumulation_half_k": "half of it hidden at K {}",
+    "k_pad_bytes": "{} bytes of K for the prologue and epilogue of a tile",
+    "full_rate_side": "full rate from square tiles of {} on",
+    "burst_limit": "at most {} in a burst",
     "fraction": "fraction of peak {}",
-    "half_tokens": "half of it reached at {} tokens",
+    "block_us": "{} us of a block beside its loop",
     "block_tokens": "block of {} tokens under the causal mask",
-    **dict.fromkeys(("fp32", "bf16", "fp16"), "fraction of peak {}"),
+    "traffic_exposed": "{} times the time of memory traffic added",
+    "lone_rate": "{} of a unit's rate by one block alone",
+    "rate": "{} times that rate where keys are split",
+    "join_us": "{} us to join the parts",
+    "join_traffic": "{} times the traffic of the parts",
+    "block_gb_per_s": "{} GB/s read by one block",
     **dict.fromkeys(get_args(MemoryBoundClass), "fraction of the memory bandwidth {}"),
 }
 """What a coefficient is called beside its number."""
@@ -58,22 +66,34 @@ def _errors(one: ClassFit) -> tuple[str, str, str, str]:
 
 
 def rates_table(fitted: FittedProfile) -> Table | None:
-    """A row for each type and direction of the kernels with rates of their own; None where there are none."""
+    """A row for each type, direction and row length of kernels with rates of their own; None where there are none."""
     measured = ["memory, GB/s", "cache, GB/s", "start, us"]
-    made = table("Rates of single kernels", ["kernel", "type", "direction", *measured], numbers=measured)
+    made = table(
+        "Rates of single kernels", ["kernel", "type", "direction", "row", *measured], numbers=["row", *measured]
+    )
     for one in fitted.classes:
-        for dtype, name in sorted(_rates(one), key=lambda found: (found[0], found[1].endswith("_backward"))):
-            rates = fitted.profile.coefficients.kernel_rates[dtype][name]
+        for dtype, name, row in _rates(one):
+            path = f"row_rates.{dtype}.{name}.{row}" if row else f"kernel_rates.{dtype}.{name}"
+            rates = _at(fitted.profile.coefficients, path)
             numbers = (rates.memory_gb_per_s, rates.cache_gb_per_s, rates.start_us)
-            made.add_row(one.name, dtype, name.rpartition("_")[2], *(f"{n.value:g}" if n else "–" for n in numbers))
-    made.caption = "Rates count all traffic of a kernel; start: beyond that of any kernel"
+            shown = (f"{number.value:g}" if number else "–" for number in numbers)
+            made.add_row(one.name, dtype, name.rpartition("_")[2], str(row or "any"), *shown)
+    made.caption = "Rates count all traffic of a kernel; start: beyond that of any kernel; row: its length in elements"
     made.caption_justify = "left"
     return made if made.row_count else None
 
 
-def _rates(one: ClassFit) -> set[tuple[str, str]]:
-    """Type and pass of each table of rates that was fitted on a class."""
-    return {(path.split(".")[1], path.split(".")[2]) for path in one.paths if path.startswith("kernel_rates.")}
+def _at(table: Any, path: str) -> Any:
+    for name in path.split("."):
+        table = table[name] if isinstance(table, dict) else getattr(table, name)
+    return table
+
+
+def _rates(one: ClassFit) -> list[tuple[str, str, int]]:
+    """Type, pass and row length (0: any) of each table of rates that was fitted on a class."""
+    parts = (path.split(".") for path in one.paths if path.startswith(("kernel_rates.", "row_rates.")))
+    found = {(dtype, name, int(rest[0]) if table == "row_rates" else 0) for table, dtype, name, *rest in parts}
+    return sorted(found, key=lambda rates: (rates[0], rates[1].endswith("_backward"), rates[2]))
 
 
 def coefficient_lines(fitted: FittedProfile) -> Iterator[str]:

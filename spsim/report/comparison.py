@@ -31,6 +31,8 @@ def _plan_rows(account: PlanAccount) -> Iterable[tuple[str, str]]:
     result = account.result
     yield "plan", account.text or account.name
     yield "GPUs", str(result.scenario.plan.gpus)
+    if result.attention:
+        yield "attention", result.attention
     yield "layer forward", time(result.layer_forward_s)
     yield "layer backward", time(result.layer_backward_s)
     yield "step time", time(result.step_time_s)

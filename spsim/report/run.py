@@ -43,6 +43,8 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
         time(result.step_time_s),
         f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[result.scope]}",
     )
+    if result.attention:
+        yield "attention", result.attention, "the kernel of core attention"
     yield "layer forward", time(result.layer_forward_s), collective_counts(counts["forward"])
     yield "layer backward", time(result.layer_backward_s), collective_counts(counts["backward"])
     yield "exposed communication", time(result.exposed_comm_s), "of the step, not hidden by any kernel"

@@ -23,8 +23,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from spsim.engine.pieces import Pass, Piece
-from spsim.engine.recording import COMPUTE_LANE, Recording
+from spsim.engine.recording import COMPUTE_LANE, ENDED, POSTED, STARTED, Integers, Recording
 from spsim.engine.trace import Trace
 
 RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
@@ -80,6 +82,29 @@ def of_piece(recording: Recording, rank: int) -> Account:
     """From the end of the kernels before a piece to the end of its own."""
     activities = [*_tasks(recording, rank), *_flights(recording, rank)]
     return account(activities, recording.begins.get(rank, 0), recording.kernels_end(rank))
+
+
+def levels(recording: Recording, rank: int) -> list[int]:
+    """Picoseconds of the same by what the rank does: those of `KERNEL`, `TRANSFER`, `PEER` and `STAGE`."""
+    begin, end = recording.begins.get(rank, 0), recording.kernels_end(rank)
+    lanes, times = recording.outline.lanes, recording.times[rank]
+    flights = recording.flights.get(rank, ())
+    if flights:
+        lanes = [*lanes, *(flight.lane for flight in flights)]
+        times = np.concatenate([times, [flight[1:4] for flight in flights]])
+    at = {lane: KERNEL if lane.startswith(COMPUTE_LANE) else _waits_at(lane) for lane in {*lanes}}
+    does = np.array([at[lane] for lane in lanes])
+    works, waits = times[:, [STARTED, ENDED]], times[:, [POSTED, STARTED]]
+    spans = [works[does == KERNEL], works[does != KERNEL], waits[does == PEER], waits[does == STAGE]]
+    covered = [_covered(np.concatenate(spans[: level + 1]), begin, end) for level in (KERNEL, TRANSFER, PEER, STAGE)]
+    return [own - before for own, before in zip(covered, (0, *covered), strict=False)]
+
+
+def _covered(spans: Integers, begin: int, end: int) -> int:
+    """How much of a time lies in any of some spans."""
+    begins, ends = np.minimum(np.maximum(spans[spans[:, 0].argsort()], begin), end).T
+    begins[1:] = np.maximum(begins[1:], np.maximum.accumulate(ends)[:-1])
+    return int(np.maximum(ends - begins, 0).sum())
 
 
 def of_step(trace: Trace) -> Account:
@@ -157,12 +182,17 @@ def _flights(recording: Recording, rank: int) -> Iterator[Activity]:
 def _communication(lane: str, posted: int, start: int, end: int, kind: str) -> Iterator[Activity]:
     yield Activity(start, end, TRANSFER, SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}")
     if posted < start:
-        yield Activity(posted, start, PEER if waits_on(lane) == PEERS else STAGE, waits_on(lane))
+        yield Activity(posted, start, _waits_at(lane), waits_on(lane))
 
 
 def waits_on(lane: str) -> str:
     """What a communication of a lane waits for."""
     return STAGES if lane.startswith(PIPELINE_LANES) else PEERS
+
+
+def _waits_at(lane: str) -> int:
+    """The level at which a communication of a lane waits."""
+    return PEER if waits_on(lane) == PEERS else STAGE
 
 
 def _of_window(piece: Piece, rank: int, *, own: bool) -> Iterator[Activity]:

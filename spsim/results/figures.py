@@ -104,6 +104,7 @@ def measurable(result: Derived, name: str) -> Any:
 
 
 def _value(result: Derived, name: str) -> Any:
+    if "." not in name:
+        return getattr(result, name)
     name, _, key = name.partition(".")
-    value = getattr(result, name)
-    return value.get(key, 0) if key else value
+    return getattr(result, name).get(key, 0)

@@ -25,25 +25,33 @@ def held_at(peak: Peak, trace: Trace, static: Mapping[str, int]) -> dict[str, in
     return {category: size for category, size in sizes.items() if size}
 
 
+def held_before(trace: Trace, rank: int, time_ps: int) -> Counter[str]:
+    """Bytes by category of what tasks have allocated on a rank before a moment."""
+    found = Counter[str]()
+    for node in trace.nodes:
+        found.update(_held(node, rank, time_ps - 1, STAY))
+    return found
+
+
 def _held(node: Node, rank: int, time: int, moved: Move) -> Counter[str]:
     """Of what a node allocates, all that is there when everything has happened that happens at a time."""
     under_way = runs_during(node, time, time + 1, moved)
     found = _left(node, rank, under_way.start)
     for index in under_way:
         if isinstance(node, Stretch):
-            for change in node.run(index, moved).memory():
-                if change.rank == rank and change.time_ps <= time:
+            for change in node.run(index, moved).memory_of(rank):
+                if change.time_ps <= time:
                     found[change.category] += change.bytes
         else:
             for inner in node.run(index):
-                found.update(_held(inner, rank, time, moved.after(node.move.times(index))))
+                found.update(_held(inner, rank, time, moved.after(node.move, index)))
     return found
 
 
 def _left(node: Node, rank: int, runs: int) -> Counter[str]:
     """What the first runs of a node leave behind, so many of them."""
     found = Counter[str]()
-    for category, size in _one_run(node, rank).items():
+    for category, size in left_by_run(node, rank).items():
         found[category] = runs * size
     first, last = node.ends
     if runs:
@@ -53,16 +61,14 @@ def _left(node: Node, rank: int, runs: int) -> Counter[str]:
     return found
 
 
-def _one_run(node: Node, rank: int) -> Counter[str]:
+def left_by_run(node: Node, rank: int) -> Counter[str]:
     """What one run of a node leaves behind, without what it gets from outside."""
     found = Counter[str]()
     if not isinstance(node, Stretch):
         for inner in node.body:
             found.update(_left(inner, rank, inner.runs))
-    elif rank in node.recording.times:
-        _, sizes, buffers = node.recording.changes(rank)
-        for size, buffer in zip(sizes.tolist(), buffers.tolist(), strict=True):
-            found[node.recording.outline.buffers[buffer].category] += size
+    else:
+        found.update(node.recording.left_behind.get(rank, {}))
     return found
 
 

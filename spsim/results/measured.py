@@ -16,6 +16,11 @@ from spsim.errors import InputError
 from spsim.program.placement import Collective, sent_bytes
 from spsim.units import PS_PER_US
 
+COPY_LANE = "copies"
+"""The lane of copies to and from the host and other devices; there may be more, whose names begin so."""
+MAX_LENGTH_US = 2**63 / PS_PER_US
+"""Beyond it picoseconds do not fit in 64 bits: a hundred days."""
+
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSpan:
@@ -23,10 +28,12 @@ class MeasuredSpan:
 
     rank: int
     lane: str
-    """`compute`, `compute, stream 9` and so on for kernels; any other name is communication."""
+    """`compute`, `compute, stream 9` and so on for kernels and copies on the device, `copies` and so on for those from
+    and to it; any other name is communication.
+    """
     name: str
     operator_class: str
-    """gemm, attention, norm, softmax, dropout, elementwise, communication or other."""
+    """gemm, attention, norm, softmax, dropout, elementwise, communication, copy or other."""
     start_us: float
     end_us: float
     posted_us: float | None = None
@@ -63,6 +70,12 @@ def measured_trace(spans: Iterable[MeasuredSpan]) -> Trace:
                 f"measured trace: {span.name!r} of rank {span.rank} is posted, starts and ends at {span.asked_us}, "
                 f"{span.start_us} and {span.end_us} us; times must not go back"
             )
+    length = max(span.end_us for span in given) - given[0].asked_us
+    if length >= MAX_LENGTH_US:
+        raise InputError(
+            f"measured trace: its spans reach over {length:.3g} us, more than a hundred days; give one run, whose "
+            "clocks show the same day"
+        )
     pieces: dict[tuple[Pass, int], list[MeasuredSpan]] = defaultdict(list)
     for span in _met(given):
         pieces[span.phase, span.micro_batch].append(span)
@@ -153,12 +166,13 @@ def _groups(spans: Sequence[MeasuredSpan]) -> Mapping[str, Mapping[int, tuple[in
 
 
 def exposed_communication(trace: Trace) -> dict[int, int]:
-    """Picoseconds of each rank during which communication is posted and no kernel runs."""
+    """Picoseconds of each rank during which communication is posted and no kernel runs, nor a copy on the device."""
     found = {}
     for rank in trace.copies:
         own = [span for span in trace.spans if span.rank == rank]
         kernels = [(span.start_ps, span.end_ps) for span in own if span.lane.startswith(COMPUTE_LANE)]
-        transfers = [(span.posted_ps, span.end_ps) for span in own if not span.lane.startswith(COMPUTE_LANE)]
+        others = [span for span in own if not span.lane.startswith((COMPUTE_LANE, COPY_LANE))]
+        transfers = [(span.posted_ps, span.end_ps) for span in others]
         found[rank] = covered(kernels + transfers) - covered(kernels)
     return found
 

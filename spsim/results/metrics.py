@@ -38,7 +38,12 @@ class Idle(NamedTuple):
 
     def plus(self, other: Idle, times: int) -> Idle:
         """The sum with so many of another."""
-        return Idle(*(mine + times * others for mine, others in zip(self, other, strict=True)))
+        return Idle(
+            self.communication + times * other.communication,
+            self.peer + times * other.peer,
+            self.stage + times * other.stage,
+            self.dependency + times * other.dependency,
+        )
 
 
 def idle(trace: Trace) -> dict[int, Idle]:
@@ -70,11 +75,10 @@ def _idle(recording: Recording, rank: int) -> Idle:
     length = recording.kernels_end(rank) - recording.begins.get(rank, 0) - sum(recording.compute[rank])
     if not length:
         return Idle()
-    if not recording.begins and not (times[:, STARTED] > times[:, POSTED]).any():
+    if not recording.begins and times[:, STARTED].tolist() == times[:, POSTED].tolist():
         return Idle(communication=length)
-    parts = accounts.of_piece(recording, rank).parts
-    waits = Idle(0, parts[accounts.PEERS], parts[accounts.STAGES], parts[accounts.IDLE])
-    return waits._replace(communication=length - sum(waits))
+    _, transfer, peer, stage = accounts.levels(recording, rank)
+    return Idle(transfer, peer, stage, length - transfer - peer - stage)
 
 
 def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
@@ -115,7 +119,7 @@ def peak_memory(trace: Trace, static: int) -> Peak:
     At equal times memory is freed before it is allocated, so that the order of events does not matter.
     """
     peak_of = _peak_of_whole if trace.overlapping else _peak
-    return max((peak_of(trace, rank, static) for rank in trace.copies), key=lambda peak: peak.bytes)
+    return max([peak_of(trace, rank, static) for rank in trace.copies], key=lambda peak: peak.bytes)
 
 
 def memory_changes(trace: Trace, rank: int) -> list[MemoryChange]:
@@ -137,7 +141,7 @@ def _peak_of_whole(trace: Trace, rank: int, static: int) -> Peak:
     return peak
 
 
-class _Profile(NamedTuple):
+class Profile(NamedTuple):
     """The memory of one rank over some nodes, from what is there before them."""
 
     highest: int
@@ -155,34 +159,36 @@ def _peak(trace: Trace, rank: int, static: int) -> Peak:
     return Peak(rank, static + profile.highest, profile.time_ps, profile.task)
 
 
-def _profile(nodes: Sequence[Node], rank: int) -> _Profile | None:
+def _profile(nodes: Sequence[Node], rank: int) -> Profile | None:
     """Walks the nodes that the rank takes part in. Of runs that keep something the last is the fullest, otherwise
     the first.
     """
-    found: _Profile | None = None
+    found: Profile | None = None
     base = 0
     for node in nodes:
-        one = _one_run(node, rank)
+        one = profile_of_run(node, rank)
         if one is None:
             continue
         base += _size(node.ends[0], node.brings)
         fullest = node.runs - 1 if one.total > 0 else 0
         highest = base + fullest * one.total + one.highest
-        if found is None or highest > found.highest:
-            move = node.move.times(fullest)
-            found = _Profile(highest, one.time_ps + move.shift_ps, one.task + move.tasks, 0)
         base += node.runs * one.total - _size(node.ends[1], node.drops)
-    return None if found is None else found._replace(total=base)
+        if found is None or highest > found.highest:
+            move = node.move
+            found = Profile(highest, one.time_ps + fullest * move.shift_ps, one.task + fullest * move.tasks, base)
+        else:
+            found = found._replace(total=base)
+    return found
 
 
-def _one_run(node: Node, rank: int) -> _Profile | None:
+def profile_of_run(node: Node, rank: int) -> Profile | None:
     """Of the first run of a node, without what it gets from outside."""
     if isinstance(node, Repeat):
         return _profile(node.body, rank)
     if rank not in node.recording.times:
         return None
     fullest = node.recording.fullest[rank]
-    return _Profile(fullest.bytes, node.shift_ps + fullest.time_ps, node.first_task + fullest.task, fullest.total)
+    return Profile(fullest.bytes, node.shift_ps + fullest.time_ps, node.first_task + fullest.task, fullest.total)
 
 
 def _size(stretch: Stretch, buffers: Sequence[int]) -> int:
@@ -200,14 +206,14 @@ def first_above(trace: Trace, rank: int, static: int, limit: int) -> int | None:
 
 def _first_above(nodes: Sequence[Node], rank: int, room: int) -> int | None:
     for node in nodes:
-        one = _one_run(node, rank)
+        one = profile_of_run(node, rank)
         if one is None:
             continue
         room -= _size(node.ends[0], node.brings)
         run = max(0, (room - one.highest) // one.total + 1) if one.total > 0 else 0
         left = room - run * one.total
         if run < node.runs and one.highest > left:
-            return _first_of_run(node, rank, left) + node.move.times(run).tasks
+            return _first_of_run(node, rank, left) + run * node.move.tasks
         room -= node.runs * one.total - _size(node.ends[1], node.drops)
     return None
 

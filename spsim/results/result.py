@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,11 @@ from spsim.program.sizes import Numbers
 from spsim.results import metrics, tables
 from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
+from spsim.results.selection import Selection, select
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.preparation import PreparedBlock
 from spsim.units import seconds
+from spsim.work import FlashAttention
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +60,14 @@ class Result(Derived):
     def program(self) -> Program:
         """One layer under the plan."""
         return self.block.program_at(self.scenario.workload)
+
+    @lazy
+    def attention(self) -> str | None:
+        """The fused kernel of core attention by its name, or `unfused`; none where nothing is known to attend."""
+        steps = (step for segment in self.block.segments for step in segment.instructions if isinstance(step, Compute))
+        works = (work for step in steps for work in step.work if isinstance(work, FlashAttention))
+        names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
+        return ", ".join(names) or ("unfused" if self.scope != "module" else None)
 
     @lazy
     def assumed(self) -> tuple[str, ...]:
@@ -227,11 +237,30 @@ class Result(Derived):
 
         plots.save(plots.plot_memory(self, **options), Path(path))
 
-    def to_chrome_trace(self, path: str | Path) -> None:
-        """Write a trace for Perfetto or chrome://tracing; see `export.chrome_trace`."""
+    def select(self, *, ranks: Sequence[int] | None = None, layers: Sequence[int] | None = None) -> Selection:
+        """What is written out, the ranks and layers named or what says all; see `results.selection`."""
+        scenario = self.scenario
+        return select(
+            self.trace, scenario.model.layers, scenario.num_micro_batches, ranks=ranks, of_layers=layers
+        )  # fmt: skip
+
+    def to_chrome_trace(
+        self, path: str | Path, *, ranks: Sequence[int] | None = None, layers: Sequence[int] | None = None
+    ) -> None:
+        """Write a trace for Perfetto or chrome://tracing, compressed if the name ends in `.gz`; of one rank of each
+        class unless ranks are named; see `export.chrome_trace`.
+        """
         from spsim.export import chrome_trace
 
-        chrome_trace.write_chrome_trace(self, Path(path))
+        chrome_trace.write_chrome_trace(self, Path(path), self.select(ranks=ranks, layers=layers))
+
+    def to_kineto_traces(
+        self, directory: str | Path, *, ranks: Sequence[int] | None = None, layers: Sequence[int] | None = None
+    ) -> None:
+        """Write a file a rank as torch.profiler does, `rank_0.json.gz` and so on; see `export.kineto`."""
+        from spsim.export import kineto
+
+        kineto.write_kineto_traces(self, Path(directory), self.select(ranks=ranks, layers=layers))
 
     def to_json(self) -> dict[str, Any]:
         """The document of `run --json`."""
@@ -244,6 +273,7 @@ class Result(Derived):
             "plan": scenario.plan.model_dump(),
             "workload": scenario.workload.model_dump(),
             "gpus": scenario.plan.gpus,
+            "attention": self.attention,
             **dict(documented(self)),
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
             "assumed": list(self.assumed),

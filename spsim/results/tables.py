@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spsim.engine.trace import Trace
-from spsim.results.held import CATEGORIES
-from spsim.results.metrics import memory_changes
+from spsim.results.filling import changes_during
+from spsim.results.held import CATEGORIES, held_before
+from spsim.results.selection import Selection
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def spans_frame(trace: Trace) -> pd.DataFrame:
-    """One row per span and rank, times in microseconds; every rank has its rows, simulated or identical."""
+def spans_frame(trace: Trace, selection: Selection | None = None) -> pd.DataFrame:
+    """One row per span and rank, times in microseconds: of a selection, else of all ranks, simulated or identical."""
     import pandas as pd
 
+    pieces = trace.pieces if selection is None else selection.pieces
+    ranks = _all_ranks(trace) if selection is None else selection.ranks
     rows = [
         {
             "rank": rank, "lane": span.lane, "name": info.name, "operator_class": info.operator_class,
@@ -27,9 +31,9 @@ def spans_frame(trace: Trace) -> pd.DataFrame:
             "posted_us": span.posted_ps / PS_PER_US, "start_us": span.start_ps / PS_PER_US,
             "end_us": span.end_ps / PS_PER_US, "duration_us": (span.end_ps - span.start_ps) / PS_PER_US,
         }
-        for span in trace.spans
-        for info in (trace.tasks[span.task],)
-        for rank in trace.copies.get(span.rank, (span.rank,))
+        for piece, infos in ((piece, trace.describe(piece)) for piece in pieces)
+        for rank, source in ranks.items()
+        for span, info in zip(piece.spans_of(source), infos, strict=False)
     ]  # fmt: skip
     frame = pd.DataFrame(rows)
     if frame.empty:
@@ -38,35 +42,43 @@ def spans_frame(trace: Trace) -> pd.DataFrame:
     return frame.sort_values(["rank", "posted_us", "lane", "end_us"], kind="stable", ignore_index=True)
 
 
-def memory_frame(trace: Trace, static: dict[str, int]) -> pd.DataFrame:
+def memory_frame(trace: Trace, static: Mapping[str, int], selection: Selection | None = None) -> pd.DataFrame:
     """The memory curve: one row per change and rank, a column of GiB per category, their total, and the
-    operator whose task changed it.
+    operator whose task changed it. Of a selection its ranks, while its layers are under way.
     """
     import pandas as pd
 
-    frames = [_rank_memory(trace, rank, static) for rank in trace.copies]
-    parts = [
-        frame.assign(rank=copy) for rank, frame in zip(trace.copies, frames, strict=True) for copy in trace.copies[rank]
-    ]
+    ranks = _all_ranks(trace) if selection is None else selection.ranks
+    windows = [(0, trace.end_ps)] if selection is None else selection.windows
+    frames = {source: _rank_memory(trace, source, static, windows) for source in dict.fromkeys(ranks.values())}
+    parts = [frames[source].assign(rank=rank) for rank, source in ranks.items()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _rank_memory(trace: Trace, rank: int, static: dict[str, int]) -> pd.DataFrame:
+def _all_ranks(trace: Trace) -> dict[int, int]:
+    """Rank -> the rank that was simulated for it; those of one class together."""
+    return {copy: rank for rank, copies in trace.copies.items() for copy in copies}
+
+
+def _rank_memory(
+    trace: Trace, rank: int, static: Mapping[str, int], windows: Sequence[tuple[int, int]]
+) -> pd.DataFrame:
+    """Of one rank: what is there before each window, then a row for each change."""
     import pandas as pd
 
-    changes = memory_changes(trace, rank)
-    frame = pd.DataFrame(
-        {
-            "rank": rank,
-            "time_us": [0.0, *(c.time_ps / PS_PER_US for c in changes)],
-            "operator": ["", *(trace.tasks[c.task].name for c in changes)],
-        }
-    )
+    rows: list[tuple[int, str, list[int]]] = []
+    for window in windows:
+        held = held_before(trace, rank, window[0])
+        rows.append((window[0], "", [held[category] for category in CATEGORIES]))
+        for change, operator in changes_during(trace, rank, window):
+            held[change.category] += change.bytes
+            rows.append((change.time_ps, operator, [held[category] for category in CATEGORIES]))
+    times, operators, sizes = zip(*rows, strict=True)
+    frame = pd.DataFrame({"rank": rank, "time_us": [time / PS_PER_US for time in times], "operator": operators})
     for category, size in static.items():
         frame[f"{category}_gib"] = size / GIB
-    for category in CATEGORIES:
-        sizes = [static.get(category, 0), *(c.bytes if c.category == category else 0 for c in changes)]
-        frame[f"{category.replace(' ', '_')}_gib"] = np.cumsum(sizes) / GIB
+    for category, column in zip(CATEGORIES, np.array(sizes).T, strict=True):
+        frame[f"{category.replace(' ', '_')}_gib"] = (static.get(category, 0) + column) / GIB
     frame["total_gib"] = frame.filter(like="_gib").sum(axis=1)
     return frame
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.engine.tasks import Need, Task
@@ -28,6 +27,6 @@ class Chain:
             named = [self.exports[need] for need in task.needs if isinstance(need, str) and need in self.exports]
             needs = (*(own or joined), *named)
             same = not first and needs == task.needs
-            self.tasks.append(task if same else replace(task, id=task.id + first, needs=needs))
+            self.tasks.append(task if same else task._replace(id=task.id + first, needs=needs))
         self.exports |= {name: task + first for name, task in segment.exports.items()}
         self.last |= {task.lane: task.id for task in self.tasks[first:]}

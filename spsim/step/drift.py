@@ -8,7 +8,6 @@ follow each other from when it is free: it does not matter to the run how far be
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from spsim.engine.pieces import Node, Repeat
 from spsim.engine.recording import ENDED, POSTED, Flight
@@ -46,7 +45,7 @@ def later(busy: Busy, lanes: Mapping[str, int]) -> Busy:
     if not lanes:
         return busy
     free = tuple((lane, time + lanes.get(lane, 0)) for lane, time in busy.lanes)
-    return replace(busy, lanes=free, flights=tuple(flight.longer(lanes) for flight in busy.flights), left=())
+    return busy._replace(lanes=free, flights=tuple(flight.longer(lanes) for flight in busy.flights), left=())
 
 
 def _late(before: tuple[int, Busy], now: tuple[int, Busy]) -> dict[str, int]:

@@ -15,16 +15,17 @@ too: the lane is late by so much more in each run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Move, Node, Repeat, Stretch
-from spsim.engine.recording import Integers, Moments, Recording
+from spsim.engine.recording import Integers, Ran, Recording
 from spsim.engine.tasks import RankProgram
+from spsim.step.abreast import Abreast
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
-from spsim.step.lanes import IDLE, Busy, State, left_by, record, start
+from spsim.step.lanes import IDLE, Busy, State, record, start
 from spsim.step.segments import Segment
 
 
@@ -40,6 +41,8 @@ class Step:
     sizes: Mapping[str, Sequence[int] | Integers]
     """Bytes of each buffer."""
     slowdown: float
+    abreast: Mapping[str, Abreast] = field(default_factory=dict)
+    """Segments that are prepared for all ranks at once."""
 
 
 class Walked(NamedTuple):
@@ -47,7 +50,7 @@ class Walked(NamedTuple):
 
     nodes: list[Node]
     events: int
-    """Tasks that the engine ran."""
+    """Tasks that were run, not written again."""
     overlapping: bool
     """Whether memory has to be read from the whole: pieces overlap, and their own records do not know how."""
 
@@ -139,13 +142,20 @@ class _Walk:
 
     def _run(self, segment: Segment, state: State) -> tuple[Recording, State]:
         programs = self.step.programs[segment.name]
-        moments = run(
+        moments: Mapping[int, Ran] = self._run_abreast(segment, state) or run(
             programs,
             slowdown=self.step.slowdown,
             durations=self.step.durations[segment.name],
             starts={rank: start(segment, *own) for rank, own in zip(programs, state, strict=True)},
         )
         return self._recorded(segment, moments, state)
+
+    def _run_abreast(self, segment: Segment, state: State) -> Mapping[int, Ran] | None:
+        """All ranks at once, where that is covered and nothing is under way."""
+        abreast = self.step.abreast.get(segment.name)
+        if abreast is None or any(busy is not IDLE for _, busy in state):
+            return None
+        return abreast.run(self.step.durations[segment.name], [time for time, _ in state], self.step.slowdown)
 
     def _run_side_by_side(self) -> None:
         """A rank that stands for all meets no other: segments that nothing may precede run in one environment."""
@@ -160,22 +170,18 @@ class _Walk:
         for number, (name, segment) in enumerate(segments.items()):
             self.known[name, clean] = self._recorded(segment, {rank: moments[number]}, clean)
 
-    def _recorded(
-        self, segment: Segment, moments: Mapping[int, Sequence[Moments]], state: State
-    ) -> tuple[Recording, State]:
+    def _recorded(self, segment: Segment, moments: Mapping[int, Ran], state: State) -> tuple[Recording, State]:
         """A segment as it ran, and where its ranks stand then."""
         self.events += sum(map(len, moments.values()))
-        by_rank = dict(zip(moments, state, strict=True))
-        recording = record(segment, moments, self.step.sizes[segment.name], by_rank)
-        return recording, tuple([
-            left_by(segment, recording, rank, own, *by_rank[rank]) for rank, own in moments.items()
-        ])  # fmt: skip
+        return record(segment, moments, self.step.sizes[segment.name], state)
 
     # Loops
 
     def _loop(self, loop: Loop) -> list[Node]:
         """Walks the runs of a loop until one begins as an earlier one did."""
         runs = int(loop.runs)
+        if runs == 1:
+            return _edged(self._one(loop, 0), loop)
         nodes: list[Node] = []
         seen: dict[State, _Before] = {}
         last: _Before | None = None
@@ -235,6 +241,8 @@ def _repeated(body: Sequence[Node], runs: int, move: Move) -> Node:
 
 def _edged(nodes: list[Node], loop: Loop) -> list[Node]:
     """The nodes of a loop, with what its first run gets from outside and its last hands to nobody."""
+    if len(nodes) == 1 and loop.brings and loop.drops:
+        return [nodes[0]._replace(brings=loop.brings, drops=loop.drops)]
     if loop.brings:
         nodes[0] = nodes[0]._replace(brings=loop.brings)
     if loop.drops:

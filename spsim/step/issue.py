@@ -134,6 +134,8 @@ class _Issue:
 
     def _exports(self, section: Section, later: Sequence[Section]) -> dict[str, int]:
         """Arrivals that later sections of the pass wait for, or the next run of the section."""
+        if not later and not section.carried:
+            return {}
         wanted = {buffer for other in later for step in other.instructions for buffer in step.reads}
         wanted |= {left for _, left in section.carried}
         return {

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from spsim.engine.recording import ENDED, Flight, Integers, Left, Moments, Recording, columns
+from spsim.engine.recording import ENDED, Flight, Integers, Left, Ran, Recording, columns
 from spsim.engine.tasks import Hold, Start
 from spsim.step.segments import Segment
 
 
-@dataclass(frozen=True, slots=True)
-class Busy:
+class Busy(NamedTuple):
     """What earlier segments left undone on a rank; times count from the end of its kernels."""
 
     lanes: tuple[tuple[str, int], ...] = ()
@@ -43,50 +42,47 @@ def start(segment: Segment, time: int, busy: Busy) -> Start:
 
 
 def record(
-    segment: Segment,
-    moments: Mapping[int, Sequence[Moments]],
-    sizes: Sequence[int] | Integers,
-    found: Mapping[int, tuple[int, Busy]],
-) -> Recording:
-    """A segment as it ran on ranks that stood as `found`."""
+    segment: Segment, moments: Mapping[int, Ran], sizes: Sequence[int] | Integers, found: State
+) -> tuple[Recording, State]:
+    """A segment as it ran on ranks that stood as `found`, and how they stand then."""
     times = {rank: columns(own) for rank, own in moments.items()}
-    ends = {rank: end_of(segment, own, found[rank][0]) for rank, own in moments.items()}
-    until = {rank: end for rank, end in ends.items() if _outlasts(segment, moments[rank], end, found[rank][1])}
-    if not until and not any(time or busy is not IDLE for time, busy in found.values()):
-        return Recording(segment.outline, times, sizes)
-    return Recording(
+    ends = [end_of(segment, own, time) for own, (time, _) in zip(moments.values(), found, strict=True)]
+    ran = [*zip(moments.items(), found, ends, strict=True)]
+    until = {rank: end for (rank, own), (_, busy), end in ran if _outlasts(segment, own, end, busy)}
+    if not until and not any(time for time, _ in found):
+        return Recording(segment.outline, times, sizes), tuple([(end, IDLE) for end in ends])
+    recording = Recording(
         segment.outline,
         times,
         sizes,
-        begins={rank: time for rank, (time, _) in found.items()},
-        flights={rank: [flight.moved(time) for flight in busy.flights] for rank, (time, busy) in found.items()},
-        left={rank: [change.moved(time) for change in busy.left] for rank, (time, busy) in found.items()},
+        begins={rank: time for (rank, _), (time, _), _ in ran},
+        flights={rank: [f.moved(time) for f in busy.flights] for (rank, _), (time, busy), _ in ran if busy.flights},
+        left={rank: [change.moved(time) for change in busy.left] for (rank, _), (time, busy), _ in ran if busy.left},
         until=until,
     )
+    return recording, tuple([
+        (end, _left(segment, recording, rank, own, end, *stood) if rank in until else IDLE)
+        for (rank, own), stood, end in ran
+    ])  # fmt: skip
 
 
-def end_of(segment: Segment, moments: Sequence[Moments], time: int) -> int:
+def end_of(segment: Segment, moments: Ran, time: int) -> int:
     """When the kernels of a rank end after a segment; `time` before it."""
     last = segment.outline.last_kernel
-    return time if last is None else moments[last][ENDED]
+    return time if last is None else int(moments[last][ENDED])
 
 
-def _outlasts(segment: Segment, moments: Sequence[Moments], end: int, busy: Busy) -> bool:
+def _outlasts(segment: Segment, moments: Ran, end: int, busy: Busy) -> bool:
     """Whether anything may be left undone when the kernels end."""
     return busy is not IDLE or any(moments[task][ENDED] > end for task in segment.last_calls.values())
 
 
-def left_by(
-    segment: Segment, recording: Recording, rank: int, moments: Sequence[Moments], time: int, busy: Busy
-) -> tuple[int, Busy]:
-    """When the kernels of a rank end after a segment that found it as it was, and what is left undone then."""
-    end = end_of(segment, moments, time)
-    if rank not in recording.until:
-        return end, IDLE
+def _left(segment: Segment, recording: Recording, rank: int, moments: Ran, end: int, time: int, busy: Busy) -> Busy:
+    """What is left undone at the `end` of the kernels of a rank, which stood at `time` as it was."""
     lanes = {lane: time + free for lane, free in busy.lanes}
-    lanes |= {lane: moments[task][ENDED] for lane, task in segment.last_calls.items()}
+    lanes |= {lane: int(moments[task][ENDED]) for lane, task in segment.last_calls.items()}
     ends = {name: time + arrival for name, arrival in busy.ends}
-    ends |= {name: moments[task][ENDED] for name, task in segment.exports.items()}
+    ends |= {name: int(moments[task][ENDED]) for name, task in segment.exports.items()}
     flights = [flight.moved(time) for flight in busy.flights]
     flights += flights_of(segment, moments)
     left = Busy(
@@ -95,13 +91,16 @@ def left_by(
         tuple(sorted((name, arrival - end) for name, arrival in ends.items() if arrival > end)),
         tuple(change.moved(-end, -len(segment.tasks)) for change in recording.changes_after(rank, end)),
     )
-    return end, IDLE if left == IDLE else left
+    return IDLE if left == IDLE else left
 
 
-def flights_of(segment: Segment, moments: Sequence[Moments]) -> list[Flight]:
+def flights_of(segment: Segment, moments: Ran) -> list[Flight]:
     """The communications of a segment."""
-    own = ((segment.tasks[task], segment.labels[task]) for task in segment.calls)
-    return [Flight(task.lane, *moments[task.id], label.kind, task.slowdown) for task, label in own]
+    found = []
+    for call in segment.calls:
+        task, (posted, start, end) = segment.tasks[call], map(int, moments[call])
+        found.append(Flight(task.lane, posted, start, end, segment.labels[call].kind, task.slowdown))
+    return found
 
 
 def _merged(flights: Iterable[Flight]) -> tuple[Flight, ...]:

@@ -7,6 +7,7 @@ itinerary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,13 @@ from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import layer_template
+from spsim.step.abreast import Abreast
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.gradients import gradient_syncs, sync_segment
 from spsim.step.issue import block_passes
-from spsim.step.itinerary import Item, Runs, Visit, accumulation
+from spsim.step.itinerary import Item, Loop, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import Segment
 from spsim.units import KIB, MIB, PS_PER_S, picoseconds
@@ -82,16 +84,24 @@ class PreparedBlock:
         differ = any(len(work) > 1 for work in works)
         self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
+        self._layers: dict[int, Loop] = {}
 
     @property
     def nbytes(self) -> int:
         """About the memory that it takes, and will take once it has been simulated."""
-        return 3 * KIB * sum(len(segment.tasks) for segment in self.segments) * (1 + self.ranks.number)
+        return KIB * sum(len(segment.tasks) for segment in self.segments) * (24 + self.ranks.number) // 4
 
     @lazy
     def programs(self) -> dict[str, Mapping[int, RankProgram]]:
         """Segment -> simulated rank -> its tasks."""
         return {segment.name: self.ranks.programs(segment) for segment in self.segments}
+
+    @lazy
+    def abreast(self) -> dict[str, Abreast]:
+        """Segments prepared for all ranks at once, where they are folded."""
+        if self.ranks.simulated != "positions":
+            return {}
+        return {segment.name: Abreast(segment, self.programs[segment.name]) for segment in self.segments}
 
     @lazy
     def columns(self) -> BlockColumns | None:
@@ -116,7 +126,9 @@ class PreparedBlock:
 
     def itinerary(self, layers: int, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of equal layers, and the synchronisation of the gradients after it."""
-        steps = accumulation(list(self.passes.values()), layers, micro_batches)
+        if layers not in self._layers:
+            self._layers[layers] = accumulation(list(self.passes.values()), layers, 1)
+        steps = replace(self._layers[layers], runs=micro_batches)
         return (steps, Visit(self.sync)) if self.sync else (steps,)
 
     @lazy
@@ -205,7 +217,7 @@ class PreparedBlock:
         seconds = np.zeros((self.template.index.num_slots, *numbers.shape[1:]))
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
-            seconds.T[..., group.slots] = compute.duration(group.work(floats))
+            seconds[group.slots] = np.asarray(compute.duration(group.work(floats))).T
         for step, position, slots in self._messages:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]

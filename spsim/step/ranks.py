@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.step.segments import Call, Segment
+
+Communicator = tuple[object, ...]
+"""Axes and ranks."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +58,45 @@ class Ranks:
 
     def programs(self, segment: Segment) -> dict[int, RankProgram]:
         """The tasks of each simulated rank, with its meetings."""
-        return {rank: RankProgram([*self._tasks(segment, rank)]) for rank in self.copies}
+        found: dict[int, RankProgram] = {}
+        first: RankProgram | None = None
+        for rank in self.copies:
+            found[rank] = RankProgram([*self._tasks(segment, rank)], like=first)
+            first = first or found[rank]
+        return found
 
     def _tasks(self, segment: Segment, rank: int) -> Iterator[Task]:
-        called: Counter[tuple[object, ...]] = Counter()
+        """Of a group each call is told apart by its number."""
+        called: Counter[Communicator] = Counter()
+        known: dict[Call, Sequence[tuple[Communicator, int]]] = {}
         for task in segment.tasks:
             call = segment.calls.get(task.id)
-            yield replace(task, meetings=self._meetings(call, rank, called)) if call else task
+            if call is None:
+                yield task
+                continue
+            if call not in known:
+                known[call] = self._communicators(call, rank)
+            communicators = known[call]
+            called.update([communicator for communicator, _ in communicators])
+            yield task._replace(meetings=tuple([Meeting((own, called[own]), ranks) for own, ranks in communicators]))
 
-    def _meetings(self, call: Call, rank: int, called: Counter[tuple[object, ...]]) -> tuple[Meeting, ...]:
-        """A collective meets its whole group; an exchange meets the next rank and the previous one. Of a group each
-        call is told apart by its number.
+    def _communicators(self, call: Call, rank: int) -> Sequence[tuple[Communicator, int]]:
+        """What a call meets in, and how many: a collective its whole group, an exchange the next rank and the previous
+        one.
         """
         group = self._group(rank, call.axes)
         if not call.exchange:
             members = sorted(set(group))
-            return (_meeting((*call.axes, members[0]), len(members), called),)
+            return [((*call.axes, members[0]), len(members))]
         here = group.index(rank)
-        edges = [(rank, group[(here + 1) % len(group)]), (group[here - 1], rank)]
-        return tuple(_meeting((*call.axes, *edge), len(set(edge)), called) for edge in dict.fromkeys(edges))
+        edges = dict.fromkeys([(rank, group[(here + 1) % len(group)]), (group[here - 1], rank)])
+        return [((*call.axes, *edge), len(set(edge))) for edge in edges]
 
     def _group(self, rank: int, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         """Ranks of the group, each replaced by the one that is simulated for it, in order of the axis."""
         if self.simulated == "one":
             return (0,)
         return tuple(self.representative(member) for member in self.mesh.group(rank, axes))
-
-
-def _meeting(communicator: tuple[object, ...], parties: int, called: Counter[tuple[object, ...]]) -> Meeting:
-    called[communicator] += 1
-    return Meeting((communicator, called[communicator]), parties)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
@@ -18,8 +19,7 @@ from spsim.program.instructions import Instruction
 from spsim.program.mesh import Axis
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Whom a communication meets: the whole group along some axes, or its neighbours there."""
 
     axes: tuple[Axis, ...]

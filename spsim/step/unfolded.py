@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Node, Stretch
@@ -94,7 +93,7 @@ class _Concatenation:
         """With the calls of each communicator numbered through, too."""
         calls: Counter[object] = Counter()
         found = [
-            replace(task, meetings=tuple(self._meeting(meeting, calls) for meeting in task.meetings)) for task in tasks
+            task._replace(meetings=tuple(self._meeting(meeting, calls) for meeting in task.meetings)) for task in tasks
         ]
         self.called += calls
         return found
@@ -102,4 +101,4 @@ class _Concatenation:
     def _meeting(self, meeting: Meeting, calls: Counter[object]) -> Meeting:
         communicator, number = meeting.key
         calls[communicator] = max(calls[communicator], number)
-        return replace(meeting, key=(communicator, number + self.called[communicator]))
+        return meeting._replace(key=(communicator, number + self.called[communicator]))

@@ -74,7 +74,11 @@ def frame(tables: Sequence[Table], order: Sequence[int]) -> pd.DataFrame:
         number[own] = index
     in_order = np.array(order, dtype=np.intp)
     named = dict.fromkeys(name for index in dict.fromkeys(number[in_order].tolist()) for name in tables[index].columns)
-    columns = {name: _joined(name, tables, places, count) for name in named}
+    ready = tables[0].columns if len(tables) == 1 and np.array_equal(places[0], np.arange(count)) else {}
+    columns = {
+        name: ready[name].copy() if _is_known(ready.get(name)) else _joined(name, tables, places, count)
+        for name in named
+    }
     mixed = [name for name, column in columns.items() if column is None]
     if mixed:
         inferred = pd.DataFrame(_rows(tables, mixed, count), columns=mixed)
@@ -96,6 +100,11 @@ def _kind(column: Any) -> type:
         kinds = set(map(type, column))
         return kinds.pop() if len(kinds) == 1 else object
     return type(column)
+
+
+def _is_known(column: Any) -> bool:
+    """Whether a column is an array whose values are of one kind."""
+    return isinstance(column, np.ndarray) and column.dtype.char in _KINDS
 
 
 def _joined(name: str, tables: Sequence[Table], places: Sequence[npt.NDArray[np.intp]], count: int) -> Any:

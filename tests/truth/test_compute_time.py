@@ -124,7 +124,13 @@ SHAPES = {
 def kernel_rows(cache_bytes: int) -> list[Measurement]:
     """What `calibrate --quick` measures, as far as these layers need it and without the shapes that they have."""
     machine = Machine(
-        device="cpu", dtypes=("fp32",), cache_bytes=cache_bytes, ranks=1, nodes=1, levels=("shared-memory",)
+        device="cpu",
+        dtypes=("fp32",),
+        cache_bytes=cache_bytes,
+        ranks=1,
+        nodes=1,
+        levels=("shared-memory",),
+        attention_kernels=("torch_cpu",),
     )
     return [row for row in compute_rows(machine, quick=True) if _is_needed(row) and _row_shape(row) not in SHAPES]
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated, Literal
 
+import typer
+
+from spsim.cli.numbers import numbers
 from spsim.cli.options import (
     CaseFile,
     GlobalBatchOption,
@@ -23,12 +27,25 @@ from spsim.cli.options import (
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
 from spsim.cli.settings import Given
 from spsim.errors import InputError
+from spsim.export import chrome_trace, kineto
 from spsim.report import run as report
+from spsim.results import tables
 from spsim.results.result import Result
+from spsim.results.selection import Selection
 from spsim.simulation import simulate
 
-MAX_RECORDS = 2_000_000
-"""Spans of all ranks that are written out: some hundred megabytes."""
+RanksOption = Annotated[
+    str | None,
+    typer.Option("--ranks", help="Ranks in trace and tables of --out, such as 0,8-15, or all; one of each class."),
+]
+LayersOption = Annotated[
+    str | None,
+    typer.Option("--layers", help="Layers in trace and tables of --out, such as 0-3, or all; as many as are quick."),
+]
+FormatOption = Annotated[
+    Literal["perfetto", "kineto"],
+    typer.Option("--trace-format", help="One trace for Perfetto, or one a rank as torch.profiler writes them."),
+]
 
 
 def command(
@@ -45,14 +62,20 @@ def command(
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
+    ranks: RanksOption = None,
+    layers: LayersOption = None,
+    trace_format: FormatOption = "perfetto",
 ) -> None:
     """Simulate one scenario."""
+    if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
+        raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
     given = Given.of(
         "run", case, plan, changes, hardware=hardware, model=model, nodes=nodes, seq_len=seq_len,
         micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     result = simulate(given.scenario())
-    written = [] if out is None else _write_outputs(result, out)
+    selection = None if out is None else _selection(result, ranks, layers)
+    written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
     if as_json:
         print_json(result.to_json())
         return
@@ -62,21 +85,34 @@ def command(
     for line in report.notes(result):
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
-
-
-def _write_outputs(result: Result, out: Path) -> list[str]:
-    """Pictures, trace and tables of one run; the names of the files."""
-    records = result.trace.num_spans * result.scenario.plan.gpus // len(result.trace.copies)
-    if records > MAX_RECORDS:
-        raise InputError(
-            f"run: --out would write {records:,} spans; micro-batches are alike, so use a smaller global_batch, "
-            "or --json for the figures alone"
+    if selection is not None:
+        console.print(
+            f"trace, spans and memory curve: {selection.words}; --ranks and --layers choose others", soft_wrap=True
         )
+
+
+def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:
+    """What trace and tables are of."""
+    gpus, total = result.scenario.plan.gpus, result.scenario.model.layers
+    return result.select(
+        ranks=None if ranks is None else numbers("--ranks", ranks, gpus),
+        layers=None if layers is None else numbers("--layers", layers, total),
+    )
+
+
+def _write_outputs(result: Result, out: Path, selection: Selection, trace_format: str) -> list[str]:
+    """Pictures, traces and tables of one run; the names of the files."""
     with staging(out) as directory:
         result.plot_timeline(directory / "timeline.png")
         result.plot_memory(directory / "memory.png")
-        result.to_chrome_trace(directory / "trace.json")
+        if trace_format == "kineto":
+            (directory / "kineto").mkdir()
+            kineto.write_kineto_traces(result, directory / "kineto", selection)
+        else:
+            chrome_trace.write_chrome_trace(result, directory / "trace.json.gz", selection)
         (directory / "result.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
-        for name in ("spans", "memory_curve", "operators"):
-            getattr(result, name).to_csv(directory / f"{name}.csv", index=False)
+        tables.spans_frame(result.trace, selection).to_csv(directory / "spans.csv", index=False)
+        static = result.static.by_category()
+        tables.memory_frame(result.trace, static, selection).to_csv(directory / "memory_curve.csv", index=False)
+        result.operators.to_csv(directory / "operators.csv", index=False)
         return file_names(directory)

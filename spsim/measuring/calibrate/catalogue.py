@@ -23,7 +23,7 @@ from spsim.measuring.calibrate.shapes import (
     score_products,
 )
 from spsim.units import GIB, KIB, MIB
-from spsim.work import Direction
+from spsim.work import AttentionKernel, Direction
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive")
 LAUNCHES = ("stream_add", "stream_linear", "stream_layer_norm", "stream_softmax")
@@ -44,6 +44,8 @@ class Machine:
     nodes: int
     levels: tuple[str, ...]
     """Names of the topology's levels, inner to outer."""
+    attention_kernels: tuple[AttentionKernel, ...]
+    """Fused kernels that torch has, the one that it picks by itself first."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -63,6 +65,8 @@ class Selection:
     layers: tuple[tuple[Model, int], ...]
     """(model, tensor-parallel degree): the linears of one rank."""
     tokens: tuple[int, ...]
+    short: tuple[tuple[int, int, int], ...]
+    """(tokens, inputs, outputs) of linears that take a few microseconds: their start, and few tiles with a long K."""
     lengths: tuple[int, ...]
     """Of sequences in attention."""
     heads: int
@@ -81,6 +85,9 @@ a CPU stay below the 32 MiB from which the C library gives every tensor fresh pa
 """
 
 
+SHORT = ((128, 1024, 1024), (256, 1536, 1536), (64, 4096, 4096), (256, 768, 3584), (128, 14336, 4096))
+
+
 def _small(hidden: int) -> Model:
     return Model(name=f"small-{hidden}", layers=1, hidden=hidden, heads=hidden // 64, vocab=1)
 
@@ -92,6 +99,7 @@ def selection(machine: Machine, *, quick: bool) -> Selection:
         return Selection(
             layers=tuple((_small(h), 1) for h in hidden),
             tokens=(128, 512) if quick else (128, 256, 512, 1024, 2048),
+            short=(),
             lengths=(128, 256, 512, 1024) if quick else (128, 256, 512, 1024, 2048),
             heads=4,
             head_dims=(64, 128) if quick else (64, 96, 128),
@@ -104,6 +112,7 @@ def selection(machine: Machine, *, quick: bool) -> Selection:
     return Selection(
         layers=tuple((load_model(name), t) for name in names for t in ((8,) if quick else (1, 8))),
         tokens=(2048, 8192) if quick else (1024, 4096),
+        short=SHORT[:2] if quick else SHORT,
         lengths=(512, 1024, 2048, 4096, 8192) if quick else (256, 512, 1024, 2048, 4096, 8192, 16384),
         heads=16,
         head_dims=(64, 96, 128),
@@ -146,6 +155,8 @@ def _gemms(machine: Machine, sizes: Selection) -> Iterator[Measurement]:
     for dtype, (model, t), tokens in product(machine.dtypes, sizes.layers, sizes.tokens):
         for inputs, outputs in _linears(model, t):
             yield from linear(dtype, tokens, inputs, outputs)
+    for dtype, (tokens, inputs, outputs) in product(machine.dtypes, sizes.short):
+        yield from linear(dtype, tokens, inputs, outputs)
     for dtype, head_dim, tokens in product(_wide(machine), sizes.head_dims, sizes.lengths[:4]):
         yield from score_products(dtype, 1, sizes.heads, head_dim, tokens)
 
@@ -156,19 +167,27 @@ def _wide(machine: Machine) -> tuple[str, ...]:
 
 
 def _attention(machine: Machine, sizes: Selection) -> Iterator[Measurement]:
-    """Multi-head with all head sizes and lengths, grouped queries with one size.
+    """Multi-head with all head sizes and lengths, grouped queries with one size, and fewer and more heads.
 
     The fused kernel of a GPU takes 16 bits only.
     """
     dtypes = _wide(machine) if machine.device == "cpu" else ("bf16",)
-    for dtype, direction, causal in product(dtypes, DIRECTIONS, (True, False)):
-        cases = [(head_dim, sizes.heads, length) for head_dim in sizes.head_dims for length in sizes.lengths]
-        cases += [(128, sizes.heads // 4, length) for length in sizes.lengths[1::2]]
-        for head_dim, kv_heads, length in cases:
+    heads = sizes.heads
+    cases = [(1, heads, heads, head_dim, length) for head_dim in sizes.head_dims for length in sizes.lengths]
+    cases += [(1, heads, heads // 4, 128, length) for length in sizes.lengths[1::2]]
+    if machine.device == "cuda":
+        spread = product(SPREAD, (64, 128), sizes.lengths[::2])
+        cases += [(batch, own, own, head_dim, length) for (batch, own), head_dim, length in spread]
+    for kernel, dtype, direction, causal in product(machine.attention_kernels, dtypes, DIRECTIONS, (True, False)):
+        for batch, own_heads, kv_heads, head_dim, length in cases:
             yield flash_attention(
-                dtype, direction, batch=1, heads=sizes.heads, kv_heads=kv_heads, head_dim=head_dim, tokens=length,
-                causal=causal,
+                kernel, dtype, direction, batch=batch, heads=own_heads, kv_heads=kv_heads, head_dim=head_dim,
+                tokens=length, causal=causal,
             )  # fmt: skip
+
+
+SPREAD = ((1, 2), (1, 8), (2, 32))
+"""Sequences and heads of attention on a GPU, so that few blocks and many waves of them are seen."""
 
 
 MASTER_PRECISION = ("cross_entropy", "adam")

@@ -40,6 +40,16 @@ def _with_leaves(here: Any, changes: Mapping[tuple[str, ...], Leaf | Table]) -> 
     return here.model_copy(update={name: _with_leaves(getattr(here, name), own) for name, own in inner.items()})
 
 
+UNKNOWN = "unknown"
+"""Source of a coefficient that a search begins with and no row has measured yet."""
+
+
+def without_unknown(profile: HardwareProfile, base: HardwareProfile) -> HardwareProfile:
+    """The profile with the number of the base, or none, wherever no row measured one."""
+    unknown = [path for path, leaf in leaves(profile.coefficients) if getattr(leaf, "source", "") == UNKNOWN]
+    return with_leaves(profile, {path: leaf_at(base, path) for path in unknown})
+
+
 def without_sends(profile: HardwareProfile, level: str) -> HardwareProfile:
     """The profile without the law of send-receive at a level, in whose place comes a measured curve."""
     sends = {name: table for name, table in profile.coefficients.sends.items() if name != level}

@@ -14,13 +14,16 @@ import numpy as np
 
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
+from spsim.inputs.kernel_coefficients import PickedKernel
 from spsim.inputs.profiles import parse_profile
 from spsim.inputs.quantities import Provenance
-from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves
+from spsim.measuring.calibrate.attention_fit import fit_attention
+from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, without_unknown
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
-from spsim.measuring.calibrate.kernel_fit import Fit, fit_attention, fit_gemm
+from spsim.measuring.calibrate.kernel_fit import Fit
 from spsim.measuring.calibrate.outcome import ClassFit, FittedProfile
+from spsim.measuring.calibrate.product_fit import fit_gemm
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import timed
 from spsim.measuring.calibrate.solver import rounded
@@ -101,7 +104,9 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
         fit = fit_class(measurements, draft.profile)
         draft.take(fit, topic)
         classes += fit.classes
+    draft.profile = without_unknown(draft.profile, start)
     _measured_by_themselves(measurements, draft)
+    _picked_kernel(environment, draft)
     if not draft.measured:
         raise InputError("no measurement has a result; run calibrate again, or give another raw file")
     composed = check_over_nodes(measurements, draft.profile)
@@ -140,6 +145,16 @@ def _measured_by_themselves(rows: Sequence[Measurement], draft: _Draft) -> None:
         draft.put("collective_overhead_us", 0.0, "collective-start", text)
 
 
+def _picked_kernel(environment: Mapping[str, str], draft: _Draft) -> None:
+    """Which attention kernel torch runs by itself, where the session says so and the profile knows the kernel."""
+    kernel = environment.get("attention_kernel", "")
+    if kernel in draft.profile.coefficients.attention:
+        source = draft.cite("attention-kernel", "which kernel torch picks for attention by itself")
+        leaf = PickedKernel(kernel=kernel, source=source)
+        draft.profile = with_leaves(draft.profile, {"attention_picked.torch": leaf})
+        draft.measured.add("attention_picked.torch")
+
+
 def _values(rows: Iterable[Measurement], kind: str, name: str) -> list[float]:
     """Results that are not times, of rows whose name begins so."""
     found = (row for row in rows if row.kind == kind and row.name.startswith(name) and not row.skipped)
@@ -155,15 +170,30 @@ def _finished(
             "name": name,
             "description": f"Calibrated on {environment.get('device', base.datasheet.device)}; base {base.name}",
             "as_of": draft.date,
-            "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}"},
+            "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}", **_from_base(kept)},
             "sources": {**draft.profile.sources, **draft.sources},
-            "assumed": frozenset(path for path in kept if _in_base(path) in base.assumed),
+            "assumed": frozenset(path for path in kept if _is_assumed(_in_base(path), base)),
         }
     )
     tables = document(profile)
     cited = set(_cited(tables))
     tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
     return parse_profile(tables, name)
+
+
+def _is_assumed(path: str, base: HardwareProfile) -> bool:
+    """Whether a coefficient of the base is; one that the base does not have was begun with that of another kernel."""
+    return path in base.assumed or leaf_at(base, path) is None
+
+
+def _from_base(kept: Sequence[str]) -> dict[str, str]:
+    """The levels whose collectives nobody measured here, for the provenance; empty where all were."""
+    parts = [path.split(".") for path in kept if path.startswith(("collectives.", "sends."))]
+    levels: dict[str, dict[str, None]] = {}
+    for table, level, name, *_ in parts:
+        levels.setdefault(level, {})["send_receive" if table == "sends" else name] = None
+    text = "; ".join(f"{level}: {', '.join(names)}" for level, names in levels.items())
+    return {"collectives_from_base": text} if text else {}
 
 
 def _in_base(path: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
+from spsim.measuring.calibrate.attention_backends import BACKENDS
 from spsim.measuring.calibrate.devices import Call, Cuda, Device
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.shapes import ROTATED, VOCABULARY_SHARE
@@ -37,8 +38,8 @@ def measure_kernel(device: Device, row: Measurement, effort: Effort) -> Measurem
     # The setting outlives the call, but every GEMM sets it.
     torch.set_float32_matmul_precision("high" if row.dtype == "tf32" else "highest")
     build = {"gemm": _gemm, "attention": _attention, "memory_bound": _memory_bound}[row.kind]
-    # One kernel for attention, the fused one: where it cannot serve, the row is skipped and says so.
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    # One kernel for attention: where it cannot serve, the row is skipped and says so.
+    with sdpa_kernel(BACKENDS[row.kernel or "flash_attention_2"]):
         calls = [_keeping(build(device, row)) for _ in range(_sets(device, row))]
         return timed(row, sample_times(calls, device.kernel_samples, effort), device.clock)
 

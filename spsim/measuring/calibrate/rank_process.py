@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
+from spsim.measuring.calibrate.attention_backends import attention_kernels
 from spsim.measuring.calibrate.base import base_profile, check_ranks
 from spsim.measuring.calibrate.catalogue import Machine
 from spsim.measuring.calibrate.communication import join, measure_collective, measure_interference
@@ -75,7 +76,8 @@ def _lead(ranks: Ranks, device: Device, settings: Settings, report: Report, fail
     profile = base_profile(settings.base, device.name, gpu=device.kind == "cuda")
     machine = _machine(ranks, device, profile)
     device.warm_up()
-    raw = RawFile(settings.file, environment_rows(_facts(ranks, device)))
+    picked = {"attention_kernel": next(iter(machine.attention_kernels), "")}
+    raw = RawFile(settings.file, environment_rows({**_facts(ranks, device), **picked}))
 
     def guard(row: Measurement) -> AbstractContextManager[None]:
         def expired() -> None:
@@ -102,7 +104,7 @@ def _machine(ranks: Ranks, device: Device, profile: HardwareProfile) -> Machine:
         device.cache_bytes = max(device.cache_bytes, round(profile.datasheet.memory.l2_mib.value * MIB))
     return Machine(
         device=device.kind, dtypes=device.dtypes, cache_bytes=device.cache_share, ranks=ranks.world,
-        nodes=ranks.nodes, levels=levels,
+        nodes=ranks.nodes, levels=levels, attention_kernels=attention_kernels(device),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from spsim.errors import InputError, first_problem
 from spsim.inputs.hardware import CollectiveName
 from spsim.inputs.kernel_coefficients import MemoryBoundFractions
 from spsim.inputs.resources import read_text
-from spsim.work import DATA_TYPES
+from spsim.work import DATA_TYPES, AttentionKernel
 
 Kind = Literal["environment", "gemm", "attention", "memory_bound", "launch", "collective", "interference", "memory"]
 Clock = Literal["cuda_events", "thread_cpu", "wall"]
@@ -77,6 +77,8 @@ class Measurement(BaseModel):
     queries: Count | None = None
     keys: Count | None = None
     causal: bool | None = None
+    kernel: AttentionKernel | None = None
+    """Of fused attention."""
     bytes_moved: Size | None = None
     """Of a kernel, or asked of the allocator."""
     level: str = ""
@@ -169,6 +171,8 @@ class RowError(InputError):
 REQUIRED = frozenset({"kind", "name"})
 RESULTS = frozenset({"clock", "repeats", "time_us", "p10_us", "p90_us", "value", "text", "skipped"})
 COLUMNS = tuple(Measurement.model_fields)
+COLUMNS_BEFORE = tuple(name for name in COLUMNS if name != "kernel")
+"""Of raw files from before attention had several kernels."""
 
 
 def read_measurements(path: Path) -> list[Measurement]:
@@ -178,7 +182,7 @@ def read_measurements(path: Path) -> list[Measurement]:
     if not whole:
         return []
     reader = csv.DictReader(io.StringIO(whole))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    if tuple(reader.fieldnames or ()) not in (COLUMNS, COLUMNS_BEFORE):
         raise InputError(f"{path}: the header is not that of a calibration; give the raw CSV that calibrate wrote")
     return list(_rows(path, reader))
 
@@ -196,12 +200,25 @@ def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Measurement]:
             raise first_problem(error, f"{path}: line {reader.line_num}") from None
 
 
+def _check_header(path: Path) -> None:
+    with path.open("a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+    if header is not None and tuple(header) == COLUMNS_BEFORE:
+        raise InputError(
+            f"{path}: was measured before attention had several kernels; fit it alone, or give another --raw"
+        )
+
+
 LONGEST_LINE = 2**16
 """Bytes from the end of a file within which its last line begins."""
 
 
 def append_measurements(path: Path, rows: Sequence[Measurement]) -> None:
-    """Add rows to a raw file, with its header when it is new; a line that was cut short is removed first."""
+    """Add rows to a raw file, with its header when it is new; a line that was cut short is removed first.
+    `InputError` where the file is of an older version, with other columns.
+    """
+    _check_header(path)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     with path.open("a+b") as file:

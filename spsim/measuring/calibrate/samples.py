@@ -17,11 +17,11 @@ from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.session import title
 from spsim.measuring.calibrate.shapes import MEMORY_BOUND
 from spsim.units import US_PER_S
-from spsim.work import FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import AttentionKernel, FlashAttention, Gemm, MemoryBound, Work
 
 Seconds = npt.NDArray[np.float64]
 
-CONSTANT = frozenset({"direction", "causal", "head_dim", "operator_class", "kernel", "backward"})
+CONSTANT = frozenset({"kernel", "direction", "causal", "head_dim", "operator_class", "backward"})
 """Fields of a work that choose its coefficients; all others are numbers, and many kernels are one array."""
 HALF_PRECISION = ("bf16", "fp16")
 """Types of one rate, which training runs in."""
@@ -77,7 +77,8 @@ def _sample(
 ) -> Sample:
     made = work(row)
     kernel = rates_key(made.kernel, made.backward) if isinstance(made, MemoryBound) else None
-    stratum = (row.dtype, kernel, row.head_dim, beyond_cache)
+    length = made.row if isinstance(made, MemoryBound) else None
+    stratum = (row.dtype, kernel, length, row.head_dim, beyond_cache)
     return Sample(group, row.name, row.dtype, made, (row.time_us or 0.0) / US_PER_S, _shape(row), stratum)
 
 
@@ -93,17 +94,23 @@ def _gemm(row: Measurement) -> Gemm:
     return Gemm(m, n, k, batch, row.bytes_moved or 0, accumulated)
 
 
+def kernel_of(row: Measurement) -> AttentionKernel:
+    """The fused kernel that a row of attention measures: before it was written down, the flash kernel of the device."""
+    return row.kernel or ("torch_cpu" if row.clock == "thread_cpu" else "flash_attention_2")
+
+
 def _attention_group(row: Measurement) -> str:
     dtype = "" if row.dtype in HALF_PRECISION else f"{row.dtype} "
-    return f"attention {dtype}{row.name} {'causal' if row.causal else 'full'}"
+    return f"attention {dtype}{kernel_of(row)} {row.name} {'causal' if row.causal else 'full'}"
 
 
 def _attention(row: Measurement) -> FlashAttention:
     queries, keys = row.queries or 0, row.keys or 0
+    heads = row.heads or 1
     return FlashAttention(
-        "backward" if row.name == "backward" else "forward", row.batch or 1, row.heads or 1, row.head_dim or 1,
-        row.head_dim or 1, queries, keys, queries * keys * (1 if row.causal else 2), bool(row.causal),
-        row.bytes_moved or 0,
+        kernel_of(row), "backward" if row.name == "backward" else "forward", row.batch or 1, heads,
+        row.kv_heads or heads, row.head_dim or 1, row.head_dim or 1, queries, keys,
+        queries * keys * (1 if row.causal else 2), bool(row.causal), row.bytes_moved or 0,
     )  # fmt: skip
 
 
@@ -113,7 +120,7 @@ def _memory_bound(row: Measurement) -> MemoryBound:
     if kernel not in MEMORY_BOUND or (kernel == operator and direction not in ("forward", "backward")):
         raise InputError(f"{title(row)}: there is no such operator; use one of {', '.join(MEMORY_BOUND)}")
     backward = direction == "backward"
-    return MemoryBound(MEMORY_BOUND[kernel].operator_class, row.bytes_moved or 0, kernel, backward)  # type: ignore[arg-type]
+    return MemoryBound(MEMORY_BOUND[kernel].operator_class, row.bytes_moved or 0, kernel, backward, row.n or 0)  # type: ignore[arg-type]
 
 
 class Batch:
@@ -129,10 +136,10 @@ class Batch:
         self.groups = [(samples[at[0]].dtype, _stack([samples[i].work for i in at]), at) for at in where.values()]
 
     def times(self, profile: HardwareProfile) -> Seconds:
-        """Seconds of each sample on a profile."""
+        """Seconds of each sample on a profile: measured one by one, in bursts."""
         found = np.empty(len(self.samples))
         for dtype, work, at in self.groups:
-            found[at] = ComputeCost(profile, dtype).duration(work)
+            found[at] = ComputeCost(profile, dtype, burst=True).duration(work)
         return found
 
 

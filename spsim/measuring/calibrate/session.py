@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,12 @@ Report = Callable[[Progress | Note], None]
 Measure = Callable[[Measurement], Measurement]
 
 
+def class_of(row: Measurement) -> str:
+    """The class that a row counts to: of kernels with its type, of collectives with the level."""
+    name = row.name if row.kind == "collective" else row.operator_class or row.kind
+    return " ".join(part for part in (name, row.level or row.dtype) if part)
+
+
 def title(row: Measurement) -> str:
     """What a row measures, in a few words."""
     if row.kind in ("collective", "interference", "memory"):
@@ -87,8 +94,10 @@ def title(row: Measurement) -> str:
         of = [f"{size} bytes" if size else "", f"on {row.ranks} ranks by {row.level}" if row.ranks else ""]
         return " ".join(part for part in (row.name, row.dtype, *of) if part)
     if row.kind == "attention":
-        shape = f"{row.heads}/{row.kv_heads} heads of {row.head_dim}, {row.queries} tokens"
-        return f"attention {row.name} {row.dtype} {shape}{', causal' if row.causal else ''}"
+        batch = f"{row.batch} x " if row.batch and row.batch > 1 else ""
+        shape = f"{batch}{row.heads}/{row.kv_heads} heads of {row.head_dim}, {row.queries} tokens"
+        kernel = f"{row.kernel} " if row.kernel else ""
+        return f"attention {kernel}{row.name} {row.dtype} {shape}{', causal' if row.causal else ''}"
     shape = "x".join(str(size) for size in (row.batch, row.m, row.n, row.k) if size and size > 1)
     main = ", accumulated" if row.accumulated else ""
     return " ".join(
@@ -213,8 +222,11 @@ class Session:
         for row in self.skipped:
             self.report(Note(f"skipped: {title(row)}: {row.skipped}"))
         if self.left_out:
-            names = "; ".join(title(row) for row in self.left_out)
-            self.report(Note(f"left out for lack of time ({len(self.left_out)}), run again to measure them: {names}"))
+            classes = Counter(class_of(row) for row in self.left_out)
+            width = max(map(len, classes))
+            lines = [f"  {name:{width}}  {number:4}" for name, number in classes.items()]
+            title_line = f"left out for lack of time ({len(self.left_out)}), run again to measure them:"
+            self.report(Note("\n".join([title_line, *lines])))
 
     def _take_left_out(self) -> list[Measurement]:
         """What sections left out, for the time that others did not need."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from spsim.measuring.calibrate.records import Measurement
-from spsim.work import Direction, MemoryBoundClass
+from spsim.work import AttentionKernel, Direction, MemoryBoundClass
 
 ITEMSIZE = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 OUTPUT_ITEMSIZE = {**ITEMSIZE, "fp8": 2}
@@ -54,14 +54,23 @@ def score_products(dtype: str, batch: int, heads: int, head_dim: int, tokens: in
 
 
 def flash_attention(
-    dtype: str, direction: Direction, *, batch: int, heads: int, kv_heads: int, head_dim: int, tokens: int, causal: bool
+    kernel: AttentionKernel,
+    dtype: str,
+    direction: Direction,
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
 ) -> Measurement:
     """Attention in one kernel; the backward pass moves each tensor and its gradient."""
     passes = 1 if direction == "forward" else 2
     moved = passes * 2 * (heads + kv_heads) * batch * tokens * head_dim * ITEMSIZE[dtype]
     return Measurement(
         kind="attention", name=direction, dtype=dtype, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        queries=tokens, keys=tokens, causal=causal, bytes_moved=moved,
+        queries=tokens, keys=tokens, causal=causal, kernel=kernel, bytes_moved=moved,
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from spsim.costs.traffic import rates_key
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.inputs.quantities import Bandwidth, Fraction, NonNegative
-from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves
-from spsim.measuring.calibrate.kernel_fit import LOWEST, OTHER_SHAPE, Fit, fit_samples, with_missing
+from spsim.measuring.calibrate.coefficients import UNKNOWN, leaf_at, with_leaves
+from spsim.measuring.calibrate.kernel_fit import LOWEST, MIN_SHAPES, OTHER_SHAPE, Fit, fit_samples, with_missing
 from spsim.measuring.calibrate.outcome import ClassFit, mean_error
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import Batch, Sample, memory_samples
@@ -20,6 +20,8 @@ from spsim.measuring.calibrate.solver import Parameter, solve
 from spsim.units import GB, MIB
 from spsim.work import KernelName, MemoryBound
 
+WELL_DESCRIBED = 0.05
+"""Held-out error up to which rates are not taken apart by row length."""
 STREAMING = ("add", "copy")
 """Kernels of the class `elementwise` that do nothing but move data: its share is theirs where they were measured, since
 products and attention read and write their tensors at it.
@@ -37,9 +39,9 @@ def fit_memory_bound(rows: Sequence[Measurement], profile: HardwareProfile) -> F
     samples = _determined(memory_samples(rows, cache), profile, cache)
     if not samples:
         return Fit(profile, ())
-    no_rates = profile.coefficients.model_copy(update={"kernel_rates": {}})
+    no_rates = profile.coefficients.model_copy(update={"kernel_rates": {}, "row_rates": {}})
     profile = profile.model_copy(update={"coefficients": no_rates})
-    half = Fraction(value=0.5, source="unknown")
+    half = Fraction(value=0.5, source=UNKNOWN)
     profile = with_missing(profile, {f"memory_bound.{group}": half for group in _groups(samples)})
     shared = fit_samples(samples, profile, _shares(samples, profile))
     better = {}
@@ -76,7 +78,11 @@ def _groups(samples: Iterable[Sample]) -> list[str]:
 
 def _tables(paths: Iterable[str]) -> list[str]:
     """Both rates of a kernel stand in one table."""
-    return list(dict.fromkeys(path.rpartition(".")[0] if path.startswith("kernel_rates") else path for path in paths))
+    return list(
+        dict.fromkeys(
+            path.rpartition(".")[0] if path.startswith(("kernel_rates", "row_rates")) else path for path in paths
+        )
+    )
 
 
 def _shares(samples: Sequence[Sample], profile: HardwareProfile) -> list[Parameter]:
@@ -101,6 +107,9 @@ def _own_rates(samples: Sequence[Sample], profile: HardwareProfile, cache: float
         for path, own in passes.items():
             options = (_rates_of(path, own, profile, cache, start=start) for start in (False, True))
             fit = min(options, key=lambda fit: mean_error(fit.classes))
+            by_row = _by_row(path, own, profile, cache) if mean_error(fit.classes) > WELL_DESCRIBED else None
+            if by_row and mean_error(by_row.classes) < OTHER_SHAPE * mean_error(fit.classes):
+                fit = by_row
             profile, parts = fit.profile, [*parts, *fit.classes]
         classes.append(_joined(kernel, parts))
     return Fit(profile, tuple(classes))
@@ -158,7 +167,28 @@ def _share(samples: Sequence[Sample], profile: HardwareProfile, cache: float) ->
 def _rates_of(path: str, samples: Sequence[Sample], profile: HardwareProfile, cache: float, *, start: bool) -> Fit:
     """Rates of one kernel, with or without a start."""
     profile = with_leaves(profile, {path: _start(profile, samples[0].group, start=start)})
-    return fit_samples(samples, profile, _rates(path, samples, cache, start=start))
+    fit = fit_samples(samples, profile, _rates(path, samples, cache, start=start))
+    derived = [name for name in _tiers(path) if leaf_at(fit.profile, name).source == UNKNOWN]
+    return Fit(fit.profile, tuple(replace(c, paths=tuple(dict.fromkeys((*c.paths, *derived)))) for c in fit.classes))
+
+
+def _tiers(path: str) -> list[str]:
+    """Both rates of a table: one that no row measured is the share of the class, whose source stands with it."""
+    return [f"{path}.{tier}_gb_per_s" for tier in ("memory", "cache")]
+
+
+def _by_row(path: str, samples: Sequence[Sample], profile: HardwareProfile, cache: float) -> Fit | None:
+    """Rates of one kernel at each measured row length; none where there is one, or too few rows of one."""
+    of_length: dict[int, list[Sample]] = {}
+    for sample in samples:
+        of_length.setdefault(_work(sample).row, []).append(sample)
+    if len(of_length) < 2 or min(map(len, of_length.values())) < MIN_SHAPES:
+        return None
+    root, classes = path.replace("kernel_rates", "row_rates", 1), list[ClassFit]()
+    for length, own in sorted(of_length.items()):
+        fit = _rates_of(f"{root}.{length}", own, profile, cache, start=True)
+        profile, classes = fit.profile, [*classes, *fit.classes]
+    return Fit(profile, tuple(classes))
 
 
 def _start(profile: HardwareProfile, group: str, *, start: bool) -> KernelRates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from spsim.errors import InputError
@@ -64,7 +64,8 @@ class Shape:
         )
 
 
-ATTENTION: tuple[Attention, ...] = ("flash", "unfused")
+FUSED: Mapping[str, Attention] = {"cpu": "flash", "cuda": "flash_attention_2"}
+"""The fused kernel of real layers: on a GPU the one that the blocks of a ring run, whatever torch picks by itself."""
 QUICK_SHAPES = {"cpu": (Shape(512, 512, 1),), "cuda": (Shape(2048, 2048, 1),)}
 SHAPES = {
     "cpu": (Shape(256, 256, 1), Shape(512, 512, 2), Shape(768, 1024, 1), Shape(1024, 512, 1, gated=True)),
@@ -116,14 +117,16 @@ def _layers(
 ) -> Iterator[tuple[Model, Workload]]:
     """Models of one layer with their workloads."""
     shapes: Sequence[Shape] = (QUICK_SHAPES if quick else SHAPES)[device]
+    fused = FUSED[device]
     if model is not None:
         sizes = [(seq_len or shape.seq_len, micro_batch or shape.micro_batch) for shape in shapes[:1]]
-        found = [(model.model_copy(update={"layers": 1}), size) for size in sizes]
+        kernel = fused if model.attention == "flash" else model.attention
+        found = [(model.model_copy(update={"layers": 1, "attention": kernel}), size) for size in sizes]
     else:
         found = [
             (shape.model(attention), (seq_len or shape.seq_len, micro_batch or shape.micro_batch))
             for shape in shapes
-            for attention in (ATTENTION[:1] if shape.gated else ATTENTION)
+            for attention in ((fused,) if shape.gated else (fused, "unfused"))
         ]
     for layer, (tokens, sequences) in found:
         yield layer, Workload(seq_len=tokens, micro_batch=sequences, precision=precision)

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
 from spsim.program.placement import Extent, factors
-from spsim.work import KernelClass, KernelName
+from spsim.work import AttentionKernel, Framework, KernelClass, KernelName
 
 
 class Sizes(dict[str, Extent]):
@@ -60,6 +60,7 @@ class Block:
         owns_gather: Sequence[Tensor] = (),
         passthrough: Sequence[Tensor] = (),
         kernel: KernelName | None = None,
+        attention_kernel: AttentionKernel | Framework = "transformer_engine",
         rules: str = "",
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
@@ -76,6 +77,7 @@ class Block:
                 owns_gather=frozenset(tensor.name for tensor in owns_gather),
                 passthrough=frozenset(tensor.name for tensor in passthrough),
                 kernel=kernel,
+                attention_kernel=attention_kernel,
                 rules=rules,
             )
         )

@@ -12,7 +12,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import Block
 from spsim.program.operators import Operator, Tensor
-from spsim.work import KernelClass
+from spsim.work import AttentionKernel, Framework, KernelClass
 
 
 class _Layer(Block):
@@ -72,13 +72,14 @@ class _Layer(Block):
         self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope")
         return out
 
-    def flash_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def fused_attention(self, kernel: AttentionKernel | Framework, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Core attention in one kernel; keeps q, k, v, its output and the log-sum-exp of each row."""
         context = self.tensor("context", "s b a d")
         log_sum_exp = self.tensor("log_sum_exp", "a s b", "log-sum-exp", itemsize=4)
         self.add(
             "attention", "attention", "s b a d, j b a d, j b a d -> s b a d", [q, k, v], [context, log_sum_exp],
             mixes="j d", saves=[q, k, v, context, log_sum_exp], owns_gather=[k, v],
+            attention_kernel=kernel,
         )  # fmt: skip
         return context
 
@@ -112,7 +113,8 @@ class _Layer(Block):
             q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
         if self.model.positions == "rope":
             q, k = self.rope("rope_q", q), self.rope("rope_k", k)
-        context = (self.flash_attention if self.model.attention == "flash" else self.unfused_attention)(q, k, v)
+        kernel = self.model.attention_kernel
+        context = self.fused_attention(kernel, q, k, v) if kernel else self.unfused_attention(q, k, v)
         out = self.tensor("projection_out", "s b h")
         self.add(
             "projection", "gemm", "s b a d, a d h -> s b h", [context, self.weight("projection_weight", "a d h")],

@@ -3,7 +3,8 @@
 Ring attention is the gather of K and V, attention, and the reduce-scatter of their gradients, which the
 rules derive, carried out in P steps with P - 1 messages in flight behind them (Liu et al. 2023,
 arXiv:2310.01889; the exchange of K, V and of dK, dV is Transformer Engine's). Steps that are equal on all ranks,
-all but the first and last ones unless a causal mask meets a contiguous cut, can be one section that repeats.
+all but the first and last ones unless a causal mask meets a contiguous cut, are one section that repeats if they are
+many.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from spsim.program.mesh import Mesh
 from spsim.work import FlashAttention, MemoryBound, Work
 
 FP32_PER_BF16 = 2
+WRITTEN_OUT = 8
+"""Equal steps that are written out: a section that repeats is walked until it comes to a steady state, which takes as
+long as running about so many steps in a row.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +63,14 @@ def ring_blocks(tokens: int, degree: int, step: int, *, causal: bool, cut: str) 
 
 
 def lower_ring(
-    program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, loops: bool = True
+    program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, written_out: int = WRITTEN_OUT
 ) -> Program:
     """Ring attention as steps and messages; `attention` holds the kernels of the core attention operator.
 
-    With `loops` equal steps are one section, so that the size of the program does not depend on their number.
+    More equal steps than those `written_out` are one section, so that the size of the program does not depend on their
+    number.
     """
-    equal = not causal or plan.ring_cut == "zigzag"
-    lowering = _RingLowering(program, plan, mesh, attention, causal=causal, loops=loops and equal)
+    lowering = _RingLowering(program, plan, mesh, attention, causal=causal, written_out=written_out)
     return replace(
         program,
         forward_sections=lowering.lower(program.forward_sections),
@@ -75,12 +80,13 @@ def lower_ring(
 
 class _RingLowering:
     def __init__(
-        self, program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, loops: bool
+        self, program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, written_out: int
     ) -> None:
         self.degree = mesh.degree("ring")
         self.cut = plan.ring_cut
         self.causal = causal
-        self.loops = loops
+        self.equal = not causal or plan.ring_cut == "zigzag"
+        self.written_out = written_out
         self.kernels = attention
         self.name = attention.operator.name
         self.keys_and_values = {operand.name for operand in attention.placed.inputs[1:]}
@@ -132,9 +138,9 @@ class _RingLowering:
         self.issued_after = ()
 
     def _steps(self, first_equal: int) -> Iterator[int]:
-        """The steps to write down: from `first_equal` to the last but one they are equal, which is written once."""
+        """The steps to write down: those from `first_equal` to the last but one are equal; many are written once."""
         last = self.degree - 1
-        if not self.loops or last - first_equal < 2:
+        if not self.equal or last - first_equal <= self.written_out:
             yield from range(self.degree)
             return
         yield from range(first_equal)

@@ -1,81 +1,88 @@
-"""Spans of a run on GPUs: kernels and copies by stream, NCCL's kernels by process group."""
+"""Spans of a run on devices: kernels and copies by stream, NCCL's kernels by process group."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import inf
 
 from spsim.engine.recording import COMPUTE_LANE
-from spsim.pytorch.kineto.events import Event, ProfiledRank
-from spsim.pytorch.kineto.names import COMMUNICATION, ITEMSIZES, collective, operator_class, short_name
-from spsim.results.measured import MeasuredSpan
+from spsim.pytorch.kineto.calls import Calls
+from spsim.pytorch.kineto.events import Event
+from spsim.pytorch.kineto.names import AWAITS, COMMUNICATION, COPY, leaves_device, operator_class, short_name
+from spsim.pytorch.kineto.phases import Issued
+from spsim.pytorch.kineto.profile import ProfiledRank
+from spsim.results.measured import COPY_LANE, MeasuredSpan
 
-KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
-LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime", "privateuse1_runtime")
-UNNAMED = ("", "undefined")
+Stream = tuple[int | str, int | str]
+"""(device, stream) of an event."""
 
 
-def device_spans(profile: ProfiledRank) -> list[MeasuredSpan]:
+def device_spans(profile: ProfiledRank) -> list[Issued]:
     """Spans of one rank in the order in which they were launched; none for a run without a device."""
-    kernels = profile.of(*KERNELS)
-    launches = {event.arguments["correlation"]: event for event in profile.of(*LAUNCHES) if _correlated(event)}
-    metadata = {
-        event.arguments.get("External id"): event.arguments
-        for event in profile.of("cpu_op")
-        if event.name == "record_param_comms"
-    }
-    main = _busiest_stream(kernels)
+    work = [event for event in profile.work if event.name not in AWAITS]
+    lanes, calls = _lanes(work), Calls(profile)
+    phases, launches = profile.phases, _launches(work, profile.launches)
     issued = []
-    for kernel in kernels:
-        launch = launches.get(kernel.arguments.get("correlation"), kernel)
-        phase = profile.phase_at(launch.thread, launch.start)
-        if operator_class(kernel.name) == COMMUNICATION:
-            span = _communication(profile.rank, kernel, metadata)
+    for event, launch in zip(work, launches, strict=True):
+        kind = _class(event)
+        if kind == COMMUNICATION:
+            span = calls.span(event, launch)
         else:
-            stream = kernel.arguments.get("stream")
-            lane = COMPUTE_LANE if stream == main else f"{COMPUTE_LANE}, stream {stream}"
             span = MeasuredSpan(
-                profile.rank, lane, short_name(kernel.name), operator_class(kernel.name), kernel.start, kernel.end
+                profile.rank, lanes[_lane(event), _stream(event)], short_name(event.name), kind, event.start, event.end
             )
-        issued.append((launch.start, kernel.start, phase, span))
+        at = launch.start if launch else -inf
+        aside = kind == COPY or event.category == "gpu_memset" or phases.clears(at)
+        phase = phases.at(launch.thread, at) if launch else None
+        issued.append((at, event.start, Issued(span, phase, aside)))
     issued.sort(key=lambda entry: entry[:2])
-    return [replace(span, phase=phase) for _, _, phase, span in issued]
+    return [one for *_, one in issued]
 
 
-def _correlated(event: Event) -> bool:
-    return "correlation" in event.arguments
+def _launches(work: Sequence[Event], launches: Mapping[int | str, Event]) -> list[Event | None]:
+    """The call that launched each event; where it is not in the file, that of the one before on its stream, since
+    streams keep the order of launches. None before the first of a stream: it was launched before the recording began.
+    """
+    latest: dict[Stream, Event] = {}
+    found = []
+    for event in work:
+        correlation, stream = event.identifier("correlation"), _stream(event)
+        if correlation is not None and correlation in launches:
+            latest[stream] = launches[correlation]
+        found.append(latest.get(stream))
+    return found
 
 
-def _busiest_stream(kernels: list[Event]) -> Any:
-    busy: Counter[Any] = Counter()
-    for kernel in kernels:
-        if operator_class(kernel.name) != COMMUNICATION:
-            busy[kernel.arguments.get("stream")] += round(kernel.end - kernel.start)
-    return max(busy, key=busy.__getitem__, default=None)
+def _stream(event: Event) -> Stream:
+    device, stream = event.identifier("device"), event.identifier("stream")
+    return event.thread[0] if device is None else device, event.thread[1] if stream is None else stream
 
 
-def _communication(rank: int, kernel: Event, metadata: Mapping[Any, dict[str, Any]]) -> MeasuredSpan:
-    """A kernel of NCCL with what torch wrote about its call, on the kernel or on the operator that issued it."""
-    call = kernel.arguments
-    if "Collective name" not in call:
-        call = metadata.get(kernel.arguments.get("External id"), {})
-    kind = collective(str(call.get("Collective name", ""))) or collective(kernel.name)
-    description, name = str(call.get("Process Group Description", "")), str(call.get("Process Group Name", ""))
-    lane = description if description not in UNNAMED else f"group {name}" if name else "nccl"
-    elements = max((int(call.get(f"{side} msg nelems", 0)) for side in ("In", "Out")), default=0)
-    return MeasuredSpan(
-        rank, lane, kind or short_name(kernel.name), COMMUNICATION, kernel.start, kernel.end, collective=kind,
-        message_bytes=elements * ITEMSIZES.get(str(call.get("dtype", "")), 0), group=_group(call),
-    )  # fmt: skip
+def _class(event: Event) -> str:
+    if event.category == "collective_comm":
+        return COMMUNICATION
+    if event.category == "gpu_memcpy":
+        return COPY
+    return "elementwise" if event.category == "gpu_memset" else operator_class(event.name)
 
 
-def _group(call: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ranks of a call's group; none where the list was shortened, as torch does for large groups."""
-    try:
-        ranks = tuple(int(rank) for rank in json.loads(str(call.get("Process Group Ranks", "[]"))))
-    except ValueError:
-        return ()
-    return ranks if len(ranks) == call.get("Group size", len(ranks)) else ()
+def _lane(event: Event) -> str:
+    """Work of the device, or what moves data to and from it."""
+    return COPY_LANE if _class(event) == COPY and leaves_device(event.name) else COMPUTE_LANE
+
+
+def _lanes(work: Sequence[Event]) -> dict[tuple[str, Stream], str]:
+    """The name of the lane of each stream, of computation and of copies; the busiest ones bear theirs alone."""
+    busy: Counter[tuple[str, Stream]] = Counter()
+    for event in work:
+        if _class(event) != COMMUNICATION:
+            busy[_lane(event), _stream(event)] += round(event.end - event.start)
+    main = {lane: max((key for key in busy if key[0] == lane), key=busy.__getitem__) for lane, _ in busy}
+    several = len({stream[0] for _, stream in busy}) > 1
+    names = {}
+    for key in busy:
+        lane, (device, stream) = key
+        where = f"device {device}, stream {stream}" if several else f"stream {stream}"
+        names[key] = lane if main[lane] == key else f"{lane}, {where}"
+    return names

@@ -1,28 +1,30 @@
-"""One file of torch.profiler: its events by category, who nests in whom, and which part of a step they belong to."""
+"""Events of torch.profiler, and the one guard of what they say: a value of the wrong kind is an error that names the
+event and the argument.
+"""
 
 from __future__ import annotations
 
-import gzip
 import json
-import math
-import zlib
-from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from math import prod
 from typing import Any
 
-from spsim.engine.pieces import Pass
-from spsim.errors import InputError
+from spsim.errors import InputError, printable
+from spsim.pytorch.kineto.names import ITEMSIZES, category
 
-HINT = "give a trace that torch.profiler exported (export_chrome_trace or tensorboard_trace_handler)"
-AUTOGRAD = "autograd::engine::evaluate_function"
-OPTIMIZER = "Optimizer.step"
-
-Thread = tuple[Any, Any]
+Thread = tuple[int | str, int | str]
 """(process, thread) of an event."""
+
+MAX_TIME_US = 1e18
+"""Beyond any time of day."""
+MAX_DURATION_US = 9e12
+"""A hundred days: picoseconds of 64 bits."""
+MAX_COUNT = 2**50
+MAX_NESTING = 4
+"""Arguments, lists of tensors, tensors, dimensions."""
+NAME_SHOWN, VALUE_SHOWN = 60, 40
+"""Characters of a name and of a value in a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,104 +33,130 @@ class Event:
 
     name: str
     category: str
+    """In the words of today's versions."""
     thread: Thread
     start: float
     end: float
     arguments: dict[str, Any]
+    number: int = 0
+    """Its place in the file."""
+
+    def identifier(self, key: str) -> int | str | None:
+        """A number or name that tells things apart; None where there is none."""
+        return self.place(key, self.arguments[key]) if key in self.arguments else None
+
+    def place(self, key: str, value: Any) -> int | str:
+        """A value that tells things apart, if it is one."""
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise self.wrong(key, value, "a number or a name")
+        return value
+
+    def count(self, key: str, default: int = 0) -> int:
+        """How many of something there are."""
+        value = self.arguments.get(key, default)
+        if not _is_count(value):
+            raise self.wrong(key, value, f"a whole number from 0 to {MAX_COUNT}")
+        return int(value)
+
+    def text(self, key: str) -> str:
+        """A word; empty where there is none."""
+        return printable(str(self.place(key, self.arguments.get(key, ""))))
+
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of its process group; none where the list was shortened, as torch does for large groups."""
+        key = "Process Group Ranks"
+        given = self.arguments.get(key, [])
+        if isinstance(given, str):
+            given = _parsed(given)
+        if not (isinstance(given, list) and all(map(_is_count, given))):
+            raise self.wrong(key, self.arguments[key], "a list of ranks")
+        return tuple(given) if len(given) == self.count("Group size", len(given)) else ()
+
+    def elements(self) -> list[int]:
+        """Elements of each input, those of a list of tensors together; 0 where torch wrote no shape."""
+        key = "Input Dims" if "Input Dims" in self.arguments else "Input dims"
+        shapes = self.arguments.get(key, [])
+        found = [_elements(shape, MAX_NESTING) for shape in shapes] if isinstance(shapes, list) else [None]
+        known = [count for count in found if count is not None and count <= MAX_COUNT]
+        if len(known) < len(found):
+            raise self.wrong(key, shapes, "lists of sizes of tensors")
+        return known
+
+    def itemsize(self) -> int:
+        """Bytes of an element of its first input of a known type; 0 where none is known."""
+        types = self.arguments.get("Input type", [])
+        if not (isinstance(types, list) and all(isinstance(name, str) for name in types)):
+            raise self.wrong("Input type", types, "a list of names")
+        return next((ITEMSIZES[name] for name in types if name in ITEMSIZES), 0)
+
+    def wrong(self, key: str, value: Any, rule: str) -> InputError:
+        """What to raise where an argument is not what torch.profiler writes."""
+        shown = repr(value)
+        shown = shown if len(shown) <= VALUE_SHOWN else f"{shown[:VALUE_SHOWN]}…"
+        where = f"event {self.number} of traceEvents ({self.name[:NAME_SHOWN]!r})"
+        return InputError(f"{where}: {key!r} is {shown}, but must be {rule}")
 
 
-@dataclass(frozen=True)
-class ProfiledRank:
-    """The events of one file."""
-
-    path: Path
-    rank: int
-    base_ns: int
-    """Time of day from which the times of the events count."""
-    distributed: dict[str, Any]
-    events: Sequence[Event]
-
-    def of(self, *categories: str) -> list[Event]:
-        """Events of some categories, in order of their starts, the outer before the inner."""
-        chosen = [event for event in self.events if event.category in categories]
-        return sorted(chosen, key=lambda event: (event.start, -event.end))
-
-    @cached_property
-    def _backward(self) -> dict[Thread, list[tuple[float, float]]]:
-        """When each thread computed gradients."""
-        return _intervals(event for event in self.of("cpu_op") if event.name.startswith(AUTOGRAD))
-
-    @cached_property
-    def _optimizer(self) -> list[tuple[float, float]]:
-        found = (event for event in self.of("user_annotation", "cpu_op") if event.name.startswith(OPTIMIZER))
-        return sorted((event.start, event.end) for event in found)
-
-    def phase_at(self, thread: Thread, time: float) -> Pass:
-        """The part of a step that a thread works on: gradients inside autograd's engine, else forward."""
-        if _inside(self._backward.get(thread, ()), time):
-            return "backward"
-        return "optimizer" if _inside(self._optimizer, time) else "forward"
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
-def _intervals(events: Iterable[Event]) -> dict[Thread, list[tuple[float, float]]]:
-    """Outermost intervals of each thread; events come in order of their starts."""
-    found: dict[Thread, list[tuple[float, float]]] = defaultdict(list)
-    for event in events:
-        own = found[event.thread]
-        if not own or event.start >= own[-1][1]:
-            own.append((event.start, event.end))
-    return found
-
-
-def _inside(intervals: Sequence[tuple[float, float]], time: float) -> bool:
-    index = bisect_right(intervals, (time, float("inf"))) - 1
-    return index >= 0 and time <= intervals[index][1]
-
-
-def read_profile(path: Path, default_rank: int) -> ProfiledRank:
-    """Read one file, plain or gzipped; `InputError` in one line where it is none of torch.profiler's."""
-    document = _document(path)
-    records = document.get("traceEvents") if isinstance(document, dict) else None
-    if not isinstance(records, list):
-        raise InputError(f"{path}: has no list 'traceEvents'; {HINT}")
-    try:
-        events = [_event(record) for record in records if record.get("ph") == "X"]
-        distributed = dict(document.get("distributedInfo") or {})
-        rank, base = int(distributed.get("rank", default_rank)), int(document.get("baseTimeNanoseconds", 0))
-    except InputError as error:
-        raise InputError(f"{path}: {error}; {HINT}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: an event is not as torch.profiler writes it ({error!r}); {HINT}") from None
-    return ProfiledRank(path, rank, base, distributed, events)
-
-
-def _event(record: dict[str, Any]) -> Event:
-    start, duration = (_microseconds(record, key) for key in ("ts", "dur"))
-    if duration < 0:
-        raise InputError(f"event {record['name']!r} has dur {duration}; a duration must not be negative")
-    arguments = record.get("args")
-    return Event(
-        str(record["name"]), str(record.get("cat", "")), (record.get("pid"), record.get("tid")),
-        start, start + duration, arguments if isinstance(arguments, dict) else {},
-    )  # fmt: skip
-
-
-def _microseconds(record: dict[str, Any], key: str) -> float:
-    time = float(record[key])
-    if not math.isfinite(time):
-        raise InputError(f"event {record['name']!r} has {key} {time}; times must be finite numbers")
-    return time
-
-
-def _document(path: Path) -> Any:
-    try:
-        content = path.read_bytes()
-        text = gzip.decompress(content) if path.suffix == ".gz" else content
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); {HINT}") from None
-    except (EOFError, zlib.error):
-        raise InputError(f"{path}: the compressed file is cut short or damaged; {HINT}") from None
+def _parsed(text: str) -> Any:
+    """What stands in a list that torch wrote as a text; nothing where it is shortened or empty."""
+    if "..." in text or not text:
+        return []
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError(f"{path}: is not JSON, or is cut short; {HINT}") from None
+        return None
+
+
+def _elements(shape: Any, nesting: int) -> int | None:
+    """Elements of a tensor, or of a list of tensors; None where it is neither."""
+    if not isinstance(shape, list) or nesting == 0:
+        return None
+    if all(map(_is_count, shape)):
+        return prod(shape) if shape else 0
+    parts = [_elements(part, nesting - 1) for part in shape]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def events_in(records: Sequence[Any]) -> Iterator[Event]:
+    """The complete events among the records of a file; `InputError` names the first one that is malformed."""
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"event {number} of traceEvents is {str(record)[:VALUE_SHOWN]!r}, but must be a table")
+        if record.get("ph") == "X":
+            yield _event(record, number)
+
+
+def _event(record: dict[str, Any], number: int) -> Event:
+    name, kind, arguments = record.get("name"), record.get("cat") or "", record.get("args")
+    if not (isinstance(name, str) and isinstance(kind, str)):
+        raise InputError(f"event {number} of traceEvents: its name and cat must be texts")
+    known, name = arguments if isinstance(arguments, dict) else {}, printable(name)
+    event = Event(name, category(kind), ("", ""), 0.0, 0.0, known, number)
+    start, duration = (_microseconds(event, key, record.get(key)) for key in ("ts", "dur"))
+    if not 0 <= duration <= MAX_DURATION_US:
+        raise event.wrong("dur", duration, f"a duration, from 0 to {MAX_DURATION_US:g} us")
+    process, thread = (event.place(key, record.get(key, "")) for key in ("pid", "tid"))
+    return Event(name, event.category, (process, thread), start, start + duration, known, number)
+
+
+def _microseconds(event: Event, key: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and abs(value) <= MAX_TIME_US):
+        raise event.wrong(key, value, f"a finite number, at most {MAX_TIME_US:g} us")
+    return float(value)
+
+
+def intervals(events: Iterable[Event]) -> list[tuple[float, float]]:
+    """The union of when events run, as intervals; they come in order of their starts."""
+    found: list[tuple[float, float]] = []
+    for event in events:
+        if found and event.start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], event.end))
+        else:
+            found.append((event.start, event.end))
+    return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import prod
-from typing import Any
 
 from spsim.engine.recording import COMPUTE_LANE
-from spsim.pytorch.kineto.events import Event, ProfiledRank, Thread
-from spsim.pytorch.kineto.names import COMMUNICATION, ITEMSIZES, METADATA, collective, operator_class
+from spsim.pytorch.kineto.events import Event, Thread
+from spsim.pytorch.kineto.names import COMMUNICATION, COPY, METADATA, collective, operator_class
+from spsim.pytorch.kineto.phases import Issued
+from spsim.pytorch.kineto.profile import ProfiledRank
 from spsim.results.measured import MeasuredSpan
 
 C10D = "c10d::"
@@ -18,12 +18,14 @@ GLOO = "gloo:"
 ATEN = "aten::"
 
 
-def host_spans(profile: ProfiledRank, lane: str) -> list[MeasuredSpan]:
+def host_spans(profile: ProfiledRank, lane: str) -> list[Issued]:
     """Spans of one rank in the order in which they were issued; collectives stand on `lane`."""
     transfers = [event for event in profile.of("user_annotation", "cpu_op") if event.name.startswith(GLOO)]
     operators, calls = _outermost(profile, transfers)
     spans = [*_compute(profile, operators), *_communication(profile, calls, transfers, lane)]
-    return sorted(spans, key=lambda span: (span.asked_us, span.end_us))
+    spans.sort(key=lambda span: (span.asked_us, span.end_us))
+    clears = profile.phases.clears
+    return [Issued(span, span.phase, span.operator_class == COPY or clears(span.asked_us)) for span in spans]
 
 
 def _outermost(profile: ProfiledRank, transfers: Sequence[Event]) -> tuple[list[Event], list[Event]]:
@@ -55,7 +57,7 @@ def _compute(profile: ProfiledRank, operators: Sequence[Event]) -> Iterator[Meas
         lane = COMPUTE_LANE if event.thread == main else f"{COMPUTE_LANE}, thread {event.thread[1]}"
         yield MeasuredSpan(
             profile.rank, lane, event.name.removeprefix(ATEN), operator_class(event.name), event.start, event.end,
-            phase=profile.phase_at(event.thread, event.start),
+            phase=profile.phases.at(event.thread, event.start),
         )  # fmt: skip
 
 
@@ -63,7 +65,8 @@ def _communication(
     profile: ProfiledRank, calls: Sequence[Event], transfers: Sequence[Event], lane: str
 ) -> Iterator[MeasuredSpan]:
     """Each call with the transfer that gloo began next for it; sends and receives under way together are one."""
-    group = _only_group(profile.distributed)
+    groups = set(profile.groups)
+    group = groups.pop() if len(groups) == 1 else ()
     waiting = list(transfers)
     spans = []
     for call in calls:
@@ -71,14 +74,15 @@ def _communication(
         transfer = next((t for t in waiting if t.start >= call.start and _serves(t, call)), None)
         if transfer is not None:
             waiting.remove(transfer)
-        itemsize = _itemsize(call) or (_itemsize(transfer) if transfer else 0)
+        itemsize = call.itemsize() or (transfer.itemsize() if transfer else 0)
+        elements = max(call.elements(), default=0)
         incoming = kind == "send_receive" and "recv" in call.name
         spans.append(
             MeasuredSpan(
                 profile.rank, lane, kind, COMMUNICATION, transfer.start if transfer else call.start,
                 max(call.end, transfer.end) if transfer else call.end, posted_us=call.start,
-                phase=profile.phase_at(call.thread, call.start), collective=kind,
-                message_bytes=0 if incoming else itemsize * _elements(call.arguments.get("Input Dims")), group=group,
+                phase=profile.phases.at(call.thread, call.start), collective=kind,
+                message_bytes=0 if incoming else itemsize * elements, group=group,
             )
         )  # fmt: skip
     yield from _exchanges(spans)
@@ -107,29 +111,3 @@ def _exchanges(spans: Sequence[MeasuredSpan]) -> Iterator[MeasuredSpan]:
         current = span
     if current:
         yield current
-
-
-def _elements(dims: Any) -> int:
-    """Elements of the largest argument; an argument may be a list of tensors."""
-    if not isinstance(dims, list):
-        return 0
-    return max((_count(argument) for argument in dims), default=0)
-
-
-def _count(argument: Any) -> int:
-    if not isinstance(argument, list) or not argument:
-        return 0
-    if isinstance(argument[0], list):
-        return sum(_count(tensor) for tensor in argument)
-    return prod(argument)
-
-
-def _itemsize(event: Event) -> int:
-    types = event.arguments.get("Input type")
-    return next((ITEMSIZES[name] for name in types or () if name in ITEMSIZES), 0)
-
-
-def _only_group(distributed: dict[str, Any]) -> tuple[int, ...]:
-    """The ranks of the process groups, if all groups of the run have the same; operators do not say theirs."""
-    groups = {tuple(group.get("ranks", ())) for group in distributed.get("pg_config") or () if isinstance(group, dict)}
-    return groups.pop() if len(groups) == 1 else ()

@@ -1,4 +1,4 @@
-"""What the names of kernels and operators say: the class of an operator, the kind of a collective.
+"""What names say: the category of an event, the class of an operator, the kind of a collective.
 
 The first pattern that is found decides, so that a flash-attention kernel written with CUTLASS is attention. A
 name that no pattern knows is `other`: it is not guessed.
@@ -7,13 +7,38 @@ name that no pattern knows is `other`: it is not guessed.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+
+# Categories (ActivityType.h of Kineto and of its forks for other devices), in small letters.
+
+FORMER = {
+    "operator": "cpu_op", "runtime": "cuda_runtime", "memcpy": "gpu_memcpy", "memset": "gpu_memset",
+    "user": "gpu_user_annotation",
+}  # fmt: skip
+"""Categories of torch 1.8 to 1.11, and those of today."""
+DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset", "mtia_ccp_events", "collective_comm"})
+"""What a device does."""
+HOST = frozenset({
+    "", "cpu_op", "user_annotation", "cpu_instant_event", "python_function", "overhead", "trace", "hpu_op",
+    "external_correlation",
+})  # fmt: skip
+"""What the host does beside calls to a device."""
+FRAMES = ("_user_annotation", "_sync", "_event", "_profiler_range", "_profiler", "_counters", "_insight", "_notifier")
+"""How categories end of what frames, awaits and counts the work of a device: `cuda_sync`, `gpu_user_annotation`."""
+CALLS = ("_runtime", "_driver")
+"""How categories of calls from the host to a device end, whichever device it is."""
+AWAITS = frozenset({"event_record", "event_wait"})
+"""Names of events on a device that move and compute nothing."""
 
 OTHER = "other"
 COMMUNICATION = "communication"
+COPY = "copy"
 
 CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # NCCL and RCCL.
-    (COMMUNICATION, ("nccl", "rccl", "msccl")),
+    # NCCL and RCCL; the libraries of Intel, Habana and Meta.
+    (COMMUNICATION, ("nccl", "rccl", "msccl", "oneccl", "xccl", "hccl")),
+    # What copy engines do by CUDA's, ROCm's and MTIA's name; a kernel that copies is elementwise.
+    (COPY, ("^memcpy", "memorycopy", "^copy(host|device)", "^dma_", "_local_scalar_dense")),
     # FlashAttention, cuDNN, CUTLASS's memory-efficient attention, AOTriton; aten's scaled dot products.
     ("attention", ("flash", "fmha", "attention", "attn", "sdpa", r"\bmha")),
     ("softmax", ("softmax",)),
@@ -24,7 +49,7 @@ CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gemm", ("gemm", "gemv", "cutlass", "xmma", "nvjet", "cublas", "splitkreduce", "cijk_")),
     ("gemm", (r"^aten::_?(add|b|badd)?(mm|bmm|mv)_?$", r"^aten::(matmul|linear\w*|mkldnn_linear\w*|dot)$")),
     ("elementwise", ("elementwise", "vectorized", "unrolled", "reduce_kernel", "catarray", "multi_tensor")),
-    ("elementwise", ("memcpy", "memset", "copy", "fill", "transpose", "foreach", "cast", "triton_(poi|red|per)")),
+    ("elementwise", ("memset", "copy", "fill", "transpose", "foreach", "cast", "triton_(poi|red|per)")),
     ("elementwise", (
         "^aten::(add|sub|rsub|mul|div|neg|abs|pow|square|exp|sqrt|rsqrt|sin|cos|maximum|minimum|clamp|lerp)_?$",
         "^aten::(addcmul|addcdiv|where|masked_fill|tril|triu|sum|mean|cat|stack|clone|contiguous|repeat)_?$",
@@ -71,6 +96,25 @@ ITEMSIZES = {
 }  # fmt: skip
 
 
+def category(given: str) -> str:
+    """A category in the words of today's versions for CUDA; forks say `mlu_memcpy`."""
+    lowered = given.lower()
+    former = FORMER.get(lowered, lowered)
+    kind = former.rpartition("_")[2]
+    return f"gpu_{kind}" if kind in ("memcpy", "memset") else former
+
+
+def is_beside_work(category: str) -> bool:
+    """Whether it is known to be no work of a device, nor a call that launches some."""
+    return category in HOST or category.endswith(FRAMES)
+
+
+def leaves_device(copy: str) -> bool:
+    """Whether a copy of this name moves data from or to the host or another device."""
+    return not re.search("d(evice)?(to|2)d", copy, re.IGNORECASE)
+
+
+@lru_cache(maxsize=2**14)
 def operator_class(name: str) -> str:
     """The class of a kernel or operator by its name; `other` if no pattern knows it."""
     return next((found for found, pattern in _COMPILED if pattern.search(name)), OTHER)

@@ -136,7 +136,7 @@ class ParallelLayer(nn.Module):
             return elementwise.rope(x, table)
 
     def _core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        run = self._flash if self.model.attention == "flash" else self._unfused
+        run = self._unfused if self.model.attention == "unfused" else self._flash
         return split_sequence(self.groups.group("ulysses"), run(q, k, v))
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ KERNELS: Mapping[str, tuple[KernelName, bool]] = {
 
 
 def operator_class(call: Call) -> KernelClass:
-    """The class of coefficients that a call is timed with."""
-    if call.op in PRODUCTS or call.op in CONVOLUTIONS or call.op == "convolution_backward":
+    """The class of coefficients that a call is timed with; a product that sums nothing writes zeros."""
+    if (call.op in PRODUCTS and call.flops) or call.op in CONVOLUTIONS or call.op == "convolution_backward":
         return "gemm"
     if call.op.startswith(ATTENTION):
         return "attention"
@@ -92,13 +92,17 @@ def kernels(call: Call) -> tuple[Work, ...]:
     if not call.launches:
         return ()
     kind, moved = operator_class(call), bytes_moved(call)
-    if call.op in PRODUCTS:
-        return (_product(call, moved),)
     if kind == "gemm":
-        return _convolution(call, moved)
+        return (_product(call, moved),) if call.op in PRODUCTS else _convolution(call, moved)
     if kind == "attention":
         return (_attention(call, moved),)
-    return (MemoryBound(kind, moved, *kernel_of(call)),)
+    return (MemoryBound(kind, moved, *kernel_of(call), row=_row(call)),)
+
+
+def _row(call: Call) -> int:
+    """Elements that a norm, a softmax or the sum for a bias works on together: the last dimension of its result."""
+    shape = call.results[0].shape if call.results else ()
+    return shape[-1] if len(shape) else 0
 
 
 def _product(call: Call, moved: int) -> Gemm:
@@ -129,11 +133,12 @@ def _convolution(call: Call, moved: int) -> tuple[Gemm, ...]:
 
 def _attention(call: Call, moved: int) -> FlashAttention:
     batch, heads, queries, head_dim = call.arguments["query"].shape
-    keys, value_dim = call.arguments["key"].shape[-2], call.arguments["value"].shape[-1]
+    _, kv_heads, keys, _ = call.arguments["key"].shape
+    value_dim = call.arguments["value"].shape[-1]
     causal = bool(call.arguments.get("is_causal", False))
     direction: Direction = "backward" if call.op.endswith("_backward") else "forward"
     return FlashAttention(
-        direction, batch, heads, head_dim, value_dim, queries, keys,
+        "torch", direction, batch, heads, kv_heads, head_dim, value_dim, queries, keys,
         twice_pairs=twice_pairs(queries, keys) if causal else 2 * queries * keys, causal=causal, bytes_moved=moved,
     )  # fmt: skip
 

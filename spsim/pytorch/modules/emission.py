@@ -89,6 +89,7 @@ class _Emission:
             owns_gather=frozenset(self._names_of(node.owns)),
             passthrough=frozenset(self._names_of(base for base in node.passthrough if self._whole_of(base) is base)),
             kernel=node.kernel,
+            attention_kernel="torch",
         )  # fmt: skip
         for operand in operator.inputs + operator.outputs:
             if len(set(operand.subscript)) < len(operand.subscript):

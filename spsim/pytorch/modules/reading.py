@@ -7,6 +7,7 @@ split over GPUs, and is named.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from spsim.errors import InputError
@@ -47,6 +48,8 @@ class _Reader:
         given = list(zip(tape.inputs, tape.input_gradients, strict=True))
         entries = [value for value, gradient in given if gradient is not None]
         entries = entries or [value for value, _ in given if "float" in value.dtype]
+        if not entries:
+            raise InputError(f"{tape.name}: has no floating-point input, and {_advice(tape)}")
         if len(entries) != 1 or len(tape.outputs) != 1:
             raise InputError(
                 f"{tape.name}: has {len(entries)} floating-point inputs and {len(tape.outputs)} outputs; only a module "
@@ -73,7 +76,7 @@ class _Reader:
             return
         if call.view or call.op in VIEW_RULES:
             self.views.follow(call)
-        elif any(self.views.is_activation(value) for value in call.tensors):
+        elif any(value.elements for value in call.results) and any(map(self.views.is_activation, call.tensors)):
             for value in call.written:
                 if not self.views.is_whole(value):
                     raise _cannot(call, "it writes into a part of a tensor")
@@ -242,10 +245,16 @@ class _Reader:
         self._node(call, [Use(x.base)], [self._result(call, rows)], mixes=mixed)
 
     def _concatenation(self, call: Call) -> None:
-        """Equal parts stand side by side along a dimension of their own; unequal ones become one new dimension."""
-        parts = [self.views.of(value) for value in call.arguments["tensors"]]
+        """Equal parts stand side by side along a dimension of their own; unequal ones become one new dimension. Parts
+        that hold nothing add nothing, and one part alone is copied.
+        """
+        values = [value for value in call.arguments["tensors"] if value.elements]
+        parts = [self.views.of(value) for value in values]
+        if len(parts) == 1:
+            self._node(call, [Use(parts[0].base)], [self._result(call, parts[0].dims)], passthrough=[parts[0].base])
+            return
         axis = call.arguments.get("dim", 0) % len(parts[0].dims)
-        equal = len({value.shape[axis] for value in call.arguments["tensors"]}) == 1
+        equal = len({value.shape[axis] for value in values}) == 1
         for part in parts[1:]:
             for index, (mine, other) in enumerate(zip(parts[0].dims, part.dims, strict=True)):
                 if index != axis or equal:
@@ -272,6 +281,16 @@ class _Reader:
             out.append(self._result(call, dims, 1, "mask"))
         passthrough = [base for base in whole if passes and base.kind == "activation"]
         self._node(call, [Use(view.base) for view in views], out, passthrough=passthrough)
+
+
+def _advice(tape: Tape) -> str:
+    """What to trace of a module that takes token ids: one of its layers, by the first module with a number."""
+    numbered = (re.match(r"(.*?\.)?\d+(?=\.|$)", call.module) for call in tape.forward)
+    layer = next((f" ({found[0]} of it)" for found in numbered if found), "")
+    return (
+        f"a plan splits what runs on hidden states, not on token ids; trace one decoder layer{layer} on hidden states "
+        "that need a gradient, or the module on such inputs_embeds, or simulate it on one GPU"
+    )
 
 
 def _cannot(call: Call, reason: str) -> InputError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -89,6 +89,7 @@ def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...
             raise InputError(
                 f"{name}: no output needs a gradient; give the module parameters or inputs that require one"
             )
+        _check_elements(name, inputs, outputs)
         roots = _roots(outputs)
         seeds = [torch.empty_like(leaf) for leaf in roots]
         recorder.phase = "backward"
@@ -118,6 +119,12 @@ def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...
         input_gradients=tuple(None if g is None else recorder.value(g) for g in held),
         parameter_gradients=frozenset(recorder.storage(g) for g in of_parameters),
     )
+
+
+def _check_elements(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    if not any(leaf.numel() for leaf in outputs):
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in inputs)
+        raise InputError(f"{name}: its outputs hold no elements; give inputs that hold some, instead of {shapes}")
 
 
 class _Passes(nn.Module):

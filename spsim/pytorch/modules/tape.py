@@ -79,8 +79,11 @@ class Call:
 
     @property
     def launches(self) -> bool:
-        """Whether a kernel runs: views and reservations of memory are free."""
-        return not self.view and self.op not in VIEWS and self.op not in ALLOCATIONS
+        """Whether a kernel runs: views, reservations of memory and what writes tensors that hold nothing are free."""
+        if self.view or self.op in VIEWS or self.op in ALLOCATIONS:
+            return False
+        made = (*self.results, *self.written)
+        return not made or any(value.elements for value in made)
 
 
 def values_in(items: Any) -> Iterator[Value]:

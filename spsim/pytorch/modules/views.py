@@ -69,6 +69,8 @@ class Views:
             return
         view = self.of(source)
         for index, result in enumerate(call.results):
+            if result.elements == 0:
+                continue  # a part that holds nothing is nobody's
             rule = VIEW_RULES.get(call.op)
             if rule is None:
                 raise UnrelatedDimensionsError("a view without a rule")
