@@ -69,6 +69,8 @@ class Gemm:
     """Operands and result, each once."""
     accumulated: int = 0
     """Elements of an fp32 main gradient that the epilogue reads and writes; above 0 for weight gradients."""
+    unaligned: int = 0
+    """1 where rows of an operand or of the result begin at no multiple of 16 bytes, which tensor cores load whole."""
 
     @property
     def flops(self) -> int:
@@ -97,6 +99,8 @@ class FlashAttention:
     causal: bool
     """The kernel masks a triangle, which changes its efficiency."""
     bytes_moved: int
+    dropout: int = 0
+    """1 where scores are dropped inside the kernel, which draws a random number for each."""
 
     @property
     def flops(self) -> int:
@@ -123,6 +127,10 @@ class MemoryBound:
     """The gradient of the kernel."""
     row: int = 0
     """Elements that it reduces or scales together: of a norm, a softmax, a bias; 0 where that does not matter."""
+    dtype: str | None = None
+    """Data type of what it moves, where that is another than the products'."""
+    accesses: int = 0
+    """Elements that it reads and writes one by one, for operands are strided or broadcast; 0 where vectors are."""
 
     @property
     def flops(self) -> int:

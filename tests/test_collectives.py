@@ -456,7 +456,11 @@ def test_neighbours_of_a_group_take_their_part_of_its_nodes():
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 7), min_size=4, max_size=4), st.sets(st.sampled_from(AXES)), st.integers(1, 20))
+@given(
+    st.lists(st.integers(1, 7), min_size=len(AXES), max_size=len(AXES)),
+    st.sets(st.sampled_from(AXES)),
+    st.integers(1, 20),
+)
 def test_nodes_of_counts_the_nodes_of_the_widest_group(degrees, axes, per_node):
     mesh = Mesh(dict(zip(AXES, degrees, strict=True)))
     assert mesh.ranks == prod(degrees)

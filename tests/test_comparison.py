@@ -10,14 +10,14 @@ import pytest
 import spsim
 from spsim import InputError, compare, plots
 from spsim.cli import main
-from spsim.costs.kernels import ComputeCost
+from spsim.costs.models import cost_models
 from spsim.program.instructions import Compute
 from spsim.report.comparison import comparison_lines
 from spsim.results.accounts import OTHER, PEERS, RECOMPUTATION, SLOWED, SYNC
 from spsim.results.metrics import compute_by_class
 from spsim.studies.comparison import EXPOSED, Difference, grouped
 from spsim.units import GIB, picoseconds
-from spsim.work import KERNEL_CLASSES
+from spsim.work import KERNEL_CLASSES, FlashAttention, Gemm, MemoryBound
 from tests.cases import A100, H100
 from tests.test_plots import assert_readable
 
@@ -79,11 +79,26 @@ def test_kernels_of_a_step_take_the_time_of_the_compute_lane(account):
 
 @each_account
 def test_slowed_is_what_kernels_take_beyond_their_uncontended_time(account):
-    """Uncontended durations of a layer are those of the cost model; the engine rounds up, once a kernel."""
+    """Uncontended durations of a layer are those of the cost model, of products and attention as the power limit leaves
+    them; the engine rounds up, once a kernel.
+    """
     result = account.result
-    cost = ComputeCost(result.scenario.hardware, result.scenario.workload.precision)
+    cost, _ = cost_models(result.scenario.hardware, result.scenario.workload.precision)
     kernels = [step for step in result.program.instructions if isinstance(step, Compute)]
-    alone = sum(picoseconds(cost.duration(step.work[-1])) for step in kernels if step.work[-1])
+
+    def mean(kind):
+        return sum(
+            sum(cost.duration(work) for work in step.work if isinstance(work, kind)) / len(step.work)
+            for step in kernels
+        )
+
+    bound, free = mean(Gemm | FlashAttention), mean(MemoryBound)
+    slower = cost.power.factor(bound, bound + free) if cost.burst else 1.0
+    alone = sum(
+        picoseconds(cost.duration(work) * (1.0 if isinstance(work, MemoryBound) else slower))
+        for work in (step.work[-1] for step in kernels)
+        if work
+    )
     layers = result.scenario.model.layers
     measured = sum(account.step.get(name, 0) for name in (*KERNEL_CLASSES, RECOMPUTATION))
     assert measured == pytest.approx(alone * layers, abs=2 * len(kernels) * layers)

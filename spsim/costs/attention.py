@@ -56,6 +56,8 @@ class _Constants(NamedTuple):
     join_traffic: Seconds
     stream: Seconds
     """Bytes per second that one block reads."""
+    random: Seconds
+    """Seconds of a random number, all units at work."""
     any_causal: bool
     all_causal: bool
     any_splits: bool
@@ -74,6 +76,8 @@ class AttentionCost:
         self._own = by_dtype.get(own, {})
         self._own_path = f"attention_by_dtype.{own}"
         self._units = profile.datasheet.compute_units.value
+        # The fp32 peak counts a multiplication and an addition an instruction.
+        self._vector_rate = profile.peak("fp32") / 2 if "fp32" in profile.datasheet.peak_tflops else np.inf
         self._unit_peak = profile.peak(own) / self._units
         self._streaming_rate = streaming_rate
         self._known: dict[object, _Constants] = {}
@@ -82,7 +86,8 @@ class AttentionCost:
         """start + blocks on the units + the exposed part of the traffic, and no less than the traffic takes."""
         own = self._constants(work)
         exposed = own.traffic * self._traffic(work, own) / self._streaming_rate
-        busy = self._blocks(work, own) + exposed
+        random = own.random * work.dropout * work.batch * work.heads * work.twice_pairs / 2
+        busy = self._blocks(work, own) + exposed + random
         total: Seconds = own.start + np.maximum(busy, work.bytes_moved / self._streaming_rate)
         return self._with_split(work, own, total) if own.any_splits else total
 
@@ -188,6 +193,7 @@ class AttentionCost:
             rows * FLOPS * per_unit / (self._unit_peak * fraction), block_us / US_PER_S,
             *((split.rate.value, split.join_us.value / US_PER_S, split.join_traffic.value,
                split.block_gb_per_s.value * GB) if split else (0.0, 0.0, 0.0, 0.0)),
+            _value(own.dropout_instructions, 0.0) / self._vector_rate,
         )  # fmt: skip
 
     def _pass(self, wanted: AttentionKernel | Framework, direction: Direction) -> AttentionPass:
@@ -207,7 +213,16 @@ class AttentionCost:
     def coefficients_of(self, work: FlashAttention) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""
         own = self._path(work)
-        names = ("start_us", "traffic_exposed", "block_rows", "block_tokens", "blocks_per_unit", "lone_rate", "split")
+        names: tuple[str, ...] = (
+            "start_us",
+            "traffic_exposed",
+            "block_rows",
+            "block_tokens",
+            "blocks_per_unit",
+            "lone_rate",
+            "split",
+        )
+        names += ("dropout_instructions",) if np.any(work.dropout) else ()
         picked = (f"attention_picked.{work.kernel}",) if work.kernel in self._picked else ()
         return ("memory_bound.elementwise", *picked, *(f"{own}.{name}" for name in names))
 

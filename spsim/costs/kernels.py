@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from spsim.costs.attention import AttentionCost
+from spsim.costs.power import PowerLimit
 from spsim.costs.products import ProductCost
 from spsim.costs.seconds import Seconds
 from spsim.costs.traffic import TrafficCost
@@ -18,14 +19,15 @@ from spsim.work import FlashAttention, Gemm, MemoryBound, Work
 
 
 class ComputeCost:
-    """Durations on one device in one precision: in a training step, at the power limit of the board, or in a `burst`,
-    as microbenchmarks run.
+    """Durations on one device in one precision: of long runs, at the power limit of the board, or in a `burst`, as
+    microbenchmarks run. Steps are bursts that `power` slows down.
     """
 
     def __init__(self, profile: HardwareProfile, dtype: str, *, burst: bool = False) -> None:
         self.profile = profile
         self.dtype = dtype
         self.burst = burst
+        self.power = PowerLimit(profile, dtype)
         self._overhead = profile.coefficients.kernel_overhead_us.value / US_PER_S
 
     @cached_property
@@ -70,4 +72,6 @@ class ComputeCost:
                 own = self._attention.coefficients_of(work)
             case MemoryBound():
                 own = self._traffic.coefficients_of(work)
-        return ("kernel_overhead_us", own_class, *own)
+        limited = self.burst and self.power.slowdown and not isinstance(work, MemoryBound)
+        power = (f"gemm.sustained_limit.{self.dtype}", "power_share") if limited else ()
+        return ("kernel_overhead_us", own_class, *own, *power)

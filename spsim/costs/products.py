@@ -46,6 +46,8 @@ class _Constants(NamedTuple):
     """K at which half of that is hidden."""
     start: float
     """Seconds beyond the start of any kernel."""
+    unaligned: float
+    """FLOP/s of products whose rows begin at no multiple of 16 bytes."""
 
 
 class ProductCost:
@@ -70,7 +72,8 @@ class ProductCost:
         into main gradients is hidden by K / (K + half_k), at the rate of the memory.
         """
         gemm = self._constants
-        compute = np.maximum(self._tiles(work), work.flops / gemm.limit)
+        limit = np.where(np.asarray(work.unaligned) > 0, gemm.unaligned, gemm.limit)
+        compute = np.maximum(self._tiles(work), work.flops / limit)
         compute = compute / np.where(np.asarray(work.accumulated) > 0, gemm.gradient_rate, 1.0)
         longer = _fourth_root(_fourth_power(compute) + _fourth_power(work.bytes_moved / self._streaming_rate))
         total: Seconds = gemm.start + longer + gemm.exposed * work.accumulated / (1 + work.k / gemm.half_k)
@@ -101,6 +104,7 @@ class ProductCost:
     def coefficients_of(self, work: Gemm) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""
         names: tuple[str, ...] = ("tile_m", "tile_n", "full_rate_side", "k_pad_bytes", "start_us")
+        names += ("unaligned_rate",) if np.any(work.unaligned) else ()
         by_type: tuple[str, ...] = (self._limit,)
         by_type += ("weight_gradient_rate", "accumulation_exposed", "accumulation_half_k") if work.accumulated else ()
         return (
@@ -119,17 +123,19 @@ def _constants(profile: HardwareProfile, dtype: str, limit: str) -> _Constants:
     slower = np.maximum(1.0, gemm.full_rate_side.value / 2 * np.add.outer(tile_m, tile_n) / area)
     per_k = 2 * area * units / (peak * gemm.fraction[dtype].value)
     highest = getattr(gemm, limit).get(dtype)
+    most = peak * (highest.value if highest else 1.0)
     return _Constants(
         tile_m=tile_m,
         tile_n=tile_n,
         part_of_a_wave=(1 - LESS) / units,
         per_k=per_k * slower,
         k_pad=gemm.k_pad_bytes.value / OPERAND_BYTES[dtype],
-        limit=peak * (highest.value if highest else 1.0),
+        limit=most,
         gradient_rate=gemm.weight_gradient_rate[dtype].value,
         exposed=gemm.accumulation_exposed[dtype].value * ACCUMULATION_BYTES / profile.memory_bandwidth,
         half_k=_half_k(gemm, dtype),
         start=gemm.start_us.value / US_PER_S,
+        unaligned=most * (gemm.unaligned_rate.value if gemm.unaligned_rate else 1.0),
     )
 
 

@@ -42,12 +42,12 @@ class TrafficCost:
 
     def __init__(self, profile: HardwareProfile, dtype: str) -> None:
         self._profile = profile
+        self._dtype = dtype
         self._coefficients = profile.coefficients
-        known = profile.coefficients.kernel_rates, profile.coefficients.row_rates
-        self._rates_of = dtype if any(dtype in tables for tables in known) else "bf16"
-        self._rates = self._coefficients.kernel_rates.get(self._rates_of, {})
-        self._by_row = self._coefficients.row_rates.get(self._rates_of, {})
-        self._segments = max((len(lengths) - 1 for lengths in self._by_row.values()), default=0)
+        by_row = profile.coefficients.row_rates.values()
+        self._segments = max((len(lengths) - 1 for table in by_row for lengths in table.values()), default=0)
+        accesses = profile.coefficients.accesses_per_ns
+        self._access = 1e-9 / accesses.value if accesses else 0.0
         self._cache_bytes = profile.datasheet.memory.l2_mib.value * MIB
         self._cache_bandwidth = self._coefficients.l2_bandwidth_gb_per_s.value * GB
         self._known: dict[object, tuple[_Traffic, tuple[_Segment, ...]]] = {}
@@ -57,17 +57,17 @@ class TrafficCost:
         to half the cache, between the two up to the whole.
 
         Where the row length matters, start and seconds per byte are linear between the measured lengths, constant
-        beyond.
+        beyond. Elements that are read and written one by one take the time of so many accesses at least.
         """
         total = work.bytes_moved
-        (memory, cache, start), segments = self._look_up(work.operator_class, work.kernel, work.backward)
+        (memory, cache, start), segments = self._look_up(work)
         for segment in segments:
             share = np.minimum(1.0, np.maximum(0.0, (work.row - segment.shortest) / segment.length))
             memory = memory + share * segment.change.memory
             cache = cache + share * segment.change.cache
             start = start + share * segment.change.start
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
-        time: Seconds = start + total * (cache + beyond * (memory - cache))
+        time: Seconds = start + np.maximum(total * (cache + beyond * (memory - cache)), work.accesses * self._access)
         return time
 
     def bandwidth(self, operator_class: MemoryBoundClass) -> float:
@@ -75,11 +75,9 @@ class TrafficCost:
         share: float = getattr(self._coefficients.memory_bound, operator_class).value
         return self._profile.memory_bandwidth * share
 
-    def _look_up(
-        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool
-    ) -> tuple[_Traffic, tuple[_Segment, ...]]:
+    def _look_up(self, work: MemoryBound) -> tuple[_Traffic, tuple[_Segment, ...]]:
         """At the shortest measured row, and the changes to longer ones; arrays for many kernels."""
-        key = (operator_class, kernel, backward)
+        key = (work.operator_class, work.kernel, work.backward, work.dtype)
         if key not in self._known:
             memory, cache, start, *rest = each(self._at, *key)
             segments = (rest[at : at + 5] for at in range(0, len(rest), 5))
@@ -87,13 +85,23 @@ class TrafficCost:
             self._known[key] = _Traffic(memory, cache, start), found
         return self._known[key]
 
-    def _at(self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool) -> tuple[Seconds, ...]:
+    def _table(self, dtype: str | None) -> str:
+        """The type whose measured rates count."""
+        own = dtype or self._dtype
+        known = self._coefficients.kernel_rates, self._coefficients.row_rates
+        return own if any(own in tables for tables in known) else "bf16"
+
+    def _at(
+        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool, dtype: str | None
+    ) -> tuple[Seconds, ...]:
         """Of one kernel, as flat as arrays of many need it: `_Traffic`, and each `_Segment`, as many as any has."""
-        name = rates_key(kernel, backward)
-        if name not in self._by_row:
-            at_any = _traffic(self._rates[name]) if name in self._rates else self._of_class(operator_class)
+        name, table = rates_key(kernel, backward), self._table(dtype)
+        rates = self._coefficients.kernel_rates.get(table, {})
+        by_row = self._coefficients.row_rates.get(table, {})
+        if name not in by_row:
+            at_any = _traffic(rates[name]) if name in rates else self._of_class(operator_class)
             return *at_any, *(self._segments * _UNCHANGED)
-        known = sorted((int(length), _traffic(rates)) for length, rates in self._by_row[name].items())
+        known = sorted((int(length), _traffic(rates)) for length, rates in by_row[name].items())
         found: list[Seconds] = [*known[0][1]]
         for (shorter, before), (longer, after) in pairwise(known):
             found += (shorter, longer - shorter, *(new - old for old, new in zip(before, after, strict=True)))
@@ -107,15 +115,16 @@ class TrafficCost:
 
     def class_of(self, work: MemoryBound) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
-        kernel = rates_key(work.kernel, work.backward)
-        for table, known in (("row_rates", self._by_row), ("kernel_rates", self._rates)):
-            if kernel in known:
-                return f"{table}.{self._rates_of}.{kernel}"
+        kernel, dtype = rates_key(work.kernel, work.backward), self._table(work.dtype)
+        for table in ("row_rates", "kernel_rates"):
+            if kernel in getattr(self._coefficients, table).get(dtype, {}):
+                return f"{table}.{dtype}.{kernel}"
         return f"memory_bound.{work.operator_class}"
 
     def coefficients_of(self, work: MemoryBound) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""
-        return ("l2_bandwidth_gb_per_s",) if self.class_of(work).startswith("memory_bound.") else ()
+        cached = ("l2_bandwidth_gb_per_s",) if self.class_of(work).startswith("memory_bound.") else ()
+        return (*cached, *(("accesses_per_ns",) if work.accesses else ()))
 
 
 _UNCHANGED = (0.0, 1.0, 0.0, 0.0, 0.0)

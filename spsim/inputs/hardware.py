@@ -32,7 +32,7 @@ from spsim.inputs.kernel_coefficients import (
     SendCoefficients,
 )
 from spsim.inputs.plausible import check_profile
-from spsim.inputs.quantities import Bandwidth, Microseconds, NonNegative, Provenance, Quantity, Table
+from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
 from spsim.work import AttentionKernel, Framework
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
@@ -166,6 +166,11 @@ class Coefficients(Table):
     """The same of kernels that take other times for other row lengths, by the measured ones; they go first."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
+    accesses_per_ns: Quantity | None = None
+    """Elements a nanosecond that elementwise kernels read and write one by one, where operands are strided or
+    broadcast; no limit unless given."""
+    power_share: Fraction | None = None
+    """Share of compute-bound kernels in the time of a step, up to which the board stays below its power limit."""
     kernel_overhead_us: Microseconds
     """Start of one kernel in a busy stream."""
     collectives: dict[

@@ -40,6 +40,8 @@ class GemmCoefficients(Table):
     """Share of the read and write of fp32 main gradients that a short product does not hide, by data type."""
     accumulation_half_k: dict[str, Quantity] = Field(default_factory=dict)
     """K at which main loops hide half of it; none where it never is."""
+    unaligned_rate: Fraction | None = None
+    """Share of the limit that products reach whose rows begin at no multiple of 16 bytes; all of it unless given."""
 
 
 class AttentionTile(Table):
@@ -79,6 +81,8 @@ class AttentionPass(Table):
     """Thread blocks that share a compute unit; one unless given."""
     lone_rate: Fraction | None = None
     """Share of a unit's rate that one of several blocks reaches alone."""
+    dropout_instructions: NonNegative | None = None
+    """Of the vector units, for the random number of one query and key, beside the products; none unless given."""
     split: KeySplit | None = None
     causal: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]
     full: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]

@@ -93,7 +93,7 @@ def add_title(figure: Figure, title: str, subtitle: str) -> None:
 def _show_dollars(figure: Figure) -> None:
     """Names of models, plans and labels are no mathematics, wherever they stand."""
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
 
 
 def describe(result: Result) -> str:

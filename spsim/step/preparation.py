@@ -37,7 +37,7 @@ from spsim.step.itinerary import Item, Loop, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import Segment
 from spsim.units import KIB, MIB, PS_PER_S, picoseconds
-from spsim.work import MAIN_GRADIENT_BYTES
+from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
 
 _blocks: Cache[PreparedBlock] = Cache(64 * MIB, lambda block: block.nbytes)
 
@@ -218,12 +218,33 @@ class PreparedBlock:
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
             seconds[group.slots] = np.asarray(compute.duration(group.work(floats))).T
+        if compute.burst and compute.power.slowdown and self._compute_bound.size:
+            own, runs = self._compute_bound, self._runs
+            seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
         for step, position, slots in self._messages:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
             seconds[slots] = comm.duration(step.collective, message, step.ranks, nodes)
         return seconds
+
+    @lazy
+    def _compute_bound(self) -> npt.NDArray[np.intp]:
+        """Slots of products and attention."""
+        own = [group.slots for group in self.template.groups if group.kind is not MemoryBound]
+        return np.concatenate(own) if own else np.array([], dtype=np.intp)
+
+    @lazy
+    def _runs(self) -> Floats:
+        """How often a rank runs the kernel of each slot in both passes of a block, a mean over positions on a ring."""
+        runs = np.zeros(self.template.index.num_slots)
+        for part in (part for found in self.passes.values() for part in found.parts):
+            for step in part.segment.instructions:
+                slots = self.template.index.slots[step.id]
+                if isinstance(step, Compute):
+                    np.add.at(runs, list(slots), part.runs / len(slots))
+        runs[0] = 0.0
+        return runs
 
     def sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> list[int]:
         """Picoseconds of each task of the synchronisation."""

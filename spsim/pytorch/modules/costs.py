@@ -19,6 +19,14 @@ SOFTMAX = frozenset({
 DROPOUT = frozenset({"native_dropout", "native_dropout_backward", "bernoulli_"})
 LOOKUPS = {"embedding": "weight", "index": "self", "index_select": "self", "gather": "self"}
 """Operators that read of one argument only as much as they write."""
+PICKS = frozenset({"nll_loss_forward", "nll_loss_backward"})
+"""Operators that read of each row one element."""
+MOVES = frozenset({"cat", "clone", "slice_backward", "select_backward"})
+"""Operators that move elements about and are no pointwise operators to torch."""
+FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""dtype of a tensor -> data type of a profile."""
+ALIGNMENT = 16
+"""Bytes that the fast kernels of products read at once."""
 OVERWRITES = frozenset({"copy_", "fill_", "zero_", "bernoulli_", "uniform_", "normal_"})
 """Operators in place that do not read what they write."""
 
@@ -30,6 +38,8 @@ KERNELS: Mapping[str, tuple[KernelName, bool]] = {
     "rms_norm_backward": ("rms_norm", True),
     "_softmax": ("softmax", False),
     "_softmax_backward_data": ("softmax", True),
+    "_log_softmax": ("softmax", False),
+    "_log_softmax_backward_data": ("softmax", True),
     "native_dropout": ("dropout", False),
     "native_dropout_backward": ("dropout", True),
     "gelu": ("gelu", False),
@@ -79,6 +89,8 @@ def bytes_moved(call: Call) -> int:
         return results
     read = {name: value for name, value in call.arguments.items() if name not in call.mutated}
     operands = sum(value.bytes for value in dict.fromkeys(values_in(read.values())))
+    if call.op in PICKS:  # one element a row is read, or written beside zeros
+        return results
     looked_up = call.arguments.get(LOOKUPS.get(call.op, ""))
     if isinstance(looked_up, Value):
         operands += min(0, results - looked_up.bytes)
@@ -96,7 +108,42 @@ def kernels(call: Call) -> tuple[Work, ...]:
         return (_product(call, moved),) if call.op in PRODUCTS else _convolution(call, moved)
     if kind == "attention":
         return (_attention(call, moved),)
-    return (MemoryBound(kind, moved, *kernel_of(call), row=_row(call)),)
+    found = MemoryBound(kind, moved, *kernel_of(call), row=_row(call), dtype=_dtype(call), accesses=_accesses(call))
+    return (found,)
+
+
+def _dtype(call: Call) -> str | None:
+    """The type that a profile may know the rates of: of the widest floating-point tensor."""
+    floats = [value for value in (*call.results, *call.tensors) if value.dtype in FLOATS]
+    return FLOATS[max(floats, key=lambda value: value.itemsize).dtype] if floats else None
+
+
+def _accesses(call: Call) -> int:
+    """Elements that an elementwise kernel reads and writes one by one: all, unless every tensor is as large as the
+    result and lies like it, so that it is one row of vectors (`aten/src/ATen/native/cuda/CUDALoops.cuh`).
+    """
+    if not (call.pointwise or call.op in MOVES) or not (call.results or call.written):
+        return 0
+    out = (call.results or call.written)[0]
+    given = [value for value in call.tensors if value.shape]
+    if all(_alike(value, out) for value in given) and _dense(out):
+        return 0
+    return out.elements * (1 + len(given))
+
+
+def _alike(value: Value, out: Value) -> bool:
+    own = [(size, step) for size, step in zip(value.shape, value.stride, strict=True) if size != 1]
+    return own == [(size, step) for size, step in zip(out.shape, out.stride, strict=True) if size != 1]
+
+
+def _dense(value: Value) -> bool:
+    """Whether its elements lie side by side in some order of its dimensions."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(value.shape, value.stride, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _row(call: Call) -> int:
@@ -106,9 +153,17 @@ def _row(call: Call) -> int:
 
 
 def _product(call: Call, moved: int) -> Gemm:
-    left, right = (call.arguments[name].shape for name in PRODUCTS[call.op])
+    operands = [call.arguments[name] for name in PRODUCTS[call.op]]
+    left, right = (value.shape for value in operands)
     batch = left[0] if len(left) == 3 else 1
-    return Gemm(m=left[-2], n=right[-1], k=left[-1], batch=batch, bytes_moved=moved)
+    unaligned = int(any(map(_is_unaligned, (*operands, *call.results))))
+    return Gemm(m=left[-2], n=right[-1], k=left[-1], batch=batch, bytes_moved=moved, unaligned=unaligned)
+
+
+def _is_unaligned(value: Value) -> bool:
+    """Whether rows, or columns, of a matrix begin at no multiple of 16 bytes."""
+    steps = [step for size, step in zip(value.shape, value.stride, strict=True) if size > 1 and step > 1]
+    return any(step * value.itemsize % ALIGNMENT for step in steps)
 
 
 def _convolution(call: Call, moved: int) -> tuple[Gemm, ...]:
@@ -140,6 +195,7 @@ def _attention(call: Call, moved: int) -> FlashAttention:
     return FlashAttention(
         "torch", direction, batch, heads, kv_heads, head_dim, value_dim, queries, keys,
         twice_pairs=twice_pairs(queries, keys) if causal else 2 * queries * keys, causal=causal, bytes_moved=moved,
+        dropout=int(call.arguments.get("dropout_p", 0.0) > 0),
     )  # fmt: skip
 
 

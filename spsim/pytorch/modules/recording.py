@@ -147,6 +147,11 @@ def _roots(outputs: list[Tensor]) -> list[Tensor]:
     return scalars if len(scalars) == 1 else outputs
 
 
+def _has_kernel(func: Any) -> bool:
+    """Whether a device runs an operator as it is, though it could be composed of others: silu_backward."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
+
+
 def _fake(leaf: Tensor) -> Tensor:
     """A fake tensor of the same shape."""
     made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
@@ -249,7 +254,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         bound = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         self._check_dtypes(name, bound)
-        if func._overloadpacket not in flop_registry:
+        if func._overloadpacket not in flop_registry and not _has_kernel(func):
             with self:
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:

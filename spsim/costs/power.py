@@ -1,0 +1,35 @@
+"""How much a step slows its compute-bound kernels, so that the board keeps its power limit.
+
+Products that run for seconds end at the `sustained_limit` of a profile, single ones at the `burst_limit`: the clock
+falls until the mean power is that of the board. In a step kernels that are bound by the memory, which draw less, lie
+between them. Up to a share of compute-bound time the mean stays below the limit; from there the slowdown grows to that
+of products alone, in a straight line.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spsim.costs.seconds import Seconds
+from spsim.inputs.hardware import HardwareProfile
+
+
+class PowerLimit:
+    """Of one device and data type."""
+
+    def __init__(self, profile: HardwareProfile, dtype: str) -> None:
+        gemm, share = profile.coefficients.gemm, profile.coefficients.power_share
+        both = share is not None and dtype in gemm.burst_limit and dtype in gemm.sustained_limit
+        self.share = share.value if share is not None else 1.0
+        """Of compute-bound kernels in the time of all, up to which nothing slows down."""
+        self.slowdown = gemm.burst_limit[dtype].value / gemm.sustained_limit[dtype].value - 1 if both else 0.0
+        """Of products alone; 0 where the profile does not know both limits."""
+
+    def factor(self, compute_bound: Seconds, all_kernels: Seconds) -> Seconds:
+        """Time of compute-bound kernels over that of a burst, from the seconds of a block in bursts.
+
+        Rounded, so that it does not depend on how the seconds were summed.
+        """
+        beyond = (compute_bound / all_kernels - self.share) / (1 - self.share)
+        factor: Seconds = np.round(1 + self.slowdown * np.maximum(0.0, beyond), 9)
+        return factor
