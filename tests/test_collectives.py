@@ -377,7 +377,7 @@ def test_gpus_of_a_node_share_the_work_among_their_adapters():
         assert bus == pytest.approx(measured, rel=0.04)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.sampled_from(SEVERAL_LEVELS), st.sampled_from(COLLECTIVES), st.integers(0, 2**36), st.integers(0, 2**36),
     st.integers(1, 8), st.integers(1, 64),
@@ -455,7 +455,7 @@ def test_neighbours_of_a_group_take_their_part_of_its_nodes():
     assert [nodes_of(mesh, ("tp",), 8, ranks) for ranks in (2, 8, 16)] == [1, 1, 2]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(1, 7), min_size=len(AXES), max_size=len(AXES)),
     st.sets(st.sampled_from(AXES)),

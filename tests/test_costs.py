@@ -154,7 +154,7 @@ def test_a_missing_curve_is_the_users_to_add():
 SIZES = st.integers(0, 2**36)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.sampled_from([A100, H100]), st.sampled_from(COLLECTIVES), SIZES, SIZES, st.integers(2, 8))
 def test_a_larger_message_takes_no_less(hardware, name, first, second, ranks):
     """For every shipped curve and number of ranks."""
@@ -315,7 +315,7 @@ def test_memory_bound_tiers_by_hand(name):
         assert a100().duration(MemoryBound(name, size)) == pytest.approx(4 * US + time, rel=1e-9)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.sampled_from(profile_names()),
     st.sampled_from(sorted(CLASSES)),

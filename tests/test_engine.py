@@ -272,14 +272,14 @@ def test_a_peer_that_never_comes_is_a_deadlock():
 # ------------------------------------------------------------ the oracle
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS)
 def test_engine_equals_the_replay(programs, slowdown):
     """Spans are equal, task by task, to the tick-by-tick replay."""
     assert times(programs, slowdown) == Replay(programs, slowdown).times()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS, st.data())
 def test_durations_and_starts_equal_the_replay(programs, slowdown, data):
     """Prepared programs with durations of their own for a run, and ranks that start apart, in the midst of things."""
@@ -302,7 +302,7 @@ def later(start, by):
     )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS, st.data(), st.integers(1, 1000))
 def test_a_later_start_shifts_everything(programs, slowdown, data, by):
     """The same spans, all of them later."""
@@ -326,7 +326,7 @@ def changed(programs, change):
     return {rank: [change(rank, task) for task in tasks] for rank, tasks in programs.items()}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(slowdowns=st.just(0.0)), st.data())
 def test_a_shorter_task_delays_nothing(programs, data):
     """Without contention every end is a maximum of sums of durations, which cannot grow as one shrinks."""
@@ -341,7 +341,7 @@ def test_a_shorter_task_delays_nothing(programs, data):
     assert all(after[key][2] <= before[key][2] for key in before)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(slowdowns=st.just(0.0)))
 def test_another_lane_delays_nothing(programs):
     """Moving the odd tasks of a lane to a lane of their own only drops constraints of order."""
@@ -354,7 +354,7 @@ def test_another_lane_delays_nothing(programs):
     assert all(after[key][2] <= before[key][2] for key in before)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS)
 def test_the_order_in_which_ranks_are_given_does_not_matter(programs, slowdown):
     """Ties between ranks and between lanes are no ties: no time depends on who is looked at first."""
@@ -401,7 +401,7 @@ def left(tasks, found, rank, start):
     )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS, st.data(), st.integers(1, 11))
 def test_two_halves_one_after_the_other_are_the_whole(programs, slowdown, data, cut):
     """All that tasks mean to those that wait for the last of their kernels is in a start: folding relies on it."""

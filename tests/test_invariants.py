@@ -19,7 +19,7 @@ def runs(fold=None):
     return random_scenarios(fold=st.booleans() if fold is None else fold, layers=LAYERS, micro_batches=MICRO_BATCHES)
 
 
-random_runs = settings(max_examples=80, deadline=None, derandomize=True)
+random_runs = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def spans_by_rank(found):

@@ -346,7 +346,7 @@ def random_itineraries(draw, stages):
     return step(itinerary, durations, ranks=ranks, slowdown=slowdown, sizes=sizes, alone=alone)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(random_itineraries(stages=1))
 def test_folded_equals_unfolded_on_one_stage(made):
     """Spans, memory, labels and peak of two ranks, whatever outlasts what."""
@@ -354,7 +354,7 @@ def test_folded_equals_unfolded_on_one_stage(made):
     assert_equal(folded, unfolded)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_itineraries(stages=2))
 def test_folded_equals_unfolded_on_two_stages(made):
     """The same where ranks run different segments and meet in messages."""
@@ -388,7 +388,7 @@ def drifting_loops(draw):
     return step(itinerary, durations, slowdown=slowdown, alone=draw(st.sampled_from([(), ("dp",), ("dp", "ring")])))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(drifting_loops())
 def test_lanes_that_fall_behind(made):
     """However far lanes fall behind, and whoever waits for them in the end."""

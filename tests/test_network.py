@@ -200,7 +200,7 @@ def test_who_waits_for_a_transfer_without_an_end_is_named(kernels):
 
 
 @pytest.mark.parametrize("network", [Closed, Open])
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(programs=random_programs(), slowdown=SLOWDOWNS, data=st.data())
 def test_the_closed_form_as_a_network_changes_nothing(network, programs, slowdown, data):
     """Whether ends are known ahead or only when the clock is there."""
@@ -220,7 +220,7 @@ class SharedReplay(Replay):
         return Fraction(1, len({meetings for _, other in self.running() if (meetings := other.meetings)}))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_programs(kinds=("collective", "collective")), SLOWDOWNS, st.data())
 def test_a_shared_link_equals_the_replay(programs, slowdown, data):
     """Collectives of all ranks and lanes over one link, beside kernels that wait for them and are slowed."""
@@ -230,7 +230,7 @@ def test_a_shared_link_equals_the_replay(programs, slowdown, data):
     assert found == SharedReplay(programs, slowdown, starts=starts).times()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS)
 def test_with_a_shared_link_the_order_of_ranks_does_not_matter(programs, slowdown):
     """Exchanges too: transfers that begin in one moment do so in no order."""

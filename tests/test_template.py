@@ -114,7 +114,7 @@ def assert_equals_program(template, workload, program):
     assert numbers.parameters == program.parameters
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=75, deadline=None, derandomize=True)
 @given(cases())
 def test_a_template_equals_compilation(case):
     """Random models, plans and workloads, number by number."""
@@ -220,7 +220,7 @@ def times_of(block, arrays, rank):
         yield from part.runs * arrays[part.segment.name][rank]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases(longest=1000), st.sampled_from([A100, H100]))
 def test_arrays_give_the_durations_of_single_kernels(case, name):
     """To the picosecond, on every rank."""

@@ -59,7 +59,7 @@ def test_the_layer_of_llama_3_8b(plan: str, dtype: torch.dtype) -> None:
     check(chosen, dtype, rank=chosen.plan.gpus - 1)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(random_scenarios(fold=st.just(True), layers=1, micro_batches=1), st.data())
 def test_any_small_layer_under_any_plan(settings: dict[str, object], data: st.DataObject) -> None:
     unused = ("fold", "hardware", "global_batch")
