@@ -31,12 +31,13 @@ LEAST_LINK = 2e-3
 LIMITS = {
     "start_us": 1e3, "join_us": 1e3, "block_us": 1e3, "traffic_exposed": 10, "join_traffic": 10, "rate": 10,
     "accumulation_exposed": 10, "accumulation_half_k": 1e6, "full_rate_side": 4096, "block_rows": 4096,
-    "block_tokens": 4096, "blocks_per_unit": 64,
+    "block_tokens": 4096, "blocks_per_unit": 64, "dropout_instructions": 1e3,
 }  # fmt: skip
 """Of coefficients of kernels on a GPU by their names."""
 ON_PROCESSOR = 100
 """Times these limits that those of a CPU may be."""
 CHUNK_MIB, BLEND = (1 / 16, 1024), (0.5, 50)
+ACCESSES_PER_NS = (1, 1e5)
 FASTER, SLOWER = 0.1, 20
 """Larger messages take no less than a tenth of the time of the next smaller one, nor a twentieth of its bandwidth."""
 LATENCY = 10
@@ -63,6 +64,7 @@ def check_profile(profile: HardwareProfile) -> None:
                 _check_curve(f"collectives.{name}.{collective}", level, collective, curve, processor=processor)
     _check_sends(profile)
     _check_range("adapter_chunk_mib", profile.coefficients.adapter_chunk_mib, CHUNK_MIB)
+    _check_range("accesses_per_ns", profile.coefficients.accesses_per_ns, ACCESSES_PER_NS)
 
 
 def _check_levels(sheet: Datasheet) -> None:
