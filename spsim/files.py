@@ -22,8 +22,9 @@ _CHUNK = 1 << 20
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A sibling to write to, which becomes `path` once it is complete; `InputError` if that cannot be."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
+        temporary.touch(exist_ok=False)  # anew: a link that stands in its place is not followed
         yield temporary
         temporary.replace(path)
     except OSError as error:

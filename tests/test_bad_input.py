@@ -94,6 +94,8 @@ def with_plan(plan: str) -> list[str]:
         (with_plan("sequence_parallel=maybe"), ["sequence_parallel", "maybe"]),
         (with_plan("recompute=most"), ["recompute", "most", "selective"]),
         (with_plan("ring=8"), ["unfused", "flash"]),
+        (["run", "--model", "llama-3-8b", "--hardware", "dgx-h100", "--seq-len", "65536", "--plan",
+          "ring=512,ring_cut=contiguous"], ["ring = 512", "contiguous", "at most 256", "zigzag"]),
         ([*RUN, "--hardware", "l40s-8", "--plan", "tp=16"], ["16 GPUs", "several nodes", "l40s-8", "at most 8"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-h100", "--seq-len", "2304", "--plan",
           "tp=4,ring=3,ring_kind=all_gather"], ["tp = 4", "blocks of 4 ranks", "nodes of 6", "unevenly"]),
@@ -407,3 +409,31 @@ def test_the_installed_entry_point_says_the_same() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize(
+    "command_line", [["explain", "--model", "gpt-22b", "--plan", "tp=8"], [*RUN, "--plan", "tp=8"]]
+)
+def test_standard_output_of_another_encoding(command_line: list[str], encoding: str) -> None:
+    """What it does not have is spelled in ASCII."""
+    usual, done = (
+        subprocess.run(
+            [sys.executable, "-m", "spsim", *command_line],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": name},
+        )
+        for name in ("utf-8", encoding)
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"?") == usual.stdout.count(b"?")
+    if "explain" in command_line:
+        assert b"s b h, h -> s b h" in done.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_standard_output_that_is_closed(more: list[str]) -> None:
+    arguments = " ".join([sys.executable, "-m", "spsim", *RUN, "--plan", "tp=8", *more])
+    done = subprocess.run(["sh", "-c", f"{arguments} >&-"], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output is closed; redirect it to a file or to /dev/null\n"

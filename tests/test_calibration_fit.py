@@ -808,3 +808,15 @@ def test_the_picture_marks_flagged_classes(fitted):
 
 def test_text_of_a_profile_is_stable(fitted):
     assert profile_text(fitted.profile) == profile_text(fitted.profile)
+
+
+def test_rows_without_a_kernel_make_a_profile_without_a_picture(tmp_path, capsys):
+    """Starts of kernels alone: their coefficient is fitted, and there is nothing to draw."""
+    start = {"kind": "launch", "name": "stream_add", "dtype": "bf16", "time_us": 3.0, "repeats": 10}
+    raw = raw_file(tmp_path / "measurements.csv", fact("date", "2026-01-31"), start)
+    with pytest.raises(SystemExit) as stop:
+        main(["calibrate", "--fit", str(raw), "--base", "dgx-h100", "--out", str(tmp_path / "mine.toml")])
+    assert not stop.value.code, capsys.readouterr().err
+    assert "no picture" in capsys.readouterr().out
+    assert not (tmp_path / "mine.png").exists()
+    assert load_profile(tmp_path / "mine.toml").coefficients.kernel_overhead_us.value == 3.0

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from rich.console import Console
 
 import spsim
+from spsim.files import write_text
 from spsim.studies.csvfile import write_csv
 from spsim.studies.experiments import run_experiment
 from spsim.studies.points import Point
@@ -95,3 +98,79 @@ def test_results_that_are_not_are_written_again(change: str, tmp_path: Path) -> 
     frame = run(tmp_path)
     assert table.read_text() == frame.drop(columns="key").to_csv(index=False)
     assert len(document(tmp_path)["points"]) == len(GRID)
+
+
+# ------------------------------------------------------------ what a user may get wrong
+
+
+def test_settings_and_generators_are_points() -> None:
+    settings = [dict(item.settings) for item in GRID]
+    experiment = spsim.Experiment(name="mine", title="t", points=(item for item in settings))  # type: ignore[arg-type]
+    assert [item.settings for item in experiment.selection(quick=False)] == settings
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"points": 5}, ["no list of points"]),
+        ({"points": [5]}, ["points[0]: 5"]),
+        ({"points": [], "name": 5}, ["name = 5"]),
+        ({"points": [], "figures": 3}, ["figures", "function"]),
+        ({"points": [], "tables": None}, ["tables", "function"]),
+    ],
+)
+def test_a_field_of_another_kind_is_a_line(fields: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(spsim.InputError) as caught:
+        spsim.Experiment(**{"name": "mine", "title": "t", **fields})
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "figures", [None, [1], {"a.png": 3}, {"a.png": None}, {"../a.png": "x"}, {"/a.png": "x"}, {3: "x"}]
+)
+def test_figures_that_are_none_are_a_line(figures: Any, tmp_path: Path) -> None:
+    """The rows are there; nothing is written outside the directory."""
+    experiment = spsim.Experiment(name="mine", title="t", points=GRID, figures=lambda rows: figures)
+    with pytest.raises(spsim.InputError, match="figures"):
+        run_experiment(experiment, tmp_path, None, quick=False, console=Console(file=io.StringIO()))
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == len(GRID)
+
+
+def test_all_configurations_failing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(spsim.InputError, match="all 2 configurations failed"):
+        run(tmp_path, [point(256, "tp=3"), point(256, "tp=5")])
+    assert (tmp_path / "mine.csv").read_text().count("\n") == 3
+
+
+def test_a_worker_that_is_ended_from_outside_is_a_line(tmp_path: Path) -> None:
+    """As the system does where memory runs out; rows that were there stay."""
+    run(tmp_path, GRID[:1])
+    experiment = spsim.Experiment(name="mine", title="t", points=GRID)
+    with ProcessPoolExecutor(1, initializer=_end_soon) as pool, pytest.raises(spsim.InputError, match="worker process"):
+        run_experiment(experiment, tmp_path, pool, quick=False, console=Console(file=io.StringIO()))
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 1
+
+
+def _end_soon() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_program_says_what_a_smaller_selection_keeps(tmp_path: Path) -> None:
+    run(tmp_path)
+    said = io.StringIO()
+    experiment = spsim.Experiment(name="mine", title="t", points=GRID)
+    run_experiment(experiment, tmp_path, None, quick=True, console=Console(file=said))
+    assert "keeps 3 rows of other configurations" in said.getvalue()
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == len(GRID)
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.urandom", lambda count: b"\0" * count)
+    (tmp_path / ".a.csv.00000000.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(spsim.InputError, match=r"a\.csv"):
+        write_text(tmp_path / "a.csv", "text")
+    assert not (tmp_path / "victim").exists()
+    assert not (tmp_path / "a.csv").exists()

@@ -490,3 +490,132 @@ def test_curves_of_an_unknown_level_are_refused():
 
 def test_other_schema_version_is_refused():
     assert "schema_version" in refusal(changed("dgx-h100", "schema_version", 2))
+
+
+def numbers_at(value, path=""):
+    """(dotted path, number) of every number of some tables but those of points."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key != "points":
+            yield from numbers_at(item, f"{path}.{key}" if path else key)
+    for number, item in enumerate(value) if isinstance(value, list) else ():
+        if isinstance(item, dict):
+            yield from numbers_at(item, f"{path}.{number}")
+
+
+def times(name, path, factor):
+    """The tables of a profile with a number multiplied."""
+    *_, number = (value for found, value in numbers_at(tables(name)) if found == path)
+    return changed(name, path, number * factor)
+
+
+WRONG_UNITS = [
+    ("datasheet.memory.bandwidth_gb_per_s.value", 1e-3, "FLOP a byte"),
+    ("datasheet.memory.bandwidth_gb_per_s.value", 1e3, "bandwidth_gb_per_s"),
+    ("datasheet.memory.reported_mib.value", 2**-10, "label_gb"),
+    ("datasheet.memory.reported_mib.value", 1e3, "reported_mib"),
+    ("datasheet.memory.label_gb.value", 1e-3, "label_gb"),
+    ("datasheet.memory.l2_mib.value", 1e-3, "l2_mib"),
+    ("datasheet.memory.l2_mib.value", 1e3, "l2_mib"),
+    ("datasheet.clock_vector_mhz.value", 1e-3, "clock_vector_mhz"),
+    ("datasheet.peak_tflops.fp16.value", 1e-3, "peak_tflops.fp16"),
+    ("datasheet.topology.0.link_gb_per_s.value", 1e3, "link"),
+    ("datasheet.topology.0.gpus", 1000, "gpus"),
+    ("calibrated.l2_bandwidth_gb_per_s.value", 1e-3, "l2_bandwidth"),
+    ("calibrated.gemm.fraction.bf16.value", 1e-3, "gemm.fraction.bf16"),
+    ("calibrated.memory_bound.norm.value", 1e-3, "memory_bound.norm"),
+    ("calibrated.memory.reserve_mib.value", 1e3, "reserve_mib"),
+    ("assumed.memory.context_mib.value", 100, "context_mib"),
+    ("calibrated.kernel_overhead_us.value", 1e3, "kernel_overhead_us"),
+    ("assumed.adapter_chunk_mib.value", 1e3, "adapter_chunk_mib"),
+    ("calibrated.sends.nvlink.channel_gb_per_s.value", 1e-3, "channel_gb_per_s"),
+    ("calibrated.sends.nvlink.link_gb_per_s.value", 1e-3, "link_gb_per_s"),
+    (f"{RING}.latency_us", 1e3, "latency_us"),
+    (f"{RING}.latency_us", 1e-3, "latency_us"),
+    (f"{RING}.step_latency_us", 1e3, "step_latency_us"),
+    (f"{RING}.ranks", 1000, "GPUs of the level"),
+]
+
+
+@pytest.mark.parametrize(("path", "factor", "words"), WRONG_UNITS)
+def test_a_number_in_another_unit_is_refused(path, factor, words):
+    assert words in refusal(times("dgx-h100", path, factor))
+
+
+@pytest.mark.parametrize("name", ["gb200-nvl72", "mi300x-8"])
+def test_hardly_any_number_is_taken_a_million_times_too_large(name):
+    """All but the ranks of groups that no level limits."""
+    data = tables(name)
+    found = [path for block in BLOCKS for path, number in numbers_at(data.get(block, {}), block) if number]
+    accepted = []
+    for path in found:
+        try:
+            parse_profile(times(name, path, 2**20), "profile")
+        except InputError:
+            continue
+        accepted.append(path)
+    assert [path for path in accepted if not path.endswith("ranks")] == []
+
+
+@pytest.mark.parametrize("name", GPU_PROFILES)
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_a_bandwidth_of_a_curve_in_another_unit_is_refused(name, factor):
+    """Whichever point of whichever curve, and all of a curve."""
+    data = tables(name)
+    for block in ("calibrated", "assumed"):
+        for level, collectives in data.get(block, {}).get("collectives", {}).items():
+            for collective, curves_of in collectives.items():
+                for number, curve in enumerate(curves_of):
+                    points = curve["points"]
+                    for at in [{0}, {len(points) // 2}, {len(points) - 1}, {*range(len(points))}]:
+                        wrong = [[size, gb * (factor if i in at else 1)] for i, (size, gb) in enumerate(points)]
+                        refusal(changed(name, f"{block}.collectives.{level}.{collective}.{number}.points", wrong))
+
+
+@pytest.mark.parametrize("name", ["l40s-8", "cpu-2"])
+def test_numbers_are_no_texts_and_no_switches(name):
+    data = tables(name)
+    found = [(path, number) for block in BLOCKS for path, number in numbers_at(data.get(block, {}), block)]
+    assert len(found) > 50
+    for path, number in found:
+        assert path.rpartition(".")[2] in refusal(changed(name, path, str(number))) or "point" in path
+        refusal(changed(name, path, True))
+
+
+def test_kernel_coefficients_in_another_unit_are_refused():
+    """Of all kernels: shares and rates a thousandth, starts and sizes a thousandfold."""
+    data = tables("dgx-h100")
+    found = [(p, n) for block in BLOCKS[1:] for p, n in numbers_at(data.get(block, {}), block) if p.endswith("value")]
+    small = [path for path, _ in found if ".fraction." in path or "memory_bound." in path or "memory_gb_per_s" in path]
+    large = [path for path, n in found if n > 1.1 and path.split(".")[-2] in ("start_us", "block_us")]
+    assert min(len(small), len(large)) > 10
+    for path in small:
+        assert path.split(".")[-2] in refusal(times("dgx-h100", path, 1e-3))
+    for path in large:
+        refusal(times("dgx-h100", path, 1000))
+
+
+def test_the_first_level_says_how_many_gpus_it_joins():
+    assert "needs gpus" in refusal(changed("dgx-h100", "datasheet.topology.0.gpus", None))
+    assert "more gpus than the one inside" in refusal(changed("dgx-h100", "datasheet.topology.1.gpus", 4))
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_peak_needs_a_fraction(name):
+    for block in ("calibrated", "assumed"):
+        for dtype in tables(name).get(block, {}).get("gemm", {}).get("fraction", {}):
+            path = f"{block}.gemm.fraction.{dtype}"
+            assert f"gemm.fraction has no {dtype}" in refusal(changed(name, path, None))
+
+
+@pytest.mark.parametrize("value", [-50, 1e300, nan, "3"])
+def test_a_held_out_error_is_a_percentage(value):
+    assert "held_out_error_percent" in refusal(
+        changed("dgx-h100", "calibrated.l2_bandwidth_gb_per_s.held_out_error_percent", value)
+    )
+
+
+def test_control_characters_of_a_profile_are_written_out():
+    found = parse_profile(changed("dgx-h100", "description", "a\x1b[31mb"), "profile")
+    assert found.description == "a\\x1b[31mb"

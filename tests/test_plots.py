@@ -566,3 +566,24 @@ def test_result_methods_write_pictures(tmp_path):
     RESULTS["tp"].plot_memory(tmp_path / "memory.svg")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (tmp_path / "memory.svg").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["$x^$", "a$b$c"])
+def test_dollars_in_names_are_no_mathematics(name, tmp_path):
+    """Of models, labels and hardware, in titles, ticks and legends: what stands there is the name."""
+    model = spsim.Model(name=name, layers=2, hidden=256, heads=8, vocab=512)
+    settings = {"hardware": "dgx-h100", "model": model, "workload": {"seq_len": 2048}}
+    rows = spsim.sweep(
+        [spsim.Point({**settings, "plan": plan}, {"strategy": f"{name} {plan}"}) for plan in ("tp=8", "")]
+    )
+    results = {f"{name} {plan}": spsim.simulate(spsim.Scenario(**settings, plan=plan)) for plan in ("tp=8", "tp=4")}
+    figures = [
+        plots.plot_layer_times(rows),
+        plots.plot_peak_memory(rows),
+        plots.plot_timelines(results),
+        plots.plot_memory_curves(results),
+        plots.plot_memory(next(iter(results.values()))),
+    ]
+    for number, figure in enumerate(figures):
+        plots.save(figure, tmp_path / f"{number}.png")
+        plots.save(figure, tmp_path / f"{number}.svg")

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import spsim
-from spsim.studies import points, sweeps
+from spsim.inputs.resources import profiles_directory
+from spsim.studies import grids, points, rows, sweeps
 from spsim.studies.grids import tables_of_points
 from spsim.studies.points import Point, Register
 from spsim.studies.rowfile import RowFile
@@ -113,6 +115,90 @@ def test_chunks_of_an_executor_do_not_divide_what_is_computed_at_once(monkeypatc
     assert set.union(*plans) == {"tp=8", "ulysses=8", "tp=4"}
     assert all(len(own) == 1 for own in plans)
     pd.testing.assert_frame_equal(found, sweep(grid))
+
+
+@pytest.mark.parametrize("settings", [{"plan": "tp=3"}, {"plan": {"tp": 3}}, {"nodes": 3}])
+def test_a_failed_row_keeps_its_settings(settings: dict[str, Any]) -> None:
+    """Its sizes are whole numbers, and those of the others stay so."""
+    grid = [point(512).settings, point(512, **settings).settings]
+    found = sweep(grid)
+    assert list(found["error"] != "") == [False, True]
+    good, bad = found.to_dict("records")
+    assert [bad[name] for name in ("model", "hardware", "seq_len", "micro_batch", "layers")] == [
+        "small", "dgx-h100", 512, 1, 2
+    ]  # fmt: skip
+    assert bad["plan"] == spsim.Plan(**({"tp": 3} if "plan" in settings else {"tp": 8})).text
+    assert found["seq_len"].dtype == found["gpus"].dtype == found["layers"].dtype == int
+    assert good["layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hardware": "x" * 300}, ["unknown hardware"]),
+        ({"hardware": "x" * 300 + ".toml"}, ["cannot be read"]),
+        ({"model": "no\x1b[31m"}, ["unknown model", "\\x1b"]),
+        ({"workload": 5}, ["workload"]),
+        ({"plan": 5}, ["plan"]),
+        ({"hardware": None}, ["hardware"]),
+    ],
+)
+def test_a_broken_row_is_one_row(settings: dict[str, Any], words: list[str]) -> None:
+    found = sweep([point(256), Point({**point(256).settings, **settings}), point(512)])
+    assert list(found["error"] != "") == [False, True, False]
+    for word in words:
+        assert word in found["error"][1]
+
+
+def test_a_defect_ends_no_sweep_and_is_tried_again(file: RowFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that spsim itself could not compute says so; the others, of its family too, are there."""
+    usual = rows.simulate
+
+    def broken(scenario: spsim.Scenario) -> spsim.Result:
+        if scenario.workload.seq_len == 512:
+            raise KeyError("bf16")
+        return usual(scenario)
+
+    def none_at_once(grid: Any) -> Any:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "simulate", broken)
+        patch.setattr(grids, "simulate_many", none_at_once)
+        found = run([point(256), point(512), point(1024)], file)
+    assert list(found["error"] != "") == [False, True, False]
+    assert found["error"][1].startswith("spsim failed: KeyError: 'bf16'")
+    assert found["model"][1] == "small"
+    again = run([point(256), point(512), point(1024)], file)
+    assert list(again["error"]) == ["", "", ""]
+    assert len(on_disk(file)) == 3
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ([0.5], ["points[0]: 0.5", "no point"]),
+        ([{}, "tp=8"], ["points[1]: 'tp=8'"]),
+        ("abc", ["'abc'", "no list of points"]),
+        (5, ["5", "no list of points"]),
+        ({"model": "llama-3-8b"}, ["no list of points"]),
+        ([Point(5)], ["points[0]"]),  # type: ignore[arg-type]
+        ([Point({}, {"error": "x"})], ["label 'error'", "another name"]),
+        ([Point({}, {"key": "x"})], ["label 'key'"]),
+        ([Point({}, {"step_time_ms": 1})], ["label 'step_time_ms'"]),
+        ([Point({}, {"a": np.int64(3)})], ["label 'a'", "use text, numbers"]),
+    ],
+)
+def test_what_is_no_grid_is_refused_in_a_line(grid: Any, words: list[str]) -> None:
+    with pytest.raises(spsim.InputError) as caught:
+        sweep(grid)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_control_characters_of_labels_are_written_out() -> None:
+    found = sweep([Point(point(256).settings, {"a\x1b": "b\x1b[31m\udc80"})])
+    assert found["a\\x1b"][0] == "b\\x1b[31m\\udc80"
 
 
 def test_settings_without_labels_are_accepted() -> None:
@@ -216,7 +302,44 @@ def test_a_point_that_stands_twice_is_computed_once(file: RowFile, computed: lis
 def test_a_row_of_other_inputs_is_not_resumed_from(file: RowFile) -> None:
     run([point(256)], file)
     assert list(run([point(1024)], file)["seq_len"]) == [1024]
-    assert list(on_disk(file)) == keys([point(1024)])
+    assert {*on_disk(file)} == {*keys([point(256), point(1024)])}
+
+
+def test_a_smaller_selection_keeps_the_rows_of_the_others(file: RowFile, computed: list[Point]) -> None:
+    run(GRID, file)
+    computed.clear()
+    assert len(run(GRID[:1], file)) == 1
+    assert file.others == len(GRID) - 1
+    run(GRID, file)
+    assert (computed, file.others, len(on_disk(file))) == ([], 0, len(GRID))
+
+
+def test_what_is_computed_is_what_stood_in_the_files_when_the_key_was_made(tmp_path: Path) -> None:
+    """Also below a preset; a file that changes later changes nothing."""
+    path = tmp_path / "mine.toml"
+    path.write_text("layers = 2\nhidden = 256\nheads = 8\nvocab = 512\n")
+    grid = [point(256, model=model) for model in (str(path), {"preset": str(path), "vocab": 1024})]
+    before = keys(grid)
+    resolved = [Register().resolved(item) for item in grid]
+    path.write_text("layers = 3\nhidden = 256\nheads = 8\nvocab = 512\n")
+    assert not {*before} & {*keys(grid)}
+    assert keys(resolved) == before
+    assert list(sweep(resolved)["layers"]) == [2, 2]
+    assert list(sweep(grid)["layers"]) == [3, 3]
+
+
+@pytest.mark.parametrize("loader", [str, Path])
+def test_a_profile_that_was_written_anew_is_read_anew(loader: Any, tmp_path: Path) -> None:
+    """In one process, by name and in rows."""
+    path, text = tmp_path / "mine.toml", (profiles_directory() / "dgx-h100.toml").read_text()
+    grid = [point(256, hardware=loader(path))]
+    found, bandwidths = [], []
+    for bandwidth in (3350, 3350, 1675):
+        path.write_text(text.replace("{ value = 3350", f"{{ value = {bandwidth}"))
+        found += keys(grid)
+        bandwidths.append(spsim.load_profile(path).memory_bandwidth)
+    assert bandwidths == [3350e9, 3350e9, 1675e9]
+    assert found[0] == found[1] != found[2]
 
 
 def test_rows_of_another_version_of_the_program_are_not_resumed_from(
@@ -301,7 +424,7 @@ def test_a_model_in_a_file_is_known_by_what_stands_there(tmp_path: Path) -> None
 
 def test_a_label_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(spsim.InputError, match="use text, numbers"):
-        keys([Point(GRID[0].settings, {("tp", 8): "x"})])  # type: ignore[dict-item]
+        sweep([Point(GRID[0].settings, {("tp", 8): "x"})])  # type: ignore[dict-item]
 
 
 # ------------------------------------------------------------ tables

@@ -13,6 +13,7 @@ from typing import NoReturn
 import typer
 
 from spsim.cli.app import EXPERIMENT, build_app
+from spsim.cli.terminal import prepare_output
 from spsim.errors import InputError, one_line
 from spsim.interrupts import INTERRUPTED
 
@@ -23,6 +24,7 @@ _USAGE_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit status 0, 2 for a user's mistake, 130 when interrupted."""
     try:
+        prepare_output()
         status = build_app().main(
             args=_command_line(sys.argv[1:] if arguments is None else arguments),
             prog_name="spsim",

@@ -31,6 +31,7 @@ from spsim.inputs.kernel_coefficients import (
     RowLength,
     SendCoefficients,
 )
+from spsim.inputs.plausible import check_profile
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
 from spsim.work import AttentionKernel, Framework
 
@@ -50,7 +51,7 @@ class Level(Table):
     links_per_gpu: Quantity
     link_gb_per_s: Bandwidth
     """Per link and direction."""
-    in_network_reduction: tuple[CollectiveName, ...] = ()
+    in_network_reduction: Annotated[tuple[CollectiveName, ...], Field(strict=False)] = ()
 
     @property
     def bandwidth(self) -> float:
@@ -79,7 +80,7 @@ class Datasheet(Table):
     peak_tflops: dict[str, Quantity]
     """Dense matrix peak by data type; `fp32` is the vector peak."""
     memory: DeviceMemory
-    topology: Annotated[tuple[Level, ...], Field(min_length=1)]
+    topology: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")
     def _peak_is_dense(self) -> Self:
@@ -101,6 +102,11 @@ class Datasheet(Table):
         return self
 
 
+MessageBytes = Annotated[float, Field(le=2.0**50)]
+BusBandwidth = Annotated[float, Field(le=1e5)]
+"""GB/s."""
+
+
 class CollectiveCurve(Provenance):
     """Measured bus bandwidth of one collective and algorithm over the message size."""
 
@@ -111,11 +117,13 @@ class CollectiveCurve(Provenance):
     """The library picks the algorithm from this many ranks."""
     max_ranks: Annotated[int, Field(ge=2)] | None = None
     """Largest group that the measurement describes, such as the GPUs of one PCIe switch; none for any."""
-    latency_us: Annotated[float, Field(gt=0, le=1e5)]
+    latency_us: Annotated[float, Field(ge=1e-3, le=1e5)]
     """Time of the smallest messages at `ranks` ranks: the small-message tier."""
-    step_latency_us: Annotated[float, Field(ge=0)]
+    step_latency_us: Annotated[float, Field(ge=0, le=1e5)]
     """Change of that time per step of the algorithm."""
-    points: Annotated[tuple[tuple[float, float], ...], Field(min_length=1)]
+    points: Annotated[
+        tuple[Annotated[tuple[MessageBytes, BusBandwidth], Field(strict=False)], ...], Field(min_length=1, strict=False)
+    ]
     """(message bytes, bus bandwidth in GB/s), sizes increasing."""
 
     @model_validator(mode="after")
@@ -165,7 +173,9 @@ class Coefficients(Table):
     """Share of compute-bound kernels in the time of a step, up to which the board stays below its power limit."""
     kernel_overhead_us: Microseconds
     """Start of one kernel in a busy stream."""
-    collectives: dict[str, dict[CollectiveName, Annotated[tuple[CollectiveCurve, ...], Field(min_length=1)]]]
+    collectives: dict[
+        str, dict[CollectiveName, Annotated[tuple[CollectiveCurve, ...], Field(min_length=1, strict=False)]]
+    ]
     """Curves by topology level and collective."""
     sends: dict[str, SendCoefficients] = Field(default_factory=dict)
     """By topology level, in the place of a curve of `send_receive`: its time depends on the communicator."""
@@ -202,9 +212,9 @@ class HardwareProfile(Table):
     """A profile as the simulator uses it: the datasheet and one merged set of coefficients."""
 
     schema_version: Literal[1]
-    name: Annotated[str, Field(min_length=1)]
-    description: str
-    as_of: str
+    name: Annotated[Name, Field(min_length=1)]
+    description: Name
+    as_of: Name
     provenance: dict[str, str] = Field(default_factory=dict)
     """Versions, clocks, dates and hosts of a calibration."""
     sources: dict[str, str]
@@ -233,6 +243,11 @@ class HardwareProfile(Table):
                 raise ValueError(f"sends name the level {name!r}, which the topology does not have")
             if "send_receive" in self.coefficients.collectives.get(name, {}):
                 raise ValueError(f"sends.{name} and collectives.{name}.send_receive say the same; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _is_plausible(self) -> Self:
+        check_profile(self)
         return self
 
     @model_validator(mode="after")

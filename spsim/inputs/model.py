@@ -233,13 +233,16 @@ PRESET = "preset"
 
 
 def model_of(table: Mapping[str, Any]) -> Model:
-    """The model of a table: the fields of `Model`, or a `preset` (what `load_model` takes) and what differs from it.
+    """The model of a table: the fields of `Model`, or a `preset` (a model, or what `load_model` takes) and what differs
+    from it.
 
     What followed from other fields in the preset follows from the changed ones; the name says what was changed.
     """
     if PRESET not in table:
         return Model.of_table(table)
-    base, changes = load_model(table[PRESET]), Model.own_words({k: v for k, v in table.items() if k != PRESET})
+    preset = table[PRESET]
+    base = preset if isinstance(preset, Model) else load_model(preset)
+    changes = Model.own_words({k: v for k, v in table.items() if k != PRESET})
     changed = ", ".join(f"{key} = {value}" for key, value in changes.items())
     name = {"name": f"{base.name} ({changed})"} if changed else {}
     return Model(**{**_given(base), **name, **changes})

@@ -5,7 +5,7 @@ A profile's `calibrated` and `assumed` blocks have one schema; a coefficient sta
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from spsim.errors import InputError, first_problem
 from spsim.inputs.hardware import HardwareProfile
-from spsim.inputs.resources import profiles_directory, read_toml
+from spsim.inputs.resources import parse_toml, profiles_directory, read_text
 from spsim.inputs.words import named, nearest
 
 
@@ -28,13 +28,12 @@ def load_profile(name_or_path: str | Path) -> HardwareProfile:
     """
     if not isinstance(name_or_path, str | Path):
         raise InputError(f"hardware {name_or_path!r} is neither a name nor a path; give for instance 'dgx-h100'")
-    return _named(str(name_or_path))
+    text = str(name_or_path)
+    return _load(Path(text)) if text.endswith(".toml") else _named(text)
 
 
 @cache
 def _named(text: str) -> HardwareProfile:
-    if text.endswith(".toml"):
-        return _load(Path(text))
     names = profile_names()
     name = named(text, names, "hardware")
     if name is None:
@@ -42,9 +41,17 @@ def _named(text: str) -> HardwareProfile:
     return _load(profiles_directory() / f"{name}.toml")
 
 
-@cache
+KEPT = 64
+"""Profiles by what stands in their files: a file is read each time, for it may have been written anew."""
+
+
 def _load(path: Path) -> HardwareProfile:
-    return parse_profile(read_toml(path), str(path))
+    return _parsed(str(path), read_text(path))
+
+
+@lru_cache(KEPT)
+def _parsed(path: str, text: str) -> HardwareProfile:
+    return parse_profile(parse_toml(text, path), path)
 
 
 def parse_profile(data: dict[str, Any], where: str) -> HardwareProfile:

@@ -71,9 +71,14 @@ def _text(path: Path) -> str:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; `InputError` naming line and column when it is malformed."""
+    return parse_toml(read_text(path), str(path))
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of TOML text; `where` names its file in messages."""
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+        raise InputError(f"{where}: not valid TOML: {error}") from None
     except RecursionError:
-        raise InputError(f"{path}: not valid TOML: nested too deeply") from None
+        raise InputError(f"{where}: not valid TOML: nested too deeply") from None

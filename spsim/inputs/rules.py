@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
+MAX_DIFFERING = 256
+"""Ranks that are simulated one by one, since none does what another does; more take minutes and gigabytes."""
 
 
 def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
@@ -85,6 +87,11 @@ def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
         raise InputError(
             f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
             f"use {model.kv_heads} or a divisor of it"
+        )
+    if plan.ring > MAX_DIFFERING and plan.ring_cut == "contiguous" and model.causal and model.attention != "unfused":
+        raise InputError(
+            f"plan: ring = {plan.ring} with ring_cut 'contiguous': under a causal mask every rank does something else, "
+            f"and at most {MAX_DIFFERING} are simulated; use ring_cut=zigzag or a smaller ring"
         )
     if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind == "p2p":
         raise InputError(

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
 from matplotlib.textpath import TextToPath
 
 from spsim.errors import InputError
@@ -86,6 +87,13 @@ def add_title(figure: Figure, title: str, subtitle: str) -> None:
         figure.text(
             left / across, 1 - down / up, text, size=size * fit, weight=weight, color=colour, va="top", parse_math=False
         )  # fmt: skip
+    _show_dollars(figure)
+
+
+def _show_dollars(figure: Figure) -> None:
+    """Names of models, plans and labels are no mathematics, wherever they stand."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def describe(result: Result) -> str:
@@ -146,6 +154,7 @@ def add_legend(figure: Figure, entries: Sequence[Artist]) -> None:
         handles=list(entries), loc="lower center", ncols=-int(-len(entries) // lines), fontsize=SMALL_SIZE,
         frameon=False, handlelength=1.4, columnspacing=1.6, borderaxespad=0.4,
     )  # fmt: skip
+    _show_dollars(figure)
 
 
 def ink_on(colour: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from spsim.errors import InputError
+from spsim.errors import InputError, printable
 from spsim.inputs.resources import read_text
 from spsim.studies.csvfile import write_csv
 from spsim.studies.experiment import Experiment
@@ -34,6 +34,9 @@ from spsim.studies.sweeps import run_points
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+PACKAGE = Path(__file__).parent.parent
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -66,20 +69,29 @@ def _users_code(where: Path) -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not re.search(r"site-packages|<frozen", frame.filename)]
-        place = own[-1]
-        line = error.lineno if isinstance(error, SyntaxError) else place.lineno
-        name = place.filename if place.filename != __file__ else where
-        raise InputError(f"{name}: line {line}: {type(error).__name__}: {error}") from None
+        theirs = [frame for frame in own if not Path(frame.filename).is_relative_to(PACKAGE)]
+        name, line = (theirs[-1].filename, theirs[-1].lineno) if theirs else (where, None)
+        if isinstance(error, SyntaxError):
+            name, line = error.filename or where, error.lineno
+        at = f"line {line}: " if line else ""
+        raise InputError(f"{name}: {at}{type(error).__name__}: {error}") from None
 
 
 def run_experiment(
     experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console
 ) -> pd.DataFrame:
     """Compute the rows, then write the CSV, the manifest and the figures, and print the tables."""
-    points = experiment.selection(quick=quick)
+    manifest = Manifest(experiment, experiment.selection(quick=quick))
+    points = manifest.points
     console.print(f"{experiment.title}: {len(points)} configurations", soft_wrap=True)
-    manifest = Manifest(experiment, points)
-    frame = _compute(points, manifest.keys, directory, executor, console)
+    file = RowFile(directory / "rows.jsonl")
+    try:
+        frame = _compute(points, manifest.keys, file, executor, console)
+    except BrokenExecutor:
+        raise InputError(
+            "a worker process was ended from outside, as the system does where memory runs out; finished rows are "
+            "kept, run again to go on, with fewer --jobs if it was memory"
+        ) from None
     _write(frame, directory / f"{experiment.name}.csv", manifest, directory / "manifest.json")
     written = [f"{experiment.name}.csv", "manifest.json", "rows.jsonl"]
     failed = frame[frame["error"] != ""]
@@ -87,8 +99,12 @@ def run_experiment(
         good = frame if failed.empty else frame[frame["error"] == ""]
         written += _draw(experiment, good, directory, console)
     for reason, count in failed["error"].value_counts().items():
-        console.print(f"{count} configurations failed: {reason}", soft_wrap=True)
-    console.print(f"written to {directory}: {', '.join(sorted(written))}", soft_wrap=True)
+        console.print(f"{count} configurations failed: {printable(str(reason))}", soft_wrap=True)
+    if file.others:
+        console.print(f"rows.jsonl keeps {file.others} rows of other configurations", soft_wrap=True)
+    console.print(f"written to {printable(str(directory))}: {', '.join(sorted(written))}", soft_wrap=True)
+    if len(failed) == len(frame):
+        raise InputError(f"{experiment.name}: all {len(frame)} configurations failed; correct their settings")
     return frame
 
 
@@ -106,6 +122,7 @@ def _draw(experiment: Experiment, rows: pd.DataFrame, directory: Path, console: 
     """Write the figures, whose names it returns, and print the tables."""
     with _users_code(directory):
         figures, tables = experiment.figures(rows), list(experiment.tables(rows))
+        _check_figures(figures)
     if figures:
         from spsim import plots
 
@@ -114,6 +131,17 @@ def _draw(experiment: Experiment, rows: pd.DataFrame, directory: Path, console: 
     for table in tables:
         console.print(table, soft_wrap=isinstance(table, str))
     return figures
+
+
+def _check_figures(figures: Any) -> None:
+    """Raise `InputError` unless they are pictures under names of files in the directory of results."""
+    if not isinstance(figures, Mapping):
+        raise InputError(f"figures: gave {figures!r}; return a dictionary of file names and matplotlib figures")
+    for name, figure in figures.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .+-]*", name):
+            raise InputError(f"figures: {name!r}: is no plain file name; use letters, digits, _ and -")
+        if not hasattr(figure, "savefig"):
+            raise InputError(f"figures: {name}: {figure!r} is no matplotlib figure; return one")
 
 
 class _Rate(ProgressColumn):
@@ -125,7 +153,7 @@ class _Rate(ProgressColumn):
 
 
 def _compute(
-    points: Sequence[Point], keys: Sequence[str], directory: Path, executor: Executor | None, console: Console
+    points: Sequence[Point], keys: Sequence[str], file: RowFile, executor: Executor | None, console: Console
 ) -> pd.DataFrame:
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
@@ -133,5 +161,4 @@ def _compute(
     )  # fmt: skip
     with progress:
         task = progress.add_task("simulating", total=len(points))
-        file = RowFile(directory / "rows.jsonl")
         return run_points(points, keys, file, executor, lambda finished: progress.update(task, completed=finished))

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.rules import keeps_sizes
 from spsim.inputs.scenario import Scenario, scenario_from
@@ -21,7 +20,7 @@ from spsim.inputs.workload import ELEMENT_BYTES, Workload
 from spsim.results.columns import ResultColumns
 from spsim.simulation import simulate_many
 from spsim.studies.points import Labels, Point
-from spsim.studies.rows import Row, measures, row
+from spsim.studies.rows import Row, failed, measures, row
 from spsim.studies.tables import Table, tables_of_rows
 
 MANY = 256
@@ -121,18 +120,18 @@ def _hashable(value: Any) -> Hashable:
 
 def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Iterator[Table]:
     """The rows of a family; `alone` gets the points that have to be computed one by one."""
-    failed: list[Row] = []
+    broken: list[Row] = []
     scenario: Scenario | None = None
     for place in family.places:
         try:
             scenario = scenario_from(points[place].settings, "point")
             break
-        except InputError as error:
-            failed.append({**points[place].labels, "error": str(error)})
-    yield from tables_of_rows(failed, family.places[: len(failed)])
+        except Exception as error:
+            broken.append(failed(points[place], error))
+    yield from tables_of_rows(broken, family.places[: len(broken)])
     if scenario is None:
         return
-    places, sizes = np.array(family.places[len(failed) :]), family.sizes[len(failed) :]
+    places, sizes = np.array(family.places[len(broken) :]), family.sizes[len(broken) :]
     valid = _valid(sizes)
     alone += places[~valid].tolist()
     places, grid = places[valid], Grid.of(scenario, [*compress(sizes, valid)])
@@ -172,7 +171,7 @@ _ALLOWED = {name: _allowed(name) for name in SIZES}
 def _at_once(points: Sequence[Point], places: Any, grid: Grid, alone: list[int]) -> Iterator[Table]:
     """The rows of workloads that keep all rules."""
     result: ResultColumns | None = None
-    with suppress(InputError):
+    with suppress(Exception):  # the usual way says what is wrong with each
         result = simulate_many(grid)
     exact = np.zeros(len(places), dtype=np.bool_) if result is None else result.exact
     alone += places[~exact].tolist()

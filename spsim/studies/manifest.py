@@ -21,7 +21,9 @@ class Manifest:
         self.keys: list[str] = []
         """Of the points, in their order."""
         self._points: list[str] = []
-        for key, text in register.entries(points):
+        self.points = [register.resolved(point) for point in points]
+        """With what stood in files when the keys were made."""
+        for key, text in register.entries(self.points):
             self.keys.append(key)
             self._points.append(f'{{"key": "{key}", {text[1:]}')
         self._inputs = [f'"{digest}": {text}' for digest, text in register.inputs.items()]

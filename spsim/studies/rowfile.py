@@ -14,7 +14,8 @@ from pydantic_core import from_json
 
 from spsim.errors import InputError
 from spsim.files import whole_text
-from spsim.studies.rows import Row
+from spsim.studies.points import of_this_program
+from spsim.studies.rows import DEFECT, Row
 from spsim.studies.tables import Table
 
 BATCH = 64
@@ -28,29 +29,35 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.others = 0
+        """Rows of points that were not wanted, once all that were are taken."""
 
     def keep(self, wanted: Set[str]) -> Iterator[dict[str, Row]]:
         """The rows that are wanted, many at a time: a long sweep is never in memory as text.
 
-        Once the last were taken the file has nothing else, so that what is added begins on a line of its own.
+        Once the last were taken the file has nothing but rows of this program, each once, so that what is added begins
+        on a line of its own. Rows of points that are not wanted now stay: they may be of a larger selection.
         """
-        missing, lines = set(wanted), 0
+        missing, found, lines = set(wanted), set[str](), 0
         kept: dict[str, Row] = {}
         for batch in self._batches():
-            for key, row in _parse(batch):
-                if key in missing:
-                    missing.remove(key)
-                    kept[key] = row
+            rows = dict(_parse(batch))
+            found.update(rows)
+            for key in missing.intersection(rows):
+                missing.remove(key)
+                kept[key] = rows[key]
             lines += len(batch)
             if len(kept) >= PART:
                 yield kept
                 kept = {}
         yield kept
-        if lines > len(wanted) - len(missing):
-            self._drop_others(wanted - missing)
+        ours = set(of_this_program(found))
+        self.others = len(ours - wanted)
+        if lines > len(ours):
+            self._keep_only(ours)
 
-    def _drop_others(self, wanted: Set[str]) -> None:
-        left = set(wanted)
+    def _keep_only(self, keys: set[str]) -> None:
+        left = set(keys)
         with whole_text(self.path) as file:
             for batch in self._batches():
                 for line in batch:
@@ -112,11 +119,11 @@ def _texts(column: Any) -> list[str]:
 
 
 def _parse(lines: Sequence[bytes]) -> list[tuple[str, Row]]:
-    """(key, row) of some lines, without those that were cut short."""
+    """(key, row) of some lines, without those that were cut short or that say of spsim that it failed."""
     if not lines[-1].endswith(b"\n"):
         return _parse(lines[:-1]) if lines[1:] else []
     try:
         rows = from_json(b"[%b]" % b",".join(lines), cache_strings="keys")
-        return [(str(row.pop("key")), row) for row in rows if "error" in row]
+        return [(str(row.pop("key")), row) for row in rows if not row["error"].startswith(DEFECT)]
     except (ValueError, AttributeError, KeyError, TypeError):
         return [] if len(lines) == 1 else [found for line in lines for found in _parse([line])]

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from spsim.studies.grids import by_family, tables_of_points
-from spsim.studies.points import Point, Settings
+from spsim.studies.points import Point, Settings, points_of
 from spsim.studies.rowfile import RowFile
 from spsim.studies.tables import Table, frame, tables_of_rows
 
@@ -35,7 +35,7 @@ def sweep(grid: Iterable[Point | Settings], executor: Executor | None = None) ->
 
     Any `concurrent.futures.Executor` can compute them; without one they are computed here.
     """
-    points = [point if isinstance(point, Point) else Point(point) for point in grid]
+    points = points_of(grid)
     chunks = iter([tables_of_points(points)]) if executor is None else tables_of(points, executor)
     return frame([table for tables in chunks for table in tables], range(len(points)))
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from spsim.errors import InputError, first_problem
 from spsim.inputs.configuration import Name
 from spsim.inputs.csvrows import csv_rows
+from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import load_profile
@@ -28,7 +29,7 @@ from spsim.results.figures import measurable
 from spsim.results.result import Result
 from spsim.simulation import simulate
 
-Results = dict[tuple[str, Model, Plan, Workload], Result]
+Results = dict[tuple[HardwareProfile, Model, Plan, Workload], Result]
 Metric = Literal["step_time_s", "layer_forward_ms", "layer_backward_ms", "peak_memory_gib"]
 
 PENDING: frozenset[str] = frozenset({"step_time_s", "peak_memory_gib"})
@@ -182,7 +183,7 @@ def _compare(case: MeasuredCase, results: Results) -> Comparison:
 
 def _result(case: MeasuredCase, results: Results) -> Result:
     scenario = case.scenario()
-    key = (scenario.hardware.name, scenario.model, scenario.plan, scenario.workload)
+    key = (scenario.hardware, scenario.model, scenario.plan, scenario.workload)
     if key not in results:
         results[key] = simulate(scenario)
     return results[key]

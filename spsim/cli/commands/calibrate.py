@@ -119,10 +119,11 @@ def _fit(raw: Path, base: str | None, out: Path) -> None:
         raise InputError(f"{raw}: line {number}: {error}") from None
     except InputError as error:
         raise InputError(f"{raw}: {error}") from None
-    figure = plots.plot_calibration(fitted.frame, limit_percent=LIMIT_PERCENT, note=out.stem)
     picture = out.with_suffix(".png")
     with staging(out.parent.absolute()) as directory:
-        plots.save(figure, directory / picture.name)
+        if fitted.classes:
+            figure = plots.plot_calibration(fitted.frame, limit_percent=LIMIT_PERCENT, note=out.stem)
+            plots.save(figure, directory / picture.name)
         write_profile(fitted.profile, directory / out.name)
     console = open_console()
     console.print(report.calibration_table(fitted))
@@ -131,4 +132,5 @@ def _fit(raw: Path, base: str | None, out: Path) -> None:
         console.print(rates)
     for line in report.calibration_lines(fitted):
         console.print(line, soft_wrap=True)
-    console.print(f"written: {out}, {picture}; measured rows in {raw}", soft_wrap=True)
+    written = f"{out}, {picture}" if fitted.classes else f"{out}, no picture since no kernel was timed"
+    console.print(f"written: {written}; measured rows in {raw}", soft_wrap=True)
