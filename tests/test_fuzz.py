@@ -391,7 +391,7 @@ NUMBERS = {
 }
 """File -> what stands in it, and what is made of it."""
 FACTORS = (1e3, 1e-3)
-SHARE = 1 if EXAMPLES.max_examples > 100 else 40
+SHARE = 1 if EXAMPLES.max_examples > 100 else 60
 """One number in so many is tried."""
 
 
