@@ -70,11 +70,15 @@ def test_folded_equals_unfolded(plan, changes, simulated, hardware):
 
 
 def assert_equal(folded, unfolded):
-    """Two results without any tolerance, but for what they say of the engine."""
+    """Two results without any tolerance, but for what they say of the engine, and for effects of assumed numbers that
+    too long a step is not walked again for.
+    """
     assert_frame_equal(folded.spans, unfolded.spans, check_exact=True)
     by_rank = [found.memory_curve.sort_values("rank", kind="stable", ignore_index=True) for found in (folded, unfolded)]
     assert_frame_equal(*by_rank, check_exact=True)
     documents = [{k: v for k, v in found.to_json().items() if k != "engine"} for found in (folded, unfolded)]
+    if any(document["assumed_effects"] is None for document in documents):
+        documents = [{k: v for k, v in found.items() if not k.startswith("assumed")} for found in documents]
     assert documents[0] == documents[1]
 
 

@@ -19,6 +19,7 @@ from spsim.program.mesh import mesh_of
 from spsim.program.sizes import Template, every_workload
 from spsim.step.preparation import prepared_layer
 from spsim.units import picoseconds
+from spsim.work import MemoryBound
 from tests.cases import A100, H100, random_plans, scenario
 
 HUGE = Workload(seq_len=2**30, micro_batch=2**20)
@@ -203,8 +204,14 @@ def durations(model, plan, workload, hardware):
         return comm.duration(step.collective, step.message_bytes, step.ranks, len(nodes))
 
     phases = {"forward": program.forward, "backward": program.backward}
+    slower = slowdown(compute, [step for steps in phases.values() for step in steps if isinstance(step, Compute)])
+
+    def settled(step, rank):
+        products = isinstance(step, Compute) and not any(isinstance(work, MemoryBound) for work in step.work)
+        return one(step, rank) * (slower if products else 1.0)
+
     alone = {
-        phase: {rank: [one(step, rank) for step in steps] for rank in range(plan.gpus)}
+        phase: {rank: [settled(step, rank) for step in steps] for rank in range(plan.gpus)}
         for phase, steps in phases.items()
     }
     prepared = {
@@ -212,6 +219,19 @@ def durations(model, plan, workload, hardware):
         for phase in phases
     }
     return alone, prepared
+
+
+def slowdown(compute, steps):
+    """Of products and attention, by their share of the time of all kernels, a mean over the ring."""
+    bound, free = (
+        sum(
+            sum(compute.duration(work) for work in step.work if work and isinstance(work, MemoryBound) == memory)
+            / len(step.work)
+            for step in steps
+        )
+        for memory in (False, True)
+    )
+    return float(compute.power.factor(bound, bound + free)) if compute.burst and bound else 1.0
 
 
 def times_of(block, arrays, rank):
