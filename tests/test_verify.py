@@ -475,3 +475,15 @@ def test_the_picture_of_nothing_but_compute():
     xlim, ylim = figure.axes[0].get_xlim(), figure.axes[0].get_ylim()
     assert xlim == ylim
     assert xlim[0] < 1 < 3 < xlim[1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "forward_ms", "backward_ms"), [("flash_attention_2", 0.5023, 0.982), ("unfused", 1.8341, 2.1097)]
+)
+def test_kernels_of_a_layer_measured_on_an_h100(attention, forward_ms, backward_ms):
+    """`verify --quick` on one H100 SXM, torch 2.11, medians of device kernels; nothing was fitted on these."""
+    cases = build_cases(1, "cuda", "bf16", quick=True)
+    (case,) = (case for case in cases if case.model.attention == attention)
+    figures = predict(case, load_profile("dgx-h100")).figures
+    assert figures["forward_compute_ms"] == pytest.approx(forward_ms, rel=0.05)
+    assert figures["backward_compute_ms"] == pytest.approx(backward_ms, rel=0.05)

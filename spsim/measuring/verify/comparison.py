@@ -297,6 +297,7 @@ def predict(case: VerifyCase, hardware: HardwareProfile) -> Prediction:
     A CPU clock does not see what a collective takes from the core, so kernels are predicted undisturbed; the
     pass and its communication are predicted as they happen together.
     """
+    hardware = _of_a_pass(hardware)
     result = simulate(_scenario(case, hardware))
     alone = simulate(_scenario(case, _undisturbed(hardware)))
     figures: dict[str, float] = {}
@@ -316,6 +317,18 @@ def predict(case: VerifyCase, hardware: HardwareProfile) -> Prediction:
 
 def _scenario(case: VerifyCase, hardware: HardwareProfile) -> Scenario:
     return Scenario(hardware=hardware, model=case.model, plan=case.plan, workload=case.workload)
+
+
+def _of_a_pass(hardware: HardwareProfile) -> HardwareProfile:
+    """The profile as a pass of torch meets it that is measured by itself: a burst, too short for the power limit, whose
+    weight gradients are added to nothing.
+    """
+    gemm = hardware.coefficients.gemm
+    nothing = {dtype: exposed.model_copy(update={"value": 0.0}) for dtype, exposed in gemm.accumulation_exposed.items()}
+    coefficients = hardware.coefficients.model_copy(
+        update={"gemm": gemm.model_copy(update={"sustained_limit": {}, "accumulation_exposed": nothing})}
+    )
+    return hardware.model_copy(update={"coefficients": coefficients})
 
 
 def _undisturbed(hardware: HardwareProfile) -> HardwareProfile:
