@@ -50,8 +50,8 @@ REASONS = {
     "a100-ring-both": "As forward; the longer kernels of the backward pass hide more of it.",
     "h800-ring-forward": "Relative to the ideal: the contiguous ring waits for messages longer than measured.",
     "h800-ring-both": "Relative to the ideal, as forward: more communication is exposed than measured.",
-    "a800-7b-64k": "Whole layers agree within 3 %; Ulysses against a ring of 2 is a tie.",
-    "a800-7b-30k": "Within 2 % but for the ring of 8, whose 60 MiB sends get 4 of 32 channels of 14 GB/s.",
+    "a800-7b-64k": "Whole layers agree within 6 %; Ulysses against a ring of 2 is a tie.",
+    "a800-7b-30k": "Within 3 % but for the ring of 8, whose 60 MiB sends get 4 of 32 channels of 9 GB/s.",
     "a100-8b-longest": "Layers only, checkpoints on the device, ZeRO-1: what is left out and kept too much balance.",
 }
 """One sentence a table: where the prediction agrees, where not, and why."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -121,6 +122,56 @@ def test_what_a_result_says_of_its_trust_is_documented() -> None:
         assert f"`{key}`" in text
     for key in result["collectives"][0]:
         assert f"`{key}`" in text
+
+
+TASKS = (ROOT / "docs" / "tasks.md").read_text().split("\n## ")[1:]
+NUMBER = r"\d[\d,]*(?:\.\d+)?"
+
+
+def run_line(line: str) -> None:
+    """A command of a page, in this process."""
+    program, *arguments = shlex.split(line.removeprefix("python "))
+    if program == "-m":
+        with pytest.raises(SystemExit) as stop:
+            main(arguments[1:])
+        assert stop.value.code == 0
+    else:
+        runpy.run_path(program)
+
+
+def words(text: str) -> str:
+    """Text without the rules and paddings of its tables."""
+    return " ".join(text.replace("─", " ").split())
+
+
+def assert_shown(shown: str, printed: str) -> None:
+    """The parts between the ellipses are printed in that order; numbers within a fifth, percentages within two more."""
+    end = 0
+    for part in filter(None, map(words, shown.split("…"))):
+        pattern = re.sub(NUMBER, "\0", part)
+        found = re.compile(re.escape(pattern).replace("\0", f"({NUMBER})")).search(printed, end)
+        assert found, part
+        for expected, actual in zip(re.finditer(NUMBER, part), found.groups(), strict=True):
+            slack = 2 if part[expected.end() :].startswith(" %") else 0
+            number = float(expected.group().replace(",", ""))
+            assert float(actual.replace(",", "")) == pytest.approx(number, rel=0.2, abs=slack), part
+        end = found.end()
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.partition("\n")[0])
+def test_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)```", task, flags=re.DOTALL | re.MULTILINE):
+        Path(name).write_text(text)
+    (lines,) = re.findall(r"```sh\n(.*?)```", task, flags=re.DOTALL)
+    for line in lines.splitlines():
+        run_line(line)
+    (shown,) = re.findall(r"```text\n(.*?)```", task, flags=re.DOTALL)
+    assert_shown(shown, words(capsys.readouterr().out))
+
+
+def test_there_are_twelve_tasks() -> None:
+    assert len(TASKS) == 12
 
 
 EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def build(" in path.read_text()]
