@@ -61,14 +61,17 @@ class TrafficCost:
         """
         total = work.bytes_moved
         (memory, cache, start), segments = self._look_up(work)
+        row = _once(work.row)
         for segment in segments:
-            share = np.minimum(1.0, np.maximum(0.0, (work.row - segment.shortest) / segment.length))
+            share = np.minimum(1.0, np.maximum(0.0, (row - segment.shortest) / segment.length))
             memory = memory + share * segment.change.memory
             cache = cache + share * segment.change.cache
             start = start + share * segment.change.start
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
-        time: Seconds = start + np.maximum(total * (cache + beyond * (memory - cache)), work.accesses * self._access)
-        return time
+        traffic: Seconds = total * (cache + beyond * (memory - cache))
+        if np.any(work.accesses):
+            traffic = np.maximum(traffic, work.accesses * self._access)
+        return start + traffic
 
     def bandwidth(self, operator_class: MemoryBoundClass) -> float:
         """Bytes per second of a class."""
@@ -134,6 +137,13 @@ _UNCHANGED = (0.0, 1.0, 0.0, 0.0, 0.0)
 def _traffic(rates: KernelRates) -> _Traffic:
     start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
     return _Traffic(1 / (rates.memory_gb_per_s.value * GB), 1 / (rates.cache_gb_per_s.value * GB), start)
+
+
+def _once(row: Seconds) -> Seconds:
+    """Row lengths of many workloads, a row each, as one row where all are alike: most are a width of the model."""
+    if not isinstance(row, np.ndarray) or row.ndim < 2 or not (row == row[:1]).all():
+        return row
+    return row[:1]
 
 
 def rates_key(kernel: KernelName | None, backward: bool) -> str:
