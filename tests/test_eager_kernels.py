@@ -119,6 +119,8 @@ def test_the_power_limit_by_hand():
         [1, 1, (1 + alone) / 2, alone], rel=1e-6
     )
     assert PowerLimit(load_profile(A100), "bf16").slowdown == 0
+    limit.share = 1.0
+    assert [limit.factor(share, 1.0) for share in (0.5, 1.0)] == [1, 1], "a share of one is never passed"
 
 
 def test_a_step_is_slowed_as_its_kernels_say():

@@ -30,6 +30,7 @@ class PowerLimit:
 
         Rounded, so that it does not depend on how the seconds were summed.
         """
-        beyond = (compute_bound / all_kernels - self.share) / (1 - self.share)
-        factor: Seconds = np.round(1 + self.slowdown * np.maximum(0.0, beyond), 9)
+        beyond = np.maximum(0.0, compute_bound / all_kernels - self.share)
+        span = 1 - self.share or 1.0  # nothing lies beyond a share of one
+        factor: Seconds = np.round(1 + self.slowdown * (beyond / span), 9)
         return factor
