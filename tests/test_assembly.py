@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.workload import Workload
-from spsim.program.assembly import compiled_by, layer_program, placed_by, program_of
+from spsim.program.assembly import compiled_by, layer_program, placed_by, program_in
 from spsim.program.blocks.transformer import LAYER_CLASSES, layer_traits, transformer_layer
+from spsim.program.mesh import mesh_of
+from spsim.program.region import Region
+from spsim.program.strategies import split_rules
 from spsim.program.templates import layer_template
 from tests.cases import model, random_plans
 
@@ -61,7 +64,8 @@ OTHER_TRAITS = {
 
 def program(plan, layer):
     """The program of a layer, compiled anew."""
-    return program_of(transformer_layer(layer, WORKLOAD, plan.dp), plan, causal=layer.causal)
+    region = Region(transformer_layer(layer, WORKLOAD, plan.dp), split_rules(plan), mesh_of(plan))
+    return program_in(region, plan, causal=layer.causal)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload
@@ -39,11 +37,6 @@ def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
     """The program of one layer of a model."""
     key = (layer_traits(model), compiled_by(plan), workload.seq_len, workload.micro_batch, workload.precision)
     return _programs.get(key, lambda: compile_layer(model, plan, workload))
-
-
-def program_of(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Program:
-    """The program of some operators under the rules of the plan."""
-    return program_in(Region(operators, split_rules(plan), mesh_of(plan)), plan, causal=causal)
 
 
 def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
