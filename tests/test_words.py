@@ -98,7 +98,6 @@ def test_a_label_is_a_plan(text):
         ("tp=8,sp=4", ["sequence_parallel", "ulysses=N", "ring=N"]),
         ("sequence_parallel_size=8", ["sequence_parallel_size", "sequence_parallel", "ulysses=N", "ring=N"]),
         ("data_parallel_shard_degree=8", ["dp=N,zero=3"]),
-        ("tp=8,recompute_method=uniform", ["recompute=full"]),
         ("ep=8", ["ep", "experts", "not simulated"]),
         ("tp=8,micro_batch_size=4", ["micro_batch_size", "--micro-batch"]),
         ("squence_parallel", ["squence_parallel", "did you mean sequence_parallel?"]),

@@ -27,16 +27,55 @@ class Plan(Configuration):
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
     pp: Degree = 1
     virtual_pp: Degree = 1
+    """Chunks of each pipeline stage: above 1 the schedule is interleaved."""
+    pp_schedule: Literal["1f1b", "gpipe", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
+    """As torch.distributed.pipelining calls them; `1f1b` with `virtual_pp` is Megatron's interleaved one."""
+    pp_group: Degree | None = None
+    """Micro-batches that a chunk runs before the next one takes over; as many as stages unless given."""
+    pp_layout: str | None = None
+    """Chunks in order with `/` between them: E embedding, t layer, L loss, such as `Et3/t4/t4/t3L`."""
+    pp_sends: Literal["megatron", "torch"] | None = None
+    """Whose way to post messages and wait for them; Megatron's for `1f1b`, torch's for its own schedules."""
+    pp_overlap: bool | None = None
+    """Messages behind passes (`overlap_p2p_comm`); as Megatron's training script, where `virtual_pp` is above 1."""
+    pp_warmup_flush: bool = False
+    """Overlap messages of warm-up and cool-down, too (`overlap_p2p_comm_warmup_flush`)."""
+    pp_deallocate: bool = True
+    """Free the output of a stage once it is sent (`deallocate_pipeline_outputs`)."""
     dp: Degree = 1
     distributed_optimizer: bool = False
     """Shard the optimizer state over dp x ulysses x ring, as Megatron does: ZeRO stage 1."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0
+    dp_library: Literal["megatron", "ddp", "fsdp", "deepspeed"] = "megatron"
+    """Whose buckets and collectives synchronise replicas."""
+    shard_group: Degree | None = None
+    """Replicas that share one copy of what is sharded (HSDP); all unless given."""
+    bucket_elements: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    """Elements at which a bucket of gradients is closed; what the library does unless given."""
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are accumulated and reduced (`grad_reduce_in_fp32`)."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the two moments of Adam."""
+    precision_aware_optimizer: bool = False
+    """The fp32 master weight kept as what the 16-bit weight leaves of it."""
+    loss_fusion: bool = False
+    """Cross-entropy in one kernel that keeps no fp32 copy of the logits (`cross_entropy_loss_fusion`)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute core attention (selective) or the whole layer (full) in the backward pass."""
+    recompute_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Layers of each chunk that are recomputed (`recompute_num_layers`); all unless given."""
+    recompute_method: Literal["block", "uniform"] = "block"
+    """The first layers of a chunk, or units of so many layers of which the first input is kept."""
+    recompute_modules: str | None = None
+    """Modules of a layer that are recomputed, such as `core_attn+mlp` (`recompute_modules`)."""
+    cpu_offload_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Layers of a rank whose activations wait in host memory between their passes."""
+    cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"
     tp_backward_overlap: bool = True
     """Megatron's default: gradient communication behind the weight gradient, re-gather behind the data gradient."""
     tp_overlap: bool = False
-    dp_overlap: bool = False
+    dp_overlap: bool | Literal["gradients", "parameters"] = False
+    """Reduce gradients behind the backward pass, gather parameters behind the forward pass, or both."""
     keep_gathered: bool = False
     """Keep the gathered input of a linear instead of its shard, as DTensor does; no re-gather in backward."""
 

@@ -14,6 +14,12 @@ from spsim.inputs.workload import Workload, Workloads
 if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
+_PENDING = (
+    "pp_schedule", "pp_group", "pp_layout", "pp_sends", "pp_overlap", "pp_warmup_flush", "pp_deallocate", "dp_library",
+    "shard_group", "bucket_elements", "grad_dtype", "moment_dtype", "precision_aware_optimizer", "loss_fusion",
+    "recompute_layers", "recompute_method", "recompute_modules", "cpu_offload_layers", "cuda_graphs",
+)  # fmt: skip
+"""Options that are not simulated yet."""
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
 MAX_DIFFERING = 256
@@ -69,6 +75,7 @@ def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
         (plan, "dp", plan.dp > 1),
         (plan, "zero", plan.zero > 1),
         (plan, "tp_overlap", plan.tp_overlap and plan.tp > 1),
+        *((plan, name, getattr(plan, name) != Plan.model_fields[name].default) for name in _PENDING),
     )
     for owner, name, used in pending:
         if used:

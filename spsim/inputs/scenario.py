@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, InstanceOf, field_validator, model_validator
 
@@ -73,6 +73,8 @@ class Scenario(Shapes):
     hardware: InstanceOf[HardwareProfile]
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
+    scope: Literal["step", "layers"] = "layers"
+    """The whole training step, or the layers of one stage alone: no embedding, head, loss, optimizer."""
 
     if TYPE_CHECKING:
 
@@ -84,6 +86,7 @@ class Scenario(Shapes):
             plan: Plan | Mapping[str, Any] | str = "",
             workload: Workload | Mapping[str, Any],
             nodes: int | None = None,
+            scope: Literal["step", "layers"] = "layers",
         ) -> None:
             """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
 
@@ -96,6 +99,12 @@ class Scenario(Shapes):
     @classmethod
     def _load_hardware(cls, value: Any) -> Any:
         return load_profile(value) if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _check_scope(self) -> Self:
+        if self.scope == "step":
+            raise InputError("scope = 'step': not simulated yet; leave it at its default")
+        return self
 
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:

@@ -35,6 +35,7 @@ PLAN = {
     "distributed_optimizer": ("use_distributed_optimizer",),
     "zero": ("zero_stage",),
     "recompute": ("recompute_granularity",),
+    "recompute_layers": ("recompute_num_layers",),
     "tp_overlap": ("tp_comm_overlap", "enable_async_tensor_parallel"),
     "dp_overlap": ("overlap_grad_reduce",),
 }  # fmt: skip
@@ -67,14 +68,11 @@ _SEVERAL = (
     "write sequence_parallel over tp (Megatron), ulysses=N (DeepSpeed, all-to-all) or ring=N (context parallelism)"
 )
 _SHARDED = "write dp=N,zero=3 for sharded parameters, or dp=N for copies"
-_EVERY_LAYER = "write recompute=full, which recomputes each layer by itself"
 _EXPERTS = "experts are not simulated yet; leave it out"
 _ELSEWHERE = "belongs to the workload; give --seq-len, --micro-batch, --global-batch or --precision, or [workload]"
 ADVICE = {
     **dict.fromkeys(("sequence_parallel_size", "sequence_parallel_degree", "sp_size", "sp_degree"), _SEVERAL),
     **dict.fromkeys(("data_parallel_shard_degree", "dp_shard", "dp_shard_size", "fsdp"), _SHARDED),
-    **dict.fromkeys(("recompute_method", "recompute_num_layers"), _EVERY_LAYER),
-    "recompute_modules": "write recompute=selective, which recomputes core attention",
     "hierarchical_context_parallel_sizes": "write ulysses=N,ring=M",
     **dict.fromkeys(("ep", "expert_model_parallel_size", "expert_parallel_degree", "etp"), _EXPERTS),
     **{name: _ELSEWHERE for own, others in WORKLOAD.items() for name in (own, *others)},

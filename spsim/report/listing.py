@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from rich.table import Table
 
@@ -61,10 +62,29 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
     "pp": "pipeline stages (not simulated yet)",
     "virtual_pp": "chunks of a stage (not simulated yet)",
+    "pp_schedule": "order of passes on the stages (only 1f1b yet)",
+    "pp_group": "micro-batches that a chunk runs before the next takes over (not simulated yet)",
+    "pp_layout": "what each chunk holds, as Et3/t4/t4/t3L (not simulated yet)",
+    "pp_sends": "whose way to post messages and wait for them (not simulated yet)",
+    "pp_overlap": "messages between stages behind passes (not simulated yet)",
+    "pp_warmup_flush": "and those of warm-up and cool-down, too (not simulated yet)",
+    "pp_deallocate": "free the output of a stage once it is sent (not simulated yet)",
     "dp": "replicas (not simulated yet)",
     "distributed_optimizer": "optimizer state sharded over ulysses x ring: ZeRO stage 1",
     "zero": "ZeRO stage (2 and 3 are not simulated yet)",
+    "dp_library": "whose buckets and collectives synchronise replicas (not simulated yet)",
+    "shard_group": "replicas that share one copy of what is sharded (not simulated yet)",
+    "bucket_elements": "elements at which a bucket of gradients is closed (not simulated yet)",
+    "grad_dtype": "in which gradients are accumulated and reduced (not simulated yet)",
+    "moment_dtype": "of the two moments of Adam (not simulated yet)",
+    "precision_aware_optimizer": "master weights as what 16 bits leave of them (not simulated yet)",
+    "loss_fusion": "cross-entropy in one kernel (not simulated yet)",
     "recompute": "recompute core attention (selective) or the layer (full) in the backward pass",
+    "recompute_layers": "layers of each chunk that are recomputed (not simulated yet)",
+    "recompute_method": "which layers those are (not simulated yet)",
+    "recompute_modules": "modules that are recomputed, as core_attn+mlp (not simulated yet)",
+    "cpu_offload_layers": "layers whose activations wait in host memory (not simulated yet)",
+    "cuda_graphs": "what is launched as a graph (not simulated yet)",
     "tp_backward_overlap": "gradient communication of tp behind weight gradients, as Megatron does",
     "tp_overlap": "forward communication of tp in pieces behind its products (not simulated yet)",
     "dp_overlap": "gradients of replicas behind the backward pass (not simulated yet)",
@@ -76,7 +96,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
 def plan_table() -> Table:
     """The options of a plan, with what others call them."""
     made = table("Plans: options joined by commas", ["option", "values", "default", "what it does", "elsewhere"])
-    for column in (0, 1, 2):
+    for column in (0, 2):
         made.columns[column].no_wrap = True
     for name, meaning in PLAN_OPTIONS.items():
         field = Plan.model_fields[name]
@@ -92,9 +112,24 @@ def plan_table() -> Table:
 
 
 def _values(annotation: Any, name: str) -> str:
+    if name == "zero":
+        return "0 to 3"
+    return ", ".join(dict.fromkeys(_choices(annotation)))
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """The values of a type, in words."""
     if annotation is bool:
-        return "true, false"
-    return ", ".join(map(str, get_args(annotation))) or ("0 to 3" if name == "zero" else "1, 2, …")
+        yield from ("true", "false")
+    elif get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+    elif get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from _choices(one)
+    elif annotation is str:
+        yield "text"
+    elif annotation is not NoneType:
+        yield "1, 2, …"
 
 
 def _shown(default: Any) -> str:
