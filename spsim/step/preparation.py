@@ -72,7 +72,7 @@ class PreparedStep:
         weight_bytes: int,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
     ) -> None:
-        """`programs_at` compiles the blocks for a workload; bytes are of an element, of gradients as they are summed."""
+        """`programs_at` compiles the blocks for a workload. Bytes are of an element, of gradients as they are summed."""
         self.template = template
         self.programs_at = programs_at
         self.mesh = mesh_of(plan)
