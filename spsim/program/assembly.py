@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence, Set
+
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload
 from spsim.lazy import Cache
+from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
+from spsim.program.blocks.head import head_block, head_traits, is_tied
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import Program, next_ids
@@ -14,7 +18,7 @@ from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.region import Region
-from spsim.program.strategies import split_rules
+from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
 
 _layers: Cache[tuple[Operator, ...]] = Cache(4 * MIB, lambda operators: 3 * KIB * len(operators))
@@ -45,6 +49,65 @@ def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
     operators = _layers.get(key, lambda: transformer_layer(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
     return program_in(region, plan, causal=model.causal)
+
+
+def embedding_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
+    """What of model and plan the program of the embedding depends on."""
+    return "embedding", embedding_traits(model), padded_vocab(model.vocab, plan.tp), compiled_by(around_layers(plan))
+
+
+def embedding_program(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The program of the embedding of a model, its vocabulary padded."""
+    key = (*embedding_key(model, plan), workload.seq_len, workload.micro_batch, workload.precision)
+    return _programs.get(key, lambda: compile_embedding(model, plan, workload))
+
+
+def compile_embedding(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The same, compiled; `embedding_program` keeps it."""
+    vocab = padded_vocab(model.vocab, plan.tp)
+    return _program_around(embedding_block(model, workload, plan.dp, vocab=vocab), plan, causal=model.causal)
+
+
+def head_key(model: Model, plan: Plan, *, loss_fusion: bool, beside_embedding: bool) -> tuple[Hashable, ...]:
+    """What of model and plan the program of the head depends on."""
+    rows, shared = padded_vocab(model.head_rows, plan.tp), is_tied(model) and beside_embedding
+    by_model = (head_traits(model), rows, is_tied(model))
+    return "head", by_model, loss_fusion, shared, compiled_by(around_layers(plan))
+
+
+def head_program(
+    model: Model, plan: Plan, workload: Workload, *, loss_fusion: bool = False, beside_embedding: bool = False
+) -> Program:
+    """The program of final norm, output layer and loss.
+
+    `beside_embedding` where the rank has the embedding too, of one pipeline stage: then tied weights are the
+    embedding's, counted and synchronised there. On the last of several stages they are a copy.
+    """
+    options = {"loss_fusion": loss_fusion, "beside_embedding": beside_embedding}
+    key = (*head_key(model, plan, **options), workload.seq_len, workload.micro_batch, workload.precision)
+    return _programs.get(key, lambda: compile_head(model, plan, workload, **options))
+
+
+def compile_head(
+    model: Model, plan: Plan, workload: Workload, *, loss_fusion: bool = False, beside_embedding: bool = False
+) -> Program:
+    """The same, compiled; `head_program` keeps it."""
+    vocab = padded_vocab(model.head_rows, plan.tp)
+    operators = head_block(model, workload, plan.dp, vocab=vocab, loss_fusion=loss_fusion)
+    elsewhere = {TABLE} if beside_embedding else frozenset()
+    return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
+
+
+def around_layers(plan: Plan) -> Plan:
+    """As what stands around the layers sees a plan: recomputation is of layers."""
+    return plan.model_copy(update={"recompute": "none", "recompute_layers": None, "recompute_modules": None})
+
+
+def _program_around(
+    operators: Sequence[Operator], plan: Plan, *, causal: bool, elsewhere: Set[str] = frozenset()
+) -> Program:
+    region = Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
+    return program_in(region, around_layers(plan), causal=causal)
 
 
 def program_in(region: Region, plan: Plan, *, causal: bool) -> Program:

@@ -114,8 +114,9 @@ class _Compiler:
         self.num_buffers += 1
         return Buffer(self.num_buffers - 1, tensor, size, category, alias_of)
 
-    def _hold(self, output: PlacedOperand, generation: str) -> Buffer:
-        buffer = self._buffer(output.name, output.bytes)
+    def _hold(self, output: PlacedOperand, generation: str, over: Buffer | None = None) -> Buffer:
+        """The buffer of an output, `over` another where it is written in place."""
+        buffer = self._buffer(output.name, output.bytes, alias_of=_root(over))
         self.values[output.name, output.layout, generation] = buffer
         return buffer
 
@@ -169,7 +170,9 @@ class _Compiler:
         reads = [self._fetch_input(op, operand, generation) for operand in op.handed_over]
         reads += [self._fetch_weight(op, weight) for weight in op.gathered]
         work = self.region.kernels[op.name].forward(self.causal, self.plan.ring_cut)
-        writes = [self._hold(output, generation) for output in op.outputs]
+        over = [reads[0]] if op.operator.in_place else []
+        writes = [self._hold(output, generation, *over) for output in op.outputs[:1]]
+        writes += [self._hold(output, generation) for output in op.outputs[1:]]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
 
     def _fetch_input(self, op: PlacedOperator, operand: PlacedOperand, generation: str) -> Buffer:
@@ -262,6 +265,8 @@ class _Compiler:
         self.part = "backward"
 
     def _run_backward(self, op: PlacedOperator) -> None:
+        if not op.operator.has_backward:
+            return
         gradients = [self.collected[output.name] for output in op.results]
         saved, kernels = self._read_saved(op), self.region.kernels[op.name]
         weights = [self._fetch_weight(op, weight) for weight in op.gathered]
@@ -275,8 +280,13 @@ class _Compiler:
         work = kernels.backward(self.causal, self.plan.ring_cut)
         if work:
             reads = [*gradients, *saved.values(), *weights]
-            writes = [self._gradient_of(o) for o in op.differentiated if o.name not in passthrough]
-            self._compute(op.name, op.operator.kind, "backward", work, reads, writes)
+            over = saved.get(op.outputs[0].name) if op.operator.in_place else None
+            writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
+            accumulated = kernels.accumulation if not op.gathered else ()
+            apart = [self._buffer(f"{w.name} gradient", w.bytes) for w in op.weights if accumulated]
+            self._compute(op.name, op.operator.kind, "backward", work, reads, [*writes, *apart])
+            for added in accumulated:
+                self._compute(op.name, "elementwise", "accumulate", (added,), apart, ())
 
     def _run_product_backward(
         self,
@@ -306,8 +316,9 @@ class _Compiler:
             buffers[operand.name] = needed
         return buffers
 
-    def _gradient_of(self, operand: PlacedOperand) -> Buffer:
-        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes)
+    def _gradient_of(self, operand: PlacedOperand, over: Buffer | None = None) -> Buffer:
+        size, alias = operand.gradient_bytes, _root(over)
+        buffer = self._buffer(f"{operand.name} gradient", size, alias_of=alias)
         self.gradients[operand.name].append((operand.gradient, buffer))
         return buffer
 
@@ -338,3 +349,10 @@ class _Compiler:
             self._compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
             total = result
         return total
+
+
+def _root(buffer: Buffer | None) -> int | None:
+    """The buffer whose memory it is, if there is one."""
+    if buffer is None:
+        return None
+    return buffer.id if buffer.alias_of is None else buffer.alias_of

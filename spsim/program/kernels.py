@@ -42,7 +42,7 @@ class Kernels:
             return self._product(self.operator.mixes)
         if self.vectors:
             return max([vector.elements for vector in self.vectors])
-        return self._product(dim for dim in self.placed.results[0].subscript if dim not in ("s", "b"))
+        return self._product(dim for dim in self.placed.outputs[0].subscript if dim not in ("s", "b"))
 
     def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""
@@ -51,6 +51,9 @@ class Kernels:
     def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The backward kernel; empty where every gradient passes through."""
         return self._backward
+
+    accumulation: tuple[MemoryBound, ...] = ()
+    """Kernels that add the gradient of a weight to its main gradient; of most the kernel that makes it adds it, too."""
 
     @lazy
     def _forward(self) -> tuple[Work, ...]:
@@ -86,28 +89,40 @@ class Kernels:
 
 
 class Lookup(Kernels):
-    """Rows of a table, one for each token id: the rows are read, not the table."""
+    """Rows of a table, one for each token id: the rows are read, not the table. Of logits one of each token."""
+
+    @lazy
+    def _ids(self) -> tuple[PlacedOperand, ...]:
+        return tuple([operand for operand in self.placed.inputs if operand.tensor.kind == "token ids"])
 
     @lazy
     def _rows(self) -> int:
         """Bytes of the rows."""
-        if len(self.placed.weights) != 1 or self.placed.activations:
+        tables = [operand for operand in self.placed.inputs if operand not in self._ids]
+        if len(tables) != 1 or not self._ids:
             raise self._refuse("a lookup reads one table and token ids; give the ids the kind 'token ids'")
-        (table,) = self.placed.weights
+        (table,) = tables
         if len(self.operator.contracted.intersection(table.subscript)) != 1:
             raise self._refuse(f"{table.name} is not looked up along one dimension, its rows")
-        return sum(result.elements for result in self.placed.results) * table.tensor.itemsize
+        return sum(output.elements for output in self.placed.outputs) * table.tensor.itemsize
 
     @lazy
     def bytes_moved(self) -> int:
         """Ids, rows and the result."""
-        ids = [operand for operand in self.placed.inputs if operand.tensor.kind != "weight"]
-        return self._rows + bytes_of([*ids, *self.placed.outputs])
+        return self._rows + bytes_of([*self._ids, *self.placed.outputs])
 
     @lazy
     def _backward(self) -> tuple[Work, ...]:
-        """The gradient of the result is read, and added to the rows of the gradient of the table."""
-        return (self._streaming(self.bytes_moved + self._rows, backward=True),)
+        """Autograd makes the gradient of the whole table: cleared, then the gradients of the results are added to its
+        rows.
+        """
+        return (self._streaming(self.bytes_moved + self._rows + bytes_of(self.placed.weights), backward=True),)
+
+    @lazy
+    def accumulation(self) -> tuple[MemoryBound, ...]:
+        """That gradient, added to the main gradient."""
+        (table,) = self.placed.weights
+        return (MemoryBound("elementwise", table.bytes + 2 * table.gradient_bytes),)
 
 
 class Product(Kernels):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
-from spsim.program.operators import Operand, Operator, Splits, Tensor, TensorKind, layouts
+from spsim.program.operators import HANDED_OVER, Operand, Operator, Splits, Tensor, TensorKind, layouts
 from spsim.program.placement import FLAT, REPLICATE, Extent, Layout, elements, local_elements, part, shard
 
 
@@ -49,7 +49,7 @@ class PlacedOperator:
                 self._parts[cut] = self._parts.get(cut, 1) * mesh.degree(axis)
         self.inputs = tuple([self._place(operand, read=True) for operand in operator.inputs])
         self.outputs = tuple([self._place(operand, read=False) for operand in operator.outputs])
-        self.handed_over = self._of_kind(self.inputs, "activation", "token ids")
+        self.handed_over = self._of_kind(self.inputs, *HANDED_OVER)
         self.activations = self._of_kind(self.inputs, "activation")
         self.weights = self._of_kind(self.inputs, "weight")
         self.results = self._of_kind(self.outputs, "activation")
@@ -58,7 +58,7 @@ class PlacedOperator:
         moved = {weight.name for weight in self.resting}
         self.gathered = tuple([weight for weight in self.weights if weight.name in moved]) if moved else ()
         """The same weights as it uses them."""
-        self.differentiated = self.activations + self.gathered
+        self.differentiated = self.activations + self.gathered if operator.has_backward else ()
         """Inputs whose gradients move to where the inputs come from."""
         self.saved = tuple([operand for operand in self.inputs + self.outputs if operand.name in operator.saves])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -49,10 +49,18 @@ class Region:
     """
 
     def __init__(
-        self, operators: Sequence[Operator], rules: Rules, mesh: Mesh, named: Mapping[str, Rules] = MappingProxyType({})
+        self,
+        operators: Sequence[Operator],
+        rules: Rules,
+        mesh: Mesh,
+        named: Mapping[str, Rules] = MappingProxyType({}),
+        elsewhere: Set[str] = frozenset(),
     ) -> None:
-        """`rules` are those of the block, `named` those of operators that name theirs."""
+        """`rules` are those of the block, `named` those of operators that name theirs. Weights that another block of
+        the same rank has are `elsewhere`: counted and synchronised there.
+        """
         self.mesh = mesh
+        self._elsewhere = elsewhere
         own = [named.get(op.rules, rules) for op in operators]
         self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
         self.kernels = {op.name: kernels_of(op) for op in self.operators}
@@ -102,7 +110,8 @@ class Region:
     @lazy
     def weights(self) -> dict[str, PlacedOperand]:
         """At rest, each once, however many operators use it."""
-        return {weight.name: weight for op in self.operators for weight in op.weights} | self.resting
+        found = {weight.name: weight for op in self.operators for weight in op.weights} | self.resting
+        return {name: weight for name, weight in found.items() if name not in self._elsewhere}
 
     @lazy
     def weight_syncs(self) -> tuple[WeightSync, ...]:
