@@ -19,6 +19,7 @@ from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload, Workloads
+from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.sizes import LAYER, Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
@@ -28,7 +29,7 @@ from spsim.step.costed import costed_step
 from spsim.step.folding import fold_step
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
-from spsim.step.preparation import PreparedStep, prepared_layer
+from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
 from spsim.step.unfolded import unfold_step
 
 
@@ -77,11 +78,16 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
 
 def _chunk(scenario: Scenario) -> Chunk:
     """What a rank runs of a micro-batch."""
-    return (Run(LAYER, scenario.model.layers),)
+    layers = Run(LAYER, scenario.model.layers)
+    if scenario.scope == "layers":
+        return (layers,)
+    head = (Run(HEAD, numbered=False),) if scenario.model.head_rows else ()
+    return Run(EMBEDDING, numbered=False), layers, *head
 
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
-    return prepared_layer(scenario.model, scenario.plan, fold, scenario.workload.precision)
+    prepare = prepared_layer if scenario.scope == "layers" else prepared_step
+    return prepare(scenario.model, scenario.plan, fold, scenario.workload.precision)
 
 
 def _static(scenario: Scenario, chunk: Chunk, numbers: Numbers) -> StaticMemory:

@@ -83,22 +83,25 @@ def _visits(block: BlockPass, layer: int | None, micro_batch: int) -> tuple[Item
 
 
 def chunk_pass(blocks: Blocks, chunk: Chunk, phase: Pass, *, first: int = 0, micro_batch: int = 0) -> tuple[Loop, ...]:
-    """One pass of a chunk whose layers are numbered from `first`."""
+    """One pass of a chunk whose layers are numbered from `first`. A block finds what the one before hands on; what it
+    reads beyond that, such as the targets of the loss, comes from outside.
+    """
     found: list[Loop] = []
     for run in chunk:
-        numbers = range(first, first + run.count)
         block = blocks[run.block][phase]
         if run.numbered:
+            numbers = range(first, first + run.count)
             found.append(layers_of(block, numbers if phase == "forward" else numbers[::-1], micro_batch))
             first += run.count
         else:
             found.append(Loop(_visits(block, None, micro_batch), run.count, brings=block.entry, drops=block.result))
     if phase == "backward":
         found.reverse()
+    handed_on = [0, *(len(loop.drops) for loop in found[:-1])]
     last = len(found) - 1
     return tuple(
-        replace(loop, brings=loop.brings if place == 0 else (), drops=loop.drops if place == last else ())
-        for place, loop in enumerate(found)
+        replace(loop, brings=loop.brings[known:], drops=loop.drops if place == last else ())
+        for place, (loop, known) in enumerate(zip(found, handed_on, strict=True))
     )
 
 

@@ -20,15 +20,16 @@ from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, layer_program
+from spsim.program.assembly import compiled_by, layer_program, step_key, step_programs
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import LAYER, Index, Numbers, Template
-from spsim.program.templates import layer_template
+from spsim.program.templates import layer_template, step_template
 from spsim.step.abreast import Abreast
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
@@ -46,9 +47,8 @@ _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
     """The layers of a model under a plan; `fold` simulates identical ranks once."""
-    issued_by = plan.tp_backward_overlap, plan.zero_stage > 0
     return _steps.get(
-        (layer_traits(model), compiled_by(plan), precision, issued_by, fold),
+        (layer_traits(model), compiled_by(plan), precision, _issued_by(plan), fold),
         lambda: PreparedStep(
             layer_template(model, plan, precision),
             plan,
@@ -57,6 +57,26 @@ def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = 
             weight_bytes=ELEMENT_BYTES[precision],
         ),
     )
+
+
+def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
+    """The whole of a model under a plan: embedding, layers, and the head if it has one."""
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), fold)
+    return _steps.get(
+        key,
+        lambda: PreparedStep(
+            step_template(model, plan, precision),
+            plan,
+            lambda workload: step_programs(model, plan, workload),
+            fold=fold,
+            weight_bytes=ELEMENT_BYTES[precision],
+        ),
+    )
+
+
+def _issued_by(plan: Plan) -> tuple[bool, ...]:
+    """What of a plan says in which order its program is issued."""
+    return plan.tp_backward_overlap, plan.zero_stage > 0
 
 
 class PreparedStep:
@@ -72,7 +92,7 @@ class PreparedStep:
         weight_bytes: int,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
     ) -> None:
-        """`programs_at` compiles the blocks for a workload. Bytes are of an element, of gradients as they are summed."""
+        """`programs_at` compiles the blocks for a workload. Bytes are of an element, of gradients as summed."""
         self.template = template
         self.programs_at = programs_at
         self.mesh = mesh_of(plan)
