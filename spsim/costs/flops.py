@@ -46,3 +46,22 @@ def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = 
     pairs = tokens * workload.seq_len
     attention = 4 * attention_width * (pairs // 2 if causal and model.causal else pairs)
     return LayerFlops(2 * tokens * matrices, attention)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFlops:
+    """FLOPs of the output layer for one micro-batch, all ranks together. It has no attention, so that both counts of
+    a causal mask are the same, and nobody recomputes it.
+    """
+
+    forward: int
+
+    def training(self) -> int:
+        """Forward and backward: 6 B s h V (Narayanan et al. 2021, appendix)."""
+        return 3 * self.forward
+
+
+def head_flops(model: Model, workload: Workload | Workloads, vocab: int | None = None) -> HeadFlops:
+    """FLOPs of the output layer; `vocab` are its rows with their padding, which the published formulas count too."""
+    rows = model.head_rows if vocab is None else vocab
+    return HeadFlops(2 * workload.seq_len * workload.micro_batch * model.hidden * rows)

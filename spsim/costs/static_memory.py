@@ -2,8 +2,8 @@
 
 Mixed-precision Adam keeps 18 bytes a parameter: 2 for the weight, 4 for the fp32 main gradient and 12 for
 the fp32 copy and two moments (Korthikanti et al. 2022; Rajbhandari et al. 2020, section 3.1). In fp32 the weight
-needs no copy: 16 bytes. A distributed optimizer shards the optimizer state over dp x ulysses x ring. Of the layers
-only, while the scope is "layers".
+needs no copy: 16 bytes. ZeRO's stages shard the optimizer state, then the gradients, then the weights, over
+dp x ulysses x ring; the distributed optimizer is the first. Of the layers only, while the scope is "layers".
 """
 
 from __future__ import annotations
@@ -12,13 +12,9 @@ from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
-from spsim.work import MAIN_GRADIENT_BYTES
-
-MOMENT_BYTES = 8
-MASTER_BYTES = 4
-"""The fp32 copy of a weight of lower precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +36,27 @@ class StaticMemory:
 
 
 def static_memory(parameters: int, plan: Plan, weight_bytes: int) -> StaticMemory:
-    """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element."""
-    shards = plan.dp * plan.ulysses * plan.ring if plan.zero_stage else 1
-    optimizer_bytes = MOMENT_BYTES + (MASTER_BYTES if weight_bytes < MASTER_BYTES else 0)
-    return StaticMemory(
-        weight_bytes * parameters,
-        MAIN_GRADIENT_BYTES * parameters,
-        -(-optimizer_bytes * parameters // shards),
-    )
+    """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element as they are used.
+
+    FSDP2 shards fp32 weights, which need no copy, and gathers them in 16 bits; Megatron and DeepSpeed shard 16-bit
+    weights and the fp32 copy apart. Torch's DDP has gradients beside the buckets in which it reduces them. Under
+    ZeRO-2 and 3 gradients are reduced in every micro-batch, so that none wait whole.
+    """
+    ranks = shard_ranks(plan)
+    at_rest = FP32_BYTES if plan.dp_library == "fsdp" else weight_bytes
+    state = parameter_state(plan, at_rest)
+    copies = 2 if plan.dp_library == "ddp" and plan.dp > 1 else 1
+
+    def held(size: int, stage: int) -> int:
+        """Of so many bytes a parameter, sharded from a stage on."""
+        return -(-size * parameters // (ranks if plan.zero_stage >= stage else 1))
+
+    return StaticMemory(held(state.weight, 3), copies * held(state.gradient, 2), held(state.optimizer, 1))
+
+
+def shard_ranks(plan: Plan) -> int:
+    """Ranks that share one copy of what ZeRO shards."""
+    return (plan.shard_group or plan.dp) * plan.ulysses * plan.ring
 
 
 def outside_tensors(profile: HardwareProfile, mesh: Mesh) -> int:
