@@ -12,13 +12,12 @@ from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_tra
 from spsim.program.blocks.head import head_block, head_traits, is_tied
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import Program, next_ids
+from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.region import Region
-from spsim.program.sizes import LAYER
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
 

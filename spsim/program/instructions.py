@@ -16,6 +16,8 @@ from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
 from spsim.work import KernelClass, Work
 
+LAYER = "layer"
+"""The block that a model has most of, or a traced module."""
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
 Category = Literal["activations", "communication buffers", "temporary", "gradients"]

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.inputs.workload import Precision, Workload
-from spsim.program.instructions import Compute, Program
+from spsim.program.instructions import LAYER, Compute, Program
 from spsim.units import KIB
 from spsim.work import Work
 
@@ -58,10 +58,6 @@ class KernelGroup:
         """
         numbers: dict[str, Any] = {name: values.take(where, axis=0).T for name, where in self.numbers.items()}
         return self.kind(**self.constants, **numbers)
-
-
-LAYER = "layer"
-"""The block that a model has most of, or a traced module."""
 
 
 class Template:

@@ -17,7 +17,8 @@ from spsim.program.assembly import (
     head_key,
 )
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.sizes import LAYER, Template, every_workload
+from spsim.program.instructions import LAYER
+from spsim.program.sizes import Template, every_workload
 from spsim.units import MIB
 
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)

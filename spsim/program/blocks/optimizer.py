@@ -51,6 +51,11 @@ def parameter_state(plan: Plan, weight_bytes: int) -> ParameterState:
     )
 
 
+def shard_ranks(plan: Plan) -> int:
+    """Ranks that share one copy of what ZeRO shards."""
+    return (plan.shard_group or plan.dp) * plan.ulysses * plan.ring
+
+
 class OptimizerKernel(NamedTuple):
     """One kernel, or a row of them over lists of tensors."""
 
