@@ -19,8 +19,8 @@ from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload, Workloads
-from spsim.program.instructions import Instruction
-from spsim.program.sizes import Numbers, products
+from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.sizes import LAYER, Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -28,7 +28,8 @@ from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
 from spsim.step.folding import fold_step
 from spsim.step.issue import task_info
-from spsim.step.preparation import PreparedBlock, prepared_layer
+from spsim.step.itinerary import Chunk, Run
+from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
 from spsim.step.unfolded import unfold_step
 
 
@@ -39,10 +40,13 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
-    block = _block(scenario, fold)
-    numbers = block.template.at(scenario.workload)
+    prepared = _prepared(scenario, fold)
+    chunk = _chunk(scenario)
+    numbers = prepared.template.at(scenario.workload)
     amounts = _amounts(scenario, scenario.workload)
-    return assemble("layers", scenario, block, numbers, amounts, _static(scenario, numbers), fold=fold)
+    return assemble(
+        scenario.scope, scenario, prepared, chunk, numbers, amounts, _static(scenario, chunk, numbers), fold=fold
+    )  # fmt: skip
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
@@ -50,42 +54,55 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     workloads have to be simulated one by one nevertheless. Raises what `simulate` raises.
     """
     scenario = grid.scenario
-    block = _block(scenario, True)
-    if block.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
+    prepared = _prepared(scenario, True)
+    if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
         return None
-    known = block.template.at(scenario.workload)
+    known = prepared.template.at(scenario.workload)
     compute, comm = cost_models(grid.hardware, grid.workload.precision)
-    messages = block.sync_messages(known, grid.model.layers)
-    basis = block.template.basis(grid.workload.seq_len, grid.workload.micro_batch)
+    chunk = _chunk(scenario)
+    messages = prepared.sync_messages(known, chunk)
+    basis = prepared.template.basis(grid.workload.seq_len, grid.workload.micro_batch)
     with np.errstate(over="ignore", invalid="ignore"):
-        numbers = products(block.columns.coefficients, basis)
-        step = block.columns.run(
-            grid.model.layers,
+        numbers = products(prepared.columns.coefficients, basis)
+        step = prepared.columns.run(
+            chunk,
             grid.num_micro_batches,
-            block.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
-            sum(block.sync_durations(comm, grid.gpus_per_node, messages)),
+            prepared.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
+            (sum(prepared.sync_durations(comm, grid.gpus_per_node, messages)), 0),
             basis,
             grid.hardware.coefficients.overlap_slowdown.value,
         )
-    return ResultColumns("layers", grid, block, numbers, _amounts(grid, _counted(grid)), step, _static(scenario, known))
+    static = _static(scenario, chunk, known)
+    return ResultColumns(scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid)), step, static)
 
 
-def _block(scenario: Scenario, fold: bool) -> PreparedBlock:
-    return prepared_layer(scenario.model, scenario.plan, fold, scenario.workload.precision)
+def _chunk(scenario: Scenario) -> Chunk:
+    """What a rank runs of a micro-batch."""
+    layers = Run(LAYER, scenario.model.layers)
+    if scenario.scope == "layers":
+        return (layers,)
+    head = (Run(HEAD, numbered=False),) if scenario.model.head_rows else ()
+    return Run(EMBEDDING, numbered=False), layers, *head
 
 
-def _static(scenario: Scenario, numbers: Numbers) -> StaticMemory:
-    parameters = numbers.parameters * scenario.model.layers
+def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
+    prepare = prepared_layer if scenario.scope == "layers" else prepared_step
+    return prepare(scenario.model, scenario.plan, fold, scenario.workload.precision)
+
+
+def _static(scenario: Scenario, chunk: Chunk, numbers: Numbers) -> StaticMemory:
+    parameters = sum(run.count * numbers.parameters(run.block) for run in chunk)
     return static_memory(parameters, scenario.plan, scenario.workload.element_bytes)
 
 
 def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads) -> Amounts:
     """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
     flops = layer_flops(scenario.model, workload)
+    layers = scenario.model.layers
     return Amounts(
-        model=flops.training(),
-        causal=layer_flops(scenario.model, workload, causal=True).training(),
-        executed=flops.executed(scenario.plan),
+        model=layers * flops.training(),
+        causal=layers * layer_flops(scenario.model, workload, causal=True).training(),
+        executed=layers * flops.executed(scenario.plan),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 
@@ -101,32 +118,36 @@ def _counted(grid: Grid) -> Workloads:
 def assemble(
     scope: str,
     scenario: Simulated,
-    block: PreparedBlock,
+    prepared: PreparedStep,
+    chunk: Chunk,
     numbers: Numbers,
     amounts: Amounts,
     static: StaticMemory,
     *,
     fold: bool = True,
 ) -> Result:
-    """Simulate a step of equal blocks, of a model's or of a traced module, with the sizes of one workload."""
-    hardware, layers = scenario.hardware, scenario.model.layers
-    messages = block.sync_messages(numbers, layers)
+    """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
+    hardware = scenario.hardware
+    messages = prepared.sync_messages(numbers, chunk)
     step = costed_step(
-        block,
+        prepared,
         numbers,
         hardware,
         cost_models(hardware, scenario.workload.precision),
-        layers=layers,
+        chunk=chunk,
         micro_batches=scenario.num_micro_batches,
         gpus_per_node=scenario.gpus_per_node,
     )
     walked = fold_step(step) if fold else unfold_step(step)
-    copies, gpus = block.ranks.copies, scenario.plan.gpus
-    trace = Trace(walked.nodes, copies, partial(_describe, scenario, block, messages), block.groups, walked.overlapping)
+    copies, gpus = prepared.ranks.copies, scenario.plan.gpus
+    trace = Trace(
+        walked.nodes, copies, partial(_describe, scenario, prepared, messages), prepared.groups, walked.overlapping
+    )
     return Result(
         scope=scope,
         scenario=scenario,
-        block=block,
+        prepared=prepared,
+        chunk=chunk,
         numbers=numbers,
         amounts=amounts,
         trace=trace,
@@ -149,17 +170,11 @@ def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
     return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
-def _describe(scenario: Simulated, block: PreparedBlock, messages: Sequence[int], piece: Piece) -> list[TaskInfo]:
+def _describe(scenario: Simulated, prepared: PreparedStep, messages: Sequence[int], piece: Piece) -> list[TaskInfo]:
     """What each task of a piece is, with its sizes."""
-    segment = block.by_outline[piece.recording.outline]
-    if segment is block.sync:
-        return [sync.info(message) for sync, message in zip(block.syncs, messages, strict=True)]
-    own = _instructions(block, scenario)
+    segment = prepared.by_outline[piece.recording.outline]
+    if segment is prepared.sync:
+        return [sync.info(message) for sync, message in zip(prepared.syncs, messages, strict=True)]
+    program = prepared.programs_at(scenario.workload)[prepared.owners[segment.name]]
+    own = {step.id: step for section in program.sections for step in section.instructions}
     return [task_info(own[step.id], piece.layer, piece.micro_batch) for step in segment.instructions]
-
-
-def _instructions(block: PreparedBlock, scenario: Simulated) -> dict[int, Instruction]:
-    """The instructions of a block with the sizes of a workload, by id."""
-    program = block.program_at(scenario.workload)
-    sections = (*program.forward_sections, *program.backward_sections)
-    return {step.id: step for section in sections for step in section.instructions}

@@ -14,12 +14,13 @@ from spsim.engine.recording import BufferUse, TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
+from spsim.program.sizes import LAYER
 from spsim.results import metrics
 from spsim.simulation import simulate_many
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.folding import Step, fold_step
-from spsim.step.itinerary import accumulation
+from spsim.step.itinerary import Run, accumulation
 from spsim.step.segments import BlockPass, Call, Part, Segment
 from spsim.studies.rows import row
 from tests.cases import A100, DEGREES, H100, model
@@ -117,8 +118,8 @@ class Block:
 
     def columns(self, layers, micro_batches):
         """All workloads at once."""
-        block = BlockColumns(self.passes, self.slots, self.positions, self.coefficients)
-        return block, block.run(layers, micro_batches, self.times, 0, self.basis, self.slowdown)
+        block = BlockColumns({LAYER: self.passes}, self.slots, self.positions, self.coefficients)
+        return block, block.run([Run(LAYER, layers)], micro_batches, self.times, (0, 0), self.basis, self.slowdown)
 
     def trace(self, itinerary, point):
         """One workload by the engine."""
@@ -165,7 +166,9 @@ def test_blocks_with_loops_run_as_in_the_engine():
         exact, total = exact + exactly.sum(), total + MANY
         loops += exactly.sum() * (len(made.segments) > 2)
         for point in np.flatnonzero(exactly).tolist():
-            trace = made.trace((accumulation([*made.passes.values()], layers, int(micro_batches[point])),), point)
+            trace = made.trace(
+                (accumulation({LAYER: made.passes}, [Run(LAYER, layers)], int(micro_batches[point])),), point
+            )
             assert trace.end_ps == found.end[point]
             for phase in ("forward", "backward"):
                 assert metrics.layer_window(trace, phase) == found.phases[phase][point]

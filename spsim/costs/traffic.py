@@ -75,7 +75,8 @@ class TrafficCost:
 
     def bandwidth(self, operator_class: MemoryBoundClass) -> float:
         """Bytes per second of a class."""
-        share: float = getattr(self._coefficients.memory_bound, operator_class).value
+        shares = self._coefficients.memory_bound
+        share: float = getattr(shares, shares.share_of(operator_class)).value
         return self._profile.memory_bandwidth * share
 
     def _look_up(self, work: MemoryBound) -> tuple[_Traffic, tuple[_Segment, ...]]:
@@ -122,7 +123,7 @@ class TrafficCost:
         for table in ("row_rates", "kernel_rates"):
             if kernel in getattr(self._coefficients, table).get(dtype, {}):
                 return f"{table}.{dtype}.{kernel}"
-        return f"memory_bound.{work.operator_class}"
+        return f"memory_bound.{self._coefficients.memory_bound.share_of(work.operator_class)}"
 
     def coefficients_of(self, work: MemoryBound) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""

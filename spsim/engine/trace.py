@@ -140,6 +140,15 @@ class Trace:
             counts[recording] = (leaf.stretch.phase, known + leaf.pieces)
         return counts
 
+    @lazy
+    def layers(self) -> Mapping[Recording, int]:
+        """Each recording of layers with the number of pieces that share it."""
+        counts: dict[Recording, int] = {}
+        for leaf in self.leaves:
+            if leaf.stretch.layer is not None:
+                counts[leaf.stretch.recording] = counts.get(leaf.stretch.recording, 0) + leaf.pieces
+        return counts
+
     def described(self) -> Iterator[tuple[Recording, Sequence[TaskInfo], int]]:
         """Each recording with what its tasks are, by the first piece that shares it, and the number of pieces."""
         first = {leaf.stretch.recording: leaf.stretch for leaf in reversed(self.leaves)}
@@ -148,9 +157,14 @@ class Trace:
 
     def pieces_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> Iterator[Piece]:
         """The pieces of a pass of one layer and micro-batch, in order; those of a measured run belong to no layer."""
+        for leaf in self._leaves_of(phase, layer):
+            yield from leaf.find(_one(layer), _one(micro_batch))
+
+    def _leaves_of(self, phase: Pass, layer: int | None) -> Iterator[Leaf]:
+        """Those of a pass; of no layer where one is asked for are the blocks around the layers."""
         for leaf in self.leaves:
-            if leaf.stretch.phase == phase:
-                yield from leaf.find(_one(layer), _one(micro_batch))
+            if leaf.stretch.phase == phase and (layer is None or leaf.stretch.layer is not None):
+                yield leaf
 
     def pieces_in(self, layers: Collection[int], micro_batches: Collection[int]) -> list[Piece]:
         """The pieces of some layers and micro-batches and those that belong to none, in order of tasks."""
@@ -159,8 +173,7 @@ class Trace:
 
     def window_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> tuple[int, int]:
         """When the first task of a pass of one layer and micro-batch is posted, and when the last ends."""
-        own = [leaf for leaf in self.leaves if leaf.stretch.phase == phase]
-        windows = [window for leaf in own for window in leaf.windows(layer, micro_batch)]
+        windows = [w for leaf in self._leaves_of(phase, layer) for w in leaf.windows(layer, micro_batch)]
         return (min(windows)[0], max([end for _, end in windows])) if windows else (0, 0)
 
     def pieces_during(self, start: int, end: int) -> Iterator[Piece]:

@@ -120,7 +120,13 @@ class MemoryBoundFractions(Table):
     embedding: Fraction | None = None
     cross_entropy: Fraction | None = None
     optimizer: Fraction | None = None
-    """The last three stand outside the transformer layers."""
+    """The last three stand outside the transformer layers; without a share of their own they have that of elementwise
+    kernels, which stream as they do.
+    """
+
+    def share_of(self, operator_class: str) -> str:
+        """The class whose share is that of a class."""
+        return operator_class if getattr(self, operator_class) else "elementwise"
 
 
 class KernelRates(Table):

@@ -101,12 +101,6 @@ class Scenario(Shapes):
         return load_profile(value) if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
-    def _check_scope(self) -> Self:
-        if self.scope == "step":
-            raise InputError("scope = 'step': not simulated yet; leave it at its default")
-        return self
-
-    @model_validator(mode="after")
     def _check_nodes(self) -> Self:
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.precision)

@@ -82,6 +82,9 @@ ADVICE = {
 FLAGS = {"recompute_activations": "selective", "gradient_checkpointing": "full", "activation_checkpointing": "full"}
 """Flag elsewhere -> what it recomputes."""
 
+TEXTS = ("pp_layout",)
+"""Options of a plan whose capitals and dashes say something."""
+
 _ALL_TO_ALL = ("a2a", "all_to_all", "alltoall")
 _COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
 """`cp_comm_type` of Megatron-LM, as it is spelled there and in other places."""
@@ -113,7 +116,7 @@ def renamed(
 
 def plan_options(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
     """Options of a plan under the names of spsim; `InputError` names the key to use where one has several readings."""
-    texts = [value for value in options.values() if isinstance(value, str)]
+    texts = [value for name, value in options.items() if isinstance(value, str) and name not in TEXTS]
     switch = isinstance(options.get("sequence_parallel", False), bool)
     if options.keys() <= known and switch and all(plain(text) == _COMM.get(text, text) == text for text in texts):
         return dict(options)
@@ -127,11 +130,11 @@ def plan_options(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
             raise InputError(f"plan: {flag} and recompute = {found['recompute']!r} are both given; keep one")
     if isinstance(found.get("sequence_parallel"), int | float) and not isinstance(found["sequence_parallel"], bool):
         raise InputError(f"plan: sequence_parallel = {found['sequence_parallel']}: it is no degree; {_SEVERAL}")
-    return _context_parallel({name: _word(value) for name, value in found.items()})
+    return _context_parallel({name: _word(name, value) for name, value in found.items()})
 
 
-def _word(value: Any) -> Any:
-    return plain(value) if isinstance(value, str) else value
+def _word(name: str, value: Any) -> Any:
+    return plain(value) if isinstance(value, str) and name not in TEXTS else value
 
 
 def _context_parallel(options: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,12 @@ from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.region import Region
+from spsim.program.sizes import LAYER
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
+
+EMBEDDING, HEAD = "embedding", "head"
+"""What stands around the layers of a step."""
 
 _layers: Cache[tuple[Operator, ...]] = Cache(4 * MIB, lambda operators: 3 * KIB * len(operators))
 _regions: Cache[Region] = Cache(16 * MIB, lambda region: 5 * KIB * len(region.operators))
@@ -49,6 +53,35 @@ def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
     operators = _layers.get(key, lambda: transformer_layer(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
     return program_in(region, plan, causal=model.causal)
+
+
+def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
+    """What of model and plan the programs of a step depend on."""
+    head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
+    return layer_traits(model), compiled_by(plan), embedding_key(model, plan), head
+
+
+def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
+    """The programs of a layer, of the embedding, and of the head if the model has one."""
+    found = {
+        LAYER: layer_program(model, plan, workload),
+        EMBEDDING: embedding_program(model, plan, workload),
+    }
+    if model.head_rows:
+        found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
+    return found
+
+
+def compile_step(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
+    """The same, compiled; `step_programs` keeps them."""
+    found = {LAYER: compile_layer(model, plan, workload), EMBEDDING: compile_embedding(model, plan, workload)}
+    if model.head_rows:
+        found[HEAD] = compile_head(model, plan, workload, **_head_options(plan))
+    return found
+
+
+def _head_options(plan: Plan) -> dict[str, bool]:
+    return {"loss_fusion": plan.loss_fusion, "beside_embedding": plan.pp == 1}
 
 
 def embedding_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:

@@ -12,7 +12,7 @@ A template holds the structure and the coefficients; evaluating it is one small 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, get_args
@@ -60,23 +60,34 @@ class KernelGroup:
         return self.kind(**self.constants, **numbers)
 
 
-class Template:
-    """Structure and coefficients of one block under one plan."""
+LAYER = "layer"
+"""The block that a model has most of, or a traced module."""
 
-    def __init__(self, program: Program, unit: int, divisor: int = 1) -> None:
-        """A program compiled at `every_workload(unit * divisor)`, or one whose sizes hold for all.
+
+class Template:
+    """Structure and coefficients of the blocks of a step under one plan: a layer, and what is around it."""
+
+    def __init__(
+        self, program: Program, unit: int, divisor: int = 1, *, others: Mapping[str, Program] | None = None
+    ) -> None:
+        """The program of a layer and those of `others` by the names of their blocks, compiled at
+        `every_workload(unit * divisor)`, or programs whose sizes hold for all.
 
         Raises `ArithmeticError` where a size is no polynomial of the stated form.
         """
         self.program = program
-        """The structure; read its sizes from `at`."""
+        """The structure of a layer; read its sizes from `at`."""
+        self.programs: Mapping[str, Program] = {LAYER: program, **(others or {})}
         self.unit = unit
         """Divides every sequence length."""
         self.divisor = divisor
-        reader = _Reader(program)
-        self.index = reader.index
+        reader = _Reader()
+        self.indices = {name: reader.index(own) for name, own in self.programs.items()}
+        self.index = self.indices[LAYER]
+        self.num_slots = reader.num_slots
+        groups = reader.groups()
         compiled = _coefficients(reader.positions)
-        self.groups = tuple(_with_constants(group, compiled) for group in reader.groups)
+        self.groups = tuple(_with_constants(group, compiled) for group in groups)
         self.coefficients = compiled if divisor == 1 else _undivided(compiled, divisor)
         """Of 1, x, x^2, b, xb and x^2b where x = s / unit, times the square of the divisor."""
 
@@ -99,7 +110,8 @@ class Template:
     @property
     def nbytes(self) -> int:
         """Memory that it takes, about."""
-        return KIB * len(self.index.slots) + 256 * self.index.num_slots + self.coefficients.nbytes
+        slots = sum(len(index.slots) for index in self.indices.values())
+        return KIB * slots + 256 * self.num_slots + self.coefficients.nbytes
 
     @cached_property
     def _total(self) -> float:
@@ -123,7 +135,7 @@ def _monomials(x: Any, b: Any) -> tuple[Any, ...]:
 
 
 class Numbers:
-    """The sizes of one program, each different one once."""
+    """The sizes of the programs of a template, each different one once."""
 
     def __init__(self, template: Template, values: Vector) -> None:
         self.template = template
@@ -138,20 +150,18 @@ class Numbers:
         """Bytes of each entry of `Program.saved`."""
         return self.at(self.template.index.saved)
 
-    @property
-    def weight_sync(self) -> list[int]:
-        """Elements of each entry of `Program.weight_sync`."""
-        return self.at(self.template.index.weight_sync)
+    def weight_sync(self, block: str = LAYER) -> list[int]:
+        """Elements of each entry of `Program.weight_sync` of a block."""
+        return self.at(self.template.indices[block].weight_sync)
 
-    @property
-    def parameters(self) -> int:
+    def parameters(self, block: str = LAYER) -> int:
         """Parameters of one block on one rank."""
-        return int(self.values[self.template.index.parameters])
+        return int(self.values[self.template.indices[block].parameters])
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Positions in the vector of numbers, and slots in the vector of durations, whose slot 0 is no time."""
+    """Of one program: positions in the vector of numbers, slots in the vector of durations, whose slot 0 is no time."""
 
     buffers: dict[int, int]
     """Buffer -> position of its bytes."""
@@ -162,7 +172,6 @@ class Index:
     saved: npt.NDArray[np.intp]
     weight_sync: npt.NDArray[np.intp]
     parameters: int
-    num_slots: int
 
 
 _NUMBERS = {kind: tuple(field.name for field in fields(kind) if field.type == "int") for kind in get_args(Work)}
@@ -170,13 +179,16 @@ _NUMBERS = {kind: tuple(field.name for field in fields(kind) if field.type == "i
 
 
 class _Reader:
-    """Every size and every kernel of a program; equal sizes have one position."""
+    """Every size and every kernel of some programs; equal sizes have one position."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self) -> None:
         self.positions: dict[int, int] = {}
         self.num_slots = 1
         self.kernels: dict[type[Work], list[tuple[Work, int]]] = defaultdict(list)
         self._slots: dict[int, int] = {}
+
+    def index(self, program: Program) -> Index:
+        """Where the sizes and durations of a program stand."""
         buffers = {b.id: self._position(b.bytes) for b in (*program.inputs, *program.output_gradients)}
         messages: dict[int, int] = {}
         slots: dict[int, tuple[int, ...]] = {}
@@ -188,12 +200,14 @@ class _Reader:
                 messages[step.id] = self._position(step.message_bytes)
             for buffer in step.writes:
                 buffers[buffer.id] = self._position(buffer.bytes)
-        self.index = Index(
+        return Index(
             buffers, messages, slots, self._places(saved.bytes for saved in program.saved),
             self._places(sync.elements for sync in program.weight_sync), self._position(program.parameters),
-            self.num_slots,
         )  # fmt: skip
-        self.groups = [self._group(kind, *zip(*own, strict=True)) for kind, own in self.kernels.items()]
+
+    def groups(self) -> list[KernelGroup]:
+        """All kernels by kind."""
+        return [self._group(kind, *zip(*own, strict=True)) for kind, own in self.kernels.items()]
 
     def _position(self, size: int) -> int:
         return self.positions.setdefault(size, len(self.positions))

@@ -11,12 +11,13 @@ from spsim.program.assembly import (
     compile_embedding,
     compile_head,
     compile_layer,
+    compile_step,
     compiled_by,
     embedding_key,
     head_key,
 )
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.sizes import Template, every_workload
+from spsim.program.sizes import LAYER, Template, every_workload
 from spsim.units import MIB
 
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
@@ -27,6 +28,13 @@ def layer_template(model: Model, plan: Plan, precision: Precision = "bf16") -> T
     unit = sequence_unit(model, plan)
     key = (layer_traits(model), compiled_by(plan), precision)
     return _templates.get(key, lambda: Template(compile_layer(model, plan, every_workload(unit, precision)), unit))
+
+
+def step_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
+    """The programs of embedding, layer and head for every workload of a precision."""
+    unit = sequence_unit(model, plan)
+    programs = compile_step(model, plan, every_workload(unit, precision))
+    return Template(programs.pop(LAYER), unit, others=programs)
 
 
 def embedding_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:

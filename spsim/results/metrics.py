@@ -51,8 +51,8 @@ def idle(trace: Trace) -> dict[int, Idle]:
     found = {}
     for rank in trace.copies:
         total = Idle()
-        for recording, count in _of_layers(trace):
-            if rank in recording.times:
+        for recording, (phase, count) in trace.recordings.items():
+            if phase != "weight_sync" and rank in recording.times:
                 total = total.plus(_idle(recording, rank), count)
         found[rank] = total
     return found
@@ -81,11 +81,6 @@ def _idle(recording: Recording, rank: int) -> Idle:
     return Idle(transfer, peer, stage, length - transfer - peer - stage)
 
 
-def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
-    """Recordings of passes of layers, and the number of pieces that share each."""
-    return [(recording, count) for recording, (phase, count) in trace.recordings.items() if phase != "weight_sync"]
-
-
 def weight_sync(trace: Trace) -> int:
     """Picoseconds of the synchronisation of weight gradients at the end of the step."""
     windows = (recording.window for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
@@ -93,11 +88,11 @@ def weight_sync(trace: Trace) -> int:
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
-    """Picoseconds of the compute lane of one rank by operator class."""
+    """Picoseconds of the compute lane of one rank by operator class, in the layers of a step."""
     if trace.measured:
         return measured.compute_by_class(trace, rank)
     totals: dict[str, int] = {}
-    for recording, count in _of_layers(trace):
+    for recording, count in trace.layers.items():
         for name, time in zip(recording.outline.classes[0], recording.compute.get(rank, ()), strict=False):
             totals[name] = totals.get(name, 0) + count * time
     return totals

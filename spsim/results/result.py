@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,21 @@ from spsim.costs.static_memory import StaticMemory
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.lazy import lazy
-from spsim.program.instructions import Communication, Compute, Program
-from spsim.program.mesh import nodes_of
+from spsim.program.instructions import Communication, Compute, Instruction, Program
 from spsim.program.operators import TensorKind
 from spsim.program.placement import sent_bytes
-from spsim.program.sizes import Numbers
+from spsim.program.sizes import LAYER, Numbers
 from spsim.results import bands, metrics, tables
 from spsim.results.bands import Band
 from spsim.results.calls import Call, calls
 from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
-from spsim.results.sensitivity import MOST_TASKS, Effect, effects
+from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
-from spsim.step.preparation import PreparedBlock
+from spsim.step.itinerary import Chunk
+from spsim.step.preparation import PreparedStep
+from spsim.step.segments import Segment
 from spsim.units import seconds
 from spsim.work import FlashAttention
 
@@ -52,7 +53,9 @@ class Result(Derived):
     scope: str
     """What a step contains: `layers` of one pipeline stage, or a `module`."""
     scenario: Simulated
-    block: PreparedBlock
+    prepared: PreparedStep
+    chunk: Chunk
+    """What a rank runs of a micro-batch."""
     numbers: Numbers
     amounts: Amounts
     trace: Trace
@@ -70,12 +73,31 @@ class Result(Derived):
     @lazy
     def program(self) -> Program:
         """One layer under the plan."""
-        return self.block.program_at(self.scenario.workload)
+        return self.programs[LAYER]
+
+    @lazy
+    def programs(self) -> Mapping[str, Program]:
+        """Each block under the plan, with the sizes of the workload."""
+        return self.prepared.programs_at(self.scenario.workload)
+
+    def instructions_of(self, segment: Segment) -> list[Instruction]:
+        """What the tasks of a segment carry out, with the sizes of the workload."""
+        own = self._by_id[self.prepared.owners[segment.name]]
+        return [own[step.id] for step in segment.instructions]
+
+    @lazy
+    def _by_id(self) -> dict[str, dict[int, Instruction]]:
+        return {
+            name: {step.id: step for section in program.sections for step in section.instructions}
+            for name, program in self.programs.items()
+        }
 
     @lazy
     def attention(self) -> str | None:
         """The fused kernel of core attention by its name, or `unfused`; none where nothing is known to attend."""
-        steps = (step for segment in self.block.segments for step in segment.instructions if isinstance(step, Compute))
+        steps = (
+            step for segment in self.prepared.segments for step in segment.instructions if isinstance(step, Compute)
+        )
         works = (work for step in steps for work in step.work if isinstance(work, FlashAttention))
         names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
         return ", ".join(names) or ("unfused" if self.scope != "module" else None)
@@ -87,13 +109,13 @@ class Result(Derived):
         """
         if self.events > MOST_TASKS:
             return None
-        return effects(self, _assumed_inputs(self.scenario, self.block))
+        return effects(self, assumed_inputs(self))
 
     @property
     def assumed(self) -> tuple[str, ...]:
         """Assumed coefficients that the result hangs on; where their effects are unknown, those that it came from."""
         if self.assumed_effects is None:
-            return _assumed_inputs(self.scenario, self.block)
+            return assumed_inputs(self)
         return tuple(sorted(self.assumed_effects))
 
     @lazy
@@ -107,7 +129,7 @@ class Result(Derived):
             self.scenario.hardware,
             self.scenario.workload.precision,
             self.scenario.gpus_per_node,
-            self.block,
+            self.prepared,
             self.trace,
         )
 
@@ -226,7 +248,7 @@ class Result(Derived):
     def collectives_per_layer(self) -> dict[str, dict[str, int]]:
         """Number of collectives of one layer and micro-batch, by pass and kind."""
         found: dict[str, dict[str, int]] = {"forward": {}, "backward": {}}
-        for phase, own in self.block.passes.items():
+        for phase, own in self.prepared.passes.items():
             counts: Counter[str] = Counter()
             for part in own.parts:
                 steps = (step for step in part.segment.instructions if isinstance(step, Communication))
@@ -239,18 +261,23 @@ class Result(Derived):
     def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
         """Bytes that one GPU sends in a step, by kind of collective."""
         total: dict[str, int] = defaultdict(int)
-        layers = self.scenario.model.layers
-        messages, instances = self.block.template.index.messages, layers * self.scenario.num_micro_batches
-        for own in self.block.passes.values():
-            for part in own.parts:
-                for step in part.segment.instructions:
-                    if isinstance(step, Communication):
-                        message = int(self.numbers.values[messages[step.id]])
-                        sent = sent_bytes(step.collective, message, step.ranks)
-                        total[step.collective] += instances * part.runs * sent
-        for sync, message in zip(self.block.syncs, self.block.sync_messages(self.numbers, layers), strict=True):
+        for step, message, runs in self.communications:
+            total[step.collective] += runs * sent_bytes(step.collective, message, step.ranks)
+        messages = self.prepared.sync_messages(self.numbers, self.chunk)
+        for sync, message in zip(self.prepared.syncs, messages, strict=True):
             total[sync.collective] += sent_bytes(sync.collective, message, sync.ranks)
         return dict(sorted(total.items()))
+
+    @property
+    def communications(self) -> Iterator[tuple[Communication, int, int]]:
+        """Each communication of the passes with the bytes of its message and how often it runs in a step."""
+        for run in self.chunk:
+            messages = self.prepared.template.indices[run.block].messages
+            for part in (part for own in self.prepared.blocks[run.block].values() for part in own.parts):
+                runs = run.count * part.runs * self.scenario.num_micro_batches
+                for step in part.segment.instructions:
+                    if isinstance(step, Communication):
+                        yield step, int(self.numbers.values[messages[step.id]]), runs
 
     @lazy
     def collectives(self) -> tuple[Call, ...]:
@@ -349,20 +376,6 @@ class Result(Derived):
 
 def _effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
     return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
-
-
-def _assumed_inputs(scenario: Simulated, block: PreparedBlock) -> tuple[str, ...]:
-    hardware = scenario.hardware
-    compute, comm = cost_models(hardware, scenario.workload.precision)
-    used = {"memory"}
-    for segment in block.segments:
-        for step in segment.instructions:
-            if isinstance(step, Compute):
-                used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
-            else:
-                nodes = nodes_of(block.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
-                used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
-    return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
 
 
 def _remarks(result: Result) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from spsim.inputs.quantities import Provenance
 from spsim.program.instructions import Communication, Instruction
 from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective
-from spsim.step.preparation import PreparedBlock
+from spsim.step.preparation import PreparedStep
 
 Classes = tuple[str, ...]
 """Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
@@ -89,11 +89,11 @@ class Account:
     """Which classes the tasks of one result belong to, and the time that each takes."""
 
     def __init__(
-        self, profile: HardwareProfile, precision: str, gpus_per_node: int, block: PreparedBlock, trace: Trace
+        self, profile: HardwareProfile, precision: str, gpus_per_node: int, prepared: PreparedStep, trace: Trace
     ) -> None:
         self.profile = profile
         self.gpus_per_node = gpus_per_node
-        self.block = block
+        self.prepared = prepared
         self.trace = trace
         self.rank = next(iter(trace.copies))
         self.compute = ComputeCost(profile, precision)
@@ -101,8 +101,8 @@ class Account:
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
         self.classes: dict[Outline, list[Classes]] = {
             segment.outline: [self._of_step(step) for step in segment.instructions]
-            or [self._of_collective(sync.axes, sync.collective, None) for sync in block.syncs]
-            for segment in block.segments
+            or [self._of_collective(sync.axes, sync.collective, None) for sync in prepared.syncs]
+            for segment in prepared.segments
         }
 
     def _of_step(self, step: Instruction) -> Classes:
@@ -113,7 +113,7 @@ class Account:
     def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:
         key = (axes, collective, ranks)
         if key not in self._collectives:
-            nodes = nodes_of(self.block.mesh, axes, self.gpus_per_node, ranks)
+            nodes = nodes_of(self.prepared.mesh, axes, self.gpus_per_node, ranks)
             paths = self.comm.coefficients_of(collective, nodes)
             self._collectives[key] = tuple(path for path in paths if path.startswith(("collectives.", "sends.")))
         return self._collectives[key]
@@ -143,7 +143,7 @@ class Account:
     def _layer(self, phase: Pass, recordings: Mapping[Outline, Recording]) -> Counter[Classes]:
         """Picoseconds by class of one pass of the first layer."""
         total: Counter[Classes] = Counter()
-        for part in self.block.passes[phase].parts if phase in self.block.passes else ():
+        for part in self.prepared.passes[phase].parts if phase in self.prepared.passes else ():
             times = dict(self._times(recordings[part.segment.outline]))
             total.update({classes: part.runs * time for classes, time in times.items()})
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spsim.engine.recording import TaskInfo
@@ -23,8 +23,8 @@ class Sync:
     ranks: int
     collective: Collective
     itemsize: int
-    weights: tuple[int, ...]
-    """Indices into `Program.weight_sync`."""
+    weights: tuple[tuple[str, int], ...]
+    """Block, and index into `Program.weight_sync` of its program."""
 
     def info(self, message: int) -> TaskInfo:
         """What its task is."""
@@ -41,13 +41,16 @@ class Sync:
         return "tp" if self.axes == ("tp",) else "dp"
 
 
-def gradient_syncs(program: Program, plan: Plan, weight_bytes: int, gradient_bytes: int) -> Iterator[Sync]:
+def gradient_syncs(
+    programs: Mapping[str, Program], plan: Plan, weight_bytes: int, gradient_bytes: int
+) -> Iterator[Sync]:
     """One coalesced message per group: first the data-like axes, then tp. With sharded optimizer state a
-    reduce-scatter, then the updated parameters gathered. Bytes are of one element.
+    reduce-scatter, then the updated parameters gathered. Programs are by block, bytes of one element.
     """
-    members: dict[tuple[tuple[Axis, ...], int], list[int]] = defaultdict(list)
-    for index, sync in enumerate(program.weight_sync):
-        members[sync.axes, sync.ranks].append(index)
+    members: dict[tuple[tuple[Axis, ...], int], list[tuple[str, int]]] = defaultdict(list)
+    for block, program in programs.items():
+        for index, sync in enumerate(program.weight_sync):
+            members[sync.axes, sync.ranks].append((block, index))
     for (axes, ranks), weights in sorted(members.items(), key=lambda item: "tp" in item[0][0]):
         all_reduce = Sync(axes, ranks, "all_reduce", gradient_bytes, tuple(weights))
         if plan.zero_stage and axes != ("tp",):
