@@ -85,7 +85,7 @@ def _head_options(plan: Plan) -> dict[str, bool]:
 
 def embedding_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the program of the embedding depends on."""
-    return "embedding", embedding_traits(model), padded_vocab(model.vocab, plan.tp), compiled_by(around_layers(plan))
+    return "embedding", embedding_traits(model), padded_vocab(model.vocab, plan.tp), _around_by(plan)
 
 
 def embedding_program(model: Model, plan: Plan, workload: Workload) -> Program:
@@ -104,7 +104,7 @@ def head_key(model: Model, plan: Plan, *, loss_fusion: bool, beside_embedding: b
     """What of model and plan the program of the head depends on."""
     rows, shared = padded_vocab(model.head_rows, plan.tp), is_tied(model) and beside_embedding
     by_model = (head_traits(model), rows, is_tied(model))
-    return "head", by_model, loss_fusion, shared, compiled_by(around_layers(plan))
+    return "head", by_model, loss_fusion, shared, _around_by(plan)
 
 
 def head_program(
@@ -128,6 +128,11 @@ def compile_head(
     operators = head_block(model, workload, plan.dp, vocab=vocab, loss_fusion=loss_fusion)
     elsewhere = {TABLE} if beside_embedding else frozenset()
     return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
+
+
+def _around_by(plan: Plan) -> tuple[int, ...]:
+    """What of a plan the programs around the layers depend on: neither rings nor recomputation, which are of layers."""
+    return *placed_by(plan), plan.keep_gathered
 
 
 def around_layers(plan: Plan) -> Plan:
