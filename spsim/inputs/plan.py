@@ -1,5 +1,6 @@
 """The parallel plan: degrees of the mesh axes and the options of the schedule."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -98,6 +99,12 @@ class Plan(Configuration):
     def zero_stage(self) -> int:
         """ZeRO stage; the distributed optimizer is stage 1."""
         return max(self.zero, int(self.distributed_optimizer))
+
+    @property
+    def recomputed_modules(self) -> tuple[str, ...]:
+        """Modules of a layer that a selective recomputation runs again, by Megatron-LM's names."""
+        given = self.recompute_modules or "core_attn"
+        return tuple(re.split(r"[+,\s]+", given)) if self.recompute == "selective" else ()
 
     @property
     def text(self) -> str:
