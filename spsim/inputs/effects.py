@@ -7,7 +7,7 @@ from typing import Any
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.step_rules import interleaved_by_megatron, overlaps_messages, sends
+from spsim.inputs.step_rules import grouped, overlaps_messages, sends
 
 
 def without_effect(model: Model, plan: Plan) -> Iterator[str]:
@@ -51,10 +51,10 @@ def _of_pipeline(plan: Plan) -> dict[str, str]:
     if plan.pp == 1:
         return dict.fromkeys(options, "with pp = 1")
     torch = "under pp_sends = 'torch'" if sends(plan) == "torch" else ""
-    group = "" if interleaved_by_megatron(plan) else "but in Megatron's interleaved schedule"
+    group = "as it is pp anyhow" if plan.pp_group == plan.pp and not torch else torch
     usual = plan.model_copy(update={"pp_sends": None, "pp_overlap": None})
     return {
-        "pp_group": group or ("as it is pp anyhow" if plan.pp_group == plan.pp else ""),
+        "pp_group": group if grouped(plan) else f"with pp_schedule = {plan.pp_schedule!r} of {plan.virtual_pp} chunks",
         "pp_sends": f"with pp_schedule = {plan.pp_schedule!r}" if sends(usual) == sends(plan) else "",
         "pp_overlap": torch or ("by default" if overlaps_messages(usual) == overlaps_messages(plan) else ""),
         "pp_warmup_flush": torch,

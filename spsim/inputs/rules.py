@@ -9,7 +9,7 @@ from spsim.errors import InputError
 from spsim.inputs.effects import reasons, setting
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.step_rules import check_step, micro_batch_rules
+from spsim.inputs.step_rules import check_step, refused_count
 from spsim.inputs.workload import Workload, Workloads
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: An
     if model.sliding_window is not None:
         whole &= workloads.seq_len <= model.sliding_window
     count = global_batch // unit
-    for holds, _ in micro_batch_rules(plan, count):
-        whole &= holds
+    if plan.pp > 1:
+        whole &= [refused_count(plan, number) is None for number in count.tolist()]
     return whole & (count <= MAX_MICRO_BATCHES)
 
 

@@ -7,13 +7,11 @@ What libraries refuse is refused: Megatron-Core 0.16, torch.distributed.pipelini
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from spsim.errors import InputError
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.stages import V_SHAPED, chunks_of
+from spsim.inputs.schedules import GROUPED, Library, refused_exchange, refused_schedule
+from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Workload
 
 MAX_GPUS = 2**20
@@ -55,61 +53,45 @@ def _check_pipeline(model: Model, plan: Plan, workload: Workload) -> None:
         raise _refused(
             f"virtual_pp = {plan.virtual_pp} without pp: chunks take turns on several stages; add pp=N or leave it out"
         )
-    if plan.pp > 1:
-        _check_schedule(plan)
-        _check_messages(plan)
     if plan.pp > 1 or plan.pp_layout is not None:
         chunks_of(model, plan)
-    global_batch = workload.global_batch or workload.micro_batch * plan.dp
-    count = global_batch // (workload.micro_batch * plan.dp)
-    for holds, rule in micro_batch_rules(plan, count):
-        if not holds:
-            raise InputError(f"plan: {count} micro-batches (global_batch / (micro_batch x dp)) {rule}")
+    if plan.pp > 1:
+        _check_messages(plan)
+        global_batch = workload.global_batch or workload.micro_batch * plan.dp
+        count = global_batch // (workload.micro_batch * plan.dp)
+        if reason := refused_count(plan, count):
+            raise _refused(f"{plan.label} with {count} micro-batches (global_batch / (micro_batch x dp)): {reason}")
 
 
-def _check_schedule(plan: Plan) -> None:
-    schedule, virtual = plan.pp_schedule, plan.virtual_pp
-    if schedule in V_SHAPED and virtual != 2:
-        raise _refused(
-            f"pp_schedule = {schedule!r} has two chunks a stage, but virtual_pp = {virtual}; use virtual_pp=2"
-        )
-    if schedule == "gpipe" and virtual > 1:
-        raise _refused(
-            f"pp_schedule = 'gpipe' has one chunk a stage, but virtual_pp = {virtual}; use pp_schedule=looped_bfs"
-        )
-    if schedule != "1f1b" and plan.pp_sends == "megatron":
-        raise _refused(
-            f"pp_sends = 'megatron' with pp_schedule = {schedule!r}, which Megatron-LM lacks; use pp_sends=torch"
-        )
-    if interleaved_by_megatron(plan) and (plan.pp_group or plan.pp) < plan.pp:
-        raise _refused(
-            f"pp_group = {plan.pp_group} is below pp = {plan.pp}: stages would wait for their own output; "
-            f"use at least {plan.pp}"
-        )
+def refused_count(plan: Plan, micro_batches: int) -> str | None:
+    """Why a schedule does not run so many micro-batches of a replica, or None."""
+    if plan.pp == 1:
+        return None
+    return refused_schedule(
+        plan.pp_schedule, sends(plan), plan.pp, plan.virtual_pp, micro_batches, plan.pp_group if grouped(plan) else None
+    )
+
+
+def grouped(plan: Plan) -> bool:
+    """Whether a chunk runs a group of micro-batches before the next takes over."""
+    return plan.pp > 1 and plan.virtual_pp > 1 and plan.pp_schedule in GROUPED
 
 
 def _check_messages(plan: Plan) -> None:
-    """Of Megatron's two ways to send, batched and overlapped, interleaved schedules may have both, 1F1B the first."""
+    """Of Megatron's two ways to send, overlapped and batched, which are one option here."""
     if sends(plan) == "torch":
         return
-    if plan.pp_overlap is True and plan.virtual_pp == 1:
-        raise _refused(
-            "pp_overlap needs an interleaved schedule: 1F1B waits for each message where it is used; "
-            "add virtual_pp or leave it out"
-        )
-    if plan.pp_overlap is False and plan.virtual_pp > 1 and plan.pp == 2:
-        raise _refused(
-            "pp_overlap = False with pp = 2 and virtual_pp: an activation and a gradient to the same peer in one batch "
-            "are mixed up, silently; leave pp_overlap out or use more stages"
-        )
-    if plan.pp_warmup_flush and not overlaps_messages(plan):
+    overlap = overlaps_messages(plan)
+    if reason := refused_exchange(plan.virtual_pp, plan.pp, overlap=overlap, batched=not overlap):
+        raise _refused(f"{plan.label} with pp_overlap = {plan.pp_overlap}: {reason}")
+    if plan.pp_warmup_flush and not overlap:
         raise _refused(
             "pp_warmup_flush overlaps the messages of warm-up and cool-down where others overlap; "
             "add virtual_pp, without pp_overlap=false, or leave it out"
         )
 
 
-def sends(plan: Plan) -> str:
+def sends(plan: Plan) -> Library:
     """Whose way to post messages and wait for them a plan has."""
     return plan.pp_sends or ("megatron" if plan.pp_schedule == "1f1b" else "torch")
 
@@ -117,35 +99,6 @@ def sends(plan: Plan) -> str:
 def overlaps_messages(plan: Plan) -> bool:
     """Whether passes go on while messages of Megatron's kind are under way."""
     return plan.virtual_pp > 1 if plan.pp_overlap is None else plan.pp_overlap
-
-
-def interleaved_by_megatron(plan: Plan) -> bool:
-    """Whether the schedule is Megatron's interleaved one, the only one that lets the user choose its groups."""
-    return plan.pp > 1 and plan.virtual_pp > 1 and plan.pp_schedule == "1f1b" and sends(plan) == "megatron"
-
-
-def micro_batch_rules(plan: Plan, count: Any) -> Iterator[tuple[Any, str]]:
-    """Whether so many micro-batches a replica, a number or an array, keep each rule of the schedule; and the rule."""
-    stages = plan.pp
-    if stages == 1:
-        return
-    if interleaved_by_megatron(plan):
-        group = plan.pp_group or stages
-        rule = f"do not make groups of {group}, of which the last may have fewer but not below pp = {stages}"
-        near = f"use a global_batch that makes a multiple of {group}"
-        yield (count >= group) & ((count % group == 0) | (count % group >= stages)), f"{rule}; {near}"
-    elif plan.pp_schedule == "interleaved_zero_bubble" or (plan.pp_schedule == "1f1b" and plan.virtual_pp > 1):
-        rounds = count // stages + (count < stages)
-        rule = f"are not a multiple of the rounds that torch makes of them, one for {stages} stages"
-        yield count % rounds == 0, f"{rule}; use a global_batch that makes a multiple of {stages}"
-    least = _least_micro_batches(plan)
-    yield count >= least, f"are below the {least} that fill the pipeline; use a global_batch that makes {least} or more"
-
-
-def _least_micro_batches(plan: Plan) -> int:
-    if plan.pp_schedule == "dualpipev":
-        return 2 * plan.pp
-    return plan.pp if plan.pp_schedule == "1f1b" and plan.virtual_pp == 1 and sends(plan) == "torch" else 1
 
 
 # ------------------------------------------------------------ replicas and the optimizer
