@@ -272,9 +272,10 @@ class PreparedStep:
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
         seconds = np.zeros((self.template.num_slots, *numbers.shape[1:]))
+        by_workload = seconds.T
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
-            seconds[group.slots] = np.asarray(compute.duration(group.work(floats))).T
+            by_workload[..., group.slots] = compute.duration(group.work(floats))
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
