@@ -20,6 +20,7 @@ from spsim.inputs.grid import Grid
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.recompute import usual_kind
 from spsim.program.sizes import LAYER, Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
@@ -102,7 +103,7 @@ def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads) -> Amoun
     return Amounts(
         model=layers * flops.training(),
         causal=layers * layer_flops(scenario.model, workload, causal=True).training(),
-        executed=layers * flops.executed(scenario.plan),
+        executed=layers * flops.executed(usual_kind(scenario.plan).recomputed),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import RECOMPUTE_MODULES, Plan
 from spsim.inputs.workload import Workload, Workloads
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PENDING = (
     "pp_schedule", "pp_group", "pp_layout", "pp_sends", "pp_overlap", "pp_warmup_flush", "pp_deallocate", "dp_library",
     "shard_group", "bucket_elements", "grad_dtype", "moment_dtype", "precision_aware_optimizer", "loss_fusion",
-    "recompute_layers", "recompute_method", "recompute_modules", "cpu_offload_layers", "cuda_graphs",
+    "recompute_layers", "recompute_method", "cpu_offload_layers", "cuda_graphs",
 )  # fmt: skip
 """Options that are not simulated yet."""
 MAX_MICRO_BATCHES = 100_000
@@ -28,7 +28,10 @@ MAX_DIFFERING = 256
 
 def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
     """The rules between model, plan and workload, whatever the hardware; `InputError` names the first broken."""
-    for check in (_check_scope, _check_heads, _check_widths, _check_window, _check_sequence, _check_batch):
+    checks = (
+        _check_scope, _check_recompute, _check_heads, _check_widths, _check_window, _check_sequence, _check_batch
+    )  # fmt: skip
+    for check in checks:
         check(model, plan, workload)
 
 
@@ -81,6 +84,22 @@ def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
         if used:
             setting = _setting(name, getattr(owner, name))
             raise InputError(f"{setting}: not simulated yet; leave it at its default")
+
+
+def _check_recompute(model: Model, plan: Plan, workload: Workload) -> None:
+    if plan.recompute_modules is None:
+        return
+    if plan.recompute != "selective":
+        raise InputError(
+            f"plan: recompute_modules = {plan.recompute_modules!r} with recompute = {plan.recompute!r}: "
+            "modules are for recompute=selective; use that, or leave them out"
+        )
+    for name in plan.recompute_modules.split("+"):
+        if name not in RECOMPUTE_MODULES:
+            raise InputError(
+                f"plan: recompute_modules = {plan.recompute_modules!r}: {name!r} is no module; "
+                f"use some of {', '.join(RECOMPUTE_MODULES)} with + between them"
+            )
 
 
 def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
