@@ -22,6 +22,7 @@ from spsim.inputs.workload import Workload, Workloads
 from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.instructions import LAYER
+from spsim.program.recompute import usual_kind
 from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
@@ -111,7 +112,7 @@ def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: s
     return Amounts(
         model=replicas * (layers * flops.training() + head),
         causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
-        executed=replicas * (layers * flops.executed(scenario.plan) + head),
+        executed=replicas * (layers * flops.executed(usual_kind(scenario.plan).recomputed) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 

@@ -12,6 +12,8 @@ from spsim.inputs.schedules import Library, Schedule
 from spsim.inputs.words import label_options, plan_options
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
+RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_act", "layernorm")
+"""Modules of a layer that can be recomputed by themselves, as Megatron-Core calls them; `mlp_act` is its `moe_act`."""
 
 
 class Plan(Configuration):
@@ -69,7 +71,7 @@ class Plan(Configuration):
     recompute_method: Literal["block", "uniform"] = "block"
     """The first layers of a chunk, or units of so many layers of which the first input is kept."""
     recompute_modules: str | None = None
-    """Modules of a layer that are recomputed, such as `core_attn+mlp` (`recompute_modules`)."""
+    """Modules of a layer that `selective` recomputes, such as `core_attn+mlp`; core attention unless given."""
     cpu_offload_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Layers of a rank whose activations wait in host memory between their passes."""
     cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"

@@ -103,6 +103,8 @@ class Section:
     """(buffer that a run finds, buffer that it leaves in its place): the next run finds the latter as the former, and
     what comes after the last run reads the latter.
     """
+    layer: int = 0
+    """Of the block, from 0, that it belongs to."""
 
 
 @dataclass(frozen=True)

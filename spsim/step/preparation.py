@@ -28,6 +28,7 @@ from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
+from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.program.templates import layer_template, step_template
 from spsim.step.abreast import Abreast
@@ -46,14 +47,19 @@ from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
-    """The layers of a model under a plan; `fold` simulates identical ranks once."""
+def prepared_layer(
+    model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", kind: LayerKind | None = None
+) -> PreparedStep:
+    """The layers of a model under a plan, or units of layers, of a `kind`, else as the plan recomputes layers; `fold`
+    simulates identical ranks once.
+    """
+    kind = kind or usual_kind(plan)
     return _steps.get(
-        (layer_traits(model), compiled_by(plan), precision, _issued_by(plan), fold),
+        (layer_traits(model), compiled_by(plan, kind), precision, _issued_by(plan), fold),
         lambda: PreparedStep(
-            layer_template(model, plan, precision),
+            layer_template(model, plan, precision, kind),
             plan,
-            lambda workload: {LAYER: layer_program(model, plan, workload)},
+            lambda workload: {LAYER: layer_program(model, plan, workload, kind)},
             fold=fold,
             weight_bytes=ELEMENT_BYTES[precision],
         ),
