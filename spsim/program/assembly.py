@@ -17,6 +17,8 @@ from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
+from spsim.program.quantisation import quantised
+from spsim.program.recipes import RECIPES
 from spsim.program.region import Region
 from spsim.program.sizes import LAYER
 from spsim.program.strategies import named_rules, split_rules
@@ -50,9 +52,16 @@ def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
 def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
     """The program of one layer, compiled; `layer_program` keeps it."""
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: transformer_layer(model, workload, plan.dp))
+    operators = _layers.get(key, lambda: _layer(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
     return program_in(region, plan, causal=model.causal)
+
+
+def _layer(model: Model, workload: Workload, replicas: int) -> tuple[Operator, ...]:
+    """The operators of a layer, with the casts of the recipe of its precision, if that has one."""
+    operators = transformer_layer(model, workload, replicas)
+    recipe = RECIPES.get(workload.precision)
+    return operators if recipe is None else quantised(operators, recipe)
 
 
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:

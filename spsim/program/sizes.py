@@ -23,7 +23,7 @@ import numpy.typing as npt
 from spsim.inputs.workload import Precision, Workload
 from spsim.program.instructions import Compute, Program
 from spsim.units import KIB
-from spsim.work import Work
+from spsim.work import Gemm, Work
 
 Vector = npt.NDArray[np.int64]
 
@@ -184,7 +184,8 @@ class _Reader:
     def __init__(self) -> None:
         self.positions: dict[int, int] = {}
         self.num_slots = 1
-        self.kernels: dict[type[Work], list[tuple[Work, int]]] = defaultdict(list)
+        self.kernels: dict[tuple[type[Work], str | None], list[tuple[Work, int]]] = defaultdict(list)
+        """Of one kind; of products, of one data type."""
         self._slots: dict[int, int] = {}
 
     def index(self, program: Program) -> Index:
@@ -207,7 +208,7 @@ class _Reader:
 
     def groups(self) -> list[KernelGroup]:
         """All kernels by kind."""
-        return [self._group(kind, *zip(*own, strict=True)) for kind, own in self.kernels.items()]
+        return [self._group(kind, *zip(*own, strict=True)) for (kind, _), own in self.kernels.items()]
 
     def _position(self, size: int) -> int:
         return self.positions.setdefault(size, len(self.positions))
@@ -223,7 +224,8 @@ class _Reader:
         """The slot of a kernel, one for those that are the same object: at most positions of a ring it is."""
         if id(work) not in self._slots:
             self._slots[id(work)] = self._slot()
-            self.kernels[type(work)].append((work, self._slots[id(work)]))
+            dtype = work.dtype if isinstance(work, Gemm) else None
+            self.kernels[type(work), dtype].append((work, self._slots[id(work)]))
         return self._slots[id(work)]
 
     def _group(self, kind: type[Work], kernels: tuple[Work, ...], slots: tuple[int, ...]) -> KernelGroup:
