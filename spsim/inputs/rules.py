@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spsim.errors import InputError
 from spsim.inputs.effects import reasons, setting
 from spsim.inputs.model import Model
-from spsim.inputs.plan import RECOMPUTE_MODULES, Plan
+from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import check_step, refused_count
 from spsim.inputs.workload import Workload, Workloads
 
@@ -43,22 +43,6 @@ def _check_phase(model: Model, plan: Plan, workload: Workload) -> None:
             f"plan: {plan.label} with phase 'decode': one new token has no sequence to shard; "
             "use tp without sequence_parallel, ulysses or ring"
         )
-
-
-def _check_recompute(model: Model, plan: Plan, workload: Workload) -> None:
-    if plan.recompute_modules is None:
-        return
-    if plan.recompute != "selective":
-        raise InputError(
-            f"plan: recompute_modules = {plan.recompute_modules!r} with recompute = {plan.recompute!r}: "
-            "modules are for recompute=selective; use that, or leave them out"
-        )
-    for name in plan.recompute_modules.split("+"):
-        if name not in RECOMPUTE_MODULES:
-            raise InputError(
-                f"plan: recompute_modules = {plan.recompute_modules!r}: {name!r} is no module; "
-                f"use some of {', '.join(RECOMPUTE_MODULES)} with + between them"
-            )
 
 
 def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:

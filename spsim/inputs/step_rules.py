@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from spsim.errors import InputError
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import RECOMPUTE_MODULES, Plan
 from spsim.inputs.schedules import GROUPED, Library, refused_exchange, refused_schedule
 from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Workload
 
 MAX_GPUS = 2**20
 """Of a plan; ten times the largest that trained anything."""
-MODULES = ("core_attn", "layernorm", "mlp")
+MODULES = RECOMPUTE_MODULES
 """What a selective recomputation may run again (`recompute_modules` of Megatron-LM)."""
 _MODULES_ELSEWHERE = {
     **dict.fromkeys(("moe", "moe_act", "shared_experts"), "experts are"),

@@ -10,10 +10,12 @@ from pydantic import BeforeValidator, Field
 from spsim.inputs import words
 from spsim.inputs.configuration import Configuration
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
-ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""With fp8 the inputs of products are converted; tensors stay in 16 bits."""
-
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "mxfp8", "fp8_blockwise", "nvfp4"]
+"""The last four are recipes of bf16 and products of 8 or 4 bits: see `program.recipes`."""
+ELEMENT_BYTES: Mapping[str, int] = {
+    "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp8_any_layout": 2, "mxfp8": 2, "fp8_blockwise": 2, "nvfp4": 2
+}  # fmt: skip
+"""Operands of products are cast to 8 or 4 bits; tensors between operators stay in 16."""
 
 _UNITS = {"k": 2**10, "m": 2**20}
 

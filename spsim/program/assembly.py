@@ -18,6 +18,8 @@ from spsim.program.lowerings.ring import lower_ring
 from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
+from spsim.program.quantisation import quantised
+from spsim.program.recipes import RECIPES
 from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.region import Region
 from spsim.program.strategies import named_rules, split_rules
@@ -52,12 +54,19 @@ def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
 def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: transformer_layer(model, workload, plan.dp))
+    operators = _layers.get(key, lambda: _layer(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind is None or kind.layers == 1:
         return program
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
+
+
+def _layer(model: Model, workload: Workload, replicas: int) -> tuple[Operator, ...]:
+    """The operators of a layer, with the casts of the recipe of its precision, if that has one."""
+    operators = transformer_layer(model, workload, replicas)
+    recipe = RECIPES.get(workload.precision)
+    return operators if recipe is None else quantised(operators, recipe)
 
 
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from spsim.inputs.plan import Plan
+from spsim.program.casts import Reading
 from spsim.program.categories import categorise
 from spsim.program.instructions import (
     Buffer,
@@ -24,7 +25,7 @@ from spsim.program.instructions import (
     Saved,
     Section,
 )
-from spsim.program.kernels import Product
+from spsim.program.kernels import Kernels, Product
 from spsim.program.mesh import Mesh
 from spsim.program.operators import Operator, Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
@@ -174,11 +175,35 @@ class _Compiler:
         generation = "recompute" if part == "recompute" else "forward"
         reads = [self._fetch_input(op, operand, generation) for operand in op.handed_over]
         reads += [self._fetch_weight(op, weight) for weight in op.gathered]
-        work = self.region.kernels[op.name].forward(self.causal, self.plan.ring_cut)
+        kernels = self.region.kernels[op.name]
+        work = kernels.forward(self.causal, self.plan.ring_cut)
+        if not work:  # its outputs are its inputs
+            self.values |= {(o.name, o.layout, generation): b for o, b in zip(op.outputs, reads, strict=True)}
+            return
+        if isinstance(kernels, Product):
+            self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
+        self._search(op, kernels, part, reads)
         over = [reads[0]] if op.operator.in_place else []
         writes = [self._hold(output, generation, *over) for output in op.outputs[:1]]
         writes += [self._hold(output, generation) for output in op.outputs[1:]]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
+
+    def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
+        for work in kernels.before:
+            self._compute(op.name, op.operator.kind, part, (work,), reads, ())
+
+    def _prepare(self, op: PlacedOperator, kernels: Product, reading: Reading, read: dict[str, Buffer]) -> None:
+        """Kernels that cast operands need before a product of `op` reads them; copies that they make take the place of
+        what they are made of.
+        """
+        part: Part = self.part if reading == "forward" else reading
+        for name, works, size in kernels.prepared(reading):
+            source = read[name]
+            for work in works[:-1]:
+                self._compute(op.name, "cast", part, (work,), [source], ())
+            if size:
+                read[name] = self._buffer(f"{name} for {reading}", size)
+            self._compute(op.name, "cast", part, works[-1:], [source], [read[name]] if size else ())
 
     def _fetch_input(self, op: PlacedOperator, operand: PlacedOperand, generation: str) -> Buffer:
         source = self.region.produced[operand.name].layout
@@ -293,6 +318,7 @@ class _Compiler:
                 self.gradients[operand.name].append((operand.gradient, gradients[0]))
         work = kernels.backward(self.causal, self.plan.ring_cut)
         if work:
+            self._search(op, kernels, "backward", gradients)
             reads = [*gradients, *saved.values(), *weights]
             over = saved.get(op.outputs[0].name) if op.operator.in_place else None
             writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
@@ -311,9 +337,16 @@ class _Compiler:
         weights: list[Buffer],
     ) -> None:
         """Data gradients first, then the weight gradient: Megatron's order, which hides communication."""
+        made = dict(zip([output.name for output in op.results], gradients, strict=True))
+        if op.operator.recipe:
+            self._prepare(op, kernels, "dgrad", made)
         for operand, work in kernels.data_gradients:
             others = weights if op.weights else [b for name, b in saved.items() if name != operand.name]
-            self._compute(op.name, "gemm", "dgrad", (work,), [*gradients, *others], [self._gradient_of(operand)])
+            self._compute(op.name, "gemm", "dgrad", (work,), [*made.values(), *others], [self._gradient_of(operand)])
+        if op.operator.recipe:
+            saved |= made
+            self._prepare(op, kernels, "wgrad", saved)
+            gradients = [saved.pop(output.name) for output in op.results]
         for weight_work in kernels.weight_gradients:
             of_matrices = not isinstance(weight_work, MemoryBound)
             inputs = saved.values() if of_matrices else ()

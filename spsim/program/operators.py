@@ -24,6 +24,7 @@ from spsim.errors import InputError
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Extent, Layout, Placement, factors, shard
+from spsim.program.recipes import Cast, Recipe
 from spsim.program.strategies import Rules, SplitRule
 from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Framework, KernelClass, KernelName
 
@@ -47,13 +48,18 @@ class Tensor(NamedTuple):
     name: str
     dims: tuple[str, ...]
     sizes: tuple[Extent, ...]
-    itemsize: int
+    itemsize: Extent
+    """A fraction where values share scales."""
     kind: TensorKind = "activation"
+    gradient_itemsize: Extent | None = None
+    """Of its gradient, where that is of another type."""
 
     @property
     def gradient(self) -> Tensor:
         """Its gradient: of a weight in fp32, in which it is summed over ranks and micro-batches."""
-        return self._replace(itemsize=MAIN_GRADIENT_BYTES) if self.kind == "weight" else self
+        if self.kind == "weight":
+            return self._replace(itemsize=MAIN_GRADIENT_BYTES)
+        return self if self.gradient_itemsize is None else self._replace(itemsize=self.gradient_itemsize)
 
 
 class Operand(NamedTuple):
@@ -86,6 +92,12 @@ class Operator:
     """Name of the rules that it is split by, where those are not the ones of the block: experts."""
     in_place: bool = False
     """Its first output is written over its first input, and the gradient of that over what is kept of the output."""
+    recipe: Recipe | None = None
+    """How the operands of a product are cast, if they are."""
+    cast: Cast | None = None
+    """What an operator of the kind `cast` casts."""
+    originals: tuple[Operand, ...] = ()
+    """What a product was given before it was cast, where that is kept for the backward pass, and cast again."""
 
     def __post_init__(self) -> None:
         """`InputError` for what is no sum of products: where tokens are dealt out to experts, positions are missing on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ class PlacedOperand:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of its gradient before that moves."""
-        return self.elements * self.tensor.gradient.itemsize
+        return math.ceil(self.elements * self.tensor.gradient.itemsize)
 
 
 class PlacedOperator:
@@ -60,7 +61,9 @@ class PlacedOperator:
         """The same weights as it uses them."""
         self.differentiated = self.activations + self.gathered if operator.has_backward else ()
         """Inputs whose gradients move to where the inputs come from."""
-        self.saved = tuple([operand for operand in self.inputs + self.outputs if operand.name in operator.saves])
+        self.originals = tuple([self._place(operand, read=True) for operand in operator.originals])
+        known = self.inputs + self.outputs + self.originals
+        self.saved = tuple([operand for operand in known if operand.name in operator.saves])
 
     @lazy
     def sizes(self) -> dict[str, Extent]:
@@ -72,7 +75,7 @@ class PlacedOperator:
         held = elements(subscript, tensor.sizes, self._parts)
         arriving, leaving = layouts(tensor.dims, subscript, self.splits)
         layout, gradient = (arriving, leaving) if read else (leaving, arriving)
-        return PlacedOperand(tensor.name, tensor, subscript, layout, gradient, held, held * tensor.itemsize)
+        return PlacedOperand(tensor.name, tensor, subscript, layout, gradient, held, math.ceil(held * tensor.itemsize))
 
     def _at_rest(self, sharding: Sequence[Axis]) -> Iterator[PlacedOperand]:
         """Sharded where they are used whole, and so must the gradient arrive; it may stay a partial sum elsewhere."""
@@ -84,7 +87,7 @@ class PlacedOperator:
             )
             if axes:
                 held = local_elements(weight.tensor, layout, self.mesh)
-                size = held * weight.tensor.itemsize
+                size = math.ceil(held * weight.tensor.itemsize)
                 yield replace(weight, layout=layout, gradient=gradient, elements=held, bytes=size)
 
     @staticmethod

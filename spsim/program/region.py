@@ -8,12 +8,13 @@ from types import MappingProxyType
 
 from spsim.lazy import lazy
 from spsim.program.instructions import WeightSync
-from spsim.program.kernels import kernels_of
+from spsim.program.kernels import gradient_name, kernels_of
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import (
     Collective,
+    Extent,
     Layout,
     Redistribution,
     local_bytes,
@@ -63,7 +64,6 @@ class Region:
         self._elsewhere = elsewhere
         own = [named.get(op.rules, rules) for op in operators]
         self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
-        self.kernels = {op.name: kernels_of(op) for op in self.operators}
         self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
         # What comes from outside is placed as any output of an operator that does not mix positions.
         sources = (Operator(entry.name, "elementwise", (), (Operand(entry, entry.dims),)) for entry in self.entries)
@@ -79,10 +79,22 @@ class Region:
         """Weights that rest in another layout than they are used in, as they rest."""
         self.produced |= self.resting
         self.producers |= {weight.name: op.name for op in self.operators for weight in op.resting}
+        gathered = frozenset(self._gathered())
+        self.kernels = {op.name: kernels_of(op, gathered) for op in self.operators}
         self.last_summand = {o.name: op for op in self.operators[::-1] for o in op.differentiated}
         """Tensor -> the operator that reads it first, whose gradient of it is the last."""
         self._moves: dict[tuple[str, Layout, Layout, bool], tuple[Move, ...]] = {}
-        self._bytes: dict[tuple[str, int, Layout], int] = {}
+        self._bytes: dict[tuple[str, Extent, Layout], int] = {}
+
+    def _gathered(self) -> Iterator[str]:
+        """Cast tensors that a product reads whole and their producer leaves cut; the same of gradients."""
+        for op in self.operators:
+            for operand in op.activations if op.operator.recipe else ():
+                if operand.layout != self.produced[operand.name].layout:
+                    yield operand.name
+            for operand in op.activations if op.operator.cast else ():
+                if operand.gradient != self.produced[operand.name].gradient:
+                    yield gradient_name(operand.name)
 
     def moves(self, tensor: Tensor, source: Layout, target: Layout, *, backward: bool = False) -> tuple[Move, ...]:
         """From one layout of a tensor to another."""

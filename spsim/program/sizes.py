@@ -23,7 +23,7 @@ import numpy.typing as npt
 from spsim.inputs.workload import Precision, Workload
 from spsim.program.instructions import LAYER, Compute, Program
 from spsim.units import KIB
-from spsim.work import Work
+from spsim.work import Gemm, Work
 
 Vector = npt.NDArray[np.int64]
 
@@ -176,13 +176,17 @@ _NUMBERS = {kind: tuple(field.name for field in fields(kind) if field.type == "i
 """The fields of kernels that are numbers; flags and names are structure."""
 
 
+Sort = tuple[type[Work], str | None]
+"""The kind of kernels and, of products, their data type."""
+
+
 class _Reader:
     """Every size and every kernel of some programs; equal sizes have one position."""
 
     def __init__(self) -> None:
         self.positions: dict[int, int] = {}
         self.num_slots = 1
-        self.kernels: dict[type[Work], list[tuple[Work, int]]] = defaultdict(list)
+        self.kernels: dict[Sort, list[tuple[Work, int]]] = defaultdict(list)
         self._slots: dict[Work, int] = {}
 
     def index(self, program: Program) -> Index:
@@ -203,11 +207,11 @@ class _Reader:
             self._places(sync.elements for sync in program.weight_sync), self._position(program.parameters),
         )  # fmt: skip
 
-    def places(self) -> dict[type[Work], dict[str, npt.NDArray[np.intp]]]:
-        """Kind -> field -> where the numbers of its kernels stand."""
+    def places(self) -> dict[Sort, dict[str, npt.NDArray[np.intp]]]:
+        """Sort -> field -> where the numbers of its kernels stand."""
         return {
-            kind: {name: self._places([getattr(work, name) for work, _ in own]) for name in _NUMBERS[kind]}
-            for kind, own in self.kernels.items()
+            sort: {name: self._places([getattr(work, name) for work, _ in own]) for name in _NUMBERS[sort[0]]}
+            for sort, own in self.kernels.items()
         }
 
     def _position(self, size: int) -> int:
@@ -224,17 +228,18 @@ class _Reader:
         """The slot of a kernel, one for those that are alike."""
         if work not in self._slots:
             self._slots[work] = self._slot()
-            self.kernels[type(work)].append((work, self._slots[work]))
+            dtype = work.dtype if isinstance(work, Gemm) else None
+            self.kernels[type(work), dtype].append((work, self._slots[work]))
         return self._slots[work]
 
     def groups(
-        self, placed: Mapping[type[Work], Mapping[str, npt.NDArray[np.intp]]], coefficients: Vector
+        self, placed: Mapping[Sort, Mapping[str, npt.NDArray[np.intp]]], coefficients: Vector
     ) -> Iterator[KernelGroup]:
-        """The kernels of each kind, whose numbers stand at `placed` among sizes with `coefficients`."""
+        """The kernels of each sort, whose numbers stand at `placed` among sizes with `coefficients`."""
         varies = np.asarray(coefficients[:, 1:].any(axis=1))
-        for kind, own in self.kernels.items():
+        for (kind, dtype), own in self.kernels.items():
             kernels, slots = zip(*own, strict=True)
-            places = placed[kind]
+            places = placed[kind, dtype]
             numbers = tuple(name for name, where in places.items() if varies[where].any())
             positions = np.array([places[name] for name in numbers], dtype=np.intp).reshape(-1, len(kernels))
             constants: dict[str, Any] = {}

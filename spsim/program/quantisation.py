@@ -1,0 +1,82 @@
+"""Operators of a block whose products run in a lower precision: operators to operators, no plan and no rank.
+
+Before each product that a recipe names stands a cast of its input, behind it one of the gradients of its outputs. They
+are operators as any other, so that the rules of placement cast a shard and gather the result: what Megatron-Core sends
+in 8 bits, and what is kept in 8 bits and gathered again, follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from spsim.program.operators import Operand, Operator, Tensor
+from spsim.program.recipes import Cast, Recipe
+
+
+def quantised(operators: Sequence[Operator], recipe: Recipe) -> tuple[Operator, ...]:
+    """The operators of a block with the casts of a recipe; products that it does not name stay as they are."""
+    kinds = {output.tensor.name: op.kind for op in operators for output in op.outputs}
+    found: list[Operator] = []
+    for op in operators:
+        found += _around(op, recipe, kinds.get(op.activations[0].tensor.name)) if _is_named(op, recipe) else [op]
+    return tuple(found)
+
+
+def _is_named(op: Operator, recipe: Recipe) -> bool:
+    return op.kind == "gemm" and op.name in recipe.operators and bool(op.weights)
+
+
+def _around(op: Operator, recipe: Recipe, input_of: str | None) -> Iterator[Operator]:
+    """A product between the casts of its input and of the gradients of its outputs."""
+    (given,) = op.activations
+    x = given.tensor
+    cast = x._replace(name=f"{op.name}_input", itemsize=recipe.itemsize, gradient_itemsize=x.itemsize)
+    known = recipe.norm_finds_scale and input_of == "norm"
+    again = op.name in recipe.keeps_input
+    yield Operator(
+        name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(cast),),
+        passthrough=frozenset({x.name}), cast=Cast(recipe, "input", known, rows_only=again),
+    )  # fmt: skip
+    product, made = _product(op, given, cast, recipe, again=again)
+    yield product
+    yield Operator(
+        name=f"{op.name}_gradient_cast", kind="cast", inputs=tuple(map(_plain, made)),
+        outputs=tuple(_plain(o.tensor) for o in op.outputs), cast=Cast(recipe, "gradient"),
+    )  # fmt: skip
+
+
+def _product(
+    op: Operator, given: Operand, cast: Tensor, recipe: Recipe, *, again: bool
+) -> tuple[Operator, list[Tensor]]:
+    """The product of the cast input, and what it makes, whose gradients arrive cast."""
+    itemsize = recipe.gathered * recipe.itemsize
+    made = [o.tensor._replace(name=f"{o.tensor.name}_made", gradient_itemsize=itemsize) for o in op.outputs]
+    matrices = {w.tensor.name for w in op.weights if not op.contracted.isdisjoint(w.subscript)}
+    kept = given.tensor.name if again else cast.name
+    renamed = {given.tensor.name: kept}
+
+    def read(operand: Operand) -> Operand:
+        tensor = operand.tensor
+        if operand is given:
+            return operand._replace(tensor=cast)
+        return (
+            operand._replace(tensor=tensor._replace(itemsize=recipe.weight_bytes))
+            if tensor.name in matrices
+            else operand
+        )
+
+    product = replace(
+        op,
+        inputs=tuple(map(read, op.inputs)),
+        outputs=tuple(o._replace(tensor=tensor) for o, tensor in zip(op.outputs, made, strict=True)),
+        saves=tuple(renamed.get(name, name) for name in op.saves),
+        owns_gather=frozenset(renamed.get(name, name) for name in op.owns_gather),
+        recipe=recipe,
+        originals=(given,) if again else (),
+    )
+    return product, made
+
+
+def _plain(tensor: Tensor) -> Operand:
+    return Operand(tensor, tensor.dims)
