@@ -8,13 +8,16 @@ dp x ulysses x ring; the distributed optimizer is the first. Of the layers only,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state, shard_ranks
+from spsim.program.instructions import Compute, Program
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
+from spsim.work import Gemm
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,16 @@ def static_memory(parameters: int, plan: Plan, weight_bytes: int) -> StaticMemor
         return -(-size * parameters // (ranks if plan.zero_stage >= stage else 1))
 
     return StaticMemory(held(state.weight, 3), copies * held(state.gradient, 2), held(state.optimizer, 1))
+
+
+def dummy_gradients(programs: Iterable[Program], weight_bytes: int) -> int:
+    """Bytes of what autograd is given for gradients of weights that products have added to main gradients already: one
+    tensor of each shape for all weights of a rank, which Transformer Engine keeps (`get_dummy_wgrad`).
+    """
+    steps = (step for program in programs for section in program.backward_sections for step in section.instructions)
+    products = (work for step in steps if isinstance(step, Compute) for work in step.work if isinstance(work, Gemm))
+    shapes = {(p.m, p.n, p.batch): p.accumulated for p in products if p.accumulated}
+    return weight_bytes * sum(shapes.values())
 
 
 def outside_tensors(profile: HardwareProfile, mesh: Mesh) -> int:

@@ -116,7 +116,7 @@ class _Compiler:
 
     def _hold(self, output: PlacedOperand, generation: str, over: Buffer | None = None) -> Buffer:
         """The buffer of an output, `over` another where it is written in place."""
-        buffer = self._buffer(output.name, output.bytes, alias_of=_root(over))
+        buffer = self._buffer(output.name, output.bytes, alias_of=over.root if over else None)
         self.values[output.name, output.layout, generation] = buffer
         return buffer
 
@@ -177,9 +177,8 @@ class _Compiler:
         if isinstance(kernels, Product):
             self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
         self._search(op, kernels, part, reads)
-        over = [reads[0]] if op.operator.in_place else []
-        writes = [self._hold(output, generation, *over) for output in op.outputs[:1]]
-        writes += [self._hold(output, generation) for output in op.outputs[1:]]
+        over = {op.outputs[0].name: reads[0]} if op.operator.in_place else {}
+        writes = [self._hold(output, generation, over.get(output.name)) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
 
     def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
@@ -360,8 +359,8 @@ class _Compiler:
         return buffers
 
     def _gradient_of(self, operand: PlacedOperand, over: Buffer | None = None) -> Buffer:
-        size, alias = operand.gradient_bytes, _root(over)
-        buffer = self._buffer(f"{operand.name} gradient", size, alias_of=alias)
+        alias = over.root if over else None
+        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes, alias_of=alias)
         self.gradients[operand.name].append((operand.gradient, buffer))
         return buffer
 
@@ -392,10 +391,3 @@ class _Compiler:
             self._compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
             total = result
         return total
-
-
-def _root(buffer: Buffer | None) -> int | None:
-    """The buffer whose memory it is, if there is one."""
-    if buffer is None:
-        return None
-    return buffer.id if buffer.alias_of is None else buffer.alias_of

@@ -35,6 +35,11 @@ class Buffer:
     alias_of: int | None = None
     """The buffer whose memory this is: an all-reduce and a merge work in place, a slice is a view."""
 
+    @property
+    def root(self) -> int:
+        """The buffer whose memory it is, or itself."""
+        return self.id if self.alias_of is None else self.alias_of
+
 
 @dataclass(frozen=True, slots=True)
 class Compute:
