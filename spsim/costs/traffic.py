@@ -12,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from spsim.costs.seconds import Seconds
+from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
+from spsim.inputs.quantities import Fraction
 from spsim.units import GB, MIB, US_PER_S
-from spsim.work import KernelName, MemoryBound, MemoryBoundClass, each
+from spsim.work import CAST_TYPES, KernelName, MemoryBound, MemoryBoundClass, each
 
 
 class _Traffic(NamedTuple):
@@ -75,8 +77,13 @@ class TrafficCost:
 
     def bandwidth(self, operator_class: MemoryBoundClass) -> float:
         """Bytes per second of a class."""
-        share: float = getattr(self._coefficients.memory_bound, operator_class).value
-        return self._profile.memory_bandwidth * share
+        share: Fraction | None = getattr(self._coefficients.memory_bound, operator_class)
+        if share is None:
+            raise InputError(
+                f"hardware {self._profile.name}: memory_bound has no {operator_class}, which a kernel needs; "
+                "add its share of the memory bandwidth to the profile"
+            )
+        return self._profile.memory_bandwidth * share.value
 
     def _look_up(self, work: MemoryBound) -> tuple[_Traffic, tuple[_Segment, ...]]:
         """At the shortest measured row, and the changes to longer ones; arrays for many kernels."""
@@ -88,17 +95,22 @@ class TrafficCost:
             self._known[key] = _Traffic(memory, cache, start), found
         return self._known[key]
 
-    def _table(self, dtype: str | None) -> str:
-        """The type whose measured rates count."""
+    def _table(self, kernel: str, dtype: str | None) -> str:
+        """The type whose measured rates count; of types that operands are cast to only the casts' own."""
         own = dtype or self._dtype
-        known = self._coefficients.kernel_rates, self._coefficients.row_rates
-        return own if any(own in tables for tables in known) else "bf16"
+        known = [
+            rates[own] for rates in (self._coefficients.kernel_rates, self._coefficients.row_rates) if own in rates
+        ]
+        if own in CAST_TYPES:
+            return own if any(kernel in rates for rates in known) else "bf16"
+        return own if known else "bf16"
 
     def _at(
         self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool, dtype: str | None
     ) -> tuple[Seconds, ...]:
         """Of one kernel, as flat as arrays of many need it: `_Traffic`, and each `_Segment`, as many as any has."""
-        name, table = rates_key(kernel, backward), self._table(dtype)
+        name = rates_key(kernel, backward)
+        table = self._table(name, dtype)
         rates = self._coefficients.kernel_rates.get(table, {})
         by_row = self._coefficients.row_rates.get(table, {})
         if name not in by_row:
@@ -118,7 +130,8 @@ class TrafficCost:
 
     def class_of(self, work: MemoryBound) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
-        kernel, dtype = rates_key(work.kernel, work.backward), self._table(work.dtype)
+        kernel = rates_key(work.kernel, work.backward)
+        dtype = self._table(kernel, work.dtype)
         for table in ("row_rates", "kernel_rates"):
             if kernel in getattr(self._coefficients, table).get(dtype, {}):
                 return f"{table}.{dtype}.{kernel}"

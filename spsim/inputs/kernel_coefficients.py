@@ -121,6 +121,8 @@ class MemoryBoundFractions(Table):
     cross_entropy: Fraction | None = None
     optimizer: Fraction | None = None
     """The last three stand outside the transformer layers."""
+    cast: Fraction | None = None
+    """Of products to 8 or 4 bits; rates by type are in `kernel_rates`."""
 
 
 class KernelRates(Table):
