@@ -12,8 +12,6 @@ from spsim.inputs.plan_words import label_options, plan_options
 from spsim.inputs.schedules import Library, Schedule
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
-RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_act", "layernorm")
-"""Modules of a layer that can be recomputed by themselves, as Megatron-Core calls them; `mlp_act` is its `moe_act`."""
 
 
 class Plan(Configuration):
