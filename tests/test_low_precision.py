@@ -37,7 +37,9 @@ B200_PRODUCTS = [
     ("nvfp4", 4096, 4096, 7168, 45.1), ("nvfp4", 8192, 8192, 8192, 192.8),
 ]  # fmt: skip
 """Of cuBLAS, CUTLASS, Helion, ThunderKittens and DeepGEMM: pull requests vllm-project/vllm 19566,
-flashinfer-ai/flashinfer 2464, deepseek-ai/DeepGEMM 348 and others. Left out are 128 and 256 rows, whose operands of a few MB came from the cache."""
+flashinfer-ai/flashinfer 2464, deepseek-ai/DeepGEMM 348 and others. Left out are 128 and 256 rows, whose operands of a
+few MB came from the cache.
+"""
 
 
 def test_blockwise_products_of_h100_are_as_fast_as_published():

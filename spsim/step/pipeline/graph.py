@@ -1,4 +1,4 @@
-"""What waits for what in a pipeline, as arrays: the ends of passes and waits, each the latest of some others plus a time.
+"""What waits for what in a pipeline, as arrays: ends of passes and waits, each the latest of some others plus a time.
 
 A node is a moment of a rank: the end of a pass, or of a wait after which something is posted. A message that cannot be
 held up by the one before it on its lane is no node: who waits for it waits for both posts and a transfer.
