@@ -172,9 +172,10 @@ class Trace:
             yield from leaf.find(_one(layer), _one(micro_batch))
 
     def _leaves_of(self, phase: Pass, layer: int | None) -> Iterator[Leaf]:
-        """Those of a pass; of no layer where one is asked for are the blocks around the layers."""
+        """Those of a pass; where a layer is asked for without the blocks around the layers, which are none."""
+        around = layer is None or phase not in ("forward", "backward")
         for leaf in self.leaves:
-            if leaf.stretch.phase == phase and (layer is None or leaf.stretch.layer is not None):
+            if leaf.stretch.phase == phase and (around or leaf.stretch.layer is not None):
                 yield leaf
 
     def pieces_in(self, layers: Collection[int], micro_batches: Collection[int]) -> list[Piece]:

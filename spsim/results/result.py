@@ -60,7 +60,8 @@ class Result(Derived):
     numbers: Numbers
     amounts: Amounts
     trace: Trace
-    static: StaticMemory
+    statics: Mapping[int, StaticMemory]
+    """Of each simulated rank."""
     events: int
     """Tasks that went through the engine."""
     folded: bool
@@ -211,7 +212,12 @@ class Result(Derived):
     @lazy
     def peak(self) -> metrics.Peak:
         """The fullest rank, when, and by which task."""
-        return metrics.peak_memory(self.trace, self.static.total)
+        return metrics.peak_memory(self.trace, {rank: own.total for rank, own in self.statics.items()})
+
+    @property
+    def static(self) -> StaticMemory:
+        """Of the fullest rank."""
+        return self.statics[self.peak.rank]
 
     @lazy
     def peak_bytes(self) -> int:
@@ -295,7 +301,7 @@ class Result(Derived):
     @lazy
     def memory_curve(self) -> pd.DataFrame:
         """Memory by category over time; see `tables.memory_frame`."""
-        return tables.memory_frame(self.trace, self.static.by_category())
+        return tables.memory_frame(self.trace, self.statics)
 
     @lazy
     def operators(self) -> pd.DataFrame:
