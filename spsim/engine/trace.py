@@ -171,12 +171,11 @@ class Trace:
         for leaf in self._leaves_of(phase, layer):
             yield from leaf.find(_one(layer), _one(micro_batch))
 
-    def _leaves_of(self, phase: Pass, layer: int | None) -> Iterator[Leaf]:
-        """Those of a pass; where a layer is asked for without the blocks around the layers, which are none."""
-        around = layer is None or phase not in ("forward", "backward")
-        for leaf in self.leaves:
-            if leaf.stretch.phase == phase and (around or leaf.stretch.layer is not None):
-                yield leaf
+    def _leaves_of(self, phase: Pass, layer: int | None) -> Sequence[Leaf]:
+        """Those of a pass. Where it has layers and one is asked for, the blocks around them are left out."""
+        own = [leaf for leaf in self.leaves if leaf.stretch.phase == phase]
+        layers = [leaf for leaf in own if leaf.stretch.layer is not None]
+        return layers if layers and layer is not None else own
 
     def pieces_in(self, layers: Collection[int], micro_batches: Collection[int]) -> list[Piece]:
         """The pieces of some layers and micro-batches and those that belong to none, in order of tasks."""

@@ -187,7 +187,9 @@ class Result(Derived):
 
     @property
     def overlap(self) -> str:
-        """That neighbouring layers overlap, in words; empty where they do not."""
+        """That neighbouring layers overlap, in words; empty where they do not, and of more than layers."""
+        if self.scope == "step":
+            return ""
         passes = self.scenario.model.layers * self.scenario.num_micro_batches
         more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
         if more <= OVERLAPPING:
