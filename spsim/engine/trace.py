@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, end_of, pieces_during, place_of
-from spsim.engine.recording import MemoryChange, Recording, Span, TaskInfo
+from spsim.engine.recording import Flight, MemoryChange, Recording, Span, TaskInfo
 from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
 
@@ -85,6 +85,15 @@ def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[i
     return (found[0], found[-1]) if edges and len(found) > 1 else found
 
 
+class Wait(NamedTuple):
+    """Between two pieces of a rank nothing of its own runs: it waits for what is on its way."""
+
+    start_ps: int
+    end_ps: int
+    flights: Sequence[Flight]
+    """Communications that are posted or under way, at their place in time."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """All pieces in order of tasks; `copies` says which ranks each simulated one stands for."""
@@ -98,6 +107,8 @@ class Trace:
     """Axis -> rank -> the ranks of its group."""
     overlapping: bool = False
     """Whether pieces overlap on a rank and their records do not know how, so that memory is read from the whole."""
+    waits: Mapping[int, Sequence[Wait]] = field(default_factory=dict)
+    """Simulated rank -> when it waits between pieces."""
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 

@@ -26,13 +26,11 @@ from spsim.program.instructions import (
     Section,
 )
 from spsim.program.kernels import Kernels, Product
-from spsim.program.mesh import Mesh
-from spsim.program.operators import Operator, Tensor
+from spsim.program.operators import Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
 from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
 from spsim.program.region import Move, Region
-from spsim.program.strategies import split_rules
 from spsim.work import KernelClass, MemoryBound, Work
 
 AT_REST = -1
@@ -41,15 +39,11 @@ Key = tuple[str, Layout, str]
 """(tensor, layout, generation): a recomputed or gathered-again tensor is another buffer."""
 
 
-def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, causal: bool) -> Program:
-    """The program of one block; ring attention is a gather here, until `lowerings.ring.lower_ring`."""
-    return compile_region(Region(operators, split_rules(plan), mesh), plan, causal=causal)
-
-
 def compile_region(
     region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None
 ) -> Program:
-    """The same of operators that are placed already, for plans with the degrees of their mesh.
+    """The program of a block for plans with the degrees of its mesh; ring attention is a gather here, until
+    `lowerings.ring.lower_ring`.
 
     With `keep_weights` weights that the forward pass gathers stay for the backward pass, which else gathers them again
     (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does.

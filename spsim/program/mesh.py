@@ -11,10 +11,10 @@ from typing import Literal, get_args
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
-Axis = Literal["dp", "ep", "ring", "ulysses", "tp"]
+Axis = Literal["pp", "dp", "ep", "ring", "ulysses", "tp"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-"""Mesh axes, outer to inner: consecutive ranks differ in tp. Experts that are spread over a part of the replicas have
-an axis of their own, ep, inside dp.
+"""Mesh axes, outer to inner: consecutive ranks differ in tp, and stages of a pipeline follow each other. Experts that
+are spread over a part of the replicas have an axis of their own, ep, inside dp.
 """
 
 
@@ -119,5 +119,10 @@ def _nodes(start: int, lattice: tuple[tuple[int, int], ...], per_node: int) -> i
 
 
 def mesh_of(plan: Plan) -> Mesh:
-    """The mesh of a plan; pipeline stages are outside it."""
+    """The mesh of one pipeline stage of a plan."""
     return Mesh({"dp": plan.dp, "ring": plan.ring, "ulysses": plan.ulysses, "tp": plan.tp})
+
+
+def world_of(plan: Plan) -> Mesh:
+    """All ranks of a plan: stage after stage."""
+    return Mesh({"pp": plan.pp, **mesh_of(plan).degrees})
