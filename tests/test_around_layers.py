@@ -136,8 +136,8 @@ def test_what_a_head_keeps(fused):
 
 @pytest.mark.parametrize("name", ["gpt-22b", "gpt-175b", "gpt-530b", "gpt-1t"])
 def test_published_extra_terms(name):
-    """s b h / t + 4 s b h / t (1 + v / h) with sequence parallelism over 8 ranks, on one stage (Korthikanti et al. 2022,
-    section 4.3), which leaves out where the targets are.
+    """s b h / t + 4 s b h / t (1 + v / h) on one stage, with sequence parallelism over 8 ranks (Korthikanti et al.
+    2022, section 4.3), which leaves out where the targets are.
     """
     m, plan, workload = load_model(name), parse_plan("tp=8,sequence_parallel"), Workload(seq_len=2048, micro_batch=4)
     first, last = (make(m, plan, workload) for make in (embedding_program, head_program))
