@@ -8,12 +8,10 @@ from pydantic import Field
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration, read_value
+from spsim.inputs.plan_words import label_options, plan_options
 from spsim.inputs.schedules import Library, Schedule
-from spsim.inputs.words import label_options, plan_options
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
-RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_act", "layernorm")
-"""Modules of a layer that can be recomputed by themselves, as Megatron-Core calls them; `mlp_act` is its `moe_act`."""
 
 
 class Plan(Configuration):
@@ -90,7 +88,7 @@ class Plan(Configuration):
 
     @classmethod
     def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Megatron's and others' words too; see `words.PLAN`."""
+        """Megatron's and others' words too; see `plan_words`."""
         return super().own_words(plan_options(settings, cls.model_fields.keys()))
 
     @property

@@ -8,7 +8,7 @@ have the dual layouts; the ones with equal layout are summed before they move.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from spsim.inputs.plan import Plan
 from spsim.program.casts import Reading
@@ -22,7 +22,6 @@ from spsim.program.instructions import (
     Part,
     Program,
     Purpose,
-    Saved,
     Section,
 )
 from spsim.program.kernels import Kernels, Product
@@ -31,6 +30,7 @@ from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
 from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
 from spsim.program.region import Move, Region
+from spsim.program.saving import Saving
 from spsim.work import KernelClass, MemoryBound, Work
 
 AT_REST = -1
@@ -64,16 +64,7 @@ class _Compiler:
         self.causal = causal
         self.keep_weights = keep_weights
         self.to_recompute = again
-        self.recomputed = {name: own for own in again for name in own.operators}
-        """Operator -> what it is recomputed with."""
-        self.inside = {
-            output.name: self.recomputed[op.name]
-            for op in self.operators
-            if op.name in self.recomputed
-            for output in op.outputs
-        }
-        """Tensor -> what it is made again with."""
-        self.saved = {op.name: list(self._saved_of(op)) for op in self.operators}
+        self.saving = Saving(region, again, keep_gathered=plan.keep_gathered)
         self.part: Part = "forward"
         self.instructions: list[Instruction] = []
         self.values: dict[Key, Buffer] = {
@@ -100,7 +91,7 @@ class _Compiler:
             forward_sections=(forward,),
             backward_sections=(Section(tuple(self.instructions)),),
             input_gradients=tuple(self.collected[e.name] for e in self.region.entries if e.kind == "activation"),
-            saved=tuple(self._kept()),
+            saved=tuple(self.saving.kept(keep_weights=self.keep_weights)),
             weight_sync=self.region.weight_syncs,
             parameters=self.region.parameters,
             inputs=entries,
@@ -210,49 +201,6 @@ class _Compiler:
         rests = self.region.resting[weight.name].layout
         return self._fetch(weight.tensor, rests, weight.layout, generation, purpose, op.name)
 
-    # What is saved
-
-    def _saved_of(self, op: PlacedOperator) -> Iterator[tuple[PlacedOperand, Layout]]:
-        """What an operator saves, in the layout that is kept: the one that it consumes or leaves, but before its
-        trailing all-gathers where it owns the gather.
-        """
-        owned = op.operator.owns_gather
-        if self.plan.keep_gathered and not op.operator.mixes_positions:
-            owned = frozenset()
-        for operand in op.saved:
-            layout = operand.layout
-            if operand.name in owned:
-                moves = self.region.moves(operand.tensor, self.region.produced[operand.name].layout, layout)
-                for move in reversed(moves):
-                    if move.collective != "all_gather":
-                        break
-                    layout = move.source
-            yield operand, layout
-
-    def _kept(self) -> Iterator[Saved]:
-        """All that survives the forward pass, each tensor in each layout once."""
-        seen = set()
-        for op in self.operators:
-            for operand, layout in self._kept_for(op):
-                if (operand.name, layout) not in seen:
-                    seen.add((operand.name, layout))
-                    size = self.region.bytes_of(operand.tensor, layout)
-                    yield Saved(operand.name, layout, size, operand.tensor.kind, op.name)
-            for weight in op.gathered if self.keep_weights else ():
-                yield Saved(weight.name, weight.layout, weight.bytes, "weight", op.name)
-
-    def _kept_for(self, op: PlacedOperator) -> list[tuple[PlacedOperand, Layout]]:
-        own = self.recomputed.get(op.name)
-        if own is None:
-            return [(operand, layout) for operand, layout in self.saved[op.name] if not self._discarded(operand)]
-        outside = (o for o in op.handed_over if self.inside.get(o.name) is not own and not self._discarded(o))
-        return [(o, self.region.produced[o.name].layout) for o in outside]
-
-    def _discarded(self, operand: PlacedOperand) -> bool:
-        """Whether nobody keeps a tensor, for it is made again."""
-        own = self.inside.get(operand.name)
-        return own is not None and own.discards
-
     # Backward
 
     def _gradient_from_outside(self, tensor: Tensor, output: Buffer) -> Buffer:
@@ -286,14 +234,14 @@ class _Compiler:
         """
         for op in (op for op in self.operators if op.name in own.operators):
             for operand in op.handed_over:
-                if self.inside.get(operand.name) is not own:
+                if self.saving.inside.get(operand.name) is not own:
                     layout = self.region.produced[operand.name].layout
                     found = self.values[operand.name, layout, "forward"]
                     self.values.setdefault((operand.name, layout, "recompute"), found)
             self._run_forward(op, "recompute")
         for op in (op for op in self.operators if op.name not in own.operators and not own.discards):
             for operand in op.activations:
-                if self.inside.get(operand.name) is own:
+                if self.saving.inside.get(operand.name) is own:
                     self._fetch_input(op, operand, "recompute")
 
     def _run_backward(self, op: PlacedOperator) -> None:
@@ -349,9 +297,9 @@ class _Compiler:
     def _read_saved(self, op: PlacedOperator) -> dict[str, Buffer]:
         """What the backward pass of an operator reads of its forward pass, gathered again where it owns that."""
         buffers = {}
-        for operand, kept in self.saved[op.name]:
-            generation = "recompute" if op.name in self.recomputed else "forward"
-            if self._discarded(operand) and op.name not in self.recomputed:
+        for operand, kept in self.saving.saved[op.name]:
+            generation = "recompute" if op.name in self.saving.recomputed else "forward"
+            if self.saving.discarded(operand) and op.name not in self.saving.recomputed:
                 generation, kept = "recompute", self.region.produced[operand.name].layout
             self.values[operand.name, kept, "regather"] = self.values[operand.name, kept, generation]
             needed = self._fetch(operand.tensor, kept, operand.layout, "regather", "regather", op.name)
