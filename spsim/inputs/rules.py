@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PENDING = frozenset({
     "phase", "precision=fp8", "tp_overlap",
     "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
-    "moment_dtype", "precision_aware_optimizer", "loss_fusion",
+    "moment_dtype", "precision_aware_optimizer", 
     "recompute_layers", "recompute_method", "cpu_offload_layers", "cuda_graphs",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
