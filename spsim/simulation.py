@@ -11,7 +11,7 @@ import numpy as np
 
 from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
-from spsim.costs.static_memory import StaticMemory, static_memory
+from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.trace import Trace
@@ -146,7 +146,12 @@ def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
 
 
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
-    return static_memory(prepared.parameters(numbers, chunk), scenario.plan, scenario.workload.element_bytes)
+    plan, element_bytes = scenario.plan, scenario.workload.element_bytes
+    found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes)
+    if scenario.scope == "layers" or plan.dp_library != "megatron":
+        return found
+    own = [prepared.template.programs[run.block] for run in chunk]
+    return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
 
 
 def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:

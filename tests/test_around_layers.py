@@ -134,6 +134,18 @@ def test_what_a_head_keeps(fused):
         assert sum(found.values()) == logits // cut + (0 if fused else 9 * TOKENS // tokens)
 
 
+@pytest.mark.parametrize("name", ["gpt-22b", "gpt-175b", "gpt-530b", "gpt-1t"])
+def test_published_extra_terms(name):
+    """s b h / t + 4 s b h / t (1 + v / h) on one stage, with sequence parallelism over 8 ranks (Korthikanti et al.
+    2022, section 4.3), which leaves out where the targets are.
+    """
+    m, plan, workload = load_model(name), parse_plan("tp=8,sequence_parallel"), Workload(seq_len=2048, micro_batch=4)
+    first, last = (make(m, plan, workload) for make in (embedding_program, head_program))
+    of_head = sum(size for name, size in kept(last).items() if "target" not in name)
+    hidden = 2048 * 4 * m.hidden
+    assert sum(kept(first).values()) + of_head == (hidden + 4 * hidden + 4 * hidden * m.vocab // m.hidden) // 8
+
+
 def loss_traffic(program):
     """Bytes of the memory-bound kernels but the norm's."""
     works = [s.work[0] for s in program.instructions if isinstance(s, Compute) and s.operator != "final_norm"]

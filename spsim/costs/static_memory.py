@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state, shard_ranks
-from spsim.program.instructions import Compute, Program
+from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
-from spsim.work import Gemm
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,7 @@ def dummy_gradients(programs: Iterable[Program], weight_bytes: int) -> int:
     """Bytes of what autograd is given for gradients of weights that products have added to main gradients already: one
     tensor of each shape for all weights of a rank, which Transformer Engine keeps (`get_dummy_wgrad`).
     """
-    steps = (step for program in programs for section in program.backward_sections for step in section.instructions)
-    products = (work for step in steps if isinstance(step, Compute) for work in step.work if isinstance(work, Gemm))
-    shapes = {(p.m, p.n, p.batch): p.accumulated for p in products if p.accumulated}
+    shapes = {shape: size for program in programs for shape, size in program.accumulated.items()}
     return weight_bytes * sum(shapes.values())
 
 

@@ -14,7 +14,7 @@ from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
-from spsim.work import KernelClass, Work
+from spsim.work import Gemm, KernelClass, Work
 
 LAYER = "layer"
 """The block that a model has most of, or a traced module."""
@@ -151,6 +151,14 @@ class Program:
     @lazy
     def _written_out(self) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
         return unrolled(self)
+
+    @lazy
+    def accumulated(self) -> dict[tuple[int, ...], int]:
+        """Shapes of weights whose gradients products add to main gradients, each once, and their elements."""
+        steps = [step for section in self.backward_sections for step in section.instructions]
+        works = [work for step in steps if isinstance(step, Compute) for work in step.work]
+        products = [work for work in works if isinstance(work, Gemm) and work.accumulated]
+        return {(product.m, product.n, product.batch): product.accumulated for product in products}
 
     def saved_bytes(self, *categories: TensorKind) -> int:
         """Bytes kept per block and micro-batch on one rank, of the given categories."""
