@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from spsim.costs.flops import layer_flops
 from spsim.costs.models import cost_models
@@ -61,13 +62,18 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         numbers = products(block.columns.coefficients, basis)
         step = block.columns.run(
             grid.model.layers,
-            grid.num_micro_batches,
+            _one_if_alike(grid.num_micro_batches),
             block.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
             sum(block.sync_durations(comm, grid.gpus_per_node, messages)),
             basis,
             grid.hardware.coefficients.overlap_slowdown.value,
         )
     return ResultColumns("layers", grid, block, numbers, _amounts(grid, _counted(grid)), step, _static(scenario, known))
+
+
+def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
+    """The micro-batches of all workloads, as most grids have them."""
+    return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
 def _block(scenario: Scenario, fold: bool) -> PreparedBlock:
