@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
@@ -78,7 +79,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         numbers = products(prepared.columns.coefficients, basis)
         step = prepared.columns.run(
             chunk,
-            grid.num_micro_batches,
+            _one_if_alike(grid.num_micro_batches),
             prepared.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
             closing["weight_sync"],
             closing["optimizer"],
@@ -89,6 +90,11 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     return ResultColumns(
         scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid), scenario.scope), step, static
     )
+
+
+def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
+    """The micro-batches of all workloads, as most grids have them."""
+    return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
 def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -131,9 +132,12 @@ class Plan(Configuration):
         return " × ".join(parts) or "single GPU"
 
 
+KEPT = 1024
+"""Plans by their text: it is read for each row of a sweep."""
 _DEFAULTS = {name: field.default for name, field in Plan.model_fields.items()}
 
 
+@lru_cache(KEPT)
 def parse_plan(text: str) -> Plan:
     """A plan from the form of the command line: `tp=8,sequence_parallel,recompute=selective`; labels as `TP8+SP` and
     the names of Megatron-LM and others are taken too.
