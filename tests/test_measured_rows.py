@@ -5,7 +5,7 @@ import pytest
 
 from spsim.inputs.hardware import leaves
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.resources import measured_cases
+from spsim.inputs.resources import data_directory
 from spsim.measuring.calibrate.coefficients import leaf_at
 from spsim.measuring.calibrate.fit import fit_profile
 from spsim.measuring.calibrate.product_fit import fit_gemm
@@ -13,7 +13,7 @@ from spsim.measuring.calibrate.records import read_measurements
 from spsim.measuring.calibrate.samples import Batch, gemm_samples
 
 H100 = load_profile("dgx-h100")
-DATA = measured_cases().parent
+DATA = data_directory()
 ROWS = read_measurements(DATA / "dgx-h100.csv")
 
 

@@ -22,7 +22,7 @@ _MODULES_ELSEWHERE = {
     **dict.fromkeys(("moe", "moe_act", "shared_experts"), "experts are"),
     "mla_up_proj": "latent attention is",
 }
-"""Those of models that spsim does not have."""
+"""Modules of Megatron-LM whose models spsim does not have."""
 
 
 def check_step(model: Model, plan: Plan, workload: Workload) -> None:

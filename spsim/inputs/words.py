@@ -34,7 +34,14 @@ MODEL = {
 }
 """Field of a model -> its names elsewhere."""
 
-PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+PRECISIONS = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    "fp8_cs": "fp8",
+}
 
 
 def plain(word: str) -> str:
