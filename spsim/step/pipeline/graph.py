@@ -97,6 +97,8 @@ class Graph:
         self.finished: Numbers = number[made.finished]
         """The last node of each rank."""
         self.messages = Messages(made.lanes, number[made.posts], number[made.travelling])
+        self.by_rank: Numbers = number
+        """The start of the step, then the nodes of each rank in order, then messages."""
         self.positions: Numbers = made.positions[order]
         """Place in its rank's row of the pass that a node ends or follows."""
         self._steps = self._by_level(level[order])
@@ -132,7 +134,7 @@ class _Nodes:
         operations, lanes, numbers, rank = _joined(score)
         ends = _ends(operations, rank)
         count = np.cumsum(ends)
-        earlier = count - ends
+        earlier: Numbers = count - ends
         first = np.flatnonzero(np.diff(rank, prepend=-1))
         before = np.where(earlier > earlier[first][rank], earlier, 0)
         """The last node of the rank before an entry; the next one is `earlier` + 1."""
@@ -148,7 +150,7 @@ class _Nodes:
 
         sides = np.array([lane[0] for lane in score.stages.lanes] or [0])[lanes] != rank
         size = np.bincount(lanes[posts & ~sides], minlength=len(score.stages.lanes))
-        message = np.append(0, np.cumsum(size))[lanes] + numbers
+        message: Numbers = np.append(0, np.cumsum(size))[lanes] + numbers
         self.lanes: Numbers = np.repeat(np.arange(len(size)), size)
         never = len(self.own)
         self.posts: Numbers = np.full((2, len(self.lanes)), never)
@@ -158,8 +160,8 @@ class _Nodes:
         if (self.posts == never).any():
             self._refuse(score.stages.lanes, never)
         self.held_up, self.travelling = self._travelling(waited)
-        chain = _Edges(before[ends], count[ends], np.full(count[-1], none))
-        edges = [chain, *self._waits(message[waits], earlier[waits] + 1, len(classes.names), none)]
+        chain = _Edges(before[ends], count[ends], np.full(len(self.own) - 1, none))
+        edges = [chain, *self._waits(*_last(message[waits], earlier[waits] + 1, self.lanes), len(classes.names), none)]
         self.tails, self.heads, self.times = (np.concatenate(column) for column in zip(*edges, strict=True))
 
     def _refuse(self, lanes: Sequence[Lane], never: int) -> None:
@@ -174,7 +176,7 @@ class _Nodes:
         """
         follows = np.append(False, self.lanes[1:] == self.lanes[:-1])
         before = np.roll(waited, 1, axis=1)
-        held_up = follows & (before > self.posts).all(axis=0)
+        held_up: Bools = follows & (before > self.posts).all(axis=0)
         own = held_up | np.append(held_up[1:], False)
         nodes = np.where(own, len(self.own) - 1 + np.cumsum(own), 0)
         return held_up, nodes
@@ -193,6 +195,14 @@ class _Nodes:
         positions = self.positions[self.posts[:, own]].max(axis=0)
         self.positions = np.append(self.positions, positions)
         self.own = np.append(self.own, first_lane + self.lanes[own])
+
+
+def _last(messages: Numbers, nodes: Numbers, lanes: Numbers) -> tuple[Numbers, Numbers]:
+    """What nodes wait for, but of each lane only the message that comes last."""
+    order = np.lexsort((messages, lanes[messages], nodes))
+    messages, nodes = messages[order], nodes[order]
+    last = np.append((nodes[1:] != nodes[:-1]) | (lanes[messages[1:]] != lanes[messages[:-1]]), True)[: len(nodes)]
+    return messages[last], nodes[last]
 
 
 class _Edges(NamedTuple):
@@ -215,7 +225,8 @@ def _ends(operations: Numbers, rank: Numbers) -> Bools:
     """Entries that a node stands for: passes, and waits that neither a pass nor another wait of the rank follows."""
     follows = np.append(rank[1:] == rank[:-1], False)
     next_one = np.where(follows, np.append(operations[1:], POST), POST)
-    return (operations == RUN) | ((operations == WAIT) & (next_one == POST))
+    found: Bools = (operations == RUN) | ((operations == WAIT) & (next_one == POST))
+    return found
 
 
 def _levels(number: int, tails: Numbers, heads: Numbers) -> Numbers:

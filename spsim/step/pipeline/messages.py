@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -77,6 +77,10 @@ class Stages:
     def _add(self, kind: MessageKind, stage: int, sender: Place, receiver: Place) -> None:
         for action in "F" if kind == "activation" else "BI":
             self._sent[action, *sender] = self._needed[action, *receiver] = (kind, stage, sender[0], receiver[0])
+
+    def senders(self) -> Iterable[tuple[tuple[str, int, int], tuple[MessageKind, int, int, int]]]:
+        """(kind of pass, rank, chunk) with (what it sends, its stage, its rank, the rank that receives)."""
+        return self._sent.items()
 
     def sent(self, rank: int, action: Action) -> Message | None:
         """By a pass, once it is done; nothing if the stage that reads it lies on the same rank."""

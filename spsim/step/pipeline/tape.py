@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from spsim.step.pipeline.messages import Instruction, Lane, Message, Post, Run, Stages, Wait
-from spsim.step.pipeline.orders import Numbers, Passes, Row
+from spsim.step.pipeline.orders import KINDS, Numbers, Passes, Row
 
 RUN, POST, WAIT = range(3)
 MessagesOfLanes = dict[Lane, list[Message]]
@@ -53,6 +53,23 @@ def messages_of_lanes(stages: Stages, rows: Sequence[Row]) -> MessagesOfLanes:
         for message in [message for action in row if (message := stages.sent(rank, action))]:
             found[message.sender, message.receiver, message.kind].append(message)
     return found
+
+
+def names_of_messages(score: Score) -> tuple[Numbers, Numbers]:
+    """(stage that sends, micro-batch) of each message, those of a lane in order."""
+    stages = score.stages
+    number = {lane: place for place, lane in enumerate(stages.lanes)}
+    lane_of, stage_of = np.full((2, stages.ranks, stages.chunks, len(KINDS)), -1)
+    for (kind, rank, chunk), (what, stage, sender, receiver) in stages.senders():
+        lane_of[rank, chunk, KINDS.index(kind)] = number[sender, receiver, what]
+        stage_of[rank, chunk, KINDS.index(kind)] = stage
+    ranks = np.repeat(np.arange(stages.ranks), [len(own.kinds) for own in score.passes])
+    kinds, chunks, micro_batches = (
+        np.concatenate([getattr(own, name) for own in score.passes]) for name in ("kinds", "chunks", "micro_batches")
+    )
+    lanes = lane_of[ranks, chunks, kinds]
+    order = np.argsort(lanes, kind="stable")[np.count_nonzero(lanes < 0) :]
+    return stage_of[ranks, chunks, kinds][order], micro_batches[order]
 
 
 def _read(tape: Tape, row: Row, lanes: Sequence[Sequence[Message]]) -> Iterator[Instruction]:
