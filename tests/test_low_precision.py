@@ -36,10 +36,8 @@ B200_PRODUCTS = [
     ("mxfp8", 8192, 8192, 4096, 171.8), ("mxfp8", 16384, 16384, 16384, 2837.7), ("nvfp4", 1024, 7168, 4608, 20.1),
     ("nvfp4", 4096, 4096, 7168, 45.1), ("nvfp4", 8192, 8192, 8192, 192.8),
 ]  # fmt: skip
-"""Of cuBLAS, CUTLASS, Helion, ThunderKittens and DeepGEMM: pull requests vllm-project/vllm 19566,
-flashinfer-ai/flashinfer 2464, deepseek-ai/DeepGEMM 348 and others. Left out are 128 and 256 rows, whose operands of a
-few MB came from the cache.
-"""
+"""Of cuBLAS, CUTLASS, Helion, ThunderKittens, DeepGEMM: pull requests vllm-project/vllm 19566, flashinfer-ai/flashinfer
+2464, deepseek-ai/DeepGEMM 348 and others. Left out are 128 and 256 rows, whose operands were in the cache."""
 
 
 def test_blockwise_products_of_h100_are_as_fast_as_published():
@@ -49,7 +47,7 @@ def test_blockwise_products_of_h100_are_as_fast_as_published():
 
 
 def test_products_of_b200_that_nothing_was_fitted_on():
-    """But the limit of nvfp4, from the last two; 512 rows of bf16 are 18 and 26 % long: from the cache."""
+    """But the limit of nvfp4, from the last two; 512 rows of bf16, 18 and 26 % long, had operands in the cache."""
     errors = np.array([product_us(B200, dtype, m, n, k) / us - 1 for dtype, m, n, k, us in B200_PRODUCTS])
     assert abs(errors.mean()) < 0.03
     assert np.abs(errors).mean() < 0.10

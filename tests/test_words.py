@@ -263,6 +263,8 @@ def test_a_model_by_a_part_that_no_other_has(given, name):
         ("l40s", "l40s-8"),
         ("B200", "dgx-b200"),
         ("gb200", "gb200-nvl72"),
+        ("B300", "dgx-b300"),
+        ("gb300", "gb300-nvl72"),
         ("DGX-H100", "dgx-h100"),
     ],
 )
