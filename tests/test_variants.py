@@ -259,3 +259,11 @@ def test_a_unit_is_what_placement_derives_for_its_weights() -> None:
 
 def named(step: Instruction) -> str:
     return step.collective if isinstance(step, Communication) else ""
+
+
+@pytest.mark.parametrize("library", ["megatron", "ddp", "fsdp", "deepspeed"])
+def test_one_replica_sends_nothing(library: str) -> None:
+    plan = Plan(dp_library=library, zero=3 if library == "fsdp" else 0, dp_overlap=True)
+    sync = synchronisation(parameters_of(programs(64, 1)), plan, "bf16", root=ROOT)
+    assert sync.reductions
+    assert Walk(sync, plan, programs(64, 1)).calls() == []
