@@ -97,6 +97,7 @@ class _Compiler:
             inputs=entries,
             outputs=outputs,
             output_gradients=output_gradients,
+            weights=self.region.weight_tensors,
         )
 
     # Instructions and buffers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis
@@ -98,6 +98,17 @@ class WeightSync:
     elements: int
 
 
+class Weights(NamedTuple):
+    """One tensor of weights at rest; the matrices of a fused product are one, and so are its vectors."""
+
+    name: str
+    """Of the first of them."""
+    operator: str
+    """That reads it first."""
+    elements: int
+    """On one rank."""
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """Instructions in a row that run `count` times, such as the equal steps of a ring."""
@@ -127,6 +138,8 @@ class Program:
     output_gradients: tuple[Buffer, ...]
     input_gradients: tuple[Buffer, ...]
     """Of the inputs that have one: token ids have none."""
+    weights: tuple[Weights, ...] = ()
+    """In the order in which they are read."""
 
     @property
     def sections(self) -> tuple[Section, ...]:
