@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
 from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects
+from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.itinerary import Chunk
 from spsim.step.preparation import PreparedStep
@@ -66,6 +68,8 @@ class Result(Derived):
     """Tasks that went through the engine."""
     folded: bool
     reasons: tuple[str, ...]
+    staged: Staged | None = None
+    """Where the step has several pipeline stages."""
 
     @property
     def unknown(self) -> frozenset[str]:
@@ -160,17 +164,18 @@ class Result(Derived):
     @lazy
     def step_ps(self) -> int:
         """See `Derived`."""
-        return self.trace.end_ps
+        return self.staged.end_ps if self.staged else self.trace.end_ps
 
     @lazy
     def pass_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
         phases: tuple[Pass, ...] = ("forward", "backward")
-        return {phase: metrics.layer_window(self.trace, phase) for phase in phases}
+        window = self.staged.layer_window if self.staged else partial(metrics.layer_window, self.trace)
+        return {phase: window(phase) for phase in phases}
 
     @lazy
     def _idle(self) -> dict[int, metrics.Idle]:
-        return metrics.idle(self.trace)
+        return self.staged.idle if self.staged else metrics.idle(self.trace)
 
     @lazy
     def exposed_ps(self) -> int:
@@ -202,11 +207,13 @@ class Result(Derived):
     @lazy
     def weight_sync_ps(self) -> int:
         """See `Derived`."""
-        return metrics.weight_sync(self.trace)
+        return self.staged.weight_sync_ps if self.staged else metrics.weight_sync(self.trace)
 
     @lazy
     def compute_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
+        if self.staged:
+            return self.staged.compute_by_class()
         return metrics.compute_by_class(self.trace, next(iter(self.trace.copies)))
 
     # Memory
@@ -219,17 +226,22 @@ class Result(Derived):
     @property
     def static(self) -> StaticMemory:
         """Of the fullest rank."""
-        return self.statics[self.peak.rank]
+        return self.statics[self._spot.rank if self._spot else self.peak.rank]
+
+    @lazy
+    def _spot(self) -> Spot | None:
+        """Where memory is fullest on several stages."""
+        return self.staged.fullest({rank: own.total for rank, own in self.statics.items()}) if self.staged else None
 
     @lazy
     def peak_bytes(self) -> int:
         """See `Derived`."""
-        return self.peak.bytes
+        return self._spot.bytes if self._spot else self.peak.bytes
 
     @property
     def peak_operator(self) -> str:
         """The operator whose allocation makes the peak."""
-        return self._task_name(self.peak.task)
+        return (self._spot.operator or STATIC) if self._spot else self._task_name(self.peak.task)
 
     def _task_name(self, task: int | None) -> str:
         if task is None:
@@ -244,6 +256,8 @@ class Result(Derived):
             return None
         if self.static.total > self.limit:
             return self._task_name(None)
+        if self.staged and self._spot:
+            return self.staged.first_above(self._spot.stage, self.static.total, self.limit)
         return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, self.limit))
 
     def saved_bytes(self, *categories: TensorKind) -> int:
