@@ -213,10 +213,11 @@ class _Reader:
 
     def _kernel(self, work: Work) -> int:
         """The slot of a kernel, one for those that are alike."""
-        if work not in self._slots:
-            self._slots[work] = self._slot()
-            self.kernels[type(work)].append((work, self._slots[work]))
-        return self._slots[work]
+        slot = self._slots.get(work)
+        if slot is None:
+            slot = self._slots[work] = self._slot()
+            self.kernels[type(work)].append((work, slot))
+        return slot
 
     def groups(self, coefficients: Vector) -> Iterator[KernelGroup]:
         """The kernels of each kind, with the coefficients of all sizes."""
