@@ -79,8 +79,8 @@ def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[i
     found: Sequence[int] = range(node.runs)
     for step, want, have in zip(node.move[2:4], wanted, moved[2:4], strict=True):
         if step and want is not None:
-            places = (divmod(number - have, step) for number in want)
-            found = sorted(index for index, rest in places if rest == 0 and 0 <= index < node.runs)
+            places = [divmod(number - have, step) for number in want]
+            found = sorted([index for index, rest in places if rest == 0 and 0 <= index < node.runs])
             break
     return (found[0], found[-1]) if edges and len(found) > 1 else found
 
