@@ -20,6 +20,7 @@ from spsim.inputs.grid import Grid
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.recipes import program_precision
 from spsim.program.sizes import LAYER, Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
@@ -87,12 +88,16 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    return prepare(scenario.model, scenario.plan, fold, scenario.workload.precision)
+    any_layout = scenario.hardware.datasheet.fp8_any_layout
+    precision = program_precision(scenario.workload.precision, any_layout=any_layout)
+    return prepare(scenario.model, scenario.plan, fold, precision)
 
 
 def _static(scenario: Scenario, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     parameters = sum(run.count * numbers.parameters(run.block) for run in chunk)
-    return static_memory(parameters, scenario.plan, scenario.workload.element_bytes)
+    programs = numbers.template.programs
+    weights = sum(run.count * programs[run.block].weight_bytes for run in chunk)
+    return static_memory(parameters, scenario.plan, scenario.workload.element_bytes, weights)
 
 
 def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads) -> Amounts:

@@ -79,6 +79,10 @@ class Datasheet(Table):
     clock_vector_mhz: Quantity
     peak_tflops: dict[str, Quantity]
     """Dense matrix peak by data type; `fp32` is the vector peak."""
+    fp8_any_layout: bool = False
+    """8-bit products read operands in any layout; else only such whose rows are summed over, so that transposes are
+    made.
+    """
     memory: DeviceMemory
     topology: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
 

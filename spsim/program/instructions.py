@@ -14,7 +14,7 @@ from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
-from spsim.work import KernelClass, Work
+from spsim.work import KernelClass, MemoryBound, Work
 
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
@@ -89,6 +89,8 @@ class WeightSync:
     axes: tuple[Axis, ...]
     ranks: int
     elements: int
+    bytes: int
+    """As they rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,10 @@ class Program:
     output_gradients: tuple[Buffer, ...]
     input_gradients: tuple[Buffer, ...]
     """Of the inputs that have one: token ids have none."""
+    weight_bytes: int = 0
+    """Of the parameters, all copies of those that products read cast."""
+    weight_casts: tuple[MemoryBound, ...] = ()
+    """Kernels that make these copies, once a step."""
 
     @property
     def sections(self) -> tuple[Section, ...]:

@@ -21,7 +21,7 @@ from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import compiled_by, layer_program, step_key, step_programs
 from spsim.program.blocks.transformer import layer_traits
@@ -52,9 +52,8 @@ def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = 
         lambda: PreparedStep(
             layer_template(model, plan, precision),
             plan,
-            lambda workload: {LAYER: layer_program(model, plan, workload)},
+            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision))},
             fold=fold,
-            weight_bytes=ELEMENT_BYTES[precision],
         ),
     )
 
@@ -67,11 +66,15 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
         lambda: PreparedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, workload),
+            lambda workload: step_programs(model, plan, _in(workload, precision)),
             fold=fold,
-            weight_bytes=ELEMENT_BYTES[precision],
         ),
     )
+
+
+def _in(workload: Workload, precision: Precision) -> Workload:
+    """A workload in the precision whose recipe the device runs."""
+    return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
 
 def _issued_by(plan: Plan) -> tuple[bool, ...]:
@@ -89,15 +92,14 @@ class PreparedStep:
         programs_at: Callable[[Workload], Mapping[str, Program]],
         *,
         fold: bool,
-        weight_bytes: int,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
     ) -> None:
-        """`programs_at` compiles the blocks for a workload. Bytes are of an element, of gradients as summed."""
+        """`programs_at` compiles the blocks for a workload. Bytes are of an element of a gradient."""
         self.template = template
         self.programs_at = programs_at
         self.mesh = mesh_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
-        self.syncs = tuple(gradient_syncs(template.programs, plan, weight_bytes, gradient_bytes))
+        self.syncs = tuple(gradient_syncs(template.programs, plan, gradient_bytes))
         self.sync = sync_segment(self.syncs) if self.syncs else None
         self.owners = {
             part.segment.name: block
@@ -223,7 +225,13 @@ class PreparedStep:
         for run in chunk:
             counts[run.block] += run.count
         elements = {block: numbers.weight_sync(block) for block in counts}
-        return [s.itemsize * sum(counts[b] * elements[b][w] for b, w in s.weights if b in counts) for s in self.syncs]
+
+        def size(itemsize: int | None, block: str, weight: int) -> int:
+            if itemsize is None:
+                return self.template.programs[block].weight_sync[weight].bytes
+            return itemsize * elements[block][weight]
+
+        return [sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts) for s in self.syncs]
 
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""

@@ -10,7 +10,7 @@ from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import check_nodes, gpus_per_node
-from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.inputs.workload import Precision, Workload, element_bytes
 from spsim.lazy import lazy
 from spsim.program.instructions import Compute, Program
 from spsim.program.sizes import LAYER, Template
@@ -119,14 +119,14 @@ def simulate_program(
     Raises `InputError` where the profile lacks the dtype, or a curve that the plan needs.
     """
     scenario = _scenario(tape, hardware, plan)
-    itemsize = ELEMENT_BYTES[scenario.workload.precision]
+    itemsize = element_bytes(scenario.workload.precision)
     static = _static(program, tape, plan, itemsize, gradients)
     weights = _weights(program, tape, plan)
     if gradients == "kept":
         program = added(program)
     template = Template(program, 1)
     prepared = PreparedStep(
-        template, plan, lambda _: {LAYER: program}, fold=True, weight_bytes=itemsize, gradient_bytes=itemsize
+        template, plan, lambda _: {LAYER: program}, fold=True, gradient_bytes=itemsize
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
     result = assemble("module", scenario, prepared, [Run(LAYER)], numbers, _amounts(program, tape, plan), static)
