@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from spsim.costs.flops import layer_flops
+from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, static_memory
 from spsim.engine.pieces import Piece
@@ -20,14 +20,18 @@ from spsim.inputs.grid import Grid
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.blocks.embedding import padded_vocab
+from spsim.program.instructions import LAYER
 from spsim.program.recipes import program_precision
-from spsim.program.sizes import LAYER, Numbers, products
+from spsim.program.recompute import usual_kind
+from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
 from spsim.step.folding import fold_step
+from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
 from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
@@ -44,10 +48,9 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     prepared = _prepared(scenario, fold)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
-    amounts = _amounts(scenario, scenario.workload)
-    return assemble(
-        scenario.scope, scenario, prepared, chunk, numbers, amounts, _static(scenario, chunk, numbers), fold=fold
-    )  # fmt: skip
+    amounts = _amounts(scenario, scenario.workload, scenario.scope)
+    static = _static(scenario, prepared, chunk, numbers)
+    return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold)
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
@@ -61,7 +64,9 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     known = prepared.template.at(scenario.workload)
     compute, comm = cost_models(grid.hardware, grid.workload.precision)
     chunk = _chunk(scenario)
-    messages = prepared.sync_messages(known, chunk)
+    closing = {"weight_sync": 0, "optimizer": 0}
+    for made, times in prepared.closing_times(known, chunk, compute, comm, gpus_per_node=grid.gpus_per_node):
+        closing[made.segment.phase] += sum(times)
     basis = prepared.template.basis(grid.workload.seq_len, grid.workload.micro_batch)
     with np.errstate(over="ignore", invalid="ignore"):
         numbers = products(prepared.columns.coefficients, basis)
@@ -69,12 +74,15 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
             chunk,
             grid.num_micro_batches,
             prepared.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
-            (sum(prepared.sync_durations(comm, grid.gpus_per_node, messages)), 0),
+            closing["weight_sync"],
+            closing["optimizer"],
             basis,
             grid.hardware.coefficients.overlap_slowdown.value,
         )
-    static = _static(scenario, chunk, known)
-    return ResultColumns(scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid)), step, static)
+    static = _static(scenario, prepared, chunk, known)
+    return ResultColumns(
+        scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid), scenario.scope), step, static
+    )
 
 
 def _chunk(scenario: Scenario) -> Chunk:
@@ -93,21 +101,22 @@ def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     return prepare(scenario.model, scenario.plan, fold, precision)
 
 
-def _static(scenario: Scenario, chunk: Chunk, numbers: Numbers) -> StaticMemory:
-    parameters = sum(run.count * numbers.parameters(run.block) for run in chunk)
-    programs = numbers.template.programs
-    weights = sum(run.count * programs[run.block].weight_bytes for run in chunk)
+def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
+    parameters, weights = prepared.parameters(numbers, chunk), prepared.weight_bytes(chunk)
     return static_memory(parameters, scenario.plan, scenario.workload.element_bytes, weights)
 
 
-def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads) -> Amounts:
+def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
     """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
-    flops = layer_flops(scenario.model, workload)
-    layers = scenario.model.layers
+    model, layers = scenario.model, scenario.model.layers
+    flops = layer_flops(model, workload)
+    rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
+    head = head_flops(model, workload, rows).training()
+    replicas = scenario.plan.dp
     return Amounts(
-        model=layers * flops.training(),
-        causal=layers * layer_flops(scenario.model, workload, causal=True).training(),
-        executed=layers * flops.executed(scenario.plan),
+        model=replicas * (layers * flops.training() + head),
+        causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
+        executed=replicas * (layers * flops.executed(usual_kind(scenario.plan).recomputed) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 
@@ -133,7 +142,7 @@ def assemble(
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
     hardware = scenario.hardware
-    messages = prepared.sync_messages(numbers, chunk)
+    messages = dict(zip(prepared.syncs, prepared.sync_messages(numbers, chunk), strict=True))
     step = costed_step(
         prepared,
         numbers,
@@ -175,11 +184,15 @@ def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
     return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
-def _describe(scenario: Simulated, prepared: PreparedStep, messages: Sequence[int], piece: Piece) -> list[TaskInfo]:
+def _describe(
+    scenario: Simulated, prepared: PreparedStep, messages: Mapping[Sync, int], piece: Piece
+) -> list[TaskInfo]:
     """What each task of a piece is, with its sizes."""
     segment = prepared.by_outline[piece.recording.outline]
-    if segment is prepared.sync:
-        return [sync.info(message) for sync, message in zip(prepared.syncs, messages, strict=True)]
+    made = prepared.closing_of(segment)
+    if made is not None:
+        infos = zip(made.steps, segment.labels, strict=True)
+        return [label if isinstance(step, str) else step.info(messages[step]) for step, label in infos]
     program = prepared.programs_at(scenario.workload)[prepared.owners[segment.name]]
     own = {step.id: step for section in program.sections for step in section.instructions}
     return [task_info(own[step.id], piece.layer, piece.micro_batch) for step in segment.instructions]

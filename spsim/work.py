@@ -61,13 +61,15 @@ def known_data_type(name: str) -> str:
     return name
 
 
-def each(look_up: Callable[..., Any], *keys: Any) -> Any:
-    """What names and flags stand for, or arrays of it where some are tuples."""
-    if not any(isinstance(key, tuple) for key in keys):
+def each(look_up: Callable[..., tuple[float, ...]], *keys: Any) -> Any:
+    """Numbers that names and flags stand for, or an array of each number where some are tuples."""
+    count = next((len(key) for key in keys if isinstance(key, tuple)), None)
+    if count is None:
         return look_up(*keys)
     import numpy as np
 
-    return np.vectorize(look_up)(*keys)
+    columns = [key if isinstance(key, tuple) else (key,) * count for key in keys]
+    return np.array([*zip(*map(look_up, *columns), strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ class FlashAttention:
     @property
     def width(self) -> int:
         """Multiplications of a pair of query and key: of a head of its products, each."""
-        of_keys, of_values = _products(self.direction)
+        of_keys, of_values = products_of(self.direction)
         return of_keys * self.head_dim + of_values * self.value_dim
 
 
@@ -154,9 +156,10 @@ class MemoryBound:
 
 
 @cache
-def _products(direction: Direction) -> tuple[int, int]:
+def products_of(direction: Direction) -> tuple[int, int]:
     """Matrix products of a flash kernel along the width of keys and along that of values."""
-    return each({"forward": 1, "backward": 3}.get, direction), each({"forward": 1, "backward": 2}.get, direction)
+    found: tuple[int, int] = each({"forward": (1, 1), "backward": (3, 2)}.__getitem__, direction)
+    return found
 
 
 Work = Gemm | FlashAttention | MemoryBound

@@ -14,7 +14,7 @@ from spsim.engine.recording import BufferUse, TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
-from spsim.program.sizes import LAYER
+from spsim.program.instructions import LAYER
 from spsim.results import metrics
 from spsim.simulation import simulate_many
 from spsim.step.columns.order import covered
@@ -119,7 +119,7 @@ class Block:
     def columns(self, layers, micro_batches):
         """All workloads at once."""
         block = BlockColumns({LAYER: self.passes}, self.slots, self.positions, self.coefficients)
-        return block, block.run([Run(LAYER, layers)], micro_batches, self.times, (0, 0), self.basis, self.slowdown)
+        return block, block.run([Run(LAYER, layers)], micro_batches, self.times, 0, 0, self.basis, self.slowdown)
 
     def trace(self, itinerary, point):
         """One workload by the engine."""

@@ -23,11 +23,11 @@ from spsim.program.assembly import program_in
 from spsim.program.blocks.block import Block
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import Communication, Compute
+from spsim.program.instructions import LAYER, Communication, Compute
 from spsim.program.mesh import Mesh, mesh_of
 from spsim.program.placement import shard
 from spsim.program.region import Region
-from spsim.program.sizes import LAYER, Template, every_workload
+from spsim.program.sizes import Template, every_workload
 from spsim.program.strategies import SplitRule, split_rules
 from spsim.results.derived import Amounts
 from spsim.simulation import assemble

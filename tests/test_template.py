@@ -14,9 +14,9 @@ from spsim.inputs.plan import parse_plan
 from spsim.inputs.rules import check_shapes, sequence_unit
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
-from spsim.program.instructions import Communication, Compute, Program
+from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import mesh_of
-from spsim.program.sizes import LAYER, Template, every_workload
+from spsim.program.sizes import Template, every_workload
 from spsim.step.itinerary import Run
 from spsim.step.preparation import prepared_layer
 from spsim.units import picoseconds
@@ -192,10 +192,10 @@ def durations(model, plan, workload, hardware):
     compute, comm = cost_models(hardware, "bf16")
     layer = prepared_layer(model, plan, False)
     numbers = layer.template.at(workload)
-    messages = layer.sync_messages(numbers, [Run(LAYER, model.layers)])
+    chunk = [Run(LAYER, model.layers)]
     program, mesh = layer_program(model, plan, workload), mesh_of(plan)
     per_node = hardware.gpus_per_node
-    arrays = layer.durations(numbers, compute, comm, gpus_per_node=per_node, sync_messages=messages)
+    arrays = layer.durations(numbers, compute, comm, gpus_per_node=per_node, chunk=chunk)
 
     def one(step, rank):
         if isinstance(step, Compute):

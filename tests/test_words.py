@@ -69,6 +69,8 @@ def refused(make):
         ("Ulysses 8", "ulysses=8"),
         ("Ulysses 2 × Ring 4", "ulysses=2,ring=4"),
         ("TP2+SP x CP4", "tp=2,sequence_parallel,ring=4"),
+        ("TP8+SP × PP8×VP3 × DP4+ZeRO-1", "tp=8,sequence_parallel,pp=8,virtual_pp=3,dp=4,zero=1"),
+        ("tp2/pp4/vpp2, DP 8", "tp=2,pp=4,virtual_pp=2,dp=8"),
         ("single GPU", ""),
     ],
 )  # fmt: skip
@@ -77,7 +79,13 @@ def test_a_plan_in_other_words(text, same):
     assert parse_plan(same).text == same
 
 
-@pytest.mark.parametrize("text", ["", "tp=8", "tp=2,sequence_parallel,ulysses=2,ring=2", "ulysses=4", "ring=8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "tp=8", "tp=2,sequence_parallel,ulysses=2,ring=2", "ulysses=4", "ring=8", "pp=4,virtual_pp=2,dp=2",
+        "tp=2,pp=4,dp=8,zero=1", "dp=8,zero=3", "ulysses=8,zero=3",
+    ],
+)  # fmt: skip
 def test_a_label_is_a_plan(text):
     plan = parse_plan(text)
     assert parse_plan(plan.label) == plan

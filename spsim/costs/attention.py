@@ -9,31 +9,35 @@ one takes follows from the order in which all kernels start their blocks, head b
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from spsim.costs.key_split import FILLED, SPLIT_ROWS, key_blocks, splits
-from spsim.costs.seconds import Seconds
+from spsim.costs.seconds import Seconds, some
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCoefficients, AttentionPass
 from spsim.inputs.quantities import Quantity
 from spsim.units import GB, US_PER_S
-from spsim.work import AttentionKernel, Direction, FlashAttention, Framework, each
+from spsim.work import AttentionKernel, Direction, FlashAttention, Framework, each, products_of
 
+Flags = bool | npt.NDArray[np.bool_]
 FP32_BYTES = 4
 FLOPS = 2
 """Of a multiplication: an addition comes with it."""
+KEPT = 128
+"""Sorts of kernels whose constants are remembered."""
 
 
 class _Constants(NamedTuple):
     """Of one kernel, direction, masking and head size; arrays where kernels differ."""
 
-    backward: Seconds
-    """1 or 0, as are the next two."""
-    causal: Seconds
-    splits: Seconds
+    backward: Flags
+    causal: Flags
+    splits: Flags
     start: Seconds
     """Seconds."""
     traffic: Seconds
@@ -41,16 +45,17 @@ class _Constants(NamedTuple):
     rows: Seconds
     tokens: Seconds
     """Keys that a masked block skips together."""
+    half_tokens: Seconds
     slots: Seconds
     """Blocks that run at once."""
     lone: Seconds
     """Time of a block alone on its unit over that of as many as it holds."""
     token: Seconds
-    """Seconds of a block for each token and each multiplication of a pair."""
+    """Seconds of a block for each token."""
     block: Seconds
     """Seconds of a block beside its loop."""
-    split_rate: Seconds
-    """Of the blocks of a split kernel over the others'."""
+    split_token: Seconds
+    """Seconds of a block of a split kernel for each token."""
     join: Seconds
     """Seconds."""
     join_traffic: Seconds
@@ -58,9 +63,20 @@ class _Constants(NamedTuple):
     """Bytes per second that one block reads."""
     random: Seconds
     """Seconds of a random number, all units at work."""
-    any_causal: bool
-    all_causal: bool
-    any_splits: bool
+    least_over: Seconds
+    """What the last block takes beyond the mean of the slots, in longest blocks, and the next three: see
+    `_imbalance`.
+    """
+    over: Seconds
+    less_over: Seconds
+    paired: Seconds
+    """1 where two heads can run as one, else 0."""
+    others: Seconds
+    """Share of the other slots in all."""
+    any_causal: bool = False
+    all_causal: bool = False
+    any_splits: bool = False
+    any_lone: bool = False
     """Of all kernels of an array, so that nothing is computed in vain."""
 
 
@@ -80,14 +96,14 @@ class AttentionCost:
         self._vector_rate = profile.peak("fp32") / 2 if "fp32" in profile.datasheet.peak_tflops else np.inf
         self._unit_peak = profile.peak(own) / self._units
         self._streaming_rate = streaming_rate
-        self._known: dict[object, _Constants] = {}
+        self._known, self._one = lru_cache(KEPT)(self._of_all), lru_cache(KEPT)(self._at)
 
     def time(self, work: FlashAttention) -> Seconds:
         """start + blocks on the units + the exposed part of the traffic, and no less than the traffic takes."""
         own = self._constants(work)
-        exposed = own.traffic * self._traffic(work, own) / self._streaming_rate
-        random = own.random * work.dropout * work.batch * work.heads * work.twice_pairs / 2
-        busy = self._blocks(work, own) + exposed + random
+        busy = self._blocks(work, own) + own.traffic * self._traffic(work, own) / self._streaming_rate
+        if some(work.dropout):
+            busy = busy + own.random * work.dropout * work.batch * work.heads * work.twice_pairs / 2
         total: Seconds = own.start + np.maximum(busy, work.bytes_moved / self._streaming_rate)
         return self._with_split(work, own, total) if own.any_splits else total
 
@@ -97,20 +113,20 @@ class AttentionCost:
         others = np.where(own.backward, work.queries, work.keys)
         per_head = np.ceil(rows / own.rows)
         heads = work.batch * work.heads
-        blocks, token = heads * per_head, own.token * work.width
+        blocks = heads * per_head
         if not own.any_causal:
-            return self._in_waves(own, blocks, token * others)
+            return self._in_waves(own, blocks, own.token * others)
         # Tokens of the mean block, with the part of its last tile that is masked, and of the longest, which backward
         # belongs to keys that all queries see.
-        mean = np.minimum(others, work.twice_pairs / (2 * rows) + own.tokens / 2)
+        mean = np.minimum(others, work.twice_pairs / (2 * rows) + own.half_tokens)
         last = np.minimum(others, mean + np.maximum(0.0, np.minimum(rows, others) - own.tokens) / 2)
-        loop = token * np.where(own.backward, others, last)
+        loop = own.token * np.where(own.backward, others, last)
         block = own.block + loop
-        spread = blocks * (own.block + token * mean) / own.slots + _imbalance(own, per_head, heads) * block
+        spread = blocks * (own.block + own.token * mean) / own.slots + _imbalance(own, per_head, heads) * block
         masked = np.where(blocks <= own.slots, own.block + self._alone(own, loop, blocks), np.maximum(block, spread))
         if own.all_causal:
             return masked
-        seconds: Seconds = np.where(own.causal, masked, self._in_waves(own, blocks, token * others))
+        seconds: Seconds = np.where(own.causal, masked, self._in_waves(own, blocks, own.token * others))
         return seconds
 
     def _in_waves(self, own: _Constants, blocks: Seconds, loop: Seconds) -> Seconds:
@@ -122,6 +138,8 @@ class AttentionCost:
 
     def _alone(self, own: _Constants, loop: Seconds, blocks: Seconds) -> Seconds:
         """The loop of blocks, which is shorter where each of so many has a unit for itself."""
+        if not own.any_lone:
+            return loop
         seconds: Seconds = loop * np.where(blocks <= self._units, own.lone, 1.0)
         return seconds
 
@@ -134,50 +152,60 @@ class AttentionCost:
 
     def _with_split(self, work: FlashAttention, own: _Constants, plain: Seconds) -> Seconds:
         """The time of a kernel that divides keys among blocks where few queries leave units without one."""
-        # All heads of queries that share keys are rows of one block where there is one query.
+        heads: Seconds = work.heads
+        rows: Seconds = work.queries
         grouped = work.queries == 1
-        heads = work.batch * np.where(grouped, work.kv_heads, work.heads)
-        blocks = heads * np.ceil(np.where(grouped, work.heads / work.kv_heads, work.queries) / SPLIT_ROWS)
-        if not np.any((own.splits > 0) & (blocks < FILLED * own.slots)):
+        if some(grouped):
+            # All heads of queries that share keys are rows of one block where there is one query.
+            heads = np.where(grouped, work.kv_heads, work.heads)
+            rows = np.where(grouped, work.heads / work.kv_heads, work.queries)
+        blocks = work.batch * heads * np.ceil(rows / SPLIT_ROWS)
+        if not some(own.splits & (blocks < FILLED * own.slots)):
             return plain
         tile = key_blocks(work.head_dim)
         parts = splits(blocks, own.slots, np.ceil(work.keys / tile))
         keys = np.minimum(work.keys, np.ceil(work.keys / parts / tile) * tile)
-        token = SPLIT_ROWS / own.rows * own.token * work.width / np.where(own.splits, own.split_rate, 1.0)
         number = blocks * parts
-        loops = self._in_waves(own, number, token * keys)
+        loops = self._in_waves(own, number, own.split_token * keys)
         stream = np.minimum(self._streaming_rate, np.where(own.splits, number * own.stream, self._streaming_rate))
         results = 2 * FP32_BYTES * parts * work.batch * work.heads * work.queries * work.value_dim
         busy = loops + own.traffic * work.bytes_moved / self._streaming_rate
         joined = own.join + own.join_traffic * results / self._streaming_rate
         total = own.start + np.maximum(busy, work.bytes_moved / stream) + joined
-        chosen: Seconds = np.where((own.splits > 0) & (parts > 1), total, plain)
+        chosen: Seconds = np.where(own.splits & (parts > 1), total, plain)
         return chosen
 
     def _constants(self, work: FlashAttention) -> _Constants:
         """Coefficients at a head size, linear between the measured sizes, constant beyond. Sizes of many kernels are
         looked up one by one, as names and flags are.
         """
-        sizes = tuple(work.head_dim.tolist()) if isinstance(work.head_dim, np.ndarray) else work.head_dim
-        key = (work.kernel, work.direction, work.causal, sizes)
-        if key not in self._known:
-            found = each(self._at, *key)
-            _, causal, split, *_ = found
-            of_all = {"any_causal": np.any(causal), "all_causal": np.all(causal), "any_splits": np.any(split)}
-            self._known[key] = _Constants(*found, **{name: bool(value) for name, value in of_all.items()})
-        if np.any(work.queries == 1) and np.any((work.queries == 1) & (self._known[key].splits == 0) & (work.keys > 1)):
+        sizes = (_as_key(work.head_dim), _as_key(work.value_dim))
+        found: _Constants = self._known(work.kernel, work.direction, work.causal, *sizes)
+        one = work.queries == 1
+        if some(one) and some(one & np.logical_not(found.splits) & (work.keys > 1)):
             raise InputError(
                 "attention of one query: only a kernel that splits keys has a measured time; "
                 f"ask for one of {', '.join(self._splitting()) or 'another profile'}"
             )
-        return self._known[key]
+        return found
+
+    def _of_all(self, *sort: Any) -> _Constants:
+        """Of one kernel, or arrays of many."""
+        backward, causal, splits, *numbers = each(self._one, *sort)
+        found = _Constants(backward != 0, causal != 0, splits != 0, *numbers)
+        return found._replace(
+            any_causal=some(found.causal),
+            all_causal=bool(np.all(found.causal)),
+            any_splits=some(found.splits),
+            any_lone=bool(np.any(found.lone != 1.0)),
+        )
 
     def _splitting(self) -> list[str]:
         """Kernels that divide keys."""
         return [name for name, kernel in self._profile.coefficients.attention.items() if kernel.forward.split]
 
     def _at(
-        self, wanted: AttentionKernel | Framework, direction: Direction, causal: bool, head_dim: int
+        self, wanted: AttentionKernel | Framework, direction: Direction, causal: bool, head_dim: int, value_dim: int
     ) -> tuple[float, ...]:
         own = self._pass(wanted, direction)
         tiles = sorted((int(size), tile) for size, tile in (own.causal if causal else own.full).items())
@@ -186,14 +214,17 @@ class AttentionCost:
         block_us = float(np.interp(head_dim, sizes, [tile.block_us.value for _, tile in tiles]))
         per_unit, lone_rate = _value(own.blocks_per_unit, 1.0), _value(own.lone_rate, 1.0)
         rows, split = own.block_rows.value, own.split
+        slots, tokens = self._units * per_unit, _value(own.block_tokens, rows)
+        of_keys, of_values = products_of(direction)
+        width = of_keys * head_dim + of_values * value_dim
+        pair = rows * FLOPS * per_unit / (self._unit_peak * fraction)
         return (
-            float(direction == "backward"), float(causal), float(split is not None), own.start_us.value / US_PER_S,
-            own.traffic_exposed.value, rows, _value(own.block_tokens, rows), self._units * per_unit,
-            1 / (per_unit * lone_rate) if per_unit > 1 else 1.0,
-            rows * FLOPS * per_unit / (self._unit_peak * fraction), block_us / US_PER_S,
-            *((split.rate.value, split.join_us.value / US_PER_S, split.join_traffic.value,
-               split.block_gb_per_s.value * GB) if split else (0.0, 0.0, 0.0, 0.0)),
-            _value(own.dropout_instructions, 0.0) / self._vector_rate,
+            direction == "backward", causal, split is not None, own.start_us.value / US_PER_S,
+            own.traffic_exposed.value, rows, tokens, tokens / 2, slots,
+            1 / (per_unit * lone_rate) if per_unit > 1 else 1.0, pair * width, block_us / US_PER_S,
+            *((SPLIT_ROWS / rows * pair * width / split.rate.value, split.join_us.value / US_PER_S,
+               split.join_traffic.value, split.block_gb_per_s.value * GB) if split else (0.0, 0.0, 0.0, 0.0)),
+            _value(own.dropout_instructions, 0.0) / self._vector_rate, *_IMBALANCE[direction], 1 - 1 / slots,
         )  # fmt: skip
 
     def _pass(self, wanted: AttentionKernel | Framework, direction: Direction) -> AttentionPass:
@@ -231,6 +262,11 @@ class AttentionCost:
         return self._profile.coefficients.attention_picked
 
 
+def _as_key(size: Any) -> Any:
+    """A head size, or those of many kernels, as names and flags are given."""
+    return tuple(size.tolist()) if isinstance(size, np.ndarray) else size
+
+
 def _value(leaf: Quantity | Any | None, otherwise: float) -> float:
     return otherwise if leaf is None else float(leaf.value)
 
@@ -244,8 +280,10 @@ def _imbalance(own: _Constants, per_head: Seconds, heads: Seconds) -> Seconds:
     starting such blocks one by one gives (tests/test_attention_cost.py), within 0.05 from 4 blocks a head on.
     """
     x = per_head / own.slots
-    forward = np.maximum(0.5, 0.65 - 0.07 * x)
-    pairs = np.where(heads % 2 == 0, 1.0, -1.0) * np.exp(-6 * heads * (x - 1) ** 2)
-    backward = np.maximum(0.0, 0.64 - 0.36 * x) * (1 - pairs)
-    share: Seconds = np.where(own.backward, backward, forward) * (1 - 1 / own.slots)
+    pairs = own.paired * (1 - 2 * (heads % 2)) * np.exp(-6 * heads * np.square(x - 1))
+    share: Seconds = np.maximum(own.least_over, own.over - own.less_over * x) * (1 - pairs) * own.others
     return share
+
+
+_IMBALANCE: dict[Direction, tuple[float, ...]] = {"forward": (0.5, 0.65, 0.07, 0.0), "backward": (0.0, 0.64, 0.36, 1.0)}
+"""The least, at x = 0, less for each x, and whether heads pair."""

@@ -13,6 +13,9 @@ import numpy as np
 from spsim.costs.seconds import Seconds
 from spsim.inputs.hardware import HardwareProfile
 
+PARTS = 1e9
+"""Of one, to which factors are rounded."""
+
 
 class PowerLimit:
     """Of one device and data type."""
@@ -33,5 +36,5 @@ class PowerLimit:
         """
         beyond = np.maximum(0.0, compute_bound / all_kernels - self.share)
         span = 1 - self.share or 1.0  # nothing lies beyond a share of one
-        factor: Seconds = np.round(1 + self.slowdown * (beyond / span), 9)
+        factor: Seconds = np.rint((1 + self.slowdown * (beyond / span)) * PARTS) / PARTS
         return factor

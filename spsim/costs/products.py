@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.seconds import Seconds
+from spsim.costs.seconds import Seconds, some
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import GemmCoefficients
 from spsim.units import US_PER_S
@@ -29,11 +29,13 @@ class _Constants(NamedTuple):
     """Of one device and precision."""
 
     tile_m: npt.NDArray[np.float64]
+    """A row for each side."""
     tile_n: npt.NDArray[np.float64]
+    """A column for each side."""
     part_of_a_wave: float
     """That one tile is."""
     per_k: npt.NDArray[np.float64]
-    """Seconds of a wave of tiles and one element of K."""
+    """Seconds of a wave of tiles and one element of K, by both sides."""
     k_pad: float
     """Elements of K for prologue and epilogue."""
     limit: float
@@ -71,31 +73,30 @@ class ProductCost:
         Of two times of one length neither hides the other: together they take 1.19 times as long. The accumulation
         into main gradients is hidden by K / (K + half_k), at the rate of the memory.
         """
-        gemm = self._constants
-        limit = np.where(np.asarray(work.unaligned) > 0, gemm.unaligned, gemm.limit)
-        compute = np.maximum(self._tiles(work), work.flops / limit)
-        compute = compute / np.where(np.asarray(work.accumulated) > 0, gemm.gradient_rate, 1.0)
+        gemm, flops = self._constants, work.flops
+        limit: Seconds = gemm.limit
+        if some(work.unaligned):
+            limit = np.where(np.greater(work.unaligned, 0), gemm.unaligned, gemm.limit)
+        compute = np.maximum(self._tiles(work, np.ndim(flops)), flops / limit)
+        accumulated = some(work.accumulated)
+        if accumulated:
+            compute = compute / np.where(np.greater(work.accumulated, 0), gemm.gradient_rate, 1.0)
         longer = _fourth_root(_fourth_power(compute) + _fourth_power(work.bytes_moved / self._streaming_rate))
-        total: Seconds = gemm.start + longer + gemm.exposed * work.accumulated / (1 + work.k / gemm.half_k)
-        return total
+        total: Seconds = gemm.start + longer
+        return total + gemm.exposed * work.accumulated / (1 + work.k / gemm.half_k) if accumulated else total
 
-    def _tiles(self, work: Gemm) -> Seconds:
-        """Seconds of the waves of tiles, of the size that is done first.
+    def _tiles(self, work: Gemm, axes: int) -> Seconds:
+        """Seconds of the waves of tiles, of the size that is done first; of kernels in an array of so many axes.
 
-        Sizes of tiles are the first axis, and in place, since arrays of many kernels are large.
+        Sides of tiles are the first two axes, and in place, since arrays of many kernels are large.
         """
-        gemm = self._constants
-        axes = (-1, *(1 for _ in max((np.shape(number) for number in (work.m, work.n, work.batch)), key=len)))
-        columns = np.ceil(work.n / gemm.tile_n.reshape(axes))
-        rows = [np.ceil(work.m / tile_m) * work.batch * gemm.part_of_a_wave for tile_m in gemm.tile_m]
-        waves: npt.NDArray[np.float64] | None = None
-        least: Seconds = np.inf
-        for own, per_k in zip(rows, gemm.per_k, strict=True):
-            waves = np.multiply(columns, own, out=waves)
-            np.ceil(waves, out=waves)
-            waves *= per_k.reshape(axes)
-            least = np.minimum(least, np.minimum.reduce(waves))
-        return least * (work.k + gemm.k_pad)
+        gemm, outer = self._constants, (..., *(axes * (np.newaxis,)))
+        rows = np.ceil(work.m / gemm.tile_m[outer]) * work.batch * gemm.part_of_a_wave
+        waves = rows * np.ceil(work.n / gemm.tile_n[outer])
+        np.ceil(waves, out=waves)
+        waves *= gemm.per_k[outer]
+        least: Seconds = np.minimum.reduce(waves, axis=(0, 1)) * (work.k + gemm.k_pad)
+        return least
 
     def class_of(self, work: Gemm) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
@@ -125,8 +126,8 @@ def _constants(profile: HardwareProfile, dtype: str, limit: str) -> _Constants:
     highest = getattr(gemm, limit).get(dtype)
     most = peak * (highest.value if highest else 1.0)
     return _Constants(
-        tile_m=tile_m,
-        tile_n=tile_n,
+        tile_m=tile_m[:, np.newaxis],
+        tile_n=tile_n[np.newaxis],
         part_of_a_wave=(1 - LESS) / units,
         per_k=per_k * slower,
         k_pad=gemm.k_pad_bytes.value / OPERAND_BYTES[dtype],

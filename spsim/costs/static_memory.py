@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
-from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state
+from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state, shard_ranks
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
 
@@ -56,11 +56,6 @@ def static_memory(parameters: int, plan: Plan, weight_bytes: int, weights: int |
     return StaticMemory(
         -(-total // (ranks if plan.zero_stage >= 3 else 1)), copies * held(state.gradient, 2), held(state.optimizer, 1)
     )
-
-
-def shard_ranks(plan: Plan) -> int:
-    """Ranks that share one copy of what ZeRO shards."""
-    return (plan.shard_group or plan.dp) * plan.ulysses * plan.ring
 
 
 def outside_tensors(profile: HardwareProfile, mesh: Mesh) -> int:

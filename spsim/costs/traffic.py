@@ -6,12 +6,13 @@ of the memory bandwidth by operator class; faster while the tensors fit the last
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from spsim.costs.seconds import Seconds
+from spsim.costs.seconds import Seconds, some
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.units import GB, MIB, US_PER_S
@@ -29,12 +30,8 @@ class _Traffic(NamedTuple):
     """Seconds beyond the start of any kernel."""
 
 
-class _Segment(NamedTuple):
-    """From one measured row length to the next; of a kernel for which it does not matter nothing changes."""
-
-    shortest: Seconds
-    length: Seconds
-    change: _Traffic
+KEPT = 128
+"""Sorts of kernels whose rates are remembered."""
 
 
 class TrafficCost:
@@ -50,7 +47,7 @@ class TrafficCost:
         self._access = 1e-9 / accesses.value if accesses else 0.0
         self._cache_bytes = profile.datasheet.memory.l2_mib.value * MIB
         self._cache_bandwidth = self._coefficients.l2_bandwidth_gb_per_s.value * GB
-        self._known: dict[object, tuple[_Traffic, tuple[_Segment, ...]]] = {}
+        self._known, self._one = lru_cache(KEPT)(self._of_rows), lru_cache(KEPT)(self._at)
 
     def time(self, work: MemoryBound) -> Seconds:
         """Start + bytes over the kernel's own rate, or its class's share of the bandwidth; at the rate of the cache up
@@ -59,17 +56,10 @@ class TrafficCost:
         Where the row length matters, start and seconds per byte are linear between the measured lengths, constant
         beyond. Elements that are read and written one by one take the time of so many accesses at least.
         """
-        total = work.bytes_moved
-        (memory, cache, start), segments = self._look_up(work)
-        row = _once(work.row)
-        for segment in segments:
-            share = np.minimum(1.0, np.maximum(0.0, (row - segment.shortest) / segment.length))
-            memory = memory + share * segment.change.memory
-            cache = cache + share * segment.change.cache
-            start = start + share * segment.change.start
-        beyond = np.minimum(1.0, np.maximum(0.0, 2 * total / self._cache_bytes - 1))
-        traffic: Seconds = total * (cache + beyond * (memory - cache))
-        if np.any(work.accesses):
+        memory, cache, start = self._rates(work)
+        beyond = np.minimum(1.0, np.maximum(0.0, 2 * work.bytes_moved / self._cache_bytes - 1))
+        traffic: Seconds = work.bytes_moved * (cache + beyond * (memory - cache))
+        if some(work.accesses):
             traffic = np.maximum(traffic, work.accesses * self._access)
         return start + traffic
 
@@ -79,15 +69,24 @@ class TrafficCost:
         share: float = getattr(shares, shares.share_of(operator_class)).value
         return self._profile.memory_bandwidth * share
 
-    def _look_up(self, work: MemoryBound) -> tuple[_Traffic, tuple[_Segment, ...]]:
-        """At the shortest measured row, and the changes to longer ones; arrays for many kernels."""
-        key = (work.operator_class, work.kernel, work.backward, work.dtype)
-        if key not in self._known:
-            memory, cache, start, *rest = each(self._at, *key)
-            segments = (rest[at : at + 5] for at in range(0, len(rest), 5))
-            found = tuple(_Segment(shortest, length, _Traffic(*change)) for shortest, length, *change in segments)
-            self._known[key] = _Traffic(memory, cache, start), found
-        return self._known[key]
+    def _rates(self, work: MemoryBound) -> _Traffic:
+        """Rates at the rows of kernels; remembered but for rows of many workloads, an array with a row for each."""
+        sort, row = (work.operator_class, work.kernel, work.backward, work.dtype), work.row
+        if isinstance(row, np.ndarray):
+            return self._of_rows(*sort, row) if row.ndim > 1 else self._known(*sort, tuple(row.tolist()))
+        return self._known(*sort, row)
+
+    def _of_rows(self, operator_class: Any, kernel: Any, backward: Any, dtype: Any, row: Any) -> _Traffic:
+        """Of one kernel, or arrays of many."""
+        row = np.array(row) if isinstance(row, tuple) else row
+        memory, cache, start, *segments = each(self._one, operator_class, kernel, backward, dtype)
+        for at in range(0, len(segments), 5):
+            shortest, length, *changes = segments[at : at + 5]
+            share = np.minimum(1.0, np.maximum(0.0, (row - shortest) / length))
+            memory, cache, start = (
+                own + share * change for own, change in zip((memory, cache, start), changes, strict=True)
+            )
+        return _Traffic(memory, cache, start)
 
     def _table(self, dtype: str | None) -> str:
         """The type whose measured rates count."""
@@ -97,8 +96,10 @@ class TrafficCost:
 
     def _at(
         self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool, dtype: str | None
-    ) -> tuple[Seconds, ...]:
-        """Of one kernel, as flat as arrays of many need it: `_Traffic`, and each `_Segment`, as many as any has."""
+    ) -> tuple[float, ...]:
+        """Of one kernel, as flat as arrays of many need it: `_Traffic` at the shortest measured row; for each step to a
+        longer one, as many as any has, where it begins, its length and the changes.
+        """
         name, table = rates_key(kernel, backward), self._table(dtype)
         rates = self._coefficients.kernel_rates.get(table, {})
         by_row = self._coefficients.row_rates.get(table, {})
@@ -106,16 +107,16 @@ class TrafficCost:
             at_any = _traffic(rates[name]) if name in rates else self._of_class(operator_class)
             return *at_any, *(self._segments * _UNCHANGED)
         known = sorted((int(length), _traffic(rates)) for length, rates in by_row[name].items())
-        found: list[Seconds] = [*known[0][1]]
+        found: list[float] = [*known[0][1]]
         for (shorter, before), (longer, after) in pairwise(known):
             found += (shorter, longer - shorter, *(new - old for old, new in zip(before, after, strict=True)))
         missing = self._segments - (len(known) - 1)
         return *found, *(missing * _UNCHANGED)
 
-    def _of_class(self, operator_class: MemoryBoundClass) -> _Traffic:
+    def _of_class(self, operator_class: MemoryBoundClass) -> tuple[float, float, float]:
         """At the share of the class and at the rate of the cache."""
         memory = self.bandwidth(operator_class)
-        return _Traffic(1 / memory, 1 / max(memory, self._cache_bandwidth), 0.0)
+        return 1 / memory, 1 / max(memory, self._cache_bandwidth), 0.0
 
     def class_of(self, work: MemoryBound) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
@@ -135,16 +136,10 @@ _UNCHANGED = (0.0, 1.0, 0.0, 0.0, 0.0)
 """The segment of a kernel for which the row length does not matter."""
 
 
-def _traffic(rates: KernelRates) -> _Traffic:
+def _traffic(rates: KernelRates) -> tuple[float, float, float]:
+    """Seconds of a byte from memory and cache, and of the start."""
     start = rates.start_us.value / US_PER_S if rates.start_us else 0.0
-    return _Traffic(1 / (rates.memory_gb_per_s.value * GB), 1 / (rates.cache_gb_per_s.value * GB), start)
-
-
-def _once(row: Seconds) -> Seconds:
-    """Row lengths of many workloads, a row each, as one row where all are alike: most are a width of the model."""
-    if not isinstance(row, np.ndarray) or row.ndim < 2 or not (row == row[:1]).all():
-        return row
-    return row[:1]
+    return 1 / (rates.memory_gb_per_s.value * GB), 1 / (rates.cache_gb_per_s.value * GB), start
 
 
 def rates_key(kernel: KernelName | None, backward: bool) -> str:

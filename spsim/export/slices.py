@@ -19,6 +19,7 @@ from spsim.program.mesh import Axis
 from spsim.program.placement import Collective
 from spsim.results.result import Result
 from spsim.results.selection import Selection
+from spsim.step.closing import Closing
 from spsim.units import PS_PER_NS, PS_PER_US
 
 Facts = Mapping[str, Any]
@@ -99,7 +100,7 @@ class Slices:
         if (outline, position) not in self._facts:
             segment = prepared.by_outline[outline]
             self._facts[outline, position] = (
-                self._of_syncs() if segment is prepared.sync
+                self._of_closing(made) if (made := prepared.closing_of(segment))
                 else [self._of(step, position) for step in self.result.instructions_of(segment)]
             )  # fmt: skip
         return self._facts[outline, position]
@@ -113,10 +114,13 @@ class Slices:
         flops = {"FLOPs": int(work.flops)} if work.flops else {}
         return {**flops, "bytes": int(work.bytes_moved)}
 
-    def _of_syncs(self) -> list[Facts]:
+    def _of_closing(self, made: Closing) -> list[Facts]:
         prepared = self.result.prepared
-        messages = prepared.sync_messages(self.result.numbers, self.result.chunk)
-        return [self._call(s.collective, s.axes, m, s.ranks) for s, m in zip(prepared.syncs, messages, strict=True)]
+        sizes = prepared.sync_messages(self.result.numbers, self.result.chunk)
+        messages = dict(zip(prepared.syncs, sizes, strict=True))
+        return [
+            {} if isinstance(s, str) else self._call(s.collective, s.axes, messages[s], s.ranks) for s in made.steps
+        ]
 
     def _call(self, collective: Collective, axes: tuple[Axis, ...], message: int, ranks: int) -> Facts:
         scenario = self.result.scenario

@@ -1,5 +1,6 @@
 """The parallel plan: degrees of the mesh axes and the options of the schedule."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -7,9 +8,12 @@ from pydantic import Field
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration, read_value
+from spsim.inputs.schedules import Library, Schedule
 from spsim.inputs.words import label_options, plan_options
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
+RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_act", "layernorm")
+"""Modules of a layer that can be recomputed by themselves, as Megatron-Core calls them; `mlp_act` is its `moe_act`."""
 
 
 class Plan(Configuration):
@@ -28,13 +32,13 @@ class Plan(Configuration):
     pp: Degree = 1
     virtual_pp: Degree = 1
     """Chunks of each pipeline stage: above 1 the schedule is interleaved."""
-    pp_schedule: Literal["1f1b", "gpipe", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"] = "1f1b"
+    pp_schedule: Schedule = "1f1b"
     """As torch.distributed.pipelining calls them; `1f1b` with `virtual_pp` is Megatron's interleaved one."""
     pp_group: Degree | None = None
     """Micro-batches that a chunk runs before the next one takes over; as many as stages unless given."""
     pp_layout: str | None = None
     """Chunks in order with `/` between them: E embedding, t layer, L loss, such as `Et3/t4/t4/t3L`."""
-    pp_sends: Literal["megatron", "torch"] | None = None
+    pp_sends: Library | None = None
     """Whose way to post messages and wait for them; Megatron's for `1f1b`, torch's for its own schedules."""
     pp_overlap: bool | None = None
     """Messages behind passes (`overlap_p2p_comm`); as Megatron's training script, where `virtual_pp` is above 1."""
@@ -67,7 +71,7 @@ class Plan(Configuration):
     recompute_method: Literal["block", "uniform"] = "block"
     """The first layers of a chunk, or units of so many layers of which the first input is kept."""
     recompute_modules: str | None = None
-    """Modules of a layer that are recomputed, such as `core_attn+mlp` (`recompute_modules`)."""
+    """Modules of a layer that `selective` recomputes, such as `core_attn+mlp`; core attention unless given."""
     cpu_offload_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Layers of a rank whose activations wait in host memory between their passes."""
     cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"
@@ -100,6 +104,12 @@ class Plan(Configuration):
         return max(self.zero, int(self.distributed_optimizer))
 
     @property
+    def recomputed_modules(self) -> tuple[str, ...]:
+        """Modules of a layer that a selective recomputation runs again, by Megatron-LM's names."""
+        given = self.recompute_modules or "core_attn"
+        return tuple(re.split(r"[+,\s]+", given)) if self.recompute == "selective" else ()
+
+    @property
     def text(self) -> str:
         """The plan as the command line writes it: what differs from one GPU without options."""
         given = {name: getattr(self, name) for name, usual in _DEFAULTS.items() if getattr(self, name) != usual}
@@ -113,10 +123,13 @@ class Plan(Configuration):
 
     @property
     def label(self) -> str:
-        """Short name for titles and tables, such as `TP8+SP` or `Ulysses 8`."""
+        """Short name for titles and tables, such as `TP8+SP × PP8×VP3 × DP4+ZeRO-1` or `Ulysses 8`."""
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []
         parts += [f"Ulysses {self.ulysses}"] if self.ulysses > 1 else []
         parts += [f"Ring {self.ring}"] if self.ring > 1 else []
+        parts += [f"PP{self.pp}" + (f"×VP{self.virtual_pp}" if self.virtual_pp > 1 else "")] if self.pp > 1 else []
+        sharded = [f"ZeRO-{self.zero_stage}"] if self.zero_stage > (self.dp == 1) else []
+        parts += ["+".join([f"DP{self.dp}", *sharded])] if self.dp > 1 else sharded
         return " × ".join(parts) or "single GPU"
 
 

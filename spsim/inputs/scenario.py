@@ -11,11 +11,12 @@ from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
+from spsim.inputs.effects import without_effect
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node, without_effect
+from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node
 from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
 

@@ -40,11 +40,11 @@ def refused_schedule(
 
 def _refused_chunks(schedule: Schedule, library: Library, chunks: int) -> str | None:
     if library == "megatron" and schedule != "1f1b":
-        return f"Megatron-Core has no schedule {schedule}: use 1f1b, or torch's"
+        return f"Megatron-Core has no schedule {schedule}; use 1f1b, or torch's way to send"
     if schedule in V_SHAPED and chunks != 2:
-        return f"{schedule} has exactly 2 chunks a rank, not {chunks}"
+        return f"{schedule} has exactly 2 chunks a rank, not {chunks}; use virtual_pp=2"
     if schedule == "gpipe" and chunks != 1:
-        return f"gpipe has one chunk a rank, not {chunks}: looped_bfs has several"
+        return f"gpipe has one chunk a rank, not {chunks}; use looped_bfs, which has several"
     return None
 
 
@@ -53,13 +53,13 @@ def _refused_by_megatron(stages: int, micro_batches: int, group: int) -> str | N
     if not stages <= group <= micro_batches:
         return (
             f"a group of {group} micro-batches is not between the {stages} pipeline stages and the "
-            f"{micro_batches} micro-batches, as interleaving needs it"
+            f"{micro_batches} micro-batches, as interleaving needs it; use a larger batch, or another group"
         )
     rest = micro_batches % group
     if 0 < rest < stages:
         return (
             f"{micro_batches} micro-batches in groups of {group} leave {rest}, fewer than the {stages} pipeline "
-            "stages: choose a number of micro-batches that the stages divide"
+            "stages; use a number of micro-batches that the stages divide"
         )
     return None
 
@@ -70,16 +70,18 @@ def _refused_by_torch(
     grouped = schedule == "interleaved_zero_bubble" or (schedule == "1f1b" and chunks > 1)
     own = torch_group(stages, micro_batches)
     if schedule == "1f1b" and chunks == 1 and micro_batches < stages:
-        return f"torch's 1F1B needs at least as many micro-batches as stages: {micro_batches} for {stages}"
+        return f"torch's 1F1B needs at least as many micro-batches as stages: {micro_batches} for {stages}; use more"
     if grouped and micro_batches % torch_rounds(stages, micro_batches):
         return (
             f"torch runs {micro_batches} micro-batches on {stages} stages in {torch_rounds(stages, micro_batches)} "
-            "rounds, which must divide them: choose a multiple"
+            "rounds, which must divide them; use a multiple"
         )
     if grouped and group not in (None, own):
-        return f"torch takes groups of {own} micro-batches here, which is no option of its own: not {group}"
+        return (
+            f"torch takes groups of {own} micro-batches here, which is no option of its own, not {group}; leave it out"
+        )
     if schedule == "dualpipev" and micro_batches < 2 * stages:
-        return f"dualpipev needs 2 micro-batches a rank: {2 * stages}, not {micro_batches}"
+        return f"dualpipev needs 2 micro-batches a rank: {2 * stages}, not {micro_batches}; use a larger batch"
     return None
 
 
@@ -90,9 +92,11 @@ def refused_exchange(chunks: int, stages: int, *, overlap: bool, batched: bool) 
     have one shape, and receives match in the order of posting. The guard stands in Megatron-LM's training script.
     """
     if overlap and chunks == 1:
-        return "overlap_p2p_comm needs interleaving: without it no exchange of 1F1B can be hidden"
+        return "overlap_p2p_comm needs interleaving: without it no exchange of 1F1B can be hidden; leave it out"
     if overlap and batched:
-        return "overlap_p2p_comm and batch_p2p_comm exclude each other: batched exchanges are waited for at once"
+        return (
+            "overlap_p2p_comm and batch_p2p_comm exclude each other: batched exchanges are waited for at once; keep one"
+        )
     if batched and chunks > 1 and stages == 2:
-        return "interleaving over 2 stages needs overlap_p2p_comm: batched, activation and gradient would be swapped"
+        return "interleaving over 2 stages needs overlap_p2p_comm: batched, activation and gradient are swapped; use it"
     return None

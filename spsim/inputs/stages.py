@@ -17,13 +17,12 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from spsim.errors import InputError
+from spsim.inputs.schedules import V_SHAPED
 
 if TYPE_CHECKING:
     from spsim.inputs.model import Model
     from spsim.inputs.plan import Plan
 
-V_SHAPED = ("zbv", "dualpipev")
-"""Schedules whose second chunk of a stage goes back: the last stage has the two in the middle."""
 MAX_PARTS = 2**16
 """Of a layout whose repetitions are written out."""
 

@@ -180,18 +180,21 @@ def _with(options: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     return {**options, name: value}
 
 
-_PART = r"(?:tp|ulysses|ring|cp|sp|pp|dp)"
-_LABEL = re.compile(rf"{_PART} ?\d*(?: ?[+×x*/] ?{_PART} ?\d*)*", re.IGNORECASE)
+_PARTS = {"vp": "virtual_pp", "vpp": "virtual_pp"}
+_PART = r"(?:tp|ulysses|ring|cp|sp|vpp|vp|pp|dp|zero)"
+_LABEL = re.compile(rf"{_PART}[ -]?\d*(?: ?[+×x*/] ?{_PART}[ -]?\d*)*", re.IGNORECASE)
 
 
 def label_options(item: str) -> list[tuple[str, Any]] | None:
-    """Options of a plan from its label, such as `TP8+SP` or `Ulysses 2 × Ring 4`; None if it is no label."""
+    """Options of a plan from its label, such as `TP8+SP × PP8×VP3 × DP4+ZeRO-1` or `Ulysses 2 × Ring 4`; None if it is
+    no label.
+    """
     if item.lower() == "single gpu":
         return []
     if not _LABEL.fullmatch(item):
         return None
-    parts = re.findall(rf"({_PART}) ?(\d*)", item, re.IGNORECASE)
-    return [(name.lower(), int(degree) if degree else True) for name, degree in parts]
+    parts = [(name.lower(), degree) for name, degree in re.findall(rf"({_PART})[ -]?(\d*)", item, re.IGNORECASE)]
+    return [(_PARTS.get(name, name), int(degree) if degree else True) for name, degree in parts]
 
 
 # ------------------------------------------------------------ words that are not known

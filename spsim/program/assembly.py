@@ -12,15 +12,16 @@ from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_tra
 from spsim.program.blocks.head import head_block, head_traits, is_tied
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import Program, next_ids
+from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring import lower_ring
+from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.quantisation import quantised
 from spsim.program.recipes import RECIPES
+from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.region import Region
-from spsim.program.sizes import LAYER
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
 
@@ -37,24 +38,28 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
     return plan.dp, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
 
 
-def compiled_by(plan: Plan) -> tuple[int | str, ...]:
-    """What of a plan its program depends on: plans that differ in nothing else have the same."""
+def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
+    """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
-    return *placed_by(plan), plan.recompute, plan.keep_gathered, *ring
+    return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, *ring
 
 
-def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer of a model."""
-    key = (layer_traits(model), compiled_by(plan), workload.seq_len, workload.micro_batch, workload.precision)
-    return _programs.get(key, lambda: compile_layer(model, plan, workload))
+def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
+    """The program of one layer of a model, or of a unit of layers, of a kind; else as the plan recomputes layers."""
+    kind = kind or usual_kind(plan)
+    key = (layer_traits(model), compiled_by(plan, kind), workload.seq_len, workload.micro_batch, workload.precision)
+    return _programs.get(key, lambda: compile_layer(model, plan, workload, kind))
 
 
-def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer, compiled; `layer_program` keeps it."""
+def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
+    """The program of one layer or unit, compiled; `layer_program` keeps it."""
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
     operators = _layers.get(key, lambda: _layer(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
-    return program_in(region, plan, causal=model.causal)
+    program = program_in(region, plan, causal=model.causal, kind=kind)
+    if kind is None or kind.layers == 1:
+        return program
+    return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
 
 
 def _layer(model: Model, workload: Workload, replicas: int) -> tuple[Operator, ...]:
@@ -95,7 +100,7 @@ def _head_options(plan: Plan) -> dict[str, bool]:
 
 def embedding_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the program of the embedding depends on."""
-    return "embedding", embedding_traits(model), padded_vocab(model.vocab, plan.tp), compiled_by(around_layers(plan))
+    return "embedding", embedding_traits(model), padded_vocab(model.vocab, plan.tp), _around_by(plan)
 
 
 def embedding_program(model: Model, plan: Plan, workload: Workload) -> Program:
@@ -114,7 +119,7 @@ def head_key(model: Model, plan: Plan, *, loss_fusion: bool, beside_embedding: b
     """What of model and plan the program of the head depends on."""
     rows, shared = padded_vocab(model.head_rows, plan.tp), is_tied(model) and beside_embedding
     by_model = (head_traits(model), rows, is_tied(model))
-    return "head", by_model, loss_fusion, shared, compiled_by(around_layers(plan))
+    return "head", by_model, loss_fusion, shared, _around_by(plan)
 
 
 def head_program(
@@ -140,6 +145,11 @@ def compile_head(
     return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
 
 
+def _around_by(plan: Plan) -> tuple[int, ...]:
+    """What of a plan the programs around the layers depend on: neither rings nor recomputation, which are of layers."""
+    return *placed_by(plan), plan.keep_gathered
+
+
 def around_layers(plan: Plan) -> Plan:
     """As what stands around the layers sees a plan: recomputation is of layers."""
     return plan.model_copy(update={"recompute": "none", "recompute_layers": None, "recompute_modules": None})
@@ -152,9 +162,11 @@ def _program_around(
     return program_in(region, around_layers(plan), causal=causal)
 
 
-def program_in(region: Region, plan: Plan, *, causal: bool) -> Program:
-    """The program of a region, ring attention lowered to its exchange where the plan says p2p."""
-    program = compile_region(region, plan, causal=causal)
+def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:
+    """The program of a region, ring attention lowered to its exchange where the plan says p2p; `kind` says what of it
+    is recomputed, else the plan does.
+    """
+    program = compile_region(region, plan, causal=causal, kind=kind)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
     for kernels in region.kernels.values():

@@ -30,6 +30,7 @@ from spsim.program.mesh import Mesh
 from spsim.program.operators import Operator, Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
+from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
 from spsim.program.region import Move, Region
 from spsim.program.strategies import split_rules
 from spsim.work import KernelClass, MemoryBound, Work
@@ -45,35 +46,39 @@ def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, ca
     return compile_region(Region(operators, split_rules(plan), mesh), plan, causal=causal)
 
 
-def compile_region(region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False) -> Program:
+def compile_region(
+    region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None
+) -> Program:
     """The same of operators that are placed already, for plans with the degrees of their mesh.
 
     With `keep_weights` weights that the forward pass gathers stay for the backward pass, which else gathers them again
-    (`reshard_after_forward` of FSDP2).
+    (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does.
     """
-    return categorise(_Compiler(region, plan, causal, keep_weights).compile(), region.resting.keys())
-
-
-def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
-    """Operators that run again in the backward pass: selective takes those that mix positions, full all
-    (Korthikanti et al. 2022, section 5).
-    """
-    if plan.recompute == "none":
-        return frozenset()
-    return frozenset(op.name for op in operators if plan.recompute == "full" or op.mixes_positions)
+    again = recomputed([op.operator for op in region.operators], kind or usual_kind(plan))
+    return categorise(_Compiler(region, plan, causal, keep_weights, again).compile(), region.resting.keys())
 
 
 class _Compiler:
     """State of one compilation: the instructions so far, and which buffer holds which tensor in which layout."""
 
-    def __init__(self, region: Region, plan: Plan, causal: bool, keep_weights: bool) -> None:
+    def __init__(
+        self, region: Region, plan: Plan, causal: bool, keep_weights: bool, again: tuple[Recomputed, ...]
+    ) -> None:
         self.region = region
         self.operators = region.operators
         self.plan = plan
         self.causal = causal
         self.keep_weights = keep_weights
-        self.recomputed = self.to_recompute = recomputed([op.operator for op in self.operators], plan)
-        self.inside = {o.name for op in self.operators if op.name in self.recomputed for o in op.outputs}
+        self.to_recompute = again
+        self.recomputed = {name: own for own in again for name in own.operators}
+        """Operator -> what it is recomputed with."""
+        self.inside = {
+            output.name: self.recomputed[op.name]
+            for op in self.operators
+            if op.name in self.recomputed
+            for output in op.outputs
+        }
+        """Tensor -> what it is made again with."""
         self.saved = {op.name: list(self._saved_of(op)) for op in self.operators}
         self.part: Part = "forward"
         self.instructions: list[Instruction] = []
@@ -246,10 +251,16 @@ class _Compiler:
                 yield Saved(weight.name, weight.layout, weight.bytes, "weight", op.name)
 
     def _kept_for(self, op: PlacedOperator) -> list[tuple[PlacedOperand, Layout]]:
-        if op.name not in self.recomputed:
-            return self.saved[op.name]
-        outside = (o for o in op.handed_over if o.name not in self.inside)
+        own = self.recomputed.get(op.name)
+        if own is None:
+            return [(operand, layout) for operand, layout in self.saved[op.name] if not self._discarded(operand)]
+        outside = (o for o in op.handed_over if self.inside.get(o.name) is not own and not self._discarded(o))
         return [(o, self.region.produced[o.name].layout) for o in outside]
+
+    def _discarded(self, operand: PlacedOperand) -> bool:
+        """Whether nobody keeps a tensor, for it is made again."""
+        own = self.inside.get(operand.name)
+        return own is not None and own.discards
 
     # Backward
 
@@ -271,25 +282,28 @@ class _Compiler:
                     self._collect_gradient(operand.tensor)
 
     def _recompute_for(self, operator: str) -> None:
-        """Run the recomputed operators again, with the communication on both their sides, before the first of
-        them gets its gradient.
+        """What has to run again before an operator gets the gradient of its output."""
+        for own in [own for own in self.to_recompute if operator in own.before]:
+            self.to_recompute = tuple([other for other in self.to_recompute if other is not own])
+            self.part = "recompute"
+            self._recompute(own)
+            self.part = "backward"
+
+    def _recompute(self, own: Recomputed) -> None:
+        """Run operators again, with the communication on both their sides unless results are discarded: then the
+        backward pass moves them.
         """
-        if operator not in self.to_recompute:
-            return
-        self.to_recompute = frozenset()
-        self.part = "recompute"
-        for op in (op for op in self.operators if op.name in self.recomputed):
+        for op in (op for op in self.operators if op.name in own.operators):
             for operand in op.handed_over:
-                if operand.name not in self.inside:
+                if self.inside.get(operand.name) is not own:
                     layout = self.region.produced[operand.name].layout
                     found = self.values[operand.name, layout, "forward"]
-                    self.values[operand.name, layout, "recompute"] = found
+                    self.values.setdefault((operand.name, layout, "recompute"), found)
             self._run_forward(op, "recompute")
-        for op in (op for op in self.operators if op.name not in self.recomputed):
+        for op in (op for op in self.operators if op.name not in own.operators and not own.discards):
             for operand in op.activations:
-                if operand.name in self.inside:
+                if self.inside.get(operand.name) is own:
                     self._fetch_input(op, operand, "recompute")
-        self.part = "backward"
 
     def _run_backward(self, op: PlacedOperator) -> None:
         if not op.operator.has_backward:
@@ -343,9 +357,11 @@ class _Compiler:
 
     def _read_saved(self, op: PlacedOperator) -> dict[str, Buffer]:
         """What the backward pass of an operator reads of its forward pass, gathered again where it owns that."""
-        generation = "recompute" if op.name in self.recomputed else "forward"
         buffers = {}
         for operand, kept in self.saved[op.name]:
+            generation = "recompute" if op.name in self.recomputed else "forward"
+            if self._discarded(operand) and op.name not in self.recomputed:
+                generation, kept = "recompute", self.region.produced[operand.name].layout
             self.values[operand.name, kept, "regather"] = self.values[operand.name, kept, generation]
             needed = self._fetch(operand.tensor, kept, operand.layout, "regather", "regather", op.name)
             buffers[operand.name] = needed

@@ -16,6 +16,8 @@ from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
 from spsim.work import KernelClass, MemoryBound, Work
 
+LAYER = "layer"
+"""The block that a model has most of, or a traced module."""
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
 Category = Literal["activations", "communication buffers", "temporary", "gradients"]
@@ -103,6 +105,8 @@ class Section:
     """(buffer that a run finds, buffer that it leaves in its place): the next run finds the latter as the former, and
     what comes after the last run reads the latter.
     """
+    layer: int = 0
+    """Of the block, from 0, that it belongs to."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ A template holds the structure and the coefficients; evaluating it is one small 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, get_args
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.inputs.workload import Precision, Workload
-from spsim.program.instructions import Compute, Program
+from spsim.program.instructions import LAYER, Compute, Program
 from spsim.units import KIB
 from spsim.work import Gemm, Work
 
@@ -46,9 +46,11 @@ class KernelGroup:
 
     kind: type[Work]
     constants: dict[str, Any]
-    """What the kernels share for every workload, and their flags and names: a tuple where they differ."""
-    numbers: dict[str, npt.NDArray[np.intp]]
-    """Field -> where the numbers of each kernel stand in the vector of a program."""
+    """What no workload changes. Where kernels differ, flags and names are a tuple, numbers an array."""
+    numbers: tuple[str, ...]
+    """The other fields,"""
+    positions: npt.NDArray[np.intp]
+    """and where they stand in the vector of a program: a row for each field, a column for each kernel."""
     slots: npt.NDArray[np.intp]
     """Where the duration of each kernel goes."""
 
@@ -56,12 +58,8 @@ class KernelGroup:
         """All kernels of the group as one `Work` of arrays; where `values` of many workloads have a column for each,
         its arrays have a row.
         """
-        numbers: dict[str, Any] = {name: values.take(where, axis=0).T for name, where in self.numbers.items()}
-        return self.kind(**self.constants, **numbers)
-
-
-LAYER = "layer"
-"""The block that a model has most of, or a traced module."""
+        found: Any = values.take(self.positions, axis=0).swapaxes(1, -1)
+        return self.kind(**self.constants, **dict(zip(self.numbers, found, strict=True)))
 
 
 class Template:
@@ -85,9 +83,9 @@ class Template:
         self.indices = {name: reader.index(own) for name, own in self.programs.items()}
         self.index = self.indices[LAYER]
         self.num_slots = reader.num_slots
-        groups = reader.groups()
+        places = reader.places()
         compiled = _coefficients(reader.positions)
-        self.groups = tuple(_with_constants(group, compiled) for group in groups)
+        self.groups = tuple(reader.groups(places, compiled))
         self.coefficients = compiled if divisor == 1 else _undivided(compiled, divisor)
         """Of 1, x, x^2, b, xb and x^2b where x = s / unit, times the square of the divisor."""
 
@@ -178,15 +176,18 @@ _NUMBERS = {kind: tuple(field.name for field in fields(kind) if field.type == "i
 """The fields of kernels that are numbers; flags and names are structure."""
 
 
+Sort = tuple[type[Work], str | None]
+"""The kind of kernels and, of products, their data type."""
+
+
 class _Reader:
     """Every size and every kernel of some programs; equal sizes have one position."""
 
     def __init__(self) -> None:
         self.positions: dict[int, int] = {}
         self.num_slots = 1
-        self.kernels: dict[tuple[type[Work], str | None], list[tuple[Work, int]]] = defaultdict(list)
-        """Of one kind; of products, of one data type."""
-        self._slots: dict[int, int] = {}
+        self.kernels: dict[Sort, list[tuple[Work, int]]] = defaultdict(list)
+        self._slots: dict[Work, int] = {}
 
     def index(self, program: Program) -> Index:
         """Where the sizes and durations of a program stand."""
@@ -206,9 +207,12 @@ class _Reader:
             self._places(sync.elements for sync in program.weight_sync), self._position(program.parameters),
         )  # fmt: skip
 
-    def groups(self) -> list[KernelGroup]:
-        """All kernels by kind."""
-        return [self._group(kind, *zip(*own, strict=True)) for (kind, _), own in self.kernels.items()]
+    def places(self) -> dict[Sort, dict[str, npt.NDArray[np.intp]]]:
+        """Sort -> field -> where the numbers of its kernels stand."""
+        return {
+            sort: {name: self._places([getattr(work, name) for work, _ in own]) for name in _NUMBERS[sort[0]]}
+            for sort, own in self.kernels.items()
+        }
 
     def _position(self, size: int) -> int:
         return self.positions.setdefault(size, len(self.positions))
@@ -221,19 +225,31 @@ class _Reader:
         return self.num_slots - 1
 
     def _kernel(self, work: Work) -> int:
-        """The slot of a kernel, one for those that are the same object: at most positions of a ring it is."""
-        if id(work) not in self._slots:
-            self._slots[id(work)] = self._slot()
+        """The slot of a kernel, one for those that are alike."""
+        if work not in self._slots:
+            self._slots[work] = self._slot()
             dtype = work.dtype if isinstance(work, Gemm) else None
-            self.kernels[type(work), dtype].append((work, self._slots[id(work)]))
-        return self._slots[id(work)]
+            self.kernels[type(work), dtype].append((work, self._slots[work]))
+        return self._slots[work]
 
-    def _group(self, kind: type[Work], kernels: tuple[Work, ...], slots: tuple[int, ...]) -> KernelGroup:
-        """Kernels whose numbers all have positions, until it is known which are constants."""
-        columns = {field.name: [getattr(work, field.name) for work in kernels] for field in fields(kind)}
-        numbers = {name: self._places(columns.pop(name)) for name in _NUMBERS[kind]}
-        constants = {name: values[0] if len(set(values)) == 1 else tuple(values) for name, values in columns.items()}
-        return KernelGroup(kind, constants, numbers, np.array(slots, dtype=np.intp))
+    def groups(
+        self, placed: Mapping[Sort, Mapping[str, npt.NDArray[np.intp]]], coefficients: Vector
+    ) -> Iterator[KernelGroup]:
+        """The kernels of each sort, whose numbers stand at `placed` among sizes with `coefficients`."""
+        varies = np.asarray(coefficients[:, 1:].any(axis=1))
+        for (kind, dtype), own in self.kernels.items():
+            kernels, slots = zip(*own, strict=True)
+            places = placed[kind, dtype]
+            numbers = tuple(name for name, where in places.items() if varies[where].any())
+            positions = np.array([places[name] for name in numbers], dtype=np.intp).reshape(-1, len(kernels))
+            constants: dict[str, Any] = {}
+            for name in (field.name for field in fields(kind) if field.name not in numbers):
+                values = [getattr(work, name) for work in kernels]
+                if len(set(values)) == 1:
+                    constants[name] = values[0]
+                else:
+                    constants[name] = np.array(values, dtype=np.float64) if name in places else tuple(values)
+            yield KernelGroup(kind, constants, numbers, positions, np.array(slots, dtype=np.intp))
 
 
 def _coefficients(sizes: Iterable[int]) -> Vector:
@@ -254,15 +270,3 @@ def _undivided(coefficients: Vector, divisor: int) -> Vector:
         raise ArithmeticError(f"a coefficient times the square of {divisor} has over 63 bits")
     scales: Vector = np.array(2 * (divisor**2, divisor, 1))
     return coefficients * scales
-
-
-def _with_constants(group: KernelGroup, coefficients: Vector) -> KernelGroup:
-    """What is equal in all kernels whatever the workload becomes a constant."""
-    constants, numbers = dict(group.constants), {}
-    for name, where in group.numbers.items():
-        first = coefficients[where[0]]
-        if first[1:].any() or (where != where[0]).any():
-            numbers[name] = where
-        else:
-            constants[name] = int(first[0])
-    return KernelGroup(group.kind, constants, numbers, group.slots)

@@ -17,17 +17,20 @@ from spsim.program.assembly import (
     head_key,
 )
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.sizes import LAYER, Template, every_workload
+from spsim.program.instructions import LAYER
+from spsim.program.recompute import LayerKind, usual_kind
+from spsim.program.sizes import Template, every_workload
 from spsim.units import MIB
 
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 
 
-def layer_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
-    """The program of one layer for every workload of a precision."""
-    unit = sequence_unit(model, plan)
-    key = (layer_traits(model), compiled_by(plan), precision)
-    return _templates.get(key, lambda: Template(compile_layer(model, plan, every_workload(unit, precision)), unit))
+def layer_template(model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None) -> Template:
+    """The program of one layer, or of a unit of layers, for every workload of a precision."""
+    unit, kind = sequence_unit(model, plan), kind or usual_kind(plan)
+    key = (layer_traits(model), compiled_by(plan, kind), precision)
+    every = every_workload(unit, precision)
+    return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit))
 
 
 def step_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:

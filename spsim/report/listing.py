@@ -82,7 +82,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "recompute": "recompute core attention (selective) or the layer (full) in the backward pass",
     "recompute_layers": "layers of each chunk that are recomputed (not simulated yet)",
     "recompute_method": "which layers those are (not simulated yet)",
-    "recompute_modules": "modules that are recomputed, as core_attn+mlp (not simulated yet)",
+    "recompute_modules": "modules that selective recomputes: core_attn, mlp, mlp_act, layernorm, as core_attn+mlp",
     "cpu_offload_layers": "layers whose activations wait in host memory (not simulated yet)",
     "cuda_graphs": "what is launched as a graph (not simulated yet)",
     "tp_backward_overlap": "gradient communication of tp behind weight gradients, as Megatron does",

@@ -58,7 +58,7 @@ class ResultColumns(Derived):
     @lazy
     def weight_sync_ps(self) -> Any:
         """See `Derived`."""
-        return self.step.closing[0]
+        return self.step.weight_sync
 
     @lazy
     def compute_ps(self) -> Any:

@@ -47,12 +47,12 @@ class Idle(NamedTuple):
 
 
 def idle(trace: Trace) -> dict[int, Idle]:
-    """What the kernels of each simulated rank wait for, weight synchronisation apart."""
+    """What the kernels of each simulated rank wait for in passes: weight synchronisation apart, and the optimizer."""
     found = {}
     for rank in trace.copies:
         total = Idle()
         for recording, (phase, count) in trace.recordings.items():
-            if phase != "weight_sync" and rank in recording.times:
+            if phase in ("forward", "backward") and rank in recording.times:
                 total = total.plus(_idle(recording, rank), count)
         found[rank] = total
     return found

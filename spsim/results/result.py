@@ -13,10 +13,10 @@ from spsim.costs.static_memory import StaticMemory
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.lazy import lazy
-from spsim.program.instructions import Communication, Compute, Instruction, Program
+from spsim.program.instructions import LAYER, Communication, Compute, Instruction, Program
 from spsim.program.operators import TensorKind
 from spsim.program.placement import sent_bytes
-from spsim.program.sizes import LAYER, Numbers
+from spsim.program.sizes import Numbers
 from spsim.results import bands, metrics, tables
 from spsim.results.bands import Band
 from spsim.results.calls import Call, calls
@@ -38,6 +38,7 @@ SCHEMA_VERSION = 2
 """Of the documents of `run --json` and `compare --json`; 1 had no number."""
 
 FITS_SCOPE = {
+    "step": "the whole step",
     "layers": "layers only: embedding, head and loss are not counted",
     "module": "module only: optimizer states are not counted",
 }

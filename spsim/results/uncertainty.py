@@ -28,7 +28,9 @@ from spsim.inputs.quantities import Provenance
 from spsim.program.instructions import Communication, Instruction
 from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective
+from spsim.step.gradients import Sync
 from spsim.step.preparation import PreparedStep
+from spsim.work import MemoryBound
 
 Classes = tuple[str, ...]
 """Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
@@ -100,10 +102,14 @@ class Account:
         self.comm = CommCost(profile)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
         self.classes: dict[Outline, list[Classes]] = {
-            segment.outline: [self._of_step(step) for step in segment.instructions]
-            or [self._of_collective(sync.axes, sync.collective, None) for sync in prepared.syncs]
-            for segment in prepared.segments
+            segment.outline: [self._of_step(step) for step in segment.instructions] for segment in prepared.segments
         }
+        self.classes |= {made.segment.outline: [*map(self._of_closing, made.steps)] for made in prepared.closings}
+
+    def _of_closing(self, step: Sync | str) -> Classes:
+        if isinstance(step, str):
+            return (self.compute.class_of(MemoryBound("optimizer", 0)),)
+        return self._of_collective(step.axes, step.collective, None)
 
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):

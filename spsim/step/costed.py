@@ -29,7 +29,7 @@ def costed_step(
             numbers,
             *costs,
             gpus_per_node=gpus_per_node,
-            sync_messages=prepared.sync_messages(numbers, chunk),
+            chunk=chunk,
         ),
         prepared.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,

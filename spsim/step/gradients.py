@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from spsim.engine.recording import TaskInfo
-from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import Program
 from spsim.program.mesh import Axis
 from spsim.program.placement import Collective, sent_bytes
-from spsim.step.segments import Call, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +24,14 @@ class Sync:
     """Bytes of an element; None of weights, which are gathered as they rest."""
     weights: tuple[tuple[str, int], ...]
     """Block, and index into `Program.weight_sync` of its program."""
+    name: str = "weight gradients"
+    elements: int = 0
+    """Beside those of weights."""
 
     def info(self, message: int) -> TaskInfo:
         """What its task is."""
-        name = "parameters" if self.collective == "all_gather" else "weight gradients"
         return TaskInfo(
-            name, "communication", "weight_sync", purpose="weight", collective=self.collective,
+            self.name, "communication", "weight_sync", purpose="weight", collective=self.collective,
             axis=" × ".join(self.axes), message_bytes=message,
             sent_bytes=sent_bytes(self.collective, message, self.ranks),
         )  # fmt: skip
@@ -55,17 +55,6 @@ def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: 
         all_reduce = Sync(axes, ranks, "all_reduce", gradient_bytes, tuple(weights))
         if plan.zero_stage and axes != ("tp",):
             yield replace(all_reduce, collective="reduce_scatter")
-            yield replace(all_reduce, collective="all_gather", itemsize=None)
+            yield replace(all_reduce, collective="all_gather", itemsize=None, name="parameters")
         else:
             yield all_reduce
-
-
-def sync_segment(syncs: Sequence[Sync]) -> Segment:
-    """The synchronisation: each collective waits for the one before it."""
-    return Segment(
-        name="weight_sync",
-        phase="weight_sync",
-        tasks=tuple(Task(i, sync.lane, needs=(i - 1,) if i else ()) for i, sync in enumerate(syncs)),
-        labels=tuple(sync.info(0) for sync in syncs),
-        calls={index: Call(sync.axes) for index, sync in enumerate(syncs)},
-    )

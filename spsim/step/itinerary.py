@@ -60,6 +60,8 @@ class Run:
     count: int = 1
     numbered: bool = True
     """Whether they are layers, which have numbers."""
+    layers: int = 1
+    """Of each: units of several are recomputed together."""
 
 
 Chunk = Sequence[Run]
@@ -76,7 +78,7 @@ def layers_of(block: BlockPass, layers: range, micro_batch: int = 0) -> Loop:
 
 def _visits(block: BlockPass, layer: int | None, micro_batch: int) -> tuple[Item, ...]:
     """One pass of one block."""
-    visits = (Visit(part.segment, layer, micro_batch) for part in block.parts)
+    visits = (Visit(part.segment, None if layer is None else layer + part.layer, micro_batch) for part in block.parts)
     return tuple(
         visit if part.runs == 1 else Loop((visit,), part.runs) for visit, part in zip(visits, block.parts, strict=True)
     )
@@ -90,9 +92,9 @@ def chunk_pass(blocks: Blocks, chunk: Chunk, phase: Pass, *, first: int = 0, mic
     for run in chunk:
         block = blocks[run.block][phase]
         if run.numbered:
-            numbers = range(first, first + run.count)
+            numbers = range(first, first + run.count * run.layers, run.layers)
             found.append(layers_of(block, numbers if phase == "forward" else numbers[::-1], micro_batch))
-            first += run.count
+            first += run.count * run.layers
         else:
             found.append(Loop(_visits(block, None, micro_batch), run.count, brings=block.entry, drops=block.result))
     if phase == "backward":

@@ -7,7 +7,7 @@ itinerary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -24,35 +24,43 @@ from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import compiled_by, layer_program, step_key, step_programs
+from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.instructions import Communication, Compute, Program
+from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of
 from spsim.program.placement import Collective
-from spsim.program.sizes import LAYER, Index, Numbers, Template
+from spsim.program.recompute import LayerKind, usual_kind
+from spsim.program.sizes import Index, Numbers, Template
 from spsim.program.templates import layer_template, step_template
 from spsim.step.abreast import Abreast
+from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
-from spsim.step.gradients import gradient_syncs, sync_segment
+from spsim.step.gradients import Sync
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
-from spsim.units import KIB, MIB, PS_PER_S, picoseconds
+from spsim.units import KIB, MIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
 
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
-    """The layers of a model under a plan; `fold` simulates identical ranks once."""
+def prepared_layer(
+    model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", kind: LayerKind | None = None
+) -> PreparedStep:
+    """The layers of a model under a plan, or units of layers, of a `kind`, else as the plan recomputes layers; `fold`
+    simulates identical ranks once.
+    """
+    kind = kind or usual_kind(plan)
     return _steps.get(
-        (layer_traits(model), compiled_by(plan), precision, _issued_by(plan), fold),
+        (layer_traits(model), compiled_by(plan, kind), precision, _issued_by(plan), fold),
         lambda: PreparedStep(
-            layer_template(model, plan, precision),
+            layer_template(model, plan, precision, kind),
             plan,
-            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision))},
+            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision), kind)},
             fold=fold,
         ),
     )
@@ -68,6 +76,7 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
             plan,
             lambda workload: step_programs(model, plan, _in(workload, precision)),
             fold=fold,
+            optimizer=Optimizer(plan, precision),
         ),
     )
 
@@ -93,14 +102,16 @@ class PreparedStep:
         *,
         fold: bool,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
+        optimizer: Optimizer | None = None,
     ) -> None:
         """`programs_at` compiles the blocks for a workload. Bytes are of an element of a gradient."""
         self.template = template
         self.programs_at = programs_at
         self.mesh = mesh_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
-        self.syncs = tuple(gradient_syncs(template.programs, plan, gradient_bytes))
-        self.sync = sync_segment(self.syncs) if self.syncs else None
+        self.optimizer = optimizer
+        self.closings = closings(template.programs, plan, self.mesh, gradient_bytes, optimizer)
+        self.syncs = tuple([step for made in self.closings for step in made.steps if isinstance(step, Sync)])
         self.owners = {
             part.segment.name: block
             for block, passes in self.blocks.items()
@@ -109,7 +120,7 @@ class PreparedStep:
         }
         """Segment -> the block that it is of."""
         own = tuple(part.segment for found in self._passes for part in found.parts)
-        self.segments: tuple[Segment, ...] = (*own, self.sync) if self.sync else own
+        self.segments: tuple[Segment, ...] = (*own, *(made.segment for made in self.closings))
         works = (step.work for segment in own for step in segment.instructions if isinstance(step, Compute))
         differ = any(len(work) > 1 for work in works)
         self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
@@ -164,13 +175,16 @@ class PreparedStep:
         """The segment that a recording is of, by its outline."""
         return {segment.outline: segment for segment in self.segments}
 
+    def closing_of(self, segment: Segment) -> Closing | None:
+        """What a segment after the last micro-batch is made of; None for others."""
+        return next((made for made in self.closings if made.segment is segment), None)
+
     def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
-        """A step of a chunk's blocks, and the synchronisation of the gradients after it."""
+        """A step of a chunk's blocks, and what follows the last micro-batch."""
         chunk = tuple(chunk)
         if chunk not in self._steps:
             self._steps[chunk] = accumulation(self.blocks, chunk, 1)
-        steps = replace(self._steps[chunk], runs=micro_batches)
-        return (steps, Visit(self.sync)) if self.sync else (steps,)
+        return replace(self._steps[chunk], runs=micro_batches), *(Visit(made.segment) for made in self.closings)
 
     @lazy
     def _slots(self) -> dict[str, dict[int, npt.NDArray[np.intp]]]:
@@ -231,7 +245,11 @@ class PreparedStep:
                 return self.template.programs[block].weight_sync[weight].bytes
             return itemsize * elements[block][weight]
 
-        return [sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts) for s in self.syncs]
+        return [
+            (s.itemsize or 0) * s.elements
+            + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
+            for s in self.syncs
+        ]
 
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""
@@ -247,7 +265,7 @@ class PreparedStep:
         comm: CommCost,
         *,
         gpus_per_node: int,
-        sync_messages: Sequence[int],
+        chunk: Chunk,
     ) -> dict[str, Mapping[int, list[int]]]:
         """Picoseconds of each task, by segment and simulated rank."""
         ps = np.rint(self._seconds(numbers.values, compute, comm, gpus_per_node) * PS_PER_S)
@@ -257,9 +275,8 @@ class PreparedStep:
         found: dict[str, Mapping[int, list[int]]] = {
             name: {rank: ps[slots].tolist() for rank, slots in by_rank.items()} for name, by_rank in self._slots.items()
         }
-        if self.sync:
-            syncs = self.sync_durations(comm, gpus_per_node, sync_messages)
-            found[self.sync.name] = dict.fromkeys(self.ranks.copies, syncs)
+        for made, times in self.closing_times(numbers, chunk, compute, comm, gpus_per_node=gpus_per_node):
+            found[made.segment.name] = dict.fromkeys(self.ranks.copies, times)
         return found
 
     def durations_of_many(
@@ -271,9 +288,10 @@ class PreparedStep:
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
         seconds = np.zeros((self.template.num_slots, *numbers.shape[1:]))
+        by_workload = seconds.T
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
-            seconds[group.slots] = np.asarray(compute.duration(group.work(floats))).T
+            by_workload[..., group.slots] = compute.duration(group.work(floats))
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
@@ -302,9 +320,26 @@ class PreparedStep:
         runs[0] = 0.0
         return runs
 
-    def sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> list[int]:
-        """Picoseconds of each task of the synchronisation."""
-        return [
-            picoseconds(comm.duration(s.collective, message, s.ranks, self.nodes(s.axes, s.ranks, gpus_per_node)))
-            for s, message in zip(self.syncs, messages, strict=True)
-        ]
+    def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
+        """Of all blocks of a rank."""
+        return sum(run.count * numbers.parameters(run.block) for run in chunk)
+
+    def weight_bytes(self, chunk: Chunk) -> int:
+        """Of these, with all copies that products read cast."""
+        return sum(run.count * self.template.programs[run.block].weight_bytes for run in chunk)
+
+    def _kernels(self, numbers: Numbers, chunk: Chunk) -> list[OptimizerKernel]:
+        """Of the optimizer and, after it, of casts of weights."""
+        if self.optimizer is None:
+            return []
+        casts = [(run.count, cast) for run in chunk for cast in self.template.programs[run.block].weight_casts]
+        return [*self.optimizer.kernels(self.parameters(numbers, chunk)), *weight_casts(casts)]
+
+    def closing_times(
+        self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
+    ) -> list[tuple[Closing, list[int]]]:
+        """Picoseconds of each task after the last micro-batch."""
+        messages = dict(zip(self.syncs, self.sync_messages(numbers, chunk), strict=True))
+        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in self.syncs}
+        kernels = self._kernels(numbers, chunk)
+        return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in self.closings]

@@ -85,6 +85,8 @@ class Part:
 
     segment: Segment
     runs: int = 1
+    layer: int = 0
+    """Of the block, from 0, that it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

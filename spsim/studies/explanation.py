@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from spsim.inputs.effects import without_effect
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import without_effect
 from spsim.inputs.scenario import Shapes
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program

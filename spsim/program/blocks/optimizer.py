@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spsim.inputs.plan import Plan
-from spsim.work import KernelName, MemoryBound
+from spsim.work import MemoryBound
 
 FP32_BYTES = 4
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -51,6 +51,11 @@ def parameter_state(plan: Plan, weight_bytes: int) -> ParameterState:
     )
 
 
+def shard_ranks(plan: Plan) -> int:
+    """Ranks that share one copy of what ZeRO shards."""
+    return (plan.shard_group or plan.dp) * plan.ulysses * plan.ring
+
+
 class OptimizerKernel(NamedTuple):
     """One kernel, or a row of them over lists of tensors."""
 
@@ -73,27 +78,22 @@ def optimizer_step(shard: int, state: ParameterState, *, scaled: bool = False) -
 
     `scaled` where the loss is, as in fp16. Bytes of a parameter, of fp32 gradients and moments and a 16-bit weight:
     norm 4, clipping 8, Adam 28, the weight 6: 46 and, with the buffer that is cleared, 50; 8 more to unscale.
-    The norm of all ranks, one number, stands between norm and clipping.
+    Adam reads and writes 4 bytes of the parameter itself, whether these are weight, master, or weight and remainder.
+    The norm of all ranks, one number, is summed between norm and clipping.
     """
     read = state.gradient if state.precision_aware else FP32_BYTES
-    kernels: list[tuple[str, int, KernelName | None]] = []
+    kernels: list[tuple[str, int]] = []
     if read != state.gradient:
-        kernels.append(("gradients_to_fp32", (state.gradient + read) * shard, None))
+        kernels.append(("gradients_to_fp32", (state.gradient + read) * shard))
     if scaled:
-        kernels.append(("unscale", 2 * read * shard, None))
-    kernels.append(("gradient_norm", read * shard, None))
-    kernels.append(("clip", 2 * read * shard, None))
-    kernels.append(("adam", (read + 2 * _updated(state)) * shard, "adam"))
+        kernels.append(("unscale", 2 * read * shard))
+    kernels.append(("gradient_norm", read * shard))
+    kernels.append(("clip", 2 * read * shard))
+    kernels.append(("adam", (read + 2 * (FP32_BYTES + state.moments)) * shard))
     if state.master and not state.precision_aware:
-        kernels.append(("weights_from_master", (state.master + state.weight) * shard, None))
+        kernels.append(("weights_from_master", (state.master + state.weight) * shard))
     return tuple([_kernel(*kernel) for kernel in kernels])
 
 
-def _updated(state: ParameterState) -> int:
-    """Bytes of a parameter that Adam reads and writes: moments and master, of which a remainder is half."""
-    master = state.master if state.master and not state.precision_aware else state.weight + state.master
-    return master + state.moments
-
-
-def _kernel(name: str, size: int, kernel: KernelName | None = None) -> OptimizerKernel:
-    return OptimizerKernel(name, MemoryBound("optimizer", size, kernel))
+def _kernel(name: str, size: int) -> OptimizerKernel:
+    return OptimizerKernel(name, MemoryBound("optimizer", size))

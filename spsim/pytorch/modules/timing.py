@@ -12,8 +12,8 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import check_nodes, gpus_per_node
 from spsim.inputs.workload import Precision, Workload, element_bytes
 from spsim.lazy import lazy
-from spsim.program.instructions import Compute, Program
-from spsim.program.sizes import LAYER, Template
+from spsim.program.instructions import LAYER, Compute, Program
+from spsim.program.sizes import Template
 from spsim.pytorch.modules.allocator import ERROR_PERCENT, reserved_bytes
 from spsim.pytorch.modules.costs import kernels
 from spsim.pytorch.modules.gradients import Gradients, added, gradient_bytes

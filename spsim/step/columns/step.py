@@ -10,7 +10,7 @@ import numpy as np
 
 from spsim.engine.pieces import Pass
 from spsim.lazy import lazy
-from spsim.program.sizes import LAYER
+from spsim.program.instructions import LAYER
 from spsim.step.columns.fill import Fill, Floats, Places
 from spsim.step.columns.order import order_of
 from spsim.step.columns.passes import PassColumns
@@ -21,8 +21,6 @@ from spsim.step.segments import Segment
 
 Key = tuple[str, Pass]
 """A pass of a block."""
-Closing = tuple[int, int]
-"""Picoseconds of the synchronisation of weight gradients, and of the optimizer."""
 EXACT = 2.0**53
 """Whole numbers below it have a float of their own."""
 
@@ -58,10 +56,17 @@ class BlockColumns:
         self._walks: dict[tuple[Run, ...], tuple[Sequence[Node], Floats]] = {}
 
     def run(
-        self, chunk: Chunk, micro_batches: Runs, times: Times, closing_ps: Closing, basis: Floats, slowdown: float
+        self,
+        chunk: Chunk,
+        micro_batches: Runs,
+        times: Times,
+        sync_ps: int,
+        optimizer_ps: int,
+        basis: Floats,
+        slowdown: float,
     ) -> StepColumns:
-        """A step of a chunk's blocks and equal micro-batches, with picoseconds by slot and of what follows the last
-        micro-batch, and the monomials of the sizes of all workloads.
+        """A step of a chunk's blocks and equal micro-batches, with picoseconds by slot and of the synchronisation
+        and the optimizer after the last one, and the monomials of the sizes of all workloads.
         """
         rate = Contention(slowdown)
         durations = times[self.slots]
@@ -81,7 +86,7 @@ class BlockColumns:
             fills += own.fills.of(run, basis)
         nodes, sums = self._walk(tuple(chunk))
         memory = Memory([Branch(nodes, micro_batches)], fills, sums @ basis)
-        return StepColumns(self, tuple(chunk), micro_batches, holds, phases, compute, memory, closing_ps)
+        return StepColumns(self, tuple(chunk), micro_batches, holds, phases, compute, memory, sync_ps, optimizer_ps)
 
     def _walk(self, chunk: tuple[Run, ...]) -> tuple[Sequence[Node], Floats]:
         """One micro-batch, and the coefficients of the sums of bytes that its nodes name."""
@@ -111,8 +116,9 @@ class StepColumns:
     kernels: Mapping[Key, Floats]
     """Of the same, a row for each class."""
     memory: Memory
-    closing: Closing
-    """After the last micro-batch: synchronisation of weight gradients, then the optimizer."""
+    weight_sync: int
+    """Synchronisation of weight gradients after the last micro-batch, and the gather of weights."""
+    optimizer: int
 
     def _of_micro_batch(self, lengths: Mapping[Key, Floats], *, layers: bool = False) -> Floats:
         """The sum over the passes of all blocks of one micro-batch, or of its layers only."""
@@ -135,7 +141,7 @@ class StepColumns:
     @lazy
     def end(self) -> Floats:
         """All blocks and micro-batches, and what follows them."""
-        return self._passes + sum(self.closing)
+        return self._passes + self.weight_sync + self.optimizer
 
     @lazy
     def compute(self) -> Mapping[str, Floats]:
