@@ -8,17 +8,14 @@ have the dual layouts; the ones with equal layout are summed before they move.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from spsim.inputs.plan import Plan
 from spsim.program.casts import Reading
 from spsim.program.categories import categorise
+from spsim.program.emission import AT_REST, Emission
 from spsim.program.instructions import (
     Buffer,
-    Category,
-    Communication,
-    Compute,
-    Instruction,
     Part,
     Program,
     Purpose,
@@ -31,12 +28,10 @@ from spsim.program.operators import Operator, Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
 from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
-from spsim.program.region import Move, Region
+from spsim.program.region import Region
 from spsim.program.strategies import split_rules
-from spsim.work import KernelClass, MemoryBound, Work
+from spsim.work import MemoryBound
 
-AT_REST = -1
-"""Number of what is no buffer of the program: weights are there for the whole step."""
 Key = tuple[str, Layout, str]
 """(tensor, layout, generation): a recomputed or gathered-again tensor is another buffer."""
 
@@ -58,12 +53,13 @@ def compile_region(
     return categorise(_Compiler(region, plan, causal, keep_weights, again).compile(), region.resting.keys())
 
 
-class _Compiler:
+class _Compiler(Emission):
     """State of one compilation: the instructions so far, and which buffer holds which tensor in which layout."""
 
     def __init__(
         self, region: Region, plan: Plan, causal: bool, keep_weights: bool, again: tuple[Recomputed, ...]
     ) -> None:
+        super().__init__()
         self.region = region
         self.operators = region.operators
         self.plan = plan
@@ -80,8 +76,6 @@ class _Compiler:
         }
         """Tensor -> what it is made again with."""
         self.saved = {op.name: list(self._saved_of(op)) for op in self.operators}
-        self.part: Part = "forward"
-        self.instructions: list[Instruction] = []
         self.values: dict[Key, Buffer] = {
             (weight.name, weight.layout, generation): Buffer(AT_REST, weight.name, weight.bytes, "temporary")
             for weight in region.resting.values()
@@ -89,8 +83,6 @@ class _Compiler:
         }
         self.gradients: dict[str, list[tuple[Layout, Buffer]]] = defaultdict(list)
         self.collected: dict[str, Buffer] = {}
-        self.num_buffers = 0
-        self.num_instructions = 0
 
     def compile(self) -> Program:
         """Forward, then backward from the gradient of the block's output."""
@@ -116,47 +108,12 @@ class _Compiler:
             output_gradients=output_gradients,
         )
 
-    # Instructions and buffers
-
-    def _buffer(self, tensor: str, size: int, category: Category = "temporary", alias_of: int | None = None) -> Buffer:
-        self.num_buffers += 1
-        return Buffer(self.num_buffers - 1, tensor, size, category, alias_of)
+    # Buffers by the tensors that they hold
 
     def _hold(self, output: PlacedOperand, generation: str, over: Buffer | None = None) -> Buffer:
         """The buffer of an output, `over` another where it is written in place."""
-        buffer = self._buffer(output.name, output.bytes, alias_of=_root(over))
+        buffer = self.buffer(output.name, output.bytes, alias_of=_root(over))
         self.values[output.name, output.layout, generation] = buffer
-        return buffer
-
-    def _next(self) -> int:
-        self.num_instructions += 1
-        return self.num_instructions - 1
-
-    def _compute(
-        self,
-        operator: str,
-        kind: KernelClass,
-        part: Part,
-        work: tuple[Work, ...],
-        reads: Iterable[Buffer],
-        writes: Iterable[Buffer],
-    ) -> None:
-        read = tuple(dict.fromkeys([buffer.id for buffer in reads]))
-        self.instructions.append(Compute(self._next(), operator, kind, part, work, read, tuple(writes)))
-
-    def _communicate(self, move: Move, tensor: str, have: Buffer, purpose: Purpose, operator: str) -> Buffer:
-        """One collective; an all-reduce works in place, a slice is a view."""
-        collective = move.collective
-        if collective is None:
-            return have
-        in_place = have.id if collective == "all_reduce" else None
-        buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
-        self.instructions.append(
-            Communication(
-                self._next(), operator, tensor, move.axis, collective, move.ranks, move.message_bytes,
-                move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
-            )
-        )  # fmt: skip
         return buffer
 
     def _fetch(
@@ -167,7 +124,7 @@ class _Compiler:
         for move in self.region.moves(tensor, source, target):
             key = (tensor.name, move.target, generation)
             if key not in self.values:
-                self.values[key] = self._communicate(move, tensor.name, have, purpose, op)
+                self.values[key] = self.communicate(move, tensor.name, have, purpose, op)
             have = self.values[key]
         return have
 
@@ -188,11 +145,11 @@ class _Compiler:
         over = [reads[0]] if op.operator.in_place else []
         writes = [self._hold(output, generation, *over) for output in op.outputs[:1]]
         writes += [self._hold(output, generation) for output in op.outputs[1:]]
-        self._compute(op.name, op.operator.kind, part, work, reads, writes)
+        self.compute(op.name, op.operator.kind, part, work, reads, writes)
 
     def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
         for work in kernels.before:
-            self._compute(op.name, op.operator.kind, part, (work,), reads, ())
+            self.compute(op.name, op.operator.kind, part, (work,), reads, ())
 
     def _prepare(self, op: PlacedOperator, kernels: Product, reading: Reading, read: dict[str, Buffer]) -> None:
         """Kernels that cast operands need before a product of `op` reads them; copies that they make take the place of
@@ -200,12 +157,10 @@ class _Compiler:
         """
         part: Part = self.part if reading == "forward" else reading
         for name, works, size in kernels.prepared(reading):
-            source = read[name]
-            for work in works[:-1]:
-                self._compute(op.name, "cast", part, (work,), [source], ())
-            if size:
-                read[name] = self._buffer(f"{name} for {reading}", size)
-            self._compute(op.name, "cast", part, works[-1:], [source], [read[name]] if size else ())
+            source, copy = read[name], [self.buffer(f"{name} for {reading}", size)] if size else []
+            for work in works:
+                self.compute(op.name, "cast", part, (work,), [source], copy if work is works[-1] else ())
+            read[name] = copy[0] if copy else source
 
     def _fetch_input(self, op: PlacedOperator, operand: PlacedOperand, generation: str) -> Buffer:
         source = self.region.produced[operand.name].layout
@@ -265,7 +220,7 @@ class _Compiler:
     # Backward
 
     def _gradient_from_outside(self, tensor: Tensor, output: Buffer) -> Buffer:
-        buffer = self._buffer(f"{tensor.name} gradient", output.bytes)
+        buffer = self.buffer(f"{tensor.name} gradient", output.bytes)
         self.gradients[tensor.name].append((self.region.produced[tensor.name].layout, buffer))
         return buffer
 
@@ -325,10 +280,10 @@ class _Compiler:
             over = saved.get(op.outputs[0].name) if op.operator.in_place else None
             writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
             accumulated = kernels.accumulation if not op.gathered else ()
-            apart = [self._buffer(f"{w.name} gradient", w.bytes) for w in op.weights if accumulated]
-            self._compute(op.name, op.operator.kind, "backward", work, reads, [*writes, *apart])
+            apart = [self.buffer(f"{w.name} gradient", w.bytes) for w in op.weights if accumulated]
+            self.compute(op.name, op.operator.kind, "backward", work, reads, [*writes, *apart])
             for added in accumulated:
-                self._compute(op.name, "elementwise", "accumulate", (added,), apart, ())
+                self.compute(op.name, "elementwise", "accumulate", (added,), apart, ())
 
     def _run_product_backward(
         self,
@@ -344,7 +299,7 @@ class _Compiler:
             self._prepare(op, kernels, "dgrad", made)
         for operand, work in kernels.data_gradients:
             others = weights if op.weights else [b for name, b in saved.items() if name != operand.name]
-            self._compute(op.name, "gemm", "dgrad", (work,), [*made.values(), *others], [self._gradient_of(operand)])
+            self.compute(op.name, "gemm", "dgrad", (work,), [*made.values(), *others], [self._gradient_of(operand)])
         if op.operator.recipe:
             saved |= made
             self._prepare(op, kernels, "wgrad", saved)
@@ -353,7 +308,7 @@ class _Compiler:
             of_matrices = not isinstance(weight_work, MemoryBound)
             inputs = saved.values() if of_matrices else ()
             writes = [self._gradient_of(w) for w in op.gathered if (w in kernels.matrices) == of_matrices]
-            self._compute(op.name, "gemm", "wgrad", (weight_work,), [*gradients, *inputs], writes)
+            self.compute(op.name, "gemm", "wgrad", (weight_work,), [*gradients, *inputs], writes)
 
     def _read_saved(self, op: PlacedOperator) -> dict[str, Buffer]:
         """What the backward pass of an operator reads of its forward pass, gathered again where it owns that."""
@@ -369,7 +324,7 @@ class _Compiler:
 
     def _gradient_of(self, operand: PlacedOperand, over: Buffer | None = None) -> Buffer:
         size, alias = operand.gradient_bytes, _root(over)
-        buffer = self._buffer(f"{operand.name} gradient", size, alias_of=alias)
+        buffer = self.buffer(f"{operand.name} gradient", size, alias_of=alias)
         self.gradients[operand.name].append((operand.gradient, buffer))
         return buffer
 
@@ -384,7 +339,7 @@ class _Compiler:
         for layout, buffers in groups.items():
             total = self._sum(tensor, layout, buffers)
             for move in self.region.moves(tensor.gradient, layout, required, backward=True):
-                total = self._communicate(move, tensor.name, total, "gradient", producer)
+                total = self.communicate(move, tensor.name, total, "gradient", producer)
             moved.append(total)
         self.collected[tensor.name] = self._sum(tensor, required, moved)
 
@@ -395,9 +350,9 @@ class _Compiler:
         total, name = buffers[0], f"{tensor.name} gradient"
         for other in buffers[1:]:
             size = self.region.bytes_of(tensor.gradient, layout)
-            result = self._buffer(name, size)
+            result = self.buffer(name, size)
             work = MemoryBound("elementwise", 3 * size, "add")
-            self._compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
+            self.compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
             total = result
         return total
 

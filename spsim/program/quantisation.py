@@ -40,10 +40,9 @@ def _around(op: Operator, recipe: Recipe, maker: Operator | None) -> Iterator[Op
     if maker is not None and of_norm and recipe.norm == "casts":
         yield replace(maker, outputs=tuple(o._replace(tensor=casting) if o.tensor == x else o for o in maker.outputs))
     else:
-        known = of_norm and recipe.norm == "finds scale"
         yield Operator(
             name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(casting),),
-            passthrough=frozenset({x.name}), cast=Cast(recipe, "input", known, rows_only=again),
+            passthrough=frozenset({x.name}), cast=Cast(recipe, "input", of_norm, rows_only=again),
         )  # fmt: skip
     product, made = _product(op, given, casting, recipe, again=again)
     yield product

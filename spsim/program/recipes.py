@@ -116,7 +116,7 @@ class Cast:
 
     recipe: Recipe
     of: Literal["input", "gradient"]
-    scale_known: bool = False
-    """The largest value has been found already."""
+    of_norm: bool = False
+    """A norm makes the input."""
     rows_only: bool = False
     """What products along columns read is made later, from 16 bits."""
