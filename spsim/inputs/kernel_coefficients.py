@@ -123,6 +123,8 @@ class MemoryBoundFractions(Table):
     """The last three stand outside the transformer layers; without a share of their own they have that of elementwise
     kernels, which stream as they do.
     """
+    cast: Fraction | None = None
+    """Of products to 8 or 4 bits; rates by type are in `kernel_rates`."""
 
     def share_of(self, operator_class: str) -> str:
         """The class whose share is that of a class."""

@@ -62,7 +62,19 @@ MODEL = {
 }
 """Field of a model -> its names elsewhere."""
 
-PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+PRECISIONS = {
+    "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
+    **dict.fromkeys((
+        "fp8_cs", "fp8_current_scaling", "tensorwise", "float8currentscaling", "bf16_with_fp8_current_scaling_mixed"
+    ), "fp8"),
+    **dict.fromkeys(("fp8_ds", "delayed", "delayedscaling", "bf16_with_fp8_delayed_scaling_mixed"), "fp8_delayed"),
+    **dict.fromkeys(("fp8_mx", "mxfp8blockscaling", "bf16_with_mxfp8_mixed"), "mxfp8"),
+    **dict.fromkeys((
+        "fp8_sc", "blockwise", "float8blockscaling", "bf16_with_fp8_subchannel_scaling_mixed"
+    ), "fp8_blockwise"),
+    **dict.fromkeys(("fp4", "nvfp4blockscaling", "bf16_with_nvfp4_mixed"), "nvfp4"),
+}  # fmt: skip
+"""Precision elsewhere: of torch, Megatron-Core (`fp8_recipe`), Megatron-Bridge and Transformer Engine."""
 
 _SEVERAL = (
     "write sequence_parallel over tp (Megatron), ulysses=N (DeepSpeed, all-to-all) or ring=N (context parallelism)"
