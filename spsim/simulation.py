@@ -8,16 +8,20 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
-from spsim.costs.static_memory import StaticMemory, static_memory
+from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
+from spsim.inputs.model import Model
 from spsim.inputs.scenario import Scenario
+from spsim.inputs.stages import Chunk as StageChunk
+from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.blocks.embedding import padded_vocab
@@ -30,10 +34,12 @@ from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
+from spsim.step.costed_pipeline import costed_pipeline, stage_runs
 from spsim.step.folding import fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
+from spsim.step.pipelined import PlacedChunk, Stages
 from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
 from spsim.step.unfolded import unfold_step
 
@@ -46,6 +52,8 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
     prepared = _prepared(scenario, fold)
+    if scenario.plan.pp > 1:
+        return _simulate_stages(scenario, prepared)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
     amounts = _amounts(scenario, scenario.workload, scenario.scope)
@@ -72,7 +80,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         numbers = products(prepared.columns.coefficients, basis)
         step = prepared.columns.run(
             chunk,
-            grid.num_micro_batches,
+            _one_if_alike(grid.num_micro_batches),
             prepared.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
             closing["weight_sync"],
             closing["optimizer"],
@@ -83,6 +91,51 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     return ResultColumns(
         scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid), scenario.scope), step, static
     )
+
+
+def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
+    """The micro-batches of all workloads, as most grids have them."""
+    return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
+
+
+def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:
+    """A step of several pipeline stages."""
+    hardware, plan = scenario.hardware, scenario.plan
+    numbers = prepared.template.at(scenario.workload)
+    stages = _stages(scenario)
+    ran = costed_pipeline(
+        prepared, stages, numbers, hardware, plan, cost_models(hardware, scenario.workload.precision),
+        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    ranks = prepared.mesh.ranks
+    copies = {ran.rank_of(stage): range(ran.rank_of(stage), ran.rank_of(stage) + ranks) for stage in range(plan.pp)}
+    trace = Trace(ran.nodes, copies, partial(_describe, scenario, prepared, {}), prepared.groups, waits=ran.waits)
+    statics = {ran.rank_of(r): _static(scenario, prepared, stage_runs(stages, r), numbers) for r in range(plan.pp)}
+    return Result(
+        scope=scenario.scope,
+        scenario=scenario,
+        prepared=prepared,
+        chunk=stage_runs(stages, 0),
+        numbers=numbers,
+        amounts=_amounts(scenario, scenario.workload, scenario.scope),
+        trace=trace,
+        statics=statics,
+        events=ran.events,
+        folded=True,
+        reasons=(_rank_folding(plan.pp, plan.gpus, True),),
+    )
+
+
+def _stages(scenario: Scenario) -> Stages:
+    """What each stage runs, chunk by chunk."""
+    return [[_placed(scenario.model, chunk) for chunk in stage] for stage in chunks_of(scenario.model, scenario.plan)]
+
+
+def _placed(model: Model, chunk: StageChunk) -> PlacedChunk:
+    runs = [Run(EMBEDDING, numbered=False)] if chunk.embedding else []
+    runs += [Run(LAYER, len(chunk.layers))] if chunk.layers else []
+    runs += [Run(HEAD, numbered=False)] if chunk.loss and model.head_rows else []
+    return PlacedChunk(tuple(runs), chunk.layers.start)
 
 
 def _chunk(scenario: Scenario) -> Chunk:
@@ -102,8 +155,12 @@ def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
 
 
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
-    parameters, weights = prepared.parameters(numbers, chunk), prepared.weight_bytes(chunk)
-    return static_memory(parameters, scenario.plan, scenario.workload.element_bytes, weights)
+    plan, element_bytes = scenario.plan, scenario.workload.element_bytes
+    found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
+    if scenario.scope == "layers" or plan.dp_library != "megatron":
+        return found
+    own = [prepared.template.programs[run.block] for run in chunk]
+    return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
 
 
 def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
@@ -165,7 +222,7 @@ def assemble(
         numbers=numbers,
         amounts=amounts,
         trace=trace,
-        static=static,
+        statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
         reasons=tuple(filter(None, (_rank_folding(len(copies), gpus, fold), "" if fold else SWITCHED_OFF))),

@@ -15,7 +15,7 @@ Direction = Literal["forward", "backward"]
 MemoryBoundClass = Literal[
     "norm", "softmax", "dropout", "elementwise", "embedding", "cross_entropy", "optimizer", "cast"
 ]
-"""Classes of kernels that take the time of their memory traffic; `cast` converts operands of products."""
+"""Classes of kernels that take the time of their memory traffic; `cast` makes operands of 8 or 4 bits."""
 KernelClass = Literal["gemm", "attention"] | MemoryBoundClass
 """Which coefficients time a kernel; the kind of an operator is the class of its kernels."""
 KERNEL_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", *get_args(MemoryBoundClass))

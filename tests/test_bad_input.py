@@ -446,7 +446,7 @@ def test_measured_file_refused(text: str, words: list[str], tmp_path: Path, caps
 def test_measured_value_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from spsim.inputs.resources import measured_cases
 
-    header, first, *_ = measured_cases().read_text().splitlines()
+    header, first, *_ = measured_cases()[0].read_text().splitlines()
     columns = header.split(",")
     cells = first.split(",")
     cells[columns.index("tp")] = "eight"

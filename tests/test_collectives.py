@@ -340,15 +340,16 @@ def test_one_node_is_never_slower_than_several(name, collective):
 @pytest.mark.parametrize("name", NVSWITCH)
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_more_nodes_are_never_faster(name, collective):
-    """From 16 MiB on; below, the start of a kernel inside the node may cost more than one more node does. A mesh is
-    left out: two GPUs of a node share one link, slower than their adapters.
+    """From 16 MiB on; below, the start of a kernel inside the node may cost more than one more node does. Within 3 %,
+    for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left out: two GPUs of a node
+    share one link, slower than their adapters.
     """
     cost = CommCost(load_profile(name))
     for ranks in (8, 16, 64):
         for message in (2**24, 2**27, 2**34):
             spread = [n for n in (1, 2, 4, 8, 16, 64) if n <= ranks and ranks // n <= cost.profile.gpus_per_node]
             times = [cost.time(collective, message, ranks, nodes) for nodes in spread]
-            assert all(fewer <= more * (1 + 1e-9) for fewer, more in pairwise(times))
+            assert all(fewer <= more * 1.03 for fewer, more in pairwise(times))
 
 
 @pytest.mark.parametrize("name", SEVERAL_LEVELS)

@@ -1,5 +1,6 @@
 """Many workloads at once are, to the bit, what the engine finds one by one; and what that does not cover falls back."""
 
+from collections import defaultdict
 from dataclasses import replace
 from random import Random
 
@@ -175,7 +176,7 @@ def test_blocks_with_loops_run_as_in_the_engine():
             assert metrics.idle(trace)[0] == (found.exposed[point], 0, 0, 0)
             own = metrics.compute_by_class(trace, 0)
             assert {name: own.get(name, 0) for name in block.classes} == {n: t[point] for n, t in found.compute.items()}
-            peak = metrics.peak_memory(trace, 0)
+            peak = metrics.peak_memory(trace, defaultdict(int))
             assert peak.bytes == found.memory.highest[point]
             leaf, layer, task = (int(column[point]) for column in spots)
             assert named(trace, peak.task) == (block.labels[leaf][task], layer)

@@ -7,13 +7,13 @@ import pytest
 
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
-from spsim.program.compiler import compile_program
 from spsim.program.instructions import Communication
 from spsim.program.kernels import kernels_of
 from spsim.program.mesh import Mesh, mesh_of
 from spsim.program.operators import Operand, Operator, Tensor, parse
 from spsim.program.placed import PlacedOperator
 from spsim.work import FlashAttention, Gemm
+from tests.cases import compile_program
 
 SIZES = {
     "s": 4096, "j": 4096, "b": 2, "h": 512, "a": 16, "d": 192, "e": 128, "x": 8, "t": 96, "f": 256, "v": 32000, "y": 3

@@ -8,25 +8,25 @@ import pytest
 from hypothesis import given
 
 from spsim.costs.static_memory import static_memory
-from spsim.errors import InputError
-from spsim.inputs.plan import RECOMPUTE_MODULES, Plan, parse_plan
+from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.rules import sequence_unit
+from spsim.inputs.step_rules import MODULES as NAMES
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
 from spsim.program.blocks.transformer import _Layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import Communication, Compute
+from spsim.program.instructions import LAYER, Communication, Compute
 from spsim.program.mesh import Mesh
 from spsim.program.recompute import MODULES, LayerKind, layer_kinds
 from spsim.program.region import Region
-from spsim.program.sizes import LAYER, Template, every_workload
+from spsim.program.sizes import Template, every_workload
 from spsim.program.strategies import split_rules
 from spsim.results.derived import Amounts
 from spsim.simulation import assemble
 from spsim.step.itinerary import Run
 from spsim.step.preparation import PreparedStep
-from tests.cases import model, result, scenario
+from tests.cases import model, result
 from tests.test_activation_bytes import FLASH, GPT, LLAMA, SHAPES, few_shapes, random_shapes
 from tests.test_folding import assert_equal
 from tests.test_template import assert_equals_program
@@ -254,7 +254,7 @@ def test_kinds_of_the_layers_of_a_chunk(plan, layers, kinds):
 
 
 def test_modules_have_one_list():
-    assert {*RECOMPUTE_MODULES, "layer"} == MODULES.keys()
+    assert {*NAMES, "layer"} == MODULES.keys()
 
 
 UNIT_PLANS = ["", "tp=4", "tp=4,sequence_parallel", "ulysses=4", "ring=4", "ring=16", "ring=4,ring_cut=contiguous"]
@@ -362,19 +362,3 @@ def test_units_take_the_time_of_their_kernels():
     passes = forward.groupby(["layer", "micro_batch"])
     again = (passes["end_us"].max() - passes["start_us"].min()).sum()
     assert 1e6 * (whole.step_time_s - none.step_time_s) == pytest.approx(again, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("plan", "words"),
-    [
-        ("recompute_modules=mlp", ["recompute_modules", "'none'", "recompute=selective"]),
-        ("recompute=full,recompute_modules=mlp", ["recompute_modules", "'full'"]),
-        ("recompute=selective,recompute_modules=moe", ["'moe'", "core_attn, mlp, mlp_act, layernorm"]),
-        ("recompute=selective,recompute_modules=mlp+", ["''", "with + between them"]),
-    ],
-)
-def test_modules_that_are_none(plan, words):
-    with pytest.raises(InputError) as caught:
-        scenario(plan)
-    assert all(word in str(caught.value) for word in words)
-    assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from spsim.costs.seconds import Seconds
 from spsim.costs.traffic import TrafficCost
 from spsim.inputs.hardware import HardwareProfile
 from spsim.units import US_PER_S
-from spsim.work import FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import CAST_TYPES, FlashAttention, Gemm, MemoryBound, Work
 
 
 class ComputeCost:
@@ -48,7 +48,9 @@ class ComputeCost:
 
     @cached_property
     def _attention(self) -> AttentionCost:
-        return AttentionCost(self.profile, self.dtype, self._traffic.bandwidth("elementwise"))
+        # Beside products of 8 or 4 bits attention stays in 16, as Transformer Engine runs a layer.
+        dtype = "bf16" if self.dtype in CAST_TYPES else self.dtype
+        return AttentionCost(self.profile, dtype, self._traffic.bandwidth("elementwise"))
 
     def duration(self, work: Work) -> Seconds:
         """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""

@@ -11,6 +11,7 @@ send). Up to 2.28 a send between nodes gets 2 channels an adapter, fewer in larg
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 
 import numpy as np
@@ -19,6 +20,8 @@ import numpy.typing as npt
 from spsim.costs.seconds import Seconds
 from spsim.inputs.kernel_coefficients import SendCoefficients
 from spsim.units import GB, MIB, US_PER_S
+
+Counts = npt.NDArray[np.int64]
 
 CHANNELS = 32
 """Of all sends of a GPU within its node, and the most that one send gets there."""
@@ -65,15 +68,13 @@ class SendTime:
         time: Seconds = self._start + message / self._rates[self.channels(message, ranks, nodes) - 1]
         return time
 
-    def channels(self, message: Seconds, ranks: int, nodes: int = 1) -> npt.NDArray[np.int64]:
+    def channels(self, message: Seconds, ranks: int, nodes: int = 1) -> Counts:
         """Channels of one send of `message` bytes in a communicator of `ranks` on `nodes` nodes."""
         parts = np.maximum(1, np.ceil(np.asarray(message) / PART)).astype(np.int64)
         if nodes > 1:
             return np.minimum(self._between_nodes(ranks, nodes), parts)
-        first = _halved_until(CHANNELS, CHANNELS / ranks)
-        counts = 1 << np.arange(first.bit_length() - 1, CHANNELS.bit_length())
-        grown: npt.NDArray[np.int64] = counts[np.searchsorted(counts[:-1] * FULL_SHARE, message)]
-        return np.minimum(grown, parts)
+        counts, full = _within_node(ranks)
+        return np.minimum(counts[full.searchsorted(message)], parts)
 
     def remark(self, message: int, ranks: int, nodes: int = 1) -> str | None:
         """What a reader must know where one send gets fewer channels than its GPU has for sends."""
@@ -90,6 +91,14 @@ class SendTime:
         needed = ceil(self._adapter / (CHANNEL_GB_PER_S_BETWEEN_NODES * GB))
         pool = min(CHANNELS_PER_ADAPTER * (ranks // nodes), MOST_BETWEEN_NODES)
         return _halved_until(1 << (needed - 1).bit_length(), pool / ceil(ranks / PEERS_PER_CHANNEL))
+
+
+@lru_cache
+def _within_node(ranks: int) -> tuple[Counts, Counts]:
+    """Channels that a send may get in a communicator of so many ranks, and the message up to which it gets each."""
+    first = _halved_until(CHANNELS, CHANNELS / ranks)
+    counts = 1 << np.arange(first.bit_length() - 1, CHANNELS.bit_length())
+    return counts, counts[:-1] * FULL_SHARE
 
 
 def _halved_until(count: int, limit: float) -> int:

@@ -8,11 +8,13 @@ dp x ulysses x ring; the distributed optimizer is the first. Of the layers only,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state, shard_ranks
+from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
 
@@ -56,6 +58,14 @@ def static_memory(parameters: int, plan: Plan, weight_bytes: int, weights: int |
     return StaticMemory(
         -(-total // (ranks if plan.zero_stage >= 3 else 1)), copies * held(state.gradient, 2), held(state.optimizer, 1)
     )
+
+
+def dummy_gradients(programs: Iterable[Program], weight_bytes: int) -> int:
+    """Bytes of what autograd is given for gradients of weights that products have added to main gradients already: one
+    tensor of each shape for all weights of a rank, which Transformer Engine keeps (`get_dummy_wgrad`).
+    """
+    shapes = {shape: size for program in programs for shape, size in program.accumulated.items()}
+    return weight_bytes * sum(shapes.values())
 
 
 def outside_tensors(profile: HardwareProfile, mesh: Mesh) -> int:

@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, end_of, pieces_during, place_of
-from spsim.engine.recording import MemoryChange, Recording, Span, TaskInfo
+from spsim.engine.recording import Flight, MemoryChange, Recording, Span, TaskInfo
 from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
 
@@ -85,6 +85,15 @@ def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[i
     return (found[0], found[-1]) if edges and len(found) > 1 else found
 
 
+class Wait(NamedTuple):
+    """Between two pieces of a rank nothing of its own runs: it waits for what is on its way."""
+
+    start_ps: int
+    end_ps: int
+    flights: Sequence[Flight]
+    """Communications that are posted or under way, at their place in time."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """All pieces in order of tasks; `copies` says which ranks each simulated one stands for."""
@@ -98,6 +107,8 @@ class Trace:
     """Axis -> rank -> the ranks of its group."""
     overlapping: bool = False
     """Whether pieces overlap on a rank and their records do not know how, so that memory is read from the whole."""
+    waits: Mapping[int, Sequence[Wait]] = field(default_factory=dict)
+    """Simulated rank -> when it waits between pieces."""
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
@@ -160,11 +171,11 @@ class Trace:
         for leaf in self._leaves_of(phase, layer):
             yield from leaf.find(_one(layer), _one(micro_batch))
 
-    def _leaves_of(self, phase: Pass, layer: int | None) -> Iterator[Leaf]:
-        """Those of a pass; of no layer where one is asked for are the blocks around the layers."""
-        for leaf in self.leaves:
-            if leaf.stretch.phase == phase and (layer is None or leaf.stretch.layer is not None):
-                yield leaf
+    def _leaves_of(self, phase: Pass, layer: int | None) -> Sequence[Leaf]:
+        """Those of a pass. Where it has layers and one is asked for, the blocks around them are left out."""
+        own = [leaf for leaf in self.leaves if leaf.stretch.phase == phase]
+        layers = [leaf for leaf in own if leaf.stretch.layer is not None]
+        return layers if layers and layer is not None else own
 
     def pieces_in(self, layers: Collection[int], micro_batches: Collection[int]) -> list[Piece]:
         """The pieces of some layers and micro-batches and those that belong to none, in order of tasks."""

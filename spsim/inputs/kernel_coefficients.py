@@ -128,7 +128,8 @@ class MemoryBoundFractions(Table):
 
     def share_of(self, operator_class: str) -> str:
         """The class whose share is that of a class."""
-        return operator_class if getattr(self, operator_class) else "elementwise"
+        streams = operator_class in ("embedding", "cross_entropy", "optimizer")
+        return "elementwise" if streams and getattr(self, operator_class) is None else operator_class
 
 
 class KernelRates(Table):

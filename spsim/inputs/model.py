@@ -208,9 +208,10 @@ def load_model(name_or_path: str | Path) -> Model:
     """
     if not isinstance(name_or_path, str | Path):
         raise InputError(f"model {name_or_path!r} is neither a name nor a path; give for instance 'llama-3-8b'")
-    text, path = str(name_or_path), Path(name_or_path)
+    text = str(name_or_path)
     if text in PRESETS:
         return PRESETS[text]
+    path = Path(text)
     if path.suffix == ".toml":
         table = read_toml(path)
         if not isinstance(table.get("model", table), dict):

@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration, read_value
+from spsim.inputs.plan_words import label_options, plan_options
 from spsim.inputs.schedules import Library, Schedule
-from spsim.inputs.words import label_options, plan_options
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
-RECOMPUTE_MODULES = ("core_attn", "mlp", "mlp_act", "layernorm")
-"""Modules of a layer that can be recomputed by themselves, as Megatron-Core calls them; `mlp_act` is its `moe_act`."""
 
 
 class Plan(Configuration):
@@ -90,7 +89,7 @@ class Plan(Configuration):
 
     @classmethod
     def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Megatron's and others' words too; see `words.PLAN`."""
+        """Megatron's and others' words too; see `plan_words`."""
         return super().own_words(plan_options(settings, cls.model_fields.keys()))
 
     @property
@@ -133,9 +132,12 @@ class Plan(Configuration):
         return " × ".join(parts) or "single GPU"
 
 
+KEPT = 1024
+"""Plans by their text: it is read for each row of a sweep."""
 _DEFAULTS = {name: field.default for name, field in Plan.model_fields.items()}
 
 
+@lru_cache(KEPT)
 def parse_plan(text: str) -> Plan:
     """A plan from the form of the command line: `tp=8,sequence_parallel,recompute=selective`; labels as `TP8+SP` and
     the names of Megatron-LM and others are taken too.

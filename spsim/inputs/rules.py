@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 PENDING = frozenset({
     "phase", "tp_overlap",
-    "pp", "virtual_pp", "pp_schedule", "pp_group", "pp_layout", "pp_sends", "pp_overlap", "pp_warmup_flush",
-    "pp_deallocate",
-    "dp", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
-    "moment_dtype", "precision_aware_optimizer", "loss_fusion",
+    "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+    "moment_dtype", "precision_aware_optimizer",
     "recompute_layers", "recompute_method", "cpu_offload_layers", "cuda_graphs",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from spsim.errors import InputError
 from spsim.inputs.model import Model
-from spsim.inputs.plan import RECOMPUTE_MODULES, Plan
+from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import GROUPED, Library, refused_exchange, refused_schedule
 from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Workload
 
 MAX_GPUS = 2**20
 """Of a plan; ten times the largest that trained anything."""
-MODULES = RECOMPUTE_MODULES
-"""What a selective recomputation may run again (`recompute_modules` of Megatron-LM)."""
+MODULES = ("core_attn", "layernorm", "mlp", "mlp_act")
+"""What a selective recomputation may run again (`recompute_modules` of Megatron-LM, whose `moe_act` is of experts)."""
 _MODULES_ELSEWHERE = {
     **dict.fromkeys(("moe", "moe_act", "shared_experts"), "experts are"),
     "mla_up_proj": "latent attention is",
 }
-"""Those of models that spsim does not have."""
+"""Modules of Megatron-LM whose models spsim does not have."""
 
 
 def check_step(model: Model, plan: Plan, workload: Workload) -> None:

@@ -12,6 +12,12 @@ from spsim.inputs.configuration import Configuration
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp8_delayed", "mxfp8", "fp8_blockwise", "nvfp4"]
 """From `fp8` on recipes: products of a layer in 8 or 4 bits, all else in bf16; see `program.recipes`."""
+ELEMENT_BYTES: Mapping[str, int] = {
+    "fp32": 4, "bf16": 2, "fp16": 2,
+    "fp8": 2, "fp8_any_layout": 2, "fp8_delayed": 2, "fp8_delayed_any_layout": 2, "mxfp8": 2, "fp8_blockwise": 2,
+    "nvfp4": 2,
+}  # fmt: skip
+"""Of tensors between operators: they stay in 16 bits where operands of products are cast to 8 or 4."""
 ROW_UNITS: Mapping[str, int] = {"fp8": 16, "fp8_delayed": 16, "mxfp8": 32, "fp8_blockwise": 128, "nvfp4": 16}
 """What must divide rows and columns of operands that are cast (Transformer Engine): a block of one scale, 16 bytes."""
 
@@ -22,11 +28,6 @@ def tokens(value: Any) -> Any:
     """`64K` and `1M` as the numbers of tokens that they mean, 65,536 and 1,048,576; anything else as it is."""
     found = re.fullmatch(r"(\d{1,9})([kKmM])", value) if isinstance(value, str) else None
     return int(found[1]) * _UNITS[found[2].lower()] if found else value
-
-
-def element_bytes(precision: str) -> int:
-    """Of tensors between operators: they stay in 16 bits where operands of products are cast to 8 or 4."""
-    return 4 if precision == "fp32" else 2
 
 
 def product_type(precision: str) -> str:
@@ -60,7 +61,7 @@ class Workload(Configuration):
     @property
     def element_bytes(self) -> int:
         """Of one element of an activation or weight."""
-        return element_bytes(self.precision)
+        return ELEMENT_BYTES[self.precision]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ _programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * next_ids(progr
 
 def placed_by(plan: Plan) -> tuple[int, ...]:
     """What of a plan says where tensors lie."""
-    return plan.dp, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
+    replicas = plan.dp, plan.shard_group or plan.dp
+    return *replicas, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
 
 
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:

@@ -8,43 +8,42 @@ have the dual layouts; the ones with equal layout are summed before they move.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from spsim.inputs.plan import Plan
 from spsim.program.casts import Reading
 from spsim.program.categories import categorise
-from spsim.program.emission import AT_REST, Emission
 from spsim.program.instructions import (
     Buffer,
+    Category,
+    Communication,
+    Compute,
+    Instruction,
     Part,
     Program,
     Purpose,
-    Saved,
     Section,
 )
 from spsim.program.kernels import Kernels, Product
-from spsim.program.mesh import Mesh
-from spsim.program.operators import Operator, Tensor
+from spsim.program.operators import Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
 from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
-from spsim.program.region import Region
-from spsim.program.strategies import split_rules
-from spsim.work import MemoryBound
+from spsim.program.region import Move, Region
+from spsim.program.saving import Saving
+from spsim.work import KernelClass, MemoryBound, Work
 
+AT_REST = -1
+"""Number of what is no buffer of the program: weights are there for the whole step."""
 Key = tuple[str, Layout, str]
 """(tensor, layout, generation): a recomputed or gathered-again tensor is another buffer."""
-
-
-def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, causal: bool) -> Program:
-    """The program of one block; ring attention is a gather here, until `lowerings.ring.lower_ring`."""
-    return compile_region(Region(operators, split_rules(plan), mesh), plan, causal=causal)
 
 
 def compile_region(
     region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None
 ) -> Program:
-    """The same of operators that are placed already, for plans with the degrees of their mesh.
+    """The program of a block for plans with the degrees of its mesh; ring attention is a gather here, until
+    `lowerings.ring.lower_ring`.
 
     With `keep_weights` weights that the forward pass gathers stay for the backward pass, which else gathers them again
     (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does.
@@ -53,29 +52,21 @@ def compile_region(
     return categorise(_Compiler(region, plan, causal, keep_weights, again).compile(), region.resting.keys())
 
 
-class _Compiler(Emission):
+class _Compiler:
     """State of one compilation: the instructions so far, and which buffer holds which tensor in which layout."""
 
     def __init__(
         self, region: Region, plan: Plan, causal: bool, keep_weights: bool, again: tuple[Recomputed, ...]
     ) -> None:
-        super().__init__()
         self.region = region
         self.operators = region.operators
         self.plan = plan
         self.causal = causal
         self.keep_weights = keep_weights
         self.to_recompute = again
-        self.recomputed = {name: own for own in again for name in own.operators}
-        """Operator -> what it is recomputed with."""
-        self.inside = {
-            output.name: self.recomputed[op.name]
-            for op in self.operators
-            if op.name in self.recomputed
-            for output in op.outputs
-        }
-        """Tensor -> what it is made again with."""
-        self.saved = {op.name: list(self._saved_of(op)) for op in self.operators}
+        self.saving = Saving(region, again, keep_gathered=plan.keep_gathered)
+        self.part: Part = "forward"
+        self.instructions: list[Instruction] = []
         self.values: dict[Key, Buffer] = {
             (weight.name, weight.layout, generation): Buffer(AT_REST, weight.name, weight.bytes, "temporary")
             for weight in region.resting.values()
@@ -83,6 +74,8 @@ class _Compiler(Emission):
         }
         self.gradients: dict[str, list[tuple[Layout, Buffer]]] = defaultdict(list)
         self.collected: dict[str, Buffer] = {}
+        self.num_buffers = 0
+        self.num_instructions = 0
 
     def compile(self) -> Program:
         """Forward, then backward from the gradient of the block's output."""
@@ -98,7 +91,7 @@ class _Compiler(Emission):
             forward_sections=(forward,),
             backward_sections=(Section(tuple(self.instructions)),),
             input_gradients=tuple(self.collected[e.name] for e in self.region.entries if e.kind == "activation"),
-            saved=tuple(self._kept()),
+            saved=tuple(self.saving.kept(keep_weights=self.keep_weights)),
             weight_sync=self.region.weight_syncs,
             parameters=self.region.parameters,
             weight_bytes=self.region.weight_bytes,
@@ -106,14 +99,50 @@ class _Compiler(Emission):
             inputs=entries,
             outputs=outputs,
             output_gradients=output_gradients,
+            weights=self.region.weight_tensors,
         )
 
-    # Buffers by the tensors that they hold
+    # Instructions and buffers
+
+    def _buffer(self, tensor: str, size: int, category: Category = "temporary", alias_of: int | None = None) -> Buffer:
+        self.num_buffers += 1
+        return Buffer(self.num_buffers - 1, tensor, size, category, alias_of)
 
     def _hold(self, output: PlacedOperand, generation: str, over: Buffer | None = None) -> Buffer:
         """The buffer of an output, `over` another where it is written in place."""
-        buffer = self.buffer(output.name, output.bytes, alias_of=_root(over))
+        buffer = self._buffer(output.name, output.bytes, alias_of=over.root if over else None)
         self.values[output.name, output.layout, generation] = buffer
+        return buffer
+
+    def _next(self) -> int:
+        self.num_instructions += 1
+        return self.num_instructions - 1
+
+    def _compute(
+        self,
+        operator: str,
+        kind: KernelClass,
+        part: Part,
+        work: tuple[Work, ...],
+        reads: Iterable[Buffer],
+        writes: Iterable[Buffer],
+    ) -> None:
+        read = tuple(dict.fromkeys([buffer.id for buffer in reads]))
+        self.instructions.append(Compute(self._next(), operator, kind, part, work, read, tuple(writes)))
+
+    def _communicate(self, move: Move, tensor: str, have: Buffer, purpose: Purpose, operator: str) -> Buffer:
+        """One collective; an all-reduce works in place, a slice is a view."""
+        collective = move.collective
+        if collective is None:
+            return have
+        in_place = have.id if collective == "all_reduce" else None
+        buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
+        self.instructions.append(
+            Communication(
+                self._next(), operator, tensor, move.axis, collective, move.ranks, move.message_bytes,
+                move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
+            )
+        )  # fmt: skip
         return buffer
 
     def _fetch(
@@ -124,7 +153,7 @@ class _Compiler(Emission):
         for move in self.region.moves(tensor, source, target):
             key = (tensor.name, move.target, generation)
             if key not in self.values:
-                self.values[key] = self.communicate(move, tensor.name, have, purpose, op)
+                self.values[key] = self._communicate(move, tensor.name, have, purpose, op)
             have = self.values[key]
         return have
 
@@ -142,14 +171,13 @@ class _Compiler(Emission):
         if isinstance(kernels, Product):
             self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
         self._search(op, kernels, part, reads)
-        over = [reads[0]] if op.operator.in_place else []
-        writes = [self._hold(output, generation, *over) for output in op.outputs[:1]]
-        writes += [self._hold(output, generation) for output in op.outputs[1:]]
-        self.compute(op.name, op.operator.kind, part, work, reads, writes)
+        over = {op.outputs[0].name: reads[0]} if op.operator.in_place else {}
+        writes = [self._hold(output, generation, over.get(output.name)) for output in op.outputs]
+        self._compute(op.name, op.operator.kind, part, work, reads, writes)
 
     def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
         for work in kernels.before:
-            self.compute(op.name, op.operator.kind, part, (work,), reads, ())
+            self._compute(op.name, op.operator.kind, part, (work,), reads, ())
 
     def _prepare(self, op: PlacedOperator, kernels: Product, reading: Reading, read: dict[str, Buffer]) -> None:
         """Kernels that cast operands need before a product of `op` reads them; copies that they make take the place of
@@ -157,10 +185,12 @@ class _Compiler(Emission):
         """
         part: Part = self.part if reading == "forward" else reading
         for name, works, size in kernels.prepared(reading):
-            source, copy = read[name], [self.buffer(f"{name} for {reading}", size)] if size else []
-            for work in works:
-                self.compute(op.name, "cast", part, (work,), [source], copy if work is works[-1] else ())
-            read[name] = copy[0] if copy else source
+            source = read[name]
+            for work in works[:-1]:
+                self._compute(op.name, "cast", part, (work,), [source], ())
+            if size:
+                read[name] = self._buffer(f"{name} for {reading}", size)
+            self._compute(op.name, "cast", part, works[-1:], [source], [read[name]] if size else ())
 
     def _fetch_input(self, op: PlacedOperator, operand: PlacedOperand, generation: str) -> Buffer:
         source = self.region.produced[operand.name].layout
@@ -174,53 +204,10 @@ class _Compiler(Emission):
         rests = self.region.resting[weight.name].layout
         return self._fetch(weight.tensor, rests, weight.layout, generation, purpose, op.name)
 
-    # What is saved
-
-    def _saved_of(self, op: PlacedOperator) -> Iterator[tuple[PlacedOperand, Layout]]:
-        """What an operator saves, in the layout that is kept: the one that it consumes or leaves, but before its
-        trailing all-gathers where it owns the gather.
-        """
-        owned = op.operator.owns_gather
-        if self.plan.keep_gathered and not op.operator.mixes_positions:
-            owned = frozenset()
-        for operand in op.saved:
-            layout = operand.layout
-            if operand.name in owned:
-                moves = self.region.moves(operand.tensor, self.region.produced[operand.name].layout, layout)
-                for move in reversed(moves):
-                    if move.collective != "all_gather":
-                        break
-                    layout = move.source
-            yield operand, layout
-
-    def _kept(self) -> Iterator[Saved]:
-        """All that survives the forward pass, each tensor in each layout once."""
-        seen = set()
-        for op in self.operators:
-            for operand, layout in self._kept_for(op):
-                if (operand.name, layout) not in seen:
-                    seen.add((operand.name, layout))
-                    size = self.region.bytes_of(operand.tensor, layout)
-                    yield Saved(operand.name, layout, size, operand.tensor.kind, op.name)
-            for weight in op.gathered if self.keep_weights else ():
-                yield Saved(weight.name, weight.layout, weight.bytes, "weight", op.name)
-
-    def _kept_for(self, op: PlacedOperator) -> list[tuple[PlacedOperand, Layout]]:
-        own = self.recomputed.get(op.name)
-        if own is None:
-            return [(operand, layout) for operand, layout in self.saved[op.name] if not self._discarded(operand)]
-        outside = (o for o in op.handed_over if self.inside.get(o.name) is not own and not self._discarded(o))
-        return [(o, self.region.produced[o.name].layout) for o in outside]
-
-    def _discarded(self, operand: PlacedOperand) -> bool:
-        """Whether nobody keeps a tensor, for it is made again."""
-        own = self.inside.get(operand.name)
-        return own is not None and own.discards
-
     # Backward
 
     def _gradient_from_outside(self, tensor: Tensor, output: Buffer) -> Buffer:
-        buffer = self.buffer(f"{tensor.name} gradient", output.bytes)
+        buffer = self._buffer(f"{tensor.name} gradient", output.bytes)
         self.gradients[tensor.name].append((self.region.produced[tensor.name].layout, buffer))
         return buffer
 
@@ -250,14 +237,14 @@ class _Compiler(Emission):
         """
         for op in (op for op in self.operators if op.name in own.operators):
             for operand in op.handed_over:
-                if self.inside.get(operand.name) is not own:
+                if self.saving.inside.get(operand.name) is not own:
                     layout = self.region.produced[operand.name].layout
                     found = self.values[operand.name, layout, "forward"]
                     self.values.setdefault((operand.name, layout, "recompute"), found)
             self._run_forward(op, "recompute")
         for op in (op for op in self.operators if op.name not in own.operators and not own.discards):
             for operand in op.activations:
-                if self.inside.get(operand.name) is own:
+                if self.saving.inside.get(operand.name) is own:
                     self._fetch_input(op, operand, "recompute")
 
     def _run_backward(self, op: PlacedOperator) -> None:
@@ -280,10 +267,10 @@ class _Compiler(Emission):
             over = saved.get(op.outputs[0].name) if op.operator.in_place else None
             writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
             accumulated = kernels.accumulation if not op.gathered else ()
-            apart = [self.buffer(f"{w.name} gradient", w.bytes) for w in op.weights if accumulated]
-            self.compute(op.name, op.operator.kind, "backward", work, reads, [*writes, *apart])
+            apart = [self._buffer(f"{w.name} gradient", w.bytes) for w in op.weights if accumulated]
+            self._compute(op.name, op.operator.kind, "backward", work, reads, [*writes, *apart])
             for added in accumulated:
-                self.compute(op.name, "elementwise", "accumulate", (added,), apart, ())
+                self._compute(op.name, "elementwise", "accumulate", (added,), apart, ())
 
     def _run_product_backward(
         self,
@@ -299,7 +286,7 @@ class _Compiler(Emission):
             self._prepare(op, kernels, "dgrad", made)
         for operand, work in kernels.data_gradients:
             others = weights if op.weights else [b for name, b in saved.items() if name != operand.name]
-            self.compute(op.name, "gemm", "dgrad", (work,), [*made.values(), *others], [self._gradient_of(operand)])
+            self._compute(op.name, "gemm", "dgrad", (work,), [*made.values(), *others], [self._gradient_of(operand)])
         if op.operator.recipe:
             saved |= made
             self._prepare(op, kernels, "wgrad", saved)
@@ -308,14 +295,14 @@ class _Compiler(Emission):
             of_matrices = not isinstance(weight_work, MemoryBound)
             inputs = saved.values() if of_matrices else ()
             writes = [self._gradient_of(w) for w in op.gathered if (w in kernels.matrices) == of_matrices]
-            self.compute(op.name, "gemm", "wgrad", (weight_work,), [*gradients, *inputs], writes)
+            self._compute(op.name, "gemm", "wgrad", (weight_work,), [*gradients, *inputs], writes)
 
     def _read_saved(self, op: PlacedOperator) -> dict[str, Buffer]:
         """What the backward pass of an operator reads of its forward pass, gathered again where it owns that."""
         buffers = {}
-        for operand, kept in self.saved[op.name]:
-            generation = "recompute" if op.name in self.recomputed else "forward"
-            if self._discarded(operand) and op.name not in self.recomputed:
+        for operand, kept in self.saving.saved[op.name]:
+            generation = "recompute" if op.name in self.saving.recomputed else "forward"
+            if self.saving.discarded(operand) and op.name not in self.saving.recomputed:
                 generation, kept = "recompute", self.region.produced[operand.name].layout
             self.values[operand.name, kept, "regather"] = self.values[operand.name, kept, generation]
             needed = self._fetch(operand.tensor, kept, operand.layout, "regather", "regather", op.name)
@@ -323,8 +310,8 @@ class _Compiler(Emission):
         return buffers
 
     def _gradient_of(self, operand: PlacedOperand, over: Buffer | None = None) -> Buffer:
-        size, alias = operand.gradient_bytes, _root(over)
-        buffer = self.buffer(f"{operand.name} gradient", size, alias_of=alias)
+        alias = over.root if over else None
+        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes, alias_of=alias)
         self.gradients[operand.name].append((operand.gradient, buffer))
         return buffer
 
@@ -339,7 +326,7 @@ class _Compiler(Emission):
         for layout, buffers in groups.items():
             total = self._sum(tensor, layout, buffers)
             for move in self.region.moves(tensor.gradient, layout, required, backward=True):
-                total = self.communicate(move, tensor.name, total, "gradient", producer)
+                total = self._communicate(move, tensor.name, total, "gradient", producer)
             moved.append(total)
         self.collected[tensor.name] = self._sum(tensor, required, moved)
 
@@ -350,15 +337,8 @@ class _Compiler(Emission):
         total, name = buffers[0], f"{tensor.name} gradient"
         for other in buffers[1:]:
             size = self.region.bytes_of(tensor.gradient, layout)
-            result = self.buffer(name, size)
+            result = self._buffer(name, size)
             work = MemoryBound("elementwise", 3 * size, "add")
-            self.compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
+            self._compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
             total = result
         return total
-
-
-def _root(buffer: Buffer | None) -> int | None:
-    """The buffer whose memory it is, if there is one."""
-    if buffer is None:
-        return None
-    return buffer.id if buffer.alias_of is None else buffer.alias_of

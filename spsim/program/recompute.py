@@ -40,9 +40,9 @@ class LayerKind(NamedTuple):
 
 def usual_kind(plan: Plan) -> LayerKind:
     """Of the layers that a plan recomputes."""
-    named = (plan.recompute_modules or "core_attn").split("+")
-    modules = {"none": (), "full": ("layer",), "selective": tuple(name for name in MODULES if name in named)}
-    return LayerKind(modules[plan.recompute])
+    if plan.recompute == "full":
+        return LayerKind(("layer",))
+    return LayerKind(tuple(name for name in MODULES if name in plan.recomputed_modules))
 
 
 def layer_kinds(plan: Plan, layers: int) -> list[tuple[LayerKind, int]]:

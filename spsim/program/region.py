@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from spsim.lazy import lazy
 from spsim.program.casts import casting_weights
-from spsim.program.instructions import WeightSync
+from spsim.program.instructions import Weights, WeightSync
 from spsim.program.kernels import Product, gradient_name, kernels_of
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
@@ -26,7 +26,7 @@ from spsim.program.placement import (
 )
 from spsim.program.recipes import Recipe
 from spsim.program.strategies import Rules
-from spsim.program.weights import weight_syncs
+from spsim.program.weights import weight_syncs, weight_tensors
 from spsim.work import MemoryBound
 
 
@@ -132,6 +132,11 @@ class Region:
         """At rest, each once, however many operators use it."""
         found = {weight.name: weight for op in self.operators for weight in op.weights} | self.resting
         return {name: weight for name, weight in found.items() if name not in self._elsewhere}
+
+    @lazy
+    def weight_tensors(self) -> tuple[Weights, ...]:
+        """The weights of a rank as frameworks hold them."""
+        return tuple(weight_tensors(self.kernels.values(), self.weights))
 
     @lazy
     def weight_syncs(self) -> tuple[WeightSync, ...]:

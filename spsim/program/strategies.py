@@ -32,6 +32,7 @@ def split_rules(plan: Plan) -> dict[Axis, SplitRule]:
     tp = ("a", "f", "v", "s") if plan.sequence_parallel else ("a", "f", "v")
     return {
         "dp": SplitRule(("b",), ("b",)),
+        "shard": SplitRule(("b",), ("b",)),
         "ring": SplitRule(("s",), ("s",)),
         "ulysses": SplitRule(("s",), ("a",)),
         "tp": SplitRule(tp, ("a",)),

@@ -91,10 +91,13 @@ class ResultColumns(Derived):
 
     def _names(self, spots: Spots, by_task: Points) -> Any:
         """What tasks are called; where it is by none, what is there all the time."""
+        if not by_task.any():
+            return np.full(by_task.shape, STATIC, dtype=object)
         places = [*zip(*(column.tolist() for column in spots), strict=True)]
         names = {place: self._name(*place) for place in set(places)}
-        found = np.array([names[place] for place in places], dtype=object)
-        found[~by_task] = STATIC
+        found = np.array([*map(names.__getitem__, places)], dtype=object)
+        if not by_task.all():
+            found[~by_task] = STATIC
         return found
 
     def _name(self, leaf: int, layer: int, task: int) -> str:

@@ -5,13 +5,13 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
 
 from spsim.engine.pieces import Node, Pass, Repeat, Stretch
 from spsim.engine.recording import POSTED, STARTED, MemoryChange, Recording
-from spsim.engine.trace import Trace
+from spsim.engine.trace import Trace, Wait
 from spsim.results import accounts, measured
 
 
@@ -54,6 +54,8 @@ def idle(trace: Trace) -> dict[int, Idle]:
         for recording, (phase, count) in trace.recordings.items():
             if phase in ("forward", "backward") and rank in recording.times:
                 total = total.plus(_idle(recording, rank), count)
+        for wait in trace.waits.get(rank, ()):
+            total = total.plus(_waiting(wait), 1)
         found[rank] = total
     return found
 
@@ -79,6 +81,13 @@ def _idle(recording: Recording, rank: int) -> Idle:
         return Idle(communication=length)
     _, transfer, peer, stage = accounts.levels(recording, rank)
     return Idle(transfer, peer, stage, length - transfer - peer - stage)
+
+
+def _waiting(wait: Wait) -> Idle:
+    """Between two passes of a pipeline stage."""
+    parts = accounts.of_wait(wait).parts
+    transfer = sum(length for part, length in parts.items() if accounts.is_exposed(part))
+    return Idle(transfer, parts[accounts.PEERS], parts[accounts.STAGES], parts[accounts.IDLE])
 
 
 def weight_sync(trace: Trace) -> int:
@@ -108,13 +117,13 @@ class Peak(NamedTuple):
     """The task that allocated it."""
 
 
-def peak_memory(trace: Trace, static: int) -> Peak:
-    """The fullest rank and moment; `static` bytes are there all the time.
+def peak_memory(trace: Trace, static: Mapping[int, int]) -> Peak:
+    """The fullest rank and moment; `static` bytes of each simulated rank are there all the time.
 
     At equal times memory is freed before it is allocated, so that the order of events does not matter.
     """
     peak_of = _peak_of_whole if trace.overlapping else _peak
-    return max([peak_of(trace, rank, static) for rank in trace.copies], key=lambda peak: peak.bytes)
+    return max([peak_of(trace, rank, static[rank]) for rank in trace.copies], key=lambda peak: peak.bytes)
 
 
 def memory_changes(trace: Trace, rank: int) -> list[MemoryChange]:

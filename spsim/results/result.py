@@ -60,7 +60,8 @@ class Result(Derived):
     numbers: Numbers
     amounts: Amounts
     trace: Trace
-    static: StaticMemory
+    statics: Mapping[int, StaticMemory]
+    """Of each simulated rank."""
     events: int
     """Tasks that went through the engine."""
     folded: bool
@@ -186,7 +187,9 @@ class Result(Derived):
 
     @property
     def overlap(self) -> str:
-        """That neighbouring layers overlap, in words; empty where they do not."""
+        """That neighbouring layers overlap, in words; empty where they do not, and of more than layers."""
+        if self.scope == "step":
+            return ""
         passes = self.scenario.model.layers * self.scenario.num_micro_batches
         more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
         if more <= OVERLAPPING:
@@ -211,7 +214,12 @@ class Result(Derived):
     @lazy
     def peak(self) -> metrics.Peak:
         """The fullest rank, when, and by which task."""
-        return metrics.peak_memory(self.trace, self.static.total)
+        return metrics.peak_memory(self.trace, {rank: own.total for rank, own in self.statics.items()})
+
+    @property
+    def static(self) -> StaticMemory:
+        """Of the fullest rank."""
+        return self.statics[self.peak.rank]
 
     @lazy
     def peak_bytes(self) -> int:
@@ -295,7 +303,7 @@ class Result(Derived):
     @lazy
     def memory_curve(self) -> pd.DataFrame:
         """Memory by category over time; see `tables.memory_frame`."""
-        return tables.memory_frame(self.trace, self.static.by_category())
+        return tables.memory_frame(self.trace, self.statics)
 
     @lazy
     def operators(self) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import Precision, element_bytes
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.program.blocks.optimizer import (
     OptimizerKernel,
     average_gradients,
@@ -53,7 +53,7 @@ class Optimizer:
         """Of a rank with so many parameters, in order. The buffer is cleared for the next step; Megatron does so before
         that begins.
         """
-        state = parameter_state(self.plan, element_bytes(self.precision))
+        state = parameter_state(self.plan, ELEMENT_BYTES[self.precision])
         shard = -(-parameters // shard_ranks(self.plan)) if self.plan.zero_stage else parameters
         average = [average_gradients(parameters, state)] if self.plan.dp > 1 else []
         steps = optimizer_step(shard, state, scaled=self.precision == "fp16")

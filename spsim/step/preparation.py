@@ -7,8 +7,9 @@ itinerary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from spsim.program.assembly import compiled_by, layer_program, step_key, step_pr
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, Program
-from spsim.program.mesh import Axis, mesh_of, nodes_of
+from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.sizes import Index, Numbers, Template
@@ -107,11 +108,15 @@ class PreparedStep:
         """`programs_at` compiles the blocks for a workload. Bytes are of an element of a gradient."""
         self.template = template
         self.programs_at = programs_at
-        self.mesh = mesh_of(plan)
+        self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
         self.optimizer = optimizer
-        self.closings = closings(template.programs, plan, self.mesh, gradient_bytes, optimizer)
-        self.syncs = tuple([step for made in self.closings for step in made.steps if isinstance(step, Sync)])
+        self._close = partial(
+            closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes,
+            optimizer=optimizer,
+        )  # fmt: skip
+        self.closings = self._close(template.programs)
+        self.syncs = _syncs(self.closings)
         self.owners = {
             part.segment.name: block
             for block, passes in self.blocks.items()
@@ -126,6 +131,7 @@ class PreparedStep:
         self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
         self._steps: dict[tuple[Run, ...], Loop] = {}
+        self._stage_closings: dict[frozenset[str], tuple[Closing, ...]] = {}
 
     @property
     def _passes(self) -> list[BlockPass]:
@@ -233,7 +239,15 @@ class PreparedStep:
         """Bytes of the buffers of each segment."""
         return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
 
-    def sync_messages(self, numbers: Numbers, chunk: Chunk) -> list[int]:
+    def stage_closings(self, chunk: Chunk) -> tuple[Closing, ...]:
+        """What follows the last micro-batch on a stage of some blocks."""
+        blocks = frozenset(run.block for run in chunk)
+        if blocks not in self._stage_closings:
+            own = {name: program for name, program in self.template.programs.items() if name in blocks}
+            self._stage_closings[blocks] = self._close(own)
+        return self._stage_closings[blocks]
+
+    def sync_messages(self, numbers: Numbers, chunk: Chunk, syncs: Sequence[Sync] | None = None) -> list[int]:
         """Bytes of the messages that synchronise the weight gradients of all blocks of a rank."""
         counts: Counter[str] = Counter()
         for run in chunk:
@@ -248,14 +262,14 @@ class PreparedStep:
         return [
             (s.itemsize or 0) * s.elements
             + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
-            for s in self.syncs
+            for s in (self.syncs if syncs is None else syncs)
         ]
 
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""
         key = (axes, ranks, gpus_per_node)
         if key not in self._nodes:
-            self._nodes[key] = nodes_of(self.mesh, axes, gpus_per_node, ranks)
+            self._nodes[key] = nodes_of(self.world, axes, gpus_per_node, ranks)
         return self._nodes[key]
 
     def durations(
@@ -265,9 +279,11 @@ class PreparedStep:
         comm: CommCost,
         *,
         gpus_per_node: int,
-        chunk: Chunk,
+        chunk: Chunk | None,
     ) -> dict[str, Mapping[int, list[int]]]:
-        """Picoseconds of each task, by segment and simulated rank."""
+        """Picoseconds of each task, by segment and simulated rank; of what follows the last micro-batch too, where a
+        rank runs a `chunk`.
+        """
         ps = np.rint(self._seconds(numbers.values, compute, comm, gpus_per_node) * PS_PER_S)
         ps = (
             ps.astype(np.int64) if np.maximum.reduce(ps) < 2**62 else np.array([int(time) for time in ps], dtype=object)
@@ -275,7 +291,8 @@ class PreparedStep:
         found: dict[str, Mapping[int, list[int]]] = {
             name: {rank: ps[slots].tolist() for rank, slots in by_rank.items()} for name, by_rank in self._slots.items()
         }
-        for made, times in self.closing_times(numbers, chunk, compute, comm, gpus_per_node=gpus_per_node):
+        own = self.closing_times(numbers, chunk, compute, comm, gpus_per_node=gpus_per_node) if chunk else ()
+        for made, times in own:
             found[made.segment.name] = dict.fromkeys(self.ranks.copies, times)
         return found
 
@@ -339,7 +356,14 @@ class PreparedStep:
         self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
     ) -> list[tuple[Closing, list[int]]]:
         """Picoseconds of each task after the last micro-batch."""
-        messages = dict(zip(self.syncs, self.sync_messages(numbers, chunk), strict=True))
-        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in self.syncs}
+        own = self.closings if self.world == self.mesh else self.stage_closings(chunk)
+        syncs = _syncs(own)
+        messages = dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
+        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in syncs}
         kernels = self._kernels(numbers, chunk)
-        return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in self.closings]
+        return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
+
+
+def _syncs(own: Sequence[Closing]) -> tuple[Sync, ...]:
+    """The collectives of some closings."""
+    return tuple([step for made in own for step in made.steps if isinstance(step, Sync)])

@@ -18,13 +18,14 @@ the first; sources as of `buckets`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import Precision, element_bytes
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.program.instructions import Program
 from spsim.program.placement import Collective
 from spsim.step.buckets import (
     DDP_BUCKET_BYTES,
@@ -91,6 +92,8 @@ class Synchronisation:
     """Whether a reduction is issued once its last gradient is there, and those before it are; else after the pass."""
     before_update: tuple[Message, ...] = ()
     after_update: tuple[Message, ...] = ()
+    sharded: bool = False
+    """Whether weights rest sharded: what is gathered is freed after its last use, and gradients once reduced."""
 
 
 def synchronisation(
@@ -129,7 +132,7 @@ class _Weights:
     @property
     def itemsize(self) -> int:
         """Of a weight."""
-        return element_bytes(self.precision)
+        return ELEMENT_BYTES[self.precision]
 
     @property
     def gradient_itemsize(self) -> int:
@@ -152,6 +155,15 @@ class _Weights:
     def scalar(self, what: str, itemsize: int = FP32_BYTES, group: Group = "shard") -> Message:
         """All-reduce of one number."""
         return Message(what, "all_reduce", 1, itemsize, group)
+
+
+def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
+    """The weights of the blocks of a stage, in the order of the forward pass."""
+    return tuple([
+        Parameter(weights.name, weights.elements, weights.operator, block)
+        for block, program in enumerate(programs)
+        for weights in program.weights
+    ])  # fmt: skip
 
 
 def shard_ranks(plan: Plan) -> int:
@@ -221,6 +233,7 @@ def _fsdp(weights: _Weights) -> Synchronisation:
         reductions=tuple(tuple(_hybrid(unit, weights)) for unit in (*own[::-1], *first)),
         reductions_in="every",
         before_update=(Message("gradient norm", "all_reduce", len(weights.parameters), FP32_BYTES),),
+        sharded=True,
     )
 
 
@@ -275,6 +288,7 @@ def _deepspeed_3(weights: _Weights) -> Synchronisation:
         reductions_in="every",
         before_update=(weights.scalar("gradient norm", itemsize=8),),
         after_update=tuple(map(weights.gather, deepspeed_buckets(small, 0, unit=ranks))),
+        sharded=True,
     )
 
 

@@ -68,33 +68,44 @@ class _Sorting:
         """By the identity of what points share, which is kept so that nothing else takes its place."""
         self._values: dict[int, tuple[Any, Hashable]] = {}
         """The same of each value."""
-        for place, point in enumerate(points):
-            self._add(place, point)
+        self._sort(points)
 
-    def _add(self, place: int, point: Point) -> None:
-        settings, labels = point.settings, point.labels
-        given = settings.get("workload")
-        if not isinstance(given, dict):
-            given = given.__dict__ if isinstance(given, Workload) else None
-        if given is None or not (_SETTINGS.issuperset(settings) and _WORKLOAD.issuperset(given)):
-            self.alone.places.append(place)
-            return
-        hardware, model, nodes = settings.get("hardware"), settings.get("model"), settings.get("nodes")
-        plan = settings.get("plan", _NOT_GIVEN)
-        phase, precision = given.get("phase", "training"), given.get("precision", "bf16")
-        key = (id(hardware), id(model), id(plan), id(nodes), id(phase), id(precision), *labels)
-        known = self._families.get(key)
-        if known is None:
-            shared = hardware, model, plan, nodes
-            known = self._families[key] = (shared, phase, precision), self._family(shared, phase, precision, labels)
-        family = known[1]
-        family.places.append(place)
-        family.sizes.append((given.get("seq_len"), given.get("micro_batch", 1), given.get("global_batch")))
+    def _sort(self, points: Iterable[Point]) -> None:
+        """Many points, most of which share all but their sizes with the one before."""
+        hardware = model = plan = nodes = phase = precision = labels = _NOT_GIVEN
+        family = self.alone
+        for place, point in enumerate(points):
+            settings = point.settings
+            given = settings.get("workload")
+            if not isinstance(given, dict):
+                given = given.__dict__ if isinstance(given, Workload) else None
+            if given is None or not (settings.keys() <= _SETTINGS and given.keys() <= _WORKLOAD):
+                self.alone.places.append(place)
+                continue
+            setting, size = settings.get, given.get
+            if (
+                hardware is not setting("hardware")
+                or model is not setting("model")
+                or plan is not setting("plan", _NOT_GIVEN)
+                or nodes is not setting("nodes")
+                or phase is not size("phase", "training")
+                or precision is not size("precision", "bf16")
+                or labels != point.labels.keys()
+            ):
+                hardware, model, nodes = setting("hardware"), setting("model"), setting("nodes")
+                plan, labels = setting("plan", _NOT_GIVEN), point.labels.keys()
+                phase, precision = size("phase", "training"), size("precision", "bf16")
+                family = self._family((hardware, model, plan, nodes), phase, precision, point.labels)
+            family.places.append(place)
+            family.sizes.append((size("seq_len"), size("micro_batch", 1), size("global_batch")))
 
     def _family(self, shared: tuple[Any, ...], phase: Any, precision: Any, labels: Labels) -> _Family:
-        if phase != "training" or precision not in _PRECISIONS:
-            return self.alone
-        return self.families[(*map(self._by_value, shared), precision, *labels)]
+        key = (*map(id, (*shared, phase, precision)), *labels)
+        if key not in self._families:
+            usual = phase == "training" and precision in _PRECISIONS
+            by_value = (*map(self._by_value, shared), precision, *labels) if usual else None
+            self._families[key] = (shared, phase, precision), self.families[by_value] if usual else self.alone
+        return self._families[key][1]
 
     def _by_value(self, value: Any) -> Hashable:
         """Equal of what is equal, as far as that can be seen."""

@@ -24,7 +24,7 @@ from spsim.errors import InputError, first_problem
 from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.resources import read_text
-from spsim.inputs.workload import Precision, element_bytes, product_type
+from spsim.inputs.workload import ELEMENT_BYTES, Precision, product_type
 from spsim.units import US_PER_S
 from spsim.work import OPERAND_BYTES, AttentionKernel, FlashAttention, Framework, Gemm
 
@@ -58,7 +58,7 @@ class Product(BaseModel):
             "forward": (self.m, self.n, self.k), "dgrad": (self.m, self.k, self.n), "wgrad": (self.n, self.k, self.m)
         }[direction]  # fmt: skip
         operand = Fraction(OPERAND_BYTES[product_type(precision)])
-        moved = self.batch * (math.ceil(operand * (m * k + k * n)) + element_bytes(precision) * m * n)
+        moved = self.batch * (math.ceil(operand * (m * k + k * n)) + ELEMENT_BYTES[precision] * m * n)
         return Gemm(m, n, k, self.batch, moved)
 
 
@@ -122,7 +122,7 @@ class Attention(BaseModel):
             visible = queries * keys  # as kernels are charged: half of the square
         passes = 1 if direction == "forward" else 2
         moved = passes * 2 * self.batch * self.head_dim * (queries * self.heads + keys * kv_heads)
-        moved *= element_bytes(precision)
+        moved *= ELEMENT_BYTES[precision]
         return FlashAttention(
             kernel, "backward" if direction == "backward" else "forward", self.batch, self.heads,
             kv_heads, self.head_dim, self.head_dim, queries, keys, visible, self.causal and queries > 1, moved,

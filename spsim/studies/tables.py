@@ -67,6 +67,10 @@ def frame(tables: Sequence[Table], order: Sequence[int]) -> pd.DataFrame:
     """The rows at some places, as pandas makes it of rows; columns stand in the order in which the rows name them."""
     import pandas as pd
 
+    if len(tables) == 1 and [*order] == [*tables[0].places] == [*range(len(order))]:
+        known = tables[0].columns.items()
+        ready = {name: column.copy() if isinstance(column, np.ndarray) else column for name, column in known}
+        return pd.DataFrame(ready, index=range(len(order)), copy=False)
     places = [np.array(table.places, dtype=np.intp) for table in tables]
     count = sum(map(len, places))
     number = np.empty(count, dtype=np.intp)
@@ -74,11 +78,7 @@ def frame(tables: Sequence[Table], order: Sequence[int]) -> pd.DataFrame:
         number[own] = index
     in_order = np.array(order, dtype=np.intp)
     named = dict.fromkeys(name for index in dict.fromkeys(number[in_order].tolist()) for name in tables[index].columns)
-    ready = tables[0].columns if len(tables) == 1 and np.array_equal(places[0], np.arange(count)) else {}
-    columns = {
-        name: ready[name].copy() if _is_known(ready.get(name)) else _joined(name, tables, places, count)
-        for name in named
-    }
+    columns = {name: _joined(name, tables, places, count) for name in named}
     mixed = [name for name, column in columns.items() if column is None]
     if mixed:
         inferred = pd.DataFrame(_rows(tables, mixed, count), columns=mixed)
@@ -102,11 +102,6 @@ def _kind(column: Any) -> type:
     return type(column)
 
 
-def _is_known(column: Any) -> bool:
-    """Whether a column is an array whose values are of one kind."""
-    return isinstance(column, np.ndarray) and column.dtype.char in _KINDS
-
-
 def _joined(name: str, tables: Sequence[Table], places: Sequence[npt.NDArray[np.intp]], count: int) -> Any:
     """A column whose values are numbers of one kind, or texts; None where pandas has to find out what it is."""
     parts = [(own, table.columns[name]) for own, table in zip(places, tables, strict=True) if name in table.columns]
@@ -115,8 +110,6 @@ def _joined(name: str, tables: Sequence[Table], places: Sequence[npt.NDArray[np.
     whole = len(parts) == len(tables)
     if kinds or kind not in (float, int, bool, str) or not (whole or kind in (float, int)):
         return None
-    if len(tables) == 1 and not isinstance(parts[0][1], np.ndarray | list):
-        return parts[0][1]
     column = np.empty(count, dtype=object if kind is str else kind) if whole else np.full(count, np.nan)
     for own, values in parts:
         column[own] = values

@@ -10,7 +10,7 @@ from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import check_nodes, gpus_per_node
-from spsim.inputs.workload import Precision, Workload, element_bytes
+from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import lazy
 from spsim.program.instructions import LAYER, Compute, Program
 from spsim.program.sizes import Template
@@ -119,7 +119,7 @@ def simulate_program(
     Raises `InputError` where the profile lacks the dtype, or a curve that the plan needs.
     """
     scenario = _scenario(tape, hardware, plan)
-    itemsize = element_bytes(scenario.workload.precision)
+    itemsize = ELEMENT_BYTES[scenario.workload.precision]
     static = _static(program, tape, plan, itemsize, gradients)
     weights = _weights(program, tape, plan)
     if gradients == "kept":

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from spsim.inputs.schedules import Schedule
-from spsim.step.pipeline.orders import Action, global_stage, place_of
+from spsim.step.pipeline.orders import Action, place_of
+
+MessageKind = Literal["activation", "gradient"]
+Place = tuple[int, int]
+"""(rank, chunk)."""
+Lane = tuple[int, int, MessageKind]
+"""(sender, receiver, what): messages of a lane travel one after the other."""
 
 
 class Message(NamedTuple):
     """An activation to the next stage of the model, or a gradient to the one before."""
 
-    kind: Literal["activation", "gradient"]
+    kind: MessageKind
     micro_batch: int
     stage: int
     """Of the model, that sends it."""
@@ -51,35 +57,42 @@ class DeadlockError(RuntimeError):
         self.ranks = tuple(ranks)
 
 
-@dataclass(frozen=True, slots=True)
 class Stages:
-    """Which stage of the model lies where."""
+    """The stages of a model on the ranks, and which pass sends what to which stage."""
 
-    schedule: Schedule
-    ranks: int
-    chunks: int
+    def __init__(self, schedule: Schedule, ranks: int, chunks: int) -> None:
+        self.schedule = schedule
+        self.ranks = ranks
+        self.chunks = chunks
+        self._sent: dict[tuple[str, int, int], tuple[MessageKind, int, int, int]] = {}
+        self._needed: dict[tuple[str, int, int], tuple[MessageKind, int, int, int]] = {}
+        places = [place_of(schedule, ranks, stage) for stage in range(ranks * chunks)]
+        for stage, (lower, upper) in enumerate(pairwise(places)):
+            if lower[0] != upper[0]:
+                self._add("activation", stage, lower, upper)
+                self._add("gradient", stage + 1, upper, lower)
+        lanes = {(sender, receiver, kind) for kind, _, sender, receiver in self._sent.values()}
+        self.lanes: tuple[Lane, ...] = tuple(sorted(lanes))
+
+    def _add(self, kind: MessageKind, stage: int, sender: Place, receiver: Place) -> None:
+        for action in "F" if kind == "activation" else "BI":
+            self._sent[action, *sender] = self._needed[action, *receiver] = (kind, stage, sender[0], receiver[0])
+
+    def senders(self) -> Iterable[tuple[tuple[str, int, int], tuple[MessageKind, int, int, int]]]:
+        """(kind of pass, rank, chunk) with (what it sends, its stage, its rank, the rank that receives)."""
+        return self._sent.items()
 
     def sent(self, rank: int, action: Action) -> Message | None:
         """By a pass, once it is done; nothing if the stage that reads it lies on the same rank."""
-        stage = global_stage(self.schedule, self.ranks, rank, action.chunk)
-        if action.kind == "F":
-            return self._message("activation", stage, stage + 1, action.micro_batch)
-        return None if action.kind == "W" else self._message("gradient", stage, stage - 1, action.micro_batch)
+        return _message(self._sent.get((action.kind, rank, action.chunk)), action)
 
     def needed(self, rank: int, action: Action) -> Message | None:
         """By a pass, before it runs."""
-        stage = global_stage(self.schedule, self.ranks, rank, action.chunk)
-        if action.kind == "F":
-            return self._message("activation", stage - 1, stage, action.micro_batch)
-        return None if action.kind == "W" else self._message("gradient", stage + 1, stage, action.micro_batch)
+        return _message(self._needed.get((action.kind, rank, action.chunk)), action)
 
-    def _message(
-        self, kind: Literal["activation", "gradient"], sender: int, receiver: int, micro_batch: int
-    ) -> Message | None:
-        if min(sender, receiver) < 0 or max(sender, receiver) >= self.ranks * self.chunks:
-            return None
-        ranks = [place_of(self.schedule, self.ranks, stage)[0] for stage in (sender, receiver)]
-        return None if ranks[0] == ranks[1] else Message(kind, micro_batch, sender, *ranks)
+
+def _message(found: tuple[MessageKind, int, int, int] | None, action: Action) -> Message | None:
+    return Message(found[0], action.micro_batch, *found[1:]) if found else None
 
 
 def posted(*messages: Message | None) -> tuple[Post, ...]:

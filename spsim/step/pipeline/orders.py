@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from spsim.inputs.schedules import V_SHAPED, Schedule, torch_group
 
@@ -27,6 +31,28 @@ class Action(NamedTuple):
 
 Row = tuple[Action, ...]
 """What one rank runs, in order."""
+Numbers = npt.NDArray[np.int64]
+KINDS = "FBIW"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of one rank in order, as arrays: the quick way to say them where there are many."""
+
+    kinds: Numbers
+    """Places in `KINDS`."""
+    chunks: Numbers
+    micro_batches: Numbers
+
+    @classmethod
+    def of(cls, row: Row) -> Passes:
+        kinds = np.array([KINDS.index(action.kind) for action in row])
+        return cls(kinds, *np.array([action[1:] for action in row]).T)
+
+    def row(self) -> Row:
+        columns = (self.kinds.tolist(), self.chunks.tolist(), self.micro_batches.tolist())
+        kinds = cast("dict[int, Kind]", dict(enumerate(KINDS)))
+        return tuple([Action(kinds[kind], *numbers) for kind, *numbers in zip(*columns, strict=True)])
 
 
 def orders(schedule: Schedule, stages: int, chunks: int, micro_batches: int, group: int | None) -> tuple[Row, ...]:
@@ -88,14 +114,13 @@ def pairs(schedule: Schedule, stages: int, rank: int, row: Sequence[Action]) -> 
         place += together
 
 
-def forwards(chunks: int, micro_batches: int, group: int) -> list[tuple[int, int]]:
-    """(chunk, micro-batch) of the forward passes by groups; backward passes have chunk v − 1 − c in its place."""
-    return [
-        (chunk, micro_batch)
-        for first in range(0, micro_batches, group)
-        for chunk in range(chunks)
-        for micro_batch in range(first, min(first + group, micro_batches))
-    ]
+def forwards(chunks: int, micro_batches: int, group: int) -> Numbers:
+    """Chunks and micro-batches of the forward passes, by groups; backward passes have chunk v − 1 − c in its place."""
+    numbers = np.arange(micro_batches)
+    order = np.lexsort(
+        (np.tile(numbers, chunks), np.arange(chunks).repeat(micro_batches), np.tile(numbers // group, chunks))
+    )
+    return np.array(np.divmod(order, micro_batches))
 
 
 def warm_up(stages: int, rank: int, chunks: int, micro_batches: int, group: int) -> int:
@@ -106,19 +131,26 @@ def warm_up(stages: int, rank: int, chunks: int, micro_batches: int, group: int)
     return min(behind if chunks == 1 else (chunks - 1) * group + 2 * behind, micro_batches * chunks)
 
 
-def _one_f_one_b(stages: int, rank: int, chunks: int, micro_batches: int, group: int) -> Iterator[Action]:
-    order = forwards(chunks, micro_batches, group)
-    first = warm_up(stages, rank, chunks, micro_batches, group)
-    yield from (Action("F", chunk, micro_batch) for chunk, micro_batch in order[:first])
-    for place, (chunk, micro_batch) in enumerate(order):
-        if first + place < len(order):
-            yield Action("F", *order[first + place])
-        yield Action("B", chunks - 1 - chunk, micro_batch)
+def one_f_one_b(order: Numbers, before: int) -> Passes:
+    """Passes of 1F1B, interleaved or not: the forward ones in `order`, some of them `before` pairs of F and B."""
+    number = order.shape[1]
+    places = np.arange(number)
+    at = np.concatenate([np.maximum(places, 2 * places - before), np.minimum(2 * places + before + 1, places + number)])
+    columns = np.empty((3, 2 * number), np.int64)
+    columns[0, at] = np.repeat([0, 1], number)
+    columns[1, at] = np.concatenate([order[0], order[0, -1] - order[0]])
+    columns[2, at] = np.tile(order[1], 2)
+    return Passes(*columns)
+
+
+def _one_f_one_b(stages: int, rank: int, chunks: int, micro_batches: int, group: int) -> Row:
+    before = warm_up(stages, rank, chunks, micro_batches, group)
+    return one_f_one_b(forwards(chunks, micro_batches, group), before).row()
 
 
 def _interleaved_zero_bubble(stages: int, rank: int, chunks: int, micro_batches: int, group: int) -> Iterator[Action]:
     """As 1F1B with half the distance between ranks, which the weight gradients fill: r passes behind on rank r."""
-    order = forwards(chunks, micro_batches, group)
+    order = [*map(tuple, forwards(chunks, micro_batches, group).T.tolist())]
     first = min((chunks - 1) * group + stages - 1 - rank, len(order))
     yield from (Action("F", chunk, micro_batch) for chunk, micro_batch in order[:first])
     for place, (chunk, micro_batch) in enumerate(order):
@@ -142,7 +174,7 @@ def _gpipe(_stages: int, _rank: int, _chunks: int, micro_batches: int, _group: i
 
 def _looped_bfs(_stages: int, _rank: int, chunks: int, micro_batches: int, _group: int) -> Iterator[Action]:
     """GPipe chunk by chunk, and back the way that it came."""
-    order = forwards(chunks, micro_batches, micro_batches)
+    order = [*map(tuple, forwards(chunks, micro_batches, micro_batches).T.tolist())]
     yield from (Action("F", chunk, micro_batch) for chunk, micro_batch in order)
     yield from (Action("B", chunk, micro_batch) for chunk, micro_batch in reversed(order))
 
