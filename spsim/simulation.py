@@ -27,6 +27,7 @@ from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.instructions import LAYER
+from spsim.program.recipes import program_precision
 from spsim.program.recompute import usual_kind
 from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
@@ -152,12 +153,14 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    return prepare(scenario.model, scenario.plan, fold, scenario.workload.precision)
+    any_layout = scenario.hardware.datasheet.fp8_any_layout
+    precision = program_precision(scenario.workload.precision, any_layout=any_layout)
+    return prepare(scenario.model, scenario.plan, fold, precision)
 
 
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
-    found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes)
+    found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
     if scenario.scope == "layers" or plan.dp_library != "megatron":
         return found
     own = [prepared.template.programs[run.block] for run in chunk]

@@ -76,7 +76,7 @@ def with_plan(plan: str) -> list[str]:
         ([*RUN[:-1], "many"], ["--seq-len"]),
         ([*RUN, "--micro-batch", "4", "--global-batch", "6"], ["global_batch = 6", "4"]),
         ([*RUN, "--precision", "int3"], ["precision", "int3", "bf16"]),
-        ([*RUN, "--precision", "fp8"], ["fp8", "not simulated yet"]),
+        ([*RUN, "--precision", "nvfp4"], ["nvfp4", "no such peak"]),
         ([*RUN, "--phase", "decode", "--plan", "tp=8,sequence_parallel"], ["decode", "no sequence to shard"]),
         ([*RUN, "--phase", "decode", "--plan", "ulysses=8"], ["decode", "no sequence to shard"]),
         ([*RUN, "--phase", "prefill"], ["prefill", "not simulated yet"]),

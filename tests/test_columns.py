@@ -245,6 +245,18 @@ def test_rows_are_those_of_one_workload_at_a_time():
     assert covered > 800
 
 
+@pytest.mark.parametrize("precision", ["fp8", "fp8_delayed"])
+@pytest.mark.parametrize("plan", ["tp=8", "tp=4,sequence_parallel", "ulysses=2", "ring=4", "tp=2,recompute=full"])
+def test_rows_of_products_in_fp8(plan, precision):
+    """With casts, and tokens that no block divides, which are refused."""
+    settings = {"hardware": H100, "model": "llama-3-8b", "plan": plan}
+    sizes = [{"seq_len": n, "micro_batch": b} for n in (1024, 1032, 4096, 8192) for b in (1, 2, 3)]
+    assert_rows([Point({**settings, "workload": {**size, "precision": precision}}) for size in sizes])
+    found = many_of(settings, [{**size, "precision": precision} for size in sizes if size["seq_len"] % 1024 == 0])
+    assert found.exact.all()
+    assert (found.compute_ps["cast"] > 0).all()
+
+
 def many_of(settings, workloads):
     """Their simulation at once."""
     scenario = Scenario(**settings, workload=workloads[0])
@@ -318,7 +330,10 @@ def test_what_the_columns_do_not_cover_is_simulated():
         [{}, {"plan": None}],
         [{"workload": {"seq_len": 256, "micro_batch": 2, "global_batch": n}} for n in range(1, 6)],
         [{}, {"nodes": 1}, {"nodes": True}, {"nodes": 2}],
-        [{"workload": {"seq_len": 256, "precision": precision}} for precision in ("bf16", "fp32", "fp16", "fp8")],
+        [
+            {"workload": {"seq_len": 256, "precision": precision}}
+            for precision in ("bf16", "fp32", "fp16", "fp8", "nvfp4")
+        ],
         [{"hardware": hardware} for hardware in (H100, A100, load_profile(H100))],
         [{"model": model(layers=layers)} for layers in (2, 3)],
     ],

@@ -479,7 +479,7 @@ def simulated(operators, rules, *, fold=True, named=None, **options):
 def on_engine(program, plan, *, fold):
     """The same of a program."""
     template = Template(program, 1)
-    prepared = PreparedStep(template, plan, lambda _: {LAYER: program}, fold=fold, weight_bytes=2)
+    prepared = PreparedStep(template, plan, lambda _: {LAYER: program}, fold=fold)
     scenario = SimpleNamespace(
         hardware=load_profile("dgx-h100"), model=SimpleNamespace(name="made up", layers=3), plan=plan,
         workload=SimpleNamespace(precision="bf16"), num_micro_batches=2, gpus_per_node=8, notes=(), summary=(),

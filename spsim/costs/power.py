@@ -23,6 +23,7 @@ class PowerLimit:
     """Of one device and data type."""
 
     def __init__(self, profile: HardwareProfile, dtype: str) -> None:
+        self.dtype = dtype
         gemm, share = profile.coefficients.gemm, profile.coefficients.power_share
         both = share is not None and dtype in gemm.burst_limit and dtype in gemm.sustained_limit
         self.share = share.value if share is not None else 1.0

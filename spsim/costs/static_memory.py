@@ -37,8 +37,9 @@ class StaticMemory:
         return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
 
 
-def static_memory(parameters: int, plan: Plan, weight_bytes: int) -> StaticMemory:
-    """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element as they are used.
+def static_memory(parameters: int, plan: Plan, weight_bytes: int, weights: int | None = None) -> StaticMemory:
+    """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element between operators;
+    all `weights` together take so many bytes where products read cast copies.
 
     FSDP2 shards fp32 weights, which need no copy, and gathers them in 16 bits; Megatron and DeepSpeed shard 16-bit
     weights and the fp32 copy apart. Torch's DDP has gradients beside the buckets in which it reduces them. Under
@@ -53,7 +54,10 @@ def static_memory(parameters: int, plan: Plan, weight_bytes: int) -> StaticMemor
         """Of so many bytes a parameter, sharded from a stage on."""
         return -(-size * parameters // (ranks if plan.zero_stage >= stage else 1))
 
-    return StaticMemory(held(state.weight, 3), copies * held(state.gradient, 2), held(state.optimizer, 1))
+    total = state.weight * parameters if weights is None or at_rest != weight_bytes else weights
+    return StaticMemory(
+        -(-total // (ranks if plan.zero_stage >= 3 else 1)), copies * held(state.gradient, 2), held(state.optimizer, 1)
+    )
 
 
 def dummy_gradients(programs: Iterable[Program], weight_bytes: int) -> int:

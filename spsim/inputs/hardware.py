@@ -83,6 +83,10 @@ class Datasheet(Table):
     clock_vector_mhz: Quantity
     peak_tflops: dict[str, Quantity]
     """Dense matrix peak by data type; `fp32` is the vector peak, types with scales have that of their bits."""
+    fp8_any_layout: bool = False
+    """8-bit products read operands in any layout; else only such whose rows are summed over, so that transposes are
+    made.
+    """
     memory: DeviceMemory
     host_link_gb_per_s: Bandwidth | None = None
     """Of one GPU to the memory of its host, per direction, while all GPUs of the host copy; none for a CPU."""

@@ -10,13 +10,13 @@ from spsim.inputs.effects import reasons, setting
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import check_step, refused_count
-from spsim.inputs.workload import Workload, Workloads
+from spsim.inputs.workload import ROW_UNITS, Workload, Workloads
 
 if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
 PENDING = frozenset({
-    "phase", "precision=fp8", "tp_overlap",
+    "phase", "tp_overlap",
     "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
     "moment_dtype", "precision_aware_optimizer",
     "recompute_layers", "recompute_method", "cpu_offload_layers", "cuda_graphs",
@@ -75,16 +75,40 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
+def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
+    """What the products of a rank read is cast in whole blocks, along rows and columns."""
+    unit = ROW_UNITS.get(workload.precision, 1)
+    widths = {
+        "hidden": model.hidden,
+        "heads x head_dim / tp": model.heads * model.head_dim // plan.tp,
+        "kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim,
+        "ffn_hidden / tp": model.ffn_hidden // plan.tp,
+        "micro_batch x seq_len / sequence shards": workload.micro_batch * workload.seq_len // _sequence_shards(plan),
+    }
+    for name, width in widths.items():
+        if width % unit:
+            raise InputError(
+                f"workload: precision = {workload.precision!r} casts blocks of {unit}, which do not divide "
+                f"{name} = {width}; use bf16 or sizes that are multiples of {unit}"
+            )
+
+
+def _sequence_shards(plan: Plan) -> int:
+    return plan.ulysses * plan.ring * (plan.tp if plan.sequence_parallel else 1)
+
+
 def sequence_unit(model: Model, plan: Plan) -> int:
     """What must divide the sequence length: the product of the sequence shards, twice for a zigzag ring."""
     zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
-    return plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
+    return _sequence_shards(plan) * zigzag
 
 
 def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: Any) -> Any:
     """Which of many workloads keep the rules for their sizes, where others of their kind keep all others."""
     unit = workloads.micro_batch * plan.dp
     whole = (workloads.seq_len % sequence_unit(model, plan) == 0) & (global_batch % unit == 0)
+    tokens = workloads.micro_batch * workloads.seq_len // _sequence_shards(plan)
+    whole &= tokens % ROW_UNITS.get(workloads.precision, 1) == 0
     if model.sliding_window is not None:
         whole &= workloads.seq_len <= model.sliding_window
     count = global_batch // unit
@@ -142,7 +166,8 @@ def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
 
 _USUAL = {kind: {name: field.default for name, field in kind.model_fields.items()} for kind in (Workload, Plan)}
 _CHECKS = (
-    _check_phase, _check_heads, _check_widths, _check_window, _check_sequence, _check_batch, check_step, _check_pending
+    _check_phase, _check_heads, _check_widths, _check_rows, _check_window, _check_sequence, _check_batch, check_step,
+    _check_pending,
 )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ class Scenario(Shapes):
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:
         check_nodes(self.hardware, self.plan, self.nodes)
-        self.hardware.peak(self.workload.precision)
+        self.hardware.peak(self.workload.product_type)
         if kernel := self.model.attention_kernel:
             self.hardware.attention_kernel(kernel)
         return self

@@ -40,7 +40,16 @@ PRECISIONS = {
     "half": "fp16",
     "float32": "fp32",
     "float": "fp32",
-    "fp8_cs": "fp8",
+    **dict.fromkeys(
+        ("fp8_cs", "fp8_current_scaling", "tensorwise", "float8currentscaling", "bf16_with_fp8_current_scaling_mixed"),
+        "fp8",
+    ),
+    **dict.fromkeys(("fp8_ds", "delayed", "delayedscaling", "bf16_with_fp8_delayed_scaling_mixed"), "fp8_delayed"),
+    **dict.fromkeys(("fp8_mx", "mxfp8blockscaling", "bf16_with_mxfp8_mixed"), "mxfp8"),
+    **dict.fromkeys(
+        ("fp8_sc", "blockwise", "float8blockscaling", "bf16_with_fp8_subchannel_scaling_mixed"), "fp8_blockwise"
+    ),
+    **dict.fromkeys(("fp4", "nvfp4blockscaling", "bf16_with_nvfp4_mixed"), "nvfp4"),
 }
 
 

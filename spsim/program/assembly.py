@@ -55,7 +55,7 @@ def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
 def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: _layer(model, workload, plan.dp))
+    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind is None or kind.layers == 1:
@@ -63,7 +63,7 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
 
 
-def _layer(model: Model, workload: Workload, replicas: int) -> tuple[Operator, ...]:
+def layer_operators(model: Model, workload: Workload, replicas: int = 1) -> tuple[Operator, ...]:
     """The operators of a layer, with the casts of the recipe of its precision, if that has one."""
     operators = transformer_layer(model, workload, replicas)
     recipe = RECIPES.get(workload.precision)

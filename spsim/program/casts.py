@@ -20,7 +20,7 @@ Reading = Literal["forward", "dgrad", "wgrad"]
 def casting(cast: Cast, elements: int, *, gathered: bool) -> Iterator[MemoryBound]:
     """Kernels that cast a tensor of so many elements, which is `gathered` then: a transpose is made after that."""
     recipe = cast.recipe
-    if recipe.tensor_scale and not cast.scale_known:
+    if recipe.tensor_scale and not (cast.of_norm and recipe.norm == "finds scale"):
         yield _kernel("amax", recipe, HALF * elements)
     one = cast.rows_only or recipe.columns == "same" or (gathered and recipe.columns == "transposed")
     yield _quantize("quantize" if one else "quantize_both", recipe, elements)

@@ -94,6 +94,8 @@ class _Compiler:
             saved=tuple(self.saving.kept(keep_weights=self.keep_weights)),
             weight_sync=self.region.weight_syncs,
             parameters=self.region.parameters,
+            weight_bytes=self.region.weight_bytes,
+            weight_casts=self.region.weight_casts,
             inputs=entries,
             outputs=outputs,
             output_gradients=output_gradients,

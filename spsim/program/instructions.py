@@ -14,7 +14,7 @@ from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
-from spsim.work import Gemm, KernelClass, Work
+from spsim.work import Gemm, KernelClass, MemoryBound, Work
 
 LAYER = "layer"
 """The block that a model has most of, or a traced module."""
@@ -96,6 +96,8 @@ class WeightSync:
     axes: tuple[Axis, ...]
     ranks: int
     elements: int
+    bytes: int
+    """As they rest."""
 
 
 class Weights(NamedTuple):
@@ -140,6 +142,10 @@ class Program:
     """Of the inputs that have one: token ids have none."""
     weights: tuple[Weights, ...] = ()
     """In the order in which they are read."""
+    weight_bytes: int = 0
+    """Of the parameters, all copies of those that products read cast."""
+    weight_casts: tuple[MemoryBound, ...] = ()
+    """Kernels that make these copies, once a step."""
 
     @property
     def sections(self) -> tuple[Section, ...]:

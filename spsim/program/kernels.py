@@ -83,7 +83,8 @@ class Kernels:
         total = bytes_of(written or placed.results) if summed else 0
         if not written:
             return (MemoryBound("elementwise", total, "bias_gradient", row=self.row),)
-        return (self._streaming(total + bytes_of([*placed.results, *placed.saved, *written]), backward=True),)
+        gradients = sum([operand.gradient_bytes for operand in (*placed.results, *written)])
+        return (self._streaming(total + gradients + bytes_of(placed.saved), backward=True),)
 
     def _streaming(self, moved: int, *, backward: bool = False) -> MemoryBound:
         kind = self.operator.kind

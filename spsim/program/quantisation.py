@@ -16,29 +16,35 @@ from spsim.program.recipes import Cast, Recipe
 
 def quantised(operators: Sequence[Operator], recipe: Recipe) -> tuple[Operator, ...]:
     """The operators of a block with the casts of a recipe; products that it does not name stay as they are."""
-    kinds = {output.tensor.name: op.kind for op in operators for output in op.outputs}
-    found: list[Operator] = []
+    found: dict[str, Operator] = {}
+    makers: dict[str, Operator] = {}
     for op in operators:
-        found += _around(op, recipe, kinds.get(op.activations[0].tensor.name)) if _is_named(op, recipe) else [op]
-    return tuple(found)
+        if op.kind == "gemm" and op.name in recipe.operators and op.weights:
+            maker = makers.get(op.activations[0].tensor.name)
+            found |= {operator.name: operator for operator in _around(op, recipe, maker)}
+        else:
+            found[op.name] = op
+        makers |= {output.tensor.name: op for output in op.outputs}
+    return tuple(found.values())
 
 
-def _is_named(op: Operator, recipe: Recipe) -> bool:
-    return op.kind == "gemm" and op.name in recipe.operators and bool(op.weights)
-
-
-def _around(op: Operator, recipe: Recipe, input_of: str | None) -> Iterator[Operator]:
-    """A product between the casts of its input and of the gradients of its outputs."""
+def _around(op: Operator, recipe: Recipe, maker: Operator | None) -> Iterator[Operator]:
+    """A product between the casts of its input and of the gradients of its outputs; the norm that makes its input, if
+    that casts.
+    """
     (given,) = op.activations
     x = given.tensor
-    cast = x._replace(name=f"{op.name}_input", itemsize=recipe.itemsize, gradient_itemsize=x.itemsize)
-    known = recipe.norm_finds_scale and input_of == "norm"
+    casting = x._replace(name=f"{op.name}_input", itemsize=recipe.itemsize, gradient_itemsize=x.itemsize)
     again = op.name in recipe.keeps_input
-    yield Operator(
-        name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(cast),),
-        passthrough=frozenset({x.name}), cast=Cast(recipe, "input", known, rows_only=again),
-    )  # fmt: skip
-    product, made = _product(op, given, cast, recipe, again=again)
+    of_norm = maker is not None and maker.kind == "norm"
+    if maker is not None and of_norm and recipe.norm == "casts":
+        yield replace(maker, outputs=tuple(o._replace(tensor=casting) if o.tensor == x else o for o in maker.outputs))
+    else:
+        yield Operator(
+            name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(casting),),
+            passthrough=frozenset({x.name}), cast=Cast(recipe, "input", of_norm, rows_only=again),
+        )  # fmt: skip
+    product, made = _product(op, given, casting, recipe, again=again)
     yield product
     yield Operator(
         name=f"{op.name}_gradient_cast", kind="cast", inputs=tuple(map(_plain, made)),

@@ -16,8 +16,10 @@ from spsim.inputs.workload import Precision
 from spsim.work import OPERAND_BYTES
 
 LINEARS = frozenset({"qkv", "projection", "fc1", "fc2"})
+SIXTEEN_BITS = "bf16"
+"""The type of all else."""
 HALF = 2
-"""Bytes of an element in 16 bits."""
+"""Bytes of its elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,8 @@ class Recipe:
     output gradient along other rows than the products before it did: along their columns.
     """
 
-    dtype: Precision
+    dtype: str
     """Of the operands; peaks and coefficients of products have this name."""
-    block: int
-    """Values in a row that share a scale, or at which kernels need rows to end."""
     bits: int
     """Of a value."""
     columns: Literal["same", "transposed", "apart"]
@@ -40,8 +40,8 @@ class Recipe:
     """
     tensor_scale: bool = False
     """A scale of the whole tensor: its largest value is found before, in a kernel of its own."""
-    norm_finds_scale: bool = False
-    """A norm finds it while it writes the tensor."""
+    norm: Literal["apart", "finds scale", "casts"] = "apart"
+    """What a norm does of the cast of what it makes."""
     ordered_scales: bool = False
     """Tensor cores read scales in an order of their own: after a gather a kernel puts them into it, else the cast."""
     weights_in_type: bool = False
@@ -84,24 +84,30 @@ class Recipe:
         return self.copies * self.itemsize + (HALF if self.keeps_16_bits else 0)
 
 
-_PER_TENSOR = Recipe(
-    "fp8", 16, 8, "transposed", tensor_scale=True, norm_finds_scale=True, weights_in_type=True
-)  # fmt: skip
-RECIPES: Mapping[str, Recipe] = {
-    "fp8": _PER_TENSOR,
-    "fp8_any_layout": replace(_PER_TENSOR, columns="same"),
-    "mxfp8": Recipe("mxfp8", 32, 8, "apart", ordered_scales=True),
-    "fp8_blockwise": Recipe("fp8_blockwise", 128, 8, "apart", keeps_16_bits=True),
-    "nvfp4": Recipe("nvfp4", 16, 4, "apart", tensor_scale=True, ordered_scales=True, keeps_16_bits=True),
+_PER_TENSOR = {
+    "fp8": Recipe("fp8", 8, "transposed", tensor_scale=True, norm="finds scale", weights_in_type=True),
+    "fp8_delayed": Recipe(
+        "fp8", 8, "transposed", norm="casts", weights_in_type=True, keeps_input=frozenset()
+    ),
 }  # fmt: skip
-"""Float8CurrentScaling, MXFP8BlockScaling, Float8BlockScaling and NVFP4BlockScaling of Transformer Engine, by
-precision; the second is that of devices whose 8-bit products read operands in any layout. Others cast nothing.
+_ANY_LAYOUT = "_any_layout"
+RECIPES: Mapping[str, Recipe] = {
+    **_PER_TENSOR,
+    **{name + _ANY_LAYOUT: replace(recipe, columns="same") for name, recipe in _PER_TENSOR.items()},
+    "mxfp8": Recipe("mxfp8", 8, "apart", ordered_scales=True),
+    "fp8_blockwise": Recipe("fp8_blockwise", 8, "apart", keeps_16_bits=True),
+    "nvfp4": Recipe("nvfp4", 4, "apart", tensor_scale=True, ordered_scales=True, keeps_16_bits=True),
+}
+"""By precision: Float8CurrentScaling, DelayedScaling, MXFP8BlockScaling, Float8BlockScaling and NVFP4BlockScaling of
+Transformer Engine, the first two also for devices whose 8-bit products read operands in any layout. Others cast
+nothing.
 """
 
 
 def program_precision(precision: Precision, *, any_layout: bool) -> Precision:
     """The precision whose recipe a device runs: 8-bit products of Hopper sum over rows of both operands only."""
-    return cast("Precision", "fp8_any_layout") if precision == "fp8" and any_layout else precision
+    own = precision + _ANY_LAYOUT
+    return cast("Precision", own) if any_layout and own in RECIPES else precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class Cast:
 
     recipe: Recipe
     of: Literal["input", "gradient"]
-    scale_known: bool = False
-    """The largest value has been found already."""
+    of_norm: bool = False
+    """A norm makes the input."""
     rows_only: bool = False
     """What products along columns read is made later, from 16 bits."""

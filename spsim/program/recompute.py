@@ -20,7 +20,7 @@ MODULES: Mapping[str, Callable[[Operator], bool]] = {
     "core_attn": lambda op: op.mixes_positions,
     "mlp": lambda op: "f" in op.extents,
     "mlp_act": lambda op: "f" in op.extents and op.kind != "gemm",
-    "layernorm": lambda op: op.kind == "norm" and "h" in op.mixes,
+    "layernorm": lambda op: (op.kind == "norm" and "h" in op.mixes) or (op.cast is not None and op.cast.of_norm),
 }
 """Module, or all of a layer -> whether an operator is in it; those in a row are recomputed together. What is part of
 another one comes after it.
@@ -102,5 +102,7 @@ def _runs(
 
 def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
     """The last operator before the next one that adds to the residual stream."""
-    added = (index for index in range(place, len(operators)) if operators[index].passthrough)
+    added = (
+        index for index in range(place, len(operators)) if operators[index].passthrough and not operators[index].cast
+    )
     return operators[next(added, len(operators)) - 1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from spsim.lazy import lazy
+from spsim.program.casts import casting_weights
 from spsim.program.instructions import Weights, WeightSync
-from spsim.program.kernels import gradient_name, kernels_of
+from spsim.program.kernels import Product, gradient_name, kernels_of
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
 from spsim.program.placed import PlacedOperand, PlacedOperator
@@ -22,8 +24,10 @@ from spsim.program.placement import (
     redistribute,
     sent_bytes,
 )
+from spsim.program.recipes import Recipe
 from spsim.program.strategies import Rules
 from spsim.program.weights import weight_syncs, weight_tensors
+from spsim.work import MemoryBound
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +91,14 @@ class Region:
         self._bytes: dict[tuple[str, Extent, Layout], int] = {}
 
     def _gathered(self) -> Iterator[str]:
-        """Cast tensors that a product reads whole and their producer leaves cut; the same of gradients."""
+        """Cast tensors that a product reads whole and their producer leaves cut; the same of gradients. A norm that
+        casts leaves rows only, which is all that can be gathered.
+        """
+        casts = {op.name for op in self.operators if op.operator.cast}
         for op in self.operators:
             for operand in op.activations if op.operator.recipe else ():
-                if operand.layout != self.produced[operand.name].layout:
+                moved = operand.layout != self.produced[operand.name].layout
+                if moved or self.producers[operand.name] not in casts:
                     yield operand.name
             for operand in op.activations if op.operator.cast else ():
                 if operand.gradient != self.produced[operand.name].gradient:
@@ -139,6 +147,27 @@ class Region:
     def parameters(self) -> int:
         """Of the block, on one rank."""
         return sum(weight.elements for weight in self.weights.values())
+
+    @lazy
+    def weight_bytes(self) -> int:
+        """Of them, for the whole step: all copies of those that products read cast."""
+        copies = {matrix.name: recipe.resident_bytes for recipe, matrix in self._cast_weights}
+        return sum(math.ceil(copies.get(n, w.tensor.itemsize) * w.elements) for n, w in self.weights.items())
+
+    @lazy
+    def weight_casts(self) -> tuple[MemoryBound, ...]:
+        """Kernels that make those copies, once a step."""
+        return tuple(
+            kernel for recipe, matrix in self._cast_weights for kernel in casting_weights(recipe, matrix.elements)
+        )
+
+    @property
+    def _cast_weights(self) -> Iterator[tuple[Recipe, PlacedOperand]]:
+        for op in self.operators:
+            kernels = self.kernels[op.name]
+            if op.operator.recipe and isinstance(kernels, Product):
+                for matrix in kernels.matrices:
+                    yield op.operator.recipe, matrix
 
 
 def _placed(operator: Operator, rules: Rules, mesh: Mesh) -> PlacedOperator:

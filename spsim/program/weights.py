@@ -17,10 +17,10 @@ def weight_syncs(weights: Iterable[PlacedOperand], mesh: Mesh) -> Iterator[Weigh
         partial = [axis for axis, placement in weight.gradient if placement == PARTIAL]
         outer = tuple([axis for axis in partial if axis != "tp"])
         if outer:
-            yield WeightSync(weight.name, outer, mesh.size(outer), weight.elements)
+            yield WeightSync(weight.name, outer, mesh.size(outer), weight.elements, weight.bytes)
         copies = mesh.degree("tp") if "tp" in partial else _copies(weight, mesh)
         if copies > 1:
-            yield WeightSync(weight.name, ("tp",), copies, weight.elements)
+            yield WeightSync(weight.name, ("tp",), copies, weight.elements, weight.bytes)
 
 
 def weight_tensors(kernels: Iterable[Kernels], at_rest: Mapping[str, PlacedOperand]) -> Iterator[Weights]:

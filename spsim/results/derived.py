@@ -11,6 +11,7 @@ from spsim.engine.recording import TaskInfo
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.inputs.workload import product_type
 from spsim.lazy import lazy
 from spsim.program.operators import TensorKind
 from spsim.step.preparation import PreparedStep
@@ -136,7 +137,7 @@ class Derived:
 
     @property
     def _peak_rate(self) -> float:
-        return self.scenario.hardware.peak(self.scenario.workload.precision)
+        return self.scenario.hardware.peak(product_type(self.scenario.workload.precision))
 
     @property
     def tflops_per_gpu(self) -> float:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import sqrt
 
 from spsim.costs.collectives import CommCost
-from spsim.costs.kernels import ComputeCost
+from spsim.costs.models import compute_cost
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
 from spsim.engine.trace import Trace
@@ -100,7 +100,7 @@ class Account:
         self.prepared = prepared
         self.trace = trace
         self.rank = next(iter(trace.copies))
-        self.compute = ComputeCost(profile, precision)
+        self.compute = compute_cost(profile, precision)
         self.comm = CommCost(profile)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
         self.classes: dict[Outline, list[Classes]] = {

@@ -1,10 +1,12 @@
 """What follows the last micro-batch: gradients are summed over ranks, and the optimizer steps.
 
+Weights are cast after both, for products in 8 or 4 bits: once a step, whatever micro-batches there are.
 Without an optimizer the sums of gradients, and with sharded state the gather of weights, are one segment.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +30,7 @@ from spsim.program.mesh import Mesh
 from spsim.step.gradients import Sync, gradient_syncs
 from spsim.step.segments import Call, Segment
 from spsim.units import picoseconds
+from spsim.work import KernelName, MemoryBound
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,31 @@ def closings(
     programs: Mapping[str, Program],
     plan: Plan,
     mesh: Mesh,
-    weight_bytes: int,
     gradient_bytes: int,
     optimizer: Optimizer | None,
 ) -> tuple[Closing, ...]:
-    """The segments after the last micro-batch, in order; programs are by block, bytes of one element."""
-    syncs = tuple(gradient_syncs(programs, plan, weight_bytes, gradient_bytes))
+    """The segments after the last micro-batch, in order; programs are by block, bytes of an element of a gradient."""
+    syncs = tuple(gradient_syncs(programs, plan, gradient_bytes))
     if optimizer is None:
         return (_closing("weight_sync", "weight_sync", syncs),) if syncs else ()
     sums = tuple(sync for sync in syncs if sync.collective != "all_gather")
     gathers = tuple(sync for sync in syncs if sync.collective == "all_gather")
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
     found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh))))
-    return *found, *([_closing("parameter_gather", "weight_sync", gathers)] if gathers else [])
+    found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    casts = weight_casts([(1, cast) for program in programs.values() for cast in program.weight_casts])
+    return *found, *([_closing("weight_casts", "optimizer", tuple(cast.name for cast in casts))] if casts else [])
+
+
+def weight_casts(casts: Sequence[tuple[int, MemoryBound]]) -> tuple[OptimizerKernel, ...]:
+    """Kernels of casts of weights, each so many times, as one of each sort."""
+    total: Counter[tuple[KernelName | None, str | None]] = Counter()
+    for times, cast in casts:
+        total[cast.kernel, cast.dtype] += times * cast.bytes_moved
+    return tuple(
+        OptimizerKernel(f"{kernel}_weights", MemoryBound("cast", moved, kernel, dtype=dtype))
+        for (kernel, dtype), moved in total.items()
+    )
 
 
 def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:

@@ -20,7 +20,8 @@ class Sync:
     axes: tuple[Axis, ...]
     ranks: int
     collective: Collective
-    itemsize: int
+    itemsize: int | None
+    """Bytes of an element; None of weights, which are gathered as they rest."""
     weights: tuple[tuple[str, int], ...]
     """Block, and index into `Program.weight_sync` of its program."""
     name: str = "weight gradients"
@@ -41,11 +42,10 @@ class Sync:
         return "tp" if self.axes == ("tp",) else "dp"
 
 
-def gradient_syncs(
-    programs: Mapping[str, Program], plan: Plan, weight_bytes: int, gradient_bytes: int
-) -> Iterator[Sync]:
+def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: int) -> Iterator[Sync]:
     """One coalesced message per group: first the data-like axes, then tp. With sharded optimizer state a
-    reduce-scatter, then the updated parameters gathered. Programs are by block, bytes of one element.
+    reduce-scatter, then the updated parameters gathered. Programs are by block, bytes of an element of
+    a gradient.
     """
     members: dict[tuple[tuple[Axis, ...], int], list[tuple[str, int]]] = defaultdict(list)
     for block, program in programs.items():
@@ -55,6 +55,6 @@ def gradient_syncs(
         all_reduce = Sync(axes, ranks, "all_reduce", gradient_bytes, tuple(weights))
         if plan.zero_stage and axes != ("tp",):
             yield replace(all_reduce, collective="reduce_scatter")
-            yield replace(all_reduce, collective="all_gather", itemsize=weight_bytes, name="parameters")
+            yield replace(all_reduce, collective="all_gather", itemsize=None, name="parameters")
         else:
             yield all_reduce

@@ -22,9 +22,10 @@ from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import compiled_by, layer_program, step_key, step_programs
+from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
@@ -33,7 +34,7 @@ from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.program.templates import layer_template, step_template
 from spsim.step.abreast import Abreast
-from spsim.step.closing import Closing, Optimizer, closing_times, closings
+from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
@@ -60,9 +61,8 @@ def prepared_layer(
         lambda: PreparedStep(
             layer_template(model, plan, precision, kind),
             plan,
-            lambda workload: {LAYER: layer_program(model, plan, workload, kind)},
+            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision), kind)},
             fold=fold,
-            weight_bytes=ELEMENT_BYTES[precision],
         ),
     )
 
@@ -75,12 +75,16 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
         lambda: PreparedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, workload),
+            lambda workload: step_programs(model, plan, _in(workload, precision)),
             fold=fold,
-            weight_bytes=ELEMENT_BYTES[precision],
             optimizer=Optimizer(plan, precision),
         ),
     )
+
+
+def _in(workload: Workload, precision: Precision) -> Workload:
+    """A workload in the precision whose recipe the device runs."""
+    return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
 
 def _issued_by(plan: Plan) -> tuple[bool, ...]:
@@ -98,18 +102,17 @@ class PreparedStep:
         programs_at: Callable[[Workload], Mapping[str, Program]],
         *,
         fold: bool,
-        weight_bytes: int,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
         optimizer: Optimizer | None = None,
     ) -> None:
-        """`programs_at` compiles the blocks for a workload. Bytes are of an element, of gradients as summed."""
+        """`programs_at` compiles the blocks for a workload. Bytes are of an element of a gradient."""
         self.template = template
         self.programs_at = programs_at
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
         self.optimizer = optimizer
         self._close = partial(
-            closings, plan=plan, mesh=self.world, weight_bytes=weight_bytes, gradient_bytes=gradient_bytes,
+            closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes,
             optimizer=optimizer,
         )  # fmt: skip
         self.closings = self._close(template.programs)
@@ -250,8 +253,15 @@ class PreparedStep:
         for run in chunk:
             counts[run.block] += run.count
         elements = {block: numbers.weight_sync(block) for block in counts}
+
+        def size(itemsize: int | None, block: str, weight: int) -> int:
+            if itemsize is None:
+                return self.template.programs[block].weight_sync[weight].bytes
+            return itemsize * elements[block][weight]
+
         return [
-            s.itemsize * (s.elements + sum(counts[b] * elements[b][w] for b, w in s.weights if b in counts))
+            (s.itemsize or 0) * s.elements
+            + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
             for s in (self.syncs if syncs is None else syncs)
         ]
 
@@ -330,6 +340,17 @@ class PreparedStep:
         """Of all blocks of a rank."""
         return sum(run.count * numbers.parameters(run.block) for run in chunk)
 
+    def weight_bytes(self, chunk: Chunk) -> int:
+        """Of these, with all copies that products read cast."""
+        return sum(run.count * self.template.programs[run.block].weight_bytes for run in chunk)
+
+    def _kernels(self, numbers: Numbers, chunk: Chunk) -> list[OptimizerKernel]:
+        """Of the optimizer and, after it, of casts of weights."""
+        if self.optimizer is None:
+            return []
+        casts = [(run.count, cast) for run in chunk for cast in self.template.programs[run.block].weight_casts]
+        return [*self.optimizer.kernels(self.parameters(numbers, chunk)), *weight_casts(casts)]
+
     def closing_times(
         self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
     ) -> list[tuple[Closing, list[int]]]:
@@ -338,7 +359,7 @@ class PreparedStep:
         syncs = _syncs(own)
         messages = dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
         nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in syncs}
-        kernels = self.optimizer.kernels(self.parameters(numbers, chunk)) if self.optimizer else ()
+        kernels = self._kernels(numbers, chunk)
         return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
 
 

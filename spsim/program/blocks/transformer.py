@@ -141,7 +141,7 @@ class _Layer(ModelBlock):
 
 
 LAYER_INPUT = "layer_input"
-LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
+LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise", "cast")
 """Of the kernels of a layer."""
 
 

@@ -126,7 +126,7 @@ def simulate_program(
         program = added(program)
     template = Template(program, 1)
     prepared = PreparedStep(
-        template, plan, lambda _: {LAYER: program}, fold=True, weight_bytes=itemsize, gradient_bytes=itemsize
+        template, plan, lambda _: {LAYER: program}, fold=True, gradient_bytes=itemsize
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
     result = assemble("module", scenario, prepared, [Run(LAYER)], numbers, _amounts(program, tape, plan), static)
