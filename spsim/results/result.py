@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
@@ -20,11 +19,11 @@ from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
 from spsim.results import bands, metrics, tables
 from spsim.results.bands import Band
-from spsim.results.calls import Call, calls
+from spsim.results.calls import Call, calls, remarks
 from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
-from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects
+from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects, effects_document
 from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.itinerary import Chunk
@@ -127,7 +126,7 @@ class Result(Derived):
     @lazy
     def notes(self) -> tuple[str, ...]:
         """Settings without effect, what durations hang on beyond the bytes, and layers that overlap."""
-        return (*self.scenario.notes, *_remarks(self), *([self.overlap] if self.overlap else []))
+        return (*self.scenario.notes, *remarks(self), *([self.overlap] if self.overlap else []))
 
     @lazy
     def _account(self) -> Account:
@@ -388,22 +387,10 @@ class Result(Derived):
             "fits_scope": FITS_SCOPE[self.scope],
             "collectives": [asdict(call) for call in self.collectives],
             "assumed": list(self.assumed),
-            "assumed_effects": _effects_document(self.assumed_effects),
+            "assumed_effects": effects_document(self.assumed_effects),
             "flagged": list(self.flagged),
             "error_band": None if self.error_band is None else asdict(self.error_band),
             "prior_band": None if self.prior_band is None else asdict(self.prior_band),
             "far_off": [asdict(part) for part in self.far_off],
             "notes": list(self.notes),
         }
-
-
-def _effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
-    return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
-
-
-def _remarks(result: Result) -> tuple[str, ...]:
-    scenario = result.scenario
-    _, comm = cost_models(scenario.hardware, scenario.workload.precision)
-    calls = result.collectives
-    found = dict.fromkeys(comm.remark(call.collective, call.message_bytes, call.ranks, call.nodes) for call in calls)
-    return tuple(remark for remark in found if remark)

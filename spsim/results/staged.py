@@ -75,11 +75,11 @@ class Staged:
     @lazy
     def idle(self) -> dict[int, Idle]:
         """Of each simulated rank, as `metrics.idle`."""
-        transfer, stage_wait = self.ran.waiting.totals()
+        transfer, posted, neither = self.ran.gaps.totals(len(self.stages))
         by_pass = {key: metrics.idle(trace)[0] for key, trace in self.traces.items()}
         found = {}
         for stage in self.stages:
-            total = Idle(int(transfer[stage]), 0, int(stage_wait[stage]), 0)
+            total = Idle(transfer[stage], 0, posted[stage], neither[stage])
             for chunk, phase, _ in self._passes(stage):
                 total = total.plus(by_pass[chunk.runs, phase], self.micro_batches)
             found[self.ran.rank_of(stage)] = total
@@ -115,10 +115,11 @@ class Staged:
     def _before(self, stage: int) -> tuple[np.ndarray, np.ndarray, list[tuple[Chunk, Pass]]]:
         """What is there before each pass of a stage, which of the last list it is, and those."""
         sorts = [(chunk.runs, phase) for chunk in self.ran.stages[stage] for phase in PHASES.values()]
-        own = self.ran.timeline.graph.score.passes[stage]
+        graph = self.ran.timeline.graph
+        kinds, chunks, _ = (column[graph.ranks[graph.passes] == stage] for column in graph.score.columns)
         names = [*PHASES]
         places = np.array([names.index(kind) if kind in names else 0 for kind in KINDS])
-        which = len(names) * own.chunks + places[own.kinds]
+        which = len(names) * chunks + places[kinds]
         left = np.array([self._levels[sort][1] for sort in sorts])[which]
         return np.cumsum(left) - left, which, sorts
 

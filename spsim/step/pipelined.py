@@ -22,7 +22,7 @@ from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.orders import Action
 from spsim.step.pipeline.timeline import Timeline
 from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times
-from spsim.step.pipeline.waiting import Waiting, waiting_of
+from spsim.step.pipeline.waiting import Gaps, gaps_of, waits_of
 
 PHASES: Mapping[str, Pass] = {"F": "forward", "B": "backward"}
 SENT: Mapping[str, tuple[Pass, str]] = {
@@ -173,18 +173,19 @@ class Pipelined:
                 before = recording.kernels_end(rank)
 
     @lazy
-    def waiting(self) -> Waiting:
-        """What ranks wait for between passes, in the shorter step of the timeline."""
-        return waiting_of(self.timeline)
+    def gaps(self) -> Gaps:
+        """When ranks run no pass."""
+        return gaps_of(self.timeline)
 
     @lazy
     def waits(self) -> list[Wait]:
         """When simulated ranks wait for messages between their passes."""
         found: list[Wait] = []
-        for stage, kind, begin, end, posted, start in self.waiting.written_out():
-            _, lane = SENT[kind]
-            flight = Flight(lane, posted, start, end, "send_receive")
-            found.append(Wait(self.rank_of(stage), begin, end, (flight,)))
+        for stage, begin, end, messages in waits_of(self.timeline):
+            flights = [
+                Flight(SENT[kind][1], posted, start, stop, "send_receive") for kind, posted, start, stop in messages
+            ]
+            found.append(Wait(self.rank_of(stage), begin, end, flights))
         return found
 
 

@@ -58,6 +58,15 @@ class Section:
     """From one run to the next, as the time."""
     shift_ps: int = 0
 
+    def run(self, number: int) -> Section:
+        """One of its runs."""
+        later = number * self.micro_batches, number * self.shift_ps
+        return Section(_later(self.passes, *later), _later(self.messages, *later))
+
+    def written_out(self) -> Iterator[Section]:
+        """Each of its runs."""
+        return map(self.run, range(self.runs))
+
 
 class Piece(NamedTuple):
     """A part of the step, in all its runs."""
@@ -99,16 +108,15 @@ class Timeline:
             behind.append(self._section(piece, np.arange(runs.number - rest if again < 2 else runs.first)))
             if again > 1:
                 first = self._section(piece, runs.first + np.arange(runs.period))
-                found += [_joined(behind), replace(first, runs=again, micro_batches=runs.period * self._step)]
+                found += [joined(behind), replace(first, runs=again, micro_batches=runs.period * self._step)]
                 found[-1] = replace(found[-1], shift_ps=runs.shift_ps)
                 behind = []
             behind.append(self._section(piece, runs.number - rest + np.arange(rest)))
-        return *found, _joined(behind)
+        return *found, joined(behind)
 
     def written_out(self) -> Times:
         """All of the step, by name."""
-        sections = [each for section in self.sections for each in _runs(section)]
-        whole = _joined(sections)
+        whole = joined([each for section in self.sections for each in section.written_out()])
         return Times(
             [
                 PassSpan(rank, Action(KINDS[kind], chunk, micro_batch), start_ps, end_ps)
@@ -157,13 +165,6 @@ class Timeline:
         return _sorted(MessageSpans(lanes, stages, numbers, sent_ps, received_ps, starts_ps, ends_ps))
 
 
-def _runs(section: Section) -> Iterator[Section]:
-    """Each run of a section."""
-    for run in range(section.runs):
-        later = run * section.micro_batches, run * section.shift_ps
-        yield Section(_later(section.passes, *later), _later(section.messages, *later))
-
-
 def _later(spans: Spans, micro_batches: int, shift_ps: int) -> Spans:
     columns = {own.name: getattr(spans, own.name) for own in fields(spans)}
     for name in columns:
@@ -174,7 +175,7 @@ def _later(spans: Spans, micro_batches: int, shift_ps: int) -> Spans:
     return type(spans)(**columns)
 
 
-def _joined(sections: Sequence[Section]) -> Section:
+def joined(sections: Sequence[Section]) -> Section:
     """Sections that follow each other as one."""
     return Section(_behind([own.passes for own in sections]), _behind([own.messages for own in sections]))
 
