@@ -17,13 +17,16 @@ def model(**changes):
     return Model(**{"layers": 2, "hidden": 256, "heads": 8, "vocab": 512, **changes})
 
 
-def scenario(plan="", *, seq_len=256, micro_batch=1, global_batch=None, hardware=A100, **model_changes):
-    """A scenario of the small model under a plan, an object or text."""
+def scenario(
+    plan="", *, seq_len=256, micro_batch=1, global_batch=None, hardware=A100, scope="layers", **model_changes
+):
+    """A scenario of the layers of the small model under a plan, an object or text."""
     return Scenario(
         hardware=hardware,
         model=model(**model_changes),
         plan=plan,
         workload=Workload(seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch),
+        scope=scope,
     )
 
 
