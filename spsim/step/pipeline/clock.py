@@ -11,7 +11,7 @@ from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.graph import Graph, Part, PassClass
 from spsim.step.pipeline.messages import Lane
 from spsim.step.pipeline.orders import Numbers
-from spsim.step.pipeline.steady import Folded, Runs, folded
+from spsim.step.pipeline.steady import ROUNDS, Folded, Runs, folded
 from spsim.step.pipeline.timeline import Piece, Timeline
 
 
@@ -60,7 +60,7 @@ class Clock:
         short = self._short()
         self._structure = self._made(short or micro_batches)
         self._folded = self._structure.folded if short else None
-        self._rounds = 1 + (micro_batches - short) // self._step if short else 1
+        self._rounds = ROUNDS + (micro_batches - short) // self._step if short else 1
         if short and self._folded is None:
             self._structure = self._made(micro_batches)
 
@@ -85,7 +85,7 @@ class Clock:
             whole = self._structure.whole
             return (Piece(whole, Runs.once(whole.ends(np.zeros(1, np.int64), durations_ps)), 0),)
         head, rounds, tail = folded.ends(durations_ps, self._rounds)
-        behind = (self._rounds - 1) * self._step
+        behind = (self._rounds - ROUNDS) * self._step
         return Piece(folded.head, head, 0), Piece(folded.round, rounds, 0), Piece(folded.tail, tail, behind)
 
     def _made(self, micro_batches: int) -> Structure:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from spsim.lazy import lazy
 from spsim.step.pipeline.messages import DeadlockError, Lane
 from spsim.step.pipeline.orders import KINDS, Kind, Numbers
 from spsim.step.pipeline.tape import POST, RUN, WAIT, Score
@@ -93,19 +94,7 @@ class Graph:
         self.positions: Numbers = made.positions
         """Place in its rank's row of the pass that a node ends or follows; of a message, of the later post."""
         self.ranks: Numbers = made.ranks
-        """Of nodes; of a message, its lane behind all ranks."""
-
-
-class _Level(NamedTuple):
-    """Nodes that wait for none of each other."""
-
-    tails: Numbers
-    edges: slice
-    firsts: Numbers
-    """Among the edges, the first of each node."""
-    nodes: slice
-    own: slice
-    """The same, inputs not counted."""
+        """Of nodes, −1 for messages."""
 
 
 class Part:
@@ -121,46 +110,79 @@ class Part:
         self.number: Numbers = number
         """Of nodes of the graph among the inputs and nodes of the part, −1 for others."""
         inside = number[graph.heads] >= len(inputs)
-        tails, heads = number[graph.tails[inside]], number[graph.heads[inside]]
-        level = _levels(len(inputs) + len(nodes), tails, heads)
-        if (level < 0).any():
-            ranks = graph.ranks[nodes[level[len(inputs) :] < 0]]
-            raise DeadlockError(np.unique(ranks[ranks < len(graph.score.tapes)]).tolist())
-        level[: len(inputs)] = 0
-        order = np.argsort(level, kind="stable")
-        self._place = np.empty_like(order)
-        self._place[order] = np.arange(len(order))
-        by_head = np.argsort(self._place[heads], kind="stable")
-        self._own = np.append(np.full(len(inputs), -1), graph.own[nodes])[order][len(inputs) :]
-        self._tails = self._place[tails[by_head]]
-        self._times = graph.times[inside][by_head]
-        first = np.searchsorted(self._place[heads[by_head]], np.arange(len(order) + 1))
-        bounds = [*np.flatnonzero(np.diff(level[order], prepend=0)).tolist(), len(order)]
-        self._levels: list[_Level] = []
-        for start, stop in pairwise(bounds):
-            edges = slice(int(first[start]), int(first[stop]))
-            own = slice(start - len(inputs), stop - len(inputs))
-            firsts = first[start:stop] - first[start]
-            self._levels.append(_Level(self._tails[edges], edges, firsts, slice(start, stop), own))
+        self._edges = _Edges(number[graph.tails[inside]], number[graph.heads[inside]], graph.times[inside])
+        self._own = graph.own[nodes]
+        self._ranks = graph.ranks[nodes]
+
+    def like(self, other: Part) -> bool:
+        """Whether both wait for their inputs in the same way."""
+        return np.array_equal(self._own, other._own) and all(map(np.array_equal, self._edges, other._edges))
 
     def ends(self, inputs_ps: Numbers, times_ps: Numbers) -> Numbers:
-        """When inputs and nodes are reached, for a vector of times or several as columns."""
-        along = times_ps[self._times]
-        own = times_ps[self._own]
-        found = np.empty((len(self._place), *times_ps.shape[1:]), np.int64)
+        """When inputs and nodes are reached, for a vector of times or several as columns.
+
+        Raises:
+            DeadlockError: nodes wait for themselves.
+        """
+        order = self._order
+        along = times_ps[order.times]
+        own = times_ps[order.own]
+        found = np.empty((len(order.places), *times_ps.shape[1:]), np.int64)
         found[: len(inputs_ps)] = inputs_ps
-        for tails, edges, firsts, nodes, places in self._levels:
+        for tails, edges, firsts, nodes, places in order.levels:
             values = found.take(tails, axis=0)
             values += along[edges]
             into = found[nodes]
             np.maximum.reduceat(values, firsts, axis=0, out=into)
             into += own[places]
-        return found[self._place]
+        return found[order.places]
 
-    def like(self, other: Part) -> bool:
-        """Whether both wait for their inputs in the same way."""
-        names = ("_place", "_own", "_tails", "_times")
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+    @lazy
+    def _order(self) -> _Order:
+        """Inputs, then nodes by level."""
+        number = len(self.inputs) + len(self.nodes)
+        level = _levels(number, *self._edges[:2])
+        if level.min(initial=0) < 0:
+            ranks = self._ranks[level[len(self.inputs) :] < 0]
+            raise DeadlockError(np.unique(ranks[ranks >= 0]).tolist())
+        level[: len(self.inputs)] = 0
+        order = np.argsort(level, kind="stable")
+        places = np.empty_like(order)
+        places[order] = np.arange(number)
+        by_head = np.argsort(places[self._edges.heads], kind="stable")
+        tails, heads = (places[nodes[by_head]] for nodes in self._edges[:2])
+        first = np.searchsorted(heads, np.arange(number + 1))
+        own = self._own[order[len(self.inputs) :] - len(self.inputs)]
+        levels = []
+        for start, stop in pairwise([*np.flatnonzero(np.diff(level[order], prepend=0)).tolist(), number]):
+            edges = slice(int(first[start]), int(first[stop]))
+            firsts = first[start:stop] - first[start]
+            among_own = slice(start - len(self.inputs), stop - len(self.inputs))
+            levels.append(_Level(tails[edges], edges, firsts, slice(start, stop), among_own))
+        return _Order(places, own, self._edges.times[by_head], levels)
+
+
+class _Level(NamedTuple):
+    """Nodes that wait for none of each other."""
+
+    tails: Numbers
+    edges: slice
+    firsts: Numbers
+    """Among the edges, the first of each node."""
+    nodes: slice
+    own: slice
+    """The same, inputs not counted."""
+
+
+class _Order(NamedTuple):
+    """Inputs and nodes in an order in which all that one waits for comes before it."""
+
+    places: Numbers
+    own: Numbers
+    """Times of the nodes."""
+    times: Numbers
+    """Of the edges, by head."""
+    levels: list[_Level]
 
 
 class _Nodes:
@@ -232,15 +254,15 @@ class _Nodes:
         positions = self.positions[self.posts[:, own]].max(axis=0)
         self.positions = np.append(self.positions, positions)
         self.own = np.append(self.own, first_lane + self.lanes[own])
-        self.ranks = np.append(self.ranks, self.ranks.max() + 1 + self.lanes[own])
+        self.ranks = np.append(self.ranks, np.full(len(own), -1))
 
 
 def _last(messages: Numbers, nodes: Numbers, lanes: Numbers) -> tuple[Numbers, Numbers]:
     """What nodes wait for, but of each lane only the message that comes last."""
-    order = np.lexsort((messages, lanes[messages], nodes))
-    messages, nodes = messages[order], nodes[order]
-    last = np.append((nodes[1:] != nodes[:-1]) | (lanes[messages[1:]] != lanes[messages[:-1]]), True)[: len(nodes)]
-    return messages[last], nodes[last]
+    keys = nodes * (lanes.max(initial=0) + 1) + lanes[messages]
+    order = np.argsort(keys, kind="stable")
+    first = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    return np.maximum.reduceat(messages[order], first) if len(first) else messages, nodes[order[first]]
 
 
 class _Edges(NamedTuple):
@@ -273,7 +295,7 @@ def _levels(number: int, tails: Numbers, heads: Numbers) -> Numbers:
     out = heads[by_tail]
     first = np.append(0, np.cumsum(np.bincount(tails, minlength=number)))
     missing = np.bincount(heads, minlength=number)
-    level = np.full(number, -1)
+    level, mark = np.full((2, number), -1)
     ready = np.flatnonzero(missing == 0)
     depth = 0
     while len(ready):
@@ -283,6 +305,9 @@ def _levels(number: int, tails: Numbers, heads: Numbers) -> Numbers:
         ends = np.cumsum(sizes)
         reached = out[np.arange(ends[-1]) + np.repeat(start - ends + sizes, sizes)]
         np.subtract.at(missing, reached, 1)
-        ready = np.unique(reached[missing[reached] == 0])
+        reached = reached[missing[reached] == 0]
+        which = np.arange(len(reached))
+        mark[reached] = which
+        ready = reached[mark[reached] == which]
         depth += 1
     return level

@@ -52,23 +52,21 @@ class _Writer:
 
     def rows(self, number: int, *columns: _Column) -> None:
         """Each row is what the columns say: passes, or one call with all its messages, or a wait for them."""
-        width = sum(max(1, len(column) - 1) for column in columns)
-        block = np.zeros((4, number, width), np.int64)
-        there = np.ones((number, width), np.bool_)
-        place = 0
-        for call, (operation, *flows) in enumerate(columns):
-            last = place + max(1, len(flows))
-            block[0, :, place:last] = operation
-            block[3, :, place:last] = call
-            for flow in flows:
-                block[1, :, place] = flow.lane
-                block[2, :, place] = flow.number
-                there[:, place] = flow.there
-                place += 1
-            place = last
-        block[3] += self._calls + np.arange(number)[:, None] * len(columns)
+        kinds = [
+            (operation, flow.lane if flow else 0, call)
+            for call, (operation, *flows) in enumerate(columns)
+            for flow in flows or [None]
+        ]
+        every, none = np.ones(number, np.bool_), np.zeros(number, np.int64)
+        flows = [flow for _, *own in columns for flow in own or [_Flow(0, every, none)]]
+        places = np.flatnonzero(np.array([flow.there for flow in flows]).T)
+        row, column = np.divmod(places, len(flows))
+        block = np.empty((4, len(places)), np.int64)
+        block[[0, 1, 3]] = np.array(kinds).T[:, column]
+        block[2] = np.array([flow.number for flow in flows]).T.ravel()[places]
+        block[3] += self._calls + row * len(columns)
         self._calls += number * len(columns)
-        self._blocks.append(block[:, there])
+        self._blocks.append(block)
 
     def exchange(self, *flows: _Flow) -> None:
         """One call that is waited for at once."""
