@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -110,13 +109,14 @@ class Part:
         self.number: Numbers = number
         """Of nodes of the graph among the inputs and nodes of the part, −1 for others."""
         inside = number[graph.heads] >= len(inputs)
-        self._edges = _Edges(number[graph.tails[inside]], number[graph.heads[inside]], graph.times[inside])
-        self._own = graph.own[nodes]
+        self.edges = Edges(number[graph.tails[inside]], number[graph.heads[inside]], graph.times[inside])
+        """Between numbers of the part."""
+        self.own: Numbers = graph.own[nodes]
         self._ranks = graph.ranks[nodes]
 
     def like(self, other: Part) -> bool:
         """Whether both wait for their inputs in the same way."""
-        return np.array_equal(self._own, other._own) and all(map(np.array_equal, self._edges, other._edges))
+        return np.array_equal(self.own, other.own) and all(map(np.array_equal, self.edges, other.edges))
 
     def ends(self, inputs_ps: Numbers, times_ps: Numbers) -> Numbers:
         """When inputs and nodes are reached, for a vector of times or several as columns.
@@ -129,60 +129,49 @@ class Part:
         own = times_ps[order.own]
         found = np.empty((len(order.places), *times_ps.shape[1:]), np.int64)
         found[: len(inputs_ps)] = inputs_ps
-        for tails, edges, firsts, nodes, places in order.levels:
-            values = found.take(tails, axis=0)
-            values += along[edges]
-            into = found[nodes]
-            np.maximum.reduceat(values, firsts, axis=0, out=into)
-            into += own[places]
+        nodes = found[len(inputs_ps) :]
+        for start, stop, first, last in order.levels:
+            values = found.take(order.tails[first:last], axis=0)
+            values += along[first:last]
+            into = nodes[start:stop]
+            np.maximum.reduceat(values, order.firsts[start:stop], axis=0, out=into)
+            into += own[start:stop]
         return found[order.places]
 
     @lazy
     def _order(self) -> _Order:
         """Inputs, then nodes by level."""
-        number = len(self.inputs) + len(self.nodes)
-        level = _levels(number, *self._edges[:2])
+        inputs, number = len(self.inputs), len(self.inputs) + len(self.nodes)
+        level = _levels(number, inputs, self.edges.tails, self.edges.heads)
         if level.min(initial=0) < 0:
-            ranks = self._ranks[level[len(self.inputs) :] < 0]
+            ranks = self._ranks[level[inputs:] < 0]
             raise DeadlockError(np.unique(ranks[ranks >= 0]).tolist())
-        level[: len(self.inputs)] = 0
         order = np.argsort(level, kind="stable")
         places = np.empty_like(order)
         places[order] = np.arange(number)
-        by_head = np.argsort(places[self._edges.heads], kind="stable")
-        tails, heads = (places[nodes[by_head]] for nodes in self._edges[:2])
-        first = np.searchsorted(heads, np.arange(number + 1))
-        own = self._own[order[len(self.inputs) :] - len(self.inputs)]
-        levels = []
-        for start, stop in pairwise([*np.flatnonzero(np.diff(level[order], prepend=0)).tolist(), number]):
-            edges = slice(int(first[start]), int(first[stop]))
-            firsts = first[start:stop] - first[start]
-            among_own = slice(start - len(self.inputs), stop - len(self.inputs))
-            levels.append(_Level(tails[edges], edges, firsts, slice(start, stop), among_own))
-        return _Order(places, own, self._edges.times[by_head], levels)
-
-
-class _Level(NamedTuple):
-    """Nodes that wait for none of each other."""
-
-    tails: Numbers
-    edges: slice
-    firsts: Numbers
-    """Among the edges, the first of each node."""
-    nodes: slice
-    own: slice
-    """The same, inputs not counted."""
+        by_head = np.argsort(places[self.edges.heads], kind="stable")
+        first = np.searchsorted(places[self.edges.heads[by_head]], np.arange(inputs, number + 1))
+        bounds = np.append(np.flatnonzero(np.diff(level[order[inputs:]], prepend=0)), number - inputs)
+        firsts = first[:-1] - np.repeat(first[bounds[:-1]], np.diff(bounds))
+        of_edges = first[bounds].tolist()
+        levels = [*zip(bounds.tolist(), bounds[1:].tolist(), of_edges, of_edges[1:], strict=False)]
+        own = self.own[order[inputs:] - inputs]
+        return _Order(places, own, places[self.edges.tails[by_head]], self.edges.times[by_head], firsts, levels)
 
 
 class _Order(NamedTuple):
-    """Inputs and nodes in an order in which all that one waits for comes before it."""
+    """Inputs and nodes in an order in which all that one waits for comes before it, edges by their heads."""
 
     places: Numbers
     own: Numbers
     """Times of the nodes."""
+    tails: Numbers
     times: Numbers
-    """Of the edges, by head."""
-    levels: list[_Level]
+    """Of the edges."""
+    firsts: Numbers
+    """The first edge of each node among those of its level."""
+    levels: list[tuple[int, int, int, int]]
+    """First and last node (inputs not counted) and edge of nodes that wait for none of each other."""
 
 
 class _Nodes:
@@ -219,7 +208,7 @@ class _Nodes:
         if (self.posts == never).any():
             self._refuse(score.stages.lanes, never)
         self.held_up, self.travelling = self._travelling(waited)
-        chain = _Edges(before[ends], count[ends], np.full(len(self.own) - 1, none))
+        chain = Edges(before[ends], count[ends], np.full(len(self.own) - 1, none))
         edges = [chain, *self._waits(*_last(message[waits], earlier[waits] + 1, self.lanes), len(classes.names), none)]
         self.tails, self.heads, self.times = (np.concatenate(column) for column in zip(*edges, strict=True))
 
@@ -240,17 +229,17 @@ class _Nodes:
         nodes = np.where(own, len(self.own) - 1 + np.cumsum(own), 0)
         return held_up, nodes
 
-    def _waits(self, messages: Numbers, heads: Numbers, first_lane: int, none: int) -> Iterator[_Edges]:
+    def _waits(self, messages: Numbers, heads: Numbers, first_lane: int, none: int) -> Iterator[Edges]:
         """What the end of a wait, or of the pass behind it, waits for; and what messages wait for that are nodes."""
         at_node = self.travelling[messages] > 0
-        yield _Edges(self.travelling[messages[at_node]], heads[at_node], np.full(at_node.sum(), none))
+        yield Edges(self.travelling[messages[at_node]], heads[at_node], np.full(at_node.sum(), none))
         own = np.flatnonzero(self.travelling)
         for side in self.posts:
             free = messages[~at_node]
-            yield _Edges(side[free], heads[~at_node], first_lane + self.lanes[free])
-            yield _Edges(side[own], self.travelling[own], np.full(len(own), none))
+            yield Edges(side[free], heads[~at_node], first_lane + self.lanes[free])
+            yield Edges(side[own], self.travelling[own], np.full(len(own), none))
         later = np.flatnonzero(self.held_up)
-        yield _Edges(self.travelling[later - 1], self.travelling[later], np.full(len(later), none))
+        yield Edges(self.travelling[later - 1], self.travelling[later], np.full(len(later), none))
         positions = self.positions[self.posts[:, own]].max(axis=0)
         self.positions = np.append(self.positions, positions)
         self.own = np.append(self.own, first_lane + self.lanes[own])
@@ -265,7 +254,7 @@ def _last(messages: Numbers, nodes: Numbers, lanes: Numbers) -> tuple[Numbers, N
     return np.maximum.reduceat(messages[order], first) if len(first) else messages, nodes[order[first]]
 
 
-class _Edges(NamedTuple):
+class Edges(NamedTuple):
     """Heads are reached no sooner than tails and a time after them."""
 
     tails: Numbers
@@ -289,25 +278,33 @@ def _ends(operations: Numbers, rank: Numbers) -> Bools:
     return found
 
 
-def _levels(number: int, tails: Numbers, heads: Numbers) -> Numbers:
-    """Length of the longest way to each node, −1 if one waits for itself."""
-    by_tail = np.argsort(tails, kind="stable")
-    out = heads[by_tail]
-    first = np.append(0, np.cumsum(np.bincount(tails, minlength=number)))
-    missing = np.bincount(heads, minlength=number)
-    level, mark = np.full((2, number), -1)
-    ready = np.flatnonzero(missing == 0)
-    depth = 0
+def _levels(number: int, inputs: int, tails: Numbers, heads: Numbers) -> Numbers:
+    """Length of the longest way to each node from the inputs, which come first; −1 if one waits for itself."""
+    later = tails >= inputs
+    missing = np.bincount(heads[later], minlength=number + 1)
+    missing[number] = np.iinfo(missing.dtype).max
+    level, mark = np.full((2, number + 1), -1)
+    level[:inputs] = 0
+    out = _out(number, tails[later], heads[later])
+    ready = inputs + np.flatnonzero(missing[inputs:] == 0)
+    depth = 1
     while len(ready):
         level[ready] = depth
-        start = first[ready]
-        sizes = first[ready + 1] - start
-        ends = np.cumsum(sizes)
-        reached = out[np.arange(ends[-1]) + np.repeat(start - ends + sizes, sizes)]
+        reached = out[ready].ravel()
         np.subtract.at(missing, reached, 1)
         reached = reached[missing[reached] == 0]
         which = np.arange(len(reached))
         mark[reached] = which
         ready = reached[mark[reached] == which]
         depth += 1
-    return level
+    return level[:number]
+
+
+def _out(number: int, tails: Numbers, heads: Numbers) -> Numbers:
+    """The heads of the edges of each node, a row for each, filled up with `number`."""
+    by_tail = np.argsort(tails, kind="stable")
+    tails = tails[by_tail]
+    place = np.arange(len(tails)) - np.searchsorted(tails, tails)
+    out = np.full((number, place.max(initial=0) + 1), number)
+    out[tails, place] = heads[by_tail]
+    return out
