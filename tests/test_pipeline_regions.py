@@ -41,19 +41,18 @@ def test_sums_are_what_a_search_finds(run: tuple[str, int, int, int, int, Exchan
 
 
 def test_a_third_step_of_the_same_ways_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second step learns what the first one found."""
-    clock = Clock("1f1b", 8, 2, 64, 8, Exchange(overlap_p2p_comm=True))
+    """The second step learns what the first one found, for other clocks of the schedule too."""
+    parameters = "1f1b", 8, 2, 64, 8, Exchange(overlap_p2p_comm=True)
+    clock = Clock(*parameters)
     pass_ps = np.array([{"F": 100, "B": 200}[name.kind] + 30 * (name.rank == 7) for name in clock.classes])
     message_ps = np.full(len(clock.lanes), 7)
     first = clock.times(pass_ps, message_ps).finished_ps
     assert (clock.times(2 * pass_ps, 2 * message_ps).finished_ps == 2 * first).all()
 
-    def searched(_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(clock, "_pieces", searched)
+    monkeypatch.setattr(Clock, "_pieces", lambda *_: pytest.fail("searched"))
+    clock = Clock(*parameters)
     assert (clock.times(3 * pass_ps, 3 * message_ps).finished_ps == 3 * first).all()
-    with pytest.raises(AssertionError):
+    with pytest.raises(pytest.fail.Exception, match="searched"):
         clock.times(pass_ps, 40 * message_ps)
 
 

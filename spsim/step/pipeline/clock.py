@@ -17,6 +17,9 @@ from spsim.step.pipeline.regions import MOST_DURATIONS, Learner, Region, Regions
 from spsim.step.pipeline.steady import ROUNDS, Folded, Runs, folded
 from spsim.step.pipeline.timeline import Piece, Timeline
 
+KEPT_GROUPINGS = 16
+"""For each structure."""
+
 
 class Structure:
     """What waits for what with some number of micro-batches."""
@@ -25,6 +28,8 @@ class Structure:
         """`round_passes`: of one rank, in a round of the steady state."""
         self.graph = graph
         self.round_passes = round_passes
+        self.regions: Cache[Regions] = Cache(KEPT_GROUPINGS, lambda _: 1)
+        """By number of rounds, and which durations are alike."""
 
     @lazy
     def whole(self) -> Part:
@@ -37,14 +42,13 @@ class Structure:
 
 
 _KEPT: Cache[Structure] = Cache(1 << 28, lambda made: 16 * made.graph.tails.nbytes)
-KEPT_GROUPINGS = 8
-"""Of the durations that are alike, for each clock."""
 
 
 class Clock:
     """Times of a pipeline's steps. Its parameters are those of `orders`, and who exchanges messages how.
 
-    A step of many micro-batches is evaluated as a short one, whose one round of the steady state comes again.
+    A step of many micro-batches is evaluated as a short one, of which the rounds of the steady state come again. What
+    is made for a schedule, and learnt from steps, is kept for the next clock of it.
     """
 
     def __init__(
@@ -62,7 +66,6 @@ class Clock:
         self.micro_batches = micro_batches
         self.group = group or (torch_group(stages, micro_batches) if schedule == "interleaved_zero_bubble" else stages)
         self.exchange = exchange
-        self._regions: Cache[Regions] = Cache(KEPT_GROUPINGS, lambda _: 1)
         short = self._short()
         self._structure = self._made(short or micro_batches)
         self._folded = self._structure.folded if short else None
@@ -117,12 +120,14 @@ class Clock:
     def _region(self, values_ps: Numbers, groups: Numbers) -> Region | None:
         if len(values_ps) > MOST_DURATIONS:
             return None
-        return self._regions.get(groups.tobytes(), Regions).of(values_ps)
+        return self._structure.regions.get((self._rounds, groups.tobytes()), Regions).of(values_ps)
 
     def _evaluated(self, durations_ps: Numbers, groups: Numbers) -> tuple[tuple[Piece, ...], Numbers]:
         """The pieces of a step, and when each rank is done."""
         pieces = self._pieces(durations_ps)
-        self._regions.get(groups.tobytes(), Regions).learn = lambda: self._learn(durations_ps, groups, pieces)
+        self._structure.regions.get((self._rounds, groups.tobytes()), Regions).learn = lambda: self._learn(
+            durations_ps, groups, pieces
+        )
         part, runs, _ = pieces[-1]
         return pieces, runs.of(runs.number - 1)[part.number[self._graph.finished]]
 
