@@ -164,9 +164,11 @@ class Clock:
         """
         if self.schedule in ("gpipe", "looped_bfs"):
             return None
-        step = self._step
+        step, chunks = self._step, self.chunks
         if step == 1:
             found = 3 * self.stages + 4 if self.schedule in V_SHAPED else self.stages + 5
         else:
-            found = (3 + (self.stages - 1) * 2 // step + 2) * step + self.micro_batches % step
+            # Warm-up is (v − 1) g + 2 (p − 1); the first passes of all chunks, and the last ones, take (v − 1) g each.
+            passes = (2 * chunks + 3 * (chunks - 1)) * step + 2 * self.stages
+            found = -(-passes // (chunks * step)) * step + self.micro_batches % step
         return found if 4 * found <= 3 * self.micro_batches else None

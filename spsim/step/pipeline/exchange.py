@@ -33,9 +33,16 @@ class Exchange:
 def score(
     schedule: Schedule, stages: int, chunks: int, micro_batches: int, group: int | None, exchange: Exchange
 ) -> Score:
-    """What each rank runs, posts and waits for; other parameters are those of `orders`."""
+    """What each rank runs, posts and waits for; other parameters are those of `orders`.
+
+    Raises:
+        ValueError: the library has no such schedule.
+        DeadlockError: torch finds no place for some receives.
+    """
     model = Stages(schedule, stages, chunks)
     if exchange.library == "megatron":
+        if schedule != "1f1b":
+            raise ValueError(f"Megatron-Core has no schedule {schedule}: its exchanges are torch's")
         return _megatron(model, micro_batches, group or stages, exchange)
     rows = orders(schedule, stages, chunks, micro_batches, group)
     if schedule == "gpipe":
