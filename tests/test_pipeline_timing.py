@@ -218,7 +218,7 @@ def test_ranks_that_wait_for_each_other_are_named() -> None:
     graph = Graph(taped(Stages("1f1b", 3, 1), actions, rows))
     nodes = np.arange(len(graph.own))
     with pytest.raises(DeadlockError, match="pipeline ranks 0, 1 wait"):
-        Part(graph, nodes[:1], nodes[1:])
+        Part(graph, nodes[:1], nodes[1:]).ends(nodes[:1], np.ones(len(graph.classes.names) + len(graph.lanes) + 1))
 
 
 def test_a_message_that_one_side_never_posts_is_a_deadlock() -> None:
