@@ -33,7 +33,7 @@ from spsim.inputs.profiles import load_profile
 from spsim.results import bands
 from spsim.results.figures import measurable
 from spsim.simulation import simulate
-from spsim.studies.validation import PENDING, MeasuredCase, load_cases
+from spsim.studies.measured_cases import MeasuredCase, load_cases
 
 FILE = Path(__file__).parent / "data" / "bands.csv"
 KEYS = ["of", "what", "machine", "family", "from_bytes"]
@@ -68,7 +68,7 @@ def layers() -> Iterator[Measured]:
     """The forward and backward pass of each case of `validate` together; and layers of `longcontext.py`."""
     cases: dict[str, list[MeasuredCase]] = {}
     for case in load_cases():
-        if case.metric not in PENDING:
+        if case.scope == "layers":
             cases.setdefault(case.case_id, []).append(case)
     for passes in cases.values():
         first = passes[0]

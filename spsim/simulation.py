@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import layer_flops
+from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
-from spsim.costs.static_memory import StaticMemory, static_memory
+from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
+from spsim.inputs.model import Model
 from spsim.inputs.scenario import Scenario
+from spsim.inputs.stages import Chunk as StageChunk
+from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Workload, Workloads
-from spsim.program.instructions import Instruction
+from spsim.lazy import Deferred
+from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.blocks.embedding import padded_vocab
+from spsim.program.instructions import LAYER
+from spsim.program.recipes import program_precision
+from spsim.program.recompute import usual_kind
 from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
+from spsim.results.staged import Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
+from spsim.step.costed_pipeline import costed_pipeline, stage_runs
 from spsim.step.folding import fold_step
+from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
-from spsim.step.preparation import PreparedBlock, prepared_layer
+from spsim.step.itinerary import Chunk, Run
+from spsim.step.pipelined import PlacedChunk, Stages
+from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
 from spsim.step.unfolded import unfold_step
 
 
@@ -40,10 +53,14 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
-    block = _block(scenario, fold)
-    numbers = block.template.at(scenario.workload)
-    amounts = _amounts(scenario, scenario.workload)
-    return assemble("layers", scenario, block, numbers, amounts, _static(scenario, numbers), fold=fold)
+    prepared = _prepared(scenario, fold)
+    if scenario.plan.pp > 1:
+        return _simulate_stages(scenario, prepared)
+    chunk = _chunk(scenario)
+    numbers = prepared.template.at(scenario.workload)
+    amounts = _amounts(scenario, scenario.workload, scenario.scope)
+    static = _static(scenario, prepared, chunk, numbers)
+    return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold)
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
@@ -51,24 +68,31 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     workloads have to be simulated one by one nevertheless. Raises what `simulate` raises.
     """
     scenario = grid.scenario
-    block = _block(scenario, True)
-    if block.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
+    prepared = _prepared(scenario, True)
+    if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
         return None
-    known = block.template.at(scenario.workload)
+    known = prepared.template.at(scenario.workload)
     compute, comm = cost_models(grid.hardware, grid.workload.precision)
-    messages = block.sync_messages(known, grid.model.layers)
-    basis = block.template.basis(grid.workload.seq_len, grid.workload.micro_batch)
+    chunk = _chunk(scenario)
+    closing = {"weight_sync": 0, "optimizer": 0}
+    for made, times in prepared.closing_times(known, chunk, compute, comm, gpus_per_node=grid.gpus_per_node):
+        closing[made.segment.phase] += sum(times)
+    basis = prepared.template.basis(grid.workload.seq_len, grid.workload.micro_batch)
     with np.errstate(over="ignore", invalid="ignore"):
-        numbers = products(block.columns.coefficients, basis)
-        step = block.columns.run(
-            grid.model.layers,
+        numbers = products(prepared.columns.coefficients, basis)
+        step = prepared.columns.run(
+            chunk,
             _one_if_alike(grid.num_micro_batches),
-            block.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
-            sum(block.sync_durations(comm, grid.gpus_per_node, messages)),
+            prepared.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
+            closing["weight_sync"],
+            closing["optimizer"],
             basis,
             grid.hardware.coefficients.overlap_slowdown.value,
         )
-    return ResultColumns("layers", grid, block, numbers, _amounts(grid, _counted(grid)), step, _static(scenario, known))
+    static = _static(scenario, prepared, chunk, known)
+    return ResultColumns(
+        scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid), scenario.scope), step, static
+    )
 
 
 def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
@@ -76,22 +100,84 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
     return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
-def _block(scenario: Scenario, fold: bool) -> PreparedBlock:
-    return prepared_layer(scenario.model, scenario.plan, fold, scenario.workload.precision)
+def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:
+    """A step of several pipeline stages."""
+    hardware, plan = scenario.hardware, scenario.plan
+    numbers = prepared.template.at(scenario.workload)
+    stages = _stages(scenario)
+    ran = costed_pipeline(
+        prepared, stages, numbers, hardware, plan, cost_models(hardware, scenario.workload.precision),
+        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    ranks = prepared.mesh.ranks
+    copies = {ran.rank_of(stage): range(ran.rank_of(stage), ran.rank_of(stage) + ranks) for stage in range(plan.pp)}
+    nodes, waits = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits)
+    trace = Trace(nodes, copies, partial(_describe, scenario, prepared, {}), prepared.groups, waits=waits)
+    statics = {ran.rank_of(r): _static(scenario, prepared, stage_runs(stages, r), numbers) for r in range(plan.pp)}
+    return Result(
+        scope=scenario.scope,
+        scenario=scenario,
+        prepared=prepared,
+        chunk=stage_runs(stages, 0),
+        numbers=numbers,
+        amounts=_amounts(scenario, scenario.workload, scenario.scope),
+        trace=trace,
+        statics=statics,
+        events=ran.events,
+        folded=True,
+        reasons=(f"{plan.pp} of {plan.gpus} ranks simulated: one of each pipeline stage",),
+        staged=Staged(ran, scenario.num_micro_batches),
+    )
 
 
-def _static(scenario: Scenario, numbers: Numbers) -> StaticMemory:
-    parameters = numbers.parameters * scenario.model.layers
-    return static_memory(parameters, scenario.plan, scenario.workload.element_bytes)
+def _stages(scenario: Scenario) -> Stages:
+    """What each stage runs, chunk by chunk."""
+    return [[_placed(scenario.model, chunk) for chunk in stage] for stage in chunks_of(scenario.model, scenario.plan)]
 
 
-def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads) -> Amounts:
+def _placed(model: Model, chunk: StageChunk) -> PlacedChunk:
+    runs = [Run(EMBEDDING, numbered=False)] if chunk.embedding else []
+    runs += [Run(LAYER, len(chunk.layers))] if chunk.layers else []
+    runs += [Run(HEAD, numbered=False)] if chunk.loss and model.head_rows else []
+    return PlacedChunk(tuple(runs), chunk.layers.start)
+
+
+def _chunk(scenario: Scenario) -> Chunk:
+    """What a rank runs of a micro-batch."""
+    layers = Run(LAYER, scenario.model.layers)
+    if scenario.scope == "layers":
+        return (layers,)
+    head = (Run(HEAD, numbered=False),) if scenario.model.head_rows else ()
+    return Run(EMBEDDING, numbered=False), layers, *head
+
+
+def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
+    prepare = prepared_layer if scenario.scope == "layers" else prepared_step
+    any_layout = scenario.hardware.datasheet.fp8_any_layout
+    precision = program_precision(scenario.workload.precision, any_layout=any_layout)
+    return prepare(scenario.model, scenario.plan, fold, precision)
+
+
+def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
+    plan, element_bytes = scenario.plan, scenario.workload.element_bytes
+    found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
+    if scenario.scope == "layers" or plan.dp_library != "megatron":
+        return found
+    own = [prepared.template.programs[run.block] for run in chunk]
+    return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
+
+
+def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
     """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
-    flops = layer_flops(scenario.model, workload)
+    model, layers = scenario.model, scenario.model.layers
+    flops = layer_flops(model, workload)
+    rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
+    head = head_flops(model, workload, rows).training()
+    replicas = scenario.plan.dp
     return Amounts(
-        model=flops.training(),
-        causal=layer_flops(scenario.model, workload, causal=True).training(),
-        executed=flops.executed(scenario.plan),
+        model=replicas * (layers * flops.training() + head),
+        causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
+        executed=replicas * (layers * flops.executed(usual_kind(scenario.plan).recomputed) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 
@@ -107,36 +193,40 @@ def _counted(grid: Grid) -> Workloads:
 def assemble(
     scope: str,
     scenario: Simulated,
-    block: PreparedBlock,
+    prepared: PreparedStep,
+    chunk: Chunk,
     numbers: Numbers,
     amounts: Amounts,
     static: StaticMemory,
     *,
     fold: bool = True,
 ) -> Result:
-    """Simulate a step of equal blocks, of a model's or of a traced module, with the sizes of one workload."""
-    hardware, layers = scenario.hardware, scenario.model.layers
-    messages = block.sync_messages(numbers, layers)
+    """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
+    hardware = scenario.hardware
+    messages = dict(zip(prepared.syncs, prepared.sync_messages(numbers, chunk), strict=True))
     step = costed_step(
-        block,
+        prepared,
         numbers,
         hardware,
         cost_models(hardware, scenario.workload.precision),
-        layers=layers,
+        chunk=chunk,
         micro_batches=scenario.num_micro_batches,
         gpus_per_node=scenario.gpus_per_node,
     )
     walked = fold_step(step) if fold else unfold_step(step)
-    copies, gpus = block.ranks.copies, scenario.plan.gpus
-    trace = Trace(walked.nodes, copies, partial(_describe, scenario, block, messages), block.groups, walked.overlapping)
+    copies, gpus = prepared.ranks.copies, scenario.plan.gpus
+    trace = Trace(
+        walked.nodes, copies, partial(_describe, scenario, prepared, messages), prepared.groups, walked.overlapping
+    )
     return Result(
         scope=scope,
         scenario=scenario,
-        block=block,
+        prepared=prepared,
+        chunk=chunk,
         numbers=numbers,
         amounts=amounts,
         trace=trace,
-        static=static,
+        statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
         reasons=tuple(filter(None, (_rank_folding(len(copies), gpus, fold), "" if fold else SWITCHED_OFF))),
@@ -155,17 +245,15 @@ def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
     return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
-def _describe(scenario: Simulated, block: PreparedBlock, messages: Sequence[int], piece: Piece) -> list[TaskInfo]:
+def _describe(
+    scenario: Simulated, prepared: PreparedStep, messages: Mapping[Sync, int], piece: Piece
+) -> list[TaskInfo]:
     """What each task of a piece is, with its sizes."""
-    segment = block.by_outline[piece.recording.outline]
-    if segment is block.sync:
-        return [sync.info(message) for sync, message in zip(block.syncs, messages, strict=True)]
-    own = _instructions(block, scenario)
+    segment = prepared.by_outline[piece.recording.outline]
+    made = prepared.closing_of(segment)
+    if made is not None:
+        infos = zip(made.steps, segment.labels, strict=True)
+        return [label if isinstance(step, str) else step.info(messages[step]) for step, label in infos]
+    program = prepared.programs_at(scenario.workload)[prepared.owners[segment.name]]
+    own = {step.id: step for section in program.sections for step in section.instructions}
     return [task_info(own[step.id], piece.layer, piece.micro_batch) for step in segment.instructions]
-
-
-def _instructions(block: PreparedBlock, scenario: Simulated) -> dict[int, Instruction]:
-    """The instructions of a block with the sizes of a workload, by id."""
-    program = block.program_at(scenario.workload)
-    sections = (*program.forward_sections, *program.backward_sections)
-    return {step.id: step for section in sections for step in section.instructions}

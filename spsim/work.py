@@ -12,8 +12,10 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 Direction = Literal["forward", "backward"]
-MemoryBoundClass = Literal["norm", "softmax", "dropout", "elementwise", "embedding", "cross_entropy", "optimizer"]
-"""Classes of kernels that take the time of their memory traffic."""
+MemoryBoundClass = Literal[
+    "norm", "softmax", "dropout", "elementwise", "embedding", "cross_entropy", "optimizer", "cast"
+]
+"""Classes of kernels that take the time of their memory traffic; `cast` makes operands of 8 or 4 bits."""
 KernelClass = Literal["gemm", "attention"] | MemoryBoundClass
 """Which coefficients time a kernel; the kind of an operator is the class of its kernels."""
 KERNEL_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", *get_args(MemoryBoundClass))
@@ -21,11 +23,22 @@ KernelName = Literal[
     "layer_norm", "rms_norm", "softmax", "masked_softmax", "dropout", "gelu", "bias_gelu", "squared_relu", "swiglu",
     "geglu", "rope", "bias_dropout_add", "bias_add", "bias_gradient", "add", "copy", "embedding", "cross_entropy",
     "adam",
+    "amax", "quantize", "quantize_columnwise", "quantize_both", "transpose", "swizzle_scales",
 ]  # fmt: skip
-"""Memory-bound kernels that a profile may have rates of their own for; others are known by their class only."""
+"""Memory-bound kernels that a profile may have rates of their own for; others are known by their class only. Those of
+the last line are casts, as Transformer Engine names them: `quantize` writes rows, `quantize_both` rows and columns for
+the products that need either, `swizzle_scales` puts scales in the order in which tensor cores read them."""
 MAIN_GRADIENT_BYTES = 4
 """Of an element: gradients of weights are accumulated and reduced in fp32."""
-DATA_TYPES = ("fp32", "tf32", "fp16", "bf16", "fp8")
+CAST_TYPES = ("fp8", "mxfp8", "fp8_blockwise", "nvfp4")
+"""Types that operands of products are cast to, tensors between products staying in 16 bits: 8 bits with a scale for the
+tensor, for 32 values (E8M0), for 128 or 128 x 128 (fp32), and 4 bits with one for 16 (E4M3)."""
+DATA_TYPES = ("fp32", "tf32", "fp16", "bf16", *CAST_TYPES)
+OPERAND_BYTES = {
+    "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "mxfp8": 1 + 1 / 32, "fp8_blockwise": 1 + 4 / 128,
+    "nvfp4": 1 / 2 + 1 / 16,
+}  # fmt: skip
+"""Of an element that a product reads, its part of a scale included."""
 AttentionKernel = Literal["flash_attention_2", "flash_attention_3", "cudnn", "memory_efficient", "torch_cpu"]
 """Fused kernels, by the library that they are of; `memory_efficient` is CUTLASS's in torch."""
 Framework = Literal["transformer_engine", "torch"]
@@ -73,6 +86,8 @@ class Gemm:
     """Elements of an fp32 main gradient that the epilogue reads and writes; above 0 for weight gradients."""
     unaligned: int = 0
     """1 where rows of an operand or of the result begin at no multiple of 16 bytes, which tensor cores load whole."""
+    dtype: str | None = None
+    """Data type of its operands, where that is another than the block's."""
 
     @property
     def flops(self) -> int:

@@ -4,6 +4,9 @@ from hypothesis import strategies as st
 
 from spsim import Model, Scenario, Workload, simulate
 from spsim.program.assembly import layer_program
+from spsim.program.compiler import compile_region
+from spsim.program.region import Region
+from spsim.program.strategies import split_rules
 
 A100 = "dgx-a100-80gb"
 H100 = "dgx-h100"
@@ -33,6 +36,11 @@ def program(plan="", *, seq_len=256, micro_batch=1, **model_changes):
     """The compiled layer of a small scenario, after the checks of `Scenario`."""
     checked = scenario(plan, seq_len=seq_len, micro_batch=micro_batch, **model_changes)
     return layer_program(checked.model, checked.plan, checked.workload)
+
+
+def compile_program(operators, plan, mesh, *, causal):
+    """The program of some operators under the rules of a plan."""
+    return compile_region(Region(operators, split_rules(plan), mesh), plan, causal=causal)
 
 
 DEGREES = [(t, u, r) for t in (1, 2, 4, 8) for u in (1, 2, 4, 8) for r in (1, 2, 4, 8) if t * u * r <= 8]

@@ -76,7 +76,7 @@ def with_plan(plan: str) -> list[str]:
         ([*RUN[:-1], "many"], ["--seq-len"]),
         ([*RUN, "--micro-batch", "4", "--global-batch", "6"], ["global_batch = 6", "4"]),
         ([*RUN, "--precision", "int3"], ["precision", "int3", "bf16"]),
-        ([*RUN, "--precision", "fp8"], ["fp8", "not simulated yet"]),
+        ([*RUN, "--precision", "nvfp4"], ["nvfp4", "no such peak"]),
         ([*RUN, "--phase", "decode", "--plan", "tp=8,sequence_parallel"], ["decode", "no sequence to shard"]),
         ([*RUN, "--phase", "decode", "--plan", "ulysses=8"], ["decode", "no sequence to shard"]),
         ([*RUN, "--phase", "prefill"], ["prefill", "not simulated yet"]),
@@ -101,7 +101,7 @@ def with_plan(plan: str) -> list[str]:
           "tp=4,ring=3,ring_kind=all_gather"], ["tp = 4", "blocks of 4 ranks", "nodes of 6", "unevenly"]),
         (with_plan("pp=2"), ["pp = 2", "not simulated yet"]),
         (with_plan("dp=2"), ["dp = 2", "not simulated yet"]),
-        (with_plan("zero=3"), ["zero = 3", "not simulated yet"]),
+        (with_plan("tp=2,ulysses=2,zero=3"), ["zero = 3", "not simulated yet"]),
         (with_plan("zero=4"), ["zero", "4"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-h100", "--seq-len", "2050", "--plan", "ulysses=8"],
          ["2050", "2048 or 2056"]),
@@ -121,6 +121,82 @@ def with_plan(plan: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_refused(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(arguments, capsys)
+    for word in words:
+        assert word in line
+
+
+def with_batch(plan: str, global_batch: int) -> list[str]:
+    return [*with_plan(plan), "--global-batch", str(global_batch)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # stages and layers
+        (with_plan("pp=64"), ["pp x virtual_pp = 64", "layers + 2 = 50", "at most 50"]),
+        (with_plan("pp=16,virtual_pp=4"), ["64 chunks", "at most 50"]),
+        (with_plan("virtual_pp=2"), ["virtual_pp = 2 without pp", "add pp=N"]),
+        (with_plan("pp=2,pp_layout=Et24/t23L"), ["has 47 layers", "the model has 48"]),
+        (with_plan("pp=4,pp_layout=Et24/t24L"), ["has 2 chunks", "pp x virtual_pp = 4"]),
+        (with_plan("pp=2,pp_layout=Et12/t12/t12/t12L"), ["has 4 chunks", "virtual_pp=2"]),
+        (with_plan("pp=2,pp_layout=Et24/t24"), ["chunk 2", "end the last with L"]),
+        (with_plan("pp=3,pp_layout=Et24//t24L"), ["chunk 2 holds nothing"]),
+        (with_plan("pp=2,pp_layout=Et24/t24mL"), ["multi-token prediction", "not simulated yet"]),
+        # orders and micro-batches
+        (with_batch("pp=4,virtual_pp=2", 6), ["PP4×VP2 with 6 micro-batches", "leave 2", "stages divide"]),
+        (with_plan("pp=4,virtual_pp=2"), ["1 micro-batches", "group of 4"]),
+        (with_batch("pp=4,virtual_pp=2,pp_group=6", 8), ["groups of 6 leave 2"]),
+        (with_batch("pp=4,virtual_pp=2,pp_group=2", 8), ["group of 2", "the 4 pipeline stages"]),
+        (with_batch("pp=4,virtual_pp=2,pp_sends=torch", 11), ["11 micro-batches", "2 rounds", "torch"]),
+        (with_batch("pp=4,pp_sends=torch", 3), ["3 micro-batches", "3 for 4", "torch"]),
+        (with_batch("pp=4,virtual_pp=2,pp_schedule=dualpipev", 7), ["7 micro-batches", "8, not 7"]),
+        (with_batch("pp=4,pp_schedule=zbv", 8), ["zbv", "2 chunks", "virtual_pp=2"]),
+        (with_batch("pp=4,virtual_pp=3,pp_schedule=dualpipev", 8), ["not 3", "virtual_pp=2"]),
+        (with_batch("pp=4,virtual_pp=2,pp_schedule=gpipe", 8), ["gpipe", "not 2", "looped_bfs"]),
+        (with_batch("pp=4,virtual_pp=2,pp_schedule=zbv,pp_sends=megatron", 8), ["Megatron-Core", "zbv"]),
+        (with_plan("pp=4,pp_schedule=zero_bubble"), ["pp_schedule", "zero_bubble", "zbv"]),
+        # messages between stages
+        (with_batch("pp=4,pp_overlap", 8), ["pp_overlap = True", "1F1B", "leave it out"]),
+        (with_batch("pp=2,virtual_pp=2,pp_overlap=false", 8), ["pp_overlap = False", "2 stages", "swapped"]),
+        (with_batch("pp=4,pp_warmup_flush", 8), ["pp_warmup_flush", "virtual_pp"]),
+        (with_batch("pp=4,virtual_pp=2,pp_overlap=false,pp_warmup_flush", 8), ["pp_warmup_flush", "pp_overlap=false"]),
+        # replicas
+        (with_batch("dp=4", 6), ["global_batch = 6", "micro_batch x dp = 4"]),
+        (with_batch("dp=8", 4), ["global_batch = 4", "micro_batch x dp = 8"]),
+        (with_plan("dp=2,zero=3,distributed_optimizer"), ["distributed_optimizer", "zero = 3", "keep one"]),
+        (with_plan("pp=2,dp=2,zero=2"), ["zero = 2 with pp = 2", "'megatron'", "zero=1"]),
+        (with_plan("pp=2,dp=2,zero=3,dp_library=deepspeed"), ["zero = 3 with pp = 2", "'deepspeed'"]),
+        (with_plan("dp=2,zero=2,dp_library=ddp"), ["zero = 2", "'ddp'", "dp_library=fsdp"]),
+        (with_plan("dp=2,dp_library=fsdp"), ["'fsdp' with zero = 0", "zero=3"]),
+        (with_plan("dp=4,zero=3,shard_group=3"), ["shard_group = 3", "dp = 4", "divisor"]),
+        (with_plan("dp=4,distributed_optimizer,shard_group=2"), ["shard_group = 2", "add zero=3"]),
+        (with_plan("dp=2,dp_overlap=parameters"), ["'parameters'", "add distributed_optimizer"]),
+        (with_plan("dp=2,dp_overlap=sometimes"), ["dp_overlap", "sometimes"]),
+        (with_plan("dp=2,bucket_elements=0"), ["bucket_elements", "0"]),
+        (with_plan("tp=8,pp=64,dp=4096"), ["2,097,152 GPUs", "1,048,576"]),
+        # gradients and the optimizer
+        ([*with_plan("grad_dtype=bf16"), "--precision", "fp32"], ["grad_dtype = 'bf16'", "fp32"]),
+        (with_plan("grad_dtype=fp16"), ["grad_dtype", "fp16", "bf16"]),
+        (with_plan("dp=2,moment_dtype=bf16,distributed_optimizer"), ["moment_dtype", "precision_aware_optimizer"]),
+        (with_plan("dp=2,precision_aware_optimizer"), ["precision_aware_optimizer", "add distributed_optimizer"]),
+        # recomputation, overlap and the host
+        (with_plan("recompute_layers=2"), ["recompute_layers = 2", "recompute=full"]),
+        (with_plan("pp=4,recompute=full,recompute_layers=13"), ["recompute_layers = 13", "12 layers", "at most 12"]),
+        (with_plan("recompute=full,recompute_method=uniform"), ["'uniform'", "recompute_layers"]),
+        (with_plan("recompute=full,recompute_modules=mlp"), ["recompute_modules", "recompute=selective"]),
+        (with_plan("recompute=selective,recompute_modules=mlp+attn"), ["'attn'", "core_attn, layernorm, mlp"]),
+        (with_plan("recompute=selective,recompute_modules=mlp+mlp"), ["'mlp+mlp'", "twice"]),
+        (with_plan("recompute=selective,recompute_modules=moe_act"), ["moe_act", "experts", "not simulated yet"]),
+        (with_plan("tp=8,tp_overlap"), ["tp_overlap", "add sequence_parallel"]),
+        (with_plan("pp=2,cpu_offload_layers=4"), ["cpu_offload_layers = 4 with pp = 2", "recompute"]),
+        (with_plan("cpu_offload_layers=48"), ["cpu_offload_layers = 48", "at most 47"]),
+        (with_plan("cpu_offload_layers=4,cuda_graphs=per_layer"), ["cpu_offload_layers = 4", "'per_layer'"]),
+    ],
+)  # fmt: skip
+def test_options_of_the_whole_step_that_exclude_each_other(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     line = refused(arguments, capsys)
     for word in words:
         assert word in line
@@ -370,7 +446,7 @@ def test_measured_file_refused(text: str, words: list[str], tmp_path: Path, caps
 def test_measured_value_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from spsim.inputs.resources import measured_cases
 
-    header, first, *_ = measured_cases().read_text().splitlines()
+    header, first, *_ = measured_cases()[0].read_text().splitlines()
     columns = header.split(",")
     cells = first.split(",")
     cells[columns.index("tp")] = "eight"

@@ -16,8 +16,9 @@ from spsim.inputs.profiles import parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.results import bands
 from spsim.results.sensitivity import scaled
+from spsim.studies.measured_cases import load_cases
 from spsim.studies.ranking import ranked, tie
-from spsim.studies.validation import load_cases, validate
+from spsim.studies.validation import validate
 from tests.cases import A100, H100
 
 ROOT = Path(__file__).parent.parent

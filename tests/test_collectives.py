@@ -340,15 +340,16 @@ def test_one_node_is_never_slower_than_several(name, collective):
 @pytest.mark.parametrize("name", NVSWITCH)
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_more_nodes_are_never_faster(name, collective):
-    """From 16 MiB on; below, the start of a kernel inside the node may cost more than one more node does. A mesh is
-    left out: two GPUs of a node share one link, slower than their adapters.
+    """From 16 MiB on; below, the start of a kernel inside the node may cost more than one more node does. Within 3 %,
+    for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left out: two GPUs of a node
+    share one link, slower than their adapters.
     """
     cost = CommCost(load_profile(name))
     for ranks in (8, 16, 64):
         for message in (2**24, 2**27, 2**34):
             spread = [n for n in (1, 2, 4, 8, 16, 64) if n <= ranks and ranks // n <= cost.profile.gpus_per_node]
             times = [cost.time(collective, message, ranks, nodes) for nodes in spread]
-            assert all(fewer <= more * (1 + 1e-9) for fewer, more in pairwise(times))
+            assert all(fewer <= more * 1.03 for fewer, more in pairwise(times))
 
 
 @pytest.mark.parametrize("name", SEVERAL_LEVELS)
@@ -375,6 +376,30 @@ def test_gpus_of_a_node_share_the_work_among_their_adapters():
         ranks = 10 * per_node
         bus = 2**34 * (ranks - 1) / ranks / cost.time("all_gather", 2**34, ranks, 10) / 1e9
         assert bus == pytest.approx(measured, rel=0.04)
+
+
+def test_data_parallel_groups_gather_by_as_many_adapters_as_they_have_ranks_in_a_node():
+    """Gradients of 8 GPUs a node, tp 8, 4 and 2: groups of one, two and four ranks of each node, ten nodes."""
+    cost = CommCost(load_profile(H100))
+    for collective in ("all_gather", "reduce_scatter"):
+        one, two, four = (cost.time(collective, 2**34, 10 * per_node, 10) for per_node in (1, 2, 4))
+        assert one / two == pytest.approx(2 * 9 / 10 * 20 / 19, rel=0.02)
+        assert two / four == pytest.approx(2 * 19 / 20 * 40 / 39, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SEVERAL_LEVELS)
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_groups_over_two_thousand_nodes(name, collective):
+    """A ring's short messages wait for every node on the way; a pair of ranks does not see the others."""
+    cost = CommCost(load_profile(name))
+    for per_node in {1, min(4, cost.gpus_per_node), min(8, cost.gpus_per_node)}:
+        times = [cost.duration(collective, 2**20, nodes * per_node, nodes) for nodes in (512, 1024, 2048)]
+        assert 0 < times[0] <= times[1] <= times[2] < 1
+        if collective in ("all_gather", "reduce_scatter"):
+            step = cost.outer.curves[collective][0].curve.step_latency_us * 1e-6
+            assert times[2] - times[1] >= 1024 * step * (1 - 1e-9)
+        if collective == "send_receive":
+            assert times[0] == times[2]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

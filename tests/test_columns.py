@@ -1,5 +1,6 @@
 """Many workloads at once are, to the bit, what the engine finds one by one; and what that does not cover falls back."""
 
+from collections import defaultdict
 from dataclasses import replace
 from random import Random
 
@@ -14,12 +15,13 @@ from spsim.engine.recording import BufferUse, TaskInfo
 from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
+from spsim.program.instructions import LAYER
 from spsim.results import metrics
 from spsim.simulation import simulate_many
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.folding import Step, fold_step
-from spsim.step.itinerary import accumulation
+from spsim.step.itinerary import Run, accumulation
 from spsim.step.segments import BlockPass, Call, Part, Segment
 from spsim.studies.rows import row
 from tests.cases import A100, DEGREES, H100, model
@@ -117,8 +119,8 @@ class Block:
 
     def columns(self, layers, micro_batches):
         """All workloads at once."""
-        block = BlockColumns(self.passes, self.slots, self.positions, self.coefficients)
-        return block, block.run(layers, micro_batches, self.times, 0, self.basis, self.slowdown)
+        block = BlockColumns({LAYER: self.passes}, self.slots, self.positions, self.coefficients)
+        return block, block.run([Run(LAYER, layers)], micro_batches, self.times, 0, 0, self.basis, self.slowdown)
 
     def trace(self, itinerary, point):
         """One workload by the engine."""
@@ -165,14 +167,16 @@ def test_blocks_with_loops_run_as_in_the_engine():
         exact, total = exact + exactly.sum(), total + MANY
         loops += exactly.sum() * (len(made.segments) > 2)
         for point in np.flatnonzero(exactly).tolist():
-            trace = made.trace((accumulation([*made.passes.values()], layers, int(micro_batches[point])),), point)
+            trace = made.trace(
+                (accumulation({LAYER: made.passes}, [Run(LAYER, layers)], int(micro_batches[point])),), point
+            )
             assert trace.end_ps == found.end[point]
             for phase in ("forward", "backward"):
                 assert metrics.layer_window(trace, phase) == found.phases[phase][point]
             assert metrics.idle(trace)[0] == (found.exposed[point], 0, 0, 0)
             own = metrics.compute_by_class(trace, 0)
             assert {name: own.get(name, 0) for name in block.classes} == {n: t[point] for n, t in found.compute.items()}
-            peak = metrics.peak_memory(trace, 0)
+            peak = metrics.peak_memory(trace, defaultdict(int))
             assert peak.bytes == found.memory.highest[point]
             leaf, layer, task = (int(column[point]) for column in spots)
             assert named(trace, peak.task) == (block.labels[leaf][task], layer)
@@ -239,6 +243,18 @@ def test_rows_are_those_of_one_workload_at_a_time():
         found = many_of(settings, [point.settings["workload"] for point in points])
         covered += 0 if found is None else found.exact.sum()
     assert covered > 800
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_delayed"])
+@pytest.mark.parametrize("plan", ["tp=8", "tp=4,sequence_parallel", "ulysses=2", "ring=4", "tp=2,recompute=full"])
+def test_rows_of_products_in_fp8(plan, precision):
+    """With casts, and tokens that no block divides, which are refused."""
+    settings = {"hardware": H100, "model": "llama-3-8b", "plan": plan}
+    sizes = [{"seq_len": n, "micro_batch": b} for n in (1024, 1032, 4096, 8192) for b in (1, 2, 3)]
+    assert_rows([Point({**settings, "workload": {**size, "precision": precision}}) for size in sizes])
+    found = many_of(settings, [{**size, "precision": precision} for size in sizes if size["seq_len"] % 1024 == 0])
+    assert found.exact.all()
+    assert (found.compute_ps["cast"] > 0).all()
 
 
 def many_of(settings, workloads):
@@ -314,7 +330,10 @@ def test_what_the_columns_do_not_cover_is_simulated():
         [{}, {"plan": None}],
         [{"workload": {"seq_len": 256, "micro_batch": 2, "global_batch": n}} for n in range(1, 6)],
         [{}, {"nodes": 1}, {"nodes": True}, {"nodes": 2}],
-        [{"workload": {"seq_len": 256, "precision": precision}} for precision in ("bf16", "fp32", "fp16", "fp8")],
+        [
+            {"workload": {"seq_len": 256, "precision": precision}}
+            for precision in ("bf16", "fp32", "fp16", "fp8", "nvfp4")
+        ],
         [{"hardware": hardware} for hardware in (H100, A100, load_profile(H100))],
         [{"model": model(layers=layers)} for layers in (2, 3)],
     ],

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 
 from spsim.inputs.plan import Plan
 from spsim.program.blocks.transformer import transformer_layer
-from spsim.program.compiler import compile_program
 from spsim.program.instructions import Communication
 from spsim.program.mesh import Mesh
 from spsim.program.operators import Operand, Operator, Tensor, parse
-from tests.cases import model, program, result, scenario
+from tests.cases import compile_program, model, program, result, scenario
 
 random_shapes = settings(max_examples=60, deadline=None, derandomize=True)
 SHORT = {

@@ -13,7 +13,8 @@ import pytest
 
 import spsim
 from spsim.cli import main
-from spsim.studies.validation import load_cases, validate
+from spsim.studies.measured_cases import load_cases
+from spsim.studies.validation import validate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -241,7 +241,7 @@ def test_texts_of_profiles(text):
 @cache
 def measured():
     """Header and some rows of the shipped file of measured cases."""
-    header, *rows = csv.reader(measured_cases().read_text().splitlines())
+    header, *rows = csv.reader(measured_cases()[0].read_text().splitlines())
     return [header, *rows[::12]]
 
 

@@ -10,7 +10,7 @@ from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 
 GPU_PROFILES = [name for name in profile_names() if name != "cpu-2"]
-NVSWITCH_WITH_NVLS = {"dgx-h100", "dgx-h200", "dgx-b200", "gb200-nvl72"}
+NVSWITCH_WITH_NVLS = {"dgx-h100", "dgx-h200", "dgx-b200", "dgx-b300", "gb200-nvl72", "gb300-nvl72"}
 BLOCKS = ("datasheet", "calibrated", "assumed")
 
 
@@ -77,8 +77,8 @@ def wire_factor(operation, ranks):
 
 def test_shipped_names():
     assert {
-        "cpu-2", "dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200", "gb200-nvl72",
-        "a100-pcie-8", "h100-pcie-8", "l40s-8", "mi300x-8",
+        "cpu-2", "dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200", "dgx-b300", "gb200-nvl72",
+        "gb300-nvl72", "a100-pcie-8", "h100-pcie-8", "l40s-8", "mi300x-8",
     } <= set(profile_names())  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_reported_memory_is_not_the_label(name):
 
 REPORTED_MIB = [
     ("dgx-a100-40gb", 40960), ("dgx-a100-80gb", 81920), ("dgx-h100", 81559), ("dgx-h200", 143771),
-    ("dgx-b200", 183359), ("gb200-nvl72", 189471), ("l40s-8", 46068),
+    ("dgx-b200", 183359), ("dgx-b300", 275038), ("gb200-nvl72", 189471), ("gb300-nvl72", 284206), ("l40s-8", 46068),
 ]  # fmt: skip
 
 
@@ -186,7 +186,9 @@ LINK_RATES = [
     ("dgx-h100", "nvlink", 8, 450, 50),
     ("dgx-h200", "nvlink", 8, 450, 50),
     ("dgx-b200", "nvlink", 8, 900, 50),
+    ("dgx-b300", "nvlink", 8, 900, 100),
     ("gb200-nvl72", "nvlink", 72, 900, 50),
+    ("gb300-nvl72", "nvlink", 72, 900, 100),
     ("mi300x-8", "xgmi", 8, 448, 50),
     ("a100-pcie-8", "pcie", 8, 31, None),
     ("l40s-8", "pcie", 8, 31, None),
@@ -206,7 +208,8 @@ def test_link_rates_per_direction(name, level, gpus, inside, outside):
 
 MEMORY_BANDWIDTHS = {
     "dgx-a100-40gb": 1555, "dgx-a100-80gb": 2039, "a100-pcie-8": 1935, "dgx-h100": 3350, "dgx-h200": 4800,
-    "h100-pcie-8": 2000, "dgx-b200": 7672, "gb200-nvl72": 8000, "l40s-8": 864, "mi300x-8": 5300,
+    "h100-pcie-8": 2000, "dgx-b200": 7672, "dgx-b300": 8000, "gb200-nvl72": 7928, "gb300-nvl72": 8000,
+    "l40s-8": 864, "mi300x-8": 5300,
 }  # fmt: skip
 
 

@@ -94,9 +94,11 @@ def assert_equal(one, other):
     assert [piece[1:4] + piece[5:6] for piece in one.pieces] == [piece[1:4] + piece[5:6] for piece in other.pieces]
     for piece in one.pieces:
         assert one.piece_of(piece.first_task)[1:6] == piece[1:6]
-    assert peak_memory(one, 0)[:2] == peak_memory(other, 0)[:2]
-    assert peak_memory(one, 0).bytes == largest_sum(other)
-    assert held_at(peak_memory(one, 0), one, {}) == held_at(peak_memory(other, 0), other, {})
+    assert peak_memory(one, defaultdict(int))[:2] == peak_memory(other, defaultdict(int))[:2]
+    assert peak_memory(one, defaultdict(int)).bytes == largest_sum(other)
+    assert held_at(peak_memory(one, defaultdict(int)), one, {}) == held_at(
+        peak_memory(other, defaultdict(int)), other, {}
+    )
     assert of_step(one) == of_step(other)
     assert of_step(one).parts.total() == one.end_ps
     assert idle(one) == idle(other)

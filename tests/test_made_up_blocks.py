@@ -23,7 +23,7 @@ from spsim.program.assembly import program_in
 from spsim.program.blocks.block import Block
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import Communication, Compute
+from spsim.program.instructions import LAYER, Communication, Compute
 from spsim.program.mesh import Mesh, mesh_of
 from spsim.program.placement import shard
 from spsim.program.region import Region
@@ -31,7 +31,8 @@ from spsim.program.sizes import Template, every_workload
 from spsim.program.strategies import SplitRule, split_rules
 from spsim.results.derived import Amounts
 from spsim.simulation import assemble
-from spsim.step.preparation import PreparedBlock
+from spsim.step.itinerary import Run
+from spsim.step.preparation import PreparedStep
 from spsim.work import Gemm
 from tests.test_template import assert_equals_program
 
@@ -478,14 +479,14 @@ def simulated(operators, rules, *, fold=True, named=None, **options):
 def on_engine(program, plan, *, fold):
     """The same of a program."""
     template = Template(program, 1)
-    block = PreparedBlock(template, plan, lambda _: program, fold=fold, weight_bytes=2)
+    prepared = PreparedStep(template, plan, lambda _: {LAYER: program}, fold=fold)
     scenario = SimpleNamespace(
         hardware=load_profile("dgx-h100"), model=SimpleNamespace(name="made up", layers=3), plan=plan,
         workload=SimpleNamespace(precision="bf16"), num_micro_batches=2, gpus_per_node=8, notes=(), summary=(),
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
-    static = static_memory(3 * numbers.parameters, plan, 2)
-    return assemble("blocks", scenario, block, numbers, Amounts(1, 1, 1.0, None), static, fold=fold)
+    static = static_memory(3 * numbers.parameters(), plan, 2)
+    return assemble("blocks", scenario, prepared, [Run(LAYER, 3)], numbers, Amounts(1, 1, 1.0, None), static, fold=fold)
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -25,7 +25,13 @@ VALUES = {
     "ring_kind": ("p2p", "all_gather"), "ring_cut": ("zigzag", "contiguous"), "pp": (1, 2), "virtual_pp": (1, 2),
     "dp": (1, 2), "distributed_optimizer": (False, True), "zero": (0, 1, 2, 3),
     "recompute": ("none", "selective", "full"), "tp_backward_overlap": (True, False), "tp_overlap": (False, True),
-    "dp_overlap": (False, True), "keep_gathered": (False, True),
+    "dp_overlap": (False, True), "keep_gathered": (False, True), "pp_schedule": ("1f1b", "gpipe"),
+    "pp_group": (None, 4), "pp_layout": (None, "Et/tL"), "pp_sends": (None, "torch"), "pp_overlap": (None, True),
+    "pp_warmup_flush": (False, True), "pp_deallocate": (True, False), "dp_library": ("megatron", "fsdp"),
+    "shard_group": (None, 2), "bucket_elements": (None, 1000), "grad_dtype": ("fp32", "bf16"),
+    "moment_dtype": ("fp32", "bf16"), "precision_aware_optimizer": (False, True), "loss_fusion": (False, True),
+    "recompute_layers": (None, 1), "recompute_method": ("block", "uniform"), "recompute_modules": (None, "mlp"),
+    "cpu_offload_layers": (0, 1), "cuda_graphs": ("none", "per_layer"),
 }  # fmt: skip
 
 

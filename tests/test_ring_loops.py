@@ -124,7 +124,7 @@ def test_neither_program_nor_template_grows_with_the_ring():
     programs = [ring(plan, loops=True, workload=workload) for plan in plans]
     templates = [Template(program, 8192) for program in programs]
     assert len({sum(len(section.instructions) for section in program.sections) for program in programs}) == 1
-    assert len({(t.index.num_slots, len(t.index.buffers), len(t.coefficients), t.nbytes) for t in templates}) == 1
+    assert len({(t.num_slots, len(t.index.buffers), len(t.coefficients), t.nbytes) for t in templates}) == 1
 
 
 @pytest.mark.parametrize("plan", ["ring=3", "ring=9,recompute=full", "tp=2,ring=6"])

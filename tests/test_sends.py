@@ -14,7 +14,7 @@ from spsim.units import MIB
 from tests.cases import H100
 from tests.test_hardware import tables
 
-NCCL = ["dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200", "gb200-nvl72"]
+NCCL = ["dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200", "dgx-b300", "gb200-nvl72", "gb300-nvl72"]
 
 
 def sends(hardware: str = H100, level: str = "nvlink") -> SendTime:

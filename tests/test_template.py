@@ -14,9 +14,10 @@ from spsim.inputs.plan import parse_plan
 from spsim.inputs.rules import check_shapes, sequence_unit
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
-from spsim.program.instructions import Communication, Compute, Program
+from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import mesh_of
 from spsim.program.sizes import Template, every_workload
+from spsim.step.itinerary import Run
 from spsim.step.preparation import prepared_layer
 from spsim.units import picoseconds
 from spsim.work import MemoryBound
@@ -111,8 +112,8 @@ def assert_equals_program(template, workload, program):
     assert index.buffers.keys() == {buffer.id for buffer in buffers}
     assert numbers.saved == [saved.bytes for saved in program.saved]
     assert [replace(s, bytes=0) for s in template.program.saved] == [replace(s, bytes=0) for s in program.saved]
-    assert numbers.weight_sync == [sync.elements for sync in program.weight_sync]
-    assert numbers.parameters == program.parameters
+    assert numbers.weight_sync() == [sync.elements for sync in program.weight_sync]
+    assert numbers.parameters() == program.parameters
 
 
 @settings(max_examples=75, deadline=None, derandomize=True)
@@ -157,7 +158,7 @@ def test_coefficients_are_read_off_the_bits(coefficients, x, b):
     sizes = (sum(c * m for c, m in zip(coefficients, basis(x, b), strict=True)) for x, b in ((X, B), (x, b)))
     template = Template(program_of_size(next(sizes)), 6)
     assert template.coefficients.tolist() == [coefficients]
-    assert template.at(Workload(seq_len=6 * x, micro_batch=b)).parameters == next(sizes)
+    assert template.at(Workload(seq_len=6 * x, micro_batch=b)).parameters() == next(sizes)
 
 
 def basis(x, b):
@@ -191,10 +192,10 @@ def durations(model, plan, workload, hardware):
     compute, comm = cost_models(hardware, "bf16")
     layer = prepared_layer(model, plan, False)
     numbers = layer.template.at(workload)
-    messages = layer.sync_messages(numbers, model.layers)
+    chunk = [Run(LAYER, model.layers)]
     program, mesh = layer_program(model, plan, workload), mesh_of(plan)
     per_node = hardware.gpus_per_node
-    arrays = layer.durations(numbers, compute, comm, gpus_per_node=per_node, sync_messages=messages)
+    arrays = layer.durations(numbers, compute, comm, gpus_per_node=per_node, chunk=chunk)
 
     def one(step, rank):
         if isinstance(step, Compute):
@@ -277,7 +278,7 @@ def test_weight_gradients_of_all_layers_are_synchronised_together():
     """
     case = scenario("tp=2,sequence_parallel,ulysses=2,ring=2", layers=3)
     layer = prepared_layer(case.model, case.plan, True)
-    data, tp = layer.sync_messages(layer.template.at(case.workload), case.model.layers)
+    data, tp = layer.sync_messages(layer.template.at(case.workload), [Run(LAYER, case.model.layers)])
     h, f = case.model.hidden, case.model.ffn_hidden
     split = (3 * h * h + 3 * h + h * h + h * f + f + f * h) // 2
     replicated = 2 * 2 * h + h + h

@@ -2,6 +2,8 @@
 and where the pieces of a stretch stand.
 """
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 
@@ -162,19 +164,21 @@ def test_memory_is_freed_before_it_is_allocated_at_equal_times():
     buffers = [(written("x", 0), 100), (written("y", 1), 60)]
     for listed in (buffers, buffers[::-1]):
         stretch = Stretch(recording({0: tasks}, listed), "forward", 0, 0, 0, 0)
-        assert peak_memory(trace(stretch), 7) == Peak(rank=0, bytes=107, time_ps=0, task=0)
+        assert peak_memory(trace(stretch), defaultdict(lambda: 7)) == Peak(rank=0, bytes=107, time_ps=0, task=0)
 
 
 def test_a_buffer_is_still_there_while_its_reader_writes():
     """x (100) is read by the task that writes y (60): 160, reached at 5 by task 1."""
     tasks = [Task(0, "compute", 5), Task(1, "compute", 3)]
     stretch = Stretch(recording({0: tasks}, [(written("x", 0, 1), 100), (written("y", 1), 60)]), "forward", 0, 0, 0, 0)
-    assert peak_memory(trace(stretch), 0) == Peak(rank=0, bytes=160, time_ps=5, task=1)
+    assert peak_memory(trace(stretch), defaultdict(int)) == Peak(rank=0, bytes=160, time_ps=5, task=1)
 
 
 def test_layers_that_keep_something_are_fullest_at_the_last():
     """Twelve kept bytes in the third layer, and input or output of 10: 22 from 16 on, first by task 4."""
-    assert peak_memory(trace(tower(shift=100)), 1000) == Peak(rank=0, bytes=1022, time_ps=116, task=4)
+    assert peak_memory(trace(tower(shift=100)), defaultdict(lambda: 1000)) == Peak(
+        rank=0, bytes=1022, time_ps=116, task=4
+    )
 
 
 def test_layers_that_give_back_are_fullest_at_the_first():
@@ -182,7 +186,7 @@ def test_layers_that_give_back_are_fullest_at_the_first():
     keep = recording({0: [Task(0, "compute", 1)]}, [(written("kept", 0, outlives=True), 12)])
     free = recording({0: [Task(0, "compute", 8)]}, [(inherited("kept", 0), 4), (written("work", 0), 1)])
     found = trace(Stretch(keep, "forward", 0, 0, 0, 0), Stretch(free, "backward", 2, 0, 1, 1, 3, Move(8, 1, -1)))
-    assert peak_memory(found, 0) == Peak(rank=0, bytes=13, time_ps=1, task=1)
+    assert peak_memory(found, defaultdict(int)) == Peak(rank=0, bytes=13, time_ps=1, task=1)
     assert sum(change.bytes for change in found.memory) == 0
 
 
@@ -193,8 +197,8 @@ def test_the_fullest_rank_makes_the_peak():
         for rank, work in enumerate((9, 1))
     }
     stretch = Stretch(recording(programs, [(written("x", 0), 8), (written("y", 2), 3)]), "forward", 0, 0, 0, 0)
-    assert peak_memory(trace(stretch, ranks=2), 0) == Peak(rank=1, bytes=11, time_ps=1, task=2)
-    assert peak_memory(trace(stretch, ranks=1), 0) == Peak(rank=0, bytes=8, time_ps=0, task=0)
+    assert peak_memory(trace(stretch, ranks=2), defaultdict(int)) == Peak(rank=1, bytes=11, time_ps=1, task=2)
+    assert peak_memory(trace(stretch, ranks=1), defaultdict(int)) == Peak(rank=0, bytes=8, time_ps=0, task=0)
 
 
 @pytest.mark.parametrize(("limit", "task"), [(113, 0), (114, 2), (117, 2), (118, 4), (121, 4), (122, None)])

@@ -7,7 +7,7 @@ import pytest
 import spsim
 from spsim import InputError, Model, Plan, Scenario, Workload, load_model, load_profile
 from spsim.errors import InputError as Error
-from spsim.inputs import words
+from spsim.inputs import plan_words, words
 from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.profiles import profile_names
@@ -63,12 +63,43 @@ def refused(make):
         ("tp=8,use_distributed_optimizer", "tp=8,distributed_optimizer"),
         ("TP=8,Recompute=Full", "tp=8,recompute=full"),
         ("ring=8,ring_kind=all-gather", "ring=8,ring_kind=all_gather"),
+        ("pp=4,num_virtual_stages_per_pipeline_rank=2,microbatch_group_size_per_virtual_pipeline_stage=8",
+         "pp=4,virtual_pp=2,pp_group=8"),
+        ("pp=2,--pipeline-model-parallel-layout=Et3/t3L", "pp=2,pp_layout=Et3/t3L"),
+        ("pp=4,vpp=2,overlap_p2p_comm,overlap_p2p_comm_warmup_flush", "pp=4,virtual_pp=2,pp_overlap,pp_warmup_flush"),
+        ("pp=4,vpp=2,batch_p2p_comm", "pp=4,virtual_pp=2,pp_overlap=false"),
+        ("pp=4,--no-overlap-p2p-communication", "pp=4,pp_overlap=false"),
+        ("pp=4,deallocate_pipeline_outputs=false", "pp=4,pp_deallocate=false"),
+        ("pp=4,pipeline_parallel_schedule=1F1B", "pp=4,pp_sends=torch"),
+        ("pp=4,vpp=2,pipeline_parallel_schedule=Interleaved1F1B", "pp=4,virtual_pp=2,pp_sends=torch"),
+        ("pp=4,pipeline_parallel_schedule=GPipe", "pp=4,pp_schedule=gpipe"),
+        ("pp=4,vpp=2,pp_schedule=ZBVZeroBubble", "pp=4,virtual_pp=2,pp_schedule=zbv"),
+        ("dp=8,overlap_grad_reduce", "dp=8,dp_overlap=gradients"),
+        ("dp=8,zero=1,--overlap-grad-reduce,--overlap-param-gather", "dp=8,zero=1,dp_overlap"),
+        ("dp=8,ddp_bucket_size=40000000,overlap_grad_reduce", "dp=8,bucket_elements=40000000,dp_overlap=gradients"),
+        ("dp=8,grad_reduce_in_fp32=false", "dp=8,grad_dtype=bf16"),
+        ("dp=8,mixed_precision_reduce=bfloat16", "dp=8,grad_dtype=bf16"),
+        ("dp=8,use_distributed_optimizer,use_precision_aware_optimizer,exp_avg_dtype=torch.bfloat16",
+         "dp=8,distributed_optimizer,moment_dtype=bf16,precision_aware_optimizer"),
+        ("dp=8,data_parallel_sharding_strategy=optim_grads_params", "dp=8,zero=3"),
+        ("data_parallel_shard_degree=8", "dp=8,zero=3,dp_library=fsdp"),
+        ("data_parallel_replicate_degree=2,data_parallel_shard_degree=8",
+         "dp=16,zero=3,dp_library=fsdp,shard_group=8"),
+        ("dp_shard=8,fsdp_reshard_after_forward=never", "dp=8,zero=2,dp_library=fsdp"),
+        ("data_parallel_replicate_degree=4,data_parallel_shard_degree=1", "dp=4"),
+        ("recompute_granularity=full,recompute_method=uniform,recompute_num_layers=2",
+         "recompute=full,recompute_layers=2,recompute_method=uniform"),
+        ("recompute=selective,recompute_modules=Core-Attn+mlp", "recompute=selective,recompute_modules=core_attn+mlp"),
+        ("cross_entropy_loss_fusion,cpu_offloading_num_layers=4", "loss_fusion,cpu_offload_layers=4"),
+        ("enable_cuda_graph", "cuda_graphs=per_layer"),
         ("TP8", "tp=8"),
         ("TP8+SP", "tp=8,sequence_parallel"),
         ("tp8+sp, recompute=selective", "tp=8,sequence_parallel,recompute=selective"),
         ("Ulysses 8", "ulysses=8"),
         ("Ulysses 2 × Ring 4", "ulysses=2,ring=4"),
         ("TP2+SP x CP4", "tp=2,sequence_parallel,ring=4"),
+        ("TP8+SP × PP8×VP3 × DP4+ZeRO-1", "tp=8,sequence_parallel,pp=8,virtual_pp=3,dp=4,zero=1"),
+        ("tp2/pp4/vpp2, DP 8", "tp=2,pp=4,virtual_pp=2,dp=8"),
         ("single GPU", ""),
     ],
 )  # fmt: skip
@@ -77,7 +108,13 @@ def test_a_plan_in_other_words(text, same):
     assert parse_plan(same).text == same
 
 
-@pytest.mark.parametrize("text", ["", "tp=8", "tp=2,sequence_parallel,ulysses=2,ring=2", "ulysses=4", "ring=8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "tp=8", "tp=2,sequence_parallel,ulysses=2,ring=2", "ulysses=4", "ring=8", "pp=4,virtual_pp=2,dp=2",
+        "tp=2,pp=4,dp=8,zero=1", "dp=8,zero=3", "ulysses=8,zero=3",
+    ],
+)  # fmt: skip
 def test_a_label_is_a_plan(text):
     plan = parse_plan(text)
     assert parse_plan(plan.label) == plan
@@ -97,8 +134,22 @@ def test_a_label_is_a_plan(text):
         ("TP8+TP4", ["tp", "twice"]),
         ("tp=8,sp=4", ["sequence_parallel", "ulysses=N", "ring=N"]),
         ("sequence_parallel_size=8", ["sequence_parallel_size", "sequence_parallel", "ulysses=N", "ring=N"]),
-        ("data_parallel_shard_degree=8", ["dp=N,zero=3"]),
-        ("tp=8,recompute_method=uniform", ["recompute=full"]),
+        ("fsdp=8", ["dp=N,zero=3"]),
+        ("dp=8,data_parallel_shard_degree=8", ["data_parallel_shard_degree = 8", "dp=N,zero=3", "shard_group=M"]),
+        ("data_parallel_shard_degree=-1", ["data_parallel_shard_degree = -1", "dp=N,zero=3"]),
+        ("dp_shard=8,dp_shard_size=8", ["dp_shard = 8", "dp=N,zero=3"]),
+        ("pp=4,num_layers_per_virtual_pipeline_stage=2", ["virtual_pp=N"]),
+        ("pp=4,account_for_embedding_in_pipeline_split", ["layers + 2", "pp_layout"]),
+        ("pp=4,decoder_first_pipeline_num_layers=11", ["pp_layout", "Et3/t4/t4/t3L"]),
+        ("pp=4,overlap_p2p_comm,batch_p2p_comm", ["batch_p2p_comm", "pp_overlap = True", "keep one"]),
+        ("pp=4,pipeline_parallel_schedule=chimera", ["'chimera'", "1f1b, interleaved1f1b, gpipe"]),
+        ("dp=4,overlap_grad_reduce,dp_overlap=parameters", ["dp_overlap", "keep one"]),
+        ("dp=4,zero=2,data_parallel_sharding_strategy=optim", ["zero = 2", "keep one"]),
+        ("dp=4,bucket_cap_mb=25", ["bucket_elements=N", "MiB"]),
+        ("dp=4,zero_optimization=2", ["zero=2", "dp_library=deepspeed"]),
+        ("grad_reduce_in_fp32=1.5", ["grad_reduce_in_fp32 = 1.5", "true, false"]),
+        ("gradient_accumulation_steps=8", ["global_batch = micro-batches x micro_batch x dp"]),
+        ("cuda_graph_impl=local", ["cuda_graphs=per_layer"]),
         ("ep=8", ["ep", "experts", "not simulated"]),
         ("tp=8,micro_batch_size=4", ["micro_batch_size", "--micro-batch"]),
         ("squence_parallel", ["squence_parallel", "did you mean sequence_parallel?"]),
@@ -114,6 +165,13 @@ def test_a_plan_that_is_not_clear_names_the_key(text, parts):
         assert part in line
 
 
+def test_modules_may_be_a_list():
+    plan = Plan(recompute="selective", recompute_modules=["core_attn", "mlp"])
+    assert plan.recomputed_modules == ("core_attn", "mlp")
+    assert Plan(recompute="selective").recomputed_modules == ("core_attn",)
+    assert "recompute_modules" in refused(lambda: Plan(recompute="selective", recompute_modules=[1]))
+
+
 def test_words_of_a_plan_are_the_same_in_tables_and_objects():
     assert Plan(cp=2, sp=True, tp=4) == Plan(tp=4, sequence_parallel=True, ring=2)
     case = Scenario(hardware="dgx-h100", model="llama-3-8b", plan={"cp": 8}, workload={"seq_length": "64K"})
@@ -122,13 +180,17 @@ def test_words_of_a_plan_are_the_same_in_tables_and_objects():
 
 def test_every_word_stands_for_a_setting():
     """And for one only; `cp` is a ring or Ulysses."""
-    assert set(words.PLAN) - {"cp"} <= set(Plan.model_fields)
+    assert set(plan_words.PLAN) - {"cp"} <= set(Plan.model_fields)
     assert set(words.WORKLOAD) <= set(Workload.model_fields)
     assert set(words.MODEL) <= set(Model.model_fields)
-    for table, known in ((words.PLAN, Plan), (words.WORKLOAD, Workload), (words.MODEL, Model)):
+    for table, known in ((plan_words.PLAN, Plan), (words.WORKLOAD, Workload), (words.MODEL, Model)):
         others = [other for names in table.values() for other in names]
         assert len(others) == len({*others} - {*known.model_fields})
-    assert not {other for names in words.PLAN.values() for other in names} & {*words.ADVICE}
+    others = {other for names in plan_words.PLAN.values() for other in names}
+    assert not others & {*plan_words.ADVICE, *plan_words.READINGS}
+    assert not {*plan_words.ADVICE} & {*plan_words.READINGS}
+    for values in plan_words.READINGS.values():
+        assert all(Plan(**given) for given in values.values())
 
 
 # ------------------------------------------------------------ workloads and models
@@ -201,6 +263,8 @@ def test_a_model_by_a_part_that_no_other_has(given, name):
         ("l40s", "l40s-8"),
         ("B200", "dgx-b200"),
         ("gb200", "gb200-nvl72"),
+        ("B300", "dgx-b300"),
+        ("gb300", "gb300-nvl72"),
         ("DGX-H100", "dgx-h100"),
     ],
 )

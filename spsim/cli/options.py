@@ -53,7 +53,9 @@ GlobalBatchOption = Annotated[
     int | None, typer.Option("--global-batch", "--global-batch-size", help="Sequences of a step.")
 ]
 NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to spread the GPUs over; as few as hold them.")]
-PrecisionOption = Annotated[str | None, typer.Option("--precision", help="fp32, bf16, fp16 or fp8.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8, fp8_delayed, mxfp8, fp8_blockwise or nvfp4.")
+]
 PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
 SetOption = Annotated[
     list[str] | None,

@@ -22,7 +22,7 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCoefficients, AttentionPass
 from spsim.inputs.quantities import Quantity
 from spsim.units import GB, US_PER_S
-from spsim.work import AttentionKernel, Direction, FlashAttention, Framework, each, products_of
+from spsim.work import CAST_TYPES, AttentionKernel, Direction, FlashAttention, Framework, each, products_of
 
 Flags = bool | npt.NDArray[np.bool_]
 FP32_BYTES = 4
@@ -81,20 +81,20 @@ class _Constants(NamedTuple):
 
 
 class AttentionCost:
-    """Durations of attention kernels on one device in one precision, beyond the start of any kernel."""
+    """Durations of attention kernels on one device in one data type, beyond the start of any kernel."""
 
     def __init__(self, profile: HardwareProfile, dtype: str, streaming_rate: float) -> None:
-        """`streaming_rate` in bytes per second: at which operands and results pass."""
-        by_dtype = profile.coefficients.attention_by_dtype
-        # Where fp8 attention has no coefficients, products alone are in fp8, as Transformer Engine runs a layer.
-        own = dtype if dtype != "fp8" or dtype in by_dtype else "bf16"
+        """`dtype` is that of the attention's own products; `streaming_rate` in bytes per second: at which operands and
+        results pass.
+        """
         self._profile = profile
-        self._own = by_dtype.get(own, {})
-        self._own_path = f"attention_by_dtype.{own}"
+        self._dtype = dtype
+        self._own = profile.coefficients.attention_by_dtype.get(dtype, {})
+        self._own_path = f"attention_by_dtype.{dtype}"
         self._units = profile.datasheet.compute_units.value
         # The fp32 peak counts a multiplication and an addition an instruction.
         self._vector_rate = profile.peak("fp32") / 2 if "fp32" in profile.datasheet.peak_tflops else np.inf
-        self._unit_peak = profile.peak(own) / self._units
+        self._unit_peak = profile.peak(dtype) / self._units
         self._streaming_rate = streaming_rate
         self._known, self._one = lru_cache(KEPT)(self._of_all), lru_cache(KEPT)(self._at)
 
@@ -229,6 +229,10 @@ class AttentionCost:
 
     def _pass(self, wanted: AttentionKernel | Framework, direction: Direction) -> AttentionPass:
         kernel = self._profile.attention_kernel(wanted)
+        if self._dtype in CAST_TYPES and kernel not in self._own:
+            raise InputError(
+                f"attention in {self._dtype}: {self._profile.name} has no rates of {kernel} in it; run it in bf16"
+            )
         coefficients: AttentionCoefficients = self._own.get(kernel, self._profile.coefficients.attention[kernel])
         found: AttentionPass = getattr(coefficients, direction)
         return found

@@ -8,10 +8,10 @@ kernel computes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload, Workloads
 
 
@@ -20,7 +20,9 @@ class LayerFlops:
     """FLOPs of one layer for one micro-batch, all ranks together."""
 
     linear: int
+    """Of products with weights, those of the MLP included."""
     attention: int
+    mlp: int
 
     @property
     def forward(self) -> int:
@@ -31,10 +33,10 @@ class LayerFlops:
         """Forward and backward, recomputation not counted."""
         return 3 * self.forward
 
-    def executed(self, plan: Plan) -> int:
-        """Forward, backward and what the plan recomputes."""
-        extra = {"none": 0, "selective": self.attention, "full": self.forward}
-        return self.training() + extra[plan.recompute]
+    def executed(self, recomputed: Iterable[str]) -> int:
+        """Forward, backward and the modules that are recomputed, by their names in `program.recompute`."""
+        again = {"layer": self.forward, "core_attn": self.attention, "mlp": self.mlp}
+        return self.training() + sum(again.get(module, 0) for module in recomputed)
 
 
 def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = False) -> LayerFlops:
@@ -42,7 +44,27 @@ def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = 
     tokens = workload.seq_len * workload.micro_batch
     qkv_width = (model.heads + 2 * model.kv_heads) * model.head_dim
     attention_width = model.heads * model.head_dim
-    matrices = model.hidden * (qkv_width + attention_width + model.ffn_hidden * (3 if model.gated_mlp else 2))
+    of_mlp = model.hidden * model.ffn_hidden * (3 if model.gated_mlp else 2)
+    matrices = model.hidden * (qkv_width + attention_width) + of_mlp
     pairs = tokens * workload.seq_len
     attention = 4 * attention_width * (pairs // 2 if causal and model.causal else pairs)
-    return LayerFlops(2 * tokens * matrices, attention)
+    return LayerFlops(2 * tokens * matrices, attention, 2 * tokens * of_mlp)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFlops:
+    """FLOPs of the output layer for one micro-batch, all ranks together. It has no attention, so that both counts of
+    a causal mask are the same, and nobody recomputes it.
+    """
+
+    forward: int
+
+    def training(self) -> int:
+        """Forward and backward: 6 B s h V (Narayanan et al. 2021, appendix)."""
+        return 3 * self.forward
+
+
+def head_flops(model: Model, workload: Workload | Workloads, vocab: int | None = None) -> HeadFlops:
+    """FLOPs of the output layer; `vocab` are its rows with their padding, which the published formulas count too."""
+    rows = model.head_rows if vocab is None else vocab
+    return HeadFlops(2 * workload.seq_len * workload.micro_batch * model.hidden * rows)

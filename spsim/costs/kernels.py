@@ -15,38 +15,48 @@ from spsim.costs.seconds import Seconds
 from spsim.costs.traffic import TrafficCost
 from spsim.inputs.hardware import HardwareProfile
 from spsim.units import US_PER_S
-from spsim.work import FlashAttention, Gemm, MemoryBound, Work
+from spsim.work import CAST_TYPES, FlashAttention, Gemm, MemoryBound, Work
 
 
 class ComputeCost:
-    """Durations on one device in one precision: of long runs, at the power limit of the board, or in a `burst`, as
-    microbenchmarks run. Steps are bursts that `power` slows down.
+    """Durations on one device, of kernels of one data type unless they name another: of long runs, at the power limit
+    of the board, or in a `burst`, as microbenchmarks run. Steps are bursts that `power` slows down.
     """
 
-    def __init__(self, profile: HardwareProfile, dtype: str, *, burst: bool = False) -> None:
+    def __init__(
+        self, profile: HardwareProfile, dtype: str, *, burst: bool = False, products: str | None = None
+    ) -> None:
+        """`products` is the type that most products name, whose power limit counts."""
         self.profile = profile
         self.dtype = dtype
         self.burst = burst
-        self.power = PowerLimit(profile, dtype)
+        self.power = PowerLimit(profile, products or dtype)
+        self._by_type: dict[str, ProductCost] = {}
         self._overhead = profile.coefficients.kernel_overhead_us.value / US_PER_S
 
     @cached_property
     def _traffic(self) -> TrafficCost:
         return TrafficCost(self.profile, self.dtype)
 
-    @cached_property
-    def _products(self) -> ProductCost:
-        return ProductCost(self.profile, self.dtype, self._traffic.bandwidth("elementwise"), burst=self.burst)
+    def _products(self, work: Gemm) -> ProductCost:
+        """Of the type of a product, or of many that have one type."""
+        dtype = work.dtype or self.dtype
+        if dtype not in self._by_type:
+            rate = self._traffic.bandwidth("elementwise")
+            self._by_type[dtype] = ProductCost(self.profile, dtype, rate, burst=self.burst)
+        return self._by_type[dtype]
 
     @cached_property
     def _attention(self) -> AttentionCost:
-        return AttentionCost(self.profile, self.dtype, self._traffic.bandwidth("elementwise"))
+        # Beside products of 8 or 4 bits attention stays in 16, as Transformer Engine runs a layer.
+        dtype = "bf16" if self.dtype in CAST_TYPES else self.dtype
+        return AttentionCost(self.profile, dtype, self._traffic.bandwidth("elementwise"))
 
     def duration(self, work: Work) -> Seconds:
         """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""
         match work:
             case Gemm():
-                return self._overhead + self._products.time(work)
+                return self._overhead + self._products(work).time(work)
             case FlashAttention():
                 return self._overhead + self._attention.time(work)
             case MemoryBound():
@@ -56,7 +66,7 @@ class ComputeCost:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
         match work:
             case Gemm():
-                return self._products.class_of(work)
+                return self._products(work).class_of(work)
             case FlashAttention():
                 return self._attention.class_of(work)
             case MemoryBound():
@@ -67,11 +77,11 @@ class ComputeCost:
         own_class = self.class_of(work)
         match work:
             case Gemm():
-                own = self._products.coefficients_of(work)
+                own = self._products(work).coefficients_of(work)
             case FlashAttention():
                 own = self._attention.coefficients_of(work)
             case MemoryBound():
                 own = self._traffic.coefficients_of(work)
         limited = self.burst and self.power.slowdown and not isinstance(work, MemoryBound)
-        power = (f"gemm.sustained_limit.{self.dtype}", "power_share") if limited else ()
+        power = (f"gemm.sustained_limit.{self.power.dtype}", "power_share") if limited else ()
         return ("kernel_overhead_us", own_class, *own, *power)

@@ -16,13 +16,12 @@ from spsim.costs.seconds import Seconds, given
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import GemmCoefficients
 from spsim.units import US_PER_S
-from spsim.work import MAIN_GRADIENT_BYTES, Gemm
+from spsim.work import MAIN_GRADIENT_BYTES, OPERAND_BYTES, Gemm
 
 ACCUMULATION_BYTES = 2 * MAIN_GRADIENT_BYTES
 """Read and write of one main gradient."""
 LESS = 1e-12
 """Share by which a number of tiles is taken for less, so that rounding does not make a whole wave two."""
-OPERAND_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 
 class _Constants(NamedTuple):

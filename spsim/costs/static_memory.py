@@ -2,23 +2,21 @@
 
 Mixed-precision Adam keeps 18 bytes a parameter: 2 for the weight, 4 for the fp32 main gradient and 12 for
 the fp32 copy and two moments (Korthikanti et al. 2022; Rajbhandari et al. 2020, section 3.1). In fp32 the weight
-needs no copy: 16 bytes. A distributed optimizer shards the optimizer state over dp x ulysses x ring. Of the layers
-only, while the scope is "layers".
+needs no copy: 16 bytes. ZeRO's stages shard the optimizer state, then the gradients, then the weights, over
+dp x ulysses x ring; the distributed optimizer is the first. Of the layers only, while the scope is "layers".
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state, shard_ranks
+from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
-from spsim.work import MAIN_GRADIENT_BYTES
-
-MOMENT_BYTES = 8
-MASTER_BYTES = 4
-"""The fp32 copy of a weight of lower precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +37,35 @@ class StaticMemory:
         return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
 
 
-def static_memory(parameters: int, plan: Plan, weight_bytes: int) -> StaticMemory:
-    """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element."""
-    shards = plan.dp * plan.ulysses * plan.ring if plan.zero_stage else 1
-    optimizer_bytes = MOMENT_BYTES + (MASTER_BYTES if weight_bytes < MASTER_BYTES else 0)
+def static_memory(parameters: int, plan: Plan, weight_bytes: int, weights: int | None = None) -> StaticMemory:
+    """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element between operators;
+    all `weights` together take so many bytes where products read cast copies.
+
+    FSDP2 shards fp32 weights, which need no copy, and gathers them in 16 bits; Megatron and DeepSpeed shard 16-bit
+    weights and the fp32 copy apart. Torch's DDP has gradients beside the buckets in which it reduces them. Under
+    ZeRO-2 and 3 gradients are reduced in every micro-batch, so that none wait whole.
+    """
+    ranks = shard_ranks(plan)
+    at_rest = FP32_BYTES if plan.dp_library == "fsdp" else weight_bytes
+    state = parameter_state(plan, at_rest)
+    copies = 2 if plan.dp_library == "ddp" and plan.dp > 1 else 1
+
+    def held(size: int, stage: int) -> int:
+        """Of so many bytes a parameter, sharded from a stage on."""
+        return -(-size * parameters // (ranks if plan.zero_stage >= stage else 1))
+
+    total = state.weight * parameters if weights is None or at_rest != weight_bytes else weights
     return StaticMemory(
-        weight_bytes * parameters,
-        MAIN_GRADIENT_BYTES * parameters,
-        -(-optimizer_bytes * parameters // shards),
+        -(-total // (ranks if plan.zero_stage >= 3 else 1)), copies * held(state.gradient, 2), held(state.optimizer, 1)
     )
+
+
+def dummy_gradients(programs: Iterable[Program], weight_bytes: int) -> int:
+    """Bytes of what autograd is given for gradients of weights that products have added to main gradients already: one
+    tensor of each shape for all weights of a rank, which Transformer Engine keeps (`get_dummy_wgrad`).
+    """
+    shapes = {shape: size for program in programs for shape, size in program.accumulated.items()}
+    return weight_bytes * sum(shapes.values())
 
 
 def outside_tensors(profile: HardwareProfile, mesh: Mesh) -> int:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spsim.costs.seconds import Seconds, given
+from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
+from spsim.inputs.quantities import Fraction
 from spsim.units import GB, MIB, US_PER_S
-from spsim.work import KernelName, MemoryBound, MemoryBoundClass, each
+from spsim.work import CAST_TYPES, KernelName, MemoryBound, MemoryBoundClass, each
 
 
 class _Traffic(NamedTuple):
@@ -65,8 +67,14 @@ class TrafficCost:
 
     def bandwidth(self, operator_class: MemoryBoundClass) -> float:
         """Bytes per second of a class."""
-        share: float = getattr(self._coefficients.memory_bound, operator_class).value
-        return self._profile.memory_bandwidth * share
+        shares = self._coefficients.memory_bound
+        share: Fraction | None = getattr(shares, shares.share_of(operator_class))
+        if share is None:
+            raise InputError(
+                f"hardware {self._profile.name}: memory_bound has no {operator_class}, which a kernel needs; "
+                "add its share of the memory bandwidth to the profile"
+            )
+        return self._profile.memory_bandwidth * share.value
 
     def _rates(self, work: MemoryBound) -> _Traffic:
         """Rates at the rows of kernels; remembered but for rows of many workloads, an array with a row for each."""
@@ -87,11 +95,15 @@ class TrafficCost:
             )
         return _Traffic(memory, cache, start)
 
-    def _table(self, dtype: str | None) -> str:
-        """The type whose measured rates count."""
+    def _table(self, kernel: str, dtype: str | None) -> str:
+        """The type whose measured rates count; of types that operands are cast to only the casts' own."""
         own = dtype or self._dtype
-        known = self._coefficients.kernel_rates, self._coefficients.row_rates
-        return own if any(own in tables for tables in known) else "bf16"
+        known = [
+            rates[own] for rates in (self._coefficients.kernel_rates, self._coefficients.row_rates) if own in rates
+        ]
+        if own in CAST_TYPES:
+            return own if any(kernel in rates for rates in known) else "bf16"
+        return own if known else "bf16"
 
     def _at(
         self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool, dtype: str | None
@@ -99,7 +111,8 @@ class TrafficCost:
         """Of one kernel, as flat as arrays of many need it: `_Traffic` at the shortest measured row; for each step to a
         longer one, as many as any has, where it begins, its length and the changes.
         """
-        name, table = rates_key(kernel, backward), self._table(dtype)
+        name = rates_key(kernel, backward)
+        table = self._table(name, dtype)
         rates = self._coefficients.kernel_rates.get(table, {})
         by_row = self._coefficients.row_rates.get(table, {})
         if name not in by_row:
@@ -119,11 +132,12 @@ class TrafficCost:
 
     def class_of(self, work: MemoryBound) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
-        kernel, dtype = rates_key(work.kernel, work.backward), self._table(work.dtype)
+        kernel = rates_key(work.kernel, work.backward)
+        dtype = self._table(kernel, work.dtype)
         for table in ("row_rates", "kernel_rates"):
             if kernel in getattr(self._coefficients, table).get(dtype, {}):
                 return f"{table}.{dtype}.{kernel}"
-        return f"memory_bound.{work.operator_class}"
+        return f"memory_bound.{self._coefficients.memory_bound.share_of(work.operator_class)}"
 
     def coefficients_of(self, work: MemoryBound) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""

@@ -7,7 +7,7 @@ differ by a shift in time: a `Stretch` is equal pieces in a row, a `Repeat` anyt
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from spsim.engine.recording import ON_TIME, Late, MemoryChange, Recording, Span
@@ -234,6 +234,19 @@ class Repeat(NamedTuple):
 
 
 Node = Stretch | Repeat
+
+
+def placed(node: Node, move: Move, on: Callable[[Recording], Recording]) -> Node:
+    """A node of a run of its own at its place in a step; `on` puts a recording on the ranks that ran it."""
+    if isinstance(node, Repeat):
+        return node._replace(body=tuple([placed(inner, move, on) for inner in node.body]))
+    return node._replace(
+        recording=on(node.recording),
+        layer=None if node.layer is None else node.layer + move.layers,
+        micro_batch=None if node.micro_batch is None else node.micro_batch + move.micro_batches,
+        shift_ps=node.shift_ps + move.shift_ps,
+        first_task=node.first_task + move.tasks,
+    )
 
 
 def end_of(node: Node) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from spsim.lazy import lazy
+
+T = TypeVar("T")
 
 COMPUTE_LANE = "compute"
 """The lane of kernels; a measured run may have more, whose names begin so. Every other lane is communication."""
@@ -237,6 +239,15 @@ class Recording:
     """Rank -> changes of memory by earlier segments that come later than that."""
     until: Mapping[int, int] = field(default_factory=dict)
     """Rank -> when the next segment takes over what is still to come, where something is."""
+
+    def on(self, ranks: Mapping[int, int]) -> Recording:
+        """The same run by other ranks: `ranks` says which in whose place."""
+
+        def renamed(by_rank: Mapping[int, T]) -> dict[int, T]:
+            return {ranks[rank]: value for rank, value in by_rank.items()}
+
+        times, begins, flights = renamed(self.times), renamed(self.begins), renamed(self.flights)
+        return Recording(self.outline, times, self.sizes, begins, flights, renamed(self.left), renamed(self.until))
 
     def delayed(self, late: Late) -> Recording:
         """The same with the tasks of some lanes later."""

@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, end_of, pieces_during, place_of
-from spsim.engine.recording import MemoryChange, Recording, Span, TaskInfo
+from spsim.engine.recording import Flight, MemoryChange, Recording, Span, TaskInfo
 from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
 
@@ -85,6 +85,16 @@ def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[i
     return (found[0], found[-1]) if edges and len(found) > 1 else found
 
 
+class Wait(NamedTuple):
+    """Between two pieces of a rank nothing of its own runs: it waits for what is on its way."""
+
+    rank: int
+    start_ps: int
+    end_ps: int
+    flights: Sequence[Flight]
+    """Communications that are posted or under way, at their place in time."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """All pieces in order of tasks; `copies` says which ranks each simulated one stands for."""
@@ -98,6 +108,8 @@ class Trace:
     """Axis -> rank -> the ranks of its group."""
     overlapping: bool = False
     """Whether pieces overlap on a rank and their records do not know how, so that memory is read from the whole."""
+    waits: Sequence[Wait] = ()
+    """When simulated ranks wait between pieces."""
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 
@@ -140,6 +152,15 @@ class Trace:
             counts[recording] = (leaf.stretch.phase, known + leaf.pieces)
         return counts
 
+    @lazy
+    def layers(self) -> Mapping[Recording, int]:
+        """Each recording of layers with the number of pieces that share it."""
+        counts: dict[Recording, int] = {}
+        for leaf in self.leaves:
+            if leaf.stretch.layer is not None:
+                counts[leaf.stretch.recording] = counts.get(leaf.stretch.recording, 0) + leaf.pieces
+        return counts
+
     def described(self) -> Iterator[tuple[Recording, Sequence[TaskInfo], int]]:
         """Each recording with what its tasks are, by the first piece that shares it, and the number of pieces."""
         first = {leaf.stretch.recording: leaf.stretch for leaf in reversed(self.leaves)}
@@ -148,9 +169,14 @@ class Trace:
 
     def pieces_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> Iterator[Piece]:
         """The pieces of a pass of one layer and micro-batch, in order; those of a measured run belong to no layer."""
-        for leaf in self.leaves:
-            if leaf.stretch.phase == phase:
-                yield from leaf.find(_one(layer), _one(micro_batch))
+        for leaf in self._leaves_of(phase, layer):
+            yield from leaf.find(_one(layer), _one(micro_batch))
+
+    def _leaves_of(self, phase: Pass, layer: int | None) -> Sequence[Leaf]:
+        """Those of a pass. Where it has layers and one is asked for, the blocks around them are left out."""
+        own = [leaf for leaf in self.leaves if leaf.stretch.phase == phase]
+        layers = [leaf for leaf in own if leaf.stretch.layer is not None]
+        return layers if layers and layer is not None else own
 
     def pieces_in(self, layers: Collection[int], micro_batches: Collection[int]) -> list[Piece]:
         """The pieces of some layers and micro-batches and those that belong to none, in order of tasks."""
@@ -159,8 +185,7 @@ class Trace:
 
     def window_of(self, phase: Pass, layer: int | None, micro_batch: int | None) -> tuple[int, int]:
         """When the first task of a pass of one layer and micro-batch is posted, and when the last ends."""
-        own = [leaf for leaf in self.leaves if leaf.stretch.phase == phase]
-        windows = [window for leaf in own for window in leaf.windows(layer, micro_batch)]
+        windows = [w for leaf in self._leaves_of(phase, layer) for w in leaf.windows(layer, micro_batch)]
         return (min(windows)[0], max([end for _, end in windows])) if windows else (0, 0)
 
     def pieces_during(self, start: int, end: int) -> Iterator[Piece]:

@@ -77,11 +77,12 @@ def _memory(result: Result, selection: Selection, rank: int, pid: int) -> Iterat
     are written out, and of the others the fullest.
     """
     trace = result.trace
+    always = result.statics[selection.ranks[rank]].total
     resolution = trace.end_ps * len(selection.ranks) // POINTS
     moments = curve(trace, selection.ranks[rank], selection.windows, resolution)
     settled = {nanoseconds(moment.time_ps): sum(moment.sizes.values()) for moment in moments}
     for time_ns, held in settled.items():
-        sizes = {"total": (result.static.total + held) / GIB, "capacity": result.capacity_gib}
+        sizes = {"total": (always + held) / GIB, "capacity": result.capacity_gib}
         yield {"name": "memory (GiB)", "ph": "C", "pid": pid, "ts": time_ns / NS_PER_US, "args": sizes}
 
 

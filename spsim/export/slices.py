@@ -19,6 +19,7 @@ from spsim.program.mesh import Axis
 from spsim.program.placement import Collective
 from spsim.results.result import Result
 from spsim.results.selection import Selection
+from spsim.step.closing import Closing
 from spsim.units import PS_PER_NS, PS_PER_US
 
 Facts = Mapping[str, Any]
@@ -94,21 +95,15 @@ class Slices:
 
     def _known(self, outline: Outline, rank: int) -> Sequence[Facts]:
         """Of the tasks of a segment on a simulated rank."""
-        block = self.result.block
-        position = block.ranks.positions[rank]
+        prepared = self.result.prepared
+        position = prepared.ranks.positions[rank]
         if (outline, position) not in self._facts:
-            segment = block.by_outline[outline]
+            segment = prepared.by_outline[outline]
             self._facts[outline, position] = (
-                self._of_syncs() if segment is block.sync
-                else [self._of(self._instructions[step.id], position) for step in segment.instructions]
+                self._of_closing(made) if (made := prepared.closing_of(segment))
+                else [self._of(step, position) for step in self.result.instructions_of(segment)]
             )  # fmt: skip
         return self._facts[outline, position]
-
-    @lazy
-    def _instructions(self) -> dict[int, Instruction]:
-        """With the sizes of the workload, by id."""
-        sections = self.result.program.sections
-        return {step.id: step for section in sections for step in section.instructions}
 
     def _of(self, step: Instruction, position: int) -> Facts:
         if not isinstance(step, Compute):
@@ -119,13 +114,16 @@ class Slices:
         flops = {"FLOPs": int(work.flops)} if work.flops else {}
         return {**flops, "bytes": int(work.bytes_moved)}
 
-    def _of_syncs(self) -> list[Facts]:
-        block, layers = self.result.block, self.result.scenario.model.layers
-        messages = block.sync_messages(self.result.numbers, layers)
-        return [self._call(s.collective, s.axes, m, s.ranks) for s, m in zip(block.syncs, messages, strict=True)]
+    def _of_closing(self, made: Closing) -> list[Facts]:
+        prepared = self.result.prepared
+        sizes = prepared.sync_messages(self.result.numbers, self.result.chunk)
+        messages = dict(zip(prepared.syncs, sizes, strict=True))
+        return [
+            {} if isinstance(s, str) else self._call(s.collective, s.axes, messages[s], s.ranks) for s in made.steps
+        ]
 
     def _call(self, collective: Collective, axes: tuple[Axis, ...], message: int, ranks: int) -> Facts:
         scenario = self.result.scenario
-        nodes = self.result.block.nodes(axes, ranks, scenario.gpus_per_node)
+        nodes = self.result.prepared.nodes(axes, ranks, scenario.gpus_per_node)
         _, costs = cost_models(scenario.hardware, scenario.workload.precision)
         return {"algorithm": costs.algorithm(collective, message, ranks, nodes), "ranks": ranks}

@@ -41,6 +41,10 @@ PEAK_IDENTITY_TOLERANCE = 0.01
 """Largest relative gap between a 16-bit peak and units x FLOP per clock x clock; a sparse peak is off by 2."""
 
 
+CAST_PEAKS = {"fp8": 2, "mxfp8": 2, "fp8_blockwise": 2, "nvfp4": 6}
+"""Times the 16-bit peak that a dense one is at most; 4 of B200 and 6 of GB300 in 4 bits."""
+
+
 class Level(Table):
     """One level of the topology, inner to outer."""
 
@@ -78,8 +82,14 @@ class Datasheet(Table):
     clock_tensor_mhz: Quantity
     clock_vector_mhz: Quantity
     peak_tflops: dict[str, Quantity]
-    """Dense matrix peak by data type; `fp32` is the vector peak."""
+    """Dense matrix peak by data type; `fp32` is the vector peak, types with scales have that of their bits."""
+    fp8_any_layout: bool = False
+    """8-bit products read operands in any layout; else only such whose rows are summed over, so that transposes are
+    made.
+    """
     memory: DeviceMemory
+    host_link_gb_per_s: Bandwidth | None = None
+    """Of one GPU to the memory of its host, per direction, while all GPUs of the host copy; none for a CPU."""
     topology: Annotated[tuple[Level, ...], Field(min_length=1, strict=False)]
 
     @model_validator(mode="after")
@@ -89,8 +99,11 @@ class Datasheet(Table):
         peak = peaks.get("bf16") or peaks.get("fp16") or peaks.get("fp32")
         if peak is None:
             raise ValueError("peak_tflops names none of bf16, fp16, fp32; give the dense peak of one")
-        if "fp8" in peaks and peaks["fp8"].value > 2 * peak.value * (1 + PEAK_IDENTITY_TOLERANCE):
-            raise ValueError(f"fp8 peak {peaks['fp8'].value:g} is over twice the 16-bit peak; give the dense peak")
+        for dtype, times in CAST_PEAKS.items():
+            if dtype in peaks and peaks[dtype].value > times * peak.value * (1 + PEAK_IDENTITY_TOLERANCE):
+                raise ValueError(
+                    f"{dtype} peak {peaks[dtype].value:g} is over {times} times the 16-bit peak; give the dense peak"
+                )
         product = self.compute_units.value * self.flop_per_clock_per_unit.value * self.clock_tensor_mhz.value / 1e6
         highest = max(value.value for name, value in peaks.items() if name in ("fp32", "tf32", "fp16", "bf16"))
         if abs(peak.value / product - 1) > PEAK_IDENTITY_TOLERANCE or highest > product * (1 + PEAK_IDENTITY_TOLERANCE):
@@ -171,6 +184,8 @@ class Coefficients(Table):
     broadcast; no limit unless given."""
     power_share: Fraction | None = None
     """Share of compute-bound kernels in the time of a step, up to which the board stays below its power limit."""
+    straggler: Fraction | None = None
+    """Standard deviation of the sustained rate among GPUs of a kind, over its mean: see `costs.power`."""
     kernel_overhead_us: Microseconds
     """Start of one kernel in a busy stream."""
     collectives: dict[

@@ -120,7 +120,16 @@ class MemoryBoundFractions(Table):
     embedding: Fraction | None = None
     cross_entropy: Fraction | None = None
     optimizer: Fraction | None = None
-    """The last three stand outside the transformer layers."""
+    """The last three stand outside the transformer layers; without a share of their own they have that of elementwise
+    kernels, which stream as they do.
+    """
+    cast: Fraction | None = None
+    """Of products to 8 or 4 bits; rates by type are in `kernel_rates`."""
+
+    def share_of(self, operator_class: str) -> str:
+        """The class whose share is that of a class."""
+        streams = operator_class in ("embedding", "cross_entropy", "optimizer")
+        return "elementwise" if streams and getattr(self, operator_class) is None else operator_class
 
 
 class KernelRates(Table):

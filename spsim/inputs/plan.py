@@ -1,5 +1,6 @@
 """The parallel plan: degrees of the mesh axes and the options of the schedule."""
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal
@@ -8,7 +9,8 @@ from pydantic import Field
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration, read_value
-from spsim.inputs.words import label_options, plan_options
+from spsim.inputs.plan_words import label_options, plan_options
+from spsim.inputs.schedules import Library, Schedule
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
 
@@ -28,16 +30,55 @@ class Plan(Configuration):
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
     pp: Degree = 1
     virtual_pp: Degree = 1
+    """Chunks of each pipeline stage: above 1 the schedule is interleaved."""
+    pp_schedule: Schedule = "1f1b"
+    """As torch.distributed.pipelining calls them; `1f1b` with `virtual_pp` is Megatron's interleaved one."""
+    pp_group: Degree | None = None
+    """Micro-batches that a chunk runs before the next one takes over; as many as stages unless given."""
+    pp_layout: str | None = None
+    """Chunks in order with `/` between them: E embedding, t layer, L loss, such as `Et3/t4/t4/t3L`."""
+    pp_sends: Library | None = None
+    """Whose way to post messages and wait for them; Megatron's for `1f1b`, torch's for its own schedules."""
+    pp_overlap: bool | None = None
+    """Messages behind passes (`overlap_p2p_comm`); as Megatron's training script, where `virtual_pp` is above 1."""
+    pp_warmup_flush: bool = False
+    """Overlap messages of warm-up and cool-down, too (`overlap_p2p_comm_warmup_flush`)."""
+    pp_deallocate: bool = True
+    """Free the output of a stage once it is sent (`deallocate_pipeline_outputs`)."""
     dp: Degree = 1
     distributed_optimizer: bool = False
     """Shard the optimizer state over dp x ulysses x ring, as Megatron does: ZeRO stage 1."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0
+    dp_library: Literal["megatron", "ddp", "fsdp", "deepspeed"] = "megatron"
+    """Whose buckets and collectives synchronise replicas."""
+    shard_group: Degree | None = None
+    """Replicas that share one copy of what is sharded (HSDP); all unless given."""
+    bucket_elements: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    """Elements at which a bucket of gradients is closed; what the library does unless given."""
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are accumulated and reduced (`grad_reduce_in_fp32`)."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the two moments of Adam."""
+    precision_aware_optimizer: bool = False
+    """The fp32 master weight kept as what the 16-bit weight leaves of it."""
+    loss_fusion: bool = False
+    """Cross-entropy in one kernel that keeps no fp32 copy of the logits (`cross_entropy_loss_fusion`)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute core attention (selective) or the whole layer (full) in the backward pass."""
+    recompute_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Layers of each chunk that are recomputed (`recompute_num_layers`); all unless given."""
+    recompute_method: Literal["block", "uniform"] = "block"
+    """The first layers of a chunk, or units of so many layers of which the first input is kept."""
+    recompute_modules: str | None = None
+    """Modules of a layer that `selective` recomputes, such as `core_attn+mlp`; core attention unless given."""
+    cpu_offload_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Layers of a rank whose activations wait in host memory between their passes."""
+    cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"
     tp_backward_overlap: bool = True
     """Megatron's default: gradient communication behind the weight gradient, re-gather behind the data gradient."""
     tp_overlap: bool = False
-    dp_overlap: bool = False
+    dp_overlap: bool | Literal["gradients", "parameters"] = False
+    """Reduce gradients behind the backward pass, gather parameters behind the forward pass, or both."""
     keep_gathered: bool = False
     """Keep the gathered input of a linear instead of its shard, as DTensor does; no re-gather in backward."""
 
@@ -48,7 +89,7 @@ class Plan(Configuration):
 
     @classmethod
     def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Megatron's and others' words too; see `words.PLAN`."""
+        """Megatron's and others' words too; see `plan_words`."""
         return super().own_words(plan_options(settings, cls.model_fields.keys()))
 
     @property
@@ -60,6 +101,12 @@ class Plan(Configuration):
     def zero_stage(self) -> int:
         """ZeRO stage; the distributed optimizer is stage 1."""
         return max(self.zero, int(self.distributed_optimizer))
+
+    @property
+    def recomputed_modules(self) -> tuple[str, ...]:
+        """Modules of a layer that a selective recomputation runs again, by Megatron-LM's names."""
+        given = self.recompute_modules or "core_attn"
+        return tuple(re.split(r"[+,\s]+", given)) if self.recompute == "selective" else ()
 
     @property
     def text(self) -> str:
@@ -75,10 +122,13 @@ class Plan(Configuration):
 
     @property
     def label(self) -> str:
-        """Short name for titles and tables, such as `TP8+SP` or `Ulysses 8`."""
+        """Short name for titles and tables, such as `TP8+SP × PP8×VP3 × DP4+ZeRO-1` or `Ulysses 8`."""
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []
         parts += [f"Ulysses {self.ulysses}"] if self.ulysses > 1 else []
         parts += [f"Ring {self.ring}"] if self.ring > 1 else []
+        parts += [f"PP{self.pp}" + (f"×VP{self.virtual_pp}" if self.virtual_pp > 1 else "")] if self.pp > 1 else []
+        sharded = [f"ZeRO-{self.zero_stage}"] if self.zero_stage > (self.dp == 1) else []
+        parts += ["+".join([f"DP{self.dp}", *sharded])] if self.dp > 1 else sharded
         return " × ".join(parts) or "single GPU"
 
 

@@ -25,14 +25,19 @@ def profiles_directory() -> Path:
     return _shipped("hardware_profiles", "hardware_profiles")
 
 
-def measured_cases() -> Path:
-    """The shipped CSV file of published measured cases."""
-    return _shipped("data", "experiments/data") / "measured_training.csv"
+def data_directory() -> Path:
+    """The directory of the shipped measurements."""
+    return _shipped("data", "experiments/data")
+
+
+def measured_cases() -> tuple[Path, ...]:
+    """The shipped CSV files of published measured cases."""
+    return tuple(data_directory() / f"{name}_training.csv" for name in ("measured", "bridge"))
 
 
 def error_bands() -> Path:
     """The shipped CSV file of how far published measurements are from predictions."""
-    return _shipped("data", "experiments/data") / "bands.csv"
+    return data_directory() / "bands.csv"
 
 
 MAX_TEXT = 64 * MIB

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
+from spsim.inputs.effects import reasons, setting
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import Workload, Workloads
+from spsim.inputs.step_rules import check_step, refused_count
+from spsim.inputs.workload import ROW_UNITS, Workload, Workloads
 
 if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
+PENDING = frozenset({
+    "phase", "tp_overlap",
+    "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+    "moment_dtype", "precision_aware_optimizer",
+    "recompute_layers", "recompute_method", "cpu_offload_layers", "cuda_graphs",
+})  # fmt: skip
+"""Options, or options at a value, that are not simulated yet."""
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
 MAX_DIFFERING = 256
@@ -22,58 +30,17 @@ MAX_DIFFERING = 256
 
 def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
     """The rules between model, plan and workload, whatever the hardware; `InputError` names the first broken."""
-    for check in (_check_scope, _check_heads, _check_widths, _check_window, _check_sequence, _check_batch):
+    for check in _CHECKS:
         check(model, plan, workload)
 
 
-def without_effect(model: Model, plan: Plan) -> Iterator[str]:
-    """Options of a plan that differ from their defaults and change nothing under it, each with the reason."""
-    ring_cut = "without ring" if plan.ring == 1 else "without a causal mask" if not model.causal else ""
-    if not ring_cut and model.attention == "unfused":
-        ring_cut = "with unfused attention, which computes what it masks"
-    one_shard = "with one rank along dp x ulysses x ring" if plan.dp * plan.ulysses * plan.ring == 1 else ""
-    reasons = {
-        "sequence_parallel": "with tp = 1" if plan.tp == 1 else "",
-        "ring_kind": "without ring" if plan.ring == 1 else "",
-        "ring_cut": ring_cut,
-        "tp_backward_overlap": "with tp = 1" if plan.tp == 1 else "",
-        "tp_overlap": "with tp = 1" if plan.tp == 1 else "",
-        "dp_overlap": "with dp = 1" if plan.dp == 1 else "",
-        "keep_gathered": "" if plan.tp > 1 and plan.sequence_parallel else "without sequence_parallel over tp",
-        "zero": one_shard,
-        "distributed_optimizer": one_shard or ("beside zero, which shards the optimizer too" if plan.zero else ""),
-    }
-    defaults = type(plan).model_fields
-    for name, reason in reasons.items():
-        value = getattr(plan, name)
-        if reason and value != defaults[name].default:
-            yield f"{_setting(name, value)} has no effect {reason}"
-
-
-def _setting(name: str, value: Any) -> str:
-    return name if value is True else f"{name} = {value!r}"
-
-
-def _check_scope(model: Model, plan: Plan, workload: Workload) -> None:
+def _check_phase(model: Model, plan: Plan, workload: Workload) -> None:
     sharded = plan.ulysses * plan.ring > 1 or (plan.sequence_parallel and plan.tp > 1)
     if workload.phase == "decode" and sharded:
         raise InputError(
             f"plan: {plan.label} with phase 'decode': one new token has no sequence to shard; "
             "use tp without sequence_parallel, ulysses or ring"
         )
-    pending = (
-        (workload, "phase", workload.phase != "training"),
-        (workload, "precision", workload.precision == "fp8"),
-        (plan, "pp", plan.pp > 1),
-        (plan, "virtual_pp", plan.virtual_pp > 1),
-        (plan, "dp", plan.dp > 1),
-        (plan, "zero", plan.zero > 1),
-        (plan, "tp_overlap", plan.tp_overlap and plan.tp > 1),
-    )
-    for owner, name, used in pending:
-        if used:
-            setting = _setting(name, getattr(owner, name))
-            raise InputError(f"{setting}: not simulated yet; leave it at its default")
 
 
 def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
@@ -108,19 +75,46 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
+def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
+    """What the products of a rank read is cast in whole blocks, along rows and columns."""
+    unit = ROW_UNITS.get(workload.precision, 1)
+    widths = {
+        "hidden": model.hidden,
+        "heads x head_dim / tp": model.heads * model.head_dim // plan.tp,
+        "kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim,
+        "ffn_hidden / tp": model.ffn_hidden // plan.tp,
+        "micro_batch x seq_len / sequence shards": workload.micro_batch * workload.seq_len // _sequence_shards(plan),
+    }
+    for name, width in widths.items():
+        if width % unit:
+            raise InputError(
+                f"workload: precision = {workload.precision!r} casts blocks of {unit}, which do not divide "
+                f"{name} = {width}; use bf16 or sizes that are multiples of {unit}"
+            )
+
+
+def _sequence_shards(plan: Plan) -> int:
+    return plan.ulysses * plan.ring * (plan.tp if plan.sequence_parallel else 1)
+
+
 def sequence_unit(model: Model, plan: Plan) -> int:
     """What must divide the sequence length: the product of the sequence shards, twice for a zigzag ring."""
     zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
-    return plan.ulysses * plan.ring * zigzag * (plan.tp if plan.sequence_parallel else 1)
+    return _sequence_shards(plan) * zigzag
 
 
 def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: Any) -> Any:
     """Which of many workloads keep the rules for their sizes, where others of their kind keep all others."""
     unit = workloads.micro_batch * plan.dp
     whole = (workloads.seq_len % sequence_unit(model, plan) == 0) & (global_batch % unit == 0)
+    tokens = workloads.micro_batch * workloads.seq_len // _sequence_shards(plan)
+    whole &= tokens % ROW_UNITS.get(workloads.precision, 1) == 0
     if model.sliding_window is not None:
         whole &= workloads.seq_len <= model.sliding_window
-    return whole & (global_batch // unit <= MAX_MICRO_BATCHES)
+    count = global_batch // unit
+    if plan.pp > 1:
+        whole &= [refused_count(plan, number) is None for number in count.tolist()]
+    return whole & (count <= MAX_MICRO_BATCHES)
 
 
 def _check_window(model: Model, plan: Plan, workload: Workload) -> None:
@@ -156,6 +150,25 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
             f"workload: global_batch = {workload.global_batch} is not divisible by micro_batch x dp = {unit}; "
             f"use a multiple of {unit}"
         )
+
+
+def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
+    for owner in (workload, plan):
+        for name, usual in _USUAL[type(owner)].items():
+            value = getattr(owner, name)
+            if (
+                value != usual
+                and (name in PENDING or f"{name}={value}" in PENDING)
+                and not reasons(model, plan).get(name)
+            ):
+                raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
+
+
+_USUAL = {kind: {name: field.default for name, field in kind.model_fields.items()} for kind in (Workload, Plan)}
+_CHECKS = (
+    _check_phase, _check_heads, _check_widths, _check_rows, _check_window, _check_sequence, _check_batch, check_step,
+    _check_pending,
+)  # fmt: skip
 
 
 def gpus_per_node(hardware: HardwareProfile, plan: Plan, nodes: int | None = None) -> int:

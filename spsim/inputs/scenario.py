@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
+from spsim.inputs.effects import without_effect
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node, without_effect
+from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node
 from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
 
@@ -73,6 +74,8 @@ class Scenario(Shapes):
     hardware: InstanceOf[HardwareProfile]
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
+    scope: Literal["step", "layers"] = "layers"
+    """The whole training step, or the layers of one stage alone: no embedding, head, loss, optimizer."""
 
     if TYPE_CHECKING:
 
@@ -84,6 +87,7 @@ class Scenario(Shapes):
             plan: Plan | Mapping[str, Any] | str = "",
             workload: Workload | Mapping[str, Any],
             nodes: int | None = None,
+            scope: Literal["step", "layers"] = "layers",
         ) -> None:
             """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
 
@@ -100,7 +104,7 @@ class Scenario(Shapes):
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:
         check_nodes(self.hardware, self.plan, self.nodes)
-        self.hardware.peak(self.workload.precision)
+        self.hardware.peak(self.workload.product_type)
         if kernel := self.model.attention_kernel:
             self.hardware.attention_kernel(kernel)
         return self

@@ -1,4 +1,4 @@
-"""What others call the settings of spsim, and what to say where a word is not known.
+"""What others call the settings of spsim (those of a plan: `plan_words`), and what to say where a word is not known.
 
 Arguments of Megatron-LM, torchtitan, DeepSpeed, Accelerate, xDiT and verl are spelled as these spell them, with dashes
 or underscores. A word with one reading is taken as that; where it has several, the line that refuses it names the keys.
@@ -7,38 +7,11 @@ or underscores. A word with one reading is taken as that; where it has several, 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from spsim.errors import InputError
-
-PLAN = {
-    "tp": ("tensor_model_parallel_size", "tensor_parallel_size", "tensor_parallel_degree", "tp_size", "tp_degree"),
-    "sequence_parallel": ("sp",),
-    "ulysses": (
-        "ulysses_degree", "ulysses_size", "ulysses_parallel_size", "ulysses_sequence_parallel_size",
-        "ds_sequence_parallel_size",
-    ),
-    "ring": ("ring_degree", "ring_size", "ring_parallel_size"),
-    "cp": ("context_parallel_size", "context_parallel_degree", "context_parallel", "cp_size", "cp_degree"),
-    "pp": (
-        "pipeline_model_parallel_size", "pipeline_parallel_size", "pipeline_parallel_degree", "pp_size", "pp_degree"
-    ),
-    "virtual_pp": (
-        "virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank", "vpp", "vpp_size"
-    ),
-    "dp": (
-        "data_parallel_size", "data_parallel_replicate_degree", "dp_size", "dp_replicate", "dp_replicate_size",
-        "dp_degree",
-    ),
-    "distributed_optimizer": ("use_distributed_optimizer",),
-    "zero": ("zero_stage",),
-    "recompute": ("recompute_granularity",),
-    "tp_overlap": ("tp_comm_overlap", "enable_async_tensor_parallel"),
-    "dp_overlap": ("overlap_grad_reduce",),
-}  # fmt: skip
-"""Option of a plan, or `cp`, which is a ring or Ulysses -> its names elsewhere."""
 
 WORKLOAD = {
     "seq_len": ("seq_length", "sequence_length", "seqlen", "max_seq_len"),
@@ -61,34 +34,23 @@ MODEL = {
 }
 """Field of a model -> its names elsewhere."""
 
-PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-
-_SEVERAL = (
-    "write sequence_parallel over tp (Megatron), ulysses=N (DeepSpeed, all-to-all) or ring=N (context parallelism)"
-)
-_SHARDED = "write dp=N,zero=3 for sharded parameters, or dp=N for copies"
-_EVERY_LAYER = "write recompute=full, which recomputes each layer by itself"
-_EXPERTS = "experts are not simulated yet; leave it out"
-_ELSEWHERE = "belongs to the workload; give --seq-len, --micro-batch, --global-batch or --precision, or [workload]"
-ADVICE = {
-    **dict.fromkeys(("sequence_parallel_size", "sequence_parallel_degree", "sp_size", "sp_degree"), _SEVERAL),
-    **dict.fromkeys(("data_parallel_shard_degree", "dp_shard", "dp_shard_size", "fsdp"), _SHARDED),
-    **dict.fromkeys(("recompute_method", "recompute_num_layers"), _EVERY_LAYER),
-    "recompute_modules": "write recompute=selective, which recomputes core attention",
-    "hierarchical_context_parallel_sizes": "write ulysses=N,ring=M",
-    **dict.fromkeys(("ep", "expert_model_parallel_size", "expert_parallel_degree", "etp"), _EXPERTS),
-    **{name: _ELSEWHERE for own, others in WORKLOAD.items() for name in (own, *others)},
+PRECISIONS = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    **dict.fromkeys(
+        ("fp8_cs", "fp8_current_scaling", "tensorwise", "float8currentscaling", "bf16_with_fp8_current_scaling_mixed"),
+        "fp8",
+    ),
+    **dict.fromkeys(("fp8_ds", "delayed", "delayedscaling", "bf16_with_fp8_delayed_scaling_mixed"), "fp8_delayed"),
+    **dict.fromkeys(("fp8_mx", "mxfp8blockscaling", "bf16_with_mxfp8_mixed"), "mxfp8"),
+    **dict.fromkeys(
+        ("fp8_sc", "blockwise", "float8blockscaling", "bf16_with_fp8_subchannel_scaling_mixed"), "fp8_blockwise"
+    ),
+    **dict.fromkeys(("fp4", "nvfp4blockscaling", "bf16_with_nvfp4_mixed"), "nvfp4"),
 }
-"""Option of a plan elsewhere that has several readings, or none here -> what to do instead."""
-
-FLAGS = {"recompute_activations": "selective", "gradient_checkpointing": "full", "activation_checkpointing": "full"}
-"""Flag elsewhere -> what it recomputes."""
-
-_ALL_TO_ALL = ("a2a", "all_to_all", "alltoall")
-_COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
-"""`cp_comm_type` of Megatron-LM, as it is spelled there and in other places."""
-_ROTATE = {"allgather": "all_gather", "alltoall": "p2p"}
-"""`context_parallel_rotate_method` of torchtitan: gathers K and V, or hands them round with a permuting all-to-all."""
 
 
 def plain(word: str) -> str:
@@ -111,86 +73,6 @@ def renamed(
             raise InputError(f"{where}: {origin[name]} and {key} are the same; keep one")
         found[name], origin[name] = value, key
     return found
-
-
-def plan_options(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
-    """Options of a plan under the names of spsim; `InputError` names the key to use where one has several readings."""
-    texts = [value for value in options.values() if isinstance(value, str)]
-    switch = isinstance(options.get("sequence_parallel", False), bool)
-    if options.keys() <= known and switch and all(plain(text) == _COMM.get(text, text) == text for text in texts):
-        return dict(options)
-    for key in options:
-        if plain(key) in ADVICE:
-            raise InputError(f"plan: {key}: {ADVICE[plain(key)]}")
-    further = ("cp_comm_type", "context_parallel_rotate_method", *FLAGS)
-    found = renamed(options, PLAN, {*known, *further}, "plan")
-    for flag, granularity in FLAGS.items():
-        if found.pop(flag, False) is True and found.setdefault("recompute", granularity) != granularity:
-            raise InputError(f"plan: {flag} and recompute = {found['recompute']!r} are both given; keep one")
-    if isinstance(found.get("sequence_parallel"), int | float) and not isinstance(found["sequence_parallel"], bool):
-        raise InputError(f"plan: sequence_parallel = {found['sequence_parallel']}: it is no degree; {_SEVERAL}")
-    return _context_parallel({name: _word(value) for name, value in found.items()})
-
-
-def _word(value: Any) -> Any:
-    return plain(value) if isinstance(value, str) else value
-
-
-def _context_parallel(options: dict[str, Any]) -> dict[str, Any]:
-    """`cp` is `ring` unless `cp_comm_type` is an all-to-all of heads, which is `ulysses`."""
-    degree, kind = options.pop("cp", None), _kind(options)
-    if kind is None:
-        return options if degree is None else _with(options, "ring", degree)
-    if degree is None and "ring" not in options and not (kind == "ulysses" and "ulysses" in options):
-        raise InputError("plan: how context parallelism communicates is given but not its degree; add cp=N")
-    if kind == "ulysses":
-        if "ring" in options:
-            raise InputError(
-                f"plan: an all-to-all moves heads, no ring: write ulysses={options['ring']} instead of ring"
-            )
-        return options if degree is None else _with(options, "ulysses", degree)
-    given = options if degree is None else _with(options, "ring", degree)
-    return _with(given, "ring_kind", kind)
-
-
-def _kind(options: dict[str, Any]) -> str | None:
-    """How context parallelism communicates: `p2p`, `all_gather` or `ulysses`, taken out of the options."""
-    comm, rotate = options.pop("cp_comm_type", None), options.pop("context_parallel_rotate_method", None)
-    if options.get("ring_kind") in _ALL_TO_ALL:
-        comm = options.pop("ring_kind")
-    elif options.get("ring_kind") in _COMM:
-        options["ring_kind"] = _COMM[options["ring_kind"]]
-    if rotate is not None:
-        return _chosen("context_parallel_rotate_method", rotate, _ROTATE)
-    if comm == "a2a+p2p":
-        raise InputError("plan: cp_comm_type = 'a2a+p2p': write ulysses=N,ring=M, whose product is cp")
-    return None if comm is None else _chosen("cp_comm_type", comm, _COMM)
-
-
-def _chosen(key: str, value: Any, choices: Mapping[str, str]) -> str:
-    if value not in choices:
-        raise InputError(f"plan: {key} = {value!r} is not one of {', '.join(choices)}")
-    return choices[value]
-
-
-def _with(options: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    if name in options:
-        raise InputError(f"plan: {name} = {options[name]!r} and what says the same of cp are both given; keep one")
-    return {**options, name: value}
-
-
-_PART = r"(?:tp|ulysses|ring|cp|sp|pp|dp)"
-_LABEL = re.compile(rf"{_PART} ?\d*(?: ?[+×x*/] ?{_PART} ?\d*)*", re.IGNORECASE)
-
-
-def label_options(item: str) -> list[tuple[str, Any]] | None:
-    """Options of a plan from its label, such as `TP8+SP` or `Ulysses 2 × Ring 4`; None if it is no label."""
-    if item.lower() == "single gpu":
-        return []
-    if not _LABEL.fullmatch(item):
-        return None
-    parts = re.findall(rf"({_PART}) ?(\d*)", item, re.IGNORECASE)
-    return [(name.lower(), int(degree) if degree else True) for name, degree in parts]
 
 
 # ------------------------------------------------------------ words that are not known

@@ -10,10 +10,16 @@ from pydantic import BeforeValidator, Field
 from spsim.inputs import words
 from spsim.inputs.configuration import Configuration
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
-ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""With fp8 the inputs of products are converted; tensors stay in 16 bits."""
-
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp8_delayed", "mxfp8", "fp8_blockwise", "nvfp4"]
+"""From `fp8` on recipes: products of a layer in 8 or 4 bits, all else in bf16; see `program.recipes`."""
+ELEMENT_BYTES: Mapping[str, int] = {
+    "fp32": 4, "bf16": 2, "fp16": 2,
+    "fp8": 2, "fp8_any_layout": 2, "fp8_delayed": 2, "fp8_delayed_any_layout": 2, "mxfp8": 2, "fp8_blockwise": 2,
+    "nvfp4": 2,
+}  # fmt: skip
+"""Of tensors between operators: they stay in 16 bits where operands of products are cast to 8 or 4."""
+ROW_UNITS: Mapping[str, int] = {"fp8": 16, "fp8_delayed": 16, "mxfp8": 32, "fp8_blockwise": 128, "nvfp4": 16}
+"""What must divide rows and columns of operands that are cast (Transformer Engine): a block of one scale, 16 bytes."""
 
 _UNITS = {"k": 2**10, "m": 2**20}
 
@@ -22,6 +28,11 @@ def tokens(value: Any) -> Any:
     """`64K` and `1M` as the numbers of tokens that they mean, 65,536 and 1,048,576; anything else as it is."""
     found = re.fullmatch(r"(\d{1,9})([kKmM])", value) if isinstance(value, str) else None
     return int(found[1]) * _UNITS[found[2].lower()] if found else value
+
+
+def product_type(precision: str) -> str:
+    """Data type of the products of a layer in a precision."""
+    return "fp8" if precision == "fp8_delayed" else precision
 
 
 def _precision(value: Any) -> Any:
@@ -41,6 +52,11 @@ class Workload(Configuration):
     """Sequences of a step over all replicas."""
     phase: Literal["training", "prefill", "decode"] = "training"
     precision: Annotated[Precision, BeforeValidator(_precision)] = "bf16"
+
+    @property
+    def product_type(self) -> str:
+        """Data type of the products of a layer, whose peak utilisation is relative to."""
+        return product_type(self.precision)
 
     @property
     def element_bytes(self) -> int:

@@ -37,6 +37,7 @@ COLOURS = {
     "softmax": "#CCBB44",
     "dropout": "#66CCEE",
     "elementwise": "#BBBBBB",
+    "cast": "#332288",
     "communication": "#EE6677",
     "copy": "#DDAA33",
     "other": "#777777",

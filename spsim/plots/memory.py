@@ -110,7 +110,7 @@ def _settled(result: Result) -> pd.DataFrame:
     """
     trace, peak = result.trace, result.peak
     moments = curve(trace, peak.rank, [(peak.time_ps, peak.time_ps)], trace.end_ps // POINTS_ACROSS)
-    static = result.static.by_category()
+    static = result.statics[peak.rank].by_category()
     frame = pd.DataFrame({"time_ms": [moment.time_ps / PS_PER_MS for moment in moments]})
     for category in dict.fromkeys((*static, *held.CATEGORIES)):
         always = static.get(category, 0)

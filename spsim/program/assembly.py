@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence, Set
+
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload
 from spsim.lazy import Cache
+from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
+from spsim.program.blocks.head import head_block, head_traits, is_tied
 from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import Program, next_ids
+from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring import lower_ring
+from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
+from spsim.program.quantisation import quantised
+from spsim.program.recipes import RECIPES
+from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.region import Region
-from spsim.program.strategies import split_rules
+from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
+
+EMBEDDING, HEAD = "embedding", "head"
+"""What stands around the layers of a step."""
 
 _layers: Cache[tuple[Operator, ...]] = Cache(4 * MIB, lambda operators: 3 * KIB * len(operators))
 _regions: Cache[Region] = Cache(16 * MIB, lambda region: 5 * KIB * len(region.operators))
@@ -24,32 +35,139 @@ _programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * next_ids(progr
 
 def placed_by(plan: Plan) -> tuple[int, ...]:
     """What of a plan says where tensors lie."""
-    return plan.dp, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
+    replicas = plan.dp, plan.shard_group or plan.dp
+    return *replicas, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
 
 
-def compiled_by(plan: Plan) -> tuple[int | str, ...]:
-    """What of a plan its program depends on: plans that differ in nothing else have the same."""
+def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
+    """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
-    return *placed_by(plan), plan.recompute, plan.keep_gathered, *ring
+    return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, *ring
 
 
-def layer_program(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer of a model."""
-    key = (layer_traits(model), compiled_by(plan), workload.seq_len, workload.micro_batch, workload.precision)
-    return _programs.get(key, lambda: compile_layer(model, plan, workload))
+def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
+    """The program of one layer of a model, or of a unit of layers, of a kind; else as the plan recomputes layers."""
+    kind = kind or usual_kind(plan)
+    key = (layer_traits(model), compiled_by(plan, kind), workload.seq_len, workload.micro_batch, workload.precision)
+    return _programs.get(key, lambda: compile_layer(model, plan, workload, kind))
 
 
-def compile_layer(model: Model, plan: Plan, workload: Workload) -> Program:
-    """The program of one layer, compiled; `layer_program` keeps it."""
+def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
+    """The program of one layer or unit, compiled; `layer_program` keeps it."""
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: transformer_layer(model, workload, plan.dp))
+    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
-    return program_in(region, plan, causal=model.causal)
+    program = program_in(region, plan, causal=model.causal, kind=kind)
+    if kind is None or kind.layers == 1:
+        return program
+    return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
 
 
-def program_in(region: Region, plan: Plan, *, causal: bool) -> Program:
-    """The program of a region, ring attention lowered to its exchange where the plan says p2p."""
-    program = compile_region(region, plan, causal=causal)
+def layer_operators(model: Model, workload: Workload, replicas: int = 1) -> tuple[Operator, ...]:
+    """The operators of a layer, with the casts of the recipe of its precision, if that has one."""
+    operators = transformer_layer(model, workload, replicas)
+    recipe = RECIPES.get(workload.precision)
+    return operators if recipe is None else quantised(operators, recipe)
+
+
+def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
+    """What of model and plan the programs of a step depend on."""
+    head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
+    return layer_traits(model), compiled_by(plan), embedding_key(model, plan), head
+
+
+def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
+    """The programs of a layer, of the embedding, and of the head if the model has one."""
+    found = {
+        LAYER: layer_program(model, plan, workload),
+        EMBEDDING: embedding_program(model, plan, workload),
+    }
+    if model.head_rows:
+        found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
+    return found
+
+
+def compile_step(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
+    """The same, compiled; `step_programs` keeps them."""
+    found = {LAYER: compile_layer(model, plan, workload), EMBEDDING: compile_embedding(model, plan, workload)}
+    if model.head_rows:
+        found[HEAD] = compile_head(model, plan, workload, **_head_options(plan))
+    return found
+
+
+def _head_options(plan: Plan) -> dict[str, bool]:
+    return {"loss_fusion": plan.loss_fusion, "beside_embedding": plan.pp == 1}
+
+
+def embedding_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
+    """What of model and plan the program of the embedding depends on."""
+    return "embedding", embedding_traits(model), padded_vocab(model.vocab, plan.tp), _around_by(plan)
+
+
+def embedding_program(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The program of the embedding of a model, its vocabulary padded."""
+    key = (*embedding_key(model, plan), workload.seq_len, workload.micro_batch, workload.precision)
+    return _programs.get(key, lambda: compile_embedding(model, plan, workload))
+
+
+def compile_embedding(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The same, compiled; `embedding_program` keeps it."""
+    vocab = padded_vocab(model.vocab, plan.tp)
+    return _program_around(embedding_block(model, workload, plan.dp, vocab=vocab), plan, causal=model.causal)
+
+
+def head_key(model: Model, plan: Plan, *, loss_fusion: bool, beside_embedding: bool) -> tuple[Hashable, ...]:
+    """What of model and plan the program of the head depends on."""
+    rows, shared = padded_vocab(model.head_rows, plan.tp), is_tied(model) and beside_embedding
+    by_model = (head_traits(model), rows, is_tied(model))
+    return "head", by_model, loss_fusion, shared, _around_by(plan)
+
+
+def head_program(
+    model: Model, plan: Plan, workload: Workload, *, loss_fusion: bool = False, beside_embedding: bool = False
+) -> Program:
+    """The program of final norm, output layer and loss.
+
+    `beside_embedding` where the rank has the embedding too, of one pipeline stage: then tied weights are the
+    embedding's, counted and synchronised there. On the last of several stages they are a copy.
+    """
+    options = {"loss_fusion": loss_fusion, "beside_embedding": beside_embedding}
+    key = (*head_key(model, plan, **options), workload.seq_len, workload.micro_batch, workload.precision)
+    return _programs.get(key, lambda: compile_head(model, plan, workload, **options))
+
+
+def compile_head(
+    model: Model, plan: Plan, workload: Workload, *, loss_fusion: bool = False, beside_embedding: bool = False
+) -> Program:
+    """The same, compiled; `head_program` keeps it."""
+    vocab = padded_vocab(model.head_rows, plan.tp)
+    operators = head_block(model, workload, plan.dp, vocab=vocab, loss_fusion=loss_fusion)
+    elsewhere = {TABLE} if beside_embedding else frozenset()
+    return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
+
+
+def _around_by(plan: Plan) -> tuple[int, ...]:
+    """What of a plan the programs around the layers depend on: neither rings nor recomputation, which are of layers."""
+    return *placed_by(plan), plan.keep_gathered
+
+
+def around_layers(plan: Plan) -> Plan:
+    """As what stands around the layers sees a plan: recomputation is of layers."""
+    return plan.model_copy(update={"recompute": "none", "recompute_layers": None, "recompute_modules": None})
+
+
+def _program_around(
+    operators: Sequence[Operator], plan: Plan, *, causal: bool, elsewhere: Set[str] = frozenset()
+) -> Program:
+    region = Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
+    return program_in(region, around_layers(plan), causal=causal)
+
+
+def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:
+    """The program of a region, ring attention lowered to its exchange where the plan says p2p; `kind` says what of it
+    is recomputed, else the plan does.
+    """
+    program = compile_region(region, plan, causal=causal, kind=kind)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
     for kernels in region.kernels.values():

@@ -28,7 +28,7 @@ def categorise(program: Program, weights: Set[str] = frozenset()) -> Program:
 
 def _of_section(section: Section, kept: set[int]) -> Section:
     instructions = tuple([_of_instruction(step, kept) for step in section.instructions])
-    return Section(instructions, section.count, section.carried)
+    return Section(instructions, section.count, section.carried, section.layer)
 
 
 def _of_instruction(step: Instruction, kept: set[int]) -> Instruction:

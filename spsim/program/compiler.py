@@ -8,9 +8,10 @@ have the dual layouts; the ones with equal layout are summed before they move.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from spsim.inputs.plan import Plan
+from spsim.program.casts import Reading
 from spsim.program.categories import categorise
 from spsim.program.instructions import (
     Buffer,
@@ -21,16 +22,15 @@ from spsim.program.instructions import (
     Part,
     Program,
     Purpose,
-    Saved,
     Section,
 )
-from spsim.program.kernels import Product
-from spsim.program.mesh import Mesh
-from spsim.program.operators import Operator, Tensor
+from spsim.program.kernels import Kernels, Product
+from spsim.program.operators import Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout
+from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
 from spsim.program.region import Move, Region
-from spsim.program.strategies import split_rules
+from spsim.program.saving import Saving
 from spsim.work import KernelClass, MemoryBound, Work
 
 AT_REST = -1
@@ -39,41 +39,32 @@ Key = tuple[str, Layout, str]
 """(tensor, layout, generation): a recomputed or gathered-again tensor is another buffer."""
 
 
-def compile_program(operators: Sequence[Operator], plan: Plan, mesh: Mesh, *, causal: bool) -> Program:
-    """The program of one block; ring attention is a gather here, until `lowerings.ring.lower_ring`."""
-    return compile_region(Region(operators, split_rules(plan), mesh), plan, causal=causal)
-
-
-def compile_region(region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False) -> Program:
-    """The same of operators that are placed already, for plans with the degrees of their mesh.
+def compile_region(
+    region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None
+) -> Program:
+    """The program of a block for plans with the degrees of its mesh; ring attention is a gather here, until
+    `lowerings.ring.lower_ring`.
 
     With `keep_weights` weights that the forward pass gathers stay for the backward pass, which else gathers them again
-    (`reshard_after_forward` of FSDP2).
+    (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does.
     """
-    return categorise(_Compiler(region, plan, causal, keep_weights).compile(), region.resting.keys())
-
-
-def recomputed(operators: Iterable[Operator], plan: Plan) -> frozenset[str]:
-    """Operators that run again in the backward pass: selective takes those that mix positions, full all
-    (Korthikanti et al. 2022, section 5).
-    """
-    if plan.recompute == "none":
-        return frozenset()
-    return frozenset(op.name for op in operators if plan.recompute == "full" or op.mixes_positions)
+    again = recomputed([op.operator for op in region.operators], kind or usual_kind(plan))
+    return categorise(_Compiler(region, plan, causal, keep_weights, again).compile(), region.resting.keys())
 
 
 class _Compiler:
     """State of one compilation: the instructions so far, and which buffer holds which tensor in which layout."""
 
-    def __init__(self, region: Region, plan: Plan, causal: bool, keep_weights: bool) -> None:
+    def __init__(
+        self, region: Region, plan: Plan, causal: bool, keep_weights: bool, again: tuple[Recomputed, ...]
+    ) -> None:
         self.region = region
         self.operators = region.operators
         self.plan = plan
         self.causal = causal
         self.keep_weights = keep_weights
-        self.recomputed = self.to_recompute = recomputed([op.operator for op in self.operators], plan)
-        self.inside = {o.name for op in self.operators if op.name in self.recomputed for o in op.outputs}
-        self.saved = {op.name: list(self._saved_of(op)) for op in self.operators}
+        self.to_recompute = again
+        self.saving = Saving(region, again, keep_gathered=plan.keep_gathered)
         self.part: Part = "forward"
         self.instructions: list[Instruction] = []
         self.values: dict[Key, Buffer] = {
@@ -100,12 +91,15 @@ class _Compiler:
             forward_sections=(forward,),
             backward_sections=(Section(tuple(self.instructions)),),
             input_gradients=tuple(self.collected[e.name] for e in self.region.entries if e.kind == "activation"),
-            saved=tuple(self._kept()),
+            saved=tuple(self.saving.kept(keep_weights=self.keep_weights)),
             weight_sync=self.region.weight_syncs,
             parameters=self.region.parameters,
+            weight_bytes=self.region.weight_bytes,
+            weight_casts=self.region.weight_casts,
             inputs=entries,
             outputs=outputs,
             output_gradients=output_gradients,
+            weights=self.region.weight_tensors,
         )
 
     # Instructions and buffers
@@ -114,8 +108,9 @@ class _Compiler:
         self.num_buffers += 1
         return Buffer(self.num_buffers - 1, tensor, size, category, alias_of)
 
-    def _hold(self, output: PlacedOperand, generation: str) -> Buffer:
-        buffer = self._buffer(output.name, output.bytes)
+    def _hold(self, output: PlacedOperand, generation: str, over: Buffer | None = None) -> Buffer:
+        """The buffer of an output, `over` another where it is written in place."""
+        buffer = self._buffer(output.name, output.bytes, alias_of=over.root if over else None)
         self.values[output.name, output.layout, generation] = buffer
         return buffer
 
@@ -168,9 +163,34 @@ class _Compiler:
         generation = "recompute" if part == "recompute" else "forward"
         reads = [self._fetch_input(op, operand, generation) for operand in op.handed_over]
         reads += [self._fetch_weight(op, weight) for weight in op.gathered]
-        work = self.region.kernels[op.name].forward(self.causal, self.plan.ring_cut)
-        writes = [self._hold(output, generation) for output in op.outputs]
+        kernels = self.region.kernels[op.name]
+        work = kernels.forward(self.causal, self.plan.ring_cut)
+        if not work:  # its outputs are its inputs
+            self.values |= {(o.name, o.layout, generation): b for o, b in zip(op.outputs, reads, strict=True)}
+            return
+        if isinstance(kernels, Product):
+            self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
+        self._search(op, kernels, part, reads)
+        over = {op.outputs[0].name: reads[0]} if op.operator.in_place else {}
+        writes = [self._hold(output, generation, over.get(output.name)) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
+
+    def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
+        for work in kernels.before:
+            self._compute(op.name, op.operator.kind, part, (work,), reads, ())
+
+    def _prepare(self, op: PlacedOperator, kernels: Product, reading: Reading, read: dict[str, Buffer]) -> None:
+        """Kernels that cast operands need before a product of `op` reads them; copies that they make take the place of
+        what they are made of.
+        """
+        part: Part = self.part if reading == "forward" else reading
+        for name, works, size in kernels.prepared(reading):
+            source = read[name]
+            for work in works[:-1]:
+                self._compute(op.name, "cast", part, (work,), [source], ())
+            if size:
+                read[name] = self._buffer(f"{name} for {reading}", size)
+            self._compute(op.name, "cast", part, works[-1:], [source], [read[name]] if size else ())
 
     def _fetch_input(self, op: PlacedOperator, operand: PlacedOperand, generation: str) -> Buffer:
         source = self.region.produced[operand.name].layout
@@ -183,43 +203,6 @@ class _Compiler:
         purpose: Purpose = "regather" if again else "input"
         rests = self.region.resting[weight.name].layout
         return self._fetch(weight.tensor, rests, weight.layout, generation, purpose, op.name)
-
-    # What is saved
-
-    def _saved_of(self, op: PlacedOperator) -> Iterator[tuple[PlacedOperand, Layout]]:
-        """What an operator saves, in the layout that is kept: the one that it consumes or leaves, but before its
-        trailing all-gathers where it owns the gather.
-        """
-        owned = op.operator.owns_gather
-        if self.plan.keep_gathered and not op.operator.mixes_positions:
-            owned = frozenset()
-        for operand in op.saved:
-            layout = operand.layout
-            if operand.name in owned:
-                moves = self.region.moves(operand.tensor, self.region.produced[operand.name].layout, layout)
-                for move in reversed(moves):
-                    if move.collective != "all_gather":
-                        break
-                    layout = move.source
-            yield operand, layout
-
-    def _kept(self) -> Iterator[Saved]:
-        """All that survives the forward pass, each tensor in each layout once."""
-        seen = set()
-        for op in self.operators:
-            for operand, layout in self._kept_for(op):
-                if (operand.name, layout) not in seen:
-                    seen.add((operand.name, layout))
-                    size = self.region.bytes_of(operand.tensor, layout)
-                    yield Saved(operand.name, layout, size, operand.tensor.kind, op.name)
-            for weight in op.gathered if self.keep_weights else ():
-                yield Saved(weight.name, weight.layout, weight.bytes, "weight", op.name)
-
-    def _kept_for(self, op: PlacedOperator) -> list[tuple[PlacedOperand, Layout]]:
-        if op.name not in self.recomputed:
-            return self.saved[op.name]
-        outside = (o for o in op.handed_over if o.name not in self.inside)
-        return [(o, self.region.produced[o.name].layout) for o in outside]
 
     # Backward
 
@@ -241,27 +224,32 @@ class _Compiler:
                     self._collect_gradient(operand.tensor)
 
     def _recompute_for(self, operator: str) -> None:
-        """Run the recomputed operators again, with the communication on both their sides, before the first of
-        them gets its gradient.
+        """What has to run again before an operator gets the gradient of its output."""
+        for own in [own for own in self.to_recompute if operator in own.before]:
+            self.to_recompute = tuple([other for other in self.to_recompute if other is not own])
+            self.part = "recompute"
+            self._recompute(own)
+            self.part = "backward"
+
+    def _recompute(self, own: Recomputed) -> None:
+        """Run operators again, with the communication on both their sides unless results are discarded: then the
+        backward pass moves them.
         """
-        if operator not in self.to_recompute:
-            return
-        self.to_recompute = frozenset()
-        self.part = "recompute"
-        for op in (op for op in self.operators if op.name in self.recomputed):
+        for op in (op for op in self.operators if op.name in own.operators):
             for operand in op.handed_over:
-                if operand.name not in self.inside:
+                if self.saving.inside.get(operand.name) is not own:
                     layout = self.region.produced[operand.name].layout
                     found = self.values[operand.name, layout, "forward"]
-                    self.values[operand.name, layout, "recompute"] = found
+                    self.values.setdefault((operand.name, layout, "recompute"), found)
             self._run_forward(op, "recompute")
-        for op in (op for op in self.operators if op.name not in self.recomputed):
+        for op in (op for op in self.operators if op.name not in own.operators and not own.discards):
             for operand in op.activations:
-                if operand.name in self.inside:
+                if self.saving.inside.get(operand.name) is own:
                     self._fetch_input(op, operand, "recompute")
-        self.part = "backward"
 
     def _run_backward(self, op: PlacedOperator) -> None:
+        if not op.operator.has_backward:
+            return
         gradients = [self.collected[output.name] for output in op.results]
         saved, kernels = self._read_saved(op), self.region.kernels[op.name]
         weights = [self._fetch_weight(op, weight) for weight in op.gathered]
@@ -274,9 +262,15 @@ class _Compiler:
                 self.gradients[operand.name].append((operand.gradient, gradients[0]))
         work = kernels.backward(self.causal, self.plan.ring_cut)
         if work:
+            self._search(op, kernels, "backward", gradients)
             reads = [*gradients, *saved.values(), *weights]
-            writes = [self._gradient_of(o) for o in op.differentiated if o.name not in passthrough]
-            self._compute(op.name, op.operator.kind, "backward", work, reads, writes)
+            over = saved.get(op.outputs[0].name) if op.operator.in_place else None
+            writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
+            accumulated = kernels.accumulation if not op.gathered else ()
+            apart = [self._buffer(f"{w.name} gradient", w.bytes) for w in op.weights if accumulated]
+            self._compute(op.name, op.operator.kind, "backward", work, reads, [*writes, *apart])
+            for added in accumulated:
+                self._compute(op.name, "elementwise", "accumulate", (added,), apart, ())
 
     def _run_product_backward(
         self,
@@ -287,9 +281,16 @@ class _Compiler:
         weights: list[Buffer],
     ) -> None:
         """Data gradients first, then the weight gradient: Megatron's order, which hides communication."""
+        made = dict(zip([output.name for output in op.results], gradients, strict=True))
+        if op.operator.recipe:
+            self._prepare(op, kernels, "dgrad", made)
         for operand, work in kernels.data_gradients:
             others = weights if op.weights else [b for name, b in saved.items() if name != operand.name]
-            self._compute(op.name, "gemm", "dgrad", (work,), [*gradients, *others], [self._gradient_of(operand)])
+            self._compute(op.name, "gemm", "dgrad", (work,), [*made.values(), *others], [self._gradient_of(operand)])
+        if op.operator.recipe:
+            saved |= made
+            self._prepare(op, kernels, "wgrad", saved)
+            gradients = [saved.pop(output.name) for output in op.results]
         for weight_work in kernels.weight_gradients:
             of_matrices = not isinstance(weight_work, MemoryBound)
             inputs = saved.values() if of_matrices else ()
@@ -298,16 +299,19 @@ class _Compiler:
 
     def _read_saved(self, op: PlacedOperator) -> dict[str, Buffer]:
         """What the backward pass of an operator reads of its forward pass, gathered again where it owns that."""
-        generation = "recompute" if op.name in self.recomputed else "forward"
         buffers = {}
-        for operand, kept in self.saved[op.name]:
+        for operand, kept in self.saving.saved[op.name]:
+            generation = "recompute" if op.name in self.saving.recomputed else "forward"
+            if self.saving.discarded(operand) and op.name not in self.saving.recomputed:
+                generation, kept = "recompute", self.region.produced[operand.name].layout
             self.values[operand.name, kept, "regather"] = self.values[operand.name, kept, generation]
             needed = self._fetch(operand.tensor, kept, operand.layout, "regather", "regather", op.name)
             buffers[operand.name] = needed
         return buffers
 
-    def _gradient_of(self, operand: PlacedOperand) -> Buffer:
-        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes)
+    def _gradient_of(self, operand: PlacedOperand, over: Buffer | None = None) -> Buffer:
+        alias = over.root if over else None
+        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes, alias_of=alias)
         self.gradients[operand.name].append((operand.gradient, buffer))
         return buffer
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
-from spsim.work import KernelClass, Work
+from spsim.work import Gemm, KernelClass, MemoryBound, Work
 
+LAYER = "layer"
+"""The block that a model has most of, or a traced module."""
 Part = Literal["forward", "recompute", "dgrad", "wgrad", "backward", "accumulate"]
 Purpose = Literal["input", "regather", "gradient", "weight"]
 Category = Literal["activations", "communication buffers", "temporary", "gradients"]
@@ -32,6 +34,11 @@ class Buffer:
     category: Category
     alias_of: int | None = None
     """The buffer whose memory this is: an all-reduce and a merge work in place, a slice is a view."""
+
+    @property
+    def root(self) -> int:
+        """The buffer whose memory it is, or itself."""
+        return self.id if self.alias_of is None else self.alias_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,19 @@ class WeightSync:
     axes: tuple[Axis, ...]
     ranks: int
     elements: int
+    bytes: int
+    """As they rest."""
+
+
+class Weights(NamedTuple):
+    """One tensor of weights at rest; the matrices of a fused product are one, and so are its vectors."""
+
+    name: str
+    """Of the first of them."""
+    operator: str
+    """That reads it first."""
+    elements: int
+    """On one rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +121,8 @@ class Section:
     """(buffer that a run finds, buffer that it leaves in its place): the next run finds the latter as the former, and
     what comes after the last run reads the latter.
     """
+    layer: int = 0
+    """Of the block, from 0, that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,12 @@ class Program:
     output_gradients: tuple[Buffer, ...]
     input_gradients: tuple[Buffer, ...]
     """Of the inputs that have one: token ids have none."""
+    weights: tuple[Weights, ...] = ()
+    """In the order in which they are read."""
+    weight_bytes: int = 0
+    """Of the parameters, all copies of those that products read cast."""
+    weight_casts: tuple[MemoryBound, ...] = ()
+    """Kernels that make these copies, once a step."""
 
     @property
     def sections(self) -> tuple[Section, ...]:
@@ -142,6 +170,14 @@ class Program:
     @lazy
     def _written_out(self) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
         return unrolled(self)
+
+    @lazy
+    def accumulated(self) -> dict[tuple[int, ...], int]:
+        """Shapes of weights whose gradients products add to main gradients, each once, and their elements."""
+        steps = [step for section in self.backward_sections for step in section.instructions]
+        works = [work for step in steps if isinstance(step, Compute) for work in step.work]
+        products = [work for work in works if isinstance(work, Gemm) and work.accumulated]
+        return {(product.m, product.n, product.batch): product.accumulated for product in products}
 
     def saved_bytes(self, *categories: TensorKind) -> int:
         """Bytes kept per block and micro-batch on one rank, of the given categories."""

@@ -7,11 +7,14 @@ strategy. A formula refuses what it cannot read: `InputError` names the operator
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import NamedTuple
 
 from spsim.errors import InputError
 from spsim.lazy import lazy
+from spsim.program.casts import Reading, arriving, casting, casting_again
 from spsim.program.placed import PlacedOperand, PlacedOperator
+from spsim.program.recipes import HALF, Recipe
 from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
 
 POSITIONS = frozenset({"s", "j"})
@@ -20,9 +23,11 @@ POSITIONS = frozenset({"s", "j"})
 class Kernels:
     """The kernels of one operator on one rank: here of one that takes the time of its memory traffic."""
 
-    def __init__(self, placed: PlacedOperator) -> None:
+    def __init__(self, placed: PlacedOperator, gathered: Set[str]) -> None:
+        """`gathered` are the tensors, and those whose gradients, are gathered before they are read."""
         self.placed = placed
         self.operator = placed.operator
+        self.gathered = gathered
 
     @lazy
     def bytes_moved(self) -> int:
@@ -42,7 +47,7 @@ class Kernels:
             return self._product(self.operator.mixes)
         if self.vectors:
             return max([vector.elements for vector in self.vectors])
-        return self._product(dim for dim in self.placed.results[0].subscript if dim not in ("s", "b"))
+        return self._product(dim for dim in self.placed.outputs[0].subscript if dim not in ("s", "b"))
 
     def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""
@@ -51,6 +56,14 @@ class Kernels:
     def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
         """The backward kernel; empty where every gradient passes through."""
         return self._backward
+
+    accumulation: tuple[MemoryBound, ...] = ()
+    """Kernels that add the gradient of a weight to its main gradient; of most the kernel that makes it adds it, too."""
+
+    @lazy
+    def before(self) -> tuple[MemoryBound, ...]:
+        """Kernels that only read, before the one that writes."""
+        return ()
 
     @lazy
     def _forward(self) -> tuple[Work, ...]:
@@ -70,7 +83,8 @@ class Kernels:
         total = bytes_of(written or placed.results) if summed else 0
         if not written:
             return (MemoryBound("elementwise", total, "bias_gradient", row=self.row),)
-        return (self._streaming(total + bytes_of([*placed.results, *placed.saved, *written]), backward=True),)
+        gradients = sum([operand.gradient_bytes for operand in (*placed.results, *written)])
+        return (self._streaming(total + gradients + bytes_of(placed.saved), backward=True),)
 
     def _streaming(self, moved: int, *, backward: bool = False) -> MemoryBound:
         kind = self.operator.kind
@@ -87,32 +101,105 @@ class Kernels:
 
 
 class Lookup(Kernels):
-    """Rows of a table, one for each token id: the rows are read, not the table."""
+    """Rows of a table, one for each token id: the rows are read, not the table. Of logits one of each token."""
+
+    @lazy
+    def _ids(self) -> tuple[PlacedOperand, ...]:
+        return tuple([operand for operand in self.placed.inputs if operand.tensor.kind == "token ids"])
 
     @lazy
     def _rows(self) -> int:
         """Bytes of the rows."""
-        if len(self.placed.weights) != 1 or self.placed.activations:
+        tables = [operand for operand in self.placed.inputs if operand not in self._ids]
+        if len(tables) != 1 or not self._ids:
             raise self._refuse("a lookup reads one table and token ids; give the ids the kind 'token ids'")
-        (table,) = self.placed.weights
+        (table,) = tables
         if len(self.operator.contracted.intersection(table.subscript)) != 1:
             raise self._refuse(f"{table.name} is not looked up along one dimension, its rows")
-        return sum(result.elements for result in self.placed.results) * table.tensor.itemsize
+        return math.ceil(sum(output.elements for output in self.placed.outputs) * table.tensor.itemsize)
 
     @lazy
     def bytes_moved(self) -> int:
         """Ids, rows and the result."""
-        ids = [operand for operand in self.placed.inputs if operand.tensor.kind != "weight"]
-        return self._rows + bytes_of([*ids, *self.placed.outputs])
+        return self._rows + bytes_of([*self._ids, *self.placed.outputs])
 
     @lazy
     def _backward(self) -> tuple[Work, ...]:
-        """The gradient of the result is read, and added to the rows of the gradient of the table."""
-        return (self._streaming(self.bytes_moved + self._rows, backward=True),)
+        """Autograd makes the gradient of the whole table: cleared, then the gradients of the results are added to its
+        rows.
+        """
+        return (self._streaming(self.bytes_moved + self._rows + bytes_of(self.placed.weights), backward=True),)
+
+    @lazy
+    def accumulation(self) -> tuple[MemoryBound, ...]:
+        """That gradient, added to the main gradient."""
+        (table,) = self.placed.weights
+        return (MemoryBound("elementwise", table.bytes + 2 * table.gradient_bytes),)
+
+
+class Casting(Kernels):
+    """A cast of the input of a product, or of the gradients of what it makes; the other pass does nothing."""
+
+    @lazy
+    def _casting(self) -> tuple[MemoryBound, ...]:
+        cast = self.operator.cast
+        assert cast is not None
+        if cast.of == "input":
+            gathered = self.placed.outputs[0].name in self.gathered
+        else:
+            gathered = gradient_name(self.placed.inputs[0].name) in self.gathered
+        elements = sum(operand.elements for operand in self.placed.inputs)
+        return tuple(casting(cast, elements, gathered=gathered))
+
+    @lazy
+    def before(self) -> tuple[MemoryBound, ...]:
+        """The search for the largest value."""
+        return self._casting[:-1]
+
+    def _in(self, of: str) -> tuple[Work, ...]:
+        return self._casting[-1:] if self.operator.cast and self.operator.cast.of == of else ()
+
+    @lazy
+    def _forward(self) -> tuple[Work, ...]:
+        return self._in("input")
+
+    @lazy
+    def _backward(self) -> tuple[Work, ...]:
+        return self._in("gradient")
+
+
+class Preparation(NamedTuple):
+    """What must be done to an operand before a product reads it: kernels of which the last writes a copy, if it has
+    bytes.
+    """
+
+    tensor: str
+    kernels: tuple[MemoryBound, ...]
+    bytes: int
 
 
 class Product(Kernels):
     """A matrix product: of an activation and weights, or of two activations."""
+
+    def prepared(self, product: Reading) -> tuple[Preparation, ...]:
+        """What the operands of one of its products need: the input of the products along rows and of the weight
+        gradient, the gradients of what it makes.
+        """
+        if self.operator.recipe is None:
+            return ()
+        return tuple(self._preparations(self.operator.recipe, product))
+
+    def _preparations(self, recipe: Recipe, product: Reading) -> Iterator[Preparation]:
+        copy = recipe.itemsize if product == "wgrad" and recipe.columns == "transposed" else 0
+        for original in self.placed.originals if product == "wgrad" else ():
+            size = math.ceil(original.elements * recipe.itemsize)
+            yield Preparation(original.name, tuple(casting_again(recipe, original.elements)), size)
+        read = self.placed.activations if product != "dgrad" else ()
+        made = self.placed.results if product != "forward" else ()
+        gathered = [o for o in read if o.name in self.gathered and not self.placed.originals]
+        for operand in (*gathered, *(o for o in made if gradient_name(o.name) in self.gathered)):
+            if kernels := tuple(arriving(recipe, operand.elements, product)):
+                yield Preparation(operand.name, kernels, math.ceil(operand.elements * copy))
 
     @lazy
     def matrices(self) -> tuple[PlacedOperand, ...]:
@@ -139,7 +226,26 @@ class Product(Kernels):
         batch, k = self._product(shared), self._product(contracted)
         m = self._product(dim for dim in given if dim not in contracted and dim not in shared)
         n = sum([w.elements for w in self.matrices]) // (k * batch)
-        return Gemm(m, n, k, batch, self.bytes_moved)
+        return Gemm(m, n, k, batch, self._traffic["forward"], dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> str | None:
+        """Of cast operands."""
+        return None if self.operator.recipe is None else self.operator.recipe.dtype
+
+    @lazy
+    def _traffic(self) -> Mapping[Reading, int]:
+        """Bytes of operands and result of each of its products."""
+        recipe = self.operator.recipe
+        if recipe is None:
+            return dict.fromkeys(("forward", "dgrad", "wgrad"), self.bytes_moved)
+        given, made, weights = self.placed.activations, self.placed.results, self.matrices
+        x, y, w = (math.ceil(recipe.itemsize * sum(o.elements for o in own)) for own in (given, made, weights))
+        return {
+            "forward": x + w + bytes_of([*self.vectors, *made]),
+            "dgrad": y + w + sum(operand.gradient_bytes for operand in given),
+            "wgrad": x + y + HALF * sum(weight.elements for weight in weights),
+        }
 
     def _product_of_activations(self) -> Gemm:
         if len(self.operator.activations) != 2:
@@ -160,10 +266,10 @@ class Product(Kernels):
     @lazy
     def data_gradients(self) -> tuple[tuple[PlacedOperand, Gemm], ...]:
         """One product for the gradient of each activation operand."""
-        forward = self._gemm
-        m, n, k, batch, moved = forward.m, forward.n, forward.k, forward.batch, forward.bytes_moved
+        forward, moved = self._gemm, self._traffic["dgrad"]
+        m, n, k, batch = forward.m, forward.n, forward.k, forward.batch
         if self.matrices:
-            return ((self.placed.activations[0], Gemm(m, k, n, batch, moved)),)
+            return ((self.placed.activations[0], Gemm(m, k, n, batch, moved, dtype=self._dtype)),)
         left, right = self.placed.activations
         return (left, Gemm(m, k, n, batch, moved)), (right, Gemm(k, n, m, batch, moved))
 
@@ -174,7 +280,9 @@ class Product(Kernels):
             return ()
         forward = self._gemm
         elements = forward.batch * forward.k * forward.n
-        product = Gemm(forward.k, forward.n, forward.m, forward.batch, forward.bytes_moved, accumulated=elements)
+        product = Gemm(
+            forward.k, forward.n, forward.m, forward.batch, self._traffic["wgrad"], elements, dtype=self._dtype
+        )  # fmt: skip
         if not self.vectors:
             return (product,)
         return product, MemoryBound("elementwise", bytes_of(self.placed.results), "bias_gradient", row=self.row)
@@ -229,7 +337,7 @@ class Attention(Kernels):
         return FlashAttention(
             kernel=self.operator.attention_kernel, direction=direction, batch=batch, heads=heads, kv_heads=kv_heads,
             head_dim=width, value_dim=value_width, queries=queries, keys=keys, twice_pairs=twice_pairs, causal=causal,
-            bytes_moved=moved,
+            bytes_moved=math.ceil(moved),
         )  # fmt: skip
 
     @lazy
@@ -247,12 +355,17 @@ class Attention(Kernels):
         return self._product(dim for dim in operand.subscript if dim not in self._heads | POSITIONS | {"b"})
 
 
-def kernels_of(placed: PlacedOperator) -> Kernels:
+def kernels_of(placed: PlacedOperator, gathered: Set[str] = frozenset()) -> Kernels:
     """The kernels of an operator, by its kind."""
-    return _KINDS.get(placed.operator.kind, Kernels)(placed)
+    return _KINDS.get(placed.operator.kind, Kernels)(placed, gathered)
 
 
-_KINDS: dict[str, type[Kernels]] = {"gemm": Product, "attention": Attention, "embedding": Lookup}
+_KINDS: dict[str, type[Kernels]] = {"gemm": Product, "attention": Attention, "embedding": Lookup, "cast": Casting}
+
+
+def gradient_name(tensor: str) -> str:
+    """Of the gradient of a tensor."""
+    return f"{tensor} gradient"
 
 
 def bytes_of(operands: Iterable[PlacedOperand]) -> int:

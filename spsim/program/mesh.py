@@ -11,10 +11,11 @@ from typing import Literal, get_args
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
-Axis = Literal["dp", "ep", "ring", "ulysses", "tp"]
+Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-"""Mesh axes, outer to inner: consecutive ranks differ in tp. Experts that are spread over a part of the replicas have
-an axis of their own, ep, inside dp.
+"""Mesh axes, outer to inner: consecutive ranks differ in tp, and stages of a pipeline follow each other. Inside dp have
+axes of their own, where they are not all replicas: those that share one copy of what is sharded (shard), and those over
+which experts are spread (ep).
 """
 
 
@@ -119,5 +120,13 @@ def _nodes(start: int, lattice: tuple[tuple[int, int], ...], per_node: int) -> i
 
 
 def mesh_of(plan: Plan) -> Mesh:
-    """The mesh of a plan; pipeline stages are outside it."""
-    return Mesh({"dp": plan.dp, "ring": plan.ring, "ulysses": plan.ulysses, "tp": plan.tp})
+    """The mesh of one pipeline stage of a plan."""
+    inner: dict[Axis, int] = {"ring": plan.ring, "ulysses": plan.ulysses, "tp": plan.tp}
+    if plan.shard_group is None or plan.shard_group == plan.dp:
+        return Mesh({"dp": plan.dp, **inner})
+    return Mesh({"dp": plan.dp // plan.shard_group, "shard": plan.shard_group, **inner})
+
+
+def world_of(plan: Plan) -> Mesh:
+    """All ranks of a plan: stage after stage."""
+    return Mesh({"pp": plan.pp, **mesh_of(plan).degrees})

@@ -24,11 +24,20 @@ from spsim.errors import InputError
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Extent, Layout, Placement, factors, shard
+from spsim.program.recipes import Cast, Recipe
 from spsim.program.strategies import Rules, SplitRule
 from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Framework, KernelClass, KernelName
 
-TensorKind = Literal["activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp"]
+TensorKind = Literal[
+    "activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp", "statistics", "loss",
+    "probabilities",
+]  # fmt: skip
+"""`statistics` are handed to other operators as activations are, but have no gradient: what a loss knows of all logits
+of a token. A `loss` is handed to nobody: where it is made, the backward pass begins. `probabilities` are kept by it.
+"""
 
+HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics")
+"""Kinds of inputs that come from other operators or from outside."""
 LAGGED = "s-"
 """Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
 
@@ -39,13 +48,18 @@ class Tensor(NamedTuple):
     name: str
     dims: tuple[str, ...]
     sizes: tuple[Extent, ...]
-    itemsize: int
+    itemsize: Extent
+    """A fraction where values share scales."""
     kind: TensorKind = "activation"
+    gradient_itemsize: Extent | None = None
+    """Of its gradient, where that is of another type."""
 
     @property
     def gradient(self) -> Tensor:
         """Its gradient: of a weight in fp32, in which it is summed over ranks and micro-batches."""
-        return self._replace(itemsize=MAIN_GRADIENT_BYTES) if self.kind == "weight" else self
+        if self.kind == "weight":
+            return self._replace(itemsize=MAIN_GRADIENT_BYTES)
+        return self if self.gradient_itemsize is None else self._replace(itemsize=self.gradient_itemsize)
 
 
 class Operand(NamedTuple):
@@ -76,6 +90,14 @@ class Operator:
     """Which fused kernel computes core attention."""
     rules: str = ""
     """Name of the rules that it is split by, where those are not the ones of the block: experts."""
+    in_place: bool = False
+    """Its first output is written over its first input, and the gradient of that over what is kept of the output."""
+    recipe: Recipe | None = None
+    """How the operands of a product are cast, if they are."""
+    cast: Cast | None = None
+    """What an operator of the kind `cast` casts."""
+    originals: tuple[Operand, ...] = ()
+    """What a product was given before it was cast, where that is kept for the backward pass, and cast again."""
 
     def __post_init__(self) -> None:
         """`InputError` for what is no sum of products: where tokens are dealt out to experts, positions are missing on
@@ -122,8 +144,10 @@ class Operator:
 
     @lazy
     def handed_over(self) -> tuple[Operand, ...]:
-        """Inputs that other operators or blocks make: activations, and token ids, which have no gradient."""
-        return tuple(operand for operand in self.inputs if operand.tensor.kind in ("activation", "token ids"))
+        """Inputs that other operators or blocks make: activations, and token ids and statistics, which have no
+        gradient.
+        """
+        return tuple(operand for operand in self.inputs if operand.tensor.kind in HANDED_OVER)
 
     @lazy
     def weights(self) -> tuple[Operand, ...]:
@@ -134,6 +158,11 @@ class Operator:
     def results(self) -> tuple[Operand, ...]:
         """Outputs that other operators read, without masks and statistics."""
         return tuple(operand for operand in self.outputs if operand.tensor.kind == "activation")
+
+    @lazy
+    def has_backward(self) -> bool:
+        """Whether it has a gradient to pass on: not if all it makes are statistics."""
+        return bool(self.results) or any(operand.tensor.kind == "loss" for operand in self.outputs)
 
     @property
     def subscripts(self) -> str:

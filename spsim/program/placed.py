@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis, Mesh
-from spsim.program.operators import Operand, Operator, Splits, Tensor, TensorKind, layouts
+from spsim.program.operators import HANDED_OVER, Operand, Operator, Splits, Tensor, TensorKind, layouts
 from spsim.program.placement import FLAT, REPLICATE, Extent, Layout, elements, local_elements, part, shard
 
 
@@ -31,7 +32,7 @@ class PlacedOperand:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of its gradient before that moves."""
-        return self.elements * self.tensor.gradient.itemsize
+        return math.ceil(self.elements * self.tensor.gradient.itemsize)
 
 
 class PlacedOperator:
@@ -49,7 +50,7 @@ class PlacedOperator:
                 self._parts[cut] = self._parts.get(cut, 1) * mesh.degree(axis)
         self.inputs = tuple([self._place(operand, read=True) for operand in operator.inputs])
         self.outputs = tuple([self._place(operand, read=False) for operand in operator.outputs])
-        self.handed_over = self._of_kind(self.inputs, "activation", "token ids")
+        self.handed_over = self._of_kind(self.inputs, *HANDED_OVER)
         self.activations = self._of_kind(self.inputs, "activation")
         self.weights = self._of_kind(self.inputs, "weight")
         self.results = self._of_kind(self.outputs, "activation")
@@ -58,9 +59,11 @@ class PlacedOperator:
         moved = {weight.name for weight in self.resting}
         self.gathered = tuple([weight for weight in self.weights if weight.name in moved]) if moved else ()
         """The same weights as it uses them."""
-        self.differentiated = self.activations + self.gathered
+        self.differentiated = self.activations + self.gathered if operator.has_backward else ()
         """Inputs whose gradients move to where the inputs come from."""
-        self.saved = tuple([operand for operand in self.inputs + self.outputs if operand.name in operator.saves])
+        self.originals = tuple([self._place(operand, read=True) for operand in operator.originals])
+        known = self.inputs + self.outputs + self.originals
+        self.saved = tuple([operand for operand in known if operand.name in operator.saves])
 
     @lazy
     def sizes(self) -> dict[str, Extent]:
@@ -74,7 +77,7 @@ class PlacedOperator:
         held = elements(subscript, tensor.sizes, self._parts)
         arriving, leaving = layouts(tensor.dims, subscript, self.splits)
         layout, gradient = (arriving, leaving) if read else (leaving, arriving)
-        return PlacedOperand(tensor.name, tensor, subscript, layout, gradient, held, held * tensor.itemsize)
+        return PlacedOperand(tensor.name, tensor, subscript, layout, gradient, held, math.ceil(held * tensor.itemsize))
 
     def _at_rest(self, sharding: Sequence[Axis]) -> Iterator[PlacedOperand]:
         """Sharded where they are used whole, and so must the gradient arrive; it may stay a partial sum elsewhere."""
@@ -86,7 +89,7 @@ class PlacedOperator:
             )
             if axes:
                 held = local_elements(weight.tensor, layout, self.mesh)
-                size = held * weight.tensor.itemsize
+                size = math.ceil(held * weight.tensor.itemsize)
                 yield replace(weight, layout=layout, gradient=gradient, elements=held, bytes=size)
 
     @staticmethod

@@ -75,7 +75,7 @@ class Sized(Protocol):
     @property
     def sizes(self) -> tuple[Extent, ...]: ...
     @property
-    def itemsize(self) -> int: ...
+    def itemsize(self) -> Extent: ...
 
 
 def local_elements(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
@@ -97,7 +97,7 @@ def elements(dims: Sequence[str], sizes: Sequence[Extent], parts: Mapping[str, i
 
 def local_bytes(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
     """Bytes that one rank holds."""
-    return local_elements(tensor, layout, mesh) * tensor.itemsize
+    return math.ceil(local_elements(tensor, layout, mesh) * tensor.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from spsim.lazy import lazy
-from spsim.program.instructions import WeightSync
-from spsim.program.kernels import kernels_of
+from spsim.program.casts import casting_weights
+from spsim.program.instructions import Weights, WeightSync
+from spsim.program.kernels import Product, gradient_name, kernels_of
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import (
     Collective,
+    Extent,
     Layout,
     Redistribution,
     local_bytes,
@@ -21,8 +24,10 @@ from spsim.program.placement import (
     redistribute,
     sent_bytes,
 )
+from spsim.program.recipes import Recipe
 from spsim.program.strategies import Rules
-from spsim.program.weights import weight_syncs
+from spsim.program.weights import weight_syncs, weight_tensors
+from spsim.work import MemoryBound
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,20 @@ class Region:
     """
 
     def __init__(
-        self, operators: Sequence[Operator], rules: Rules, mesh: Mesh, named: Mapping[str, Rules] = MappingProxyType({})
+        self,
+        operators: Sequence[Operator],
+        rules: Rules,
+        mesh: Mesh,
+        named: Mapping[str, Rules] = MappingProxyType({}),
+        elsewhere: Set[str] = frozenset(),
     ) -> None:
-        """`rules` are those of the block, `named` those of operators that name theirs."""
+        """`rules` are those of the block, `named` those of operators that name theirs. Weights that another block of
+        the same rank has are `elsewhere`: counted and synchronised there.
+        """
         self.mesh = mesh
+        self._elsewhere = elsewhere
         own = [named.get(op.rules, rules) for op in operators]
         self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
-        self.kernels = {op.name: kernels_of(op) for op in self.operators}
         self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
         # What comes from outside is placed as any output of an operator that does not mix positions.
         sources = (Operator(entry.name, "elementwise", (), (Operand(entry, entry.dims),)) for entry in self.entries)
@@ -71,10 +83,26 @@ class Region:
         """Weights that rest in another layout than they are used in, as they rest."""
         self.produced |= self.resting
         self.producers |= {weight.name: op.name for op in self.operators for weight in op.resting}
+        gathered = frozenset(self._gathered())
+        self.kernels = {op.name: kernels_of(op, gathered) for op in self.operators}
         self.last_summand = {o.name: op for op in self.operators[::-1] for o in op.differentiated}
         """Tensor -> the operator that reads it first, whose gradient of it is the last."""
         self._moves: dict[tuple[str, Layout, Layout, bool], tuple[Move, ...]] = {}
-        self._bytes: dict[tuple[str, int, Layout], int] = {}
+        self._bytes: dict[tuple[str, Extent, Layout], int] = {}
+
+    def _gathered(self) -> Iterator[str]:
+        """Cast tensors that a product reads whole and their producer leaves cut; the same of gradients. A norm that
+        casts leaves rows only, which is all that can be gathered.
+        """
+        casts = {op.name for op in self.operators if op.operator.cast}
+        for op in self.operators:
+            for operand in op.activations if op.operator.recipe else ():
+                moved = operand.layout != self.produced[operand.name].layout
+                if moved or self.producers[operand.name] not in casts:
+                    yield operand.name
+            for operand in op.activations if op.operator.cast else ():
+                if operand.gradient != self.produced[operand.name].gradient:
+                    yield gradient_name(operand.name)
 
     def moves(self, tensor: Tensor, source: Layout, target: Layout, *, backward: bool = False) -> tuple[Move, ...]:
         """From one layout of a tensor to another."""
@@ -102,7 +130,13 @@ class Region:
     @lazy
     def weights(self) -> dict[str, PlacedOperand]:
         """At rest, each once, however many operators use it."""
-        return {weight.name: weight for op in self.operators for weight in op.weights} | self.resting
+        found = {weight.name: weight for op in self.operators for weight in op.weights} | self.resting
+        return {name: weight for name, weight in found.items() if name not in self._elsewhere}
+
+    @lazy
+    def weight_tensors(self) -> tuple[Weights, ...]:
+        """The weights of a rank as frameworks hold them."""
+        return tuple(weight_tensors(self.kernels.values(), self.weights))
 
     @lazy
     def weight_syncs(self) -> tuple[WeightSync, ...]:
@@ -113,6 +147,27 @@ class Region:
     def parameters(self) -> int:
         """Of the block, on one rank."""
         return sum(weight.elements for weight in self.weights.values())
+
+    @lazy
+    def weight_bytes(self) -> int:
+        """Of them, for the whole step: all copies of those that products read cast."""
+        copies = {matrix.name: recipe.resident_bytes for recipe, matrix in self._cast_weights}
+        return sum(math.ceil(copies.get(n, w.tensor.itemsize) * w.elements) for n, w in self.weights.items())
+
+    @lazy
+    def weight_casts(self) -> tuple[MemoryBound, ...]:
+        """Kernels that make those copies, once a step."""
+        return tuple(
+            kernel for recipe, matrix in self._cast_weights for kernel in casting_weights(recipe, matrix.elements)
+        )
+
+    @property
+    def _cast_weights(self) -> Iterator[tuple[Recipe, PlacedOperand]]:
+        for op in self.operators:
+            kernels = self.kernels[op.name]
+            if op.operator.recipe and isinstance(kernels, Product):
+                for matrix in kernels.matrices:
+                    yield op.operator.recipe, matrix
 
 
 def _placed(operator: Operator, rules: Rules, mesh: Mesh) -> PlacedOperator:

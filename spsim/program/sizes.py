@@ -12,7 +12,7 @@ A template holds the structure and the coefficients; evaluating it is one small 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, get_args
@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.inputs.workload import Precision, Workload
-from spsim.program.instructions import Compute, Program
+from spsim.program.instructions import LAYER, Compute, Program
 from spsim.units import KIB
-from spsim.work import Work
+from spsim.work import Gemm, Work
 
 Vector = npt.NDArray[np.int64]
 
@@ -63,22 +63,29 @@ class KernelGroup:
 
 
 class Template:
-    """Structure and coefficients of one block under one plan."""
+    """Structure and coefficients of the blocks of a step under one plan: a layer, and what is around it."""
 
-    def __init__(self, program: Program, unit: int, divisor: int = 1) -> None:
-        """A program compiled at `every_workload(unit * divisor)`, or one whose sizes hold for all.
+    def __init__(
+        self, program: Program, unit: int, divisor: int = 1, *, others: Mapping[str, Program] | None = None
+    ) -> None:
+        """The program of a layer and those of `others` by the names of their blocks, compiled at
+        `every_workload(unit * divisor)`, or programs whose sizes hold for all.
 
         Raises `ArithmeticError` where a size is no polynomial of the stated form.
         """
         self.program = program
-        """The structure; read its sizes from `at`."""
+        """The structure of a layer; read its sizes from `at`."""
+        self.programs: Mapping[str, Program] = {LAYER: program, **(others or {})}
         self.unit = unit
         """Divides every sequence length."""
         self.divisor = divisor
-        reader = _Reader(program)
-        self.index = reader.index
+        reader = _Reader()
+        self.indices = {name: reader.index(own) for name, own in self.programs.items()}
+        self.index = self.indices[LAYER]
+        self.num_slots = reader.num_slots
+        places = reader.places()
         compiled = _coefficients(reader.positions)
-        self.groups = tuple(reader.groups(compiled))
+        self.groups = tuple(reader.groups(places, compiled))
         self.coefficients = compiled if divisor == 1 else _undivided(compiled, divisor)
         """Of 1, x, x^2, b, xb and x^2b where x = s / unit, times the square of the divisor."""
 
@@ -101,7 +108,8 @@ class Template:
     @property
     def nbytes(self) -> int:
         """Memory that it takes, about."""
-        return KIB * len(self.index.slots) + 256 * self.index.num_slots + self.coefficients.nbytes
+        slots = sum(len(index.slots) for index in self.indices.values())
+        return KIB * slots + 256 * self.num_slots + self.coefficients.nbytes
 
     @cached_property
     def _total(self) -> float:
@@ -125,7 +133,7 @@ def _monomials(x: Any, b: Any) -> tuple[Any, ...]:
 
 
 class Numbers:
-    """The sizes of one program, each different one once."""
+    """The sizes of the programs of a template, each different one once."""
 
     def __init__(self, template: Template, values: Vector) -> None:
         self.template = template
@@ -140,20 +148,18 @@ class Numbers:
         """Bytes of each entry of `Program.saved`."""
         return self.at(self.template.index.saved)
 
-    @property
-    def weight_sync(self) -> list[int]:
-        """Elements of each entry of `Program.weight_sync`."""
-        return self.at(self.template.index.weight_sync)
+    def weight_sync(self, block: str = LAYER) -> list[int]:
+        """Elements of each entry of `Program.weight_sync` of a block."""
+        return self.at(self.template.indices[block].weight_sync)
 
-    @property
-    def parameters(self) -> int:
+    def parameters(self, block: str = LAYER) -> int:
         """Parameters of one block on one rank."""
-        return int(self.values[self.template.index.parameters])
+        return int(self.values[self.template.indices[block].parameters])
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Positions in the vector of numbers, and slots in the vector of durations, whose slot 0 is no time."""
+    """Of one program: positions in the vector of numbers, slots in the vector of durations, whose slot 0 is no time."""
 
     buffers: dict[int, int]
     """Buffer -> position of its bytes."""
@@ -164,21 +170,27 @@ class Index:
     saved: npt.NDArray[np.intp]
     weight_sync: npt.NDArray[np.intp]
     parameters: int
-    num_slots: int
 
 
 _NUMBERS = {kind: tuple(field.name for field in fields(kind) if field.type == "int") for kind in get_args(Work)}
 """The fields of kernels that are numbers; flags and names are structure."""
 
 
-class _Reader:
-    """Every size and every kernel of a program; equal sizes have one position."""
+Sort = tuple[type[Work], str | None]
+"""The kind of kernels and, of products, their data type."""
 
-    def __init__(self, program: Program) -> None:
+
+class _Reader:
+    """Every size and every kernel of some programs; equal sizes have one position."""
+
+    def __init__(self) -> None:
         self.positions: dict[int, int] = {}
         self.num_slots = 1
-        self.kernels: dict[type[Work], list[tuple[Work, int]]] = defaultdict(list)
+        self.kernels: dict[Sort, list[tuple[Work, int]]] = defaultdict(list)
         self._slots: dict[Work, int] = {}
+
+    def index(self, program: Program) -> Index:
+        """Where the sizes and durations of a program stand."""
         buffers = {b.id: self._position(b.bytes) for b in (*program.inputs, *program.output_gradients)}
         messages: dict[int, int] = {}
         slots: dict[int, tuple[int, ...]] = {}
@@ -190,16 +202,17 @@ class _Reader:
                 messages[step.id] = self._position(step.message_bytes)
             for buffer in step.writes:
                 buffers[buffer.id] = self._position(buffer.bytes)
-        self.index = Index(
+        return Index(
             buffers, messages, slots, self._places(saved.bytes for saved in program.saved),
             self._places(sync.elements for sync in program.weight_sync), self._position(program.parameters),
-            self.num_slots,
         )  # fmt: skip
-        self.places = {
-            kind: {name: self._places([getattr(work, name) for work, _ in own]) for name in _NUMBERS[kind]}
-            for kind, own in self.kernels.items()
+
+    def places(self) -> dict[Sort, dict[str, npt.NDArray[np.intp]]]:
+        """Sort -> field -> where the numbers of its kernels stand."""
+        return {
+            sort: {name: self._places([getattr(work, name) for work, _ in own]) for name in _NUMBERS[sort[0]]}
+            for sort, own in self.kernels.items()
         }
-        """Kind -> field -> where the numbers of its kernels stand."""
 
     def _position(self, size: int) -> int:
         return self.positions.setdefault(size, len(self.positions))
@@ -216,15 +229,17 @@ class _Reader:
         slot = self._slots.get(work)
         if slot is None:
             slot = self._slots[work] = self._slot()
-            self.kernels[type(work)].append((work, slot))
+            self.kernels[type(work), work.dtype if isinstance(work, Gemm) else None].append((work, slot))
         return slot
 
-    def groups(self, coefficients: Vector) -> Iterator[KernelGroup]:
-        """The kernels of each kind, with the coefficients of all sizes."""
+    def groups(
+        self, placed: Mapping[Sort, Mapping[str, npt.NDArray[np.intp]]], coefficients: Vector
+    ) -> Iterator[KernelGroup]:
+        """The kernels of each sort, whose numbers stand at `placed` among sizes with `coefficients`."""
         varies = np.asarray(coefficients[:, 1:].any(axis=1))
-        for kind, own in self.kernels.items():
+        for (kind, dtype), own in self.kernels.items():
             kernels, slots = zip(*own, strict=True)
-            places = self.places[kind]
+            places = placed[kind, dtype]
             numbers = tuple(name for name, where in places.items() if varies[where].any())
             positions = np.array([places[name] for name in numbers], dtype=np.intp).reshape(-1, len(kernels))
             constants: dict[str, Any] = {}

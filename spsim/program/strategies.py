@@ -32,7 +32,18 @@ def split_rules(plan: Plan) -> dict[Axis, SplitRule]:
     tp = ("a", "f", "v", "s") if plan.sequence_parallel else ("a", "f", "v")
     return {
         "dp": SplitRule(("b",), ("b",)),
+        "shard": SplitRule(("b",), ("b",)),
         "ring": SplitRule(("s",), ("s",)),
         "ulysses": SplitRule(("s",), ("a",)),
         "tp": SplitRule(tp, ("a",)),
     }
+
+
+WHOLE_SEQUENCE = "whole sequence"
+
+
+def named_rules(plan: Plan) -> dict[str, Rules]:
+    """Rules of operators that name theirs. On a whole sequence: Megatron adds learned positions before it scatters the
+    sequence over tp.
+    """
+    return {WHOLE_SEQUENCE: split_rules(plan.model_copy(update={"sequence_parallel": False}))}

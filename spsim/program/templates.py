@@ -7,16 +7,59 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import Precision
 from spsim.lazy import Cache
-from spsim.program.assembly import compile_layer, compiled_by
+from spsim.program.assembly import (
+    compile_embedding,
+    compile_head,
+    compile_layer,
+    compile_step,
+    compiled_by,
+    embedding_key,
+    head_key,
+)
 from spsim.program.blocks.transformer import layer_traits
+from spsim.program.instructions import LAYER
+from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.sizes import Template, every_workload
 from spsim.units import MIB
 
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 
 
-def layer_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
-    """The program of one layer for every workload of a precision."""
+def layer_template(model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None) -> Template:
+    """The program of one layer, or of a unit of layers, for every workload of a precision."""
+    unit, kind = sequence_unit(model, plan), kind or usual_kind(plan)
+    key = (layer_traits(model), compiled_by(plan, kind), precision)
+    every = every_workload(unit, precision)
+    return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit))
+
+
+def step_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
+    """The programs of embedding, layer and head for every workload of a precision."""
     unit = sequence_unit(model, plan)
-    key = (layer_traits(model), compiled_by(plan), precision)
-    return _templates.get(key, lambda: Template(compile_layer(model, plan, every_workload(unit, precision)), unit))
+    programs = compile_step(model, plan, every_workload(unit, precision))
+    return Template(programs.pop(LAYER), unit, others=programs)
+
+
+def embedding_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
+    """The program of the embedding for every workload of a precision."""
+    unit = sequence_unit(model, plan)
+    key = (*embedding_key(model, plan), unit, precision)
+    return _templates.get(key, lambda: Template(compile_embedding(model, plan, every_workload(unit, precision)), unit))
+
+
+def head_template(
+    model: Model,
+    plan: Plan,
+    precision: Precision = "bf16",
+    *,
+    loss_fusion: bool = False,
+    beside_embedding: bool = False,
+) -> Template:
+    """The program of final norm, output layer and loss for every workload of a precision; `head_program` has the
+    options. Its products are in 16 bits where those of the layers are in 8 or 4.
+    """
+    unit, options = sequence_unit(model, plan), {"loss_fusion": loss_fusion, "beside_embedding": beside_embedding}
+    key = (*head_key(model, plan, **options), unit, precision)
+    return _templates.get(
+        key, lambda: Template(compile_head(model, plan, every_workload(unit, precision), **options), unit)
+    )

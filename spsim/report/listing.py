@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from rich.table import Table
 
 from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import Plan
+from spsim.inputs.plan_words import elsewhere
 from spsim.inputs.profiles import load_profile, profile_names
-from spsim.inputs.words import PLAN
+from spsim.inputs.rules import PENDING
 from spsim.report.table import table
 from spsim.units import GIB, MIB
 
@@ -59,15 +61,34 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ring": "GPUs that share the sequence in attention too: ring attention, context parallelism (cp)",
     "ring_kind": "K and V go round from GPU to GPU, or are gathered before attention",
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
-    "pp": "pipeline stages (not simulated yet)",
-    "virtual_pp": "chunks of a stage (not simulated yet)",
-    "dp": "replicas (not simulated yet)",
-    "distributed_optimizer": "optimizer state sharded over ulysses x ring: ZeRO stage 1",
-    "zero": "ZeRO stage (2 and 3 are not simulated yet)",
+    "pp": "pipeline stages",
+    "virtual_pp": "chunks of layers that each stage holds: above 1 the schedule is interleaved",
+    "pp_schedule": "order of passes on the stages, as torch.distributed.pipelining calls them",
+    "pp_group": "micro-batches that a chunk runs before the next takes over; pp unless given",
+    "pp_layout": "what each chunk holds, as Et3/t4/t4/t3L: E embedding, t layer, L loss",
+    "pp_sends": "whose way to post messages between stages and wait for them",
+    "pp_overlap": "messages between stages behind passes; where virtual_pp is above 1 unless given",
+    "pp_warmup_flush": "and those of warm-up and cool-down, too",
+    "pp_deallocate": "free the output of a stage once it is sent",
+    "dp": "replicas",
+    "distributed_optimizer": "optimizer state sharded over dp x ulysses x ring: ZeRO stage 1",
+    "zero": "ZeRO stage: sharded are the optimizer (1), gradients too (2), parameters too (3)",
+    "dp_library": "whose buckets and collectives synchronise replicas",
+    "shard_group": "replicas that share one copy of what is sharded: HSDP; all unless given",
+    "bucket_elements": "elements at which a bucket of gradients is closed; as the library does unless given",
+    "grad_dtype": "in which gradients are accumulated and reduced",
+    "moment_dtype": "of the two moments of Adam",
+    "precision_aware_optimizer": "master weights as what 16 bits leave of them",
+    "loss_fusion": "cross-entropy in one kernel, without an fp32 copy of the logits",
     "recompute": "recompute core attention (selective) or the layer (full) in the backward pass",
+    "recompute_layers": "layers of each chunk that are recomputed (block), or layers of a unit (uniform)",
+    "recompute_method": "the first layers of a chunk, or units of layers of which the input is kept",
+    "recompute_modules": "modules that selective recomputes: core_attn, mlp, mlp_act, layernorm, as core_attn+mlp",
+    "cpu_offload_layers": "layers whose activations wait in host memory",
+    "cuda_graphs": "what is launched as one graph",
     "tp_backward_overlap": "gradient communication of tp behind weight gradients, as Megatron does",
-    "tp_overlap": "forward communication of tp in pieces behind its products (not simulated yet)",
-    "dp_overlap": "gradients of replicas behind the backward pass (not simulated yet)",
+    "tp_overlap": "communication of tp in pieces behind its products: userbuffers, async TP",
+    "dp_overlap": "gradients behind the backward pass, parameters behind the forward pass, or both (true)",
     "keep_gathered": "keep the gathered input of a linear, as DTensor does, instead of gathering it again",
 }
 """What each option of a plan means."""
@@ -76,25 +97,47 @@ PLAN_OPTIONS: Mapping[str, str] = {
 def plan_table() -> Table:
     """The options of a plan, with what others call them."""
     made = table("Plans: options joined by commas", ["option", "values", "default", "what it does", "elsewhere"])
-    for column in (0, 1, 2):
+    for column in (0, 2):
         made.columns[column].no_wrap = True
     for name, meaning in PLAN_OPTIONS.items():
         field = Plan.model_fields[name]
-        elsewhere = (*PLAN.get(name, ()), *(("cp", *PLAN["cp"]) if name == "ring" else ()))
-        made.add_row(name, _values(field.annotation, name), _shown(field.default), meaning, ", ".join(elsewhere))
+        values, others = _values(field.annotation, name), ", ".join(elsewhere(name))
+        made.add_row(name, values, _shown(field.default), meaning + _pending(name), others)
     made.caption = (
         "For instance tp=8,sequence_parallel,recompute=selective; a bare switch is true. Labels are plans too: TP8+SP, "
-        "Ulysses 8, TP2 × Ring 4. cp is ring, or ulysses with cp_comm_type=a2a. A plan has "
-        "tp × ulysses × ring × pp × dp GPUs"
+        "Ulysses 8, TP2 × Ring 4, TP8+SP × PP8×VP3 × DP4+ZeRO-1. cp is ring, or ulysses with cp_comm_type=a2a. "
+        "A plan has tp × ulysses × ring × pp × dp GPUs"
     )
     made.caption_justify = "left"
     return made
 
 
+def _pending(name: str) -> str:
+    values = sorted(text.partition("=")[2] for text in PENDING if text.startswith(f"{name}="))
+    if name in PENDING or values:
+        return f" ({'' if name in PENDING else ' and '.join(values) + ' '}not simulated yet)"
+    return ""
+
+
 def _values(annotation: Any, name: str) -> str:
+    if name == "zero":
+        return "0 to 3"
+    return ", ".join(dict.fromkeys(_choices(annotation)))
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """The values of a type, in words."""
     if annotation is bool:
-        return "true, false"
-    return ", ".join(map(str, get_args(annotation))) or ("0 to 3" if name == "zero" else "1, 2, …")
+        yield from ("true", "false")
+    elif get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+    elif get_origin(annotation) in (Union, UnionType):
+        for one in get_args(annotation):
+            yield from _choices(one)
+    elif annotation is str:
+        yield "text"
+    elif annotation is not NoneType:
+        yield "1, 2, …"
 
 
 def _shown(default: Any) -> str:

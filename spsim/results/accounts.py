@@ -27,7 +27,7 @@ import numpy as np
 
 from spsim.engine.pieces import Pass, Piece
 from spsim.engine.recording import COMPUTE_LANE, ENDED, POSTED, STARTED, Integers, Recording
-from spsim.engine.trace import Trace
+from spsim.engine.trace import Trace, Wait
 
 RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
 SEVERAL = "exposed several kinds"
@@ -116,10 +116,18 @@ def of_step(trace: Trace) -> Account:
     for recording, (_, count) in trace.recordings.items():
         if rank in recording.times:
             found.add(of_piece(recording, rank), count)
+    for wait in (wait for wait in trace.waits if wait.rank == rank):
+        found.add(of_wait(wait))
     recording, shift = last[rank].recording.delayed(last[rank].late), last[rank].shift_ps
     outlasting = [*_tasks(recording, rank), *_flights(recording, rank)]
     found.add(account(outlasting, recording.kernels_end(rank), trace.end_ps - shift))
     return found
+
+
+def of_wait(wait: Wait) -> Account:
+    """Between two pieces."""
+    activities = [activity for flight in wait.flights for activity in _communication(*flight[:5])]
+    return account(activities, wait.start_ps, wait.end_ps)
 
 
 def of_pass(trace: Trace, phase: Pass, layer: int = 0, micro_batch: int = 0) -> Account:

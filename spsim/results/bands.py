@@ -105,7 +105,7 @@ def pair_families(one: Plan, other: Plan) -> tuple[str, ...]:
         found.append("sequence parallelism")
     if one.ring > 1 < other.ring and one.ring_cut != other.ring_cut:
         found.append("ring cut")
-    if one.recompute != other.recompute:
+    if (one.recompute, one.recompute_modules) != (other.recompute, other.recompute_modules):
         found.append("recomputation")
     further = ("tp_backward_overlap", "ring_kind", "dp")
     found += [name for name in further if getattr(one, name) != getattr(other, name)]

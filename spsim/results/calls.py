@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from spsim.costs.models import cost_models
-from spsim.program.instructions import Communication
 from spsim.program.placement import Collective, sent_bytes
 from spsim.units import GB
 
@@ -71,16 +70,20 @@ def calls(result: Result) -> tuple[Call, ...]:
 
 def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     """Each communication of a step with how often it runs, then the synchronisation of gradients."""
-    scenario, block, numbers = result.scenario, result.block, result.numbers
-    passes = scenario.model.layers * scenario.num_micro_batches
-    sizes = block.template.index.messages
-    for own in block.passes.values():
-        for part in own.parts:
-            for step in part.segment.instructions:
-                if isinstance(step, Communication):
-                    nodes = block.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
-                    size = int(numbers.values[sizes[step.id]])
-                    yield Message(step.collective, step.axis, step.ranks, nodes, size), passes * part.runs
-    for sync, size in zip(block.syncs, block.sync_messages(numbers, scenario.model.layers), strict=True):
-        nodes = block.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
+    scenario, prepared, numbers = result.scenario, result.prepared, result.numbers
+    for step, size, runs in result.communications:
+        nodes = prepared.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
+        yield Message(step.collective, step.axis, step.ranks, nodes, size), runs
+    for sync, size in zip(prepared.syncs, prepared.sync_messages(numbers, result.chunk), strict=True):
+        nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), 1
+
+
+def remarks(result: Result) -> tuple[str, ...]:
+    """What durations of its collectives hang on beyond the bytes."""
+    scenario = result.scenario
+    _, comm = cost_models(scenario.hardware, scenario.workload.precision)
+    found = dict.fromkeys(
+        comm.remark(call.collective, call.message_bytes, call.ranks, call.nodes) for call in result.collectives
+    )
+    return tuple(remark for remark in found if remark)

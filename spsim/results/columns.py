@@ -15,7 +15,7 @@ from spsim.step.columns.fill import Floats
 from spsim.step.columns.replay import Points
 from spsim.step.columns.step import EXACT, StepColumns
 from spsim.step.columns.walk import Spots
-from spsim.step.preparation import PreparedBlock
+from spsim.step.preparation import PreparedStep
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ResultColumns(Derived):
 
     scope: str
     scenario: Any
-    block: PreparedBlock
+    prepared: PreparedStep
     numbers: Floats
     """Of the program, a column for each workload."""
     amounts: Amounts
@@ -70,8 +70,8 @@ class ResultColumns(Derived):
         """See `Derived`."""
         return self.static.total + np.maximum(self.step.memory.highest, 0.0)
 
-    def _of_step(self, flops_per_layer: Any) -> Any:
-        return np.asarray(super()._of_step(flops_per_layer)).astype(np.float64)
+    def _of_step(self, flops: Any) -> Any:
+        return np.asarray(super()._of_step(flops)).astype(np.float64)
 
     @lazy
     def peak_operator(self) -> Any:
@@ -105,6 +105,6 @@ class ResultColumns(Derived):
 
     def saved_bytes(self, *categories: TensorKind) -> Any:
         """See `Derived`."""
-        template = self.block.template
+        template = self.prepared.template
         kept = [saved.category in categories for saved in template.program.saved]
         return self.numbers[template.index.saved][kept].sum(axis=0)

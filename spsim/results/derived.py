@@ -11,9 +11,10 @@ from spsim.engine.recording import TaskInfo
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.inputs.workload import product_type
 from spsim.lazy import lazy
 from spsim.program.operators import TensorKind
-from spsim.step.preparation import PreparedBlock
+from spsim.step.preparation import PreparedStep
 from spsim.units import GIB, seconds
 
 
@@ -49,7 +50,7 @@ class Simulated(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """FLOPs of one block and micro-batch, all ranks together, and tokens of a step where they are known."""
+    """FLOPs of one micro-batch, all ranks together, and tokens of a step where they are known."""
 
     model: int
     """Full square of attention, recomputation not counted."""
@@ -77,7 +78,7 @@ class Derived:
 
     scope: str
     scenario: Simulated
-    block: PreparedBlock
+    prepared: PreparedStep
     amounts: Amounts
     step_ps: int
     pass_ps: Mapping[str, int]
@@ -127,16 +128,16 @@ class Derived:
 
     # Rates
 
-    def _of_step(self, flops_per_layer: float) -> float:
-        return flops_per_layer * self.scenario.model.layers * self.scenario.num_micro_batches
+    def _of_step(self, flops: float) -> float:
+        return flops * self.scenario.num_micro_batches
 
-    def _rate(self, flops_per_layer: float) -> float:
-        """FLOP/s per GPU for FLOPs counted per layer and micro-batch."""
-        return self._of_step(flops_per_layer) / self.step_time_s / self.scenario.plan.gpus
+    def _rate(self, flops: float) -> float:
+        """FLOP/s per GPU for FLOPs counted per micro-batch."""
+        return self._of_step(flops) / self.step_time_s / self.scenario.plan.gpus
 
     @property
     def _peak_rate(self) -> float:
-        return self.scenario.hardware.peak(self.scenario.workload.precision)
+        return self.scenario.hardware.peak(product_type(self.scenario.workload.precision))
 
     @property
     def tflops_per_gpu(self) -> float:
@@ -174,7 +175,7 @@ class Derived:
 
     @lazy
     def _outside(self) -> int:
-        return outside_tensors(self.scenario.hardware, self.block.mesh)
+        return outside_tensors(self.scenario.hardware, self.prepared.mesh)
 
     @property
     def device_memory_gib(self) -> float:

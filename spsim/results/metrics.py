@@ -5,13 +5,13 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
 
 from spsim.engine.pieces import Node, Pass, Repeat, Stretch
 from spsim.engine.recording import POSTED, STARTED, MemoryChange, Recording
-from spsim.engine.trace import Trace
+from spsim.engine.trace import Trace, Wait
 from spsim.results import accounts, measured
 
 
@@ -47,13 +47,15 @@ class Idle(NamedTuple):
 
 
 def idle(trace: Trace) -> dict[int, Idle]:
-    """What the kernels of each simulated rank wait for, weight synchronisation apart."""
+    """What the kernels of each simulated rank wait for in passes: weight synchronisation apart, and the optimizer."""
     found = {}
     for rank in trace.copies:
         total = Idle()
-        for recording, count in _of_layers(trace):
-            if rank in recording.times:
+        for recording, (phase, count) in trace.recordings.items():
+            if phase in ("forward", "backward") and rank in recording.times:
                 total = total.plus(_idle(recording, rank), count)
+        for wait in (wait for wait in trace.waits if wait.rank == rank):
+            total = total.plus(_waiting(wait), 1)
         found[rank] = total
     return found
 
@@ -81,9 +83,11 @@ def _idle(recording: Recording, rank: int) -> Idle:
     return Idle(transfer, peer, stage, length - transfer - peer - stage)
 
 
-def _of_layers(trace: Trace) -> list[tuple[Recording, int]]:
-    """Recordings of passes of layers, and the number of pieces that share each."""
-    return [(recording, count) for recording, (phase, count) in trace.recordings.items() if phase != "weight_sync"]
+def _waiting(wait: Wait) -> Idle:
+    """Between two passes of a pipeline stage."""
+    parts = accounts.of_wait(wait).parts
+    transfer = sum(length for part, length in parts.items() if accounts.is_exposed(part))
+    return Idle(transfer, parts[accounts.PEERS], parts[accounts.STAGES], parts[accounts.IDLE])
 
 
 def weight_sync(trace: Trace) -> int:
@@ -93,11 +97,11 @@ def weight_sync(trace: Trace) -> int:
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
-    """Picoseconds of the compute lane of one rank by operator class."""
+    """Picoseconds of the compute lane of one rank by operator class, in the layers of a step."""
     if trace.measured:
         return measured.compute_by_class(trace, rank)
     totals: dict[str, int] = {}
-    for recording, count in _of_layers(trace):
+    for recording, count in trace.layers.items():
         for name, time in zip(recording.outline.classes[0], recording.compute.get(rank, ()), strict=False):
             totals[name] = totals.get(name, 0) + count * time
     return totals
@@ -113,13 +117,13 @@ class Peak(NamedTuple):
     """The task that allocated it."""
 
 
-def peak_memory(trace: Trace, static: int) -> Peak:
-    """The fullest rank and moment; `static` bytes are there all the time.
+def peak_memory(trace: Trace, static: Mapping[int, int]) -> Peak:
+    """The fullest rank and moment; `static` bytes of each simulated rank are there all the time.
 
     At equal times memory is freed before it is allocated, so that the order of events does not matter.
     """
     peak_of = _peak_of_whole if trace.overlapping else _peak
-    return max([peak_of(trace, rank, static) for rank in trace.copies], key=lambda peak: peak.bytes)
+    return max([peak_of(trace, rank, static[rank]) for rank in trace.copies], key=lambda peak: peak.bytes)
 
 
 def memory_changes(trace: Trace, rank: int) -> list[MemoryChange]:
@@ -153,13 +157,13 @@ class Profile(NamedTuple):
 
 
 def _peak(trace: Trace, rank: int, static: int) -> Peak:
-    profile = _profile(trace.nodes, rank)
-    if profile is None or profile.highest <= 0:
+    found = profile(trace.nodes, rank)
+    if found is None or found.highest <= 0:
         return Peak(rank, static, 0, None)
-    return Peak(rank, static + profile.highest, profile.time_ps, profile.task)
+    return Peak(rank, static + found.highest, found.time_ps, found.task)
 
 
-def _profile(nodes: Sequence[Node], rank: int) -> Profile | None:
+def profile(nodes: Sequence[Node], rank: int) -> Profile | None:
     """Walks the nodes that the rank takes part in. Of runs that keep something the last is the fullest, otherwise
     the first.
     """
@@ -184,7 +188,7 @@ def _profile(nodes: Sequence[Node], rank: int) -> Profile | None:
 def profile_of_run(node: Node, rank: int) -> Profile | None:
     """Of the first run of a node, without what it gets from outside."""
     if isinstance(node, Repeat):
-        return _profile(node.body, rank)
+        return profile(node.body, rank)
     if rank not in node.recording.times:
         return None
     fullest = node.recording.fullest[rank]

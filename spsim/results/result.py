@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.lazy import lazy
-from spsim.program.instructions import Communication, Compute, Program
-from spsim.program.mesh import nodes_of
+from spsim.program.instructions import LAYER, Communication, Compute, Instruction, Program
 from spsim.program.operators import TensorKind
 from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
 from spsim.results import bands, metrics, tables
 from spsim.results.bands import Band
-from spsim.results.calls import Call, calls
+from spsim.results.calls import Call, calls, remarks
 from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
-from spsim.results.sensitivity import MOST_TASKS, Effect, effects
+from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects, effects_document
+from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
-from spsim.step.preparation import PreparedBlock
+from spsim.step.itinerary import Chunk
+from spsim.step.preparation import PreparedStep
+from spsim.step.segments import Segment
 from spsim.units import seconds
 from spsim.work import FlashAttention
 
@@ -37,6 +39,7 @@ SCHEMA_VERSION = 2
 """Of the documents of `run --json` and `compare --json`; 1 had no number."""
 
 FITS_SCOPE = {
+    "step": "the whole step",
     "layers": "layers only: embedding, head and loss are not counted",
     "module": "module only: optimizer states are not counted",
 }
@@ -52,15 +55,20 @@ class Result(Derived):
     scope: str
     """What a step contains: `layers` of one pipeline stage, or a `module`."""
     scenario: Simulated
-    block: PreparedBlock
+    prepared: PreparedStep
+    chunk: Chunk
+    """What a rank runs of a micro-batch."""
     numbers: Numbers
     amounts: Amounts
     trace: Trace
-    static: StaticMemory
+    statics: Mapping[int, StaticMemory]
+    """Of each simulated rank."""
     events: int
     """Tasks that went through the engine."""
     folded: bool
     reasons: tuple[str, ...]
+    staged: Staged | None = None
+    """Where the step has several pipeline stages."""
 
     @property
     def unknown(self) -> frozenset[str]:
@@ -70,12 +78,31 @@ class Result(Derived):
     @lazy
     def program(self) -> Program:
         """One layer under the plan."""
-        return self.block.program_at(self.scenario.workload)
+        return self.programs[LAYER]
+
+    @lazy
+    def programs(self) -> Mapping[str, Program]:
+        """Each block under the plan, with the sizes of the workload."""
+        return self.prepared.programs_at(self.scenario.workload)
+
+    def instructions_of(self, segment: Segment) -> list[Instruction]:
+        """What the tasks of a segment carry out, with the sizes of the workload."""
+        own = self._by_id[self.prepared.owners[segment.name]]
+        return [own[step.id] for step in segment.instructions]
+
+    @lazy
+    def _by_id(self) -> dict[str, dict[int, Instruction]]:
+        return {
+            name: {step.id: step for section in program.sections for step in section.instructions}
+            for name, program in self.programs.items()
+        }
 
     @lazy
     def attention(self) -> str | None:
         """The fused kernel of core attention by its name, or `unfused`; none where nothing is known to attend."""
-        steps = (step for segment in self.block.segments for step in segment.instructions if isinstance(step, Compute))
+        steps = (
+            step for segment in self.prepared.segments for step in segment.instructions if isinstance(step, Compute)
+        )
         works = (work for step in steps for work in step.work if isinstance(work, FlashAttention))
         names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
         return ", ".join(names) or ("unfused" if self.scope != "module" else None)
@@ -87,19 +114,19 @@ class Result(Derived):
         """
         if self.events > MOST_TASKS:
             return None
-        return effects(self, _assumed_inputs(self.scenario, self.block))
+        return effects(self, assumed_inputs(self))
 
     @property
     def assumed(self) -> tuple[str, ...]:
         """Assumed coefficients that the result hangs on; where their effects are unknown, those that it came from."""
         if self.assumed_effects is None:
-            return _assumed_inputs(self.scenario, self.block)
+            return assumed_inputs(self)
         return tuple(sorted(self.assumed_effects))
 
     @lazy
     def notes(self) -> tuple[str, ...]:
         """Settings without effect, what durations hang on beyond the bytes, and layers that overlap."""
-        return (*self.scenario.notes, *_remarks(self), *([self.overlap] if self.overlap else []))
+        return (*self.scenario.notes, *remarks(self), *([self.overlap] if self.overlap else []))
 
     @lazy
     def _account(self) -> Account:
@@ -107,7 +134,7 @@ class Result(Derived):
             self.scenario.hardware,
             self.scenario.workload.precision,
             self.scenario.gpus_per_node,
-            self.block,
+            self.prepared,
             self.trace,
         )
 
@@ -136,17 +163,18 @@ class Result(Derived):
     @lazy
     def step_ps(self) -> int:
         """See `Derived`."""
-        return self.trace.end_ps
+        return self.staged.end_ps if self.staged else self.trace.end_ps
 
     @lazy
     def pass_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
         phases: tuple[Pass, ...] = ("forward", "backward")
-        return {phase: metrics.layer_window(self.trace, phase) for phase in phases}
+        window = self.staged.layer_window if self.staged else partial(metrics.layer_window, self.trace)
+        return {phase: window(phase) for phase in phases}
 
     @lazy
     def _idle(self) -> dict[int, metrics.Idle]:
-        return metrics.idle(self.trace)
+        return self.staged.idle if self.staged else metrics.idle(self.trace)
 
     @lazy
     def exposed_ps(self) -> int:
@@ -163,7 +191,9 @@ class Result(Derived):
 
     @property
     def overlap(self) -> str:
-        """That neighbouring layers overlap, in words; empty where they do not."""
+        """That neighbouring layers overlap, in words; empty where they do not, and of more than layers."""
+        if self.scope == "step":
+            return ""
         passes = self.scenario.model.layers * self.scenario.num_micro_batches
         more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
         if more <= OVERLAPPING:
@@ -176,11 +206,13 @@ class Result(Derived):
     @lazy
     def weight_sync_ps(self) -> int:
         """See `Derived`."""
-        return metrics.weight_sync(self.trace)
+        return self.staged.weight_sync_ps if self.staged else metrics.weight_sync(self.trace)
 
     @lazy
     def compute_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
+        if self.staged:
+            return self.staged.compute_by_class()
         return metrics.compute_by_class(self.trace, next(iter(self.trace.copies)))
 
     # Memory
@@ -188,17 +220,27 @@ class Result(Derived):
     @lazy
     def peak(self) -> metrics.Peak:
         """The fullest rank, when, and by which task."""
-        return metrics.peak_memory(self.trace, self.static.total)
+        return metrics.peak_memory(self.trace, {rank: own.total for rank, own in self.statics.items()})
+
+    @property
+    def static(self) -> StaticMemory:
+        """Of the fullest rank."""
+        return self.statics[self._spot.rank if self._spot else self.peak.rank]
+
+    @lazy
+    def _spot(self) -> Spot | None:
+        """Where memory is fullest on several stages."""
+        return self.staged.fullest({rank: own.total for rank, own in self.statics.items()}) if self.staged else None
 
     @lazy
     def peak_bytes(self) -> int:
         """See `Derived`."""
-        return self.peak.bytes
+        return self._spot.bytes if self._spot else self.peak.bytes
 
     @property
     def peak_operator(self) -> str:
         """The operator whose allocation makes the peak."""
-        return self._task_name(self.peak.task)
+        return (self._spot.operator or STATIC) if self._spot else self._task_name(self.peak.task)
 
     def _task_name(self, task: int | None) -> str:
         if task is None:
@@ -213,6 +255,8 @@ class Result(Derived):
             return None
         if self.static.total > self.limit:
             return self._task_name(None)
+        if self.staged and self._spot:
+            return self.staged.first_above(self._spot.stage, self.static.total, self.limit)
         return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, self.limit))
 
     def saved_bytes(self, *categories: TensorKind) -> int:
@@ -226,7 +270,7 @@ class Result(Derived):
     def collectives_per_layer(self) -> dict[str, dict[str, int]]:
         """Number of collectives of one layer and micro-batch, by pass and kind."""
         found: dict[str, dict[str, int]] = {"forward": {}, "backward": {}}
-        for phase, own in self.block.passes.items():
+        for phase, own in self.prepared.passes.items():
             counts: Counter[str] = Counter()
             for part in own.parts:
                 steps = (step for step in part.segment.instructions if isinstance(step, Communication))
@@ -239,18 +283,23 @@ class Result(Derived):
     def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
         """Bytes that one GPU sends in a step, by kind of collective."""
         total: dict[str, int] = defaultdict(int)
-        layers = self.scenario.model.layers
-        messages, instances = self.block.template.index.messages, layers * self.scenario.num_micro_batches
-        for own in self.block.passes.values():
-            for part in own.parts:
-                for step in part.segment.instructions:
-                    if isinstance(step, Communication):
-                        message = int(self.numbers.values[messages[step.id]])
-                        sent = sent_bytes(step.collective, message, step.ranks)
-                        total[step.collective] += instances * part.runs * sent
-        for sync, message in zip(self.block.syncs, self.block.sync_messages(self.numbers, layers), strict=True):
+        for step, message, runs in self.communications:
+            total[step.collective] += runs * sent_bytes(step.collective, message, step.ranks)
+        messages = self.prepared.sync_messages(self.numbers, self.chunk)
+        for sync, message in zip(self.prepared.syncs, messages, strict=True):
             total[sync.collective] += sent_bytes(sync.collective, message, sync.ranks)
         return dict(sorted(total.items()))
+
+    @property
+    def communications(self) -> Iterator[tuple[Communication, int, int]]:
+        """Each communication of the passes with the bytes of its message and how often it runs in a step."""
+        for run in self.chunk:
+            messages = self.prepared.template.indices[run.block].messages
+            for part in (part for own in self.prepared.blocks[run.block].values() for part in own.parts):
+                runs = run.count * part.runs * self.scenario.num_micro_batches
+                for step in part.segment.instructions:
+                    if isinstance(step, Communication):
+                        yield step, int(self.numbers.values[messages[step.id]]), runs
 
     @lazy
     def collectives(self) -> tuple[Call, ...]:
@@ -267,7 +316,7 @@ class Result(Derived):
     @lazy
     def memory_curve(self) -> pd.DataFrame:
         """Memory by category over time; see `tables.memory_frame`."""
-        return tables.memory_frame(self.trace, self.static.by_category())
+        return tables.memory_frame(self.trace, self.statics)
 
     @lazy
     def operators(self) -> pd.DataFrame:
@@ -338,36 +387,10 @@ class Result(Derived):
             "fits_scope": FITS_SCOPE[self.scope],
             "collectives": [asdict(call) for call in self.collectives],
             "assumed": list(self.assumed),
-            "assumed_effects": _effects_document(self.assumed_effects),
+            "assumed_effects": effects_document(self.assumed_effects),
             "flagged": list(self.flagged),
             "error_band": None if self.error_band is None else asdict(self.error_band),
             "prior_band": None if self.prior_band is None else asdict(self.prior_band),
             "far_off": [asdict(part) for part in self.far_off],
             "notes": list(self.notes),
         }
-
-
-def _effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
-    return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
-
-
-def _assumed_inputs(scenario: Simulated, block: PreparedBlock) -> tuple[str, ...]:
-    hardware = scenario.hardware
-    compute, comm = cost_models(hardware, scenario.workload.precision)
-    used = {"memory"}
-    for segment in block.segments:
-        for step in segment.instructions:
-            if isinstance(step, Compute):
-                used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
-            else:
-                nodes = nodes_of(block.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
-                used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
-    return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
-
-
-def _remarks(result: Result) -> tuple[str, ...]:
-    scenario = result.scenario
-    _, comm = cost_models(scenario.hardware, scenario.workload.precision)
-    calls = result.collectives
-    found = dict.fromkeys(comm.remark(call.collective, call.message_bytes, call.ranks, call.nodes) for call in calls)
-    return tuple(remark for remark in found if remark)

@@ -6,7 +6,8 @@ and programs stay.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from spsim.costs.collectives import CommCost
@@ -15,6 +16,8 @@ from spsim.costs.models import compute_cost, cost_models
 from spsim.costs.static_memory import capacity, outside_tensors
 from spsim.engine.pieces import end_of
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
+from spsim.program.instructions import Compute
+from spsim.program.mesh import nodes_of
 from spsim.step.costed import costed_step
 from spsim.step.folding import Step, fold_step
 from spsim.units import GIB
@@ -91,11 +94,11 @@ def _costs(result: Result, hardware: HardwareProfile, path: str, costs: Costs) -
 def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
     scenario = result.scenario
     return costed_step(
-        result.block,
+        result.prepared,
         result.numbers,
         hardware,
         costs,
-        layers=scenario.model.layers,
+        chunk=result.chunk,
         micro_batches=scenario.num_micro_batches,
         gpus_per_node=scenario.gpus_per_node,
     )
@@ -103,7 +106,28 @@ def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
 
 def _room(result: Result, hardware: HardwareProfile) -> int:
     """Bytes that tensors may take."""
-    return capacity(hardware) - outside_tensors(hardware, result.block.mesh)
+    return capacity(hardware) - outside_tensors(hardware, result.prepared.mesh)
+
+
+def effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
+    """For documents."""
+    return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
+
+
+def assumed_inputs(result: Result) -> tuple[str, ...]:
+    """Assumed coefficients behind the durations of a result, and its memory."""
+    scenario, prepared = result.scenario, result.prepared
+    hardware = scenario.hardware
+    compute, comm = cost_models(hardware, scenario.workload.precision)
+    used = {"memory"}
+    for segment in prepared.segments:
+        for step in segment.instructions:
+            if isinstance(step, Compute):
+                used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
+            else:
+                nodes = nodes_of(prepared.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
+                used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
+    return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
 
 
 def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfile:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spsim.costs.static_memory import StaticMemory
 from spsim.engine.trace import Trace
 from spsim.results.calls import Call
 from spsim.results.filling import changes_during
@@ -43,7 +44,7 @@ def spans_frame(trace: Trace, selection: Selection | None = None) -> pd.DataFram
     return frame.sort_values(["rank", "posted_us", "lane", "end_us"], kind="stable", ignore_index=True)
 
 
-def memory_frame(trace: Trace, static: Mapping[str, int], selection: Selection | None = None) -> pd.DataFrame:
+def memory_frame(trace: Trace, statics: Mapping[int, StaticMemory], selection: Selection | None = None) -> pd.DataFrame:
     """The memory curve: one row per change and rank, a column of GiB per category, their total, and the
     operator whose task changed it. Of a selection its ranks, while its layers are under way.
     """
@@ -51,7 +52,10 @@ def memory_frame(trace: Trace, static: Mapping[str, int], selection: Selection |
 
     ranks = _all_ranks(trace) if selection is None else selection.ranks
     windows = [(0, trace.end_ps)] if selection is None else selection.windows
-    frames = {source: _rank_memory(trace, source, static, windows) for source in dict.fromkeys(ranks.values())}
+    frames = {
+        source: _rank_memory(trace, source, statics[source].by_category(), windows)
+        for source in dict.fromkeys(ranks.values())
+    }
     parts = [frames[source].assign(rank=rank) for rank, source in ranks.items()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import sqrt
 
 from spsim.costs.collectives import CommCost
-from spsim.costs.kernels import ComputeCost
+from spsim.costs.models import compute_cost
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
 from spsim.engine.trace import Trace
@@ -28,7 +28,9 @@ from spsim.inputs.quantities import Provenance
 from spsim.program.instructions import Communication, Instruction
 from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective
-from spsim.step.preparation import PreparedBlock
+from spsim.step.gradients import Sync
+from spsim.step.preparation import PreparedStep
+from spsim.work import MemoryBound
 
 Classes = tuple[str, ...]
 """Dotted paths of the coefficients whose error a task has: one of a kernel, all curves of a collective."""
@@ -91,21 +93,25 @@ class Account:
     """Which classes the tasks of one result belong to, and the time that each takes."""
 
     def __init__(
-        self, profile: HardwareProfile, precision: str, gpus_per_node: int, block: PreparedBlock, trace: Trace
+        self, profile: HardwareProfile, precision: str, gpus_per_node: int, prepared: PreparedStep, trace: Trace
     ) -> None:
         self.profile = profile
         self.gpus_per_node = gpus_per_node
-        self.block = block
+        self.prepared = prepared
         self.trace = trace
         self.rank = next(iter(trace.copies))
-        self.compute = ComputeCost(profile, precision)
+        self.compute = compute_cost(profile, precision)
         self.comm = CommCost(profile)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
         self.classes: dict[Outline, list[Classes]] = {
-            segment.outline: [self._of_step(step) for step in segment.instructions]
-            or [self._of_collective(sync.axes, sync.collective, None) for sync in block.syncs]
-            for segment in block.segments
+            segment.outline: [self._of_step(step) for step in segment.instructions] for segment in prepared.segments
         }
+        self.classes |= {made.segment.outline: [*map(self._of_closing, made.steps)] for made in prepared.closings}
+
+    def _of_closing(self, step: Sync | str) -> Classes:
+        if isinstance(step, str):
+            return (self.compute.class_of(MemoryBound("optimizer", 0)),)
+        return self._of_collective(step.axes, step.collective, None)
 
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
@@ -115,7 +121,7 @@ class Account:
     def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:
         key = (axes, collective, ranks)
         if key not in self._collectives:
-            nodes = nodes_of(self.block.mesh, axes, self.gpus_per_node, ranks)
+            nodes = nodes_of(self.prepared.mesh, axes, self.gpus_per_node, ranks)
             paths = self.comm.coefficients_of(collective, nodes)
             self._collectives[key] = tuple(path for path in paths if path.startswith(("collectives.", "sends.")))
         return self._collectives[key]
@@ -145,7 +151,7 @@ class Account:
     def _layer(self, phase: Pass, recordings: Mapping[Outline, Recording]) -> Counter[Classes]:
         """Picoseconds by class of one pass of the first layer."""
         total: Counter[Classes] = Counter()
-        for part in self.block.passes[phase].parts if phase in self.block.passes else ():
+        for part in self.prepared.passes[phase].parts if phase in self.prepared.passes else ():
             times = dict(self._times(recordings[part.segment.outline]))
             total.update({classes: part.runs * time for classes, time in times.items()})
         return total

@@ -7,30 +7,31 @@ from spsim.costs.kernels import ComputeCost
 from spsim.inputs.hardware import HardwareProfile
 from spsim.program.sizes import Numbers
 from spsim.step.folding import Step
-from spsim.step.preparation import PreparedBlock
+from spsim.step.itinerary import Chunk
+from spsim.step.preparation import PreparedStep
 
 
 def costed_step(
-    block: PreparedBlock,
+    prepared: PreparedStep,
     numbers: Numbers,
     hardware: HardwareProfile,
     costs: tuple[ComputeCost, CommCost],
     *,
-    layers: int,
+    chunk: Chunk,
     micro_batches: int,
     gpus_per_node: int,
 ) -> Step:
-    """All layers and micro-batches of one workload, and the synchronisation of weight gradients."""
+    """All blocks and micro-batches of one workload, and the synchronisation of weight gradients."""
     return Step(
-        block.itinerary(layers, micro_batches),
-        block.programs,
-        block.durations(
+        prepared.itinerary(chunk, micro_batches),
+        prepared.programs,
+        prepared.durations(
             numbers,
             *costs,
             gpus_per_node=gpus_per_node,
-            sync_messages=block.sync_messages(numbers, layers),
+            chunk=chunk,
         ),
-        block.sizes(numbers),
+        prepared.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,
-        block.abreast,
+        prepared.abreast,
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Move, Node, Repeat, Stretch
@@ -45,6 +45,9 @@ class Step:
     """Segments that are prepared for all ranks at once."""
 
 
+Key = TypeVar("Key")
+
+
 class Walked(NamedTuple):
     """A step as it ran."""
 
@@ -60,6 +63,23 @@ def fold_step(step: Step) -> Walked:
     walk = _Walk(step)
     nodes = walk.items(step.itinerary)
     return Walked(nodes, walk.events, walk.overlapping)
+
+
+class Alone(NamedTuple):
+    """A row of visits that begins with all lanes free."""
+
+    nodes: list[Node]
+    tasks: int
+    ends: State
+    """How its ranks stand after it."""
+    at_ps: int
+    """When the first of them does."""
+
+
+def fold_each(step: Step, rows: Mapping[Key, Sequence[Item]]) -> tuple[dict[Key, Alone], int]:
+    """Run several rows of visits, each from the beginning, what is alike once; and the tasks that were run."""
+    walk = _Walk(step)
+    return {key: walk.alone(items) for key, items in rows.items()}, walk.events
 
 
 @dataclass(slots=True)
@@ -108,6 +128,15 @@ class _Walk:
         for item in items:
             nodes += [self._visit(item)] if isinstance(item, Visit) else self._loop(item)
         return nodes
+
+    def alone(self, items: Sequence[Item]) -> Alone:
+        """Some items by themselves."""
+        for rank in self.ranks.values():
+            rank.time, rank.busy = 0, IDLE
+        self.first_task = 0
+        nodes = self.items(items)
+        time, state = self._state(self.ranks.values())
+        return Alone(nodes, self.first_task, state, time)
 
     def _state(self, ranks: Iterable[_Rank]) -> tuple[int, State]:
         """When the first of some ranks is free, and how they stand then."""

@@ -91,7 +91,7 @@ class _Issue:
                 buffer_ids=tuple(uses),
                 instructions=section.instructions,
             )
-            parts.append(Part(segment, section.count))
+            parts.append(Part(segment, section.count, section.layer))
             blocking = blocking_next
         assert not blocking, "a pass ends with a kernel, so that the next one finds its lanes free"
         entry, places = range(len(outside)), parts[-1].segment.buffer_ids

@@ -8,12 +8,13 @@ state of a pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from spsim.engine.pieces import Pass
 from spsim.step.segments import BlockPass, Segment
 
 Runs = int | npt.NDArray[np.int64]
@@ -51,20 +52,66 @@ class Loop:
 Item = Visit | Loop
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Equal blocks in a row."""
+
+    block: str
+    count: int = 1
+    numbered: bool = True
+    """Whether they are layers, which have numbers."""
+    layers: int = 1
+    """Of each: units of several are recomputed together."""
+
+
+Chunk = Sequence[Run]
+"""What a rank runs of a micro-batch from one message to the next, in forward order."""
+Blocks = Mapping[str, Mapping[Pass, BlockPass]]
+"""The passes of each block."""
+
+
 def layers_of(block: BlockPass, layers: range, micro_batch: int = 0) -> Loop:
     """One pass of equal layers, in the order of `layers`."""
     step = layers.step if len(layers) > 1 else 1
-    visits = (Visit(part.segment, layers[0], micro_batch) for part in block.parts)
-    body = tuple(
+    return Loop(_visits(block, layers[0], micro_batch), len(layers), step, brings=block.entry, drops=block.result)
+
+
+def _visits(block: BlockPass, layer: int | None, micro_batch: int) -> tuple[Item, ...]:
+    """One pass of one block."""
+    visits = (Visit(part.segment, None if layer is None else layer + part.layer, micro_batch) for part in block.parts)
+    return tuple(
         visit if part.runs == 1 else Loop((visit,), part.runs) for visit, part in zip(visits, block.parts, strict=True)
     )
-    return Loop(body, len(layers), layers=step, brings=block.entry, drops=block.result)
 
 
-def accumulation(passes: Sequence[BlockPass], layers: int, micro_batches: Runs) -> Loop:
-    """Each micro-batch goes up through all layers and, with a second pass, down again."""
-    orders = (range(layers), range(layers - 1, -1, -1))
-    body = tuple(layers_of(block, order) for block, order in zip(passes, orders, strict=False))
+def chunk_pass(blocks: Blocks, chunk: Chunk, phase: Pass, *, first: int = 0, micro_batch: int = 0) -> tuple[Loop, ...]:
+    """One pass of a chunk whose layers are numbered from `first`. A block finds what the one before hands on; what it
+    reads beyond that, such as the targets of the loss, comes from outside.
+    """
+    found: list[Loop] = []
+    for run in chunk:
+        block = blocks[run.block][phase]
+        if run.numbered:
+            numbers = range(first, first + run.count * run.layers, run.layers)
+            found.append(layers_of(block, numbers if phase == "forward" else numbers[::-1], micro_batch))
+            first += run.count * run.layers
+        else:
+            found.append(Loop(_visits(block, None, micro_batch), run.count, brings=block.entry, drops=block.result))
+    if phase == "backward":
+        found.reverse()
+    handed_on = [0, *(len(loop.drops) for loop in found[:-1])]
+    last = len(found) - 1
+    return tuple(
+        replace(loop, brings=loop.brings[known:], drops=loop.drops if place == last else ())
+        for place, (loop, known) in enumerate(zip(found, handed_on, strict=True))
+    )
+
+
+def accumulation(blocks: Blocks, chunk: Chunk, micro_batches: Runs) -> Loop:
+    """Each micro-batch goes up through all blocks and, if they have a second pass, down again."""
+    phases: list[Pass] = ["forward", "backward"]
+    own = [phase for phase in phases if all(phase in blocks[run.block] for run in chunk)]
+    body = tuple(loop for phase in own for loop in chunk_pass(blocks, chunk, phase))
     return Loop(body, micro_batches, micro_batches=1)
 
 

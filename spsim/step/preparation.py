@@ -1,4 +1,4 @@
-"""A block under a plan, prepared: all that depends neither on the workload nor on the hardware.
+"""A step under a plan, prepared: all that depends neither on the workload nor on the hardware.
 
 Made once per (model, plan, precision); a simulation then evaluates sizes and durations as arrays and walks the
 itinerary.
@@ -6,8 +6,10 @@ itinerary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,77 +17,132 @@ import numpy.typing as npt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.engine.pieces import Pass
 from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.inputs.rules import sequence_unit
+from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, layer_program
+from spsim.program.assembly import compiled_by, layer_program, step_key, step_programs
+from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.instructions import Communication, Compute, Instruction, Program
-from spsim.program.mesh import Axis, mesh_of, nodes_of
+from spsim.program.instructions import LAYER, Communication, Compute, Program
+from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
-from spsim.program.sizes import Numbers, Template
-from spsim.program.templates import layer_template
+from spsim.program.recompute import LayerKind, usual_kind
+from spsim.program.sizes import Index, Numbers, Template
+from spsim.program.templates import layer_template, step_template
 from spsim.step.abreast import Abreast
+from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
-from spsim.step.gradients import gradient_syncs, sync_segment
+from spsim.step.gradients import Sync
 from spsim.step.issue import block_passes
-from spsim.step.itinerary import Item, Loop, Runs, Visit, accumulation
+from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
-from spsim.step.segments import Segment
-from spsim.units import KIB, MIB, PS_PER_S, picoseconds
+from spsim.step.segments import BlockPass, Segment
+from spsim.units import KIB, MIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
 
-_blocks: Cache[PreparedBlock] = Cache(64 * MIB, lambda block: block.nbytes)
+_steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedBlock:
-    """The layer of a model under a plan; `fold` simulates identical ranks once."""
-    issued_by = plan.tp_backward_overlap, plan.zero_stage > 0
-    return _blocks.get(
-        (layer_traits(model), compiled_by(plan), precision, issued_by, fold),
-        lambda: PreparedBlock(
-            layer_template(model, plan, precision),
+def prepared_layer(
+    model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", kind: LayerKind | None = None
+) -> PreparedStep:
+    """The layers of a model under a plan, or units of layers, of a `kind`, else as the plan recomputes layers; `fold`
+    simulates identical ranks once.
+    """
+    kind = kind or usual_kind(plan)
+    return _steps.get(
+        (layer_traits(model), compiled_by(plan, kind), precision, _issued_by(plan), fold),
+        lambda: PreparedStep(
+            layer_template(model, plan, precision, kind),
             plan,
-            lambda workload: layer_program(model, plan, workload),
+            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision), kind)},
             fold=fold,
-            weight_bytes=ELEMENT_BYTES[precision],
         ),
     )
 
 
-class PreparedBlock:
+def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
+    """The whole of a model under a plan: embedding, layers, and the head if it has one."""
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), fold)
+    return _steps.get(
+        key,
+        lambda: PreparedStep(
+            step_template(model, plan, precision),
+            plan,
+            lambda workload: step_programs(model, plan, _in(workload, precision)),
+            fold=fold,
+            optimizer=Optimizer(plan, precision),
+        ),
+    )
+
+
+def _in(workload: Workload, precision: Precision) -> Workload:
+    """A workload in the precision whose recipe the device runs."""
+    return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
+
+
+def _issued_by(plan: Plan) -> tuple[bool, ...]:
+    """What of a plan says in which order its program is issued."""
+    return plan.tp_backward_overlap, plan.zero_stage > 0
+
+
+class PreparedStep:
     """Template, segments and ranks, and where the sizes and durations of each task stand."""
 
     def __init__(
         self,
         template: Template,
         plan: Plan,
-        program_at: Callable[[Workload], Program],
+        programs_at: Callable[[Workload], Mapping[str, Program]],
         *,
         fold: bool,
-        weight_bytes: int,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
+        optimizer: Optimizer | None = None,
     ) -> None:
-        """`program_at` compiles the block for a workload; bytes are of one element, of gradients as they are summed."""
-        program = template.program
+        """`programs_at` compiles the blocks for a workload. Bytes are of an element of a gradient."""
         self.template = template
-        self.program_at = program_at
-        self.mesh = mesh_of(plan)
-        self.passes = block_passes(program, plan, "layer")
-        self.syncs = tuple(gradient_syncs(program, plan, weight_bytes, gradient_bytes))
-        self.sync = sync_segment(self.syncs) if self.syncs else None
-        own = tuple(part.segment for found in self.passes.values() for part in found.parts)
-        self.segments: tuple[Segment, ...] = (*own, self.sync) if self.sync else own
+        self.programs_at = programs_at
+        self.mesh, self.world = mesh_of(plan), world_of(plan)
+        self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
+        self.optimizer = optimizer
+        self._close = partial(
+            closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes,
+            optimizer=optimizer,
+        )  # fmt: skip
+        self.closings = self._close(template.programs)
+        self.syncs = _syncs(self.closings)
+        self.owners = {
+            part.segment.name: block
+            for block, passes in self.blocks.items()
+            for own in passes.values()
+            for part in own.parts
+        }
+        """Segment -> the block that it is of."""
+        own = tuple(part.segment for found in self._passes for part in found.parts)
+        self.segments: tuple[Segment, ...] = (*own, *(made.segment for made in self.closings))
         works = (step.work for segment in own for step in segment.instructions if isinstance(step, Compute))
         differ = any(len(work) > 1 for work in works)
         self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
-        self._layers: dict[int, Loop] = {}
+        self._steps: dict[tuple[Run, ...], Loop] = {}
+        self._stage_closings: dict[frozenset[str], tuple[Closing, ...]] = {}
+
+    @property
+    def _passes(self) -> list[BlockPass]:
+        """Those of all blocks."""
+        return [own for found in self.blocks.values() for own in found.values()]
+
+    @property
+    def passes(self) -> Mapping[Pass, BlockPass]:
+        """Those of a layer."""
+        return self.blocks[LAYER]
 
     @property
     def nbytes(self) -> int:
@@ -109,11 +166,11 @@ class PreparedBlock:
         """Prepared for many workloads at once, if one rank stands for all, `covered` covers its passes and no size is
         rounded.
         """
-        if self.ranks.simulated != "one" or self.template.divisor > 1 or not all(map(covered, self.passes.values())):
+        if self.ranks.simulated != "one" or self.template.divisor > 1 or not all(map(covered, self._passes)):
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
         coefficients = self.template.coefficients.astype(np.float64)
-        return BlockColumns(self.passes, slots, self._buffer_positions, coefficients)
+        return BlockColumns(self.blocks, slots, self._buffer_positions, coefficients)
 
     @lazy
     def groups(self) -> Groups:
@@ -125,45 +182,55 @@ class PreparedBlock:
         """The segment that a recording is of, by its outline."""
         return {segment.outline: segment for segment in self.segments}
 
-    def itinerary(self, layers: int, micro_batches: Runs) -> tuple[Item, ...]:
-        """A step of equal layers, and the synchronisation of the gradients after it."""
-        if layers not in self._layers:
-            self._layers[layers] = accumulation(list(self.passes.values()), layers, 1)
-        steps = replace(self._layers[layers], runs=micro_batches)
-        return (steps, Visit(self.sync)) if self.sync else (steps,)
+    def closing_of(self, segment: Segment) -> Closing | None:
+        """What a segment after the last micro-batch is made of; None for others."""
+        return next((made for made in self.closings if made.segment is segment), None)
+
+    def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
+        """A step of a chunk's blocks, and what follows the last micro-batch."""
+        chunk = tuple(chunk)
+        if chunk not in self._steps:
+            self._steps[chunk] = accumulation(self.blocks, chunk, 1)
+        return replace(self._steps[chunk], runs=micro_batches), *(Visit(made.segment) for made in self.closings)
 
     @lazy
     def _slots(self) -> dict[str, dict[int, npt.NDArray[np.intp]]]:
         """Segment -> simulated rank -> slot of the duration of each task."""
-        slots = self.template.index.slots
 
-        def of_rank(steps: Sequence[Instruction], position: int) -> npt.NDArray[np.intp]:
-            own = (slots[step.id] for step in steps)
+        def of_rank(segment: Segment, position: int) -> npt.NDArray[np.intp]:
+            own = (self.index_of(segment).slots[step.id] for step in segment.instructions)
             return np.array([s[position] if len(s) > 1 else s[0] for s in own], dtype=np.intp)
 
         return {
-            segment.name: {rank: of_rank(segment.instructions, place) for rank, place in self.ranks.positions.items()}
+            segment.name: {rank: of_rank(segment, place) for rank, place in self.ranks.positions.items()}
             for segment in self.segments
             if segment.instructions
         }
 
+    def index_of(self, segment: Segment) -> Index:
+        """Where the numbers of the block of a segment stand."""
+        return self.template.indices[self.owners.get(segment.name, LAYER)]
+
     @lazy
     def _buffer_positions(self) -> dict[str, npt.NDArray[np.intp]]:
-        where = self.template.index.buffers
-        return {s.name: np.array([where[b] for b in s.buffer_ids], dtype=np.intp) for s in self.segments}
+        return {
+            s.name: np.array([self.index_of(s).buffers[b] for b in s.buffer_ids], dtype=np.intp) for s in self.segments
+        }
 
     @property
-    def communications(self) -> Iterator[Communication]:
-        """Of the segments, each once."""
-        steps = (step for segment in self.segments for step in segment.instructions)
-        return (step for step in steps if isinstance(step, Communication))
+    def communications(self) -> Iterator[tuple[Communication, Index]]:
+        """Of the segments, each once, with where the numbers of its block stand."""
+        for segment in self.segments:
+            index = self.index_of(segment)
+            for step in segment.instructions:
+                if isinstance(step, Communication):
+                    yield step, index
 
     @lazy
     def _messages(self) -> list[tuple[Communication, int, npt.NDArray[np.intp]]]:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
-        index = self.template.index
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
-        for step in self.communications:
+        for step, index in self.communications:
             position = index.messages[step.id]
             sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
@@ -173,16 +240,37 @@ class PreparedBlock:
         """Bytes of the buffers of each segment."""
         return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
 
-    def sync_messages(self, numbers: Numbers, layers: int) -> list[int]:
-        """Bytes of the messages that synchronise the weight gradients of all layers."""
-        elements = numbers.weight_sync
-        return [layers * s.itemsize * sum(elements[w] for w in s.weights) for s in self.syncs]
+    def stage_closings(self, chunk: Chunk) -> tuple[Closing, ...]:
+        """What follows the last micro-batch on a stage of some blocks."""
+        blocks = frozenset(run.block for run in chunk)
+        if blocks not in self._stage_closings:
+            own = {name: program for name, program in self.template.programs.items() if name in blocks}
+            self._stage_closings[blocks] = self._close(own)
+        return self._stage_closings[blocks]
+
+    def sync_messages(self, numbers: Numbers, chunk: Chunk, syncs: Sequence[Sync] | None = None) -> list[int]:
+        """Bytes of the messages that synchronise the weight gradients of all blocks of a rank."""
+        counts: Counter[str] = Counter()
+        for run in chunk:
+            counts[run.block] += run.count
+        elements = {block: numbers.weight_sync(block) for block in counts}
+
+        def size(itemsize: int | None, block: str, weight: int) -> int:
+            if itemsize is None:
+                return self.template.programs[block].weight_sync[weight].bytes
+            return itemsize * elements[block][weight]
+
+        return [
+            (s.itemsize or 0) * s.elements
+            + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
+            for s in (self.syncs if syncs is None else syncs)
+        ]
 
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""
         key = (axes, ranks, gpus_per_node)
         if key not in self._nodes:
-            self._nodes[key] = nodes_of(self.mesh, axes, gpus_per_node, ranks)
+            self._nodes[key] = nodes_of(self.world, axes, gpus_per_node, ranks)
         return self._nodes[key]
 
     def durations(
@@ -192,9 +280,11 @@ class PreparedBlock:
         comm: CommCost,
         *,
         gpus_per_node: int,
-        sync_messages: Sequence[int],
+        chunk: Chunk | None,
     ) -> dict[str, Mapping[int, list[int]]]:
-        """Picoseconds of each task, by segment and simulated rank."""
+        """Picoseconds of each task, by segment and simulated rank; of what follows the last micro-batch too, where a
+        rank runs a `chunk`.
+        """
         ps = np.rint(self._seconds(numbers.values, compute, comm, gpus_per_node) * PS_PER_S)
         ps = (
             ps.astype(np.int64) if np.maximum.reduce(ps) < 2**62 else np.array([int(time) for time in ps], dtype=object)
@@ -202,9 +292,9 @@ class PreparedBlock:
         found: dict[str, Mapping[int, list[int]]] = {
             name: {rank: ps[slots].tolist() for rank, slots in by_rank.items()} for name, by_rank in self._slots.items()
         }
-        if self.sync:
-            syncs = self.sync_durations(comm, gpus_per_node, sync_messages)
-            found[self.sync.name] = dict.fromkeys(self.ranks.copies, syncs)
+        own = self.closing_times(numbers, chunk, compute, comm, gpus_per_node=gpus_per_node) if chunk else ()
+        for made, times in own:
+            found[made.segment.name] = dict.fromkeys(self.ranks.copies, times)
         return found
 
     def durations_of_many(
@@ -215,7 +305,7 @@ class PreparedBlock:
 
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
-        seconds = np.zeros((self.template.index.num_slots, *numbers.shape[1:]))
+        seconds = np.zeros((self.template.num_slots, *numbers.shape[1:]))
         by_workload, every = seconds.T, (numbers.ndim - 1) * (slice(None),)
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
@@ -239,8 +329,8 @@ class PreparedBlock:
 
     @lazy
     def _runs(self) -> Floats:
-        """How often a rank runs the kernel of each slot in both passes of a block, a mean over positions on a ring."""
-        runs = [0.0] * self.template.index.num_slots
+        """How often a rank runs the kernel of each slot in both passes of a layer, a mean over positions on a ring."""
+        runs = [0.0] * self.template.num_slots
         for part in (part for found in self.passes.values() for part in found.parts):
             for step in part.segment.instructions:
                 slots = self.template.index.slots[step.id]
@@ -248,9 +338,33 @@ class PreparedBlock:
                     runs[slot] += part.runs / len(slots)
         return np.array([0.0, *runs[1:]])
 
-    def sync_durations(self, comm: CommCost, gpus_per_node: int, messages: Sequence[int]) -> list[int]:
-        """Picoseconds of each task of the synchronisation."""
-        return [
-            picoseconds(comm.duration(s.collective, message, s.ranks, self.nodes(s.axes, s.ranks, gpus_per_node)))
-            for s, message in zip(self.syncs, messages, strict=True)
-        ]
+    def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
+        """Of all blocks of a rank."""
+        return sum(run.count * numbers.parameters(run.block) for run in chunk)
+
+    def weight_bytes(self, chunk: Chunk) -> int:
+        """Of these, with all copies that products read cast."""
+        return sum(run.count * self.template.programs[run.block].weight_bytes for run in chunk)
+
+    def _kernels(self, numbers: Numbers, chunk: Chunk) -> list[OptimizerKernel]:
+        """Of the optimizer and, after it, of casts of weights."""
+        if self.optimizer is None:
+            return []
+        casts = [(run.count, cast) for run in chunk for cast in self.template.programs[run.block].weight_casts]
+        return [*self.optimizer.kernels(self.parameters(numbers, chunk)), *weight_casts(casts)]
+
+    def closing_times(
+        self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
+    ) -> list[tuple[Closing, list[int]]]:
+        """Picoseconds of each task after the last micro-batch."""
+        own = self.closings if self.world == self.mesh else self.stage_closings(chunk)
+        syncs = _syncs(own)
+        messages = dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
+        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in syncs}
+        kernels = self._kernels(numbers, chunk)
+        return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
+
+
+def _syncs(own: Sequence[Closing]) -> tuple[Sync, ...]:
+    """The collectives of some closings."""
+    return tuple([step for made in own for step in made.steps if isinstance(step, Sync)])

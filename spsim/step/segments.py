@@ -7,9 +7,9 @@ for of earlier segments, and its buffers; neither durations nor sizes, nor where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, Outline, TaskInfo
@@ -17,6 +17,9 @@ from spsim.engine.tasks import Task
 from spsim.lazy import lazy
 from spsim.program.instructions import Instruction
 from spsim.program.mesh import Axis
+from spsim.step.gradients import Sync
+
+T = TypeVar("T")
 
 
 class Call(NamedTuple):
@@ -53,7 +56,16 @@ class Segment:
     buffer_ids: tuple[int, ...] = ()
     """Of each buffer, in the program."""
     instructions: tuple[Instruction, ...] = ()
-    """What the tasks carry out, if they come from a program."""
+    """What the tasks carry out, those that come from a program."""
+    added: Mapping[int, Sync] = field(default_factory=dict)
+    """What the other tasks carry out, whose labels have their sizes."""
+    added_bytes: tuple[int, ...] = ()
+    """Of the buffers after those of `buffer_ids`, which belong to them."""
+
+    def woven(self, own: Iterable[T], added: Mapping[int, T]) -> list[T]:
+        """Something of each task: of those that come from a program as given in a row, of the others by task."""
+        rest = iter(own)
+        return [added[task.id] if task.id in self.added else next(rest) for task in self.tasks]
 
     @lazy
     def outline(self) -> Outline:
@@ -85,6 +97,8 @@ class Part:
 
     segment: Segment
     runs: int = 1
+    layer: int = 0
+    """Of the block, from 0, that it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

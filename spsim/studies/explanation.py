@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from spsim.inputs.effects import without_effect
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import without_effect
 from spsim.inputs.scenario import Shapes
 from spsim.inputs.workload import Workload
-from spsim.program.assembly import layer_program
-from spsim.program.blocks.transformer import transformer_layer
+from spsim.program.assembly import layer_operators, layer_program
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
@@ -133,7 +132,7 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
     without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1})
     shards = plan.ulysses * plan.ring > 1 or plan.sequence_parallel
     with_ = plan if shards else plan.model_copy(update={"sequence_parallel": True})
-    operators = transformer_layer(model, workload)
+    operators = layer_operators(model, workload)
     program = layer_program(model, plan, workload)
     saved = [_saved_by_operator(layer_program(model, p, workload)) for p in (without, with_)]
     mesh, rules = mesh_of(plan), split_rules(plan)

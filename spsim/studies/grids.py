@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from spsim.inputs.grid import Grid
 from spsim.inputs.rules import keeps_sizes
 from spsim.inputs.scenario import Scenario, scenario_from
-from spsim.inputs.workload import ELEMENT_BYTES, Workload
+from spsim.inputs.workload import Precision, Workload
 from spsim.results.columns import ResultColumns
 from spsim.simulation import simulate_many
 from spsim.studies.points import Labels, Point
@@ -116,7 +116,7 @@ class _Sorting:
 
 _SETTINGS = frozenset(Scenario.model_fields)
 _WORKLOAD = frozenset(Workload.model_fields)
-_PRECISIONS = tuple(ELEMENT_BYTES)
+_PRECISIONS = get_args(Precision)
 _NOT_GIVEN = object()
 
 

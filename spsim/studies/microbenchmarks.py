@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,9 +24,9 @@ from spsim.errors import InputError, first_problem
 from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.resources import read_text
-from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.inputs.workload import ELEMENT_BYTES, Precision, product_type
 from spsim.units import US_PER_S
-from spsim.work import AttentionKernel, FlashAttention, Framework, Gemm
+from spsim.work import OPERAND_BYTES, AttentionKernel, FlashAttention, Framework, Gemm
 
 Kind = Literal["gemm", "attention"]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -52,12 +53,12 @@ class Product(BaseModel):
         yield self.direction, self.time_us
 
     def work(self, direction: str, precision: Precision) -> Gemm:
-        """The product that runs; of fp8 operands the result has 16 bits."""
+        """The product that runs; of operands in 8 bits the result has 16 bits."""
         m, n, k = {
             "forward": (self.m, self.n, self.k), "dgrad": (self.m, self.k, self.n), "wgrad": (self.n, self.k, self.m)
         }[direction]  # fmt: skip
-        operand = 1 if precision == "fp8" else ELEMENT_BYTES[precision]
-        moved = self.batch * (operand * (m * k + k * n) + ELEMENT_BYTES[precision] * m * n)
+        operand = Fraction(OPERAND_BYTES[product_type(precision)])
+        moved = self.batch * (math.ceil(operand * (m * k + k * n)) + ELEMENT_BYTES[precision] * m * n)
         return Gemm(m, n, k, self.batch, moved)
 
 
@@ -193,7 +194,7 @@ def measured_kernels(
 
     Raises `InputError` for a file that is neither of products nor of attention, and for values that are impossible.
     """
-    cost = ComputeCost(profile, precision, burst=burst)
+    cost = ComputeCost(profile, product_type(precision), burst=burst)
     rows: list[MeasuredKernel] = []
     for columns, row in _read(path):
         for direction, time in row.times:

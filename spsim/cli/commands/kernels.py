@@ -20,7 +20,10 @@ from spsim.studies.microbenchmarks import MeasuredKernel, measured_kernels, summ
 def command(
     measured: Annotated[Path, typer.Argument(help="CSV of measured products or attention.")],
     hardware: Annotated[str, typer.Option("--hardware", help="Profile name or path of a TOML profile.")],
-    precision: Annotated[Precision, typer.Option("--precision", help="fp32, bf16, fp16 or fp8.")] = "bf16",
+    precision: Annotated[
+        Precision,
+        typer.Option("--precision", help="fp32, bf16, fp16, fp8, fp8_delayed, mxfp8, fp8_blockwise or nvfp4."),
+    ] = "bf16",
     sustained: Annotated[bool, typer.Option("--sustained", help="Predict long runs at the power limit.")] = False,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for a picture and the document.")] = None,

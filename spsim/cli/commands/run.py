@@ -112,7 +112,6 @@ def _write_outputs(result: Result, out: Path, selection: Selection, trace_format
             chrome_trace.write_chrome_trace(result, directory / "trace.json.gz", selection)
         (directory / "result.json").write_text(json.dumps(result.to_json(), indent=2), encoding="utf-8")
         tables.spans_frame(result.trace, selection).to_csv(directory / "spans.csv", index=False)
-        static = result.static.by_category()
-        tables.memory_frame(result.trace, static, selection).to_csv(directory / "memory_curve.csv", index=False)
+        tables.memory_frame(result.trace, result.statics, selection).to_csv(directory / "memory_curve.csv", index=False)
         result.operators.to_csv(directory / "operators.csv", index=False)
         return file_names(directory)

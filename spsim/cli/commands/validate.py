@@ -10,7 +10,8 @@ import typer
 from spsim.cli.options import JsonOption
 from spsim.cli.outputs import open_console, print_json
 from spsim.report import validation as report
-from spsim.studies.validation import load_cases, validate
+from spsim.studies.measured_cases import load_cases
+from spsim.studies.validation import validate
 
 
 def command(

@@ -61,8 +61,8 @@ def _rates(dtype: str, works: Sequence[Gemm]) -> list[Parameter]:
         found.append(Parameter(f"gemm.weight_gradient_rate.{dtype}", 0.05, 1))
     if accumulated > NO_ACCUMULATION:
         found.append(Parameter(f"gemm.accumulation_exposed.{dtype}", 0, 4))
-    if accumulated > NO_ACCUMULATION and dtype in HALF_PRECISION:
-        # Of other types a kernel of its own adds, after the product.
+    if accumulated > NO_ACCUMULATION and dtype in (*HALF_PRECISION, "fp8"):
+        # Of fp32 and tf32 a kernel of its own adds, after the product; of fp8 in torch, not in Transformer Engine.
         found.append(Parameter(f"gemm.accumulation_half_k.{dtype}", 100, 1e6))
     return found
 

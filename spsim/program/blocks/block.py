@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from spsim.inputs.model import Model
+from spsim.inputs.workload import Workload
 from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
 from spsim.program.placement import Extent, factors
 from spsim.work import AttentionKernel, Framework, KernelClass, KernelName
@@ -62,6 +64,7 @@ class Block:
         kernel: KernelName | None = None,
         attention_kernel: AttentionKernel | Framework = "transformer_engine",
         rules: str = "",
+        in_place: bool = False,
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
         left, right = parse(signature)
@@ -79,5 +82,39 @@ class Block:
                 kernel=kernel,
                 attention_kernel=attention_kernel,
                 rules=rules,
+                in_place=in_place,
             )
         )
+
+
+class ModelBlock(Block):
+    """A block of a model; sizes come from the model and the workload, of a micro-batch of all replicas."""
+
+    def __init__(self, model: Model, workload: Workload, replicas: int, **sizes: int) -> None:
+        """`sizes` are those of dimensions that not all blocks have."""
+        common = {
+            "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch * replicas,
+            "h": model.hidden, "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
+        }  # fmt: skip
+        super().__init__(common | sizes, workload.element_bytes)
+        self.model = model
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """LayerNorm keeps its input and fp32 mean and reciprocal deviation, RMSNorm the latter only."""
+        layernorm = self.model.norm == "layernorm"
+        weights = [self.weight(f"{name}_weight", "h")] + ([self.weight(f"{name}_bias", "h")] if layernorm else [])
+        out = self.tensor(f"{name}_out", "s b h")
+        statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
+        self.add(
+            name, "norm", f"s b h{', h' * len(weights)} -> s b h", [x, *weights], [out, statistics],
+            mixes="h", saves=[x, statistics], kernel="layer_norm" if layernorm else "rms_norm",
+        )  # fmt: skip
+        return out
+
+    def dropout(self, name: str, x: Tensor) -> Tensor:
+        """Dropout with a mask of one byte an element."""
+        dims = " ".join(x.dims)
+        out = self.tensor(f"{name}_out", dims)
+        mask = self.tensor(f"{name}_mask", dims, "mask", itemsize=1)
+        self.add(name, "dropout", f"{dims} -> {dims}", [x], [out, mask], saves=[mask], kernel="dropout")
+        return out

@@ -10,33 +10,13 @@ from operator import attrgetter
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
-from spsim.program.blocks.block import Block
+from spsim.program.blocks.block import ModelBlock
 from spsim.program.operators import Operator, Tensor
 from spsim.work import AttentionKernel, Framework, KernelClass
 
 
-class _Layer(Block):
-    """The operators of one layer; sizes come from the model and the workload."""
-
-    def __init__(self, model: Model, workload: Workload, replicas: int) -> None:
-        sizes = {
-            "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch * replicas,
-            "h": model.hidden, "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
-        }  # fmt: skip
-        super().__init__(sizes, workload.element_bytes)
-        self.model = model
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        """LayerNorm keeps its input and fp32 mean and reciprocal deviation, RMSNorm the latter only."""
-        layernorm = self.model.norm == "layernorm"
-        weights = [self.weight(f"{name}_weight", "h")] + ([self.weight(f"{name}_bias", "h")] if layernorm else [])
-        out = self.tensor(f"{name}_out", "s b h")
-        statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
-        self.add(
-            name, "norm", f"s b h{', h' * len(weights)} -> s b h", [x, *weights], [out, statistics],
-            mixes="h", saves=[x, statistics], kernel="layer_norm" if layernorm else "rms_norm",
-        )  # fmt: skip
-        return out
+class _Layer(ModelBlock):
+    """The operators of one layer."""
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections as one GEMM, as Megatron's fused column-parallel linear."""
@@ -122,14 +102,6 @@ class _Layer(Block):
         )  # fmt: skip
         return out
 
-    def dropout(self, name: str, x: Tensor) -> Tensor:
-        """Dropout with a mask of one byte an element."""
-        dims = " ".join(x.dims)
-        out = self.tensor(f"{name}_out", dims)
-        mask = self.tensor(f"{name}_mask", dims, "mask", itemsize=1)
-        self.add(name, "dropout", f"{dims} -> {dims}", [x], [out, mask], saves=[mask], kernel="dropout")
-        return out
-
     def residual(self, name: str, x: Tensor, residual: Tensor) -> Tensor:
         """Bias, dropout and residual in one kernel; without dropout the gradient passes through untouched."""
         bias = [self.weight(f"{name}_bias", "h")] if self.model.bias else []
@@ -169,7 +141,7 @@ class _Layer(Block):
 
 
 LAYER_INPUT = "layer_input"
-LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise")
+LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax", "dropout", "elementwise", "cast")
 """Of the kernels of a layer."""
 
 

@@ -62,9 +62,9 @@ class Pending:
 
 
 @_on_the_clock
-def start_all_reduce(x: Tensor, group: Group) -> Pending:
-    """The sum over all ranks, in place."""
-    return Pending(x, [dist.all_reduce(x, group=group, async_op=True)] if group else [])
+def start_all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """The sum over all ranks, or what else `op` says, in place."""
+    return Pending(x, [dist.all_reduce(x, op, group=group, async_op=True)] if group else [])
 
 
 @_on_the_clock
@@ -123,6 +123,25 @@ class _Reduce(Function):
 def reduce(x: Tensor, group: Group, *, scatter: bool) -> Tensor:
     """All-reduce, whose gradient needs nothing, or reduce-scatter, whose gradient is gathered."""
     out: Tensor = _Reduce.apply(x, group, scatter)
+    return out
+
+
+class _Scatter(Function):
+    """From a whole sequence to the part of a rank: a view, whose gradient is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.chunk(group.size())[group.rank()]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return start_all_gather(gradients[0], ctx.group).wait(), None
+
+
+def scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of [s ...], which all ranks have."""
+    out: Tensor = _Scatter.apply(x, group)
     return out
 
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import WeightSync
 from spsim.pytorch.layers import elementwise, flash, unfused
 from spsim.pytorch.layers import ring as rings
+from spsim.pytorch.layers.block import ParallelBlock
 from spsim.pytorch.layers.collectives import reduce, split_heads, split_sequence
 from spsim.pytorch.layers.groups import Groups
-from spsim.pytorch.layers.linears import TensorParallel, column_parallel
+from spsim.pytorch.layers.linears import column_parallel
 from spsim.pytorch.layers.recording import operator, recomputation
-from spsim.pytorch.layers.sequence import BETWEEN_LINEARS, INSIDE_ATTENTION, SequenceShards
-from spsim.pytorch.layers.weights import weight_shapes, whole_weight
+from spsim.pytorch.layers.sequence import BETWEEN_LINEARS, INSIDE_ATTENTION
+from spsim.pytorch.layers.weights import weight_shapes
 
 
-class ParallelLayer(nn.Module):
+class ParallelLayer(ParallelBlock):
     """A layer whose parameters are this rank's slices of a whole layer's seeded weights.
 
     Dropout draws from torch's default generator: ranks of a tp axis without sequence parallelism need equal
@@ -40,42 +39,7 @@ class ParallelLayer(nn.Module):
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.model, self.plan, self.groups = model, plan, groups
-        self.device = torch.device(device)
-        self.shards = SequenceShards(plan, groups, causal=model.causal)
-        self.tp = TensorParallel(
-            groups.group("tp"), plan.sequence_parallel, plan.tp_backward_overlap, plan.keep_gathered
-        )
-        for name, shape in weight_shapes(model).items():
-            part = self.local_weight(name, whole_weight(name, shape, seed, dtype))
-            self.register_parameter(
-                name, nn.Parameter(part.clone(memory_format=torch.contiguous_format).to(self.device))
-            )
-        self._tables: dict[str, Any] = {}
-
-    # Whole tensors and their parts
-
-    def local_weight(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's slice of a weight, or of its gradient."""
-        shape = weight_shapes(self.model)[name]
-        return shape.cut(whole, self.groups.coordinate("tp"), self.groups.degree("tp"))
-
-    def local_input(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole input or output [s b h], in the order in which the layer holds it."""
-        return self.shards.local(whole)
-
-    def whole_output(self, part: Tensor) -> Tensor:
-        """The whole [s b h] of the parts of all ranks; every rank calls it."""
-        return self.shards.whole(part)
-
-    def synchronise_gradients(self, syncs: Iterable[WeightSync]) -> None:
-        """Sum the gradients of weights over the ranks that hold summands of them: `Program.weight_sync`."""
-        for sync in syncs:
-            gradient = self.get_parameter(sync.weight).grad
-            for axis in sync.axes:
-                ranks = sync.ranks if sync.axes == ("tp",) else self.groups.degree(axis)
-                dist.all_reduce(gradient, group=self.groups.part(axis, ranks))
+        super().__init__(model, plan, groups, weight_shapes(model), dtype, device, seed)
 
     # The layer
 
@@ -86,41 +50,28 @@ class ParallelLayer(nn.Module):
         return out
 
     def _layer(self, x: Tensor) -> Tensor:
-        attended = self._residual("residual1", self._attention(self._norm("norm1", x)), x)
-        normed = self._norm("norm2", x if self.model.parallel_residual else attended)
+        attended = self._residual("residual1", self._attention(self.norm("norm1", x)), x)
+        normed = self.norm("norm2", x if self.model.parallel_residual else attended)
         return self._residual("residual2", self._mlp(normed), attended)
-
-    def _weight(self, name: str) -> Tensor:
-        return self.get_parameter(f"{name}_weight")
-
-    def _bias(self, name: str) -> Tensor | None:
-        return self._parameters.get(f"{name}_bias")
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        with operator(name):
-            bias = self._bias(name)
-            if bias is None:
-                return elementwise.rms_norm(x, self._weight(name))
-            return elementwise.layer_norm(x, self._weight(name), bias)
 
     def _attention(self, x: Tensor) -> Tensor:
         q, k, v = self._qkv(x)
         if self.model.qk_norm:
-            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
+            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
         if self.model.positions == "rope":
             q, k = self._rope("rope_q", q), self._rope("rope_k", k)
         recompute = self.plan.recompute == "selective"
         run = _recomputed(self._core_attention) if recompute else self._core_attention
         context: Tensor = run(q, k, v)
         with operator("projection"):
-            return nn.functional.linear(context.flatten(2), self._weight("projection").flatten(1))
+            return nn.functional.linear(context.flatten(2), self.weight("projection").flatten(1))
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         with operator("qkv"):
-            biases = [self._bias(name) for name in "qkv"]
+            biases = [self.bias(name) for name in "qkv"]
             outs = column_parallel(
                 x,
-                [self._weight(name).flatten(0, 1) for name in "qkv"],
+                [self.weight(name).flatten(0, 1) for name in "qkv"],
                 [None if bias is None else bias.flatten() for bias in biases],
                 self.tp,
             )
@@ -129,7 +80,7 @@ class ParallelLayer(nn.Module):
     def _rope(self, name: str, x: Tensor) -> Tensor:
         with operator(name):
             positions = partial(self.shards.positions, x.shape[0], BETWEEN_LINEARS)
-            table = self._table(
+            table = self.table(
                 f"rope_{x.shape[0]}_{x.dtype}",
                 lambda: elementwise.rotation(positions(), self.model.head_dim, x.dtype),
             )
@@ -164,38 +115,32 @@ class ParallelLayer(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         with operator("fc1"):
-            weight = self._weight("fc1")
+            weight = self.weight("fc1")
             (hidden,) = column_parallel(x, [weight.flatten(0, -2)], [None], self.tp)
             hidden = hidden.unflatten(-1, weight.shape[:-1])
         with operator(self.model.activation):
-            active = elementwise.activation(self.model.activation, hidden, self._bias("fc1"))
+            active = elementwise.activation(self.model.activation, hidden, self.bias("fc1"))
         with operator("fc2"):
-            return nn.functional.linear(active, self._weight("fc2"))
+            return nn.functional.linear(active, self.weight("fc2"))
 
     def _residual(self, name: str, x: Tensor, residual: Tensor) -> Tensor:
         with operator(name):
             if self.tp.group is not None:
                 x = reduce(x, self.tp.group, scatter=self.plan.sequence_parallel)
-            return elementwise.bias_dropout_residual(x, self._bias(name), residual, self.model.dropout)
+            return elementwise.bias_dropout_residual(x, self.bias(name), residual, self.model.dropout)
 
     # Constants, made at the first use
 
-    def _table(self, key: str, make: Callable[[], Tensor]) -> Tensor:
-        name = key.replace(".", "_")
-        if name not in self._buffers:
-            self.register_buffer(name, make().to(self.device), persistent=False)
-        return self.get_buffer(name)
-
     def _mask(self, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
         positions = partial(self.shards.positions, queries, INSIDE_ATTENTION)
-        return self._table(f"mask_{queries}_{keys}_{dtype}", lambda: unfused.causal_mask(positions(), keys, dtype))
+        return self.table(f"mask_{queries}_{keys}_{dtype}", lambda: unfused.causal_mask(positions(), keys, dtype))
 
     def _ring(self, tokens: int) -> rings.Ring | None:
         group = self.groups.group("ring")
         if group is None:
             return None
-        order = self._table(f"order_{tokens}", lambda: self.shards.order(tokens * group.size()))
-        places = self._table(f"places_{tokens}", order.argsort)
+        order = self.table(f"order_{tokens}", lambda: self.shards.order(tokens * group.size()))
+        places = self.table(f"places_{tokens}", order.argsort)
         return rings.Ring(group, self.groups.coordinate("ring"), self.shards.zigzag, self.model.causal, order, places)
 
 

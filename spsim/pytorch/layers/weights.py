@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spsim.inputs.model import Model
+from spsim.program.blocks.head import is_tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,26 @@ def weight_shapes(model: Model) -> dict[str, WeightShape]:
         shapes[f"{norm}_weight"] = WeightShape((h,), mean=1.0)
         if model.norm == "layernorm":
             shapes[f"{norm}_bias"] = WeightShape((h,))
+    return shapes
+
+
+def embedding_shapes(model: Model, rows: int) -> dict[str, WeightShape]:
+    """Of the embedding, its vocabulary padded to so many rows."""
+    shapes = {"embedding_weight": WeightShape((rows, model.hidden), 0)}
+    if model.positions == "learned":
+        shapes["position_embedding_weight"] = WeightShape((model.max_positions, model.hidden))
+    return shapes
+
+
+def head_shapes(model: Model, rows: int) -> dict[str, WeightShape]:
+    """Of final norm and output layer."""
+    shapes = {"final_norm_weight": WeightShape((model.hidden,), mean=1.0)}
+    if model.norm == "layernorm":
+        shapes["final_norm_bias"] = WeightShape((model.hidden,))
+    name = "embedding" if is_tied(model) else "output_layer"
+    shapes[f"{name}_weight"] = WeightShape((rows, model.hidden), 0)
+    if model.head_bias:
+        shapes["output_layer_bias"] = WeightShape((rows,), 0)
     return shapes
 
 

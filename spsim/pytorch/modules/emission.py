@@ -1,4 +1,4 @@
-"""From a graph with named dimensions to the operators that `compiler.compile_program` takes."""
+"""From a graph with named dimensions to the operators that `compiler.compile_region` takes, placed."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import check_nodes, gpus_per_node
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import lazy
-from spsim.program.instructions import Compute, Program
+from spsim.program.instructions import LAYER, Compute, Program
 from spsim.program.sizes import Template
 from spsim.pytorch.modules.allocator import ERROR_PERCENT, reserved_bytes
 from spsim.pytorch.modules.costs import kernels
@@ -21,7 +21,8 @@ from spsim.pytorch.modules.tape import Tape
 from spsim.results.derived import Amounts
 from spsim.results.result import Result
 from spsim.simulation import assemble
-from spsim.step.preparation import PreparedBlock
+from spsim.step.itinerary import Run
+from spsim.step.preparation import PreparedStep
 from spsim.units import GIB, MS_PER_S
 
 PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -124,11 +125,11 @@ def simulate_program(
     if gradients == "kept":
         program = added(program)
     template = Template(program, 1)
-    block = PreparedBlock(
-        template, plan, lambda _: program, fold=True, weight_bytes=itemsize, gradient_bytes=itemsize
+    prepared = PreparedStep(
+        template, plan, lambda _: {LAYER: program}, fold=True, gradient_bytes=itemsize
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
-    result = assemble("module", scenario, block, numbers, _amounts(program, tape, plan), static)
+    result = assemble("module", scenario, prepared, [Run(LAYER)], numbers, _amounts(program, tape, plan), static)
     return TracedResult(**{field.name: getattr(result, field.name) for field in fields(result)}, weights=weights)
 
 

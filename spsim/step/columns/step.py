@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,27 +10,26 @@ import numpy as np
 
 from spsim.engine.pieces import Pass
 from spsim.lazy import lazy
+from spsim.program.instructions import LAYER
 from spsim.step.columns.fill import Fill, Floats, Places
 from spsim.step.columns.order import order_of
 from spsim.step.columns.passes import PassColumns
 from spsim.step.columns.replay import Contention, Points, Times, replay
 from spsim.step.columns.walk import Branch, Leaf, Memory, Node, nodes_of
-from spsim.step.itinerary import Runs, accumulation
-from spsim.step.segments import BlockPass, Segment
+from spsim.step.itinerary import Blocks, Chunk, Run, Runs, accumulation
+from spsim.step.segments import Segment
 
+Key = tuple[str, Pass]
+"""A pass of a block."""
 EXACT = 2.0**53
 """Whole numbers below it have a float of their own."""
 
 
 class BlockColumns:
-    """The passes of a block of which one rank stands for all, prepared for many workloads at once."""
+    """The passes of blocks of which one rank stands for all, prepared for many workloads at once."""
 
     def __init__(
-        self,
-        passes: Mapping[Pass, BlockPass],
-        slots: Mapping[str, Places],
-        positions: Mapping[str, Places],
-        coefficients: Floats,
+        self, blocks: Blocks, slots: Mapping[str, Places], positions: Mapping[str, Places], coefficients: Floats
     ) -> None:
         """`slots` of the durations of the tasks of each segment, and `positions` of the bytes of its buffers among
         numbers with `coefficients`.
@@ -38,7 +37,7 @@ class BlockColumns:
         self.coefficients = coefficients
         self.monomials: Floats = coefficients.sum(axis=0)
         """Coefficients of the sum of all numbers."""
-        orders = {phase: order_of(block) for phase, block in passes.items()}
+        orders = {(name, phase): order_of(own) for name, passes in blocks.items() for phase, own in passes.items()}
         pieces = [piece for order in orders.values() for piece in order.pieces]
         self.labels = [
             [label for piece in order.pieces for label in piece.segment.labels]
@@ -47,56 +46,60 @@ class BlockColumns:
         ]
         """Of each leaf, what the tasks of its pass are."""
         self.classes = sorted({name for piece in pieces for name in piece.segment.outline.classes[0]})
-        self.passes = {
-            phase: PassColumns(order, positions, coefficients, self.classes) for phase, order in orders.items()
-        }
+        self.passes = {key: PassColumns(order, positions, coefficients, self.classes) for key, order in orders.items()}
         self.slots = np.concatenate([slots[piece.segment.name] for piece in pieces])
-        self._blocks = tuple(passes.values())
+        self._blocks = blocks
         self._positions = positions
         self._leaves: dict[str, list[Leaf]] = defaultdict(list)
         for number, piece in enumerate(pieces):
             self._leaves[piece.segment.name].append(Leaf(number, piece.runs))
-        self._walks: dict[int, tuple[Sequence[Node], Floats]] = {}
+        self._walks: dict[tuple[Run, ...], tuple[Sequence[Node], Floats]] = {}
 
     def run(
-        self, layers: int, micro_batches: Runs, times: Times, sync_ps: int, basis: Floats, slowdown: float
+        self,
+        chunk: Chunk,
+        micro_batches: Runs,
+        times: Times,
+        sync_ps: int,
+        optimizer_ps: int,
+        basis: Floats,
+        slowdown: float,
     ) -> StepColumns:
-        """A step of equal layers and micro-batches, with picoseconds by slot and of the synchronisation after it, and
-        the monomials of the sizes of all workloads.
+        """A step of a chunk's blocks and equal micro-batches, with picoseconds by slot and of the synchronisation
+        and the optimizer after the last one, and the monomials of the sizes of all workloads.
         """
         rate = Contention(slowdown)
         durations = times[self.slots]
         holds = self.monomials @ basis < EXACT
         holds &= durations.min(axis=0) > 0
         holds &= durations.sum(axis=0) < 2**62 // rate.whole
-        phases: dict[Pass, Floats] = {}
-        compute: list[Floats] = []
+        phases: dict[Key, Floats] = {}
+        compute: dict[Key, Floats] = {}
         fills: list[Fill] = []
         first = 0
-        for phase, own in self.passes.items():
+        for key, own in self.passes.items():
             run = replay(own.order, durations[first : first + len(own.order.tasks)], rate)
             first += len(own.order.tasks)
             holds &= own.holds(run)
-            phases[phase] = own.length(run)
-            compute.append(own.compute(run))
+            phases[key] = own.length(run)
+            compute[key] = own.compute(run)
             fills += own.fills.of(run, basis)
-        nodes, sums = self._walk(layers)
+        nodes, sums = self._walk(tuple(chunk))
         memory = Memory([Branch(nodes, micro_batches)], fills, sums @ basis)
-        kernels = sum(compute[1:], compute[0])
-        return StepColumns(self, layers * micro_batches, holds, phases, kernels, memory, sync_ps)
+        return StepColumns(self, tuple(chunk), micro_batches, holds, phases, compute, memory, sync_ps, optimizer_ps)
 
-    def _walk(self, layers: int) -> tuple[Sequence[Node], Floats]:
+    def _walk(self, chunk: tuple[Run, ...]) -> tuple[Sequence[Node], Floats]:
         """One micro-batch, and the coefficients of the sums of bytes that its nodes name."""
-        if layers not in self._walks:
+        if chunk not in self._walks:
             sums: list[Floats] = []
 
             def noted(segment: Segment, buffers: Sequence[int]) -> int:
                 sums.append(self.coefficients[self._positions[segment.name][[*buffers]]].sum(axis=0))
                 return len(sums) - 1
 
-            nodes = nodes_of(accumulation(self._blocks, layers, 1).body, self._leaves, noted)
-            self._walks[layers] = nodes, np.array(sums).reshape(-1, self.coefficients.shape[1])
-        return self._walks[layers]
+            nodes = nodes_of(accumulation(self._blocks, chunk, 1).body, self._leaves, noted)
+            self._walks[chunk] = nodes, np.array(sums).reshape(-1, self.coefficients.shape[1])
+        return self._walks[chunk]
 
 
 @dataclass(frozen=True)
@@ -104,37 +107,53 @@ class StepColumns:
     """What a step came to; times in picoseconds."""
 
     block: BlockColumns
-    instances: Runs
-    """Passes of a layer in the step."""
+    chunk: tuple[Run, ...]
+    micro_batches: Runs
     holds: Points
     """For which workloads the segments ran as they are recorded."""
-    phases: Mapping[Pass, Floats]
-    """Of each pass of one layer and micro-batch."""
-    kernels: Floats
-    """Of one layer and micro-batch, a row for each class."""
+    lengths: Mapping[Key, Floats]
+    """Of each pass of one block and micro-batch."""
+    kernels: Mapping[Key, Floats]
+    """Of the same, a row for each class."""
     memory: Memory
     weight_sync: int
-    """Synchronisation of weight gradients at the end of the step."""
+    """Synchronisation of weight gradients after the last micro-batch, and the gather of weights."""
+    optimizer: int
+
+    def _of_micro_batch(self, lengths: Mapping[Key, Floats], *, layers: bool = False) -> Floats:
+        """The sum over the passes of all blocks of one micro-batch, or of its layers only."""
+        counts: Counter[str] = Counter()
+        for run in self.chunk:
+            if run.numbered or not layers:
+                counts[run.block] += run.count
+        first, *more = [counts[block] * length for (block, _), length in lengths.items() if counts[block]]
+        return sum(more, first)
+
+    @property
+    def phases(self) -> Mapping[Pass, Floats]:
+        """Of each pass of one layer and micro-batch."""
+        return {phase: length for (block, phase), length in self.lengths.items() if block == LAYER}
 
     @lazy
-    def _layers(self) -> Floats:
-        first, *more = self.phases.values()
-        return sum(more, first) * self.instances
+    def _passes(self) -> Floats:
+        return self._of_micro_batch(self.lengths) * self.micro_batches
 
     @lazy
     def end(self) -> Floats:
-        """All layers and micro-batches, and the synchronisation of weight gradients."""
-        return self._layers + self.weight_sync
+        """All blocks and micro-batches, and what follows them."""
+        return self._passes + self.weight_sync + self.optimizer
 
     @lazy
     def compute(self) -> Mapping[str, Floats]:
-        """Kernels by class."""
-        return dict(zip(self.block.classes, self.kernels * self.instances, strict=True))
+        """Kernels of layers by class."""
+        kernels = self._of_micro_batch(self.kernels, layers=True) * self.micro_batches
+        return dict(zip(self.block.classes, kernels, strict=True))
 
     @lazy
     def exposed(self) -> Floats:
         """Communication while no kernel runs, weight synchronisation apart: for nothing else do kernels wait."""
-        exposed: Floats = self._layers - self.kernels.sum(axis=0) * self.instances
+        kernels = self._of_micro_batch(self.kernels).sum(axis=0) * self.micro_batches
+        exposed: Floats = self._passes - kernels
         return exposed
 
     @lazy

@@ -1,0 +1,84 @@
+"""Options of a plan that change nothing under it, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.step_rules import grouped, overlaps_messages, sends
+
+
+def without_effect(model: Model, plan: Plan) -> Iterator[str]:
+    """Options of a plan that differ from their defaults and change nothing under it, each with the reason."""
+    defaults = type(plan).model_fields
+    for name, reason in reasons(model, plan).items():
+        value = getattr(plan, name)
+        if reason and value != defaults[name].default:
+            yield f"{setting(name, value)} has no effect {reason}"
+
+
+def setting(name: str, value: Any) -> str:
+    """An option as messages write it."""
+    return name if value is True else f"{name} = {value!r}"
+
+
+def reasons(model: Model, plan: Plan) -> dict[str, str]:
+    """Why an option would change nothing under a plan; empty where it does."""
+    return {**_of_layers(model, plan), **_of_pipeline(plan), **_of_replicas(plan), **_of_memory(model, plan)}
+
+
+def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
+    ring_cut = "without ring" if plan.ring == 1 else "without a causal mask" if not model.causal else ""
+    if not ring_cut and model.attention == "unfused":
+        ring_cut = "with unfused attention, which computes what it masks"
+    one_rank = "with tp = 1" if plan.tp == 1 else ""
+    return {
+        "sequence_parallel": one_rank,
+        "ring_kind": "without ring" if plan.ring == 1 else "",
+        "ring_cut": ring_cut,
+        "tp_backward_overlap": one_rank,
+        "tp_overlap": one_rank,
+        "keep_gathered": "" if plan.tp > 1 and plan.sequence_parallel else "without sequence_parallel over tp",
+    }
+
+
+def _of_pipeline(plan: Plan) -> dict[str, str]:
+    options = (
+        "pp_schedule", "pp_group", "pp_layout", "pp_sends", "pp_overlap", "pp_warmup_flush", "pp_deallocate"
+    )  # fmt: skip
+    if plan.pp == 1:
+        return dict.fromkeys(options, "with pp = 1")
+    torch = "under pp_sends = 'torch'" if sends(plan) == "torch" else ""
+    group = "as it is pp anyhow" if plan.pp_group == plan.pp and not torch else torch
+    usual = plan.model_copy(update={"pp_sends": None, "pp_overlap": None})
+    return {
+        "pp_group": group if grouped(plan) else f"with pp_schedule = {plan.pp_schedule!r} of {plan.virtual_pp} chunks",
+        "pp_sends": f"with pp_schedule = {plan.pp_schedule!r}" if sends(usual) == sends(plan) else "",
+        "pp_overlap": torch or ("by default" if overlaps_messages(usual) == overlaps_messages(plan) else ""),
+        "pp_warmup_flush": torch,
+        "pp_deallocate": torch,
+    }
+
+
+def _of_replicas(plan: Plan) -> dict[str, str]:
+    one_shard = "with one rank along dp x ulysses x ring" if plan.dp * plan.ulysses * plan.ring == 1 else ""
+    unbucketed = plan.dp_library == "fsdp" or (plan.dp_library == "megatron" and not plan.dp_overlap)
+    return {
+        "dp_overlap": "with dp = 1" if plan.dp == 1 else "",
+        "zero": one_shard,
+        "distributed_optimizer": one_shard or ("beside zero, which shards the optimizer too" if plan.zero else ""),
+        "dp_library": one_shard,
+        "shard_group": f"with dp = {plan.dp}" if plan.shard_group == plan.dp else "",
+        "bucket_elements": one_shard or ("without dp_overlap of buckets" if unbucketed else ""),
+    }
+
+
+def _of_memory(model: Model, plan: Plan) -> dict[str, str]:
+    return {
+        "loss_fusion": "without a head" if model.head_rows == 0 else "",
+        "recompute_modules": "as core attention is recomputed anyhow"
+        if plan.recomputed_modules == ("core_attn",)
+        else "",
+    }

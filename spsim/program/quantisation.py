@@ -1,0 +1,88 @@
+"""Operators of a block whose products run in a lower precision: operators to operators, no plan and no rank.
+
+Before each product that a recipe names stands a cast of its input, behind it one of the gradients of its outputs. They
+are operators as any other, so that the rules of placement cast a shard and gather the result: what Megatron-Core sends
+in 8 bits, and what is kept in 8 bits and gathered again, follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from spsim.program.operators import Operand, Operator, Tensor
+from spsim.program.recipes import Cast, Recipe
+
+
+def quantised(operators: Sequence[Operator], recipe: Recipe) -> tuple[Operator, ...]:
+    """The operators of a block with the casts of a recipe; products that it does not name stay as they are."""
+    found: dict[str, Operator] = {}
+    makers: dict[str, Operator] = {}
+    for op in operators:
+        if op.kind == "gemm" and op.name in recipe.operators and op.weights:
+            maker = makers.get(op.activations[0].tensor.name)
+            found |= {operator.name: operator for operator in _around(op, recipe, maker)}
+        else:
+            found[op.name] = op
+        makers |= {output.tensor.name: op for output in op.outputs}
+    return tuple(found.values())
+
+
+def _around(op: Operator, recipe: Recipe, maker: Operator | None) -> Iterator[Operator]:
+    """A product between the casts of its input and of the gradients of its outputs; the norm that makes its input, if
+    that casts.
+    """
+    (given,) = op.activations
+    x = given.tensor
+    casting = x._replace(name=f"{op.name}_input", itemsize=recipe.itemsize, gradient_itemsize=x.itemsize)
+    again = op.name in recipe.keeps_input
+    of_norm = maker is not None and maker.kind == "norm"
+    if maker is not None and of_norm and recipe.norm == "casts":
+        yield replace(maker, outputs=tuple(o._replace(tensor=casting) if o.tensor == x else o for o in maker.outputs))
+    else:
+        yield Operator(
+            name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(casting),),
+            passthrough=frozenset({x.name}), cast=Cast(recipe, "input", of_norm, rows_only=again),
+        )  # fmt: skip
+    product, made = _product(op, given, casting, recipe, again=again)
+    yield product
+    yield Operator(
+        name=f"{op.name}_gradient_cast", kind="cast", inputs=tuple(map(_plain, made)),
+        outputs=tuple(_plain(o.tensor) for o in op.outputs), cast=Cast(recipe, "gradient"),
+    )  # fmt: skip
+
+
+def _product(
+    op: Operator, given: Operand, cast: Tensor, recipe: Recipe, *, again: bool
+) -> tuple[Operator, list[Tensor]]:
+    """The product of the cast input, and what it makes, whose gradients arrive cast."""
+    itemsize = recipe.gathered * recipe.itemsize
+    made = [o.tensor._replace(name=f"{o.tensor.name}_made", gradient_itemsize=itemsize) for o in op.outputs]
+    matrices = {w.tensor.name for w in op.weights if not op.contracted.isdisjoint(w.subscript)}
+    kept = given.tensor.name if again else cast.name
+    renamed = {given.tensor.name: kept}
+
+    def read(operand: Operand) -> Operand:
+        tensor = operand.tensor
+        if operand is given:
+            return operand._replace(tensor=cast)
+        return (
+            operand._replace(tensor=tensor._replace(itemsize=recipe.weight_bytes))
+            if tensor.name in matrices
+            else operand
+        )
+
+    product = replace(
+        op,
+        inputs=tuple(map(read, op.inputs)),
+        outputs=tuple(o._replace(tensor=tensor) for o, tensor in zip(op.outputs, made, strict=True)),
+        saves=tuple(renamed.get(name, name) for name in op.saves),
+        owns_gather=frozenset(renamed.get(name, name) for name in op.owns_gather),
+        recipe=recipe,
+        originals=(given,) if again else (),
+    )
+    return product, made
+
+
+def _plain(tensor: Tensor) -> Operand:
+    return Operand(tensor, tensor.dims)

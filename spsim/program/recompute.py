@@ -1,0 +1,108 @@
+"""What the backward pass runs again: modules of a layer, whole layers, or units of several layers.
+
+Modules are those of Megatron-Core (`recompute_modules`), told by the dimensions of their operators. One that is
+checkpointed keeps what it reads, and its result is kept by whoever needs it (Korthikanti et al. 2022, section 5). Of
+others the result is discarded, too, and made again before the gradient of their sublayer (`CheckpointWithoutOutput`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from spsim.inputs.plan import Plan
+from spsim.program.operators import Operator
+
+MODULES: Mapping[str, Callable[[Operator], bool]] = {
+    "layer": lambda op: True,
+    "core_attn": lambda op: op.mixes_positions,
+    "mlp": lambda op: "f" in op.extents,
+    "mlp_act": lambda op: "f" in op.extents and op.kind != "gemm",
+    "layernorm": lambda op: (op.kind == "norm" and "h" in op.mixes) or (op.cast is not None and op.cast.of_norm),
+}
+"""Module, or all of a layer -> whether an operator is in it; those in a row are recomputed together. What is part of
+another one comes after it.
+"""
+DISCARDED = ("mlp_act", "layernorm")
+"""Modules whose results nobody keeps."""
+
+
+class LayerKind(NamedTuple):
+    """Layers that run alike: what of them is recomputed, and how many of them together."""
+
+    recomputed: tuple[str, ...] = ()
+    """Modules, in the order of `MODULES`."""
+    layers: int = 1
+    """Of a unit of which the first input is kept only; all of it is recomputed before its backward pass."""
+
+
+def usual_kind(plan: Plan) -> LayerKind:
+    """Of the layers that a plan recomputes."""
+    if plan.recompute == "full":
+        return LayerKind(("layer",))
+    return LayerKind(tuple(name for name in MODULES if name in plan.recomputed_modules))
+
+
+def layer_kinds(plan: Plan, layers: int) -> list[tuple[LayerKind, int]]:
+    """The kinds of the layers of a chunk in order, each with how many of it follow each other.
+
+    With `recompute_layers` = n the first n layers of a chunk are recomputed (block), or all in units of n layers, the
+    last of which may be smaller (uniform), as Megatron-Core's `TransformerBlock` does.
+    """
+    kind, own = usual_kind(plan), plan.recompute_layers
+    if own is None or not kind.recomputed:
+        found = [(kind, layers)]
+    elif plan.recompute_method == "block":
+        found = [(kind, min(own, layers)), (LayerKind(), layers - own)]
+    else:
+        found = [(kind._replace(layers=own), layers // own), (kind._replace(layers=layers % own), 1)]
+    return [(kind, count) for kind, count in found if count > 0 and kind.layers > 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """Operators that run again together."""
+
+    operators: frozenset[str]
+    discards: bool
+    """Nobody keeps their results."""
+    before: frozenset[str]
+    """Operators of which the first to get the gradient of its output waits for it."""
+
+
+def recomputed(operators: Sequence[Operator], kind: LayerKind) -> tuple[Recomputed, ...]:
+    """What runs again in the backward pass of a layer. Before the same gradient discarded results come first, the last
+    of them before the others, as their hooks are run; then whole modules.
+    """
+    found: list[tuple[int, Recomputed]] = []
+    for module in kind.recomputed:
+        for first, own in _runs(operators, MODULES[module]):
+            names = frozenset(op.name for op in own)
+            if any(names <= other.operators for _, other in found):
+                continue
+            discards = module in DISCARDED
+            last = _end_of_sublayer(operators, first + len(own)) if discards else own[-1]
+            found.append((-first if discards else len(operators), Recomputed(names, discards, names | {last.name})))
+    return tuple(own for _, own in sorted(found, key=lambda item: item[0]))
+
+
+def _runs(
+    operators: Sequence[Operator], inside: Callable[[Operator], bool]
+) -> Iterator[tuple[int, Sequence[Operator]]]:
+    """Operators in a row that are inside, each with its place."""
+    place = 0
+    for chosen, run in groupby(operators, inside):
+        own = tuple(run)
+        if chosen:
+            yield place, own
+        place += len(own)
+
+
+def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
+    """The last operator before the next one that adds to the residual stream."""
+    added = (
+        index for index in range(place, len(operators)) if operators[index].passthrough and not operators[index].cast
+    )
+    return operators[next(added, len(operators)) - 1]

@@ -1,0 +1,156 @@
+"""What follows the last micro-batch: gradients are summed over ranks, and the optimizer steps.
+
+Weights are cast after both, for products in 8 or 4 bits: once a step, whatever micro-batches there are.
+Without an optimizer the sums of gradients, and with sharded state the gather of weights, are one segment.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from spsim.costs.collectives import CommCost
+from spsim.costs.kernels import ComputeCost
+from spsim.engine.pieces import Pass
+from spsim.engine.recording import COMPUTE_LANE, TaskInfo
+from spsim.engine.tasks import Task
+from spsim.inputs.plan import Plan
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.program.blocks.optimizer import (
+    OptimizerKernel,
+    average_gradients,
+    optimizer_step,
+    parameter_state,
+    shard_ranks,
+    zero_gradients,
+)
+from spsim.program.instructions import Program
+from spsim.program.mesh import Mesh
+from spsim.step.gradients import Sync, gradient_syncs
+from spsim.step.groups import Groups, meets, sync_of
+from spsim.step.replicas import Message, Synchronisation
+from spsim.step.segments import Call, Segment
+from spsim.units import picoseconds
+from spsim.work import KernelName, MemoryBound
+
+
+@dataclass(frozen=True)
+class Closing:
+    """A segment after the last micro-batch, of collectives and kernels one after another."""
+
+    segment: Segment
+    steps: tuple[Sync | str, ...]
+    """What its tasks are: collectives, or kernels of the optimizer by their names."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How a step updates the parameters of a rank."""
+
+    plan: Plan
+    precision: Precision
+
+    def kernels(self, parameters: int) -> tuple[OptimizerKernel, ...]:
+        """Of a rank with so many parameters, in order. The buffer is cleared for the next step; Megatron does so before
+        that begins.
+        """
+        state = parameter_state(self.plan, ELEMENT_BYTES[self.precision])
+        shard = -(-parameters // shard_ranks(self.plan)) if self.plan.zero_stage else parameters
+        average = [average_gradients(parameters, state)] if self.plan.dp > 1 else []
+        steps = optimizer_step(shard, state, scaled=self.precision == "fp16")
+        return *average, *steps, zero_gradients(parameters, state)
+
+
+def closings(
+    programs: Mapping[str, Program],
+    plan: Plan,
+    mesh: Mesh,
+    gradient_bytes: int,
+    optimizer: Optimizer | None,
+) -> tuple[Closing, ...]:
+    """The segments after the last micro-batch, in order; programs are by block, bytes of an element of a gradient."""
+    syncs = tuple(gradient_syncs(programs, plan, gradient_bytes))
+    if optimizer is None:
+        return (_closing("weight_sync", "weight_sync", syncs),) if syncs else ()
+    sums = tuple(sync for sync in syncs if sync.collective != "all_gather")
+    gathers = tuple(sync for sync in syncs if sync.collective == "all_gather")
+    found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
+    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh))))
+    found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    casts = weight_casts([(1, cast) for program in programs.values() for cast in program.weight_casts])
+    return *found, *([_closing("weight_casts", "optimizer", tuple(cast.name for cast in casts))] if casts else [])
+
+
+def weight_casts(casts: Sequence[tuple[int, MemoryBound]]) -> tuple[OptimizerKernel, ...]:
+    """Kernels of casts of weights, each so many times, as one of each sort."""
+    total: Counter[tuple[KernelName | None, str | None]] = Counter()
+    for times, cast in casts:
+        total[cast.kernel, cast.dtype] += times * cast.bytes_moved
+    return tuple(
+        OptimizerKernel(f"{kernel}_weights", MemoryBound("cast", moved, kernel, dtype=dtype))
+        for (kernel, dtype), moved in total.items()
+    )
+
+
+def replica_closings(
+    sync: Synchronisation, groups: Groups, others: Sequence[Sync], optimizer: Optimizer
+) -> tuple[Closing, ...]:
+    """The segments after the last micro-batch, as a library closes a step: gradients that were not reduced behind the
+    backward pass, the sums of `others`, the optimizer with what its ranks agree on, and the gathers of weights.
+    """
+
+    def syncs(messages: Iterable[Message]) -> list[Sync]:
+        return [sync_of(message, groups) for message in messages if meets(message, groups)]
+
+    reductions = () if sync.behind_backward else syncs(message for row in sync.reductions for message in row)
+    shared = syncs(message for message in sync.before_update if message.group == "embedding")
+    sums = (*reductions, *others, *shared)
+    found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
+    kernels: list[Sync | str] = [kernel.name for kernel in optimizer.kernels(1)]
+    at = kernels.index("clip")
+    kernels[at:at] = syncs(message for message in sync.before_update if message.group != "embedding")
+    found.append(_closing("optimizer", "optimizer", tuple(kernels)))
+    gathers = tuple(syncs(sync.after_update))
+    return *found, *([_closing("parameter_gather", "weight_sync", gathers)] if gathers else [])
+
+
+def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:
+    """Names of the kernels, and the norm summed over all ranks before gradients are clipped."""
+    found: list[Sync | str] = [kernel.name for kernel in optimizer.kernels(1)]
+    if mesh.axes:
+        norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name="gradient norm", elements=1)
+        found.insert(found.index("clip"), norm)
+    return found
+
+
+def _closing(name: str, phase: Pass, steps: tuple[Sync | str, ...]) -> Closing:
+    lanes = [COMPUTE_LANE if isinstance(step, str) else step.lane for step in steps]
+    labels = (TaskInfo(s, "optimizer", "optimizer") if isinstance(s, str) else s.info(s.message_bytes) for s in steps)
+    segment = Segment(
+        name=name,
+        phase=phase,
+        tasks=tuple(Task(i, lane, needs=(i - 1,) if i else ()) for i, lane in enumerate(lanes)),
+        labels=tuple(labels),
+        calls={index: Call(step.axes) for index, step in enumerate(steps) if not isinstance(step, str)},
+        joins=frozenset({"dp", "shard", "tp"}),
+    )
+    return Closing(segment, steps)
+
+
+def closing_times(
+    closing: Closing,
+    messages: Mapping[Sync, int],
+    nodes: Mapping[Sync, int],
+    kernels: Sequence[OptimizerKernel],
+    costs: tuple[ComputeCost, CommCost],
+) -> list[int]:
+    """Picoseconds of each task, of the bytes and nodes of its collectives and the kernels of the optimizer."""
+    compute, comm = costs
+    works = {kernel.name: kernel.work for kernel in kernels}
+    return [
+        picoseconds(float(compute.duration(works[step])))
+        if isinstance(step, str)
+        else picoseconds(comm.duration(step.collective, messages[step], step.ranks, nodes[step]))
+        for step in closing.steps
+    ]

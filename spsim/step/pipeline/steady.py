@@ -1,0 +1,112 @@
+"""The steady state of a pipeline: a round that comes again, and how a step goes through head, rounds and tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spsim.step.pipeline.graph import Graph, Part
+from spsim.step.pipeline.orders import Numbers
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A graph in three: all ranks' rows are cut at the same two places, between which lies one round.
+
+    What comes after a cut depends on what came before only through the nodes of its border. A step with more
+    micro-batches has the same head and tail, and more rounds between.
+    """
+
+    head: Part
+    round: Part
+    tail: Part
+    border: Numbers
+    """Where the round's result, the next border, stands among its inputs and nodes."""
+
+    def ends(self, times_ps: Numbers, rounds: int) -> tuple[Runs, Runs, Runs]:
+        """When head, rounds and tail are reached in a step with a number of rounds."""
+        head_ps = self.head.ends(np.zeros(1, np.int64), times_ps)
+        found = self._rounds(head_ps[self.head.number[self.round.inputs]], times_ps, rounds)
+        tail_ps = self.tail.ends(found.of(rounds - 1)[self.border], times_ps)
+        return Runs.once(head_ps), found, Runs.once(tail_ps)
+
+    def _rounds(self, border_ps: Numbers, times_ps: Numbers, number: int) -> Runs:
+        """One round after the other, until a border is that of an earlier one but for a shift."""
+        seen: dict[bytes, int] = {}
+        borders_ps: list[Numbers] = []
+        found: list[Numbers] = []
+        for run in range(number):
+            first = seen.setdefault((border_ps - border_ps[0]).tobytes(), run)
+            if first < run:
+                return Runs(np.array(found), number, run - first, int(border_ps[0] - borders_ps[first][0]))
+            borders_ps.append(border_ps)
+            found.append(self.round.ends(border_ps, times_ps))
+            border_ps = found[-1][self.border]
+        return Runs(np.array(found), number, 0, 0)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """When inputs and nodes of a part are reached in all its runs, of which the last `period` that are written come
+    again, each time later.
+    """
+
+    written_ps: Numbers
+    """A row for each run."""
+    number: int
+    period: int
+    """0 if all are written."""
+    shift_ps: int
+
+    @classmethod
+    def once(cls, ends_ps: Numbers) -> Runs:
+        return cls(ends_ps[None], 1, 0, 0)
+
+    @property
+    def first(self) -> int:
+        """That comes again; behind the last one if none does."""
+        return len(self.written_ps) - self.period
+
+    def of(self, number: int | Numbers) -> Numbers:
+        """Times of one run, or a row for each of several."""
+        if not self.period:
+            return self.written_ps[number]
+        runs, place = np.divmod(np.maximum(number, self.first) - self.first, self.period)
+        later_ps = np.asarray(runs * self.shift_ps)
+        found: Numbers = self.written_ps[np.minimum(number, self.first) + place] + later_ps[..., None]
+        return found
+
+
+def folded(graph: Graph, length: int) -> Folded | None:
+    """A graph cut before and after a round, of `length` passes of each rank, if the next is like it."""
+    start = _start(graph)
+    rounds = [_between(graph, start + number * length, start + (number + 1) * length) for number in range(2)]
+    first, second = rounds
+    if first is None or second is None or not first.like(second):
+        return None
+    border = first.number[second.inputs]
+    tail = _between(graph, start + length, None)
+    if tail is None or (border < 0).any():
+        return None
+    before = np.flatnonzero((graph.positions < start) & (np.arange(len(graph.own)) > 0))
+    return Folded(Part(graph, np.zeros(1, np.int64), before), first, tail, border)
+
+
+def _start(graph: Graph) -> int:
+    """The first place in the rows from which, up to half of them, no rank runs the first pass of a class."""
+    first = np.array([name.occurrence in ("first", "only") for name in graph.classes.names])
+    positions = graph.positions[graph.passes[first[graph.classes.of_passes]]]
+    return int(positions[2 * positions < graph.positions.max()].max()) + 1
+
+
+def _between(graph: Graph, start: int, stop: int | None) -> Part | None:
+    """What lies between two places in the rows; None if some of it, or of what comes before, waits for what follows."""
+    before = graph.positions < start
+    behind = graph.positions >= stop if stop is not None else np.zeros(len(before), np.bool_)
+    tails, heads = graph.tails, graph.heads
+    if (before[heads] & ~before[tails]).any() or (behind[tails] & ~behind[heads]).any():
+        return None
+    waited_for = np.zeros(len(before), np.bool_)
+    waited_for[tails[before[tails] & ~before[heads]]] = True
+    return Part(graph, np.flatnonzero(waited_for), np.flatnonzero(~before & ~behind))

@@ -1,0 +1,237 @@
+"""A step of several pipeline stages: the passes of each chunk run once, and stand where the schedule puts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from spsim.engine.pieces import Move, Node, Pass, Stretch, placed
+from spsim.engine.recording import Flight, Moments, Outline, Recording, TaskInfo
+from spsim.engine.trace import Wait
+from spsim.errors import InputError
+from spsim.lazy import lazy
+from spsim.step.closing import Closing
+from spsim.step.folding import Alone, Step, fold_each
+from spsim.step.gradients import Sync
+from spsim.step.itinerary import Blocks, Chunk, chunk_pass
+from spsim.step.lanes import IDLE
+from spsim.step.pipeline.clock import Clock
+from spsim.step.pipeline.orders import Action
+from spsim.step.pipeline.timeline import Timeline
+from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times
+from spsim.step.pipeline.waiting import Gaps, gaps_of, waits_of
+
+PHASES: Mapping[str, Pass] = {"F": "forward", "B": "backward"}
+SENT: Mapping[str, tuple[Pass, str]] = {
+    "activation": ("forward", "pp forward"),
+    "gradient": ("backward", "pp backward"),
+}
+"""Kind of a message -> the pass that it belongs to, and how its lanes are called."""
+
+
+class PlacedChunk(NamedTuple):
+    """A chunk of a stage, and the number of its first layer in the model."""
+
+    runs: Chunk
+    first: int
+
+
+Stages = Sequence[Sequence[PlacedChunk]]
+"""The chunks of each stage."""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The segments after the last micro-batch of each stage, and picoseconds of their tasks."""
+
+    segments: Sequence[Sequence[tuple[Closing, Sequence[int]]]]
+
+
+@dataclass(frozen=True)
+class Pipelined:
+    """A step as it ran on all stages; stage r is simulated by rank r x `stride`."""
+
+    stages: Stages
+    stride: int
+    passes: Mapping[tuple[Chunk, Pass], Alone]
+    timeline: Timeline
+    closed: Closed
+    message_bytes: int
+    events: int
+
+    def rank_of(self, stage: int) -> int:
+        """The rank that is simulated for a stage."""
+        return stage * self.stride
+
+    def alone(self, rank: int, action: Action) -> Alone:
+        """A pass of a stage, as it runs by itself."""
+        return self.passes[self.stages[rank][action.chunk].runs, PHASES[action.kind]]
+
+    @lazy
+    def times(self) -> Times:
+        """Of all passes and messages of the step."""
+        return self.timeline.written_out()
+
+    @lazy
+    def nodes(self) -> list[Node]:
+        """All of the step, in order of time."""
+        return [*self._nodes()]
+
+    def _nodes(self) -> Iterator[Node]:
+        runs: list[tuple[int, int, PassSpan | MessageSpan]] = [
+            *((span.start_ps, span.rank, span) for span in self.times.passes),
+            *((span.start_ps, span.message.receiver, span) for span in self.times.messages),
+        ]
+        tasks = 0
+        known: dict[tuple[Recording, int], Recording] = {}
+        for _, _, span in sorted(runs, key=lambda run: run[:2]):
+            made = self._message(span, tasks) if isinstance(span, MessageSpan) else self._pass(span, tasks, known)
+            tasks += sum(node.tasks for node in made)
+            yield from made
+        yield from self._closing(tasks)
+
+    def _pass(self, span: PassSpan, tasks: int, known: dict[tuple[Recording, int], Recording]) -> list[Node]:
+        chunk = self.stages[span.rank][span.action.chunk]
+        rank = self.rank_of(span.rank)
+
+        def on(recording: Recording) -> Recording:
+            if (recording, rank) not in known:
+                known[recording, rank] = recording.on({0: rank})
+            return known[recording, rank]
+
+        move = Move(span.start_ps, tasks, chunk.first, span.action.micro_batch)
+        return [placed(node, move, on) for node in self.alone(span.rank, span.action).nodes]
+
+    def _message(self, span: MessageSpan, tasks: int) -> list[Node]:
+        """A send on one rank, and a receive on the other."""
+        phase, lane = SENT[span.message.kind]
+        sides = (
+            (span.message.sender, f"{lane} send", span.sender_posted_ps),
+            (span.message.receiver, f"{lane} receive", span.receiver_posted_ps),
+        )
+        found: list[Node] = []
+        for stage, name, posted in sides:
+            times = {self.rank_of(stage): np.array([[posted, span.start_ps, span.end_ps]], dtype=np.int64)}
+            recording = Recording(self.outlines[name], times, ())
+            found.append(Stretch(recording, phase, None, span.message.micro_batch, 0, tasks + len(found)))
+        return found
+
+    @lazy
+    def outlines(self) -> Mapping[str, Outline]:
+        """Of a message, by its lane."""
+        found = {}
+        for kind, (phase, lane) in SENT.items():
+            for way in ("send", "receive"):
+                size = self.message_bytes
+                info = TaskInfo(
+                    kind, "communication", phase, "stage", collective="send_receive", axis="pp",
+                    message_bytes=size, sent_bytes=size if way == "send" else 0,
+                )  # fmt: skip
+                found[f"{lane} {way}"] = Outline([f"{lane} {way}"], [info])
+        return found
+
+    # After the last micro-batch
+
+    @property
+    def ends_ps(self) -> list[int]:
+        """When each stage has ended."""
+        finished: list[int] = self.timeline.finished_ps.tolist()
+        return [own[-1][1][-1][2] if own else end for own, end in zip(self.closing, finished, strict=True)]
+
+    @lazy
+    def closing(self) -> list[list[tuple[Closing, list[Moments]]]]:
+        """Of each stage, when each task is posted, starts and ends; the gradient norm waits for all stages."""
+        cursors: list[int] = self.timeline.finished_ps.tolist()
+        found: list[list[tuple[Closing, list[Moments]]]] = [[] for _ in cursors]
+        rows = [[(made, step, ps) for made, times in own for step, ps in zip(made.steps, times, strict=True)]
+                for own in self.closed.segments]  # fmt: skip
+        places = [0] * len(rows)
+        while any(place < len(row) for place, row in zip(places, rows, strict=True)):
+            for stage, row in enumerate(rows):
+                while places[stage] < len(row) and not _meets_all(row[places[stage]][1]):
+                    cursors[stage] = _append(found[stage], row[places[stage]], cursors[stage], cursors[stage])
+                    places[stage] += 1
+            if all(place < len(row) for place, row in zip(places, rows, strict=True)):
+                start = max(cursors)
+                for stage, row in enumerate(rows):
+                    cursors[stage] = _append(found[stage], row[places[stage]], cursors[stage], start)
+                    places[stage] += 1
+        return found
+
+    def _closing(self, tasks: int) -> Iterator[Node]:
+        for stage, own in enumerate(self.closing):
+            rank = self.rank_of(stage)
+            before = int(self.timeline.finished_ps[stage])
+            for made, moments in own:
+                times = {rank: np.array(moments, dtype=np.int64)}
+                recording = Recording(made.segment.outline, times, (), begins={rank: before})
+                yield Stretch(recording, made.segment.phase, None, None, 0, tasks)
+                tasks += len(moments)
+                before = recording.kernels_end(rank)
+
+    @lazy
+    def gaps(self) -> Gaps:
+        """When ranks run no pass."""
+        return gaps_of(self.timeline)
+
+    @lazy
+    def waits(self) -> list[Wait]:
+        """When simulated ranks wait for messages between their passes."""
+        found: list[Wait] = []
+        for stage, begin, end, messages in waits_of(self.timeline):
+            flights = [
+                Flight(SENT[kind][1], posted, start, stop, "send_receive") for kind, posted, start, stop in messages
+            ]
+            found.append(Wait(self.rank_of(stage), begin, end, flights))
+        return found
+
+
+def _meets_all(step: Sync | str) -> bool:
+    return isinstance(step, Sync) and "pp" in step.axes
+
+
+def _append(
+    found: list[tuple[Closing, list[tuple[int, int, int]]]],
+    entry: tuple[Closing, Sync | str, int],
+    posted: int,
+    start: int,
+) -> int:
+    """One task more of a stage; when it ends."""
+    made, _, ps = entry
+    if not found or found[-1][0] is not made:
+        found.append((made, []))
+    found[-1][1].append((posted, start, start + ps))
+    return start + ps
+
+
+def run_pipeline(
+    blocks: Blocks,
+    stages: Stages,
+    clock: Clock,
+    step: Step,
+    transfer_ps: Mapping[tuple[int, int], int],
+    closed: Closed,
+    *,
+    stride: int,
+    message_bytes: int,
+) -> Pipelined:
+    """The passes of every chunk by themselves, and then all of the step; `transfer_ps` by sender and receiver."""
+    items = {
+        (chunk.runs, phase): chunk_pass(blocks, chunk.runs, phase)
+        for own in stages
+        for chunk in own
+        for phase in PHASES.values()
+    }
+    passes, events = fold_each(step, items)
+    for (_, phase), alone in passes.items():
+        if any(time or busy != IDLE for time, busy in alone.ends):
+            raise InputError(
+                f"pp: a {phase} pass leaves communication behind: not simulated yet; use dp_overlap = false"
+            )
+    lengths = {key: alone.at_ps for key, alone in passes.items()}
+    pass_ps = [lengths[stages[own.rank][own.chunk].runs, PHASES[own.kind]] for own in clock.classes]
+    message_ps = [transfer_ps[sender, receiver] for sender, receiver, _ in clock.lanes]
+    return Pipelined(stages, stride, passes, clock.times(pass_ps, message_ps), closed, message_bytes, events)
