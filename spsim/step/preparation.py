@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -305,10 +306,11 @@ class PreparedStep:
     def _seconds(self, numbers: Integers | Floats, compute: ComputeCost, comm: CommCost, gpus_per_node: int) -> Floats:
         """By slot; of many workloads, whose numbers are columns, in columns."""
         seconds = np.zeros((self.template.num_slots, *numbers.shape[1:]))
-        by_workload = seconds.T
+        by_workload, every = seconds.T, (numbers.ndim - 1) * (slice(None),)
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
-            by_workload[..., group.slots] = compute.duration(group.work(floats))
+            kernels: Any = (*every, group.slots)
+            by_workload[kernels] = compute.duration(group.work(floats))
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
