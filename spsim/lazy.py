@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +22,24 @@ class lazy(Generic[T]):  # noqa: N801  # a decorator
     def __get__(self, instance: Any, owner: type) -> T:
         value = instance.__dict__[self.name] = self.compute(instance)
         return value
+
+
+class Deferred(Sequence[T]):
+    """A sequence that is made when somebody reads it."""
+
+    def __init__(self, make: Callable[[], Sequence[T]]) -> None:
+        self._make = make
+
+    @lazy
+    def made(self) -> Sequence[T]:
+        """All of it."""
+        return self._make()
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.made[place]
+
+    def __len__(self) -> int:
+        return len(self.made)
 
 
 class Cache(Generic[T]):

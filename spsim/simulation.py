@@ -23,6 +23,7 @@ from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Workload, Workloads
+from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.instructions import LAYER
@@ -32,6 +33,7 @@ from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
+from spsim.results.staged import Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import costed_pipeline, stage_runs
@@ -109,7 +111,8 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:
     )  # fmt: skip
     ranks = prepared.mesh.ranks
     copies = {ran.rank_of(stage): range(ran.rank_of(stage), ran.rank_of(stage) + ranks) for stage in range(plan.pp)}
-    trace = Trace(ran.nodes, copies, partial(_describe, scenario, prepared, {}), prepared.groups, waits=ran.waits)
+    nodes, waits = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits)
+    trace = Trace(nodes, copies, partial(_describe, scenario, prepared, {}), prepared.groups, waits=waits)
     statics = {ran.rank_of(r): _static(scenario, prepared, stage_runs(stages, r), numbers) for r in range(plan.pp)}
     return Result(
         scope=scenario.scope,
@@ -122,7 +125,8 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:
         statics=statics,
         events=ran.events,
         folded=True,
-        reasons=(_rank_folding(plan.pp, plan.gpus, True),),
+        reasons=(f"{plan.pp} of {plan.gpus} ranks simulated: one of each pipeline stage",),
+        staged=Staged(ran, scenario.num_micro_batches),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from spsim.costs.attention import AttentionCost
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.costs.power import straggler_factor
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import measured_cases
 from spsim.work import OPERAND_BYTES, FlashAttention, Gemm, MemoryBound
@@ -140,3 +141,18 @@ def test_four_gpus_of_a_tray_take_their_own_ring():
     assert cost.time("all_reduce", 2**20, 4) == pytest.approx(1.5 * 2**20 / 80.5e9, rel=0.01)
     assert cost.time("all_reduce", 2**33, 4) == pytest.approx(1.5 * 2**33 / 679.6e9, rel=0.01)
     assert cost.time("all_reduce", 2**20, 8) > 1.5 * cost.time("all_reduce", 2**20, 4)
+
+
+@pytest.mark.parametrize(("gpus", "standard_deviations"), [(8, 1.424), (40, 2.161), (64, 2.345), (1024, 3.23)])
+def test_the_slowest_of_many_gpus(gpus, standard_deviations):
+    """Expected extremes of so many normal numbers (Tippett 1925 tabulates 1.424 for 8)."""
+    factor = straggler_factor(load_profile("dgx-b200"), gpus)
+    assert factor - 1 == pytest.approx(0.0115 * standard_deviations, rel=0.01)
+    rng = np.random.default_rng(1)
+    drawn = rng.normal(size=(4000, gpus)).max(axis=1).mean()
+    assert (factor - 1) / 0.0115 == pytest.approx(drawn, rel=0.02)
+
+
+def test_without_a_spread_all_gpus_are_alike():
+    assert straggler_factor(load_profile("dgx-a100-80gb"), 1024) == 1
+    assert straggler_factor(load_profile("dgx-b200"), 1) == 1

@@ -378,6 +378,30 @@ def test_gpus_of_a_node_share_the_work_among_their_adapters():
         assert bus == pytest.approx(measured, rel=0.04)
 
 
+def test_data_parallel_groups_gather_by_as_many_adapters_as_they_have_ranks_in_a_node():
+    """Gradients of 8 GPUs a node, tp 8, 4 and 2: groups of one, two and four ranks of each node, ten nodes."""
+    cost = CommCost(load_profile(H100))
+    for collective in ("all_gather", "reduce_scatter"):
+        one, two, four = (cost.time(collective, 2**34, 10 * per_node, 10) for per_node in (1, 2, 4))
+        assert one / two == pytest.approx(2 * 9 / 10 * 20 / 19, rel=0.02)
+        assert two / four == pytest.approx(2 * 19 / 20 * 40 / 39, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SEVERAL_LEVELS)
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_groups_over_two_thousand_nodes(name, collective):
+    """A ring's short messages wait for every node on the way; a pair of ranks does not see the others."""
+    cost = CommCost(load_profile(name))
+    for per_node in {1, min(4, cost.gpus_per_node), min(8, cost.gpus_per_node)}:
+        times = [cost.duration(collective, 2**20, nodes * per_node, nodes) for nodes in (512, 1024, 2048)]
+        assert 0 < times[0] <= times[1] <= times[2] < 1
+        if collective in ("all_gather", "reduce_scatter"):
+            step = cost.outer.curves[collective][0].curve.step_latency_us * 1e-6
+            assert times[2] - times[1] >= 1024 * step * (1 - 1e-9)
+        if collective == "send_receive":
+            assert times[0] == times[2]
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.sampled_from(SEVERAL_LEVELS), st.sampled_from(COLLECTIVES), st.integers(0, 2**36), st.integers(0, 2**36),

@@ -29,7 +29,10 @@ from tests.cases import model, program
         ("llama-3-70b", 70_553_706_496),
         ("llama-3-405b", 405_853_388_800),
         ("mistral-7b", 7_241_732_096),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("Llama 3.1 405B", 405_853_388_800),
         ("qwen2.5-32b", 32_763_876_352),
+        ("qwen3-8b", 8_190_735_360),
     ],
 )
 def test_llama_parameters_are_exact(name: str, published: int) -> None:

@@ -17,7 +17,6 @@ import pytest
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.step.buckets import Parameter, ddp_buckets, megatron_bucket_elements, megatron_buckets
-from spsim.step.optimizer import update_kernels
 from spsim.step.replicas import Message, Synchronisation, synchronisation
 
 BLOCKS, VOCABULARY, POSITIONS = 4, 512, 16
@@ -274,22 +273,3 @@ def test_the_default_bucket_grows_with_the_ranks() -> None:
 def test_stages_that_a_library_does_not_have(library: str, zero: int) -> None:
     with pytest.raises(InputError, match=f"zero = {zero} with dp_library = '{library}'.*use one of them"):
         synchronisation(torch_model(), Plan(dp=2, dp_library=library, zero=zero), "bf16")
-
-
-@pytest.mark.parametrize(
-    ("precision", "options", "update", "zeroed"),
-    [
-        # Norm 4, clip 8, gradient 4, fp32 weight 8 and moments 16, bf16 weight 2; zeroing 4.
-        ("bf16", {}, 42, 4),
-        # Norm 2, clip 4, gradient 2, the weight and its remainder 8, moments 8.
-        ("bf16", {"grad_dtype": "bf16", "moment_dtype": "bf16", "precision_aware_optimizer": True}, 24, 2),
-        # The weight is its own master.
-        ("fp32", {}, 40, 4),
-        ("bf16", {"dp_library": "fsdp", "zero": 3}, 40, 4),
-        ("bf16", {"dp_library": "deepspeed", "zero": 1}, 2 + 4 + 2 + 26, 2),
-    ],
-)
-def test_bytes_of_an_update(precision: str, options: dict[str, object], update: int, zeroed: int) -> None:
-    kernels = dict(update_kernels(10, Plan(**options), precision, accumulated=30))
-    assert kernels.pop("zero gradients").bytes_moved == 30 * zeroed
-    assert sum(work.bytes_moved for work in kernels.values()) == 10 * update

@@ -12,23 +12,22 @@ import pytest
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.workload import Workload
-from spsim.program.assembly import layer_program
-from spsim.program.blocks.block import Block
+from spsim.program.assembly import EMBEDDING, HEAD, layer_program, step_programs
 from spsim.program.blocks.transformer import transformer_layer
-from spsim.program.compiler import compile_program, compile_region
-from spsim.program.instructions import Communication, Compute, Instruction, Program
+from spsim.program.compiler import compile_region
+from spsim.program.instructions import LAYER, Communication, Compute, Instruction, Program
 from spsim.program.mesh import mesh_of
 from spsim.program.region import Region
 from spsim.program.strategies import SplitRule
 from spsim.results.metrics import peak_memory
+from spsim.step.closing import Optimizer, replica_closings
+from spsim.step.groups import replica_groups
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
-from spsim.step.optimizer import closing_segments, update_kernels
 from spsim.step.patterns import in_loops
 from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
 from spsim.step.segments import Segment
 from spsim.step.variants import ReplicaPasses, StagePass
-from spsim.step.weaving import replica_groups
 from tests.test_itinerary import assert_equal, both, step
 from tests.test_replicas import DDP, DEEPSPEED, FSDP, ROOT, Call, calls_of
 
@@ -36,25 +35,13 @@ TOKENS = 8
 
 
 @cache
-def programs(h: int, dp: int, layers: int = 4) -> tuple[Program, ...]:
+def programs(h: int, dp: int, layers: int = 4, *, tied: bool = False) -> tuple[Program, ...]:
     """Of the blocks of the model on so many replicas, in the order of the forward pass."""
-    model, plan = Model(layers=layers, hidden=h, heads=4, vocab=512, ffn_hidden=4 * h), Plan(dp=dp)
-    layer = layer_program(model, plan, Workload(seq_len=TOKENS))
-    first, last = ends(h, plan)
-    return (first, *[layer] * layers, last)
-
-
-def ends(h: int, plan: Plan) -> tuple[Program, Program]:
-    """A table of weights before the layers, and a norm with another one after them."""
-    sizes = {"s": TOKENS, "b": plan.dp, "h": h, "v": 512}
-    first, last = Block(sizes, 2), Block(sizes, 2)
-    x, out = first.tensor("x", "s b v"), first.tensor("layer_input", "s b h")
-    first.add("embedding", "gemm", "s b v, v h -> s b h", [x, first.weight("table", "v h")], [out], saves=[x])
-    x, normed, logits = (last.tensor(name, dims) for name, dims in (("x", "s b h"), ("n", "s b h"), ("l", "s b v")))
-    vectors = [last.weight(name, "h") for name in ("norm_weight", "norm_bias")]
-    last.add("norm", "norm", "s b h, h, h -> s b h", [x, *vectors], [normed], mixes="h", saves=[x])
-    last.add("head", "gemm", "s b h, h v -> s b v", [normed, last.weight("w", "h v")], [logits], saves=[normed])
-    return tuple(compile_program(block.operators, plan, mesh_of(plan), causal=True) for block in (first, last))
+    model = Model(
+        layers=layers, hidden=h, heads=4, vocab=512, ffn_hidden=4 * h, positions="none", tied_embeddings=tied
+    )  # fmt: skip
+    found = step_programs(model, Plan(dp=dp), Workload(seq_len=TOKENS))
+    return (found[EMBEDDING], *[found[LAYER]] * layers, found[HEAD])
 
 
 class Walk:
@@ -66,15 +53,14 @@ class Walk:
     ) -> None:  # fmt: skip
         known = {id(block): block_passes(block, plan, f"block {i}") for i, block in [*enumerate(blocks)][::-1]}
         self.layers = [None, *range(len(blocks) - 2), None] if layers is None else layers
-        self.groups = replica_groups(plan, mesh_of(plan))
+        self.groups = replica_groups(plan)
         passes = ReplicaPasses(sync, [known[id(block)] for block in blocks], self.groups)
         items: list[Item] = []
         for m in range(micro_batches):
             items += self._items(passes.forward(first=m == 0), m, 1)
             items += self._items(passes.backward(last=m == micro_batches - 1), m, -1)
-        kernels = update_kernels(1000, plan, "bf16")
-        closing = closing_segments(sync, self.groups, kernels)
-        items += [Visit(segment, None, micro_batches - 1) for segment in closing]
+        closing = replica_closings(sync, self.groups, (), Optimizer(plan, "bf16"))
+        items += [Visit(made.segment, None, micro_batches - 1) for made in closing]
         self.segments = {segment.name: segment for segment in segments_of(items)}
         durations = {
             name: [kernel if task.lane == "compute" else message for task in segment.tasks]
@@ -95,12 +81,14 @@ class Walk:
     def calls(self) -> list[Call]:
         """Messages in order of their posts; those of the optimizer belong to no micro-batch."""
         found = []
+        segment_of = {segment.outline: name for name, segment in self.segments.items()}
         for piece in self.folded.pieces:
             labels = piece.recording.outline.labels
             for span in piece.spans():
                 info = labels[span.task - piece.first_task]
                 if info.collective:
-                    m = "-" if piece.phase == "optimizer" else str(1 + (piece.micro_batch or 0))
+                    closing = segment_of[piece.recording.outline] in ("optimizer", "parameter_gather")
+                    m = "-" if closing else str(1 + (piece.micro_batch or 0))
                     found.append((span.posted_ps, span.task, m, info))
         return [(m, info.collective, info.message_bytes) for _, _, m, info in sorted(found, key=lambda f: f[:2])]
 
@@ -112,16 +100,14 @@ def without_types(calls: Sequence[Call]) -> list[tuple[str, str, int]]:
 # ------------------------------------------------------------ recorded steps
 
 
-UNTIED = [case for case in (*FSDP, *DEEPSPEED) if "tied" not in case]
-
-
-@pytest.mark.parametrize("case", [case for case in UNTIED if case in FSDP])
+@pytest.mark.parametrize("case", FSDP)
 def test_fully_sharded(case: str) -> None:
     precision, options = FSDP[case]
     plan = Plan(**{"dp": 2, "dp_library": "fsdp", "zero": 3} | options)
-    found = synchronisation(parameters_of(programs(64, plan.dp)), plan, precision, root=ROOT)
+    blocks = programs(64, plan.dp, tied="tied" in case)
+    found = synchronisation(parameters_of(blocks), plan, precision, root=ROOT)
     found = replace(found, reductions_in="last") if case.endswith("sync_last") else found
-    walk = Walk(found, plan, programs(64, plan.dp))
+    walk = Walk(found, plan, blocks)
     assert walk.calls() == without_types(calls_of(case))
     assert_equal(walk.folded, walk.unfolded)
 
@@ -136,10 +122,10 @@ def test_ddp(case: str) -> None:
     assert_equal(walk.folded, walk.unfolded)
 
 
-@pytest.mark.parametrize("case", [case for case in UNTIED if case in DEEPSPEED])
+@pytest.mark.parametrize("case", DEEPSPEED)
 def test_deepspeed(case: str) -> None:
     plan = Plan(**{"dp": 2, "dp_library": "deepspeed"} | DEEPSPEED[case])
-    blocks = programs(512 if "h512" in case else 64, plan.dp)
+    blocks = programs(512 if "h512" in case else 64, plan.dp, tied="tied" in case)
     walk = Walk(synchronisation(parameters_of(blocks), plan, "bf16"), plan, blocks)
     assert walk.calls() == without_types(calls_of(case))
     assert_equal(walk.folded, walk.unfolded)
@@ -147,7 +133,7 @@ def test_deepspeed(case: str) -> None:
 
 # ------------------------------------------------------------ by hand
 
-LAYER = 49_984
+WEIGHTS = 49_984
 """Elements of a layer at width 64."""
 TABLE = 512 * 64
 
@@ -167,19 +153,19 @@ def test_a_bucket_of_three_layers_is_a_loop(layers: int) -> None:
     """What three layers send comes again and again, whatever their number, and only the last bucket is exposed, for all
     but the kernel of 100 ps that follows the last gradient.
     """
-    plan = Plan(dp=2, distributed_optimizer=True, dp_overlap="gradients", bucket_elements=3 * LAYER)
+    plan = Plan(dp=2, distributed_optimizer=True, dp_overlap="gradients", bucket_elements=3 * WEIGHTS)
     blocks = programs(64, 2, layers)[1:-1]
     sync = synchronisation(parameters_of(blocks), plan, "bf16")
     walk = of_layers(sync, plan, layers, message=900)
     passes = 100 * 2 * (kernels(blocks, "forward") + kernels(blocks, "backward"))
-    # Then the norm, its all-reduce, clipping and Adam, and a gather of each bucket.
-    assert walk.folded.end_ps == passes - 100 + 900 + 100 + 900 + 200 + 900 * layers // 3
+    # Then two kernels up to the norm, its all-reduce, four kernels, and a gather of each bucket.
+    assert walk.folded.end_ps == passes - 100 + 900 + 200 + 900 + 400 + 900 * layers // 3
     assert [loop.runs for loop in walk.step.itinerary if isinstance(loop, Loop)] == [layers] * 3 + [layers // 3]
     assert walk.events < 1000
     assert_equal(walk.folded, walk.unfolded)
 
 
-@pytest.mark.parametrize("elements", [LAYER // 3, 2 * LAYER // 3, 5 * LAYER // 2, 7 * LAYER // 2])
+@pytest.mark.parametrize("elements", [WEIGHTS // 3, 2 * WEIGHTS // 3, 5 * WEIGHTS // 2, 7 * WEIGHTS // 2])
 @pytest.mark.parametrize("message", [30, 400, 2500])
 def test_buckets_that_close_anywhere(elements: int, message: int) -> None:
     """Several in a layer, or one in several: folded as unfolded, and in all what the bytes say."""
@@ -189,14 +175,14 @@ def test_buckets_that_close_anywhere(elements: int, message: int) -> None:
     assert_equal(walk.folded, walk.unfolded)
     sent = [size for _, collective, size in walk.calls() if collective == "reduce_scatter"]
     assert sent == [4 * row[0].elements for row in sync.reductions]
-    assert 24 * LAYER <= sum(sent) / 4 < 24 * LAYER + 128 * len(sent)
+    assert 24 * WEIGHTS <= sum(sent) / 4 < 24 * WEIGHTS + 128 * len(sent)
 
 
 def test_parameters_that_arrive_late() -> None:
     """Messages of 10 us: each gather begins when the lane is free, a kernel waits for the last one, and what follows
     it is the rest of the layer that the last bucket begins in.
     """
-    plan = Plan(dp=2, distributed_optimizer=True, dp_overlap=True, bucket_elements=4 * LAYER)
+    plan = Plan(dp=2, distributed_optimizer=True, dp_overlap=True, bucket_elements=4 * WEIGHTS)
     blocks = programs(64, 2, 8)[1:-1]
     sync = synchronisation(parameters_of(blocks), plan, "bf16")
     assert len(sync.forward) == 2
@@ -214,7 +200,8 @@ def test_memory_of_units_that_are_gathered() -> None:
     blocks = programs(64, 2)
     walk = Walk(synchronisation(parameters_of(blocks), plan, "bf16", root=ROOT), plan, blocks)
     head = TABLE + 128
-    assert peak_memory(walk.folded, 0).bytes == 2 * (TABLE + head) + 2 * 2 * LAYER + 2 * (LAYER + head) + 4 * LAYER
+    gathered, gradients, copied = 2 * (TABLE + head + 2 * WEIGHTS), 2 * (WEIGHTS + head), 4 * WEIGHTS
+    assert peak_memory(walk.folded, {0: 0}).bytes == gathered + gradients + copied
     assert sum(change.bytes for change in walk.folded.memory) == 0
 
 
@@ -226,7 +213,8 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     blocks = programs(64, 2)
     walk = Walk(synchronisation(parameters_of(blocks), plan, "bf16", root=ROOT), plan, blocks)
     head = TABLE + 128
-    assert peak_memory(walk.folded, 0).bytes == 2 * (TABLE + head + 4 * LAYER) + 2 * (head + LAYER) + 4 * LAYER
+    gathered, gradients, copied = 2 * (TABLE + head + 4 * WEIGHTS), 2 * (head + WEIGHTS), 4 * WEIGHTS
+    assert peak_memory(walk.folded, {0: 0}).bytes == gathered + gradients + copied
     assert sum(change.bytes for change in walk.folded.memory) == 0
 
 
@@ -240,7 +228,7 @@ def test_passes_of_several_parts(options: str) -> None:
     walk = Walk(sync, plan, blocks, layers=range(4))
     assert walk.groups["shard"].ranks == 2 * plan.ring * plan.ulysses
     assert_equal(walk.folded, walk.unfolded)
-    gathered = [size for _, collective, size in walk.calls() if collective == "all_gather" and size == 2 * LAYER]
+    gathered = [size for _, collective, size in walk.calls() if collective == "all_gather" and size == 2 * WEIGHTS]
     assert len(gathered) == (2 * 4 * 2 if plan.tp == 1 else 0)
 
 

@@ -159,7 +159,8 @@ class _Simulation:
                     next(walk, None)  # to its end: it would wait for nothing but what never comes
                 else:
                     self.env.process(walk)
-        self.env.run()
+        if self.network is not None or not all(rank.alone for rank in self.ranks.values()):
+            self.env.run()
         waiting = list(self._waiting())
         if waiting:
             raise DeadlockError(f"deadlock: {', '.join(waiting)} wait for tasks that never end")

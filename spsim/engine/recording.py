@@ -195,7 +195,7 @@ class Outline:
         writers = [use.writer or 0 for use in self.buffers]
         readers = [self._last_of_lanes(use.readers or (use.writer or 0,)) for use in self.buffers]
         most = max(map(len, readers), default=1)
-        freed_by = [[tasks[min(turn, len(tasks) - 1)] for tasks in readers] for turn in range(most)]
+        freed_by = [[tasks[turn] if turn < len(tasks) else tasks[-1] for tasks in readers] for turn in range(most)]
         freed = np.array([not use.outlives for use in self.buffers], dtype=bool)
         written = np.array([use.writer is not None for use in self.buffers], dtype=bool)
         return _Lives(
@@ -359,8 +359,8 @@ class Recording:
             return Fullest(0, 0, 0, 0)
         sums = changes.cumsum()
         at = sums.argmax()
-        highest, total = int(sums[at]), int(sums[-1])
-        return Fullest(highest, int(times[at]), int(tasks[at]), total) if highest > 0 else Fullest(0, 0, 0, total)
+        highest, total = sums.item(at), sums.item(-1)
+        return Fullest(highest, times.item(at), tasks.item(at), total) if highest > 0 else Fullest(0, 0, 0, total)
 
     def changes_here(self, rank: int) -> tuple[Integers, Integers, Integers]:
         """Times, bytes and tasks of the changes of memory until the next segment takes over, in order of time; tasks

@@ -165,6 +165,12 @@ class RankProgram:
         """Of each task so far, the last place of each lane that has ended when it has."""
         for here, task in enumerate(self.tasks):
             lane, last = lane_of[here], before.get(task.lane, -1)
+            before[task.lane] = here
+            if not task.needs and last >= 0 and lane_of[last] == lane:
+                found.append([])
+                ended.append([*ended[last]])
+                ended[here][lane] = here
+                continue
             own = {place[need] for need in task.needs if not isinstance(need, str)} if task.needs else set()
             if last >= 0:
                 own.add(last)
@@ -180,5 +186,4 @@ class RankProgram:
             found.append([*needs, *(need for need in task.needs if isinstance(need, str))] if self.names else needs)
             reached[lane] = here
             ended.append(reached)
-            before[task.lane] = here
         return found

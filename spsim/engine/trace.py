@@ -79,8 +79,8 @@ def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[i
     found: Sequence[int] = range(node.runs)
     for step, want, have in zip(node.move[2:4], wanted, moved[2:4], strict=True):
         if step and want is not None:
-            places = (divmod(number - have, step) for number in want)
-            found = sorted(index for index, rest in places if rest == 0 and 0 <= index < node.runs)
+            places = [divmod(number - have, step) for number in want]
+            found = sorted([index for index, rest in places if rest == 0 and 0 <= index < node.runs])
             break
     return (found[0], found[-1]) if edges and len(found) > 1 else found
 
@@ -88,6 +88,7 @@ def _indices(node: Node, moved: Move, wanted: Wanted, edges: bool) -> Sequence[i
 class Wait(NamedTuple):
     """Between two pieces of a rank nothing of its own runs: it waits for what is on its way."""
 
+    rank: int
     start_ps: int
     end_ps: int
     flights: Sequence[Flight]
@@ -107,8 +108,8 @@ class Trace:
     """Axis -> rank -> the ranks of its group."""
     overlapping: bool = False
     """Whether pieces overlap on a rank and their records do not know how, so that memory is read from the whole."""
-    waits: Mapping[int, Sequence[Wait]] = field(default_factory=dict)
-    """Simulated rank -> when it waits between pieces."""
+    waits: Sequence[Wait] = ()
+    """When simulated ranks wait between pieces."""
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
 

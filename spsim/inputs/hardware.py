@@ -188,6 +188,8 @@ class Coefficients(Table):
     broadcast; no limit unless given."""
     power_share: Fraction | None = None
     """Share of compute-bound kernels in the time of a step, up to which the board stays below its power limit."""
+    straggler: Fraction | None = None
+    """Standard deviation of the sustained rate among GPUs of a kind, over its mean: see `costs.power`."""
     kernel_overhead_us: Microseconds
     """Start of one kernel in a busy stream."""
     collectives: dict[

@@ -179,7 +179,8 @@ def _nemotron(name: str, layers: int, hidden: int, heads: int) -> Model:
 
 # GPT: Korthikanti et al. 2022 (arXiv:2205.05198), Table 3. Llama: Touvron et al. 2023 (arXiv:2307.09288); Llama
 # Team 2024 (arXiv:2407.21783), Table 3. Mistral 7B: Jiang et al. 2023 (arXiv:2310.06825), Table 1, without its
-# sliding window, as of v0.2. Qwen2.5: Qwen Team 2024 (arXiv:2412.15115) and config.json of Qwen/Qwen2.5-32B.
+# sliding window, as of v0.2. Qwen2.5: Qwen Team 2024 (arXiv:2412.15115) and config.json of Qwen/Qwen2.5-32B; Qwen3:
+# Qwen Team 2025 (arXiv:2505.09388), Table 1, and config.json of Qwen/Qwen3-8B.
 # Nemotron-4: Parmar et al. 2024 (arXiv:2402.16819), section 2; Adler et al. 2024 (arXiv:2406.11704), Table 1.
 PRESETS: dict[str, Model] = {
     model.name: model
@@ -196,10 +197,15 @@ PRESETS: dict[str, Model] = {
         _llama("llama-3-405b", 126, 16384, 53248, 128, 8, 128256),
         _llama("mistral-7b", 32, 4096, 14336, 32, 8, 32000),
         _llama("qwen2.5-32b", 64, 5120, 27648, 40, 8, 152064, qkv_bias=True),
+        _llama("qwen3-8b", 36, 4096, 12288, 32, 8, 151936, qk_norm=True),
         _nemotron("nemotron-4-15b", 32, 6144, 48),
         _nemotron("nemotron-4-340b", 96, 18432, 96),
     )
 }
+
+
+SAME_SHAPE = {f"llama-3.1-{size}": f"llama-3-{size}" for size in ("8b", "70b", "405b")}
+"""Models that differ from a preset in what they were trained on, or in how they rotate, by its name."""
 
 
 def load_model(name_or_path: str | Path) -> Model:
@@ -221,7 +227,7 @@ def load_model(name_or_path: str | Path) -> Model:
         return _from_config(path)
     if text and _is_directory(path):
         return _from_config(path / "config.json")
-    preset = words.named(text, PRESETS, "model")
+    preset = words.named(text, PRESETS, "model") or SAME_SHAPE.get(words.named(text, SAME_SHAPE, "model") or "")
     if preset is None:
         raise InputError(
             f"unknown model {text!r}; {words.nearest(text, PRESETS)}, or the path of a .toml table or a config.json"

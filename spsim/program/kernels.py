@@ -93,7 +93,8 @@ class Kernels:
         return MemoryBound(kind, moved, self.operator.kernel, backward, self.row)
 
     def _product(self, dims: Iterable[str]) -> int:
-        return math.ceil(math.prod([self.placed.sizes[dim] for dim in dims]))
+        sizes = self.placed.sizes
+        return math.ceil(math.prod([sizes[dim] for dim in dims]))
 
     def _refuse(self, what: str) -> InputError:
         return InputError(f"operator {self.operator.name} ({self.operator.subscripts}): {what}")

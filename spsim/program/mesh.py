@@ -13,9 +13,9 @@ from spsim.lazy import lazy
 
 Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-"""Mesh axes, outer to inner: consecutive ranks differ in tp, and stages of a pipeline follow each other. Replicas that
-share one copy of what is sharded have an axis of their own inside dp, shard, where they are not all of them; and so have
-experts that are spread over a part of the replicas, ep.
+"""Mesh axes, outer to inner: consecutive ranks differ in tp, and stages of a pipeline follow each other. Inside dp have
+axes of their own, where they are not all replicas: those that share one copy of what is sharded (shard), and those over
+which experts are spread (ep).
 """
 
 

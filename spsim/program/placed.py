@@ -68,7 +68,9 @@ class PlacedOperator:
     @lazy
     def sizes(self) -> dict[str, Extent]:
         """Size of each dimension on one rank."""
-        return {dim: part(size, self._parts.get(dim, 1)) for dim, size in self.operator.extents.items()}
+        parts = self._parts
+        extents = self.operator.extents.items()
+        return {dim: part(size, parts[dim]) if dim in parts else size for dim, size in extents}
 
     def _place(self, operand: Operand, *, read: bool) -> PlacedOperand:
         tensor, subscript = operand.tensor, operand.subscript

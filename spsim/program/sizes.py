@@ -226,11 +226,11 @@ class _Reader:
 
     def _kernel(self, work: Work) -> int:
         """The slot of a kernel, one for those that are alike."""
-        if work not in self._slots:
-            self._slots[work] = self._slot()
-            dtype = work.dtype if isinstance(work, Gemm) else None
-            self.kernels[type(work), dtype].append((work, self._slots[work]))
-        return self._slots[work]
+        slot = self._slots.get(work)
+        if slot is None:
+            slot = self._slots[work] = self._slot()
+            self.kernels[type(work), work.dtype if isinstance(work, Gemm) else None].append((work, slot))
+        return slot
 
     def groups(
         self, placed: Mapping[Sort, Mapping[str, npt.NDArray[np.intp]]], coefficients: Vector

@@ -116,7 +116,7 @@ def of_step(trace: Trace) -> Account:
     for recording, (_, count) in trace.recordings.items():
         if rank in recording.times:
             found.add(of_piece(recording, rank), count)
-    for wait in trace.waits.get(rank, ()):
+    for wait in (wait for wait in trace.waits if wait.rank == rank):
         found.add(of_wait(wait))
     recording, shift = last[rank].recording.delayed(last[rank].late), last[rank].shift_ps
     outlasting = [*_tasks(recording, rank), *_flights(recording, rank)]

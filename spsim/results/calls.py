@@ -77,3 +77,13 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     for sync, size in zip(prepared.syncs, prepared.sync_messages(numbers, result.chunk), strict=True):
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), 1
+
+
+def remarks(result: Result) -> tuple[str, ...]:
+    """What durations of its collectives hang on beyond the bytes."""
+    scenario = result.scenario
+    _, comm = cost_models(scenario.hardware, scenario.workload.precision)
+    found = dict.fromkeys(
+        comm.remark(call.collective, call.message_bytes, call.ranks, call.nodes) for call in result.collectives
+    )
+    return tuple(remark for remark in found if remark)

@@ -54,7 +54,7 @@ def idle(trace: Trace) -> dict[int, Idle]:
         for recording, (phase, count) in trace.recordings.items():
             if phase in ("forward", "backward") and rank in recording.times:
                 total = total.plus(_idle(recording, rank), count)
-        for wait in trace.waits.get(rank, ()):
+        for wait in (wait for wait in trace.waits if wait.rank == rank):
             total = total.plus(_waiting(wait), 1)
         found[rank] = total
     return found
@@ -157,13 +157,13 @@ class Profile(NamedTuple):
 
 
 def _peak(trace: Trace, rank: int, static: int) -> Peak:
-    profile = _profile(trace.nodes, rank)
-    if profile is None or profile.highest <= 0:
+    found = profile(trace.nodes, rank)
+    if found is None or found.highest <= 0:
         return Peak(rank, static, 0, None)
-    return Peak(rank, static + profile.highest, profile.time_ps, profile.task)
+    return Peak(rank, static + found.highest, found.time_ps, found.task)
 
 
-def _profile(nodes: Sequence[Node], rank: int) -> Profile | None:
+def profile(nodes: Sequence[Node], rank: int) -> Profile | None:
     """Walks the nodes that the rank takes part in. Of runs that keep something the last is the fullest, otherwise
     the first.
     """
@@ -188,7 +188,7 @@ def _profile(nodes: Sequence[Node], rank: int) -> Profile | None:
 def profile_of_run(node: Node, rank: int) -> Profile | None:
     """Of the first run of a node, without what it gets from outside."""
     if isinstance(node, Repeat):
-        return _profile(node.body, rank)
+        return profile(node.body, rank)
     if rank not in node.recording.times:
         return None
     fullest = node.recording.fullest[rank]

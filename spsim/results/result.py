@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
@@ -19,11 +19,12 @@ from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
 from spsim.results import bands, metrics, tables
 from spsim.results.bands import Band
-from spsim.results.calls import Call, calls
+from spsim.results.calls import Call, calls, remarks
 from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
-from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects
+from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects, effects_document
+from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.step.itinerary import Chunk
 from spsim.step.preparation import PreparedStep
@@ -66,6 +67,8 @@ class Result(Derived):
     """Tasks that went through the engine."""
     folded: bool
     reasons: tuple[str, ...]
+    staged: Staged | None = None
+    """Where the step has several pipeline stages."""
 
     @property
     def unknown(self) -> frozenset[str]:
@@ -123,7 +126,7 @@ class Result(Derived):
     @lazy
     def notes(self) -> tuple[str, ...]:
         """Settings without effect, what durations hang on beyond the bytes, and layers that overlap."""
-        return (*self.scenario.notes, *_remarks(self), *([self.overlap] if self.overlap else []))
+        return (*self.scenario.notes, *remarks(self), *([self.overlap] if self.overlap else []))
 
     @lazy
     def _account(self) -> Account:
@@ -160,17 +163,18 @@ class Result(Derived):
     @lazy
     def step_ps(self) -> int:
         """See `Derived`."""
-        return self.trace.end_ps
+        return self.staged.end_ps if self.staged else self.trace.end_ps
 
     @lazy
     def pass_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
         phases: tuple[Pass, ...] = ("forward", "backward")
-        return {phase: metrics.layer_window(self.trace, phase) for phase in phases}
+        window = self.staged.layer_window if self.staged else partial(metrics.layer_window, self.trace)
+        return {phase: window(phase) for phase in phases}
 
     @lazy
     def _idle(self) -> dict[int, metrics.Idle]:
-        return metrics.idle(self.trace)
+        return self.staged.idle if self.staged else metrics.idle(self.trace)
 
     @lazy
     def exposed_ps(self) -> int:
@@ -202,11 +206,13 @@ class Result(Derived):
     @lazy
     def weight_sync_ps(self) -> int:
         """See `Derived`."""
-        return metrics.weight_sync(self.trace)
+        return self.staged.weight_sync_ps if self.staged else metrics.weight_sync(self.trace)
 
     @lazy
     def compute_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
+        if self.staged:
+            return self.staged.compute_by_class()
         return metrics.compute_by_class(self.trace, next(iter(self.trace.copies)))
 
     # Memory
@@ -219,17 +225,22 @@ class Result(Derived):
     @property
     def static(self) -> StaticMemory:
         """Of the fullest rank."""
-        return self.statics[self.peak.rank]
+        return self.statics[self._spot.rank if self._spot else self.peak.rank]
+
+    @lazy
+    def _spot(self) -> Spot | None:
+        """Where memory is fullest on several stages."""
+        return self.staged.fullest({rank: own.total for rank, own in self.statics.items()}) if self.staged else None
 
     @lazy
     def peak_bytes(self) -> int:
         """See `Derived`."""
-        return self.peak.bytes
+        return self._spot.bytes if self._spot else self.peak.bytes
 
     @property
     def peak_operator(self) -> str:
         """The operator whose allocation makes the peak."""
-        return self._task_name(self.peak.task)
+        return (self._spot.operator or STATIC) if self._spot else self._task_name(self.peak.task)
 
     def _task_name(self, task: int | None) -> str:
         if task is None:
@@ -244,6 +255,8 @@ class Result(Derived):
             return None
         if self.static.total > self.limit:
             return self._task_name(None)
+        if self.staged and self._spot:
+            return self.staged.first_above(self._spot.stage, self.static.total, self.limit)
         return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, self.limit))
 
     def saved_bytes(self, *categories: TensorKind) -> int:
@@ -374,22 +387,10 @@ class Result(Derived):
             "fits_scope": FITS_SCOPE[self.scope],
             "collectives": [asdict(call) for call in self.collectives],
             "assumed": list(self.assumed),
-            "assumed_effects": _effects_document(self.assumed_effects),
+            "assumed_effects": effects_document(self.assumed_effects),
             "flagged": list(self.flagged),
             "error_band": None if self.error_band is None else asdict(self.error_band),
             "prior_band": None if self.prior_band is None else asdict(self.prior_band),
             "far_off": [asdict(part) for part in self.far_off],
             "notes": list(self.notes),
         }
-
-
-def _effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
-    return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
-
-
-def _remarks(result: Result) -> tuple[str, ...]:
-    scenario = result.scenario
-    _, comm = cost_models(scenario.hardware, scenario.workload.precision)
-    calls = result.collectives
-    found = dict.fromkeys(comm.remark(call.collective, call.message_bytes, call.ranks, call.nodes) for call in calls)
-    return tuple(remark for remark in found if remark)

@@ -6,7 +6,8 @@ and programs stay.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from spsim.costs.collectives import CommCost
@@ -106,6 +107,11 @@ def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
 def _room(result: Result, hardware: HardwareProfile) -> int:
     """Bytes that tensors may take."""
     return capacity(hardware) - outside_tensors(hardware, result.prepared.mesh)
+
+
+def effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any] | None:
+    """For documents."""
+    return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
 
 
 def assumed_inputs(result: Result) -> tuple[str, ...]:

@@ -67,11 +67,13 @@ def held_out_errors(profile: HardwareProfile) -> Mapping[str, HeldOut]:
     return found
 
 
+@lru_cache(maxsize=64)
 def is_calibrated(profile: HardwareProfile) -> bool:
     """Whether products, which take most of a step, have held-out errors: without them a band would say little."""
     return any(path.startswith("gemm.fraction.") for path in held_out_errors(profile))
 
 
+@lru_cache(maxsize=64)
 def has_flags(profile: HardwareProfile) -> bool:
     """Whether any coefficient is flagged."""
     return any(error.flagged for error in held_out_errors(profile).values())

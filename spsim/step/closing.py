@@ -7,7 +7,7 @@ Without an optimizer the sums of gradients, and with sharded state the gather of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spsim.costs.collectives import CommCost
@@ -28,6 +28,8 @@ from spsim.program.blocks.optimizer import (
 from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
 from spsim.step.gradients import Sync, gradient_syncs
+from spsim.step.groups import Groups, meets, sync_of
+from spsim.step.replicas import Message, Synchronisation
 from spsim.step.segments import Call, Segment
 from spsim.units import picoseconds
 from spsim.work import KernelName, MemoryBound
@@ -91,6 +93,28 @@ def weight_casts(casts: Sequence[tuple[int, MemoryBound]]) -> tuple[OptimizerKer
     )
 
 
+def replica_closings(
+    sync: Synchronisation, groups: Groups, others: Sequence[Sync], optimizer: Optimizer
+) -> tuple[Closing, ...]:
+    """The segments after the last micro-batch, as a library closes a step: gradients that were not reduced behind the
+    backward pass, the sums of `others`, the optimizer with what its ranks agree on, and the gathers of weights.
+    """
+
+    def syncs(messages: Iterable[Message]) -> list[Sync]:
+        return [sync_of(message, groups) for message in messages if meets(message, groups)]
+
+    reductions = () if sync.behind_backward else syncs(message for row in sync.reductions for message in row)
+    shared = syncs(message for message in sync.before_update if message.group == "embedding")
+    sums = (*reductions, *others, *shared)
+    found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
+    kernels: list[Sync | str] = [kernel.name for kernel in optimizer.kernels(1)]
+    at = kernels.index("clip")
+    kernels[at:at] = syncs(message for message in sync.before_update if message.group != "embedding")
+    found.append(_closing("optimizer", "optimizer", tuple(kernels)))
+    gathers = tuple(syncs(sync.after_update))
+    return *found, *([_closing("parameter_gather", "weight_sync", gathers)] if gathers else [])
+
+
 def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:
     """Names of the kernels, and the norm summed over all ranks before gradients are clipped."""
     found: list[Sync | str] = [kernel.name for kernel in optimizer.kernels(1)]
@@ -102,14 +126,14 @@ def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:
 
 def _closing(name: str, phase: Pass, steps: tuple[Sync | str, ...]) -> Closing:
     lanes = [COMPUTE_LANE if isinstance(step, str) else step.lane for step in steps]
-    labels = (TaskInfo(s, "optimizer", "optimizer") if isinstance(s, str) else s.info(0) for s in steps)
+    labels = (TaskInfo(s, "optimizer", "optimizer") if isinstance(s, str) else s.info(s.message_bytes) for s in steps)
     segment = Segment(
         name=name,
         phase=phase,
         tasks=tuple(Task(i, lane, needs=(i - 1,) if i else ()) for i, lane in enumerate(lanes)),
         labels=tuple(labels),
         calls={index: Call(step.axes) for index, step in enumerate(steps) if not isinstance(step, str)},
-        joins=frozenset({"dp", "tp"}),
+        joins=frozenset({"dp", "shard", "tp"}),
     )
     return Closing(segment, steps)
 

@@ -10,7 +10,8 @@ from spsim.program.instructions import LAYER
 from spsim.program.sizes import Numbers
 from spsim.step.folding import Step
 from spsim.step.itinerary import Run
-from spsim.step.pipeline.exchange import Exchange, instructions
+from spsim.step.pipeline.clock import Clock
+from spsim.step.pipeline.exchange import Exchange
 from spsim.step.pipelined import Closed, Pipelined, Stages, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.units import picoseconds
@@ -42,11 +43,11 @@ def costed_pipeline(
         prepared.closing_times(numbers, stage_runs(stages, stage), compute, comm, gpus_per_node=gpus_per_node)
         for stage in range(plan.pp)
     ]
-    rows = instructions(plan.pp_schedule, plan.pp, plan.virtual_pp, micro_batches, plan.pp_group, exchange_of(plan))
+    clock = Clock(plan.pp_schedule, plan.pp, plan.virtual_pp, micro_batches, plan.pp_group, exchange_of(plan))
     return run_pipeline(
         prepared.blocks,
         stages,
-        rows,
+        clock,
         step,
         _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node),
         Closed(times),

@@ -28,6 +28,11 @@ class Sync:
     elements: int = 0
     """Beside those of weights."""
 
+    @property
+    def message_bytes(self) -> int:
+        """Without weights: they count as the elements."""
+        return self.elements * self.itemsize
+
     def info(self, message: int) -> TaskInfo:
         """What its task is."""
         return TaskInfo(
@@ -38,8 +43,8 @@ class Sync:
 
     @property
     def lane(self) -> str:
-        """That of its communicator."""
-        return "tp" if self.axes == ("tp",) else "dp"
+        """That of its communicator; the shards of a copy are reduced beside other messages among copies."""
+        return "tp" if self.axes == ("tp",) else "shard" if "shard" in self.axes else "dp"
 
 
 def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: int) -> Iterator[Sync]:

@@ -18,10 +18,11 @@ from spsim.step.folding import Alone, Step, fold_each
 from spsim.step.gradients import Sync
 from spsim.step.itinerary import Blocks, Chunk, chunk_pass
 from spsim.step.lanes import IDLE
-from spsim.step.pipeline.messages import Instruction
-from spsim.step.pipeline.messages import Wait as Awaiting
+from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.orders import Action
-from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times, walk
+from spsim.step.pipeline.timeline import Timeline
+from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times
+from spsim.step.pipeline.waiting import Gaps, gaps_of, waits_of
 
 PHASES: Mapping[str, Pass] = {"F": "forward", "B": "backward"}
 SENT: Mapping[str, tuple[Pass, str]] = {
@@ -56,8 +57,7 @@ class Pipelined:
     stages: Stages
     stride: int
     passes: Mapping[tuple[Chunk, Pass], Alone]
-    times: Times
-    rows: Sequence[Sequence[Instruction]]
+    timeline: Timeline
     closed: Closed
     message_bytes: int
     events: int
@@ -69,6 +69,11 @@ class Pipelined:
     def alone(self, rank: int, action: Action) -> Alone:
         """A pass of a stage, as it runs by itself."""
         return self.passes[self.stages[rank][action.chunk].runs, PHASES[action.kind]]
+
+    @lazy
+    def times(self) -> Times:
+        """Of all passes and messages of the step."""
+        return self.timeline.written_out()
 
     @lazy
     def nodes(self) -> list[Node]:
@@ -130,10 +135,16 @@ class Pipelined:
 
     # After the last micro-batch
 
+    @property
+    def ends_ps(self) -> list[int]:
+        """When each stage has ended."""
+        finished: list[int] = self.timeline.finished_ps.tolist()
+        return [own[-1][1][-1][2] if own else end for own, end in zip(self.closing, finished, strict=True)]
+
     @lazy
-    def _closing_times(self) -> list[list[tuple[Closing, list[Moments]]]]:
+    def closing(self) -> list[list[tuple[Closing, list[Moments]]]]:
         """Of each stage, when each task is posted, starts and ends; the gradient norm waits for all stages."""
-        cursors = list(self.times.finished_ps)
+        cursors: list[int] = self.timeline.finished_ps.tolist()
         found: list[list[tuple[Closing, list[Moments]]]] = [[] for _ in cursors]
         rows = [[(made, step, ps) for made, times in own for step, ps in zip(made.steps, times, strict=True)]
                 for own in self.closed.segments]  # fmt: skip
@@ -151,9 +162,9 @@ class Pipelined:
         return found
 
     def _closing(self, tasks: int) -> Iterator[Node]:
-        for stage, own in enumerate(self._closing_times):
+        for stage, own in enumerate(self.closing):
             rank = self.rank_of(stage)
-            before = self.times.finished_ps[stage]
+            before = int(self.timeline.finished_ps[stage])
             for made, moments in own:
                 times = {rank: np.array(moments, dtype=np.int64)}
                 recording = Recording(made.segment.outline, times, (), begins={rank: before})
@@ -162,30 +173,20 @@ class Pipelined:
                 before = recording.kernels_end(rank)
 
     @lazy
-    def waits(self) -> dict[int, list[Wait]]:
-        """When each simulated rank waits for messages between its passes."""
-        arrivals = {span.message: span for span in self.times.messages}
-        ends: dict[int, list[PassSpan]] = {}
-        for span in self.times.passes:
-            ends.setdefault(span.rank, []).append(span)
-        found: dict[int, list[Wait]] = {}
-        for stage, row in enumerate(self.rows):
-            own = found[self.rank_of(stage)] = []
-            passes, cursor = iter(ends[stage]), 0
-            for step in row:
-                if isinstance(step, Awaiting):
-                    end = max(arrivals[message].end_ps for message in step.messages)
-                    if end > cursor:
-                        own.append(Wait(cursor, end, [self._flight(arrivals[m], stage) for m in step.messages]))
-                        cursor = end
-                elif hasattr(step, "action"):
-                    cursor = next(passes).end_ps
-        return found
+    def gaps(self) -> Gaps:
+        """When ranks run no pass."""
+        return gaps_of(self.timeline)
 
-    def _flight(self, span: MessageSpan, stage: int) -> Flight:
-        _, lane = SENT[span.message.kind]
-        posted = span.sender_posted_ps if stage == span.message.sender else span.receiver_posted_ps
-        return Flight(lane, posted, span.start_ps, span.end_ps, "send_receive")
+    @lazy
+    def waits(self) -> list[Wait]:
+        """When simulated ranks wait for messages between their passes."""
+        found: list[Wait] = []
+        for stage, begin, end, messages in waits_of(self.timeline):
+            flights = [
+                Flight(SENT[kind][1], posted, start, stop, "send_receive") for kind, posted, start, stop in messages
+            ]
+            found.append(Wait(self.rank_of(stage), begin, end, flights))
+        return found
 
 
 def _meets_all(step: Sync | str) -> bool:
@@ -209,7 +210,7 @@ def _append(
 def run_pipeline(
     blocks: Blocks,
     stages: Stages,
-    rows: Sequence[Sequence[Instruction]],
+    clock: Clock,
     step: Step,
     transfer_ps: Mapping[tuple[int, int], int],
     closed: Closed,
@@ -231,9 +232,6 @@ def run_pipeline(
                 f"pp: a {phase} pass leaves communication behind: not simulated yet; use dp_overlap = false"
             )
     lengths = {key: alone.at_ps for key, alone in passes.items()}
-
-    def end_of(rank: int, action: Action, at_ps: int) -> int:
-        return at_ps + lengths[stages[rank][action.chunk].runs, PHASES[action.kind]]
-
-    times = walk(rows, end_of, lambda sender, receiver: transfer_ps[sender, receiver])
-    return Pipelined(stages, stride, passes, times, rows, closed, message_bytes, events)
+    pass_ps = [lengths[stages[own.rank][own.chunk].runs, PHASES[own.kind]] for own in clock.classes]
+    message_ps = [transfer_ps[sender, receiver] for sender, receiver, _ in clock.lanes]
+    return Pipelined(stages, stride, passes, clock.times(pass_ps, message_ps), closed, message_bytes, events)

@@ -328,14 +328,13 @@ class PreparedStep:
     @lazy
     def _runs(self) -> Floats:
         """How often a rank runs the kernel of each slot in both passes of a layer, a mean over positions on a ring."""
-        runs = np.zeros(self.template.num_slots)
+        runs = [0.0] * self.template.num_slots
         for part in (part for found in self.passes.values() for part in found.parts):
             for step in part.segment.instructions:
                 slots = self.template.index.slots[step.id]
-                if isinstance(step, Compute):
-                    np.add.at(runs, list(slots), part.runs / len(slots))
-        runs[0] = 0.0
-        return runs
+                for slot in slots if isinstance(step, Compute) else ():
+                    runs[slot] += part.runs / len(slots)
+        return np.array([0.0, *runs[1:]])
 
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
         """Of all blocks of a rank."""

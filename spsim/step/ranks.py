@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -67,7 +67,7 @@ class Ranks:
 
     def _tasks(self, segment: Segment, rank: int) -> Iterator[Task]:
         """Of a group each call is told apart by its number."""
-        called: Counter[Communicator] = Counter()
+        called: dict[Communicator, int] = defaultdict(int)
         known: dict[Call, Sequence[tuple[Communicator, int]]] = {}
         for task in segment.tasks:
             call = segment.calls.get(task.id)
@@ -77,7 +77,8 @@ class Ranks:
             if call not in known:
                 known[call] = self._communicators(call, rank)
             communicators = known[call]
-            called.update([communicator for communicator, _ in communicators])
+            for communicator, _ in communicators:
+                called[communicator] += 1
             yield task._replace(meetings=tuple([Meeting((own, called[own]), ranks) for own, ranks in communicators]))
 
     def _communicators(self, call: Call, rank: int) -> Sequence[tuple[Communicator, int]]:

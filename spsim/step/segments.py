@@ -17,12 +17,9 @@ from spsim.engine.tasks import Task
 from spsim.lazy import lazy
 from spsim.program.instructions import Instruction
 from spsim.program.mesh import Axis
-from spsim.step.replicas import Message
-from spsim.work import MemoryBound
+from spsim.step.gradients import Sync
 
 T = TypeVar("T")
-Added = Message | MemoryBound
-"""A collective over weights, or a kernel of the optimizer: of a size that no workload changes."""
 
 
 class Call(NamedTuple):
@@ -60,7 +57,7 @@ class Segment:
     """Of each buffer, in the program."""
     instructions: tuple[Instruction, ...] = ()
     """What the tasks carry out, those that come from a program."""
-    added: Mapping[int, Added] = field(default_factory=dict)
+    added: Mapping[int, Sync] = field(default_factory=dict)
     """What the other tasks carry out, whose labels have their sizes."""
     added_bytes: tuple[int, ...] = ()
     """Of the buffers after those of `buffer_ids`, which belong to them."""

@@ -18,9 +18,11 @@ from spsim.engine.recording import COMPUTE_LANE
 from spsim.errors import InputError
 from spsim.program.instructions import Compute
 from spsim.step.buckets import Parameter
+from spsim.step.gradients import Sync
+from spsim.step.groups import Groups, meets, sync_of
 from spsim.step.replicas import Message, Synchronisation
 from spsim.step.segments import BlockPass, Part, Segment
-from spsim.step.weaving import Additions, Groups, Held, Issue, Issued, woven
+from spsim.step.weaving import Additions, Held, Issue, Issued, woven
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +46,14 @@ class _Gather(NamedTuple):
     """A task that waits for gathered weights, and what is gathered next."""
 
     task: _Task
-    then: Message | None
+    then: Sync | None
 
 
 class _Reduction(NamedTuple):
     """Messages after a task, and the bytes of gradients of earlier blocks that are freed by them."""
 
     task: _Task
-    messages: tuple[Message, ...]
+    messages: tuple[Sync, ...]
     freed: int
 
 
@@ -103,18 +105,19 @@ class ReplicaPasses:
 
     def _pass(self, phase: Pass, gathers: Sequence[Message], reductions: Sequence[tuple[Message, ...]]) -> StagePass:
         order = range(len(self.blocks))[:: 1 if phase == "forward" else -1]
-        stage = _Stage({block: turn for turn, block in enumerate(order)}, [self.blocks[b][phase] for b in order])
+        turns, passes = {block: turn for turn, block in enumerate(order)}, [self.blocks[b][phase] for b in order]
+        stage = _Stage(turns, passes, self.groups)
         gathers = [message for message in gathers if self._meets(message)]
         rows = [tuple(filter(self._meets, row)) for row in reductions]
         stage.gather(gathers)
         stage.reduce([row for row in rows if row], self._gradient_itemsize if self.sync.sharded else 0)
         if self.sync.sharded:
             stage.free(self._last_used(phase, gathers))
-        before = self._first(gathers[0], phase) if gathers else None
+        before = self._first(sync_of(gathers[0], self.groups), phase) if gathers else None
         return StagePass(before, tuple([self._variant(*own, phase) for own in stage.added_to_passes]))
 
     def _meets(self, message: Message) -> bool:
-        return self.groups[message.group].ranks > 1
+        return meets(message, self.groups)
 
     @property
     def _gradient_itemsize(self) -> int:
@@ -135,7 +138,7 @@ class ReplicaPasses:
         """What the arrival of gathered weights is called."""
         return f"{self.name} {phase} parameters".strip()
 
-    def _first(self, message: Message, phase: Pass) -> Segment:
+    def _first(self, message: Sync, phase: Pass) -> Segment:
         """The segment that issues the first gather of a pass."""
         name = f"{self._arrival(phase)} gathered"
         additions = Additions(
@@ -143,12 +146,12 @@ class ReplicaPasses:
             exports={self._arrival(phase): Issued(0)},
             held=list(self._gathered(message, Issued(0))),
         )
-        return woven(Segment(name, phase, (), ()), name, additions, self.groups)
+        return woven(Segment(name, phase, (), ()), name, additions)
 
-    def _gathered(self, message: Message, place: Issued) -> Iterator[Held]:
+    def _gathered(self, message: Sync, place: Issued) -> Iterator[Held]:
         """Memory of gathered weights that rest sharded; other libraries gather in place."""
         if self.sync.sharded:
-            yield Held(message.what, "communication buffers", message.message_bytes, place, (place,), outlives=True)
+            yield Held(message.name, "communication buffers", message.message_bytes, place, (place,), outlives=True)
 
     def _variant(self, block: BlockPass, added: _Block, phase: Pass) -> BlockPass:
         """The pass with what is added; the same for the same."""
@@ -170,7 +173,7 @@ class ReplicaPasses:
         if additions == Additions():
             return part
         assert part.runs == 1, f"{part.segment.name} runs again and again, and would send its messages as often"
-        return Part(woven(part.segment, f"{part.segment.name} (messages {number})", additions, self.groups))
+        return Part(woven(part.segment, f"{part.segment.name} (messages {number})", additions))
 
     def _additions(self, segment: Segment, part: int, added: _Block, phase: Pass) -> Additions:
         """Of one part of a pass."""
@@ -227,8 +230,8 @@ def _kernel_before(segment: Segment, task: int) -> tuple[int, ...]:
 class _Stage:
     """The passes of the blocks of a stage in order, and what is added to each."""
 
-    def __init__(self, turns: Mapping[int, int], passes: Sequence[BlockPass]) -> None:
-        self.turns, self.passes = turns, passes
+    def __init__(self, turns: Mapping[int, int], passes: Sequence[BlockPass], groups: Groups) -> None:
+        self.turns, self.passes, self.groups = turns, passes, groups
         self.added = [_Block() for _ in passes]
         self._known: dict[int, list[tuple[_Task, Compute]]] = {}
 
@@ -242,7 +245,7 @@ class _Stage:
         uses = [self._first_use(message.parameters) for message in messages]
         awaited = [*accumulate(reversed(uses), min)][::-1]
         for task, then in zip(awaited, (*messages, None)[1:], strict=True):
-            added = then and then._replace(parameters=())
+            added = then and sync_of(then, self.groups)
             self.added[task.turn].gathers.append(_Gather(task._replace(turn=0), added))
 
     def reduce(self, rows: Sequence[tuple[Message, ...]], itemsize: int) -> None:
@@ -256,7 +259,7 @@ class _Stage:
                 freed_by = len(block.reductions) if turn == end.turn else None
                 self.added[turn].gradients.append(gradients._replace(freed_by=freed_by))
             freed = sum(gradients.size for turn, gradients in sizes.items() if turn != end.turn)
-            messages = tuple([message._replace(parameters=()) for message in row])
+            messages = tuple([sync_of(message, self.groups) for message in row])
             block.reductions.append(_Reduction(end._replace(turn=0), messages, freed))
 
     def free(self, messages: Iterable[Message]) -> None:
@@ -293,7 +296,7 @@ class _Stage:
         found = [
             task
             for task, step in self._kernels(turn)
-            if step.operator in operators and step.part in ("wgrad", "backward")
+            if step.operator in operators and step.part in ("wgrad", "backward", "accumulate")
         ]
         if not found:
             raise InputError(f"no kernel writes the gradients of {', '.join(p.name for p in parameters)}")

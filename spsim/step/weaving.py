@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from spsim.costs.collectives import CommCost
-from spsim.costs.kernels import ComputeCost
-from spsim.engine.pieces import Pass
-from spsim.engine.recording import BufferUse, TaskInfo
+from spsim.engine.recording import BufferUse
 from spsim.engine.tasks import Need, Task
-from spsim.inputs.plan import Plan
-from spsim.program.mesh import Axis, Mesh
-from spsim.program.placement import sent_bytes
-from spsim.step.replicas import Group, Message
+from spsim.step.gradients import Sync
 from spsim.step.segments import Call, Segment
-from spsim.units import picoseconds
-
-
-class Members(NamedTuple):
-    """Who takes part in a message: along which axes, and how many."""
-
-    axes: tuple[Axis, ...]
-    ranks: int
-
-
-Groups = Mapping[Group, Members]
 
 
 class Issued(NamedTuple):
@@ -42,7 +25,7 @@ Place = int | Issued
 class Issue(NamedTuple):
     """A message that is added."""
 
-    message: Message
+    message: Sync
     before: int
     """The task before which it stands; as many as there are tasks for the end."""
     needs: tuple[Place, ...] = ()
@@ -72,66 +55,14 @@ class Additions:
     held: list[Held] = field(default_factory=list)
 
 
-def lane_of(message: Message) -> str:
-    """Of its communicator; the small messages around the update wait for one another anyway."""
-    return "replicate" if message.group == "replicate" else "dp"
-
-
-def info_of(message: Message, groups: Groups) -> TaskInfo:
-    """What its task is."""
-    axes, ranks = groups[message.group]
-    return TaskInfo(
-        message.what, "communication", "weight_sync", purpose="weight", collective=message.collective,
-        axis=" × ".join(axes) or message.group, message_bytes=message.message_bytes,
-        sent_bytes=sent_bytes(message.collective, message.message_bytes, ranks),
-    )  # fmt: skip
-
-
-def replica_groups(plan: Plan, mesh: Mesh) -> Groups:
-    """Who takes part in messages of each group. Stages are counted, but no axis says so: they are outside the mesh."""
-    outer: Axis = "shard" if "shard" in mesh.axes else "dp"
-    shard, model = (tuple(a for a in axes if a in mesh.axes) for axes in ((outer, "ring", "ulysses"), ("tp",)))
-    replicate: tuple[Axis, ...] = ("dp",) if outer == "shard" and "dp" in mesh.axes else ()
-    return {
-        "shard": Members(shard, mesh.size(shard)),
-        "replicate": Members(replicate, mesh.size(replicate)),
-        "world": Members(mesh.axes, plan.pp * mesh.ranks),
-        "model": Members(model, plan.pp * mesh.size(model)),
-        "embedding": Members((), min(plan.pp, 2)),
-    }
-
-
-def added_durations(
-    segment: Segment, groups: Groups, compute: ComputeCost, comm: CommCost, nodes: Callable[[Members], int]
-) -> dict[int, int]:
-    """Picoseconds of the tasks that are not of the program; `nodes` that a group spans."""
-    found: dict[int, int] = {}
-    for task, what in segment.added.items():
-        if isinstance(what, Message):
-            members = groups[what.group]
-            seconds = comm.duration(what.collective, what.message_bytes, members.ranks, nodes(members))
-        else:
-            seconds = float(compute.duration(what))
-        found[task] = picoseconds(seconds)
-    return found
-
-
-def in_a_row(
-    messages: Sequence[Message], name: str, phase: Pass, groups: Groups, *, joins: frozenset[str] = frozenset()
-) -> Segment:
-    """A segment of messages, one after another."""
-    issues = [Issue(message, 0, (Issued(i - 1),) if i else ()) for i, message in enumerate(messages)]
-    return woven(Segment(name, phase, (), (), joins=joins), name, Additions(issues), groups)
-
-
-def woven(segment: Segment, name: str, additions: Additions, groups: Groups) -> Segment:
+def woven(segment: Segment, name: str, additions: Additions) -> Segment:
     """The segment with its additions, under another name. Tasks keep their order and are numbered anew."""
-    return _Weaving(segment, additions, groups).segment(name)
+    return _Weaving(segment, additions).segment(name)
 
 
 class _Weaving:
-    def __init__(self, segment: Segment, additions: Additions, groups: Groups) -> None:
-        self.own, self.additions, self.groups = segment, additions, groups
+    def __init__(self, segment: Segment, additions: Additions) -> None:
+        self.own, self.additions = segment, additions
         self.places: dict[Place, int] = {}
         rest = [*enumerate(additions.issues)]
         for task in range(len(segment.tasks) + 1):
@@ -143,9 +74,9 @@ class _Weaving:
     def segment(self, name: str) -> Segment:
         own, places = self.own, self.places
         messages = {places[Issued(number)]: issue.message for number, issue in enumerate(self.additions.issues)}
-        labels = {place: info_of(message, self.groups) for place, message in messages.items()}
+        labels = {place: message.info(message.message_bytes) for place, message in messages.items()}
         labels |= {places[task]: label for task, label in enumerate(own.labels)}
-        calls = {place: Call(self.groups[message.group].axes) for place, message in messages.items()}
+        calls = {place: Call(message.axes) for place, message in messages.items()}
         return replace(
             own,
             name=name,
@@ -163,7 +94,7 @@ class _Weaving:
         for place, number in self.places.items():
             if isinstance(place, Issued):
                 issue = self.additions.issues[place.number]
-                yield Task(number, lane_of(issue.message), needs=self._needs(issue.needs))
+                yield Task(number, issue.message.lane, needs=self._needs(issue.needs))
             else:
                 task = self.own.tasks[place]
                 waits = [awaited for waiting, awaited in self.additions.waits if waiting == place]

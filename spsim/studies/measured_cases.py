@@ -18,7 +18,6 @@ from spsim.inputs.configuration import Name
 from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import measured_cases, read_text
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
@@ -29,12 +28,14 @@ SOFTWARE: Mapping[str, Mapping[str, Any]] = {
     "Megatron-Bridge": {"grad_dtype": "bf16", "loss_fusion": True, "bucket_elements": 2**27},
     "NeMo": {"grad_dtype": "bf16"},
     "MLPerf": {"grad_dtype": "bf16"},
+    "Megatron-LM 23e00ed0": {"loss_fusion": True},
 }
 """Options that a software sets by itself, which rows do not say, by a part of its name; the first counts.
 
 NVIDIA's NeMo, with which its MLPerf submissions ran, reduces gradients in 16 bits (`grad_sync_dtype`). The performance
 recipes of Megatron-Bridge do so too, close buckets at 128 Mi elements and take Transformer Engine's cross-entropy
-(`training/comm_overlap.py` and `scripts/performance/utils/overrides.py`, v0.3.0).
+(`training/comm_overlap.py` and `scripts/performance/utils/overrides.py`, v0.3.0). SimuMax's launcher of Megatron-LM at
+that commit does the latter, too (its `docs/b200`, where `_cef` means so).
 """
 
 
@@ -115,19 +116,23 @@ class MeasuredCase(BaseModel):
 
     def scenario(self) -> Scenario:
         """The scenario of the row; `InputError` where it cannot be simulated."""
+        return Scenario(**self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of its scenario by name; `InputError` where one is none, or not simulated yet."""
         for name, what in _ABSENT.items():
             if getattr(self, name):
                 raise InputError(f"{what} not simulated yet")
         plan = Plan(**self._plan())
         if plan.gpus != self.gpus:
             raise InputError(f"gpus = {self.gpus} is not the product of the degrees, {plan.gpus}; correct one")
-        return Scenario(
-            hardware=load_profile(self.hardware),
-            model=Model(**self._model()),
-            plan=plan,
-            workload=Workload(**{**self._given(Workload), "precision": self.precision_recipe or self.precision}),
-            scope=self.scope,
-        )
+        return {
+            "hardware": self.hardware,
+            "model": Model(**self._model()),
+            "plan": plan,
+            "workload": Workload(**{**self._given(Workload), "precision": self.precision_recipe or self.precision}),
+            "scope": self.scope,
+        }
 
     def _model(self) -> dict[str, Any]:
         window = {"sliding_window": self.sliding_window} if self.sliding_window else {}

@@ -36,6 +36,7 @@ def unit_of(program: Program, repeated: Program, layers: int) -> Program:
         saved=repeated.saved,
         weight_sync=layers * program.weight_sync,
         parameters=layers * program.parameters,
+        weights=layers * program.weights,
         inputs=forward[0].buffers(program.inputs),
         outputs=forward[-1].buffers(program.outputs),
         output_gradients=again[-1].buffers(program.output_gradients),

@@ -41,9 +41,8 @@ class Classes:
 
 
 def classes_of(score: Score) -> Classes:
-    ranks = np.repeat(np.arange(len(score.passes)), [len(own.kinds) for own in score.passes])
-    kinds, chunks = (np.concatenate([getattr(own, name) for own in score.passes]) for name in ("kinds", "chunks"))
-    keys = (ranks * score.stages.chunks + chunks) * len(KINDS) + kinds
+    kinds, chunks, _ = score.columns
+    keys = (score.ranks * score.stages.chunks + chunks) * len(KINDS) + kinds
     places = np.arange(len(keys))
     first, last = np.zeros((2, keys.max() + 1), np.int64)
     last[keys] = places
@@ -54,7 +53,7 @@ def classes_of(score: Score) -> Classes:
     for number in there.tolist():
         key, occurrence = divmod(number, len(OCCURRENCES))
         place, kind = divmod(key, len(KINDS))
-        names.append(PassClass(*divmod(place, score.stages.chunks), KINDS[kind], OCCURRENCES[occurrence]))  # type: ignore[arg-type]
+        names.append(PassClass(*divmod(place, score.stages.chunks), KINDS[kind], OCCURRENCES[occurrence]))
     return Classes(tuple(names), np.searchsorted(there, numbers))
 
 
@@ -71,9 +70,10 @@ class Messages:
 
 
 class Graph:
-    """The nodes in an order in which all that a node waits for comes before it: by level, 0 the start of the step.
+    """Nodes: 0 is the start of the step, then come those of each rank in the order of its tape, then messages.
 
-    Times are indices into one vector: of the pass classes, then the lanes, then 0.
+    The head of an edge is reached no sooner than its tail and a time after it; a node is reached its own time after the
+    last of those. Times are indices into one vector: of the pass classes, then the lanes, then 0.
     """
 
     def __init__(self, score: Score) -> None:
@@ -81,59 +81,95 @@ class Graph:
         self.classes = classes_of(score)
         self.lanes: tuple[Lane, ...] = score.stages.lanes
         made = _Nodes(score, self.classes)
-        level = _levels(len(made.own), made.tails, made.heads)
-        if level.min() < 0:
-            raise DeadlockError(np.unique(made.ranks[level[: len(made.ranks)] < 0]).tolist())
-        order = np.argsort(level, kind="stable")
-        number = np.empty_like(order)
-        number[order] = np.arange(len(order))
-        by_head = np.argsort(number[made.heads], kind="stable")
-        self.own: Numbers = made.own[order]
-        self.tails: Numbers = number[made.tails[by_head]]
-        self.heads: Numbers = number[made.heads[by_head]]
-        self.times: Numbers = made.times[by_head]
-        self.passes: Numbers = number[made.passes]
+        self.own: Numbers = made.own
+        self.tails: Numbers = made.tails
+        self.heads: Numbers = made.heads
+        self.times: Numbers = made.times
+        self.passes: Numbers = made.passes
         """Node of each pass, those of a rank in order."""
-        self.finished: Numbers = number[made.finished]
+        self.finished: Numbers = made.finished
         """The last node of each rank."""
-        self.messages = Messages(made.lanes, number[made.posts], number[made.travelling])
-        self.by_rank: Numbers = number
-        """The start of the step, then the nodes of each rank in order, then messages."""
-        self.positions: Numbers = made.positions[order]
-        """Place in its rank's row of the pass that a node ends or follows."""
-        self._steps = self._by_level(level[order])
+        self.messages = Messages(made.lanes, made.posts, made.travelling)
+        self.positions: Numbers = made.positions
+        """Place in its rank's row of the pass that a node ends or follows; of a message, of the later post."""
+        self.ranks: Numbers = made.ranks
+        """Of nodes; of a message, its lane behind all ranks."""
 
-    def _by_level(self, level: Numbers) -> list[tuple[Numbers, slice, Numbers, slice]]:
-        """For each level but the first: tails, edges, where the edges of each of its nodes begin, and nodes."""
-        bounds = [*np.flatnonzero(np.diff(level, prepend=-1)).tolist()[1:], len(level)]
-        first = np.searchsorted(self.heads, np.arange(len(level) + 1))
-        steps = []
+
+class _Level(NamedTuple):
+    """Nodes that wait for none of each other."""
+
+    tails: Numbers
+    edges: slice
+    firsts: Numbers
+    """Among the edges, the first of each node."""
+    nodes: slice
+    own: slice
+    """The same, inputs not counted."""
+
+
+class Part:
+    """Some nodes of a graph, reached once others are; a part of a graph is all that lies between two moments of it."""
+
+    def __init__(self, graph: Graph, inputs: Numbers, nodes: Numbers) -> None:
+        """`inputs` are all nodes elsewhere that `nodes` wait for."""
+        self.inputs = inputs
+        self.nodes = nodes
+        number = np.full(len(graph.own), -1)
+        number[inputs] = np.arange(len(inputs))
+        number[nodes] = np.arange(len(inputs), len(inputs) + len(nodes))
+        self.number: Numbers = number
+        """Of nodes of the graph among the inputs and nodes of the part, −1 for others."""
+        inside = number[graph.heads] >= len(inputs)
+        tails, heads = number[graph.tails[inside]], number[graph.heads[inside]]
+        level = _levels(len(inputs) + len(nodes), tails, heads)
+        if (level < 0).any():
+            ranks = graph.ranks[nodes[level[len(inputs) :] < 0]]
+            raise DeadlockError(np.unique(ranks[ranks < len(graph.score.tapes)]).tolist())
+        level[: len(inputs)] = 0
+        order = np.argsort(level, kind="stable")
+        self._place = np.empty_like(order)
+        self._place[order] = np.arange(len(order))
+        by_head = np.argsort(self._place[heads], kind="stable")
+        self._own = np.append(np.full(len(inputs), -1), graph.own[nodes])[order][len(inputs) :]
+        self._tails = self._place[tails[by_head]]
+        self._times = graph.times[inside][by_head]
+        first = np.searchsorted(self._place[heads[by_head]], np.arange(len(order) + 1))
+        bounds = [*np.flatnonzero(np.diff(level[order], prepend=0)).tolist(), len(order)]
+        self._levels: list[_Level] = []
         for start, stop in pairwise(bounds):
             edges = slice(int(first[start]), int(first[stop]))
-            steps.append((self.tails[edges], edges, first[start:stop] - first[start], slice(start, stop)))
-        return steps
+            own = slice(start - len(inputs), stop - len(inputs))
+            firsts = first[start:stop] - first[start]
+            self._levels.append(_Level(self._tails[edges], edges, firsts, slice(start, stop), own))
 
-    def ends(self, times_ps: Numbers) -> Numbers:
-        """When each node is reached, for a vector of times or several as columns."""
-        along = times_ps[self.times]
-        own = times_ps[self.own]
-        found = np.zeros_like(own)
-        for tails, edges, firsts, nodes in self._steps:
+    def ends(self, inputs_ps: Numbers, times_ps: Numbers) -> Numbers:
+        """When inputs and nodes are reached, for a vector of times or several as columns."""
+        along = times_ps[self._times]
+        own = times_ps[self._own]
+        found = np.empty((len(self._place), *times_ps.shape[1:]), np.int64)
+        found[: len(inputs_ps)] = inputs_ps
+        for tails, edges, firsts, nodes, places in self._levels:
             values = found.take(tails, axis=0)
             values += along[edges]
             into = found[nodes]
             np.maximum.reduceat(values, firsts, axis=0, out=into)
-            into += own[nodes]
-        return found
+            into += own[places]
+        return found[self._place]
+
+    def like(self, other: Part) -> bool:
+        """Whether both wait for their inputs in the same way."""
+        names = ("_place", "_own", "_tails", "_times")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
 
 class _Nodes:
-    """Nodes: the start of the step, then those of each rank in the order of its tape, then messages."""
+    """What a graph is made of, read from the tapes."""
 
     def __init__(self, score: Score, classes: Classes) -> None:
         operations, lanes, numbers, rank = _joined(score)
         ends = _ends(operations, rank)
-        count = np.cumsum(ends)
+        count: Numbers = np.cumsum(ends)
         earlier: Numbers = count - ends
         first = np.flatnonzero(np.diff(rank, prepend=-1))
         before = np.where(earlier > earlier[first][rank], earlier, 0)
@@ -149,7 +185,8 @@ class _Nodes:
         self.own[self.passes] = classes.of_passes
 
         sides = np.array([lane[0] for lane in score.stages.lanes] or [0])[lanes] != rank
-        size = np.bincount(lanes[posts & ~sides], minlength=len(score.stages.lanes))
+        size = np.zeros(len(score.stages.lanes), np.int64)
+        np.maximum.at(size, lanes[posts], numbers[posts] + 1)
         message: Numbers = np.append(0, np.cumsum(size))[lanes] + numbers
         self.lanes: Numbers = np.repeat(np.arange(len(size)), size)
         never = len(self.own)
@@ -195,6 +232,7 @@ class _Nodes:
         positions = self.positions[self.posts[:, own]].max(axis=0)
         self.positions = np.append(self.positions, positions)
         self.own = np.append(self.own, first_lane + self.lanes[own])
+        self.ranks = np.append(self.ranks, self.ranks.max() + 1 + self.lanes[own])
 
 
 def _last(messages: Numbers, nodes: Numbers, lanes: Numbers) -> tuple[Numbers, Numbers]:

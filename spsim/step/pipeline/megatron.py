@@ -110,7 +110,7 @@ def one_f_one_b(stages: Stages, rank: int, micro_batches: int, warm_up: int) -> 
 
 def _lanes(stages: Stages, rank: int) -> dict[MessageKind, tuple[int, int]]:
     """Numbers of the lanes on which the rank sends and receives, −1 where it has none."""
-    number = {lane: place for place, lane in enumerate(stages.lanes)}
+    number = stages.lane_numbers
     after, before = (rank + 1) % stages.ranks, (rank - 1) % stages.ranks
     return {
         "activation": (number.get((rank, after, "activation"), -1), number.get((before, rank, "activation"), -1)),

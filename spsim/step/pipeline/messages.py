@@ -73,6 +73,7 @@ class Stages:
                 self._add("gradient", stage + 1, upper, lower)
         lanes = {(sender, receiver, kind) for kind, _, sender, receiver in self._sent.values()}
         self.lanes: tuple[Lane, ...] = tuple(sorted(lanes))
+        self.lane_numbers = {lane: number for number, lane in enumerate(self.lanes)}
 
     def _add(self, kind: MessageKind, stage: int, sender: Place, receiver: Place) -> None:
         for action in "F" if kind == "activation" else "BI":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ class Action(NamedTuple):
 Row = tuple[Action, ...]
 """What one rank runs, in order."""
 Numbers = npt.NDArray[np.int64]
-KINDS = "FBIW"
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class Passes:
 
     def row(self) -> Row:
         columns = (self.kinds.tolist(), self.chunks.tolist(), self.micro_batches.tolist())
-        kinds = cast("dict[int, Kind]", dict(enumerate(KINDS)))
-        return tuple([Action(kinds[kind], *numbers) for kind, *numbers in zip(*columns, strict=True)])
+        return tuple([Action(KINDS[kind], *numbers) for kind, *numbers in zip(*columns, strict=True)])
 
 
 def orders(schedule: Schedule, stages: int, chunks: int, micro_batches: int, group: int | None) -> tuple[Row, ...]:

@@ -1,53 +1,96 @@
-"""The rounds of a pipeline's steady state, and when the times of one come again in the next."""
+"""The steady state of a pipeline: a round that comes again, and how a step goes through head, rounds and tail."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from spsim.step.pipeline.graph import Bools, Graph
+from spsim.step.pipeline.graph import Graph, Part
 from spsim.step.pipeline.orders import Numbers
 
 
 @dataclass(frozen=True)
-class Steady:
-    """Rounds of equal passes and waits, cut at the same place of all ranks' rows.
+class Folded:
+    """A graph in three: all ranks' rows are cut at the same two places, between which lies one round.
 
-    What comes after a cut depends on what came before only through the nodes of its border; if their times are those of
-    an earlier border but for a shift, all that lies between comes again.
+    What comes after a cut depends on what came before only through the nodes of its border. A step with more
+    micro-batches has the same head and tail, and more rounds between.
     """
 
-    first: int
-    """Passes of a rank before the first cut."""
-    length: int
-    """Passes of a rank in a round."""
-    borders: Numbers
-    """A row for each cut: what is waited for across it, in one order."""
+    head: Part
+    round: Part
+    tail: Part
+    border: Numbers
+    """Where the round's result, the next border, stands among its inputs and nodes."""
 
-    def cut(self, number: int) -> int:
-        """Passes of a rank before it."""
-        return self.first + number * self.length
+    def ends(self, times_ps: Numbers, rounds: int) -> tuple[Runs, Runs, Runs]:
+        """When head, rounds and tail are reached in a step with a number of rounds."""
+        head_ps = self.head.ends(np.zeros(1, np.int64), times_ps)
+        found = self._rounds(head_ps[self.head.number[self.round.inputs]], times_ps, rounds)
+        tail_ps = self.tail.ends(found.of(rounds - 1)[self.border], times_ps)
+        return Runs.once(head_ps), found, Runs.once(tail_ps)
 
-    def comes_again(self, ends_ps: Numbers) -> int | None:
-        """Which cut the last one repeats, the latest if there are several; None if it repeats none."""
-        times = ends_ps[self.borders]
-        same = (times - times[:, :1] == times[-1] - times[-1, 0]).all(axis=1)
-        found = np.flatnonzero(same[:-1])
-        return int(found[-1]) if len(found) else None
+    def _rounds(self, border_ps: Numbers, times_ps: Numbers, number: int) -> Runs:
+        """One round after the other, until a border is that of an earlier one but for a shift."""
+        seen: dict[bytes, int] = {}
+        borders_ps: list[Numbers] = []
+        found: list[Numbers] = []
+        for run in range(number):
+            first = seen.setdefault((border_ps - border_ps[0]).tobytes(), run)
+            if first < run:
+                return Runs(np.array(found), number, run - first, int(border_ps[0] - borders_ps[first][0]))
+            borders_ps.append(border_ps)
+            found.append(self.round.ends(border_ps, times_ps))
+            border_ps = found[-1][self.border]
+        return Runs(np.array(found), number, 0, 0)
 
 
-def steady_state(graph: Graph, length: int) -> Steady | None:
-    """The longest row of equal rounds of a length, if there are two or more."""
+@dataclass(frozen=True)
+class Runs:
+    """When inputs and nodes of a part are reached in all its runs, of which the last `period` that are written come
+    again, each time later.
+    """
+
+    written_ps: Numbers
+    """A row for each run."""
+    number: int
+    period: int
+    """0 if all are written."""
+    shift_ps: int
+
+    @classmethod
+    def once(cls, ends_ps: Numbers) -> Runs:
+        return cls(ends_ps[None], 1, 0, 0)
+
+    @property
+    def first(self) -> int:
+        """That comes again; behind the last one if none does."""
+        return len(self.written_ps) - self.period
+
+    def of(self, number: int | Numbers) -> Numbers:
+        """Times of one run, or a row for each of several."""
+        if not self.period:
+            return self.written_ps[number]
+        runs, place = np.divmod(np.maximum(number, self.first) - self.first, self.period)
+        later_ps = np.asarray(runs * self.shift_ps)
+        found: Numbers = self.written_ps[np.minimum(number, self.first) + place] + later_ps[..., None]
+        return found
+
+
+def folded(graph: Graph, length: int) -> Folded | None:
+    """A graph cut before and after a round, of `length` passes of each rank, if the next is like it."""
     start = _start(graph)
-    rounds = _Rounds(graph, np.maximum(-1, (graph.positions[graph.by_rank] - start) // length))
-    first, last = _longest(rounds.equal())
-    borders = [rounds.border(start + number * length) for number in range(first, last + 1)]
-    while len(borders) > 1 and not all(rounds.same(*two) for two in pairwise(borders)):
-        borders.pop(0)
-        first += 1
-    return Steady(start + first * length, length, np.array(borders)) if len(borders) > 1 else None
+    rounds = [_between(graph, start + number * length, start + (number + 1) * length) for number in range(2)]
+    first, second = rounds
+    if first is None or second is None or not first.like(second):
+        return None
+    border = first.number[second.inputs]
+    tail = _between(graph, start + length, None)
+    if tail is None or (border < 0).any():
+        return None
+    before = np.flatnonzero((graph.positions < start) & (np.arange(len(graph.own)) > 0))
+    return Folded(Part(graph, np.zeros(1, np.int64), before), first, tail, border)
 
 
 def _start(graph: Graph) -> int:
@@ -57,62 +100,13 @@ def _start(graph: Graph) -> int:
     return int(positions[2 * positions < graph.positions.max()].max()) + 1
 
 
-class _Rounds:
-    """Nodes by round, and for each the one in its place in the next round, −1 if the rounds differ."""
-
-    def __init__(self, graph: Graph, rounds: Numbers) -> None:
-        self._graph = graph
-        self._number = int(rounds.max()) + 1
-        order = graph.by_rank[np.argsort(rounds, kind="stable")]
-        sizes = np.bincount(rounds + 1)[1:]
-        bounds = np.append(0, np.cumsum(sizes)) + (rounds < 0).sum()
-        self.later: Numbers = np.full(len(order), -1)
-        self._round = np.empty_like(order)
-        self._round[graph.by_rank] = rounds
-        for number in range(self._number - 1):
-            own, after = (order[bounds[place] : bounds[place + 1]] for place in (number, number + 1))
-            if len(own) == len(after) and (graph.own[own] == graph.own[after]).all():
-                self.later[own] = after
-
-    def equal(self) -> Bools:
-        """Of each round but the last, whether the next waits for the same, a round later."""
-        graph = self._graph
-        by_rank = np.empty_like(graph.by_rank)
-        by_rank[graph.by_rank] = np.arange(len(by_rank))
-        order = np.argsort(by_rank[graph.heads], kind="stable")
-        of_round = self._round[graph.heads[order]]
-        order = order[np.argsort(of_round, kind="stable")]
-        bounds = np.searchsorted(np.sort(of_round), np.arange(self._number + 1))
-        found = np.zeros(self._number - 1, np.bool_)
-        for number in range(self._number - 1):
-            own, after = (order[bounds[place] : bounds[place + 1]] for place in (number, number + 1))
-            found[number] = len(own) == len(after) and (
-                np.array_equal(self.later[graph.tails[own]], graph.tails[after])
-                and np.array_equal(self.later[graph.heads[own]], graph.heads[after])
-                and np.array_equal(graph.times[own], graph.times[after])
-            )
-        return found
-
-    def border(self, position: int) -> Numbers | None:
-        """Nodes before a cut that are waited for behind it; None if something before it waits for what is behind."""
-        graph = self._graph
-        tails, heads = graph.positions[graph.tails] < position, graph.positions[graph.heads] < position
-        if (heads & ~tails).any():
-            return None
-        across = tails & ~heads
-        there = np.zeros(len(graph.own), np.bool_)
-        there[graph.tails[across]] = True
-        return graph.by_rank[there[graph.by_rank]]
-
-    def same(self, border: Numbers | None, following: Numbers | None) -> bool:
-        """Whether the border of a cut is that of the cut before, a round later."""
-        return border is not None and following is not None and np.array_equal(self.later[border], following)
-
-
-def _longest(equal: Bools) -> tuple[int, int]:
-    """First and last of the longest row of rounds, each equal to the next; a row of one if none is."""
-    best = start = 0, 0
-    for number, same in enumerate(equal.tolist()):
-        start = (start[0], number + 1) if same else (number + 1, number + 1)
-        best = max(best, start, key=lambda row: row[1] - row[0])
-    return best
+def _between(graph: Graph, start: int, stop: int | None) -> Part | None:
+    """What lies between two places in the rows; None if some of it, or of what comes before, waits for what follows."""
+    before = graph.positions < start
+    behind = graph.positions >= stop if stop is not None else np.zeros(len(before), np.bool_)
+    tails, heads = graph.tails, graph.heads
+    if (before[heads] & ~before[tails]).any() or (behind[tails] & ~behind[heads]).any():
+        return None
+    waited_for = np.zeros(len(before), np.bool_)
+    waited_for[tails[before[tails] & ~before[heads]]] = True
+    return Part(graph, np.flatnonzero(waited_for), np.flatnonzero(~before & ~behind))

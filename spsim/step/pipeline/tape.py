@@ -8,6 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
+from spsim.lazy import lazy
 from spsim.step.pipeline.messages import Instruction, Lane, Message, Post, Run, Stages, Wait
 from spsim.step.pipeline.orders import KINDS, Numbers, Passes, Row
 
@@ -38,6 +39,32 @@ class Score:
     passes: tuple[Passes, ...]
     tapes: tuple[Tape, ...]
 
+    @lazy
+    def columns(self) -> tuple[Numbers, Numbers, Numbers]:
+        """Kind, chunk and micro-batch of each pass, those of a rank in order."""
+        kinds, chunks, micro_batches = (
+            np.concatenate([getattr(own, name) for own in self.passes]) for name in ("kinds", "chunks", "micro_batches")
+        )
+        return kinds, chunks, micro_batches
+
+    @lazy
+    def ranks(self) -> Numbers:
+        """Of each pass."""
+        return np.repeat(np.arange(self.stages.ranks), [len(own.kinds) for own in self.passes])
+
+    @lazy
+    def messages(self) -> tuple[Numbers, Numbers]:
+        """Stage of the model that sends it and micro-batch of each message, those of a lane in order."""
+        stages = self.stages
+        lane_of, stage_of = np.full((2, stages.ranks, stages.chunks, len(KINDS)), -1)
+        for (kind, rank, chunk), (what, stage, sender, receiver) in stages.senders():
+            lane_of[rank, chunk, KINDS.index(kind)] = stages.lane_numbers[sender, receiver, what]
+            stage_of[rank, chunk, KINDS.index(kind)] = stage
+        kinds, chunks, micro_batches = self.columns
+        lanes = lane_of[self.ranks, chunks, kinds]
+        order = np.argsort(lanes, kind="stable")[np.count_nonzero(lanes < 0) :]
+        return stage_of[self.ranks, chunks, kinds][order], micro_batches[order]
+
     def rows(self) -> tuple[tuple[Instruction, ...], ...]:
         """By rank, as named instructions."""
         rows = [passes.row() for passes in self.passes]
@@ -55,23 +82,6 @@ def messages_of_lanes(stages: Stages, rows: Sequence[Row]) -> MessagesOfLanes:
     return found
 
 
-def names_of_messages(score: Score) -> tuple[Numbers, Numbers]:
-    """(stage that sends, micro-batch) of each message, those of a lane in order."""
-    stages = score.stages
-    number = {lane: place for place, lane in enumerate(stages.lanes)}
-    lane_of, stage_of = np.full((2, stages.ranks, stages.chunks, len(KINDS)), -1)
-    for (kind, rank, chunk), (what, stage, sender, receiver) in stages.senders():
-        lane_of[rank, chunk, KINDS.index(kind)] = number[sender, receiver, what]
-        stage_of[rank, chunk, KINDS.index(kind)] = stage
-    ranks = np.repeat(np.arange(stages.ranks), [len(own.kinds) for own in score.passes])
-    kinds, chunks, micro_batches = (
-        np.concatenate([getattr(own, name) for own in score.passes]) for name in ("kinds", "chunks", "micro_batches")
-    )
-    lanes = lane_of[ranks, chunks, kinds]
-    order = np.argsort(lanes, kind="stable")[np.count_nonzero(lanes < 0) :]
-    return stage_of[ranks, chunks, kinds][order], micro_batches[order]
-
-
 def _read(tape: Tape, row: Row, lanes: Sequence[Sequence[Message]]) -> Iterator[Instruction]:
     actions = iter(row)
     columns = (tape.operations.tolist(), tape.calls.tolist(), tape.lanes.tolist(), tape.messages.tolist())
@@ -85,9 +95,8 @@ def _read(tape: Tape, row: Row, lanes: Sequence[Sequence[Message]]) -> Iterator[
 
 def taped(stages: Stages, rows: Sequence[Row], instructions: Sequence[Sequence[Instruction]]) -> Score:
     """Named instructions as arrays."""
-    lanes = {lane: number for number, lane in enumerate(stages.lanes)}
     places = {
-        message: (lanes[lane], number)
+        message: (stages.lane_numbers[lane], number)
         for lane, messages in messages_of_lanes(stages, rows).items()
         for number, message in enumerate(messages)
     }

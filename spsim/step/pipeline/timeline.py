@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from spsim.lazy import lazy
-from spsim.step.pipeline.graph import Bools, Graph
+from spsim.step.pipeline.graph import Graph, Part
 from spsim.step.pipeline.messages import Message
 from spsim.step.pipeline.orders import KINDS, Action, Numbers
-from spsim.step.pipeline.tape import names_of_messages
+from spsim.step.pipeline.steady import Runs
 from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times
 
 
@@ -48,134 +48,148 @@ Spans = TypeVar("Spans", PassSpans, MessageSpans)
 
 
 @dataclass(frozen=True)
-class Rounds:
-    """What comes again: passes between two places of all ranks' rows, and messages that both sides post by then."""
+class Section:
+    """A part of a step as it ran first, at its place in the step, and how often it runs."""
 
-    first: int
-    """Place in each rank's row."""
-    stop: int
-    """Of the first pass behind."""
-    runs: int
-    """The first included."""
-    micro_batches: int
+    passes: PassSpans
+    messages: MessageSpans
+    runs: int = 1
+    micro_batches: int = 0
     """From one run to the next, as the time."""
-    shift_ps: int
+    shift_ps: int = 0
+
+    def run(self, number: int) -> Section:
+        """One of its runs."""
+        later = number * self.micro_batches, number * self.shift_ps
+        return Section(_later(self.passes, *later), _later(self.messages, *later))
+
+    def written_out(self) -> Iterator[Section]:
+        """Each of its runs."""
+        return map(self.run, range(self.runs))
 
 
-@dataclass(frozen=True)
+class Piece(NamedTuple):
+    """A part of the step, in all its runs."""
+
+    part: Part
+    runs: Runs
+    micro_batches: int
+    """Of the first run, beyond those of the graph."""
+
+
 class Timeline:
-    """A step with fewer micro-batches, of which `rounds` run several times; without rounds, the step itself."""
+    """The times of a step."""
 
-    graph: Graph
-    durations_ps: Numbers
-    """By time of the graph: of pass classes, lanes, and 0."""
-    nodes: Callable[[], Numbers]
-    """When each node of the graph is reached, in ps."""
-    rounds: Rounds | None
-
-    @lazy
-    def nodes_ps(self) -> Numbers:
-        return self.nodes()
+    def __init__(self, graph: Graph, pieces: Sequence[Piece], durations_ps: Numbers, step: int) -> None:
+        """`graph` is of a step in which each piece runs once; from one run to the next are `step` micro-batches."""
+        self.graph = graph
+        self._pieces = pieces
+        self._durations_ps = durations_ps
+        self._step = step
 
     @lazy
     def finished_ps(self) -> Numbers:
-        """By rank: after its last pass and wait, of the whole step."""
-        return self.nodes_ps[self.graph.finished] + self._after[1]
-
-    @property
-    def _after(self) -> tuple[int, int]:
-        """How much later what follows the rounds is in the whole step: micro-batches, picoseconds."""
-        if self.rounds is None:
-            return 0, 0
-        return (self.rounds.runs - 1) * self.rounds.micro_batches, (self.rounds.runs - 1) * self.rounds.shift_ps
+        """By rank: after its last pass and wait."""
+        part, runs, _ = self._pieces[-1]
+        found: Numbers = runs.of(runs.number - 1)[part.number[self.graph.finished]]
+        return found
 
     @lazy
-    def passes(self) -> PassSpans:
-        """Of the shorter step."""
-        own = self.graph.score.passes
-        ends_ps = self.nodes_ps[self.graph.passes]
-        return PassSpans(
-            np.repeat(np.arange(len(own)), [len(passes.kinds) for passes in own]),
-            *(
-                np.concatenate([getattr(passes, name) for passes in own])
-                for name in ("kinds", "chunks", "micro_batches")
-            ),
-            ends_ps - self.durations_ps[self.graph.own[self.graph.passes]],
-            ends_ps,
-        )
+    def sections(self) -> tuple[Section, ...]:
+        """The step in a row of sections, of which one may run several times.
 
-    @lazy
-    def messages(self) -> MessageSpans:
-        """Of the shorter step."""
-        messages, nodes_ps = self.graph.messages, self.nodes_ps
-        posted_ps = nodes_ps[messages.posts]
-        durations_ps = self.durations_ps[len(self.graph.classes.names) + messages.lanes]
-        ends_ps = np.where(messages.nodes > 0, nodes_ps[messages.nodes], posted_ps.max(axis=0) + durations_ps)
-        stages, micro_batches = names_of_messages(self.graph.score)
-        return MessageSpans(messages.lanes, stages, micro_batches, *posted_ps, ends_ps - durations_ps, ends_ps)
-
-    def part(self, number: int) -> tuple[PassSpans, MessageSpans]:
-        """0: before the rounds; 1: their first run; 2: after them, at its place in the whole step.
-
-        Without rounds all of the step comes before them.
+        A message belongs where the later side posts it; the other may have posted it in a section before.
         """
-        later = self._after if number == 2 else (0, 0)
-        passes, messages = (places == number for places in self._parts())
-        return _picked(self.passes, passes, *later), _picked(self.messages, messages, *later)
+        found: list[Section] = []
+        behind: list[Section] = []
+        for piece in self._pieces:
+            runs = piece.runs
+            again, rest = divmod(runs.number - runs.first, runs.period) if runs.period else (0, 0)
+            behind.append(self._section(piece, np.arange(runs.number - rest if again < 2 else runs.first)))
+            if again > 1:
+                first = self._section(piece, runs.first + np.arange(runs.period))
+                found += [joined(behind), replace(first, runs=again, micro_batches=runs.period * self._step)]
+                found[-1] = replace(found[-1], shift_ps=runs.shift_ps)
+                behind = []
+            behind.append(self._section(piece, runs.number - rest + np.arange(rest)))
+        return *found, joined(behind)
 
     def written_out(self) -> Times:
         """All of the step, by name."""
-        passes, messages = self.all_passes(), self.all_messages()
+        whole = joined([each for section in self.sections for each in section.written_out()])
         return Times(
             [
-                PassSpan(rank, Action(KINDS[kind], chunk, micro_batch), start_ps, end_ps)  # type: ignore[arg-type]
-                for rank, kind, chunk, micro_batch, start_ps, end_ps in _rows(passes)
+                PassSpan(rank, Action(KINDS[kind], chunk, micro_batch), start_ps, end_ps)
+                for rank, kind, chunk, micro_batch, start_ps, end_ps in _rows(whole.passes)
             ],
             [
                 MessageSpan(Message(kind, micro_batch, stage, sender, receiver), *times_ps)
-                for lane, stage, micro_batch, *times_ps in _rows(messages)
+                for lane, stage, micro_batch, *times_ps in _rows(whole.messages)
                 for sender, receiver, kind in [self.graph.lanes[lane]]
             ],
             self.finished_ps.tolist(),
         )
 
-    def all_passes(self) -> PassSpans:
-        """Of the whole step."""
-        return self._repeated(self.passes, self._parts()[0], self.passes.ranks)
+    def _section(self, piece: Piece, runs: Numbers) -> Section:
+        """Some runs of a piece."""
+        nodes_ps = piece.runs.of(runs)
+        later = piece.micro_batches + runs * self._step
+        return Section(self._passes(piece.part, nodes_ps, later), self._messages(piece.part, nodes_ps, later))
 
-    def all_messages(self) -> MessageSpans:
-        return self._repeated(self.messages, self._parts()[1], self.messages.lanes)
+    def _passes(self, part: Part, nodes_ps: Numbers, later: Numbers) -> PassSpans:
+        graph = self.graph
+        which = np.flatnonzero(part.number[graph.passes] >= len(part.inputs))
+        nodes = graph.passes[which]
+        ends_ps = nodes_ps[:, part.number[nodes]]
+        starts_ps = ends_ps - self._durations_ps[graph.own[nodes]]
+        kinds, chunks, micro_batches = (column[which] for column in graph.score.columns)
+        ranks, kinds, chunks = (np.tile(column, len(later)) for column in (graph.ranks[nodes], kinds, chunks))
+        numbers = (micro_batches + later[:, None]).ravel()
+        return _sorted(PassSpans(ranks, kinds, chunks, numbers, starts_ps.ravel(), ends_ps.ravel()))
 
-    def _parts(self) -> tuple[Numbers, Numbers]:
-        """Of each pass and message, whether it is before the rounds (0), in them (1) or after them (2)."""
-        positions = self.graph.positions
-        bounds = [self.rounds.first, self.rounds.stop] if self.rounds else [len(positions)]
-        posted = positions[self.graph.messages.posts].max(axis=0)
-        return tuple(np.searchsorted(bounds, own, side="right") for own in (positions[self.graph.passes], posted))  # type: ignore[return-value]
-
-    def _repeated(self, spans: Spans, parts: Numbers, groups: Numbers) -> Spans:
-        if self.rounds is None:
-            return spans
-        first, again, rest = (np.flatnonzero(parts == part) for part in range(3))
-        runs = self.rounds.runs
-        places = np.concatenate([first, np.tile(again, runs), rest])
-        later = np.concatenate(
-            [np.zeros(len(first), np.int64), np.repeat(np.arange(runs), len(again)), np.full(len(rest), runs - 1)]
+    def _messages(self, part: Part, nodes_ps: Numbers, later: Numbers) -> MessageSpans:
+        messages = self.graph.messages
+        placed = part.number[messages.posts]
+        which = np.flatnonzero((placed >= 0).all(axis=0) & (placed >= len(part.inputs)).any(axis=0))
+        stages, micro_batches = (column[which] for column in self.graph.score.messages)
+        sent_ps, received_ps = (nodes_ps[:, side] for side in placed[:, which])
+        durations_ps = self._durations_ps[len(self.graph.classes.names) + messages.lanes[which]]
+        nodes = messages.nodes[which]
+        direct_ps = np.maximum(sent_ps, received_ps) + durations_ps
+        ends_ps = np.where(nodes > 0, nodes_ps[:, part.number[nodes]], direct_ps)
+        lanes, stages = (np.tile(column, len(later)) for column in (messages.lanes[which], stages))
+        numbers = (micro_batches + later[:, None]).ravel()
+        sent_ps, received_ps, starts_ps, ends_ps = (
+            column.ravel() for column in (sent_ps, received_ps, ends_ps - durations_ps, ends_ps)
         )
-        order = np.argsort(groups[places], kind="stable")
-        later = later[order]
-        return _picked(spans, places[order], later * self.rounds.micro_batches, later * self.rounds.shift_ps)
+        return _sorted(MessageSpans(lanes, stages, numbers, sent_ps, received_ps, starts_ps, ends_ps))
 
 
-def _picked(spans: Spans, which: Numbers | Bools, micro_batches: int | Numbers, shift_ps: int | Numbers) -> Spans:
-    """Some of them, later by so much."""
-    columns = {own.name: getattr(spans, own.name)[which] for own in fields(spans)}
+def _later(spans: Spans, micro_batches: int, shift_ps: int) -> Spans:
+    columns = {own.name: getattr(spans, own.name) for own in fields(spans)}
     for name in columns:
         if name == "micro_batches":
             columns[name] = columns[name] + micro_batches
         elif name.endswith("_ps"):
             columns[name] = columns[name] + shift_ps
     return type(spans)(**columns)
+
+
+def joined(sections: Sequence[Section]) -> Section:
+    """Sections that follow each other as one."""
+    return Section(_behind([own.passes for own in sections]), _behind([own.messages for own in sections]))
+
+
+def _behind(spans: Sequence[Spans]) -> Spans:
+    kind = type(spans[0])
+    return _sorted(kind(*(np.concatenate([getattr(own, column.name) for own in spans]) for column in fields(kind))))
+
+
+def _sorted(spans: Spans) -> Spans:
+    """By rank or lane, whichever comes first of their columns."""
+    names = [column.name for column in fields(spans)]
+    order = np.argsort(getattr(spans, names[0]), kind="stable")
+    return type(spans)(*(getattr(spans, name)[order] for name in names))
 
 
 def _rows(spans: PassSpans | MessageSpans) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from spsim.step.pipeline.messages import DeadlockError, Instruction, Message, Post, Run, Wait
+from spsim.step.pipeline.messages import DeadlockError, Instruction, Lane, Message, Post, Run, Wait
 from spsim.step.pipeline.orders import Action
 
 EndOfPass = Callable[[int, Action, int], int]
@@ -72,7 +72,7 @@ def walk(rows: Sequence[Sequence[Instruction]], end_of: EndOfPass, transfer_ps: 
     if stuck:
         raise DeadlockError(stuck)
     times.passes.sort(key=lambda span: span.rank)
-    times.messages = [span for spans in lanes.spans.values() for span in spans]
+    times.messages = [span for _, spans in sorted(lanes.spans.items()) for span in spans]
     times.finished_ps = [walker.cursor_ps for walker in walkers]
     return times
 
@@ -84,7 +84,7 @@ class _Lanes:
         self.transfer_ps = transfer_ps
         self.posted: dict[Message, int] = {}
         self.ends: dict[Message, int] = {}
-        self.spans: dict[tuple[object, ...], list[MessageSpan]] = {}
+        self.spans: dict[Lane, list[MessageSpan]] = {}
 
     def post(self, message: Message, rank: int, at_ps: int) -> bool:
         """Whether both sides have posted it now; then it has its time."""
