@@ -153,7 +153,7 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    any_layout = scenario.hardware.datasheet.fp8_any_layout
+    any_layout = scenario.hardware.fp8_any_layout
     precision = program_precision(scenario.workload.precision, any_layout=any_layout)
     return prepare(scenario.model, scenario.plan, fold, precision)
 
