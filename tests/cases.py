@@ -1,5 +1,7 @@
 """Small scenarios for the tests: one place that fills in what a test does not care about."""
 
+from functools import cache
+
 from hypothesis import strategies as st
 
 from spsim import Model, Scenario, Workload, simulate
@@ -7,6 +9,8 @@ from spsim.program.assembly import layer_program
 from spsim.program.compiler import compile_region
 from spsim.program.region import Region
 from spsim.program.strategies import split_rules
+from spsim.studies.measured_cases import load_cases
+from spsim.studies.validation import validate
 
 A100 = "dgx-a100-80gb"
 H100 = "dgx-h100"
@@ -84,3 +88,9 @@ def random_scenarios(draw, *, fold, layers, micro_batches):
         "dropout": draw(st.sampled_from([0.0, 0.1])),
         "causal": draw(st.booleans()),
     }
+
+
+@cache
+def published():
+    """All shipped measurements, predicted once for all tests."""
+    return validate(load_cases())
