@@ -14,6 +14,7 @@ from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
+from spsim.program.lowerings.chunks import lower_chunks
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
@@ -42,7 +43,7 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
-    return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, *ring
+    return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, plan.tp_overlap and plan.tp > 1, *ring
 
 
 def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
@@ -152,8 +153,9 @@ def _around_by(plan: Plan) -> tuple[int, ...]:
 
 
 def around_layers(plan: Plan) -> Plan:
-    """As what stands around the layers sees a plan: recomputation is of layers."""
-    return plan.model_copy(update={"recompute": "none", "recompute_layers": None, "recompute_modules": None})
+    """As what stands around the layers sees a plan: recomputation and chunks of tp are of layers."""
+    usual = {"recompute": "none", "recompute_layers": None, "recompute_modules": None, "tp_overlap": False}
+    return plan.model_copy(update=usual)
 
 
 def _program_around(
@@ -164,10 +166,12 @@ def _program_around(
 
 
 def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:
-    """The program of a region, ring attention lowered to its exchange where the plan says p2p; `kind` says what of it
-    is recomputed, else the plan does.
+    """The program of a region, messages of tp lowered to chunks where the plan overlaps them, and ring attention to its
+    exchange where it says p2p; `kind` says what of the region is recomputed, else the plan does.
     """
     program = compile_region(region, plan, causal=causal, kind=kind)
+    if plan.tp_overlap and plan.tp > 1:
+        program = lower_chunks(program, region)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
     for kernels in region.kernels.values():

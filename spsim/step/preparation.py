@@ -231,7 +231,13 @@ class PreparedStep:
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
         for step, index in self.communications:
             position = index.messages[step.id]
-            sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
+            sort = (
+                step.collective,
+                step.step_of,
+                step.axis,
+                step.ranks,
+                *self.template.coefficients[position].tolist(),
+            )
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
@@ -316,7 +322,8 @@ class PreparedStep:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
-            seconds[slots] = comm.duration(step.collective, message, step.ranks, nodes)
+            duration = comm.step_duration if step.step_of else comm.duration
+            seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         return seconds
 
     @lazy
