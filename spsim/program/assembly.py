@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence, Set
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
@@ -21,7 +22,7 @@ from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.quantisation import quantised
 from spsim.program.recipes import RECIPES
-from spsim.program.recompute import LayerKind, usual_kind
+from spsim.program.recompute import LayerKind, layer_kinds, usual_kind
 from spsim.program.region import Region
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
@@ -71,18 +72,30 @@ def layer_operators(model: Model, workload: Workload, replicas: int = 1) -> tupl
     return operators if recipe is None else quantised(operators, recipe)
 
 
+def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
+    """The kinds of layers in a step, and the names of their blocks: that of the first is `LAYER`."""
+    if plan.recompute_layers is None:
+        return {usual_kind(plan): LAYER}
+    sizes = dict.fromkeys([len(chunk.layers) for chunk in all_chunks(model, plan)])
+    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, size)])
+    return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}
+
+
+def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
+    """The programs of the layers of a step, of each kind."""
+    kinds = kinds_of_layers(model, plan)
+    return {name: layer_program(model, plan, workload, kind) for kind, name in kinds.items()}
+
+
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
-    return layer_traits(model), compiled_by(plan), embedding_key(model, plan), head
+    return layer_traits(model), compiled_by(plan), *kinds_of_layers(model, plan), embedding_key(model, plan), head
 
 
 def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
     """The programs of a layer, of the embedding, and of the head if the model has one."""
-    found = {
-        LAYER: layer_program(model, plan, workload),
-        EMBEDDING: embedding_program(model, plan, workload),
-    }
+    found = {**layer_programs(model, plan, workload), EMBEDDING: embedding_program(model, plan, workload)}
     if model.head_rows:
         found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
     return found
@@ -90,7 +103,9 @@ def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pro
 
 def compile_step(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
     """The same, compiled; `step_programs` keeps them."""
-    found = {LAYER: compile_layer(model, plan, workload), EMBEDDING: compile_embedding(model, plan, workload)}
+    kinds = kinds_of_layers(model, plan)
+    found = {name: compile_layer(model, plan, workload, kind) for kind, name in kinds.items()}
+    found[EMBEDDING] = compile_embedding(model, plan, workload)
     if model.head_rows:
         found[HEAD] = compile_head(model, plan, workload, **_head_options(plan))
     return found
