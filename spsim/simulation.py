@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import head_flops, layer_flops
+from spsim.costs.flops import LayerFlops, head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Piece
@@ -19,16 +19,16 @@ from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import chunks_of
+from spsim.inputs.stages import all_chunks, chunks_of
 from spsim.inputs.workload import Workload, Workloads
 from spsim.lazy import Deferred
-from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
-from spsim.program.instructions import LAYER
 from spsim.program.recipes import program_precision
-from spsim.program.recompute import usual_kind
+from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
@@ -132,23 +132,30 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:
 
 def _stages(scenario: Scenario) -> Stages:
     """What each stage runs, chunk by chunk."""
-    return [[_placed(scenario.model, chunk) for chunk in stage] for stage in chunks_of(scenario.model, scenario.plan)]
+    model, plan = scenario.model, scenario.plan
+    return [[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)]
 
 
-def _placed(model: Model, chunk: StageChunk) -> PlacedChunk:
+def _layer_runs(model: Model, plan: Plan, layers: int) -> list[Run]:
+    """Some layers of a chunk, by kind."""
+    names = kinds_of_layers(model, plan)
+    return [Run(names[kind], count, layers=kind.layers) for kind, count in layer_kinds(plan, layers)]
+
+
+def _placed(model: Model, plan: Plan, chunk: StageChunk) -> PlacedChunk:
     runs = [Run(EMBEDDING, numbered=False)] if chunk.embedding else []
-    runs += [Run(LAYER, len(chunk.layers))] if chunk.layers else []
+    runs += _layer_runs(model, plan, len(chunk.layers))
     runs += [Run(HEAD, numbered=False)] if chunk.loss and model.head_rows else []
     return PlacedChunk(tuple(runs), chunk.layers.start)
 
 
 def _chunk(scenario: Scenario) -> Chunk:
     """What a rank runs of a micro-batch."""
-    layers = Run(LAYER, scenario.model.layers)
+    layers = _layer_runs(scenario.model, scenario.plan, scenario.model.layers)
     if scenario.scope == "layers":
-        return (layers,)
+        return tuple(layers)
     head = (Run(HEAD, numbered=False),) if scenario.model.head_rows else ()
-    return Run(EMBEDDING, numbered=False), layers, *head
+    return Run(EMBEDDING, numbered=False), *layers, *head
 
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
@@ -177,8 +184,19 @@ def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: s
     return Amounts(
         model=replicas * (layers * flops.training() + head),
         causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
-        executed=replicas * (layers * flops.executed(usual_kind(scenario.plan).recomputed) + head),
+        executed=replicas * (_executed(scenario, flops) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
+    )
+
+
+def _executed(scenario: Scenario | Grid, flops: LayerFlops) -> int:
+    """FLOPs of all layers, with what is recomputed."""
+    model, plan = scenario.model, scenario.plan
+    chunks = [len(chunk.layers) for chunk in all_chunks(model, plan)] if plan.recompute_layers else [model.layers]
+    return sum(
+        count * kind.layers * flops.executed(kind.recomputed)
+        for size in chunks
+        for kind, count in layer_kinds(plan, size)
     )
 
 

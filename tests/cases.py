@@ -21,9 +21,7 @@ def model(**changes):
     return Model(**{"layers": 2, "hidden": 256, "heads": 8, "vocab": 512, **changes})
 
 
-def scenario(
-    plan="", *, seq_len=256, micro_batch=1, global_batch=None, hardware=A100, scope="layers", **model_changes
-):
+def scenario(plan="", *, seq_len=256, micro_batch=1, global_batch=None, hardware=A100, scope="layers", **model_changes):
     """A scenario of the layers of the small model under a plan, an object or text."""
     return Scenario(
         hardware=hardware,

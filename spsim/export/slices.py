@@ -107,7 +107,7 @@ class Slices:
 
     def _of(self, step: Instruction, position: int) -> Facts:
         if not isinstance(step, Compute):
-            return self._call(step.collective, (step.axis,), step.message_bytes, step.ranks)
+            return self._call(step.timed_as, (step.axis,), step.message_bytes, step.ranks)
         work = step.work[position if len(step.work) > 1 else 0]
         if work is None:
             return {}

@@ -126,7 +126,7 @@ def assumed_inputs(result: Result) -> tuple[str, ...]:
                 used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
             else:
                 nodes = nodes_of(prepared.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
-                used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
+                used |= {*comm.coefficients_of(step.timed_as, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
 
 

@@ -25,15 +25,14 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, layer_program, step_key, step_programs
+from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
-from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.sizes import Index, Numbers, Template
-from spsim.program.templates import layer_template, step_template
+from spsim.program.templates import layers_template, step_template
 from spsim.step.abreast import Abreast
 from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
 from spsim.step.columns.fill import Floats
@@ -50,19 +49,15 @@ from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_layer(
-    model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", kind: LayerKind | None = None
-) -> PreparedStep:
-    """The layers of a model under a plan, or units of layers, of a `kind`, else as the plan recomputes layers; `fold`
-    simulates identical ranks once.
-    """
-    kind = kind or usual_kind(plan)
+def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
+    """The layers of a model under a plan; `fold` simulates identical ranks once."""
+    kinds = (*kinds_of_layers(model, plan),)
     return _steps.get(
-        (layer_traits(model), compiled_by(plan, kind), precision, _issued_by(plan), fold),
+        (layer_traits(model), compiled_by(plan), *kinds, precision, _issued_by(plan), fold),
         lambda: PreparedStep(
-            layer_template(model, plan, precision, kind),
+            layers_template(model, plan, precision),
             plan,
-            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision), kind)},
+            lambda workload: layer_programs(model, plan, _in(workload, precision)),
             fold=fold,
         ),
     )
@@ -232,7 +227,13 @@ class PreparedStep:
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
         for step, index in self.communications:
             position = index.messages[step.id]
-            sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
+            sort = (
+                step.collective,
+                step.step_of,
+                step.axis,
+                step.ranks,
+                *self.template.coefficients[position].tolist(),
+            )
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
@@ -318,7 +319,8 @@ class PreparedStep:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
-            seconds[slots] = comm.duration(step.collective, message, step.ranks, nodes)
+            duration = comm.step_duration if step.step_of else comm.duration
+            seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         return seconds
 
     @lazy
