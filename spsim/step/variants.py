@@ -110,7 +110,7 @@ class ReplicaPasses:
         gathers = [message for message in gathers if self._meets(message)]
         rows = [tuple(filter(self._meets, row)) for row in reductions]
         stage.gather(gathers)
-        stage.reduce([row for row in rows if row], self._gradient_itemsize if self.sync.sharded else 0)
+        stage.reduce([row for row in rows if row], self.sync.gradient_bytes)
         if self.sync.sharded:
             stage.free(self._last_used(phase, gathers))
         before = self._first(sync_of(gathers[0], self.groups), phase) if gathers else None
@@ -118,11 +118,6 @@ class ReplicaPasses:
 
     def _meets(self, message: Message) -> bool:
         return meets(message, self.groups)
-
-    @property
-    def _gradient_itemsize(self) -> int:
-        """Gradients come in the type of the weights that are gathered."""
-        return (*self.sync.forward, self.sync.reductions[0][0])[0].itemsize
 
     def _last_used(self, phase: Pass, gathers: Iterable[Message]) -> Iterator[Message]:
         """What was gathered and is used in this pass for the last time: in the forward pass what will be gathered
@@ -202,13 +197,13 @@ class ReplicaPasses:
         return found
 
     def _add_reduction(self, found: Additions, reduction: _Reduction) -> None:
-        """A reduction with what follows it; of weights that rest sharded it reads a copy of the gradients."""
+        """A reduction with what follows it; of gradients that are freed it reads a copy."""
         own = Issued(len(found.issues))
         task = reduction.task.task
         for message in reduction.messages:
             needs = (task,) if len(found.issues) == own.number else (Issued(len(found.issues) - 1),)
             found.issues.append(Issue(message, task + 1, needs))
-        if self.sync.sharded:
+        if self.sync.gradient_bytes:
             size = reduction.messages[0].message_bytes
             found.held.append(Held("weight gradients to be reduced", "communication buffers", size, own, (own,)))
         if reduction.freed:
