@@ -92,16 +92,25 @@ class ReplicaPasses:
         """
         self.sync, self.blocks, self.groups, self.name = sync, blocks, groups, name
         self._variants: dict[tuple[object, ...], BlockPass] = {}
+        self._passes: dict[tuple[Pass, bool], StagePass] = {}
 
     def forward(self, *, first: bool) -> StagePass:
         """Of the first micro-batch, or of any other."""
         gathering = first or self.sync.forward_in == "every"
-        return self._pass("forward", self.sync.forward if gathering else (), ())
+        return self._known("forward", gathering, self.sync.forward if gathering else (), ())
 
     def backward(self, *, last: bool) -> StagePass:
         """Of the last micro-batch, or of any other."""
         reducing = self.sync.behind_backward and (last or self.sync.reductions_in == "every")
-        return self._pass("backward", self.sync.backward, self.sync.reductions if reducing else ())
+        return self._known("backward", reducing, self.sync.backward, self.sync.reductions if reducing else ())
+
+    def _known(
+        self, phase: Pass, sending: bool, gathers: Sequence[Message], reductions: Sequence[tuple[Message, ...]]
+    ) -> StagePass:
+        """Made once, so that equal passes are the same."""
+        if (phase, sending) not in self._passes:
+            self._passes[phase, sending] = self._pass(phase, gathers, reductions)
+        return self._passes[phase, sending]
 
     def _pass(self, phase: Pass, gathers: Sequence[Message], reductions: Sequence[tuple[Message, ...]]) -> StagePass:
         order = range(len(self.blocks))[:: 1 if phase == "forward" else -1]
