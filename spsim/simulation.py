@@ -13,9 +13,9 @@ import numpy.typing as npt
 from spsim.costs.flops import LayerFlops, head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
-from spsim.engine.pieces import Piece
+from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
-from spsim.engine.trace import Trace
+from spsim.engine.trace import Trace, Wait
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
@@ -112,6 +112,8 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> 
     firsts = range(0, plan.gpus, prepared.mesh.ranks)
     own = prepared.ranks.copies
     copies = {first + rank: [first + copy for copy in own[rank]] for first in firsts for rank in own}
+    nodes: Sequence[Node]
+    waits: Sequence[Wait]
     if len(own) == 1 and fold:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events

@@ -17,7 +17,7 @@ from spsim.step.closing import Closing
 from spsim.step.folding import Alone, Step, fold_each
 from spsim.step.gradients import Sync
 from spsim.step.itinerary import Blocks, Chunk, chunk_pass
-from spsim.step.lanes import IDLE
+from spsim.step.lanes import IDLE, flights_of
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.orders import Action
 from spsim.step.pipeline.timeline import Timeline
@@ -176,12 +176,14 @@ class Pipelined:
         for stage, own in enumerate(self.closing):
             rank = self.rank_of(stage)
             before = int(self.timeline.finished_ps[stage])
+            flights: list[Flight] = []
             for made, moments in own:
                 times = {rank: np.array(moments, dtype=np.int64)}
-                recording = Recording(made.segment.outline, times, (), begins={rank: before})
+                recording = Recording(made.segment.outline, times, (), begins={rank: before}, flights={rank: flights})
                 yield Stretch(recording, made.segment.phase, None, None, 0, tasks)
                 tasks += len(moments)
                 before = recording.kernels_end(rank)
+                flights = [f for f in (*flights, *flights_of(made.segment, moments)) if f.end_ps > before]
 
     @lazy
     def gaps(self) -> Gaps:
