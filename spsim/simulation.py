@@ -297,10 +297,10 @@ def _describe(
     scenario: Simulated, prepared: PreparedStep, messages: Mapping[Sync, int], piece: Piece
 ) -> list[TaskInfo]:
     """What each task of a piece is, with its sizes."""
-    segment = prepared.by_outline[piece.recording.outline]
-    made = prepared.closing_of(segment)
+    made = prepared.closing_of(piece.recording.outline)
     if made is not None:
         return made.infos(messages)
+    segment = prepared.by_outline[piece.recording.outline]
     program = prepared.programs_at(scenario.workload)[prepared.owners[segment.name]]
     own = {step.id: step for section in program.sections for step in section.instructions}
     return [task_info(own[step.id], piece.layer, piece.micro_batch) for step in segment.instructions]

@@ -53,10 +53,9 @@ class CostedPipeline(NamedTuple):
     def infos(self, piece: Piece) -> Sequence[TaskInfo]:
         """What the tasks are of a message, or of a segment that closes the step, with their sizes."""
         outline = piece.recording.outline
-        stage = next(iter(piece.recording.times)) // self.prepared.mesh.ranks
-        for made, _ in self.closed.segments[stage]:
-            if made.segment.outline is outline:
-                return made.infos(self.closed.messages[stage])
+        made = self.prepared.closing_of(outline)
+        if made is not None:
+            return made.infos(self.closed.messages[next(iter(piece.recording.times)) // self.prepared.mesh.ranks])
         return [info._replace(micro_batch=piece.micro_batch) for info in outline.labels]
 
 

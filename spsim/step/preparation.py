@@ -177,9 +177,10 @@ class PreparedStep:
         """The segment that a recording is of, by its outline."""
         return {segment.outline: segment for segment in self.segments}
 
-    def closing_of(self, segment: Segment) -> Closing | None:
-        """What a segment after the last micro-batch is made of; None for others."""
-        return next((made for made in self.closings if made.segment is segment), None)
+    def closing_of(self, outline: Outline) -> Closing | None:
+        """What a segment after the last micro-batch is made of, by its outline; None for others."""
+        every = (made for own in (self.closings, *self._stage_closings.values()) for made in own)
+        return next((made for made in every if made.segment.outline is outline), None)
 
     def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of a chunk's blocks, and what follows the last micro-batch."""
