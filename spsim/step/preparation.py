@@ -170,16 +170,17 @@ class PreparedStep:
     @lazy
     def groups(self) -> Groups:
         """The groups that are called."""
-        return groups_of(self.mesh, self.segments)
+        return groups_of(self.world, self.segments)
 
     @lazy
     def by_outline(self) -> Mapping[Outline, Segment]:
         """The segment that a recording is of, by its outline."""
         return {segment.outline: segment for segment in self.segments}
 
-    def closing_of(self, segment: Segment) -> Closing | None:
-        """What a segment after the last micro-batch is made of; None for others."""
-        return next((made for made in self.closings if made.segment is segment), None)
+    def closing_of(self, outline: Outline) -> Closing | None:
+        """What a segment after the last micro-batch is made of, by its outline; None for others."""
+        every = (made for own in (self.closings, *self._stage_closings.values()) for made in own)
+        return next((made for made in every if made.segment.outline is outline), None)
 
     def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of a chunk's blocks, and what follows the last micro-batch."""
@@ -359,12 +360,19 @@ class PreparedStep:
         self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
     ) -> list[tuple[Closing, list[int]]]:
         """Picoseconds of each task after the last micro-batch."""
-        own = self.closings if self.world == self.mesh else self.stage_closings(chunk)
-        syncs = _syncs(own)
-        messages = dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
-        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in syncs}
+        messages = self.closing_messages(numbers, chunk)
+        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in messages}
         kernels = self._kernels(numbers, chunk)
+        own = self._closings_of(chunk)
         return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
+
+    def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
+        """Bytes of the message of each collective after the last micro-batch."""
+        syncs = _syncs(self._closings_of(chunk))
+        return dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
+
+    def _closings_of(self, chunk: Chunk) -> tuple[Closing, ...]:
+        return self.closings if self.world == self.mesh else self.stage_closings(chunk)
 
 
 def _syncs(own: Sequence[Closing]) -> tuple[Sync, ...]:
