@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
-from spsim.program.placement import Collective, Layout
+from spsim.program.placement import Collective, Extent, Layout
 from spsim.work import Gemm, KernelClass, MemoryBound, Work
 
 LAYER = "layer"
@@ -109,6 +109,8 @@ class Weights(NamedTuple):
     """That reads it first."""
     elements: int
     """On one rank."""
+    itemsize: Extent
+    """Bytes of an element."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def weight_tensors(kernels: Iterable[Kernels], at_rest: Mapping[str, PlacedOpera
             tensors = [[w for w in weights if (w in own.vectors) == added] for added in (False, True)]
         for tensor in filter(None, tensors):
             elements = sum(at_rest[weight.name].elements for weight in tensor)
-            yield Weights(tensor[0].name, own.placed.name, elements)
+            yield Weights(tensor[0].name, own.placed.name, elements, tensor[0].tensor.itemsize)
 
 
 def _copies(weight: PlacedOperand, mesh: Mesh) -> int:

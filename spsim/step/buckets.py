@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from spsim.program.placement import Extent
 from spsim.units import MIB
 
 MEGATRON_ALIGNMENT = 64
@@ -33,6 +34,8 @@ class Parameter(NamedTuple):
     """Place of its block in the forward pass of the rank's stage, from 0."""
     shared: bool = False
     """With another pipeline stage, as a tied embedding is."""
+    itemsize: Extent | None = None
+    """Bytes of an element as it rests, where that is of another type than gradients and most weights."""
 
 
 class Bucket(NamedTuple):

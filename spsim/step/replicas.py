@@ -18,6 +18,7 @@ the first; sources as of `buckets`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -145,8 +146,10 @@ class _Weights:
         return shard_ranks(self.plan)
 
     def gather(self, bucket: Bucket) -> Message:
-        """Of weights."""
-        return Message("parameters", "all_gather", bucket.elements, self.itemsize, parameters=bucket.parameters)
+        """Of weights, each as it rests."""
+        less = math.ceil(sum((self.itemsize - p.itemsize) * p.elements for p in bucket.parameters if p.itemsize))
+        elements, itemsize = (self.itemsize * bucket.elements - less, 1) if less else (bucket.elements, self.itemsize)
+        return Message("parameters", "all_gather", elements, itemsize, parameters=bucket.parameters)
 
     def reduce(self, bucket: Bucket, collective: Collective, itemsize: int) -> Message:
         """Of gradients."""
@@ -160,7 +163,7 @@ class _Weights:
 def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
     """The weights of the blocks of a stage, in the order of the forward pass."""
     return tuple([
-        Parameter(weights.name, weights.elements, weights.operator, block)
+        Parameter(weights.name, weights.elements, weights.operator, block, itemsize=weights.itemsize)
         for block, program in enumerate(programs)
         for weights in program.weights
     ])  # fmt: skip
