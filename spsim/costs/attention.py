@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.costs.key_split import FILLED, SPLIT_ROWS, key_blocks, splits
-from spsim.costs.seconds import Seconds, some
+from spsim.costs.seconds import Seconds, given, some
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCoefficients, AttentionPass
@@ -102,7 +102,7 @@ class AttentionCost:
         """start + blocks on the units + the exposed part of the traffic, and no less than the traffic takes."""
         own = self._constants(work)
         busy = self._blocks(work, own) + own.traffic * self._traffic(work, own) / self._streaming_rate
-        if some(work.dropout):
+        if given(work.dropout):
             busy = busy + own.random * work.dropout * work.batch * work.heads * work.twice_pairs / 2
         total: Seconds = own.start + np.maximum(busy, work.bytes_moved / self._streaming_rate)
         return self._with_split(work, own, total) if own.any_splits else total
@@ -197,7 +197,7 @@ class AttentionCost:
             any_causal=some(found.causal),
             all_causal=bool(np.all(found.causal)),
             any_splits=some(found.splits),
-            any_lone=bool(np.any(found.lone != 1.0)),
+            any_lone=some(found.lone != 1.0),
         )
 
     def _splitting(self) -> list[str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.seconds import Seconds, some
+from spsim.costs.seconds import Seconds, given
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import GemmCoefficients
 from spsim.units import US_PER_S
@@ -74,10 +74,10 @@ class ProductCost:
         """
         gemm, flops = self._constants, work.flops
         limit: Seconds = gemm.limit
-        if some(work.unaligned):
+        if given(work.unaligned):
             limit = np.where(np.greater(work.unaligned, 0), gemm.unaligned, gemm.limit)
         compute = np.maximum(self._tiles(work, np.ndim(flops)), flops / limit)
-        accumulated = some(work.accumulated)
+        accumulated = given(work.accumulated)
         if accumulated:
             compute = compute / np.where(np.greater(work.accumulated, 0), gemm.gradient_rate, 1.0)
         longer = _fourth_root(_fourth_power(compute) + _fourth_power(work.bytes_moved / self._streaming_rate))

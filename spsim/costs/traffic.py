@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spsim.costs.seconds import Seconds, some
+from spsim.costs.seconds import Seconds, given
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
@@ -61,7 +61,7 @@ class TrafficCost:
         memory, cache, start = self._rates(work)
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * work.bytes_moved / self._cache_bytes - 1))
         traffic: Seconds = work.bytes_moved * (cache + beyond * (memory - cache))
-        if some(work.accesses):
+        if given(work.accesses):
             traffic = np.maximum(traffic, work.accesses * self._access)
         return start + traffic
 

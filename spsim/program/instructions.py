@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
-from spsim.program.placement import Collective, Extent, Layout
+from spsim.program.placement import Collective, Layout
 from spsim.work import Gemm, KernelClass, MemoryBound, Work
 
 LAYER = "layer"
@@ -72,6 +72,15 @@ class Communication:
     writes: tuple[Buffer, ...]
     issued_after: tuple[int, ...] = ()
     """Steps that must have ended, beyond those whose buffers it reads."""
+    step_of: Collective | None = None
+    """What it is one of the equal steps of, one fewer than ranks; it takes such a part of its time."""
+    share: float | None = None
+    """Of the device that it holds; as much as the profile says of a collective unless given."""
+
+    @property
+    def timed_as(self) -> Collective:
+        """The collective whose time it takes, or a part of it."""
+        return self.step_of or self.collective
 
 
 Instruction = Compute | Communication
@@ -109,8 +118,8 @@ class Weights(NamedTuple):
     """That reads it first."""
     elements: int
     """On one rank."""
-    itemsize: Extent
-    """Bytes of an element."""
+    bytes: int
+    """As they rest there."""
 
 
 @dataclass(frozen=True, slots=True)

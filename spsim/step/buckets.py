@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from spsim.program.placement import Extent
 from spsim.units import MIB
 
 MEGATRON_ALIGNMENT = 64
@@ -34,8 +33,8 @@ class Parameter(NamedTuple):
     """Place of its block in the forward pass of the rank's stage, from 0."""
     shared: bool = False
     """With another pipeline stage, as a tied embedding is."""
-    itemsize: Extent | None = None
-    """Bytes of an element as it rests, where that is of another type than gradients and most weights."""
+    bytes: int | None = None
+    """As it rests, where Megatron gathers it so; else of the type of weights."""
 
 
 class Bucket(NamedTuple):
