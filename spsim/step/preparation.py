@@ -263,8 +263,7 @@ class PreparedStep:
             return itemsize * elements[block][weight]
 
         return [
-            (s.itemsize or 0) * s.elements
-            + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
+            s.message_bytes + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
             for s in (self.syncs if syncs is None else syncs)
         ]
 
