@@ -28,7 +28,7 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.instructions import LAYER, Communication, Compute, Program
+from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
@@ -238,6 +238,17 @@ class PreparedStep:
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
+    @lazy
+    def _host_copies(self) -> list[tuple[int, npt.NDArray[np.intp]]]:
+        """Positions of the bytes that are copied to or from the host, each with its slots."""
+        found: dict[int, list[int]] = {}
+        for segment in self.segments:
+            index = self.index_of(segment)
+            for step in segment.instructions:
+                if isinstance(step, HostCopy):
+                    found.setdefault(index.messages[step.id], []).extend(index.slots[step.id])
+        return [(position, np.array(slots, dtype=np.intp)) for position, slots in found.items()]
+
     def sizes(self, numbers: Numbers) -> dict[str, Integers]:
         """Bytes of the buffers of each segment."""
         return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
@@ -321,6 +332,8 @@ class PreparedStep:
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
             duration = comm.step_duration if step.step_of else comm.duration
             seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
+        for position, slots in self._host_copies:
+            seconds[slots] = comm.host_copy(numbers[position])
         return seconds
 
     @lazy
