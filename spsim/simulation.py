@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import head_flops, layer_flops
+from spsim.costs.flops import LayerFlops, head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
-from spsim.engine.pieces import Piece
+from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
-from spsim.engine.trace import Trace
+from spsim.engine.trace import Trace, Wait
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import chunks_of
+from spsim.inputs.stages import all_chunks, chunks_of
 from spsim.inputs.workload import Workload, Workloads
 from spsim.lazy import Deferred
-from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
-from spsim.program.instructions import LAYER
 from spsim.program.recipes import program_precision
-from spsim.program.recompute import usual_kind
+from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
@@ -36,7 +36,7 @@ from spsim.results.result import Result
 from spsim.results.staged import Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
-from spsim.step.costed_pipeline import costed_pipeline, stage_runs
+from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline, stage_runs
 from spsim.step.folding import fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
@@ -55,7 +55,7 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
     prepared = _prepared(scenario, fold)
     if scenario.plan.pp > 1:
-        return _simulate_stages(scenario, prepared)
+        return _simulate_stages(scenario, prepared, fold)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
     amounts = _amounts(scenario, scenario.workload, scenario.scope)
@@ -100,20 +100,30 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
     return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
-def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:
-    """A step of several pipeline stages."""
-    hardware, plan = scenario.hardware, scenario.plan
+def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> Result:
+    """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
+    plan, stages = scenario.plan, _stages(scenario)
     numbers = prepared.template.at(scenario.workload)
-    stages = _stages(scenario)
-    ran = costed_pipeline(
-        prepared, stages, numbers, hardware, plan, cost_models(hardware, scenario.workload.precision),
+    costed = costed_pipeline(
+        prepared, stages, numbers, scenario.hardware, plan,
+        cost_models(scenario.hardware, scenario.workload.precision),
         micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
     )  # fmt: skip
-    ranks = prepared.mesh.ranks
-    copies = {ran.rank_of(stage): range(ran.rank_of(stage), ran.rank_of(stage) + ranks) for stage in range(plan.pp)}
-    nodes, waits = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits)
-    trace = Trace(nodes, copies, partial(_describe, scenario, prepared, {}), prepared.groups, waits=waits)
-    statics = {ran.rank_of(r): _static(scenario, prepared, stage_runs(stages, r), numbers) for r in range(plan.pp)}
+    firsts = range(0, plan.gpus, prepared.mesh.ranks)
+    own = prepared.ranks.copies
+    copies = {first + rank: [first + copy for copy in own[rank]] for first in firsts for rank in own}
+    nodes: Sequence[Node]
+    waits: Sequence[Wait]
+    if len(own) == 1 and fold:
+        ran = costed.folded()
+        nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
+        staged = Staged(ran, scenario.num_micro_batches)
+    else:
+        nodes, waits, events = costed.unfolded()
+        staged = None
+    describe = partial(_describe_stages, scenario, prepared, costed)
+    trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
+    statics = [_static(scenario, prepared, stage_runs(stages, stage), numbers) for stage in range(plan.pp)]
     return Result(
         scope=scenario.scope,
         scenario=scenario,
@@ -122,38 +132,56 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep) -> Result:
         numbers=numbers,
         amounts=_amounts(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics=statics,
-        events=ran.events,
-        folded=True,
-        reasons=(f"{plan.pp} of {plan.gpus} ranks simulated: one of each pipeline stage",),
-        staged=Staged(ran, scenario.num_micro_batches),
+        statics={rank: statics[rank // prepared.mesh.ranks] for rank in copies},
+        events=events,
+        folded=len(copies) < plan.gpus or staged is not None,
+        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold),
+        staged=staged,
+    )
+
+
+def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool) -> tuple[str, ...]:
+    if not fold:
+        return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
+    if simulated == stages:
+        return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
+    return (
+        f"{simulated} of {ranks} ranks simulated: those of a pipeline stage differ by their position on the ring",
+        "layers are not folded: ranks of a stage end their passes apart",
     )
 
 
 def _stages(scenario: Scenario) -> Stages:
     """What each stage runs, chunk by chunk."""
-    return [[_placed(scenario.model, chunk) for chunk in stage] for stage in chunks_of(scenario.model, scenario.plan)]
+    model, plan = scenario.model, scenario.plan
+    return [[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)]
 
 
-def _placed(model: Model, chunk: StageChunk) -> PlacedChunk:
+def _layer_runs(model: Model, plan: Plan, layers: int) -> list[Run]:
+    """Some layers of a chunk, by kind."""
+    names = kinds_of_layers(model, plan)
+    return [Run(names[kind], count, layers=kind.layers) for kind, count in layer_kinds(plan, layers)]
+
+
+def _placed(model: Model, plan: Plan, chunk: StageChunk) -> PlacedChunk:
     runs = [Run(EMBEDDING, numbered=False)] if chunk.embedding else []
-    runs += [Run(LAYER, len(chunk.layers))] if chunk.layers else []
+    runs += _layer_runs(model, plan, len(chunk.layers))
     runs += [Run(HEAD, numbered=False)] if chunk.loss and model.head_rows else []
     return PlacedChunk(tuple(runs), chunk.layers.start)
 
 
 def _chunk(scenario: Scenario) -> Chunk:
     """What a rank runs of a micro-batch."""
-    layers = Run(LAYER, scenario.model.layers)
+    layers = _layer_runs(scenario.model, scenario.plan, scenario.model.layers)
     if scenario.scope == "layers":
-        return (layers,)
+        return tuple(layers)
     head = (Run(HEAD, numbered=False),) if scenario.model.head_rows else ()
-    return Run(EMBEDDING, numbered=False), layers, *head
+    return Run(EMBEDDING, numbered=False), *layers, *head
 
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    any_layout = scenario.hardware.datasheet.fp8_any_layout
+    any_layout = scenario.hardware.fp8_any_layout
     precision = program_precision(scenario.workload.precision, any_layout=any_layout)
     return prepare(scenario.model, scenario.plan, fold, precision)
 
@@ -177,8 +205,19 @@ def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: s
     return Amounts(
         model=replicas * (layers * flops.training() + head),
         causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
-        executed=replicas * (layers * flops.executed(usual_kind(scenario.plan).recomputed) + head),
+        executed=replicas * (_executed(scenario, flops) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
+    )
+
+
+def _executed(scenario: Scenario | Grid, flops: LayerFlops) -> int:
+    """FLOPs of all layers, with what is recomputed."""
+    model, plan = scenario.model, scenario.plan
+    chunks = [len(chunk.layers) for chunk in all_chunks(model, plan)] if plan.recompute_layers else [model.layers]
+    return sum(
+        count * kind.layers * flops.executed(kind.recomputed)
+        for size in chunks
+        for kind, count in layer_kinds(plan, size)
     )
 
 
@@ -245,15 +284,23 @@ def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
     return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
+def _describe_stages(
+    scenario: Simulated, prepared: PreparedStep, costed: CostedPipeline, piece: Piece
+) -> Sequence[TaskInfo]:
+    """What each task of a piece of several stages is, with its sizes."""
+    if piece.recording.outline in prepared.by_outline:
+        return _describe(scenario, prepared, {}, piece)
+    return costed.infos(piece)
+
+
 def _describe(
     scenario: Simulated, prepared: PreparedStep, messages: Mapping[Sync, int], piece: Piece
 ) -> list[TaskInfo]:
     """What each task of a piece is, with its sizes."""
-    segment = prepared.by_outline[piece.recording.outline]
-    made = prepared.closing_of(segment)
+    made = prepared.closing_of(piece.recording.outline)
     if made is not None:
-        infos = zip(made.steps, segment.labels, strict=True)
-        return [label if isinstance(step, str) else step.info(messages[step]) for step, label in infos]
+        return made.infos(messages)
+    segment = prepared.by_outline[piece.recording.outline]
     program = prepared.programs_at(scenario.workload)[prepared.owners[segment.name]]
     own = {step.id: step for section in program.sections for step in section.instructions}
     return [task_info(own[step.id], piece.layer, piece.micro_batch) for step in segment.instructions]

@@ -1,5 +1,7 @@
 """Small scenarios for the tests: one place that fills in what a test does not care about."""
 
+from functools import cache
+
 from hypothesis import strategies as st
 
 from spsim import Model, Scenario, Workload, simulate
@@ -7,6 +9,8 @@ from spsim.program.assembly import layer_program
 from spsim.program.compiler import compile_region
 from spsim.program.region import Region
 from spsim.program.strategies import split_rules
+from spsim.studies.measured_cases import load_cases
+from spsim.studies.validation import validate
 
 A100 = "dgx-a100-80gb"
 H100 = "dgx-h100"
@@ -17,13 +21,14 @@ def model(**changes):
     return Model(**{"layers": 2, "hidden": 256, "heads": 8, "vocab": 512, **changes})
 
 
-def scenario(plan="", *, seq_len=256, micro_batch=1, global_batch=None, hardware=A100, **model_changes):
-    """A scenario of the small model under a plan, an object or text."""
+def scenario(plan="", *, seq_len=256, micro_batch=1, global_batch=None, hardware=A100, scope="layers", **model_changes):
+    """A scenario of the layers of the small model under a plan, an object or text."""
     return Scenario(
         hardware=hardware,
         model=model(**model_changes),
         plan=plan,
         workload=Workload(seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch),
+        scope=scope,
     )
 
 
@@ -81,3 +86,9 @@ def random_scenarios(draw, *, fold, layers, micro_batches):
         "dropout": draw(st.sampled_from([0.0, 0.1])),
         "causal": draw(st.booleans()),
     }
+
+
+@cache
+def published():
+    """All shipped measurements, predicted once for all tests."""
+    return validate(load_cases())

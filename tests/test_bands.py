@@ -16,10 +16,8 @@ from spsim.inputs.profiles import parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.results import bands
 from spsim.results.sensitivity import scaled
-from spsim.studies.measured_cases import load_cases
 from spsim.studies.ranking import ranked, tie
-from spsim.studies.validation import validate
-from tests.cases import A100, H100
+from tests.cases import A100, H100, published
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +48,7 @@ def test_the_shipped_bands_are_those_of_the_rows(made):
 def test_the_band_of_sequence_parallelism_by_hand():
     """Three published pairs with and without: two on A100 (with and without recomputation), one on H100."""
     predicted, measured = {}, {}
-    for case in validate(load_cases()).cases:
+    for case in published().cases:
         if case.predicted is not None:
             predicted[case.case_id] = predicted.get(case.case_id, 0.0) + case.predicted
             measured[case.case_id] = measured.get(case.case_id, 0.0) + case.measured

@@ -13,8 +13,7 @@ import pytest
 
 import spsim
 from spsim.cli import main
-from spsim.studies.measured_cases import load_cases
-from spsim.studies.validation import validate
+from tests.cases import published
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -94,7 +93,7 @@ def test_readme_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_readme_errors_are_the_current_ones() -> None:
-    families = validate(load_cases()).families
+    families = published().families
     for family in ("kort22_t4", "fuser"):
         found = families[family]
         figures = f"| {found.n} | {found.mean_abs_error_percent:.1f} % | {found.max_abs_error_percent:.1f} % |"

@@ -309,7 +309,7 @@ def test_a_selection_holds_all_changes_of_memory_of_its_layers():
     simulated = result("tp=8", layers=5, global_batch=3)
     chosen = simulated.select(layers=[1, 4])
     whole = dict(zip(simulated.memory_curve["time_us"], simulated.memory_curve["total_gib"], strict=True))
-    static = simulated.static.by_category()
+    static = simulated.statics
     found = spsim.results.tables.memory_frame(simulated.trace, static, chosen)
     inside = [time for time in whole if any(a / 1e6 <= time <= b / 1e6 for a, b in chosen.windows)]
     assert sorted(set(found["time_us"])) == inside

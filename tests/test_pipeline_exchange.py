@@ -188,3 +188,8 @@ def test_torch_cannot_place_receives_of_a_schedule_that_waits_for_itself() -> No
     """Groups of one micro-batch over three ranks: the second chunk would run before the first has passed all ranks."""
     with pytest.raises(DeadlockError, match="pipeline ranks 0, 1, 2 wait"):
         instructions("1f1b", 3, 2, 4, 1, Exchange("torch"))
+
+
+def test_a_schedule_that_the_library_has_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="Megatron-Core has no schedule zbv"):
+        instructions("zbv", 2, 2, 4, None, Exchange())

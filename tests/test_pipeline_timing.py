@@ -22,6 +22,16 @@ from tests.test_pipeline_exchange import MEGATRON, TORCH
 
 BUBBLES = Path(__file__).parent / "data" / "pipeline_bubbles.csv"
 UNIT_PS = 60
+BY_HAND = """
+    F0 0 F1 1 F2 2 F3 3 F4 4 F5 5 F6 6 F7 7 F8 8 F9 9 F10 10 B0 14 F11 16 B1 17 F12 20 B2 21 F13 23 B3 24 \
+      F14 26 B4 27 F15 29 B5 30 B6 32 B7 35 B8 38 B9 43 B10 45 B11 47 B12 49 B13 51 B14 53 B15 55
+    F0 1 F1 2 F2 3 F3 4 F4 5 F5 6 F6 7 F7 8 F8 9 B0 12 F9 14 B1 15 F10 17 B2 18 F11 20 B3 21 F12 23 B4 24 \
+      F13 26 B5 27 F14 29 B6 30 F15 32 B7 33 B8 36 B9 39 B10 42 B11 45 B12 47 B13 49 B14 51 B15 53
+    F0 2 F1 3 F2 4 F3 5 F4 6 F5 7 F6 8 B0 10 F7 12 B1 13 F8 15 B2 16 F9 18 B3 19 F10 21 B4 22 F11 24 B5 25 \
+      F12 27 B6 28 F13 30 B7 31 F14 33 B8 34 F15 36 B9 37 B10 40 B11 43 B12 45 B13 47 B14 49 B15 51
+    F0 3 F1 4 F2 5 F3 6 F4 7 B0 8 F5 10 B1 11 F6 13 B2 14 F7 16 B3 17 F8 19 B4 20 F9 22 B5 23 F10 25 B6 26 \
+      F11 28 B7 29 F12 31 B8 32 F13 34 B9 35 F14 37 B10 38 F15 40 B11 41 B12 43 B13 45 B14 47 B15 49
+"""
 
 
 def test_four_stages_eight_micro_batches_two_chunks_by_hand() -> None:
@@ -36,23 +46,17 @@ def test_four_stages_eight_micro_batches_two_chunks_by_hand() -> None:
     gradient only with that of its own last pair, at 43; B9 and B10 come 2 and 1 later for it, and B11 is in time again.
     Rank 0 is done at 57: 9 of 48 are bubble, (p − 1) / (v m).
     """
-    by_hand = """
-        F0 0 F1 1 F2 2 F3 3 F4 4 F5 5 F6 6 F7 7 F8 8 F9 9 F10 10 B0 14 F11 16 B1 17 F12 20 B2 21 F13 23 B3 24 \
-          F14 26 B4 27 F15 29 B5 30 B6 32 B7 35 B8 38 B9 43 B10 45 B11 47 B12 49 B13 51 B14 53 B15 55
-        F0 1 F1 2 F2 3 F3 4 F4 5 F5 6 F6 7 F7 8 F8 9 B0 12 F9 14 B1 15 F10 17 B2 18 F11 20 B3 21 F12 23 B4 24 \
-          F13 26 B5 27 F14 29 B6 30 F15 32 B7 33 B8 36 B9 39 B10 42 B11 45 B12 47 B13 49 B14 51 B15 53
-        F0 2 F1 3 F2 4 F3 5 F4 6 F5 7 F6 8 B0 10 F7 12 B1 13 F8 15 B2 16 F9 18 B3 19 F10 21 B4 22 F11 24 B5 25 \
-          F12 27 B6 28 F13 30 B7 31 F14 33 B8 34 F15 36 B9 37 B10 40 B11 43 B12 45 B13 47 B14 49 B15 51
-        F0 3 F1 4 F2 5 F3 6 F4 7 B0 8 F5 10 B1 11 F6 13 B2 14 F7 16 B3 17 F8 19 B4 20 F9 22 B5 23 F10 25 B6 26 \
-          F11 28 B7 29 F12 31 B8 32 F13 34 B9 35 F14 37 B10 38 F15 40 B11 41 B12 43 B13 45 B14 47 B15 49
-    """
     times = _unit_times("1f1b", 4, 2, 8, 4, Exchange(overlap_p2p_comm=True), Fraction(0), chunk=2)
-    for rank, row in enumerate(by_hand.strip().splitlines()):
-        words = row.split()
-        expected = [(_named(name), int(start)) for name, start in zip(words[::2], words[1::2], strict=True)]
+    for rank, expected in enumerate(by_hand()):
         found = [(span.action, span.start_ps // UNIT_PS) for span in times.passes if span.rank == rank]
         assert found == expected
     assert max(times.finished_ps) == 57 * UNIT_PS
+
+
+def by_hand() -> list[list[tuple[Action, int]]]:
+    """Of each rank, its passes and when they start."""
+    rows = [row.split() for row in BY_HAND.strip().splitlines()]
+    return [[(_named(name), int(start)) for name, start in zip(row[::2], row[1::2], strict=True)] for row in rows]
 
 
 def _named(name: str) -> Action:
@@ -218,7 +222,7 @@ def test_ranks_that_wait_for_each_other_are_named() -> None:
     graph = Graph(taped(Stages("1f1b", 3, 1), actions, rows))
     nodes = np.arange(len(graph.own))
     with pytest.raises(DeadlockError, match="pipeline ranks 0, 1 wait"):
-        Part(graph, nodes[:1], nodes[1:])
+        Part(graph, nodes[:1], nodes[1:]).ends(nodes[:1], np.ones(len(graph.classes.names) + len(graph.lanes) + 1))
 
 
 def test_a_message_that_one_side_never_posts_is_a_deadlock() -> None:

@@ -7,26 +7,23 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 
-from spsim.costs.static_memory import static_memory
+from spsim import Scenario, simulate
+from spsim.inputs.grid import Grid
 from spsim.inputs.plan import Plan, parse_plan
-from spsim.inputs.profiles import load_profile
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.step_rules import MODULES as NAMES
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
 from spsim.program.blocks.transformer import _Layer
 from spsim.program.compiler import compile_region
-from spsim.program.instructions import LAYER, Communication, Compute
+from spsim.program.instructions import Communication, Compute
 from spsim.program.mesh import Mesh
 from spsim.program.recompute import MODULES, LayerKind, layer_kinds
 from spsim.program.region import Region
 from spsim.program.sizes import Template, every_workload
 from spsim.program.strategies import split_rules
-from spsim.results.derived import Amounts
-from spsim.simulation import assemble
-from spsim.step.itinerary import Run
-from spsim.step.preparation import PreparedStep
-from tests.cases import model, result
+from spsim.simulation import simulate_many
+from tests.cases import model, result, scenario
 from tests.test_activation_bytes import FLASH, GPT, LLAMA, SHAPES, few_shapes, random_shapes
 from tests.test_folding import assert_equal
 from tests.test_template import assert_equals_program
@@ -294,27 +291,9 @@ def test_a_template_of_a_unit_equals_compilation(plan):
     assert_equals_program(template, workload, layer_program(case, parsed, workload, kind))
 
 
-def simulated(plan, layers, *, fold=True, traits=None):
-    """Layers of the small model assembled from their kinds."""
-    parsed, workload = parse_plan(plan), Workload(seq_len=384)
-    case = model(heads=16, layers=layers, **(traits or {}))
-    unit, kinds = sequence_unit(case, parsed), layer_kinds(parsed, layers)
-    names = {kind: LAYER if not place else f"layer {place}" for place, (kind, _) in enumerate(kinds)}
-
-    def programs(at):
-        return {name: layer_program(case, parsed, at, kind) for kind, name in names.items()}
-
-    every = programs(every_workload(unit))
-    template = Template(every.pop(LAYER), unit, others=every)
-    prepared = PreparedStep(template, parsed, programs, fold=fold, weight_bytes=2)
-    stated = SimpleNamespace(
-        hardware=load_profile("dgx-a100-80gb"), model=case, plan=parsed, workload=workload, num_micro_batches=2,
-        gpus_per_node=min(parsed.gpus, 6), notes=(), summary=(),
-    )  # fmt: skip
-    chunk = [Run(names[kind], count, layers=kind.layers) for kind, count in kinds]
-    numbers = template.at(workload)
-    amounts, static = Amounts(1, 1, 1.0, None), static_memory(0, parsed, 2)
-    return assemble("layers", stated, prepared, chunk, numbers, amounts, static, fold=fold)
+def simulated(plan, layers, *, fold=True, **traits):
+    """Layers of the small model, two micro-batches."""
+    return result(plan, fold=fold, layers=layers, heads=16, seq_len=384, global_batch=2, **traits)
 
 
 HOW = [
@@ -344,7 +323,7 @@ def test_memory_of_layers_of_several_kinds(how):
     """Two of five layers keep 2S of 34S and the others all; units of n keep 2S each, so that after the forward pass of
     five layers 2 x 2S + 3 x 34S are held, or 3 x 2S, or 2 x 2S.
     """
-    found = simulated(f"recompute=full,{how}", 5, fold=False, traits=FLASH)
+    found = simulated(f"recompute=full,{how}", 5, fold=False, **FLASH)
     first = [task for task, info in enumerate(found.trace.tasks) if info.micro_batch == 0 and info.part == "forward"]
     held = sum(change.bytes for change in found.trace.memory if change.task <= max(first))
     s = 384 * 256
@@ -362,3 +341,40 @@ def test_units_take_the_time_of_their_kernels():
     passes = forward.groupby(["layer", "micro_batch"])
     again = (passes["end_us"].max() - passes["start_us"].min()).sum()
     assert 1e6 * (whole.step_time_s - none.step_time_s) == pytest.approx(again, rel=1e-9)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_many_workloads_of_layers_of_several_kinds(how):
+    """At once what each gives by itself."""
+    sizes = [(384, 1, 2), (1536, 2, 2), (768, 1, None)]
+    case = scenario(f"tp=4,sequence_parallel,recompute=full,{how}", layers=5, seq_len=384)
+    found = simulate_many(Grid.of(case, sizes))
+    assert found.exact.all()
+    for place, (seq_len, micro_batch, batch) in enumerate(sizes):
+        one = simulate(case.model_copy(update={
+            "workload": Workload(seq_len=seq_len, micro_batch=micro_batch, global_batch=batch)
+        }))  # fmt: skip
+        assert found.step_time_s[place] == one.step_time_s
+        assert found.peak_memory_gib[place] == one.peak_memory_gib
+        assert found.hfu[place] == one.hfu
+
+
+def whole_step(plan):
+    """Of ten layers, four micro-batches."""
+    workload = Workload(seq_len=256, global_batch=4)
+    return simulate(
+        Scenario(hardware="dgx-a100-80gb", model=model(layers=10), plan=plan, workload=workload, scope="step")
+    )
+
+
+@pytest.mark.parametrize(("how", "again"), [(HOW[0], 8), (HOW[1], 10), (HOW[2], 10)])
+def test_stages_of_layers_of_several_kinds(how, again):
+    """A whole step on two stages of two chunks, of two and of three layers: what is recomputed is counted chunk by
+    chunk, and takes longer than nothing and less long than all of it.
+    """
+    plan = "pp=2,virtual_pp=2,pp_layout=Ett/ttt/ttt/ttL"
+    none, some, full = (whole_step(f"{plan},recompute={kind}") for kind in ("none", f"full,{how}", "full"))
+    forward = (full.amounts.executed - none.amounts.executed) // 10
+    assert some.amounts.executed - none.amounts.executed == again * forward
+    assert none.step_time_s < some.step_time_s <= full.step_time_s * (1 + 1e-12)
+    assert some.peak_memory_gib < none.peak_memory_gib

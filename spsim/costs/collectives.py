@@ -209,6 +209,12 @@ class CommCost:
         """
         return self.overhead + self.time(collective, message, ranks, nodes)
 
+    def step_duration(self, collective: Collective, part: Number, ranks: int, nodes: int = 1) -> Number:
+        """Seconds of one of the equal steps of a collective that are run one by one, in each of which a rank sends its
+        `part` of the message: so many in a row take as long as the collective, but for what each takes to start.
+        """
+        return self.overhead + self.time(collective, part * ranks, ranks, nodes) / (ranks - 1)
+
     def time(self, collective: Collective, message: Number, ranks: int, nodes: int = 1) -> Number:
         """Seconds as a benchmark of the library alone measures them."""
         if ranks % nodes or ranks // nodes > self.gpus_per_node:

@@ -86,40 +86,39 @@ class Slices:
         """Of one rank in order of tasks, without what takes no time: the kernels that it does not run."""
         source = self.selection.ranks[rank]
         for piece, infos in self._described:
-            known = self._known(piece.recording.outline, source)
+            known = self._known(piece, infos, source)
             for span, info, facts in zip(piece.spans_of(source), infos, known, strict=False):
                 if nanoseconds(span.start_ps) < nanoseconds(span.end_ps):
                     yield Slice(piece, span, info, facts)
 
     # What each task does
 
-    def _known(self, outline: Outline, rank: int) -> Sequence[Facts]:
-        """Of the tasks of a segment on a simulated rank."""
-        prepared = self.result.prepared
-        position = prepared.ranks.positions[rank]
+    def _known(self, piece: Piece, infos: Sequence[TaskInfo], rank: int) -> Sequence[Facts]:
+        """Of the tasks of a piece on a simulated rank."""
+        prepared, outline = self.result.prepared, piece.recording.outline
+        if made := prepared.closing_of(outline):
+            return self._of_closing(made, infos)
+        if outline not in prepared.by_outline:
+            return [self._call("send_receive", ("pp",), info.message_bytes, 2) for info in infos]
+        position = prepared.ranks.positions[rank % prepared.mesh.ranks]
         if (outline, position) not in self._facts:
-            segment = prepared.by_outline[outline]
-            self._facts[outline, position] = (
-                self._of_closing(made) if (made := prepared.closing_of(segment))
-                else [self._of(step, position) for step in self.result.instructions_of(segment)]
-            )  # fmt: skip
+            steps = self.result.instructions_of(prepared.by_outline[outline])
+            self._facts[outline, position] = [self._of(step, position) for step in steps]
         return self._facts[outline, position]
 
     def _of(self, step: Instruction, position: int) -> Facts:
         if not isinstance(step, Compute):
-            return self._call(step.collective, (step.axis,), step.message_bytes, step.ranks)
+            return self._call(step.timed_as, (step.axis,), step.message_bytes, step.ranks)
         work = step.work[position if len(step.work) > 1 else 0]
         if work is None:
             return {}
         flops = {"FLOPs": int(work.flops)} if work.flops else {}
         return {**flops, "bytes": int(work.bytes_moved)}
 
-    def _of_closing(self, made: Closing) -> list[Facts]:
-        prepared = self.result.prepared
-        sizes = prepared.sync_messages(self.result.numbers, self.result.chunk)
-        messages = dict(zip(prepared.syncs, sizes, strict=True))
+    def _of_closing(self, made: Closing, infos: Sequence[TaskInfo]) -> list[Facts]:
         return [
-            {} if isinstance(s, str) else self._call(s.collective, s.axes, messages[s], s.ranks) for s in made.steps
+            {} if isinstance(step, str) else self._call(step.collective, step.axes, info.message_bytes, step.ranks)
+            for step, info in zip(made.steps, infos, strict=True)
         ]
 
     def _call(self, collective: Collective, axes: tuple[Axis, ...], message: int, ranks: int) -> Facts:

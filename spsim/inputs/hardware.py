@@ -72,6 +72,12 @@ class DeviceMemory(Table):
     l2_mib: Quantity
 
 
+class OperandLayouts(Provenance):
+    """Which operands tensor cores multiply: whose rows are summed over, or any."""
+
+    value: Literal["rows", "any"]
+
+
 class Datasheet(Table):
     """The vendor's figures of one device and its topology."""
 
@@ -83,10 +89,8 @@ class Datasheet(Table):
     clock_vector_mhz: Quantity
     peak_tflops: dict[str, Quantity]
     """Dense matrix peak by data type; `fp32` is the vector peak, types with scales have that of their bits."""
-    fp8_any_layout: bool = False
-    """8-bit products read operands in any layout; else only such whose rows are summed over, so that transposes are
-    made.
-    """
+    fp8_layouts: OperandLayouts | None = None
+    """Of 8-bit products; rows of both operands are summed over unless given, so that transposes are made."""
     memory: DeviceMemory
     host_link_gb_per_s: Bandwidth | None = None
     """Of one GPU to the memory of its host, per direction, while all GPUs of the host copy; none for a CPU."""
@@ -281,6 +285,12 @@ class HardwareProfile(Table):
     def memory_bandwidth(self) -> float:
         """Bytes per second of the device memory."""
         return self.datasheet.memory.bandwidth_gb_per_s.value * 1e9
+
+    @property
+    def fp8_any_layout(self) -> bool:
+        """8-bit products read operands in any layout."""
+        layouts = self.datasheet.fp8_layouts
+        return layouts is not None and layouts.value == "any"
 
     @property
     def gpus_per_node(self) -> int:

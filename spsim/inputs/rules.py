@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
 PENDING = frozenset({
-    "phase", "tp_overlap",
+    "phase",
     "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
     "moment_dtype", "precision_aware_optimizer",
-    "recompute_layers", "recompute_method", "cpu_offload_layers", "cuda_graphs",
+    "cpu_offload_layers", "cuda_graphs",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
 MAX_MICRO_BATCHES = 100_000
@@ -98,9 +98,12 @@ def _sequence_shards(plan: Plan) -> int:
 
 
 def sequence_unit(model: Model, plan: Plan) -> int:
-    """What must divide the sequence length: the product of the sequence shards, twice for a zigzag ring."""
+    """What must divide the sequence length: the product of the sequence shards, twice for a zigzag ring, and four times
+    where products run in pieces (`tp_overlap`), of which there are four before a reduce-scatter.
+    """
     zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
-    return _sequence_shards(plan) * zigzag
+    pieces = 4 if plan.tp_overlap and plan.tp > 1 else 1
+    return _sequence_shards(plan) * zigzag * pieces
 
 
 def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: Any) -> Any:
@@ -134,7 +137,7 @@ def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:
         near = f"{below} or {above}" if below else f"{above}"
         raise InputError(
             f"workload: seq_len = {seq_len} is not divisible by {unit}, the product of the sequence shards "
-            f"(x 2 for a zigzag ring); use {near}"
+            f"(x 2 for a zigzag ring, x 4 for tp_overlap); use {near}"
         )
 
 

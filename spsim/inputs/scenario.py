@@ -74,7 +74,7 @@ class Scenario(Shapes):
     hardware: InstanceOf[HardwareProfile]
     nodes: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
-    scope: Literal["step", "layers"] = "layers"
+    scope: Literal["step", "layers"] = "step"
     """The whole training step, or the layers of one stage alone: no embedding, head, loss, optimizer."""
 
     if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Scenario(Shapes):
             plan: Plan | Mapping[str, Any] | str = "",
             workload: Workload | Mapping[str, Any],
             nodes: int | None = None,
-            scope: Literal["step", "layers"] = "layers",
+            scope: Literal["step", "layers"] = "step",
         ) -> None:
             """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
 

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence, Set
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
@@ -14,13 +15,14 @@ from spsim.program.blocks.transformer import layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
+from spsim.program.lowerings.chunks import lower_chunks
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.quantisation import quantised
 from spsim.program.recipes import RECIPES
-from spsim.program.recompute import LayerKind, usual_kind
+from spsim.program.recompute import LayerKind, layer_kinds, usual_kind
 from spsim.program.region import Region
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
@@ -42,7 +44,7 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
-    return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, *ring
+    return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, plan.tp_overlap and plan.tp > 1, *ring
 
 
 def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
@@ -70,18 +72,30 @@ def layer_operators(model: Model, workload: Workload, replicas: int = 1) -> tupl
     return operators if recipe is None else quantised(operators, recipe)
 
 
+def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
+    """The kinds of layers in a step, and the names of their blocks: that of the first is `LAYER`."""
+    if plan.recompute_layers is None:
+        return {usual_kind(plan): LAYER}
+    sizes = dict.fromkeys([len(chunk.layers) for chunk in all_chunks(model, plan)])
+    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, size)])
+    return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}
+
+
+def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
+    """The programs of the layers of a step, of each kind."""
+    kinds = kinds_of_layers(model, plan)
+    return {name: layer_program(model, plan, workload, kind) for kind, name in kinds.items()}
+
+
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
-    return layer_traits(model), compiled_by(plan), embedding_key(model, plan), head
+    return layer_traits(model), compiled_by(plan), *kinds_of_layers(model, plan), embedding_key(model, plan), head
 
 
 def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
     """The programs of a layer, of the embedding, and of the head if the model has one."""
-    found = {
-        LAYER: layer_program(model, plan, workload),
-        EMBEDDING: embedding_program(model, plan, workload),
-    }
+    found = {**layer_programs(model, plan, workload), EMBEDDING: embedding_program(model, plan, workload)}
     if model.head_rows:
         found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
     return found
@@ -89,7 +103,9 @@ def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pro
 
 def compile_step(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
     """The same, compiled; `step_programs` keeps them."""
-    found = {LAYER: compile_layer(model, plan, workload), EMBEDDING: compile_embedding(model, plan, workload)}
+    kinds = kinds_of_layers(model, plan)
+    found = {name: compile_layer(model, plan, workload, kind) for kind, name in kinds.items()}
+    found[EMBEDDING] = compile_embedding(model, plan, workload)
     if model.head_rows:
         found[HEAD] = compile_head(model, plan, workload, **_head_options(plan))
     return found
@@ -152,8 +168,9 @@ def _around_by(plan: Plan) -> tuple[int, ...]:
 
 
 def around_layers(plan: Plan) -> Plan:
-    """As what stands around the layers sees a plan: recomputation is of layers."""
-    return plan.model_copy(update={"recompute": "none", "recompute_layers": None, "recompute_modules": None})
+    """As what stands around the layers sees a plan: recomputation and chunks of tp are of layers."""
+    usual = {"recompute": "none", "recompute_layers": None, "recompute_modules": None, "tp_overlap": False}
+    return plan.model_copy(update=usual)
 
 
 def _program_around(
@@ -164,10 +181,12 @@ def _program_around(
 
 
 def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:
-    """The program of a region, ring attention lowered to its exchange where the plan says p2p; `kind` says what of it
-    is recomputed, else the plan does.
+    """The program of a region, messages of tp lowered to chunks where the plan overlaps them, and ring attention to its
+    exchange where it says p2p; `kind` says what of the region is recomputed, else the plan does.
     """
     program = compile_region(region, plan, causal=causal, kind=kind)
+    if plan.tp_overlap and plan.tp > 1:
+        program = lower_chunks(program, region)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
     for kernels in region.kernels.values():

@@ -40,7 +40,7 @@ def _of_instruction(step: Instruction, kept: set[int]) -> Instruction:
         return Compute(step.id, step.operator, step.kind, step.part, step.work, step.reads, writes)
     return Communication(
         step.id, step.operator, step.tensor, step.axis, step.collective, step.ranks, step.message_bytes,
-        step.sent_bytes, step.purpose, step.part, step.reads, writes, step.issued_after,
+        step.sent_bytes, step.purpose, step.part, step.reads, writes, step.issued_after, step.step_of, step.share,
     )  # fmt: skip
 
 

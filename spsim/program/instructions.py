@@ -72,6 +72,15 @@ class Communication:
     writes: tuple[Buffer, ...]
     issued_after: tuple[int, ...] = ()
     """Steps that must have ended, beyond those whose buffers it reads."""
+    step_of: Collective | None = None
+    """What it is one of the equal steps of, one fewer than ranks; it takes such a part of its time."""
+    share: float | None = None
+    """Of the device that it holds; as much as the profile says of a collective unless given."""
+
+    @property
+    def timed_as(self) -> Collective:
+        """The collective whose time it takes, or a part of it."""
+        return self.step_of or self.collective
 
 
 Instruction = Compute | Communication
@@ -109,6 +118,8 @@ class Weights(NamedTuple):
     """That reads it first."""
     elements: int
     """On one rank."""
+    bytes: int
+    """As they rest there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from typing import NamedTuple
 
 from spsim.errors import InputError
@@ -262,6 +263,16 @@ class Product(Kernels):
             batch=self._product(left & right & out),
             bytes_moved=self.bytes_moved,
         )
+
+    def piece(self, work: Gemm, pieces: int, *, backward: bool) -> Gemm:
+        """Of its product, or of the data gradient, cut into pieces along the rows: each reads all weights."""
+        recipe = self.operator.recipe
+        if recipe is None:
+            fixed = bytes_of(self.placed.weights)
+        else:
+            fixed = math.ceil(recipe.itemsize * sum(w.elements for w in self.matrices))
+            fixed += 0 if backward else bytes_of(self.vectors)
+        return replace(work, m=work.m // pieces, bytes_moved=fixed + (work.bytes_moved - fixed) // pieces)
 
     @lazy
     def data_gradients(self) -> tuple[tuple[PlacedOperand, Gemm], ...]:

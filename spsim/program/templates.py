@@ -15,6 +15,7 @@ from spsim.program.assembly import (
     compiled_by,
     embedding_key,
     head_key,
+    kinds_of_layers,
 )
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER
@@ -31,6 +32,17 @@ def layer_template(model: Model, plan: Plan, precision: Precision = "bf16", kind
     key = (layer_traits(model), compiled_by(plan, kind), precision)
     every = every_workload(unit, precision)
     return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit))
+
+
+def layers_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
+    """The programs of the layers of a step, of each kind, for every workload of a precision."""
+    kinds, unit = kinds_of_layers(model, plan), sequence_unit(model, plan)
+    first, *others = kinds
+    every = every_workload(unit, precision)
+    if not others:
+        return layer_template(model, plan, precision, first)
+    programs = {kinds[kind]: compile_layer(model, plan, every, kind) for kind in others}
+    return Template(compile_layer(model, plan, every, first), unit, others=programs)
 
 
 def step_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:

@@ -173,7 +173,7 @@ def far_off(result: Result) -> tuple[Band, ...]:
     scenario = result.scenario
     hardware, head_dim = scenario.hardware, getattr(scenario.model, "head_dim", None)
     found = [
-        far_off_collective(hardware, call.collective, call.message_bytes, call.ranks, call.nodes)
+        far_off_collective(hardware, call.timed_as, call.message_bytes, call.ranks, call.nodes)
         for call in result.collectives
     ]
     if head_dim is not None:

@@ -23,6 +23,7 @@ class Message(NamedTuple):
     ranks: int
     nodes: int
     message_bytes: int
+    step_of: Collective | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,13 @@ class Call:
     """From a framework, once all ranks are there and nothing else moves."""
     gb_per_s: float
     """Bus bandwidth: bytes that one GPU sends (of a ring) over that time."""
+    step_of: Collective | None = None
+    """What it is one of the equal steps of, in chunks behind products."""
+
+    @property
+    def timed_as(self) -> Collective:
+        """The collective whose time it takes, or a part of it."""
+        return self.step_of or self.collective
 
 
 def calls(result: Result) -> tuple[Call, ...]:
@@ -57,12 +65,15 @@ def calls(result: Result) -> tuple[Call, ...]:
         counted[message] += count
     found = []
     for message, count in counted.items():
-        collective, axis, ranks, nodes, size = message
-        time = float(costs.duration(collective, size, ranks, nodes))
+        collective, axis, ranks, nodes, size, step_of = message
+        timed_as = step_of or collective
+        duration = costs.step_duration if step_of else costs.duration
+        time = float(duration(timed_as, size, ranks, nodes))
         found.append(
             Call(
-                collective, axis, ranks, nodes, size, count, costs.algorithm(collective, size, ranks, nodes),
-                costs.channels(collective, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
+                collective, axis, ranks, nodes, size, count, costs.algorithm(timed_as, size, ranks, nodes),
+                costs.channels(timed_as, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
+                step_of,
             )
         )  # fmt: skip
     return tuple(found)
@@ -73,7 +84,7 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     scenario, prepared, numbers = result.scenario, result.prepared, result.numbers
     for step, size, runs in result.communications:
         nodes = prepared.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
-        yield Message(step.collective, step.axis, step.ranks, nodes, size), runs
+        yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of), runs
     for sync, size in zip(prepared.syncs, prepared.sync_messages(numbers, result.chunk), strict=True):
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), 1
@@ -84,6 +95,6 @@ def remarks(result: Result) -> tuple[str, ...]:
     scenario = result.scenario
     _, comm = cost_models(scenario.hardware, scenario.workload.precision)
     found = dict.fromkeys(
-        comm.remark(call.collective, call.message_bytes, call.ranks, call.nodes) for call in result.collectives
+        comm.remark(call.timed_as, call.message_bytes, call.ranks, call.nodes) for call in result.collectives
     )
     return tuple(remark for remark in found if remark)

@@ -5,6 +5,7 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
@@ -91,9 +92,14 @@ def _waiting(wait: Wait) -> Idle:
 
 
 def weight_sync(trace: Trace) -> int:
-    """Picoseconds of the synchronisation of weight gradients at the end of the step."""
-    windows = (recording.window for recording, (phase, _) in trace.recordings.items() if phase == "weight_sync")
-    return sum(end - begin for begin, end in windows)
+    """Picoseconds of the synchronisation of weight gradients at the end of the step, on the pipeline stage with most
+    of it.
+    """
+    found = Counter[tuple[int, ...]]()
+    for recording, (phase, _) in trace.recordings.items():
+        begin, end = recording.window
+        found[tuple(recording.times)] += end - begin if phase == "weight_sync" else 0
+    return max(found.values(), default=0)
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:

@@ -112,7 +112,7 @@ class Result(Derived):
         """What each assumed coefficient does to the result, largest first, without those that do nothing, and None
         for those that are no number; None for all where the step is too long to be walked again for each.
         """
-        if self.events > MOST_TASKS:
+        if self.events > MOST_TASKS or (self.scenario.plan.pp > 1 and self.staged is None):
             return None
         return effects(self, assumed_inputs(self))
 

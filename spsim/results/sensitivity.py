@@ -19,6 +19,7 @@ from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
 from spsim.program.instructions import Compute
 from spsim.program.mesh import nodes_of
 from spsim.step.costed import costed_step
+from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
 from spsim.step.folding import Step, fold_step
 from spsim.units import GIB
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from spsim.results.result import Result
 
 Costs = tuple[ComputeCost, CommCost]
+Costed = Step | CostedPipeline
 COMMUNICATION = ("collective", "sends", "adapter_chunk")
 """How coefficients of collectives begin."""
 SHARE = 0.2
@@ -69,14 +71,14 @@ def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, tuple) or isinstance(getattr(leaf, "value", None), float | int)
 
 
-def _effect(result: Result, path: str, base: Step, costs: Costs) -> Effect:
+def _effect(result: Result, path: str, base: Costed, costs: Costs) -> Effect:
     down, up = (scaled(result.scenario.hardware, path, 1 + way * SHARE) for way in (-1, 1))
     step = _step(result, up, _costs(result, up, path, costs))
-    if (step.durations, step.slowdown) == (base.durations, base.slowdown):
+    if _times(step) == _times(base):
         percent = (0.0, 0.0)
     else:
         steps = (_step(result, down, _costs(result, down, path, costs)), step)
-        less, more = (100 * (max(map(end_of, fold_step(one).nodes)) / result.step_ps - 1) for one in steps)
+        less, more = (100 * (_step_ps(one) / result.step_ps - 1) for one in steps)
         percent = (less, more)
     room = _room(result, result.scenario.hardware)
     low, high = ((_room(result, hardware) - room) / GIB for hardware in (down, up))
@@ -91,8 +93,13 @@ def _costs(result: Result, hardware: HardwareProfile, path: str, costs: Costs) -
     return compute_cost(hardware, result.scenario.workload.precision), comm
 
 
-def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
+def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Costed:
     scenario = result.scenario
+    if result.staged:
+        return costed_pipeline(
+            result.prepared, result.staged.ran.stages, result.numbers, hardware, scenario.plan, costs,
+            micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
+        )  # fmt: skip
     return costed_step(
         result.prepared,
         result.numbers,
@@ -102,6 +109,19 @@ def _step(result: Result, hardware: HardwareProfile, costs: Costs) -> Step:
         micro_batches=scenario.num_micro_batches,
         gpus_per_node=scenario.gpus_per_node,
     )
+
+
+def _times(step: Costed) -> tuple[object, ...]:
+    """All that says how long a step takes."""
+    if isinstance(step, CostedPipeline):
+        return *_times(step.step), step.messages.transfer_ps, step.closed.segments
+    return step.durations, step.slowdown
+
+
+def _step_ps(step: Costed) -> int:
+    if isinstance(step, CostedPipeline):
+        return max(step.folded().ends_ps)
+    return max(map(end_of, fold_step(step).nodes))
 
 
 def _room(result: Result, hardware: HardwareProfile) -> int:
@@ -126,7 +146,7 @@ def assumed_inputs(result: Result) -> tuple[str, ...]:
                 used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
             else:
                 nodes = nodes_of(prepared.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
-                used |= {*comm.coefficients_of(step.collective, nodes), "overlap_slowdown"}
+                used |= {*comm.coefficients_of(step.timed_as, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
 
 
@@ -138,14 +158,14 @@ def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfi
 
 def _replaced(table: Any, path: list[str], factor: float) -> Any:
     if not path:
-        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _times(table, factor)
+        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _multiplied(table, factor)
     name, *rest = path
     if isinstance(table, dict):
         return {**table, name: _replaced(table[name], rest, factor)}
     return table.model_copy(update={name: _replaced(getattr(table, name), rest, factor)})
 
 
-def _times(quantity: Any, factor: float) -> Any:
+def _multiplied(quantity: Any, factor: float) -> Any:
     return quantity.model_copy(update={"value": quantity.value * factor})
 
 

@@ -115,7 +115,7 @@ class Account:
 
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
-            return self._of_collective((step.axis,), step.collective, step.ranks)
+            return self._of_collective((step.axis,), step.timed_as, step.ranks)
         return (self.compute.class_of(next(work for work in step.work if work)),)
 
     def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:

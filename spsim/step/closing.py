@@ -43,6 +43,13 @@ class Closing:
     steps: tuple[Sync | str, ...]
     """What its tasks are: collectives, or kernels of the optimizer by their names."""
 
+    def infos(self, messages: Mapping[Sync, int]) -> list[TaskInfo]:
+        """What its tasks are with the bytes of their messages."""
+        return [
+            label if isinstance(step, str) else step.info(messages[step])
+            for step, label in zip(self.steps, self.segment.labels, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Optimizer:

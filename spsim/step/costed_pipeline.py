@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.engine.pieces import Piece
+from spsim.engine.recording import TaskInfo
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import LAYER
@@ -11,10 +16,47 @@ from spsim.program.sizes import Numbers
 from spsim.step.folding import Step
 from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.exchange import Exchange
-from spsim.step.pipelined import Closed, Pipelined, Stages, run_pipeline
+from spsim.step.pipeline.exchange import Exchange, instructions
+from spsim.step.pipelined import Closed, Messages, Pipelined, Stages, run_pipeline
 from spsim.step.preparation import PreparedStep
+from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
 from spsim.units import picoseconds
+
+
+class CostedPipeline(NamedTuple):
+    """All stages and micro-batches of one workload, gradients summed and the optimizer stepped: what is run."""
+
+    prepared: PreparedStep
+    stages: Stages
+    clock: Clock
+    step: Step
+    messages: Messages
+    closed: Closed
+
+    def folded(self) -> Pipelined:
+        """Passes run once; ranks of a stage have to be alike."""
+        prepared = self.prepared
+        return run_pipeline(
+            prepared.blocks, self.stages, self.clock, self.step, self.messages, self.closed, stride=prepared.mesh.ranks
+        )
+
+    def unfolded(self) -> Unfolded:
+        """As one program of each simulated rank of each stage."""
+        prepared, clock = self.prepared, self.clock
+        rows = instructions(
+            clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange
+        )
+        return unfold_pipeline(
+            prepared.blocks, self.stages, rows, self.step, self.messages, self.closed, prepared.ranks
+        )
+
+    def infos(self, piece: Piece) -> Sequence[TaskInfo]:
+        """What the tasks are of a message, or of a segment that closes the step, with their sizes."""
+        outline = piece.recording.outline
+        made = self.prepared.closing_of(outline)
+        if made is not None:
+            return made.infos(self.closed.messages[next(iter(piece.recording.times)) // self.prepared.mesh.ranks])
+        return [info._replace(micro_batch=piece.micro_batch) for info in outline.labels]
 
 
 def costed_pipeline(
@@ -27,8 +69,8 @@ def costed_pipeline(
     *,
     micro_batches: int,
     gpus_per_node: int,
-) -> Pipelined:
-    """All stages and micro-batches of one workload, gradients summed and the optimizer stepped."""
+) -> CostedPipeline:
+    """A step of one workload with the times that a profile gives it."""
     compute, comm = costs
     step = Step(
         (),
@@ -39,20 +81,16 @@ def costed_pipeline(
         prepared.abreast,
     )
     message = boundary_bytes(prepared, numbers)
-    times = [
-        prepared.closing_times(numbers, stage_runs(stages, stage), compute, comm, gpus_per_node=gpus_per_node)
-        for stage in range(plan.pp)
-    ]
-    clock = Clock(plan.pp_schedule, plan.pp, plan.virtual_pp, micro_batches, plan.pp_group, exchange_of(plan))
-    return run_pipeline(
-        prepared.blocks,
+    runs = [stage_runs(stages, stage) for stage in range(plan.pp)]
+    return CostedPipeline(
+        prepared,
         stages,
-        clock,
+        Clock(plan.pp_schedule, plan.pp, plan.virtual_pp, micro_batches, plan.pp_group, exchange_of(plan)),
         step,
-        _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node),
-        Closed(times),
-        stride=prepared.mesh.ranks,
-        message_bytes=message,
+        Messages(message, _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node)),
+        Closed([
+            prepared.closing_times(numbers, own, compute, comm, gpus_per_node=gpus_per_node) for own in runs
+        ], [prepared.closing_messages(numbers, own) for own in runs]),
     )
 
 

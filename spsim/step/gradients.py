@@ -31,7 +31,7 @@ class Sync:
     @property
     def message_bytes(self) -> int:
         """Without weights: they count as the elements."""
-        return self.elements * self.itemsize
+        return self.elements * (self.itemsize or 0)
 
     def info(self, message: int) -> TaskInfo:
         """What its task is."""

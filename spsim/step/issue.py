@@ -7,6 +7,7 @@ Nothing is issued before the segment that it belongs to is reached.
 | axis, purpose | lane | issued | next kernel waits |
 |---|---|---|---|
 | tp, input | tp | when its tensor is ready | yes |
+| tp, in chunks (`tp_overlap`) | tp | when its shard or piece is there | no |
 | tp, regather | tp | before the data gradient of its operator; only the weight gradient reads it | no |
 | ring, regather of all K and V | ring | before the backward pass of core attention, which reads it | no |
 | tp, gradient | tp | when its tensor is ready: behind the weight gradient of a column-parallel linear | no |
@@ -121,7 +122,7 @@ class _Issue:
                 needs |= {place[other] for other in step.issued_after if other in place}
                 if last_kernel is not None and _in_program_order(step, self.plan):
                     needs.add(last_kernel)
-                tasks.append(Task(index, step.axis, needs=(*sorted(needs), *names)))
+                tasks.append(Task(index, step.axis, needs=(*sorted(needs), *names), slowdown=step.share))
                 calls[index] = Call((step.axis,), step.collective == "send_receive")
                 if _blocks(step, self.plan):
                     blocking.add(index)
@@ -181,7 +182,7 @@ class _Issue:
 
 
 def _serial(step: Communication, plan: Plan) -> bool:
-    return step.axis == "tp" and step.purpose != "input" and not plan.tp_backward_overlap
+    return step.axis == "tp" and step.purpose != "input" and not plan.tp_backward_overlap and step.step_of is None
 
 
 def _in_program_order(step: Communication, plan: Plan) -> bool:
@@ -190,7 +191,8 @@ def _in_program_order(step: Communication, plan: Plan) -> bool:
 
 
 def _blocks(step: Communication, plan: Plan) -> bool:
-    return _serial(step, plan) or step.axis == "ulysses" or (step.axis == "tp" and step.purpose == "input")
+    waited_for = step.axis == "ulysses" or (step.axis == "tp" and step.purpose == "input" and step.share is None)
+    return _serial(step, plan) or waited_for
 
 
 def _sent(sections: Sequence[Section]) -> frozenset[int]:

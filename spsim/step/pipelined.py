@@ -17,7 +17,7 @@ from spsim.step.closing import Closing
 from spsim.step.folding import Alone, Step, fold_each
 from spsim.step.gradients import Sync
 from spsim.step.itinerary import Blocks, Chunk, chunk_pass
-from spsim.step.lanes import IDLE
+from spsim.step.lanes import IDLE, flights_of
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.orders import Action
 from spsim.step.pipeline.timeline import Timeline
@@ -48,6 +48,31 @@ class Closed:
     """The segments after the last micro-batch of each stage, and picoseconds of their tasks."""
 
     segments: Sequence[Sequence[tuple[Closing, Sequence[int]]]]
+    messages: Sequence[Mapping[Sync, int]] = ()
+    """Bytes of their collectives, of each stage."""
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What stages send each other."""
+
+    bytes: int
+    """Of each message."""
+    transfer_ps: Mapping[tuple[int, int], int]
+    """By sender and receiver."""
+
+    @lazy
+    def outlines(self) -> Mapping[str, Outline]:
+        """Of a message on each of its ranks, by its lane."""
+        found = {}
+        for kind, (phase, lane) in SENT.items():
+            for way, sent in (("send", self.bytes), ("receive", 0)):
+                info = TaskInfo(
+                    kind, "communication", phase, "stage", collective="send_receive", axis="pp",
+                    message_bytes=self.bytes, sent_bytes=sent,
+                )  # fmt: skip
+                found[f"{lane} {way}"] = Outline([f"{lane} {way}"], [info])
+        return found
 
 
 @dataclass(frozen=True)
@@ -59,7 +84,7 @@ class Pipelined:
     passes: Mapping[tuple[Chunk, Pass], Alone]
     timeline: Timeline
     closed: Closed
-    message_bytes: int
+    messages: Messages
     events: int
 
     def rank_of(self, stage: int) -> int:
@@ -115,22 +140,8 @@ class Pipelined:
         found: list[Node] = []
         for stage, name, posted in sides:
             times = {self.rank_of(stage): np.array([[posted, span.start_ps, span.end_ps]], dtype=np.int64)}
-            recording = Recording(self.outlines[name], times, ())
+            recording = Recording(self.messages.outlines[name], times, ())
             found.append(Stretch(recording, phase, None, span.message.micro_batch, 0, tasks + len(found)))
-        return found
-
-    @lazy
-    def outlines(self) -> Mapping[str, Outline]:
-        """Of a message, by its lane."""
-        found = {}
-        for kind, (phase, lane) in SENT.items():
-            for way in ("send", "receive"):
-                size = self.message_bytes
-                info = TaskInfo(
-                    kind, "communication", phase, "stage", collective="send_receive", axis="pp",
-                    message_bytes=size, sent_bytes=size if way == "send" else 0,
-                )  # fmt: skip
-                found[f"{lane} {way}"] = Outline([f"{lane} {way}"], [info])
         return found
 
     # After the last micro-batch
@@ -165,12 +176,14 @@ class Pipelined:
         for stage, own in enumerate(self.closing):
             rank = self.rank_of(stage)
             before = int(self.timeline.finished_ps[stage])
+            flights: list[Flight] = []
             for made, moments in own:
                 times = {rank: np.array(moments, dtype=np.int64)}
-                recording = Recording(made.segment.outline, times, (), begins={rank: before})
+                recording = Recording(made.segment.outline, times, (), begins={rank: before}, flights={rank: flights})
                 yield Stretch(recording, made.segment.phase, None, None, 0, tasks)
                 tasks += len(moments)
                 before = recording.kernels_end(rank)
+                flights = [f for f in (*flights, *flights_of(made.segment, moments)) if f.end_ps > before]
 
     @lazy
     def gaps(self) -> Gaps:
@@ -212,13 +225,12 @@ def run_pipeline(
     stages: Stages,
     clock: Clock,
     step: Step,
-    transfer_ps: Mapping[tuple[int, int], int],
+    messages: Messages,
     closed: Closed,
     *,
     stride: int,
-    message_bytes: int,
 ) -> Pipelined:
-    """The passes of every chunk by themselves, and then all of the step; `transfer_ps` by sender and receiver."""
+    """The passes of every chunk by themselves, and then all of the step."""
     items = {
         (chunk.runs, phase): chunk_pass(blocks, chunk.runs, phase)
         for own in stages
@@ -233,5 +245,5 @@ def run_pipeline(
             )
     lengths = {key: alone.at_ps for key, alone in passes.items()}
     pass_ps = [lengths[stages[own.rank][own.chunk].runs, PHASES[own.kind]] for own in clock.classes]
-    message_ps = [transfer_ps[sender, receiver] for sender, receiver, _ in clock.lanes]
-    return Pipelined(stages, stride, passes, clock.times(pass_ps, message_ps), closed, message_bytes, events)
+    message_ps = [messages.transfer_ps[sender, receiver] for sender, receiver, _ in clock.lanes]
+    return Pipelined(stages, stride, passes, clock.times(pass_ps, message_ps), closed, messages, events)

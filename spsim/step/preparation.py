@@ -25,15 +25,14 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, layer_program, step_key, step_programs
+from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
-from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.sizes import Index, Numbers, Template
-from spsim.program.templates import layer_template, step_template
+from spsim.program.templates import layers_template, step_template
 from spsim.step.abreast import Abreast
 from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
 from spsim.step.columns.fill import Floats
@@ -52,19 +51,15 @@ FEW = 4
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_layer(
-    model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", kind: LayerKind | None = None
-) -> PreparedStep:
-    """The layers of a model under a plan, or units of layers, of a `kind`, else as the plan recomputes layers; `fold`
-    simulates identical ranks once.
-    """
-    kind = kind or usual_kind(plan)
+def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
+    """The layers of a model under a plan; `fold` simulates identical ranks once."""
+    kinds = (*kinds_of_layers(model, plan),)
     return _steps.get(
-        (layer_traits(model), compiled_by(plan, kind), precision, _issued_by(plan), fold),
+        (layer_traits(model), compiled_by(plan), *kinds, precision, _issued_by(plan), fold),
         lambda: PreparedStep(
-            layer_template(model, plan, precision, kind),
+            layers_template(model, plan, precision),
             plan,
-            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision), kind)},
+            lambda workload: layer_programs(model, plan, _in(workload, precision)),
             fold=fold,
         ),
     )
@@ -177,16 +172,17 @@ class PreparedStep:
     @lazy
     def groups(self) -> Groups:
         """The groups that are called."""
-        return groups_of(self.mesh, self.segments)
+        return groups_of(self.world, self.segments)
 
     @lazy
     def by_outline(self) -> Mapping[Outline, Segment]:
         """The segment that a recording is of, by its outline."""
         return {segment.outline: segment for segment in self.segments}
 
-    def closing_of(self, segment: Segment) -> Closing | None:
-        """What a segment after the last micro-batch is made of; None for others."""
-        return next((made for made in self.closings if made.segment is segment), None)
+    def closing_of(self, outline: Outline) -> Closing | None:
+        """What a segment after the last micro-batch is made of, by its outline; None for others."""
+        every = (made for own in (self.closings, *self._stage_closings.values()) for made in own)
+        return next((made for made in every if made.segment.outline is outline), None)
 
     def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of a chunk's blocks, and what follows the last micro-batch."""
@@ -234,7 +230,13 @@ class PreparedStep:
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
         for step, index in self.communications:
             position = index.messages[step.id]
-            sort = (step.collective, step.axis, step.ranks, *self.template.coefficients[position].tolist())
+            sort = (
+                step.collective,
+                step.step_of,
+                step.axis,
+                step.ranks,
+                *self.template.coefficients[position].tolist(),
+            )
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
@@ -324,7 +326,8 @@ class PreparedStep:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
-            seconds[slots] = comm.duration(step.collective, message, step.ranks, nodes)
+            duration = comm.step_duration if step.step_of else comm.duration
+            seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         return seconds
 
     @lazy
@@ -363,12 +366,19 @@ class PreparedStep:
         self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
     ) -> list[tuple[Closing, list[int]]]:
         """Picoseconds of each task after the last micro-batch."""
-        own = self.closings if self.world == self.mesh else self.stage_closings(chunk)
-        syncs = _syncs(own)
-        messages = dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
-        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in syncs}
+        messages = self.closing_messages(numbers, chunk)
+        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in messages}
         kernels = self._kernels(numbers, chunk)
+        own = self._closings_of(chunk)
         return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
+
+    def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
+        """Bytes of the message of each collective after the last micro-batch."""
+        syncs = _syncs(self._closings_of(chunk))
+        return dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
+
+    def _closings_of(self, chunk: Chunk) -> tuple[Closing, ...]:
+        return self.closings if self.world == self.mesh else self.stage_closings(chunk)
 
 
 def _syncs(own: Sequence[Closing]) -> tuple[Sync, ...]:

@@ -13,6 +13,7 @@ from spsim.step.chain import Chain
 from spsim.step.folding import Step, Walked
 from spsim.step.itinerary import Visit, visits
 from spsim.step.lanes import end_of, flights_of
+from spsim.step.ranks import Communicator
 from spsim.step.segments import Segment
 
 
@@ -20,10 +21,10 @@ def unfold_step(step: Step) -> Walked:
     """Run a step as one program of each rank."""
     every = list(visits(step.itinerary))
     ranks = list(dict.fromkeys(rank for programs in step.programs.values() for rank in programs))
-    programs = {rank: _Concatenation(step, rank).program(every) for rank in ranks}
+    programs = {rank: Concatenation(step, rank).program(every) for rank in ranks}
     durations = {rank: list(_durations(step, rank, every)) for rank in ranks}
     moments = run(programs, slowdown=step.slowdown, durations=durations)
-    ran = _Ran(moments)
+    ran = Taken(moments)
     nodes: list[Node] = []
     first_task = 0
     for visit in every:
@@ -39,7 +40,7 @@ def unfold_step(step: Step) -> Walked:
     return Walked(nodes, sum(map(len, moments.values())), overlapping=True)
 
 
-class _Ran:
+class Taken:
     """The moments of each rank, taken segment after segment."""
 
     def __init__(self, moments: Mapping[int, Sequence[Moments]]) -> None:
@@ -52,7 +53,7 @@ class _Ran:
 
     def recording(self, segment: Segment, ranks: Iterable[int], sizes: Sequence[int] | Integers) -> Recording:
         """The next segment of some ranks; times count from the beginning of the step."""
-        own = {rank: self._take(rank, len(segment.tasks)) for rank in ranks}
+        own = {rank: self.take(rank, len(segment.tasks)) for rank in ranks}
         times = {rank: columns(found) for rank, found in own.items()}
         begins = {rank: self.ends[rank] for rank in own}
         flights = {rank: self.flights[rank] for rank in own}
@@ -62,7 +63,8 @@ class _Ran:
             self.flights[rank] = [flight for flight in flights_now if flight.end_ps > end]
         return Recording(segment.outline, times, sizes, begins, flights)
 
-    def _take(self, rank: int, tasks: int) -> Sequence[Moments]:
+    def take(self, rank: int, tasks: int) -> Sequence[Moments]:
+        """Those of the next tasks of a rank."""
         first, self.taken[rank] = self.taken[rank], self.taken[rank] + tasks
         return self.moments[rank][first : first + tasks]
 
@@ -72,7 +74,7 @@ def _durations(step: Step, rank: int, every: Sequence[Visit]) -> Iterator[int]:
         yield from step.durations[visit.segment.name].get(rank, ())
 
 
-class _Concatenation:
+class Concatenation:
     """The program of one rank so far."""
 
     def __init__(self, step: Step, rank: int) -> None:
@@ -84,10 +86,14 @@ class _Concatenation:
     def program(self, every: Sequence[Visit]) -> RankProgram:
         """The tasks of all visits, numbered through; durations are given by their places."""
         for visit in every:
-            program = self.step.programs[visit.segment.name].get(self.rank)
-            if program is not None:
-                self.chain.append(visit.segment, self._renumbered(program.tasks))
+            self.visit(visit)
         return RankProgram(self.chain.tasks)
+
+    def visit(self, visit: Visit) -> None:
+        """One more visit, if the rank takes part in it."""
+        program = self.step.programs[visit.segment.name].get(self.rank)
+        if program is not None:
+            self.chain.append(visit.segment, self._renumbered(program.tasks))
 
     def _renumbered(self, tasks: Sequence[Task]) -> list[Task]:
         """With the calls of each communicator numbered through, too."""
@@ -101,4 +107,8 @@ class _Concatenation:
     def _meeting(self, meeting: Meeting, calls: Counter[object]) -> Meeting:
         communicator, number = meeting.key
         calls[communicator] = max(calls[communicator], number)
-        return meeting._replace(key=(communicator, number + self.called[communicator]))
+        return self.meeting(communicator, number + self.called[communicator], meeting.parties)
+
+    def meeting(self, communicator: Communicator, number: int, parties: int) -> Meeting:
+        """A call of a communicator by its number in the step."""
+        return Meeting((communicator, number), parties)

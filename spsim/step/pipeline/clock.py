@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,8 +13,12 @@ from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.graph import Graph, Part, PassClass
 from spsim.step.pipeline.messages import Lane
 from spsim.step.pipeline.orders import Numbers
-from spsim.step.pipeline.steady import Folded, Runs, folded
+from spsim.step.pipeline.regions import MOST_DURATIONS, Learner, Region, Regions, alike
+from spsim.step.pipeline.steady import ROUNDS, Folded, Runs, folded
 from spsim.step.pipeline.timeline import Piece, Timeline
+
+KEPT_GROUPINGS = 16
+"""For each structure."""
 
 
 class Structure:
@@ -22,6 +28,8 @@ class Structure:
         """`round_passes`: of one rank, in a round of the steady state."""
         self.graph = graph
         self.round_passes = round_passes
+        self.regions: Cache[Regions] = Cache(KEPT_GROUPINGS, lambda _: 1)
+        """By number of rounds, and which durations are alike."""
 
     @lazy
     def whole(self) -> Part:
@@ -39,7 +47,8 @@ _KEPT: Cache[Structure] = Cache(1 << 28, lambda made: 16 * made.graph.tails.nbyt
 class Clock:
     """Times of a pipeline's steps. Its parameters are those of `orders`, and who exchanges messages how.
 
-    A step of many micro-batches is evaluated as a short one, whose one round of the steady state comes again.
+    A step of many micro-batches is evaluated as a short one, of which the rounds of the steady state come again. What
+    is made for a schedule, and learnt from steps, is kept for the next clock of it.
     """
 
     def __init__(
@@ -60,24 +69,74 @@ class Clock:
         short = self._short()
         self._structure = self._made(short or micro_batches)
         self._folded = self._structure.folded if short else None
-        self._rounds = 1 + (micro_batches - short) // self._step if short else 1
+        self._rounds = ROUNDS + (micro_batches - short) // self._step if short else 1
         if short and self._folded is None:
             self._structure = self._made(micro_batches)
 
     @property
+    def _graph(self) -> Graph:
+        return self._structure.graph
+
+    @property
     def classes(self) -> tuple[PassClass, ...]:
         """Passes that take one time."""
-        return self._structure.graph.classes.names
+        return self._graph.classes.names
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
         """Where messages travel."""
-        return self._structure.graph.lanes
+        return self._graph.lanes
 
     def times(self, pass_ps: npt.ArrayLike, message_ps: npt.ArrayLike) -> Timeline:
         """A step whose passes take a time by class and whose messages take one by lane, whole picoseconds."""
         durations_ps = np.concatenate([pass_ps, message_ps, [0]]).astype(np.int64)
-        return Timeline(self._structure.graph, self._pieces(durations_ps), durations_ps, self._step)
+        places, groups = alike(durations_ps)
+        region = self._region(durations_ps[places], groups)
+        if region is not None:
+            finished_ps = region.finished @ durations_ps[places]
+            return Timeline(self._graph, lambda: self._pieces(durations_ps), finished_ps, durations_ps, self._step)
+        pieces, finished_ps = self._evaluated(durations_ps, groups)
+        return Timeline(self._graph, lambda: pieces, finished_ps, durations_ps, self._step)
+
+    def finished_ps(self, pass_ps: npt.ArrayLike, message_ps: npt.ArrayLike) -> Numbers:
+        """When each rank is done, in a column for each of many steps, whose durations are columns too."""
+        columns = np.shape(pass_ps)[1]
+        durations_ps = np.concatenate([pass_ps, message_ps, np.zeros((1, columns))]).astype(np.int64)
+        places, groups = alike(durations_ps)
+        values_ps = durations_ps[places]
+        found = np.empty((self.stages, columns), np.int64)
+        left = np.arange(columns)
+        while len(left):
+            region = self._region(values_ps[:, left[0]], groups)
+            if region is None:
+                _, found[:, left[0]] = self._evaluated(durations_ps[:, left[0]], groups)
+                left = left[1:]
+            else:
+                fits = region.holds(values_ps[:, left])
+                found[:, left[fits]] = region.finished @ values_ps[:, left[fits]]
+                left = left[~fits]
+        return found
+
+    def _region(self, values_ps: Numbers, groups: Numbers) -> Region | None:
+        if len(values_ps) > MOST_DURATIONS:
+            return None
+        return self._structure.regions.get((self._rounds, groups.tobytes()), Regions).of(values_ps)
+
+    def _evaluated(self, durations_ps: Numbers, groups: Numbers) -> tuple[tuple[Piece, ...], Numbers]:
+        """The pieces of a step, and when each rank is done."""
+        pieces = self._pieces(durations_ps)
+        self._structure.regions.get((self._rounds, groups.tobytes()), Regions).learn = lambda: self._learn(
+            durations_ps, groups, pieces
+        )
+        part, runs, _ = pieces[-1]
+        return pieces, runs.of(runs.number - 1)[part.number[self._graph.finished]]
+
+    def _learn(self, durations_ps: Numbers, groups: Numbers, pieces: Sequence[Piece]) -> Region:
+        learner = Learner(durations_ps, groups)
+        if self._folded is None:
+            return learner.whole(pieces[0].part, pieces[0].runs, self._graph.finished)
+        head, rounds, tail = (piece.runs for piece in pieces)
+        return learner.folded(self._folded, head, rounds, tail, self._graph.finished)
 
     def _pieces(self, durations_ps: Numbers) -> tuple[Piece, ...]:
         folded = self._folded
@@ -85,7 +144,7 @@ class Clock:
             whole = self._structure.whole
             return (Piece(whole, Runs.once(whole.ends(np.zeros(1, np.int64), durations_ps)), 0),)
         head, rounds, tail = folded.ends(durations_ps, self._rounds)
-        behind = (self._rounds - 1) * self._step
+        behind = (self._rounds - ROUNDS) * self._step
         return Piece(folded.head, head, 0), Piece(folded.round, rounds, 0), Piece(folded.tail, tail, behind)
 
     def _made(self, micro_batches: int) -> Structure:
@@ -105,9 +164,11 @@ class Clock:
         """
         if self.schedule in ("gpipe", "looped_bfs"):
             return None
-        step = self._step
+        step, chunks = self._step, self.chunks
         if step == 1:
             found = 3 * self.stages + 4 if self.schedule in V_SHAPED else self.stages + 5
         else:
-            found = (3 + (self.stages - 1) * 2 // step + 2) * step + self.micro_batches % step
+            # Warm-up is (v − 1) g + 2 (p − 1); the first passes of all chunks, and the last ones, take (v − 1) g each.
+            passes = (2 * chunks + 3 * (chunks - 1)) * step + 2 * self.stages
+            found = -(-passes // (chunks * step)) * step + self.micro_batches % step
         return found if 4 * found <= 3 * self.micro_batches else None

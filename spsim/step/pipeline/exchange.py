@@ -33,9 +33,16 @@ class Exchange:
 def score(
     schedule: Schedule, stages: int, chunks: int, micro_batches: int, group: int | None, exchange: Exchange
 ) -> Score:
-    """What each rank runs, posts and waits for; other parameters are those of `orders`."""
+    """What each rank runs, posts and waits for; other parameters are those of `orders`.
+
+    Raises:
+        ValueError: the library has no such schedule.
+        DeadlockError: torch finds no place for some receives.
+    """
     model = Stages(schedule, stages, chunks)
     if exchange.library == "megatron":
+        if schedule != "1f1b":
+            raise ValueError(f"Megatron-Core has no schedule {schedule}: its exchanges are torch's")
         return _megatron(model, micro_batches, group or stages, exchange)
     rows = orders(schedule, stages, chunks, micro_batches, group)
     if schedule == "gpipe":
@@ -54,13 +61,10 @@ def instructions(
 
 def _megatron(model: Stages, micro_batches: int, group: int, exchange: Exchange) -> Score:
     order = forwards(model.chunks, micro_batches, group)
+    before = [warm_up(model.ranks, rank, model.chunks, micro_batches, group) for rank in range(model.ranks)]
+    passes = [one_f_one_b(order, number) for number in before]
+    if model.chunks == 1:
+        return Score(model, passes, [*megatron.one_f_one_b(model, passes, before)])
     overlap = Overlap(exchange.overlap_p2p_comm, exchange.overlap_p2p_comm_warmup_flush, exchange.awaits_activations)
-    passes, tapes = [], []
-    for rank in range(model.ranks):
-        before = warm_up(model.ranks, rank, model.chunks, micro_batches, group)
-        passes.append(one_f_one_b(order, before))
-        if model.chunks == 1:
-            tapes.append(megatron.one_f_one_b(model, rank, micro_batches, before))
-        else:
-            tapes.append(megatron.interleaved(model, rank, order[0], before, overlap))
-    return Score(model, tuple(passes), tuple(tapes))
+    tapes = [megatron.interleaved(model, rank, order[0], number, overlap) for rank, number in enumerate(before)]
+    return Score(model, passes, tapes)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from spsim.lazy import lazy
 from spsim.step.pipeline.messages import DeadlockError, Lane
 from spsim.step.pipeline.orders import KINDS, Kind, Numbers
 from spsim.step.pipeline.tape import POST, RUN, WAIT, Score
@@ -93,19 +93,7 @@ class Graph:
         self.positions: Numbers = made.positions
         """Place in its rank's row of the pass that a node ends or follows; of a message, of the later post."""
         self.ranks: Numbers = made.ranks
-        """Of nodes; of a message, its lane behind all ranks."""
-
-
-class _Level(NamedTuple):
-    """Nodes that wait for none of each other."""
-
-    tails: Numbers
-    edges: slice
-    firsts: Numbers
-    """Among the edges, the first of each node."""
-    nodes: slice
-    own: slice
-    """The same, inputs not counted."""
+        """Of nodes, −1 for messages."""
 
 
 class Part:
@@ -121,46 +109,69 @@ class Part:
         self.number: Numbers = number
         """Of nodes of the graph among the inputs and nodes of the part, −1 for others."""
         inside = number[graph.heads] >= len(inputs)
-        tails, heads = number[graph.tails[inside]], number[graph.heads[inside]]
-        level = _levels(len(inputs) + len(nodes), tails, heads)
-        if (level < 0).any():
-            ranks = graph.ranks[nodes[level[len(inputs) :] < 0]]
-            raise DeadlockError(np.unique(ranks[ranks < len(graph.score.tapes)]).tolist())
-        level[: len(inputs)] = 0
-        order = np.argsort(level, kind="stable")
-        self._place = np.empty_like(order)
-        self._place[order] = np.arange(len(order))
-        by_head = np.argsort(self._place[heads], kind="stable")
-        self._own = np.append(np.full(len(inputs), -1), graph.own[nodes])[order][len(inputs) :]
-        self._tails = self._place[tails[by_head]]
-        self._times = graph.times[inside][by_head]
-        first = np.searchsorted(self._place[heads[by_head]], np.arange(len(order) + 1))
-        bounds = [*np.flatnonzero(np.diff(level[order], prepend=0)).tolist(), len(order)]
-        self._levels: list[_Level] = []
-        for start, stop in pairwise(bounds):
-            edges = slice(int(first[start]), int(first[stop]))
-            own = slice(start - len(inputs), stop - len(inputs))
-            firsts = first[start:stop] - first[start]
-            self._levels.append(_Level(self._tails[edges], edges, firsts, slice(start, stop), own))
-
-    def ends(self, inputs_ps: Numbers, times_ps: Numbers) -> Numbers:
-        """When inputs and nodes are reached, for a vector of times or several as columns."""
-        along = times_ps[self._times]
-        own = times_ps[self._own]
-        found = np.empty((len(self._place), *times_ps.shape[1:]), np.int64)
-        found[: len(inputs_ps)] = inputs_ps
-        for tails, edges, firsts, nodes, places in self._levels:
-            values = found.take(tails, axis=0)
-            values += along[edges]
-            into = found[nodes]
-            np.maximum.reduceat(values, firsts, axis=0, out=into)
-            into += own[places]
-        return found[self._place]
+        self.edges = Edges(number[graph.tails[inside]], number[graph.heads[inside]], graph.times[inside])
+        """Between numbers of the part."""
+        self.own: Numbers = graph.own[nodes]
+        self._ranks = graph.ranks[nodes]
 
     def like(self, other: Part) -> bool:
         """Whether both wait for their inputs in the same way."""
-        names = ("_place", "_own", "_tails", "_times")
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+        return np.array_equal(self.own, other.own) and all(map(np.array_equal, self.edges, other.edges))
+
+    def ends(self, inputs_ps: Numbers, times_ps: Numbers) -> Numbers:
+        """When inputs and nodes are reached, for a vector of times or several as columns.
+
+        Raises:
+            DeadlockError: nodes wait for themselves.
+        """
+        order = self._order
+        along = times_ps[order.times]
+        own = times_ps[order.own]
+        found = np.empty((len(order.places), *times_ps.shape[1:]), np.int64)
+        found[: len(inputs_ps)] = inputs_ps
+        nodes = found[len(inputs_ps) :]
+        for start, stop, first, last in order.levels:
+            values = found.take(order.tails[first:last], axis=0)
+            values += along[first:last]
+            into = nodes[start:stop]
+            np.maximum.reduceat(values, order.firsts[start:stop], axis=0, out=into)
+            into += own[start:stop]
+        return found[order.places]
+
+    @lazy
+    def _order(self) -> _Order:
+        """Inputs, then nodes by level."""
+        inputs, number = len(self.inputs), len(self.inputs) + len(self.nodes)
+        level = _levels(number, inputs, self.edges.tails, self.edges.heads)
+        if level.min(initial=0) < 0:
+            ranks = self._ranks[level[inputs:] < 0]
+            raise DeadlockError(np.unique(ranks[ranks >= 0]).tolist())
+        order = np.argsort(level, kind="stable")
+        places = np.empty_like(order)
+        places[order] = np.arange(number)
+        by_head = np.argsort(places[self.edges.heads], kind="stable")
+        first = np.searchsorted(places[self.edges.heads[by_head]], np.arange(inputs, number + 1))
+        bounds = np.append(np.flatnonzero(np.diff(level[order[inputs:]], prepend=0)), number - inputs)
+        firsts = first[:-1] - np.repeat(first[bounds[:-1]], np.diff(bounds))
+        of_edges = first[bounds].tolist()
+        levels = [*zip(bounds.tolist(), bounds[1:].tolist(), of_edges, of_edges[1:], strict=False)]
+        own = self.own[order[inputs:] - inputs]
+        return _Order(places, own, places[self.edges.tails[by_head]], self.edges.times[by_head], firsts, levels)
+
+
+class _Order(NamedTuple):
+    """Inputs and nodes in an order in which all that one waits for comes before it, edges by their heads."""
+
+    places: Numbers
+    own: Numbers
+    """Times of the nodes."""
+    tails: Numbers
+    times: Numbers
+    """Of the edges."""
+    firsts: Numbers
+    """The first edge of each node among those of its level."""
+    levels: list[tuple[int, int, int, int]]
+    """First and last node (inputs not counted) and edge of nodes that wait for none of each other."""
 
 
 class _Nodes:
@@ -197,7 +208,7 @@ class _Nodes:
         if (self.posts == never).any():
             self._refuse(score.stages.lanes, never)
         self.held_up, self.travelling = self._travelling(waited)
-        chain = _Edges(before[ends], count[ends], np.full(len(self.own) - 1, none))
+        chain = Edges(before[ends], count[ends], np.full(len(self.own) - 1, none))
         edges = [chain, *self._waits(*_last(message[waits], earlier[waits] + 1, self.lanes), len(classes.names), none)]
         self.tails, self.heads, self.times = (np.concatenate(column) for column in zip(*edges, strict=True))
 
@@ -218,32 +229,32 @@ class _Nodes:
         nodes = np.where(own, len(self.own) - 1 + np.cumsum(own), 0)
         return held_up, nodes
 
-    def _waits(self, messages: Numbers, heads: Numbers, first_lane: int, none: int) -> Iterator[_Edges]:
+    def _waits(self, messages: Numbers, heads: Numbers, first_lane: int, none: int) -> Iterator[Edges]:
         """What the end of a wait, or of the pass behind it, waits for; and what messages wait for that are nodes."""
         at_node = self.travelling[messages] > 0
-        yield _Edges(self.travelling[messages[at_node]], heads[at_node], np.full(at_node.sum(), none))
+        yield Edges(self.travelling[messages[at_node]], heads[at_node], np.full(at_node.sum(), none))
         own = np.flatnonzero(self.travelling)
         for side in self.posts:
             free = messages[~at_node]
-            yield _Edges(side[free], heads[~at_node], first_lane + self.lanes[free])
-            yield _Edges(side[own], self.travelling[own], np.full(len(own), none))
+            yield Edges(side[free], heads[~at_node], first_lane + self.lanes[free])
+            yield Edges(side[own], self.travelling[own], np.full(len(own), none))
         later = np.flatnonzero(self.held_up)
-        yield _Edges(self.travelling[later - 1], self.travelling[later], np.full(len(later), none))
+        yield Edges(self.travelling[later - 1], self.travelling[later], np.full(len(later), none))
         positions = self.positions[self.posts[:, own]].max(axis=0)
         self.positions = np.append(self.positions, positions)
         self.own = np.append(self.own, first_lane + self.lanes[own])
-        self.ranks = np.append(self.ranks, self.ranks.max() + 1 + self.lanes[own])
+        self.ranks = np.append(self.ranks, np.full(len(own), -1))
 
 
 def _last(messages: Numbers, nodes: Numbers, lanes: Numbers) -> tuple[Numbers, Numbers]:
     """What nodes wait for, but of each lane only the message that comes last."""
-    order = np.lexsort((messages, lanes[messages], nodes))
-    messages, nodes = messages[order], nodes[order]
-    last = np.append((nodes[1:] != nodes[:-1]) | (lanes[messages[1:]] != lanes[messages[:-1]]), True)[: len(nodes)]
-    return messages[last], nodes[last]
+    keys = nodes * (lanes.max(initial=0) + 1) + lanes[messages]
+    order = np.argsort(keys, kind="stable")
+    first = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    return np.maximum.reduceat(messages[order], first) if len(first) else messages, nodes[order[first]]
 
 
-class _Edges(NamedTuple):
+class Edges(NamedTuple):
     """Heads are reached no sooner than tails and a time after them."""
 
     tails: Numbers
@@ -267,22 +278,33 @@ def _ends(operations: Numbers, rank: Numbers) -> Bools:
     return found
 
 
-def _levels(number: int, tails: Numbers, heads: Numbers) -> Numbers:
-    """Length of the longest way to each node, −1 if one waits for itself."""
-    by_tail = np.argsort(tails, kind="stable")
-    out = heads[by_tail]
-    first = np.append(0, np.cumsum(np.bincount(tails, minlength=number)))
-    missing = np.bincount(heads, minlength=number)
-    level = np.full(number, -1)
-    ready = np.flatnonzero(missing == 0)
-    depth = 0
+def _levels(number: int, inputs: int, tails: Numbers, heads: Numbers) -> Numbers:
+    """Length of the longest way to each node from the inputs, which come first; −1 if one waits for itself."""
+    later = tails >= inputs
+    missing = np.bincount(heads[later], minlength=number + 1)
+    missing[number] = np.iinfo(missing.dtype).max
+    level, mark = np.full((2, number + 1), -1)
+    level[:inputs] = 0
+    out = _out(number, tails[later], heads[later])
+    ready = inputs + np.flatnonzero(missing[inputs:] == 0)
+    depth = 1
     while len(ready):
         level[ready] = depth
-        start = first[ready]
-        sizes = first[ready + 1] - start
-        ends = np.cumsum(sizes)
-        reached = out[np.arange(ends[-1]) + np.repeat(start - ends + sizes, sizes)]
+        reached = out[ready].ravel()
         np.subtract.at(missing, reached, 1)
-        ready = np.unique(reached[missing[reached] == 0])
+        reached = reached[missing[reached] == 0]
+        which = np.arange(len(reached))
+        mark[reached] = which
+        ready = reached[mark[reached] == which]
         depth += 1
-    return level
+    return level[:number]
+
+
+def _out(number: int, tails: Numbers, heads: Numbers) -> Numbers:
+    """The heads of the edges of each node, a row for each, filled up with `number`."""
+    by_tail = np.argsort(tails, kind="stable")
+    tails = tails[by_tail]
+    place = np.arange(len(tails)) - np.searchsorted(tails, tails)
+    out = np.full((number, place.max(initial=0) + 1), number)
+    out[tails, place] = heads[by_tail]
+    return out

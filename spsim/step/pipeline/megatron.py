@@ -5,6 +5,7 @@ Calls are waited for one by one or as a batch; what a rank waits for and when is
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.step.pipeline.messages import MessageKind, Stages
-from spsim.step.pipeline.orders import Numbers
+from spsim.step.pipeline.orders import Numbers, Passes
 from spsim.step.pipeline.tape import POST, RUN, WAIT, Tape
 
 Mask = npt.NDArray[np.bool_]
@@ -52,23 +53,21 @@ class _Writer:
 
     def rows(self, number: int, *columns: _Column) -> None:
         """Each row is what the columns say: passes, or one call with all its messages, or a wait for them."""
-        width = sum(max(1, len(column) - 1) for column in columns)
-        block = np.zeros((4, number, width), np.int64)
-        there = np.ones((number, width), np.bool_)
-        place = 0
-        for call, (operation, *flows) in enumerate(columns):
-            last = place + max(1, len(flows))
-            block[0, :, place:last] = operation
-            block[3, :, place:last] = call
-            for flow in flows:
-                block[1, :, place] = flow.lane
-                block[2, :, place] = flow.number
-                there[:, place] = flow.there
-                place += 1
-            place = last
-        block[3] += self._calls + np.arange(number)[:, None] * len(columns)
+        alone = _Flow(0, np.ones(number, np.bool_), np.zeros(number, np.int64))
+        kinds = [
+            (operation, flow.lane, call)
+            for call, (operation, *flows) in enumerate(columns)
+            for flow in flows or [alone]
+        ]
+        flows = [flow for _, *own in columns for flow in own or [alone]]
+        places = np.flatnonzero(np.array([flow.there for flow in flows]).T)
+        row, column = np.divmod(places, len(flows))
+        block = np.empty((4, len(places)), np.int64)
+        block[[0, 1, 3]] = np.array(kinds).T[:, column]
+        block[2] = np.array([flow.number for flow in flows]).T.ravel()[places]
+        block[3] += self._calls + row * len(columns)
         self._calls += number * len(columns)
-        self._blocks.append(block[:, there])
+        self._blocks.append(block)
 
     def exchange(self, *flows: _Flow) -> None:
         """One call that is waited for at once."""
@@ -78,34 +77,38 @@ class _Writer:
         return Tape(*np.concatenate(self._blocks, axis=1))
 
 
-def one_f_one_b(stages: Stages, rank: int, micro_batches: int, warm_up: int) -> Tape:
-    """Without interleaving, every exchange is waited for at once.
+def one_f_one_b(stages: Stages, passes: Sequence[Passes], warm_ups: Sequence[int]) -> Iterator[Tape]:
+    """Without interleaving, every exchange is waited for at once: all ranks together, by row.
 
-    In the steady state one exchange with the next rank follows F, one with the previous rank B; in warm-up and
-    cool-down a pass is sent before the next is received.
+    In the steady state, one exchange with the next rank follows F and one with the previous rank B; in warm-up and
+    cool-down, a pass is sent before what the next one needs is received.
     """
-    every = np.arange(micro_batches)
-    lanes = _lanes(stages, rank)
-    sent, activations = (_Flow(lane, np.full(micro_batches, lane >= 0), every) for lane in lanes["activation"])
-    returned, gradients = (_Flow(lane, np.full(micro_batches, lane >= 0), every) for lane in lanes["gradient"])
-    steady = micro_batches - warm_up
-    coming = _Flow(activations.lane, activations.there & (every < micro_batches - 1), every + 1)
-    writer = _Writer()
-    writer.exchange(activations.at(slice(1)))
-    up = slice(warm_up)
-    writer.rows(warm_up, RUNS, (POST, sent.at(up)), (WAIT, sent.at(up)), (POST, coming.at(up)), (WAIT, coming.at(up)))
-    forward, backward, down = slice(warm_up, None), slice(steady), slice(steady, None)
-    writer.rows(
-        steady,
-        *(RUNS, (POST, sent.at(forward), gradients.at(backward)), (WAIT, sent.at(forward), gradients.at(backward))),
-        *(RUNS, (POST, returned.at(backward), coming.at(forward)), (WAIT, returned.at(backward), coming.at(forward))),
+    kinds, numbers = np.array([(own.kinds, own.micro_batches) for own in passes]).transpose(1, 0, 2)
+    lanes = [_lanes(stages, rank) for rank in range(stages.ranks)]
+    sends, needs = (
+        np.array([(own["activation"][side], own["gradient"][side]) for own in lanes])[
+            np.arange(len(lanes))[:, None], kinds
+        ]
+        for side in range(2)
     )
-    writer.rows(
-        warm_up,
-        *((POST, gradients.at(down)), (WAIT, gradients.at(down)), RUNS),
-        *((POST, returned.at(down)), (WAIT, returned.at(down))),
-    )
-    return writer.tape()
+    before = np.full((len(passes), 1), -1)
+    """What is sent before the first pass, needed and numbered after the last one."""
+    sends, needs = np.append(before, sends, axis=1), np.append(needs, before, axis=1)
+    sent, needed = np.append(before, numbers, axis=1), np.append(numbers, before, axis=1)
+    kinds = np.append(before, kinds, axis=1)
+    joined = (np.diff(kinds, append=-1, axis=1) != 0) & (2 * np.array(warm_ups)[:, None] < numbers.shape[1])
+    joined[:, 0] = False
+    with_sent, alone = np.where(joined, needs, -1), np.where(joined, -1, needs)
+    columns = [
+        (RUN, 0, np.minimum(kinds, 0), sent),
+        *((POST, 1, sends, sent), (POST, 1, with_sent, needed), (WAIT, 2, sends, sent), (WAIT, 2, with_sent, needed)),
+        *((POST, 3, alone, needed), (WAIT, 4, alone, needed)),
+    ]
+    operations, calls = (np.array([column[place] for column in columns]) for place in range(2))
+    lane, message = (np.stack([column[place] for column in columns], axis=-1) for place in (2, 3))
+    for own, number in zip(lane, message, strict=True):
+        row, column = np.nonzero(own >= 0)
+        yield Tape(operations[column], own[row, column], number[row, column], row * len(columns) + calls[column])
 
 
 def _lanes(stages: Stages, rank: int) -> dict[MessageKind, tuple[int, int]]:

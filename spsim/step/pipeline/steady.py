@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,16 +79,20 @@ class Runs:
         return found
 
 
+ROUNDS = 2
+"""Of the steady state, in a graph that is folded: the second shows what the border of the first one hands on."""
+
+
 def folded(graph: Graph, length: int) -> Folded | None:
-    """A graph cut before and after a round, of `length` passes of each rank, if the next is like it."""
+    """A graph of two rounds, of `length` passes of each rank, cut around both and between; None if they differ."""
     start = _start(graph)
-    rounds = [_between(graph, start + number * length, start + (number + 1) * length) for number in range(2)]
-    first, second = rounds
-    if first is None or second is None or not first.like(second):
+    cuts = [start, start + length, start + 2 * length]
+    first, second = (_between(graph, *two) for two in pairwise(cuts))
+    tail = _between(graph, cuts[-1], None)
+    if first is None or second is None or tail is None or not first.like(second):
         return None
     border = first.number[second.inputs]
-    tail = _between(graph, start + length, None)
-    if tail is None or (border < 0).any():
+    if not np.array_equal(border, second.number[tail.inputs]) or (border < 0).any():
         return None
     before = np.flatnonzero((graph.positions < start) & (np.arange(len(graph.own)) > 0))
     return Folded(Part(graph, np.zeros(1, np.int64), before), first, tail, border)

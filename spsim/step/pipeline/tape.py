@@ -36,8 +36,8 @@ class Score:
     """What all ranks of a pipeline do."""
 
     stages: Stages
-    passes: tuple[Passes, ...]
-    tapes: tuple[Tape, ...]
+    passes: Sequence[Passes]
+    tapes: Sequence[Tape]
 
     @lazy
     def columns(self) -> tuple[Numbers, Numbers, Numbers]:
@@ -101,7 +101,7 @@ def taped(stages: Stages, rows: Sequence[Row], instructions: Sequence[Sequence[I
         for number, message in enumerate(messages)
     }
     tapes = [_tape(row, places) for row in instructions]
-    return Score(stages, tuple(map(Passes.of, rows)), tuple(tapes))
+    return Score(stages, [*map(Passes.of, rows)], tapes)
 
 
 def _tape(row: Sequence[Instruction], places: dict[Message, tuple[int, int]]) -> Tape:

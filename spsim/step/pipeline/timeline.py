@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
@@ -80,19 +80,21 @@ class Piece(NamedTuple):
 class Timeline:
     """The times of a step."""
 
-    def __init__(self, graph: Graph, pieces: Sequence[Piece], durations_ps: Numbers, step: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        pieces: Callable[[], Sequence[Piece]],
+        finished_ps: Numbers,
+        durations_ps: Numbers,
+        step: int,
+    ) -> None:
         """`graph` is of a step in which each piece runs once; from one run to the next are `step` micro-batches."""
         self.graph = graph
+        self.finished_ps = finished_ps
+        """By rank: after its last pass and wait."""
         self._pieces = pieces
         self._durations_ps = durations_ps
         self._step = step
-
-    @lazy
-    def finished_ps(self) -> Numbers:
-        """By rank: after its last pass and wait."""
-        part, runs, _ = self._pieces[-1]
-        found: Numbers = runs.of(runs.number - 1)[part.number[self.graph.finished]]
-        return found
 
     @lazy
     def sections(self) -> tuple[Section, ...]:
@@ -102,7 +104,7 @@ class Timeline:
         """
         found: list[Section] = []
         behind: list[Section] = []
-        for piece in self._pieces:
+        for piece in self._pieces():
             runs = piece.runs
             again, rest = divmod(runs.number - runs.first, runs.period) if runs.period else (0, 0)
             behind.append(self._section(piece, np.arange(runs.number - rest if again < 2 else runs.first)))
