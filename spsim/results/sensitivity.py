@@ -158,7 +158,9 @@ def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfi
 
 def _replaced(table: Any, path: list[str], factor: float) -> Any:
     if not path:
-        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _multiplied(table, factor)
+        return (
+            tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _multiplied(table, factor)
+        )
     name, *rest = path
     if isinstance(table, dict):
         return {**table, name: _replaced(table[name], rest, factor)}

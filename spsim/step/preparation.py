@@ -44,8 +44,10 @@ from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulati
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
 from spsim.units import KIB, MIB, PS_PER_S
-from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
+from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
+FEW = 4
+"""Attention kernels."""
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
@@ -321,6 +323,10 @@ class PreparedStep:
         by_workload, every = seconds.T, (numbers.ndim - 1) * (slice(None),)
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
+            if group.kind is FlashAttention and len(group.slots) <= FEW and numbers.ndim == 1:
+                # Many operations on few numbers: each as an array takes longer than all of them in plain Python.
+                seconds[group.slots] = [compute.duration(kernel) for kernel in group.each(floats)]
+                continue
             kernels: Any = (*every, group.slots)
             by_workload[kernels] = compute.duration(group.work(floats))
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
