@@ -13,7 +13,7 @@ from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import measured_cases
 from spsim.work import OPERAND_BYTES, FlashAttention, Gemm, MemoryBound
 
-with (measured_cases().parent / "blackwell_attention.csv").open() as file:
+with (measured_cases()[0].parent / "blackwell_attention.csv").open() as file:
     ROWS = list(csv.DictReader(file))
 """NVIDIA/cudnn-frontend at 3929da2, benchmark/sdpa_benchmark_training/results: cuDNN 9.22, caches flushed."""
 

@@ -267,9 +267,28 @@ def test_the_default_bucket_grows_with_the_ranks() -> None:
     assert [megatron_bucket_elements(ranks) for ranks in (1, 40, 41, 512)] == [40e6, 40e6, 41e6, 512e6]
 
 
-@pytest.mark.parametrize(
-    ("library", "zero"), [("megatron", 2), ("megatron", 3), ("ddp", 1), ("ddp", 3), ("fsdp", 0), ("fsdp", 1)]
-)
+@pytest.mark.parametrize(("library", "zero"), [("ddp", 1), ("ddp", 3), ("fsdp", 0), ("fsdp", 1)])
 def test_stages_that_a_library_does_not_have(library: str, zero: int) -> None:
     with pytest.raises(InputError, match=f"zero = {zero} with dp_library = '{library}'.*use one of them"):
         synchronisation(torch_model(), Plan(dp=2, dp_library=library, zero=zero), "bf16")
+
+
+def test_weights_of_8_bits_are_gathered_as_they_rest() -> None:
+    """Two of 64 elements, one of a byte each: a bucket of 128 is 192 bytes; its gradients are not smaller."""
+    weights = [Parameter("w1", 64, "op", 0, bytes=64), Parameter("w2", 64, "op", 0, bytes=128)]
+    found = synchronisation(weights, Plan(dp=2, distributed_optimizer=True), "bf16")
+    assert [message.message_bytes for message in found.after_update] == [192]
+    assert [row[0].message_bytes for row in found.reductions] == [512]
+    units = synchronisation(weights, Plan(dp=2, zero=3, dp_library="fsdp"), "bf16")
+    assert [message.message_bytes for message in units.forward] == [256]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_megatron_fsdp(zero: int) -> None:
+    """Units of `fully_shard` with one number as the norm; of zero 2 gathered once, after the update."""
+    own = synchronisation(torch_model(), Plan(dp=2, zero=zero), "bf16", root=ROOT)
+    units = synchronisation(torch_model(), Plan(dp=2, zero=zero, dp_library="fsdp"), "bf16", root=ROOT)
+    assert (own.reductions, own.reductions_in, own.backward) == (units.reductions, "every", units.backward)
+    assert own.forward + own.after_update == units.forward
+    assert bool(own.after_update) == (zero == 2)
+    assert [message.message_bytes for message in own.before_update] == [4]

@@ -6,12 +6,13 @@ The model is that of `test_replicas`: an embedding, 4 layers, and a norm with th
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import groupby
 
 import pytest
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
-from spsim.inputs.workload import Workload
+from spsim.inputs.workload import Precision, Workload
 from spsim.program.assembly import EMBEDDING, HEAD, layer_program, step_programs
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.compiler import compile_region
@@ -23,11 +24,10 @@ from spsim.results.metrics import peak_memory
 from spsim.step.closing import Optimizer, replica_closings
 from spsim.step.groups import replica_groups
 from spsim.step.issue import block_passes
-from spsim.step.itinerary import Item, Loop, Visit, segments_of
-from spsim.step.patterns import in_loops
+from spsim.step.itinerary import Blocks, Item, Loop, Run, Visit, accumulation, segments_of, visits
 from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
+from spsim.step.replicated import ReplicatedChunk, root_of
 from spsim.step.segments import Segment
-from spsim.step.variants import ReplicaPasses, StagePass
 from tests.test_itinerary import assert_equal, both, step
 from tests.test_replicas import DDP, DEEPSPEED, FSDP, ROOT, Call, calls_of
 
@@ -35,12 +35,14 @@ TOKENS = 8
 
 
 @cache
-def programs(h: int, dp: int, layers: int = 4, *, tied: bool = False) -> tuple[Program, ...]:
+def programs(
+    h: int, dp: int, layers: int = 4, *, tied: bool = False, precision: Precision = "bf16"
+) -> tuple[Program, ...]:
     """Of the blocks of the model on so many replicas, in the order of the forward pass."""
     model = Model(
         layers=layers, hidden=h, heads=4, vocab=512, ffn_hidden=4 * h, positions="none", tied_embeddings=tied
     )  # fmt: skip
-    found = step_programs(model, Plan(dp=dp), Workload(seq_len=TOKENS))
+    found = step_programs(model, Plan(dp=dp), Workload(seq_len=TOKENS, precision=precision))
     return (found[EMBEDDING], *[found[LAYER]] * layers, found[HEAD])
 
 
@@ -49,16 +51,14 @@ class Walk:
 
     def __init__(
         self, sync: Synchronisation, plan: Plan, blocks: Sequence[Program], *, micro_batches: int = 2,
-        layers: Sequence[int] | None = None, kernel: int = 100, message: int = 30,
+        kernel: int = 100, message: int = 30,
     ) -> None:  # fmt: skip
-        known = {id(block): block_passes(block, plan, f"block {i}") for i, block in [*enumerate(blocks)][::-1]}
-        self.layers = [None, *range(len(blocks) - 2), None] if layers is None else layers
+        rows = [list(same) for _, same in groupby(blocks, key=id)]
+        named = {f"block {i}": block_passes(row[0], plan, f"block {i}") for i, row in enumerate(rows)}
+        middle = range(len(rows)) if len(rows) == 1 else range(1, len(rows) - 1)
+        chunk = tuple(Run(f"block {i}", len(row), numbered=i in middle) for i, row in enumerate(rows))
         self.groups = replica_groups(plan)
-        passes = ReplicaPasses(sync, [known[id(block)] for block in blocks], self.groups)
-        items: list[Item] = []
-        for m in range(micro_batches):
-            items += self._items(passes.forward(first=m == 0), m, 1)
-            items += self._items(passes.backward(last=m == micro_batches - 1), m, -1)
+        items = [*ReplicatedChunk(sync, named, chunk, self.groups).items(micro_batches)]
         closing = replica_closings(sync, self.groups, (), Optimizer(plan, "bf16"))
         items += [Visit(made.segment, None, micro_batches - 1) for made in closing]
         self.segments = {segment.name: segment for segment in segments_of(items)}
@@ -69,10 +69,6 @@ class Walk:
         sizes = {name: self._sizes(segment) for name, segment in self.segments.items()}
         self.step = step(tuple(items), durations, ranks=(0,), sizes=sizes)
         self.folded, self.unfolded, self.events = both(self.step)
-
-    def _items(self, found: StagePass, micro_batch: int, order: int) -> list[Item]:
-        before = [Visit(found.before, None, micro_batch)] if found.before else []
-        return [*before, *in_loops(found.blocks, self.layers[::order], micro_batch)]
 
     def _sizes(self, segment: Segment) -> list[int]:
         """Of its own buffers nothing, so that memory is that of the messages."""
@@ -145,7 +141,7 @@ def kernels(blocks: Sequence[Program], phase: str) -> int:
 
 def of_layers(sync: Synchronisation, plan: Plan, layers: int, **times: int) -> Walk:
     """A step of layers alone."""
-    return Walk(sync, plan, programs(64, plan.dp, layers)[1:-1], layers=range(layers), **times)
+    return Walk(sync, plan, programs(64, plan.dp, layers)[1:-1], **times)
 
 
 @pytest.mark.parametrize("layers", [30, 60])
@@ -225,7 +221,7 @@ def test_passes_of_several_parts(options: str) -> None:
     model = Model(layers=4, hidden=64, heads=4, vocab=512, ffn_hidden=256)
     blocks = [layer_program(model, plan, Workload(seq_len=64))] * 4
     sync = synchronisation(parameters_of(blocks), plan, "bf16")
-    walk = Walk(sync, plan, blocks, layers=range(4))
+    walk = Walk(sync, plan, blocks)
     assert walk.groups["shard"].ranks == 2 * plan.ring * plan.ulysses
     assert_equal(walk.folded, walk.unfolded)
     gathered = [size for _, collective, size in walk.calls() if collective == "all_gather" and size == 2 * WEIGHTS]
@@ -255,3 +251,49 @@ def test_one_replica_sends_nothing(library: str) -> None:
     sync = synchronisation(parameters_of(programs(64, 1)), plan, "bf16", root=ROOT)
     assert sync.reductions
     assert Walk(sync, plan, programs(64, 1)).calls() == []
+
+
+# ------------------------------------------------------------ all micro-batches
+
+CHUNK = (Run("embedding", numbered=False), Run("layer", 4), Run("head", numbered=False))
+
+
+def blocks_of(plan: Plan) -> Blocks:
+    """The passes of the blocks of the model."""
+    first, layer, *_, last = programs(64, plan.dp)
+    named = {"embedding": first, "layer": layer, "head": last}
+    return {name: block_passes(program, plan, name) for name, program in named.items()}
+
+
+def written_out(items: Sequence[Item]) -> list[tuple[object, ...]]:
+    return [(v.segment.name, v.layer, v.micro_batch, v.brings, v.drops) for v in visits(items)]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 7])
+def test_without_messages_in_passes_a_step_is_as_any_other(micro_batches: int) -> None:
+    """What is reduced after the last micro-batch changes no pass."""
+    plan = Plan(dp=2, distributed_optimizer=True)
+    sync = synchronisation(parameters_of(programs(64, 2)), plan, "bf16")
+    chunk = ReplicatedChunk(sync, blocks_of(plan), CHUNK, replica_groups(plan))
+    expected = accumulation(blocks_of(plan), CHUNK, micro_batches)
+    assert written_out(chunk.items(micro_batches)) == written_out((expected,))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [("distributed_optimizer,dp_overlap", 3), ("distributed_optimizer,dp_overlap=gradients", 2), ("zero=3", 1)],
+)
+def test_micro_batches_that_are_alike_are_a_loop(options: str, own: int, micro_batches: int) -> None:
+    """The first gathers, the last reduces; under FSDP all do both."""
+    plan = parse_plan(f"dp=2,{options}")
+    sync = synchronisation(parameters_of(programs(64, 2)), plan, "bf16", root=root_of(CHUNK))
+    chunk = ReplicatedChunk(sync, blocks_of(plan), CHUNK, replica_groups(plan))
+    items = chunk.items(micro_batches)
+    assert {id(segment) for segment in segments_of(items)} <= {*map(id, chunk.segments)}
+    layers = [visit.layer for visit in visits(items) if visit.segment.tasks and visit.layer is not None]
+    assert layers == [0, 1, 2, 3, 3, 2, 1, 0] * micro_batches
+    kinds = {
+        tuple(name for name, _, m, *_ in written_out(items) if m == micro_batch) for micro_batch in range(micro_batches)
+    }
+    assert len(kinds) == min(own, micro_batches)

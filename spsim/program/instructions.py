@@ -118,6 +118,8 @@ class Weights(NamedTuple):
     """That reads it first."""
     elements: int
     """On one rank."""
+    bytes: int
+    """As they rest there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,9 @@ def weight_tensors(kernels: Iterable[Kernels], at_rest: Mapping[str, PlacedOpera
         if isinstance(own, Product):
             tensors = [[w for w in weights if (w in own.vectors) == added] for added in (False, True)]
         for tensor in filter(None, tensors):
-            elements = sum(at_rest[weight.name].elements for weight in tensor)
-            yield Weights(tensor[0].name, own.placed.name, elements)
+            resting = [at_rest[weight.name] for weight in tensor]
+            elements, size = sum(w.elements for w in resting), sum(w.bytes for w in resting)
+            yield Weights(tensor[0].name, own.placed.name, elements, size)
 
 
 def _copies(weight: PlacedOperand, mesh: Mesh) -> int:

@@ -33,6 +33,8 @@ class Parameter(NamedTuple):
     """Place of its block in the forward pass of the rank's stage, from 0."""
     shared: bool = False
     """With another pipeline stage, as a tied embedding is."""
+    bytes: int | None = None
+    """As it rests, where Megatron gathers it so; else of the type of weights."""
 
 
 class Bucket(NamedTuple):

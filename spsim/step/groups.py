@@ -39,9 +39,9 @@ def replica_groups(plan: Plan) -> Groups:
 
 
 def sync_of(message: Message, groups: Groups) -> Sync:
-    """A message as a collective, which no longer knows the weights."""
-    members = groups[message.group]
-    return Sync(members.axes, members.ranks, message.collective, message.itemsize, (), message.what, message.elements)
+    """A message as a collective over bytes, which no longer knows the weights."""
+    members, size = groups[message.group], message.message_bytes
+    return Sync(members.axes, members.ranks, message.collective, 1, (), message.what, size)
 
 
 def meets(message: Message, groups: Groups) -> bool:

@@ -4,6 +4,8 @@
 |---|---|---|---|---|
 | megatron, 0 | | | all-reduce, last micro-batch | norm |
 | megatron, 1 | all-gather, first micro-batch | | reduce-scatter, last micro-batch | norm, all-gather |
+| megatron, 2 | | | reduce-scatter | norm, all-gather |
+| megatron, 3 | all-gather | all-gather | reduce-scatter | norm |
 | ddp, 0 | | | all-reduce, last micro-batch | |
 | fsdp, 2 | all-gather | | reduce-scatter | norm |
 | fsdp, 3 | all-gather | all-gather | reduce-scatter | norm |
@@ -13,20 +15,22 @@
 | deepspeed, 3 | all-gather | all-gather of large models | reduce-scatter | norm, all-gather of what stays whole |
 
 The distributed optimizer gathers before forward with `dp_overlap` of parameters, else after the update. Of steps after
-the first; sources as of `buckets`.
+the first; sources as of `buckets`, but for megatron 2 and 3: Megatron-FSDP as its documentation says.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.program.instructions import Program
-from spsim.program.placement import Collective
+from spsim.program.placement import Collective, Extent
 from spsim.step.buckets import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
@@ -63,7 +67,7 @@ class Message(NamedTuple):
     what: str
     collective: Collective
     elements: int
-    itemsize: int
+    itemsize: Extent
     group: Group = "shard"
     parameters: tuple[Parameter, ...] = ()
     """Whose gradients or values it moves."""
@@ -71,7 +75,7 @@ class Message(NamedTuple):
     @property
     def message_bytes(self) -> int:
         """Of all-gathers the result, of reduce-scatters the input."""
-        return self.elements * self.itemsize
+        return math.ceil(self.elements * self.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,9 @@ class Synchronisation:
     before_update: tuple[Message, ...] = ()
     after_update: tuple[Message, ...] = ()
     sharded: bool = False
-    """Whether weights rest sharded: what is gathered is freed after its last use, and gradients once reduced."""
+    """Whether what is gathered for a pass is freed after its last use."""
+    gradient_bytes: int = 0
+    """Of an element of a gradient that is freed once it is reduced; 0 where gradients have a buffer for the step."""
 
 
 def synchronisation(
@@ -145,8 +151,13 @@ class _Weights:
         return shard_ranks(self.plan)
 
     def gather(self, bucket: Bucket) -> Message:
-        """Of weights."""
-        return Message("parameters", "all_gather", bucket.elements, self.itemsize, parameters=bucket.parameters)
+        """Of weights: of 8 bits and fewer as they rest in Megatron, padded as the others of a bucket."""
+        own, itemsize = bucket.parameters, Fraction(self.itemsize)
+        if self.plan.dp_library == "megatron":
+            known = sum(p.elements * self.itemsize if p.bytes is None else p.bytes for p in own)
+            itemsize = Fraction(known, sum(p.elements for p in own))
+        size = itemsize.numerator if itemsize.denominator == 1 else itemsize
+        return Message("parameters", "all_gather", bucket.elements, size, parameters=own)
 
     def reduce(self, bucket: Bucket, collective: Collective, itemsize: int) -> Message:
         """Of gradients."""
@@ -160,7 +171,7 @@ class _Weights:
 def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
     """The weights of the blocks of a stage, in the order of the forward pass."""
     return tuple([
-        Parameter(weights.name, weights.elements, weights.operator, block)
+        Parameter(weights.name, weights.elements, weights.operator, block, bytes=weights.bytes)
         for block, program in enumerate(programs)
         for weights in program.weights
     ])  # fmt: skip
@@ -234,7 +245,17 @@ def _fsdp(weights: _Weights) -> Synchronisation:
         reductions_in="every",
         before_update=(Message("gradient norm", "all_reduce", len(weights.parameters), FP32_BYTES),),
         sharded=True,
+        gradient_bytes=weights.itemsize,
     )
+
+
+def _megatron_fsdp(weights: _Weights) -> Synchronisation:
+    """Units as those of FSDP; of zero 2 (`optim_grads`) the weights stay whole and are gathered after the update."""
+    units = _fsdp(weights)
+    norm = (*_scaled(weights, "world"), weights.scalar("gradient norm", group="world"))
+    if weights.plan.zero == 3:
+        return replace(units, before_update=norm)
+    return replace(units, forward=(), before_update=norm, after_update=units.forward)
 
 
 def _hybrid(unit: Bucket, weights: _Weights) -> Sequence[Message]:
@@ -289,11 +310,12 @@ def _deepspeed_3(weights: _Weights) -> Synchronisation:
         before_update=(weights.scalar("gradient norm", itemsize=8),),
         after_update=tuple(map(weights.gather, deepspeed_buckets(small, 0, unit=ranks))),
         sharded=True,
+        gradient_bytes=weights.itemsize,
     )
 
 
 _STAGES: dict[str, dict[int, Callable[[_Weights], Synchronisation]]] = {
-    "megatron": {0: _megatron, 1: _megatron},
+    "megatron": {0: _megatron, 1: _megatron, 2: _megatron_fsdp, 3: _megatron_fsdp},
     "ddp": {0: _ddp},
     "fsdp": {2: _fsdp, 3: _fsdp},
     "deepspeed": {0: _deepspeed, 1: _deepspeed, 2: _deepspeed, 3: _deepspeed_3},

@@ -59,6 +59,8 @@ class Segment:
     """What the tasks carry out, those that come from a program."""
     added: Mapping[int, Sync] = field(default_factory=dict)
     """What the other tasks carry out, whose labels have their sizes."""
+    variant_of: str = ""
+    """Name of the segment of a program that its other tasks are of, if it has such and is not that itself."""
     added_bytes: tuple[int, ...] = ()
     """Of the buffers after those of `buffer_ids`, which belong to them."""
 

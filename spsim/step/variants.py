@@ -92,16 +92,25 @@ class ReplicaPasses:
         """
         self.sync, self.blocks, self.groups, self.name = sync, blocks, groups, name
         self._variants: dict[tuple[object, ...], BlockPass] = {}
+        self._passes: dict[tuple[Pass, bool], StagePass] = {}
 
     def forward(self, *, first: bool) -> StagePass:
         """Of the first micro-batch, or of any other."""
         gathering = first or self.sync.forward_in == "every"
-        return self._pass("forward", self.sync.forward if gathering else (), ())
+        return self._known("forward", gathering, self.sync.forward if gathering else (), ())
 
     def backward(self, *, last: bool) -> StagePass:
         """Of the last micro-batch, or of any other."""
         reducing = self.sync.behind_backward and (last or self.sync.reductions_in == "every")
-        return self._pass("backward", self.sync.backward, self.sync.reductions if reducing else ())
+        return self._known("backward", reducing, self.sync.backward, self.sync.reductions if reducing else ())
+
+    def _known(
+        self, phase: Pass, sending: bool, gathers: Sequence[Message], reductions: Sequence[tuple[Message, ...]]
+    ) -> StagePass:
+        """Made once, so that equal passes are the same."""
+        if (phase, sending) not in self._passes:
+            self._passes[phase, sending] = self._pass(phase, gathers, reductions)
+        return self._passes[phase, sending]
 
     def _pass(self, phase: Pass, gathers: Sequence[Message], reductions: Sequence[tuple[Message, ...]]) -> StagePass:
         order = range(len(self.blocks))[:: 1 if phase == "forward" else -1]
@@ -110,7 +119,7 @@ class ReplicaPasses:
         gathers = [message for message in gathers if self._meets(message)]
         rows = [tuple(filter(self._meets, row)) for row in reductions]
         stage.gather(gathers)
-        stage.reduce([row for row in rows if row], self._gradient_itemsize if self.sync.sharded else 0)
+        stage.reduce([row for row in rows if row], self.sync.gradient_bytes)
         if self.sync.sharded:
             stage.free(self._last_used(phase, gathers))
         before = self._first(sync_of(gathers[0], self.groups), phase) if gathers else None
@@ -118,11 +127,6 @@ class ReplicaPasses:
 
     def _meets(self, message: Message) -> bool:
         return meets(message, self.groups)
-
-    @property
-    def _gradient_itemsize(self) -> int:
-        """Gradients come in the type of the weights that are gathered."""
-        return (*self.sync.forward, self.sync.reductions[0][0])[0].itemsize
 
     def _last_used(self, phase: Pass, gathers: Iterable[Message]) -> Iterator[Message]:
         """What was gathered and is used in this pass for the last time: in the forward pass what will be gathered
@@ -202,13 +206,13 @@ class ReplicaPasses:
         return found
 
     def _add_reduction(self, found: Additions, reduction: _Reduction) -> None:
-        """A reduction with what follows it; of weights that rest sharded it reads a copy of the gradients."""
+        """A reduction with what follows it; of gradients that are freed it reads a copy."""
         own = Issued(len(found.issues))
         task = reduction.task.task
         for message in reduction.messages:
             needs = (task,) if len(found.issues) == own.number else (Issued(len(found.issues) - 1),)
             found.issues.append(Issue(message, task + 1, needs))
-        if self.sync.sharded:
+        if self.sync.gradient_bytes:
             size = reduction.messages[0].message_bytes
             found.held.append(Held("weight gradients to be reduced", "communication buffers", size, own, (own,)))
         if reduction.freed:

@@ -80,6 +80,7 @@ class _Weaving:
         return replace(
             own,
             name=name,
+            variant_of=own.variant_of or (own.name if own.instructions else ""),
             tasks=tuple(self._tasks()),
             labels=tuple(labels[place] for place in range(len(places))),
             calls=calls | {places[task]: call for task, call in own.calls.items()},

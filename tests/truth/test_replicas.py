@@ -15,7 +15,7 @@ from tests.truth.replicas import Calls, ddp, fsdp, zero_1
 
 def walked(plan: Plan, precision: Precision, root: frozenset[int] = frozenset()) -> Calls:
     """What spsim derives."""
-    blocks = programs(64, plan.dp)
+    blocks = programs(64, plan.dp, precision=precision)
     return Walk(synchronisation(parameters_of(blocks), plan, precision, root=root), plan, blocks).calls()
 
 
