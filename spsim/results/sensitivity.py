@@ -158,16 +158,14 @@ def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfi
 
 def _replaced(table: Any, path: list[str], factor: float) -> Any:
     if not path:
-        return (
-            tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _multiplied(table, factor)
-        )
+        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _scaled(table, factor)
     name, *rest = path
     if isinstance(table, dict):
         return {**table, name: _replaced(table[name], rest, factor)}
     return table.model_copy(update={name: _replaced(getattr(table, name), rest, factor)})
 
 
-def _multiplied(quantity: Any, factor: float) -> Any:
+def _scaled(quantity: Any, factor: float) -> Any:
     return quantity.model_copy(update={"value": quantity.value * factor})
 
 
