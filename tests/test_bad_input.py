@@ -101,7 +101,6 @@ def with_plan(plan: str) -> list[str]:
           "tp=4,ring=3,ring_kind=all_gather"], ["tp = 4", "blocks of 4 ranks", "nodes of 6", "unevenly"]),
         (with_plan("pp=2"), ["pp = 2", "not simulated yet"]),
         (with_plan("dp=2"), ["dp = 2", "not simulated yet"]),
-        (with_plan("tp=2,ulysses=2,zero=3"), ["zero = 3", "not simulated yet"]),
         (with_plan("zero=4"), ["zero", "4"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-h100", "--seq-len", "2050", "--plan", "ulysses=8"],
          ["2050", "2048 or 2056"]),

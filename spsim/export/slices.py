@@ -101,7 +101,10 @@ class Slices:
             segment = prepared.by_outline[outline]
             self._facts[outline, position] = (
                 self._of_closing(made) if (made := prepared.closing_of(segment))
-                else [self._of(step, position) for step in self.result.instructions_of(segment)]
+                else segment.woven(
+                    [self._of(step, position) for step in self.result.instructions_of(segment)],
+                    {t: self._call(s.collective, s.axes, s.message_bytes, s.ranks) for t, s in segment.added.items()},
+                )
             )  # fmt: skip
         return self._facts[outline, position]
 

@@ -61,7 +61,7 @@ def prepared_layer(
         lambda: PreparedStep(
             layer_template(model, plan, precision, kind),
             plan,
-            lambda workload: {LAYER: layer_program(model, plan, _in(workload, precision), kind)},
+            lambda workload: {LAYER: layer_program(model, plan, in_precision(workload, precision), kind)},
             fold=fold,
         ),
     )
@@ -75,14 +75,14 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
         lambda: PreparedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, _in(workload, precision)),
+            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
             fold=fold,
             optimizer=Optimizer(plan, precision),
         ),
     )
 
 
-def _in(workload: Workload, precision: Precision) -> Workload:
+def in_precision(workload: Workload, precision: Precision) -> Workload:
     """A workload in the precision whose recipe the device runs."""
     return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
@@ -116,7 +116,7 @@ class PreparedStep:
             optimizer=optimizer,
         )  # fmt: skip
         self.closings = self._close(template.programs)
-        self.syncs = _syncs(self.closings)
+        self.syncs = syncs_of(self.closings)
         self.owners = {
             part.segment.name: block
             for block, passes in self.blocks.items()
@@ -265,6 +265,10 @@ class PreparedStep:
             for s in (self.syncs if syncs is None else syncs)
         ]
 
+    def issued(self, micro_batches: int) -> Mapping[Sync, int]:
+        """Collectives over weights in the passes of a step, and how often each: none but of replicas that overlap."""
+        return {}
+
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""
         key = (axes, ranks, gpus_per_node)
@@ -356,13 +360,13 @@ class PreparedStep:
     ) -> list[tuple[Closing, list[int]]]:
         """Picoseconds of each task after the last micro-batch."""
         own = self.closings if self.world == self.mesh else self.stage_closings(chunk)
-        syncs = _syncs(own)
+        syncs = syncs_of(own)
         messages = dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
         nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in syncs}
         kernels = self._kernels(numbers, chunk)
         return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
 
 
-def _syncs(own: Sequence[Closing]) -> tuple[Sync, ...]:
+def syncs_of(own: Sequence[Closing]) -> tuple[Sync, ...]:
     """The collectives of some closings."""
     return tuple([step for made in own for step in made.steps if isinstance(step, Sync)])
