@@ -19,7 +19,7 @@ PENDING = frozenset({
     "phase",
     "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
     "moment_dtype", "precision_aware_optimizer",
-    "cpu_offload_layers", "cuda_graphs",
+    "cpu_offload_layers",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
 MAX_MICRO_BATCHES = 100_000

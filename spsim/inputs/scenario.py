@@ -105,6 +105,8 @@ class Scenario(Shapes):
     def _check_nodes(self) -> Self:
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.product_type)
+        if self.plan.cuda_graphs != "none":
+            _ = self.hardware.graph_overhead_us
         if kernel := self.model.attention_kernel:
             self.hardware.attention_kernel(kernel)
         return self

@@ -25,7 +25,15 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
+from spsim.program.assembly import (
+    EMBEDDING,
+    HEAD,
+    compiled_by,
+    kinds_of_layers,
+    layer_programs,
+    step_key,
+    step_programs,
+)
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, Program
@@ -83,9 +91,9 @@ def _in(workload: Workload, precision: Precision) -> Workload:
     return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
 
-def _issued_by(plan: Plan) -> tuple[bool, ...]:
-    """What of a plan says in which order its program is issued."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0
+def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
+    """What of a plan says in which order its program is issued, and by what."""
+    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs
 
 
 class PreparedStep:
@@ -106,11 +114,8 @@ class PreparedStep:
         self.programs_at = programs_at
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
-        self.optimizer = optimizer
-        self._close = partial(
-            closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes,
-            optimizer=optimizer,
-        )  # fmt: skip
+        self.optimizer, self.cuda_graphs = optimizer, plan.cuda_graphs
+        self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
         self.closings = self._close(template.programs)
         self.syncs = _syncs(self.closings)
         self.owners = {
@@ -312,6 +317,8 @@ class PreparedStep:
         for group in self.template.groups:
             kernels: Any = (*every, group.slots)
             by_workload[kernels] = compute.duration(group.work(floats))
+        if self._in_graphs.size:
+            seconds[self._in_graphs] -= compute.saved_by_graph
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
@@ -322,6 +329,20 @@ class PreparedStep:
             duration = comm.step_duration if step.step_of else comm.duration
             seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         return seconds
+
+    @lazy
+    def _in_graphs(self) -> npt.NDArray[np.intp]:
+        """Slots of kernels that CUDA graphs launch, of layers or of all blocks; equal kernels share a slot."""
+        whole = {"none": (), "per_layer": self.blocks.keys() - {EMBEDDING, HEAD}, "full_iteration": self.blocks}
+        found = {
+            slot
+            for segment in self.segments
+            if self.owners.get(segment.name) in whole[self.cuda_graphs]
+            for step in segment.instructions
+            if isinstance(step, Compute)
+            for slot in self.index_of(segment).slots[step.id]
+        }
+        return np.array(sorted(found - {0}), dtype=np.intp)
 
     @lazy
     def _compute_bound(self) -> npt.NDArray[np.intp]:
