@@ -1,5 +1,5 @@
-"""Steps of several pipeline stages: folded and as one program of each rank they are the same to the picosecond and byte;
-figures that are read without a trace are those of the trace; a schedule worked by hand; published step times.
+"""Steps of several pipeline stages: folded and as one program of each rank they are the same to the picosecond and
+byte; figures that are read without a trace are those of the trace; a schedule worked by hand; published step times.
 """
 
 from collections import Counter
@@ -77,7 +77,7 @@ CASES = [
     ("pp=4", 3, {}),
     ("pp=2,virtual_pp=3", 6, {}),
     ("pp=3,virtual_pp=2,pp_overlap=false,tp=2,sequence_parallel", 6, {}),
-    ("pp=2,virtual_pp=2,pp_group=4,pp_warmup_flush", 8, {"gated_mlp": True}),
+    ("pp=2,virtual_pp=2,pp_group=4,pp_warmup_flush", 8, {"gated_mlp": True, "ffn_hidden": 704}),
     ("pp=2,virtual_pp=2,ulysses=2,distributed_optimizer", 4, {}),
     ("pp=2,dp=2,recompute=full", 4, {"tied_embeddings": False}),
     ("pp=3,pp_layout=Ett/t/tttL,recompute=selective", 4, {"attention": "unfused"}),
@@ -135,11 +135,12 @@ def random_steps(draw):
         seq_len=draw(st.sampled_from([128, 2048])),
         layers=layers,
         gated_mlp=draw(st.booleans()),
+        ffn_hidden=704,
         tied_embeddings=draw(st.booleans()),
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(random_steps())
 def test_random_steps_folded_equal_unfolded_ones(case):
     """Spans, memory, waits, accounts and figures."""
@@ -264,7 +265,7 @@ def test_where_the_time_of_two_stages_goes():
     transfer = sum(length for part, length in parts.items() if is_exposed(part))
     message = result.staged.ran.messages.transfer_ps[0, 1]
     idle = result.staged.idle
-    assert [own.communication for own in idle.values()] == [2 * message, message]
+    assert [own.communication for own in idle.values()] == [2 * message, 2 * message]
     kernels = {
         rank: sum(s.end_ps - s.start_ps for s in result.trace.spans if s.rank == rank and s.lane == COMPUTE_LANE)
         for rank in result.trace.copies

@@ -14,7 +14,7 @@ from spsim.costs.models import cost_models
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import Outline, Span, TaskInfo
 from spsim.lazy import lazy
-from spsim.program.instructions import Compute, Instruction
+from spsim.program.instructions import Compute, HostCopy, Instruction
 from spsim.program.mesh import Axis
 from spsim.program.placement import Collective
 from spsim.results.result import Result
@@ -107,6 +107,8 @@ class Slices:
         return self._facts[outline, position]
 
     def _of(self, step: Instruction, position: int) -> Facts:
+        if isinstance(step, HostCopy):
+            return {"bytes": step.message_bytes}
         if not isinstance(step, Compute):
             return self._call(step.timed_as, (step.axis,), step.message_bytes, step.ranks)
         work = step.work[position if len(step.work) > 1 else 0]

@@ -19,7 +19,6 @@ PENDING = frozenset({
     "phase",
     "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
     "moment_dtype", "precision_aware_optimizer",
-    "cpu_offload_layers",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
 MAX_MICRO_BATCHES = 100_000
@@ -157,17 +156,11 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
 
 def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
     for owner in (workload, plan):
-        for name, usual in _USUAL[type(owner)].items():
-            value = getattr(owner, name)
-            if (
-                value != usual
-                and (name in PENDING or f"{name}={value}" in PENDING)
-                and not reasons(model, plan).get(name)
-            ):
+        for name, value in owner.differing.items():
+            if (name in PENDING or f"{name}={value}" in PENDING) and not reasons(model, plan).get(name):
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
 
 
-_USUAL = {kind: {name: field.default for name, field in kind.model_fields.items()} for kind in (Workload, Plan)}
 _CHECKS = (
     _check_phase, _check_heads, _check_widths, _check_rows, _check_window, _check_sequence, _check_batch, check_step,
     _check_pending,

@@ -102,6 +102,14 @@ class Scenario(Shapes):
         return load_profile(value) if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
+    def _check_scope(self) -> Self:
+        if self.scope == "layers" and self.plan.pp > 1:
+            raise InputError(
+                f"scope = 'layers' with pp = {self.plan.pp}: layers alone are those of one stage; use scope = 'step'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_nodes(self) -> Self:
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.product_type)
@@ -136,7 +144,7 @@ class Scenario(Shapes):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Parts of the model that are left out, and settings without effect, said once."""
-        return (*self.model.notes, *without_effect(self.model, self.plan))
+        return (*self.model.notes, *without_effect(self.model, self.plan, self.scope))
 
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:

@@ -16,7 +16,7 @@ from spsim.costs.models import compute_cost, cost_models
 from spsim.costs.static_memory import capacity, outside_tensors
 from spsim.engine.pieces import end_of
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
-from spsim.program.instructions import Compute
+from spsim.program.instructions import Communication, Compute
 from spsim.program.mesh import nodes_of
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
@@ -144,7 +144,7 @@ def assumed_inputs(result: Result) -> tuple[str, ...]:
         for step in segment.instructions:
             if isinstance(step, Compute):
                 used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
-            else:
+            elif isinstance(step, Communication):
                 nodes = nodes_of(prepared.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
                 used |= {*comm.coefficients_of(step.timed_as, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
@@ -158,14 +158,14 @@ def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfi
 
 def _replaced(table: Any, path: list[str], factor: float) -> Any:
     if not path:
-        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _multiplied(table, factor)
+        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _scaled(table, factor)
     name, *rest = path
     if isinstance(table, dict):
         return {**table, name: _replaced(table[name], rest, factor)}
     return table.model_copy(update={name: _replaced(getattr(table, name), rest, factor)})
 
 
-def _multiplied(quantity: Any, factor: float) -> Any:
+def _scaled(quantity: Any, factor: float) -> Any:
     return quantity.model_copy(update={"value": quantity.value * factor})
 
 

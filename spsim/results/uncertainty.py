@@ -25,7 +25,7 @@ from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
 from spsim.engine.trace import Trace
 from spsim.inputs.hardware import HardwareProfile, leaves
 from spsim.inputs.quantities import Provenance
-from spsim.program.instructions import Communication, Instruction
+from spsim.program.instructions import Communication, HostCopy, Instruction
 from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective
 from spsim.step.gradients import Sync
@@ -116,6 +116,8 @@ class Account:
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
             return self._of_collective((step.axis,), step.timed_as, step.ranks)
+        if isinstance(step, HostCopy):
+            return ()
         return (self.compute.class_of(next(work for work in step.work if work)),)
 
     def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:

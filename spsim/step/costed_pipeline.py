@@ -88,9 +88,10 @@ def costed_pipeline(
         Clock(plan.pp_schedule, plan.pp, plan.virtual_pp, micro_batches, plan.pp_group, exchange_of(plan)),
         step,
         Messages(message, _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node)),
-        Closed([
-            prepared.closing_times(numbers, own, compute, comm, gpus_per_node=gpus_per_node) for own in runs
-        ], [prepared.closing_messages(numbers, own) for own in runs]),
+        Closed(
+            [prepared.closing_times(numbers, own, compute, comm, gpus_per_node=gpus_per_node) for own in runs],
+            [prepared.closing_messages(numbers, own) for own in runs],
+        ),
     )
 
 

@@ -36,7 +36,7 @@ from spsim.program.assembly import (
 )
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.instructions import LAYER, Communication, Compute, Program
+from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
@@ -52,8 +52,10 @@ from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulati
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
 from spsim.units import KIB, MIB, PS_PER_S
-from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
+from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
+FEW = 4
+"""Attention kernels."""
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
@@ -243,6 +245,17 @@ class PreparedStep:
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
+    @lazy
+    def _host_copies(self) -> list[tuple[int, npt.NDArray[np.intp]]]:
+        """Positions of the bytes that are copied to or from the host, each with its slots."""
+        found: dict[int, list[int]] = {}
+        for segment in self.segments:
+            index = self.index_of(segment)
+            for step in segment.instructions:
+                if isinstance(step, HostCopy):
+                    found.setdefault(index.messages[step.id], []).extend(index.slots[step.id])
+        return [(position, np.array(slots, dtype=np.intp)) for position, slots in found.items()]
+
     def sizes(self, numbers: Numbers) -> dict[str, Integers]:
         """Bytes of the buffers of each segment."""
         return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
@@ -315,6 +328,10 @@ class PreparedStep:
         by_workload, every = seconds.T, (numbers.ndim - 1) * (slice(None),)
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
+            if group.kind is FlashAttention and len(group.slots) <= FEW and numbers.ndim == 1:
+                # Many operations on few numbers: each as an array takes longer than all of them in plain Python.
+                seconds[group.slots] = [compute.duration(kernel) for kernel in group.each(floats)]
+                continue
             kernels: Any = (*every, group.slots)
             by_workload[kernels] = compute.duration(group.work(floats))
         if self._in_graphs.size:
@@ -328,6 +345,8 @@ class PreparedStep:
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
             duration = comm.step_duration if step.step_of else comm.duration
             seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
+        for position, slots in self._host_copies:
+            seconds[slots] = comm.host_copy(numbers[position])
         return seconds
 
     @lazy

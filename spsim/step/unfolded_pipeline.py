@@ -231,6 +231,4 @@ class _Reading:
         phase, lane = SENT[message.kind]
         for stage, way in ((message.sender, "send"), (message.receiver, "receive")):
             times = {rank: columns([moments]) for rank, moments in self.messages[message][stage].items()}
-            yield Stretch(
-                Recording(self.outlines[f"{lane} {way}"], times, ()), phase, None, message.micro_batch, 0, 0
-            )
+            yield Stretch(Recording(self.outlines[f"{lane} {way}"], times, ()), phase, None, message.micro_batch, 0, 0)

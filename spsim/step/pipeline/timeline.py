@@ -60,8 +60,11 @@ class Section:
 
     def run(self, number: int) -> Section:
         """One of its runs."""
-        later = number * self.micro_batches, number * self.shift_ps
-        return Section(_later(self.passes, *later), _later(self.messages, *later))
+        return self.later(number * self.micro_batches, number * self.shift_ps)
+
+    def later(self, micro_batches: int, shift_ps: int) -> Section:
+        """One run of it, elsewhere."""
+        return Section(_later(self.passes, micro_batches, shift_ps), _later(self.messages, micro_batches, shift_ps))
 
     def written_out(self) -> Iterator[Section]:
         """Each of its runs."""

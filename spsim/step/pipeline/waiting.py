@@ -43,10 +43,10 @@ class Gaps:
 
 def gaps_of(timeline: Timeline) -> Gaps:
     """Of the step, what comes again a few times only."""
-    passes, messages, runs = _shortened(timeline)
+    passes, messages, runs, left_out_ps = _shortened(timeline)
     sides = _sides(messages, timeline.graph.lanes)
     found: list[tuple[Numbers, ...]] = []
-    for rank, finished in enumerate(timeline.finished_ps.tolist()):
+    for rank, finished in enumerate((timeline.finished_ps - left_out_ps).tolist()):
         own, places = passes.ranks == rank, sides.ranks == rank
         begins = np.append(0, passes.ends_ps[own])
         ends = np.append(passes.starts_ps[own], finished)
@@ -102,21 +102,22 @@ def _covered(starts: Numbers, stops: Numbers, begins: Numbers, ends: Numbers) ->
     return found
 
 
-def _shortened(timeline: Timeline) -> tuple[PassSpans, MessageSpans, Numbers]:
-    """Passes in order of each rank and messages, and how often each pass comes."""
-    spans, weights = [], []
+def _shortened(timeline: Timeline) -> tuple[PassSpans, MessageSpans, Numbers, int]:
+    """Passes in order of each rank and messages, on a clock that leaves out what comes again and again; how often each
+    pass comes, and how much is left out.
+    """
+    spans, weights, left_out_ps = [], [], 0
     for section in timeline.sections:
         written = min(section.runs, WRITTEN_OUT)
         for run in range(written):
-            # The last runs are at their place before what follows.
-            place = run if run <= written // 2 else run + section.runs - written
-            spans.append(section.run(place))
+            spans.append(section.later(run * section.micro_batches, run * section.shift_ps - left_out_ps))
             weights.append(1 + section.runs - written if run == written // 2 else 1)
+        left_out_ps += (section.runs - written) * section.shift_ps
     kinds = [own.passes for own in spans]
     weight = np.concatenate([np.full(len(own.ranks), each) for own, each in zip(kinds, weights, strict=True)])
     order = np.argsort(np.concatenate([own.ranks for own in kinds]), kind="stable")
     whole = joined(spans)
-    return whole.passes, whole.messages, weight[order]
+    return whole.passes, whole.messages, weight[order], left_out_ps
 
 
 def waits_of(timeline: Timeline) -> Iterator[tuple[int, int, int, list[tuple[str, int, int, int]]]]:
