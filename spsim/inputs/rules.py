@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 PENDING = frozenset({
     "phase",
-    "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+    "pp_deallocate",
     "moment_dtype", "precision_aware_optimizer",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
+OF_REPLICAS = frozenset({
+    "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+})  # fmt: skip
+"""The same of replicas: not yet of several pipeline stages, and of no layers alone."""
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
 MAX_DIFFERING = 256
@@ -157,8 +161,25 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
     for owner in (workload, plan):
         for name, value in owner.differing.items():
-            if (name in PENDING or f"{name}={value}" in PENDING) and not reasons(model, plan).get(name):
+            if reasons(model, plan).get(name):
+                continue
+            if not PENDING.isdisjoint((name, f"{name}={value}")):
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
+            if plan.pp > 1 and not OF_REPLICAS.isdisjoint((name, f"{name}={value}")):
+                raise InputError(
+                    f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default"
+                )
+
+
+def check_scope(model: Model, plan: Plan, scope: str) -> None:
+    """The rules of what is simulated; `InputError` names the broken one."""
+    for name, value in plan.differing.items() if scope == "layers" else ():
+        named = not OF_REPLICAS.isdisjoint((name, f"{name}={value}"))
+        if named and not reasons(model, plan).get(name):
+            raise InputError(
+                f"{setting(name, value)} with scope = 'layers', whose gradients are summed when all layers have run; "
+                "use scope = 'step' or leave it at its default"
+            )
 
 
 _CHECKS = (
