@@ -20,7 +20,6 @@ PENDING = frozenset({
     "pp_schedule=interleaved_zero_bubble", "pp_schedule=zbv", "pp_schedule=dualpipev",
     "pp_deallocate",
     "moment_dtype", "precision_aware_optimizer",
-    "cuda_graphs",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
 OF_REPLICAS = frozenset({

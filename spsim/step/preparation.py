@@ -26,7 +26,15 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
+from spsim.program.assembly import (
+    EMBEDDING,
+    HEAD,
+    compiled_by,
+    kinds_of_layers,
+    layer_programs,
+    step_key,
+    step_programs,
+)
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
@@ -86,9 +94,9 @@ def in_precision(workload: Workload, precision: Precision) -> Workload:
     return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
 
-def _issued_by(plan: Plan) -> tuple[bool, ...]:
-    """What of a plan says in which order its program is issued."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0
+def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
+    """What of a plan says in which order its program is issued, and by what."""
+    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs
 
 
 class PreparedStep:
@@ -109,11 +117,8 @@ class PreparedStep:
         self.programs_at = programs_at
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
-        self.optimizer = optimizer
-        self._close = partial(
-            closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes,
-            optimizer=optimizer,
-        )  # fmt: skip
+        self.optimizer, self.cuda_graphs = optimizer, plan.cuda_graphs
+        self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
         self.closings = self._close(template.programs)
         self.syncs = syncs_of(self.closings)
         self.owners = {
@@ -334,6 +339,8 @@ class PreparedStep:
                 continue
             kernels: Any = (*every, group.slots)
             by_workload[kernels] = compute.duration(group.work(floats))
+        if self._in_graphs.size:
+            seconds[self._in_graphs] -= compute.saved_by_graph
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
@@ -349,6 +356,20 @@ class PreparedStep:
         for position, slots in self._host_copies:
             seconds[slots] = comm.host_copy(numbers[position])
         return seconds
+
+    @lazy
+    def _in_graphs(self) -> npt.NDArray[np.intp]:
+        """Slots of kernels that CUDA graphs launch, of layers or of all blocks; equal kernels share a slot."""
+        whole = {"none": (), "per_layer": self.blocks.keys() - {EMBEDDING, HEAD}, "full_iteration": self.blocks}
+        found = {
+            slot
+            for segment in self.segments
+            if self.owners.get(segment.name) in whole[self.cuda_graphs]
+            for step in segment.instructions
+            if isinstance(step, Compute)
+            for slot in self.index_of(segment).slots[step.id]
+        }
+        return np.array(sorted(found - {0}), dtype=np.intp)
 
     @lazy
     def _compute_bound(self) -> npt.NDArray[np.intp]:
