@@ -102,8 +102,11 @@ class Slices:
             return [self._call("send_receive", ("pp",), info.message_bytes, 2) for info in infos]
         position = prepared.ranks.positions[rank % prepared.mesh.ranks]
         if (outline, position) not in self._facts:
-            steps = self.result.instructions_of(prepared.by_outline[outline])
-            self._facts[outline, position] = [self._of(step, position) for step in steps]
+            segment = prepared.by_outline[outline]
+            self._facts[outline, position] = segment.woven(
+                [self._of(step, position) for step in self.result.instructions_of(segment)],
+                {t: self._call(s.collective, s.axes, s.message_bytes, s.ranks) for t, s in segment.added.items()},
+            )
         return self._facts[outline, position]
 
     def _of(self, step: Instruction, position: int) -> Facts:

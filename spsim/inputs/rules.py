@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
 PENDING = frozenset({
-    "phase",
-    "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+    "phase", "pp_deallocate",
     "moment_dtype", "precision_aware_optimizer",
     "cpu_offload_layers", "cuda_graphs",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
+OF_REPLICAS = frozenset({
+    "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+})  # fmt: skip
+"""The same of replicas: not yet of several pipeline stages, and of no layers alone."""
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
 MAX_DIFFERING = 256
@@ -159,12 +162,26 @@ def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
     for owner in (workload, plan):
         for name, usual in _USUAL[type(owner)].items():
             value = getattr(owner, name)
-            if (
-                value != usual
-                and (name in PENDING or f"{name}={value}" in PENDING)
-                and not reasons(model, plan).get(name)
-            ):
+            if value == usual or reasons(model, plan).get(name):
+                continue
+            if not PENDING.isdisjoint((name, f"{name}={value}")):
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
+            if plan.pp > 1 and not OF_REPLICAS.isdisjoint((name, f"{name}={value}")):
+                raise InputError(
+                    f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default"
+                )
+
+
+def check_scope(model: Model, plan: Plan, scope: str) -> None:
+    """The rules of what is simulated; `InputError` names the broken one."""
+    for name, usual in _USUAL[Plan].items() if scope == "layers" else ():
+        value = getattr(plan, name)
+        named = not OF_REPLICAS.isdisjoint((name, f"{name}={value}"))
+        if value != usual and named and not reasons(model, plan).get(name):
+            raise InputError(
+                f"{setting(name, value)} with scope = 'layers', whose gradients are summed when all layers have run; "
+                "use scope = 'step' or leave it at its default"
+            )
 
 
 _USUAL = {kind: {name: field.default for name, field in kind.model_fields.items()} for kind in (Workload, Plan)}

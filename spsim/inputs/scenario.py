@@ -16,7 +16,7 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node
+from spsim.inputs.rules import check_nodes, check_scope, check_shapes, gpus_per_node
 from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
 
@@ -111,6 +111,7 @@ class Scenario(Shapes):
 
     @model_validator(mode="after")
     def _check_nodes(self) -> Self:
+        check_scope(self.model, self.plan, self.scope)
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.product_type)
         if kernel := self.model.attention_kernel:

@@ -147,6 +147,9 @@ def assumed_inputs(result: Result) -> tuple[str, ...]:
             else:
                 nodes = nodes_of(prepared.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
                 used |= {*comm.coefficients_of(step.timed_as, nodes), "overlap_slowdown"}
+        for sync in segment.added.values():
+            nodes = nodes_of(prepared.mesh, sync.axes, scenario.gpus_per_node, sync.ranks)
+            used |= {*comm.coefficients_of(sync.collective, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
 
 
@@ -158,7 +161,9 @@ def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfi
 
 def _replaced(table: Any, path: list[str], factor: float) -> Any:
     if not path:
-        return tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _multiplied(table, factor)
+        return (
+            tuple(_slower(curve, factor) for curve in table) if isinstance(table, tuple) else _multiplied(table, factor)
+        )
     name, *rest = path
     if isinstance(table, dict):
         return {**table, name: _replaced(table[name], rest, factor)}

@@ -104,7 +104,11 @@ class Account:
         self.comm = CommCost(profile)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
         self.classes: dict[Outline, list[Classes]] = {
-            segment.outline: [self._of_step(step) for step in segment.instructions] for segment in prepared.segments
+            segment.outline: segment.woven(
+                map(self._of_step, segment.instructions),
+                {task: self._of_collective(s.axes, s.collective, None) for task, s in segment.added.items()},
+            )
+            for segment in prepared.segments
         }
         self.classes |= {made.segment.outline: [*map(self._of_closing, made.steps)] for made in prepared.closings}
 

@@ -57,7 +57,7 @@ def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = 
         lambda: PreparedStep(
             layers_template(model, plan, precision),
             plan,
-            lambda workload: layer_programs(model, plan, _in(workload, precision)),
+            lambda workload: layer_programs(model, plan, in_precision(workload, precision)),
             fold=fold,
         ),
     )
@@ -71,14 +71,14 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
         lambda: PreparedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, _in(workload, precision)),
+            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
             fold=fold,
             optimizer=Optimizer(plan, precision),
         ),
     )
 
 
-def _in(workload: Workload, precision: Precision) -> Workload:
+def in_precision(workload: Workload, precision: Precision) -> Workload:
     """A workload in the precision whose recipe the device runs."""
     return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
@@ -112,7 +112,7 @@ class PreparedStep:
             optimizer=optimizer,
         )  # fmt: skip
         self.closings = self._close(template.programs)
-        self.syncs = _syncs(self.closings)
+        self.syncs = syncs_of(self.closings)
         self.owners = {
             part.segment.name: block
             for block, passes in self.blocks.items()
@@ -267,6 +267,10 @@ class PreparedStep:
             for s in (self.syncs if syncs is None else syncs)
         ]
 
+    def issued(self, micro_batches: int) -> Mapping[Sync, int]:
+        """Collectives over weights in the passes of a step, and how often each: none but of replicas that overlap."""
+        return {}
+
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""
         key = (axes, ranks, gpus_per_node)
@@ -367,13 +371,13 @@ class PreparedStep:
 
     def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
         """Bytes of the message of each collective after the last micro-batch."""
-        syncs = _syncs(self._closings_of(chunk))
+        syncs = syncs_of(self._closings_of(chunk))
         return dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
 
     def _closings_of(self, chunk: Chunk) -> tuple[Closing, ...]:
         return self.closings if self.world == self.mesh else self.stage_closings(chunk)
 
 
-def _syncs(own: Sequence[Closing]) -> tuple[Sync, ...]:
+def syncs_of(own: Sequence[Closing]) -> tuple[Sync, ...]:
     """The collectives of some closings."""
     return tuple([step for made in own for step in made.steps if isinstance(step, Sync)])
