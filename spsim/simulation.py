@@ -27,6 +27,7 @@ from spsim.inputs.workload import Workload, Workloads
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
+from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
@@ -43,6 +44,7 @@ from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
 from spsim.step.pipelined import PlacedChunk, Stages
 from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
+from spsim.step.replicated import replicated_step
 from spsim.step.unfolded import unfold_step
 
 
@@ -183,6 +185,8 @@ def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
     any_layout = scenario.hardware.fp8_any_layout
     precision = program_precision(scenario.workload.precision, any_layout=any_layout)
+    if scenario.scope == "step" and scenario.plan.pp == 1 and shard_ranks(scenario.plan) > 1:
+        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario))
     return prepare(scenario.model, scenario.plan, fold, precision)
 
 
@@ -301,6 +305,11 @@ def _describe(
     if made is not None:
         return made.infos(messages)
     segment = prepared.by_outline[piece.recording.outline]
-    program = prepared.programs_at(scenario.workload)[prepared.owners[segment.name]]
-    own = {step.id: step for section in program.sections for step in section.instructions}
-    return [task_info(own[step.id], piece.layer, piece.micro_batch) for step in segment.instructions]
+    infos: list[TaskInfo] = []
+    if segment.instructions:
+        program = prepared.programs_at(scenario.workload)[prepared.owners[segment.name]]
+        own = {step.id: step for section in program.sections for step in section.instructions}
+        infos = [task_info(own[step.id], piece.layer, piece.micro_batch) for step in segment.instructions]
+    labels = {task: segment.labels[task] for task in segment.added}
+    added = {task: label._replace(layer=piece.layer, micro_batch=piece.micro_batch) for task, label in labels.items()}
+    return segment.woven(infos, added)

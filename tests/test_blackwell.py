@@ -10,10 +10,10 @@ from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.power import straggler_factor
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.resources import measured_cases
+from spsim.inputs.resources import data_directory
 from spsim.work import OPERAND_BYTES, FlashAttention, Gemm, MemoryBound
 
-with (measured_cases()[0].parent / "blackwell_attention.csv").open() as file:
+with (data_directory() / "blackwell_attention.csv").open() as file:
     ROWS = list(csv.DictReader(file))
 """NVIDIA/cudnn-frontend at 3929da2, benchmark/sdpa_benchmark_training/results: cuDNN 9.22, caches flushed."""
 

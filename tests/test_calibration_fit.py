@@ -37,7 +37,7 @@ from spsim.studies.comparison import PlanAccount, PlanComparison
 from tests.cases import model
 from tests.test_calibrate_catalogue import CPU, machine
 
-SHIPPED = load_profile("dgx-h100")
+SHIPPED = load_profile("dgx-h100").eager
 H100 = SHIPPED.model_copy(
     update={"coefficients": SHIPPED.coefficients.model_copy(update={"kernel_rates": {}, "row_rates": {}})}
 )

@@ -240,7 +240,7 @@ def test_what_chunks_are_worth(name):
         simulate(
             Scenario(
                 hardware="dgx-h100", model=case, plan=f"tp={tp},sequence_parallel{option}",
-                workload=Workload(seq_len=seq_len),
+                workload=Workload(seq_len=seq_len), scope="layers",
             )
         )
         for option in ("", ",tp_overlap")

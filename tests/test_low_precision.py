@@ -99,3 +99,20 @@ def test_attention_in_8_bits_needs_rates_of_its_own():
     work = FlashAttention("transformer_engine", "forward", 1, 8, 8, 128, 128, 4096, 4096, 4096**2, True, 1)
     with pytest.raises(InputError, match=r"attention in fp8: dgx-h100 has no rates of cudnn in it; run it in bf16"):
         AttentionCost(H100, "fp8", 3e12).time(work)
+
+
+FUSED = [
+    ("norm", "rms_norm", 2, 0.80, 0.87), ("elementwise", "swiglu", 3, 0.75, 0.95),
+    ("elementwise", "rope", 2, 0.75, 0.95), ("dropout", "bias_dropout_add", 3, 0.65, 0.95),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operator_class", "kernel", "tensors", "least", "most"), FUSED)
+def test_layers_run_fused_kernels_and_torch_by_itself_does_not(operator_class, kernel, tensors, least, most):
+    """One kernel moves each tensor once, near the rate of the memory; torch takes several, or one that is slow."""
+    work = MemoryBound(operator_class, tensors * 2**30, kernel=kernel, row=8192)
+    fused, eager = (ComputeCost(profile, "bf16").duration(work) for profile in (H100, H100.eager))
+    assert least < tensors * 2**30 / fused / H100.memory_bandwidth < most
+    assert eager > 1.25 * fused
+    assert ComputeCost(H100, "bf16").class_of(work) == f"fused_rates.bf16.{kernel}_forward"
+    assert ComputeCost(H100.eager, "bf16").class_of(work).split(".")[0] in ("kernel_rates", "row_rates")

@@ -3,10 +3,10 @@
 import pandas as pd
 import pytest
 
-from spsim import simulate
+from spsim import Scenario, simulate
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan, parse_plan
-from tests.cases import scenario
+from tests.cases import model, scenario
 
 PLANS = (
     "", "tp=2", "tp=2,sequence_parallel", "tp=2,sequence_parallel,keep_gathered", "ulysses=2", "ring=2", "ring=4",
@@ -117,3 +117,17 @@ def test_degrees_of_ulysses_where_keys_have_fewer_heads(degree, seq_len, line):
 )  # fmt: skip
 def test_notes(plan, traits, notes):
     assert list(scenario(plan, **traits).notes) == notes
+
+
+def test_layers_alone_are_of_one_stage():
+    """An option of embedding or head has no effect on them, and stages are refused."""
+    layers = {
+        "hardware": "dgx-h100",
+        "model": model(),
+        "workload": {"seq_len": 256, "global_batch": 4},
+        "scope": "layers",
+    }
+    assert Scenario(plan="loss_fusion", **layers).notes == ("loss_fusion has no effect with scope = 'layers'",)
+    with pytest.raises(InputError, match=r"scope = 'layers' with pp = 2.*use scope = 'step'"):
+        Scenario(plan="pp=2", **layers)
+    assert Scenario(plan="pp=2,loss_fusion", **{**layers, "scope": "step"}).notes == ()

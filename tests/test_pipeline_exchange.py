@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim.step.pipeline.exchange import Exchange, instructions
@@ -94,6 +94,7 @@ def runs(draw: st.DrawFn) -> tuple[str, int, int, int, int, Exchange]:
     return schedule, stages, chunks, micro_batches, group, draw(st.sampled_from(TORCH))
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(runs())
 def test_what_a_pass_needs_has_arrived_and_each_message_is_posted_once_a_side(
     run: tuple[str, int, int, int, int, Exchange],

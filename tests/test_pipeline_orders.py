@@ -8,13 +8,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim.inputs.schedules import SCHEDULES, refused_exchange, refused_schedule, torch_group
 from spsim.step.pipeline.in_flight import held, most_held
 from spsim.step.pipeline.orders import Action, Row, global_stage, gradients, orders, pairs, place_of
 
+few = settings(max_examples=25, deadline=None, derandomize=True)
 RECORDED = Path(__file__).parent / "data" / "pipeline_orders.csv.gz"
 
 
@@ -59,6 +60,7 @@ def schedules(draw: st.DrawFn) -> tuple[str, int, int, int, int]:
     return schedule, stages, chunks, micro_batches, draw(st.integers(1, micro_batches))
 
 
+@few
 @given(schedules())
 def test_every_micro_batch_passes_each_chunk_once(case: tuple[str, int, int, int, int]) -> None:
     _, _, chunks, micro_batches, _ = case
@@ -73,6 +75,7 @@ def test_every_micro_batch_passes_each_chunk_once(case: tuple[str, int, int, int
             assert times == sorted(times)
 
 
+@few
 @given(schedules())
 def test_stages_of_the_model_are_placed_once(case: tuple[str, int, int, int, int]) -> None:
     schedule, stages, chunks, *_ = case
@@ -95,6 +98,7 @@ def _peak(row: Row, chunks: int, until: str = "W") -> int:
     return max(map(sum, held(row, chunks, until)))
 
 
+@few
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 40), st.data())
 def test_forwards_before_the_first_backward_and_peak_in_flight(p: int, v: int, m: int, data: st.DataObject) -> None:
     """The closed forms of schedules by groups: 1F1B min(p − r, m); interleaved min((v − 1) g + 2 (p − 1 − r) + 1, m v);
@@ -112,6 +116,7 @@ def test_forwards_before_the_first_backward_and_peak_in_flight(p: int, v: int, m
         assert _peak(orders("gpipe", p, 1, m, None)[r], 1) == m
 
 
+@few
 @given(st.integers(2, 8), st.integers(0, 20))
 def test_v_shaped_schedules_hold_the_same_on_every_rank(p: int, more: int) -> None:
     for r in range(p):

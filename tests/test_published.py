@@ -47,13 +47,14 @@ def test_sequence_parallelism_gains_in_the_forward_pass_only(cases: dict[str, Me
 
 
 def test_175b_layer_on_h100(validation: Validation, cases: dict[str, MeasuredCase]) -> None:
-    """One Transformer Engine layer, wall clock with launches and a sync. The profile has the three kernels of eager
-    torch for bias, dropout and residual, which TP alone runs on all tokens, so TP+SP gains more than with one.
+    """One Transformer Engine layer, wall clock with launches and a sync, which are not in the prediction. Measured,
+    TP+SP takes 5 % longer forward and 1 % backward.
     """
-    assert max(errors(validation, "fuser")) <= 18
-    assert mean(errors(validation, "fuser")) <= 10.5
+    assert max(errors(validation, "fuser")) <= 21
+    assert mean(errors(validation, "fuser")) <= 15
     tp, sp = (simulate(cases[f"fuser3546_{name}"].scenario()) for name in ("tp", "sp"))
-    assert 0.88 <= sp.layer_forward_s / tp.layer_forward_s <= 1.12
+    assert 0.95 <= sp.layer_forward_s / tp.layer_forward_s <= 1.12
+    assert 0.97 <= sp.layer_backward_s / tp.layer_backward_s <= 1.06
     assert_a_third_of_the_activations(tp, sp)
 
 

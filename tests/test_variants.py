@@ -59,7 +59,7 @@ class Walk:
         chunk = tuple(Run(f"block {i}", len(row), numbered=i in middle) for i, row in enumerate(rows))
         self.groups = replica_groups(plan)
         items = [*ReplicatedChunk(sync, named, chunk, self.groups).items(micro_batches)]
-        closing = replica_closings(sync, self.groups, (), Optimizer(plan, "bf16"))
+        closing = replica_closings(sync, self.groups, {}, (), Optimizer(plan, "bf16"))
         items += [Visit(made.segment, None, micro_batches - 1) for made in closing]
         self.segments = {segment.name: segment for segment in segments_of(items)}
         durations = {

@@ -53,6 +53,9 @@ GlobalBatchOption = Annotated[
     int | None, typer.Option("--global-batch", "--global-batch-size", help="Sequences of a step.")
 ]
 NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to spread the GPUs over; as few as hold them.")]
+ScopeOption = Annotated[
+    str | None, typer.Option("--scope", help="step, the whole training step, or layers, those of one stage alone.")
+]
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8, fp8_delayed, mxfp8, fp8_blockwise or nvfp4.")
 ]

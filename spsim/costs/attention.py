@@ -13,10 +13,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from spsim.costs.key_split import FILLED, SPLIT_ROWS, key_blocks, splits
-from spsim.costs.seconds import Seconds, given, some
+from spsim.costs.seconds import Flags, Seconds, down, exponential, given, larger, pick, smaller, some, up
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCoefficients, AttentionPass
@@ -24,7 +23,6 @@ from spsim.inputs.quantities import Quantity
 from spsim.units import GB, US_PER_S
 from spsim.work import CAST_TYPES, AttentionKernel, Direction, FlashAttention, Framework, each, products_of
 
-Flags = bool | npt.NDArray[np.bool_]
 FP32_BYTES = 4
 FLOPS = 2
 """Of a multiplication: an addition comes with it."""
@@ -104,34 +102,34 @@ class AttentionCost:
         busy = self._blocks(work, own) + own.traffic * self._traffic(work, own) / self._streaming_rate
         if given(work.dropout):
             busy = busy + own.random * work.dropout * work.batch * work.heads * work.twice_pairs / 2
-        total: Seconds = own.start + np.maximum(busy, work.bytes_moved / self._streaming_rate)
+        total: Seconds = own.start + larger(busy, work.bytes_moved / self._streaming_rate)
         return self._with_split(work, own, total) if own.any_splits else total
 
     def _blocks(self, work: FlashAttention, own: _Constants) -> Seconds:
         """Seconds from the start of the first block to the end of the last."""
-        rows = np.where(own.backward, work.keys, work.queries)
-        others = np.where(own.backward, work.queries, work.keys)
-        per_head = np.ceil(rows / own.rows)
+        rows = pick(own.backward, work.keys, work.queries)
+        others = pick(own.backward, work.queries, work.keys)
+        per_head = up(rows / own.rows)
         heads = work.batch * work.heads
         blocks = heads * per_head
         if not own.any_causal:
             return self._in_waves(own, blocks, own.token * others)
         # Tokens of the mean block, with the part of its last tile that is masked, and of the longest, which backward
         # belongs to keys that all queries see.
-        mean = np.minimum(others, work.twice_pairs / (2 * rows) + own.half_tokens)
-        last = np.minimum(others, mean + np.maximum(0.0, np.minimum(rows, others) - own.tokens) / 2)
-        loop = own.token * np.where(own.backward, others, last)
+        mean = smaller(others, work.twice_pairs / (2 * rows) + own.half_tokens)
+        last = smaller(others, mean + larger(0.0, smaller(rows, others) - own.tokens) / 2)
+        loop = own.token * pick(own.backward, others, last)
         block = own.block + loop
         spread = blocks * (own.block + own.token * mean) / own.slots + _imbalance(own, per_head, heads) * block
-        masked = np.where(blocks <= own.slots, own.block + self._alone(own, loop, blocks), np.maximum(block, spread))
+        masked: Seconds = pick(blocks <= own.slots, own.block + self._alone(own, loop, blocks), larger(block, spread))
         if own.all_causal:
             return masked
-        seconds: Seconds = np.where(own.causal, masked, self._in_waves(own, blocks, own.token * others))
+        seconds: Seconds = pick(own.causal, masked, self._in_waves(own, blocks, own.token * others))
         return seconds
 
     def _in_waves(self, own: _Constants, blocks: Seconds, loop: Seconds) -> Seconds:
         """Seconds of equal blocks: whole waves, and one for the rest."""
-        waves = np.floor(blocks / own.slots)
+        waves = down(blocks / own.slots)
         rest = blocks - waves * own.slots
         seconds: Seconds = waves * (own.block + loop) + (rest > 0) * (own.block + self._alone(own, loop, rest))
         return seconds
@@ -140,14 +138,14 @@ class AttentionCost:
         """The loop of blocks, which is shorter where each of so many has a unit for itself."""
         if not own.any_lone:
             return loop
-        seconds: Seconds = loop * np.where(blocks <= self._units, own.lone, 1.0)
+        seconds: Seconds = loop * pick(blocks <= self._units, own.lone, 1.0)
         return seconds
 
     @staticmethod
     def _traffic(work: FlashAttention, own: _Constants) -> Seconds:
         """Bytes of operands and results; gradients of keys and values are made for each head of queries first."""
         shared = work.queries * work.heads + work.keys * work.kv_heads
-        whole: Seconds = np.where(own.backward, (work.queries + work.keys) * work.heads / shared, 1.0)
+        whole: Seconds = pick(own.backward, (work.queries + work.keys) * work.heads / shared, 1.0)
         return work.bytes_moved * whole
 
     def _with_split(self, work: FlashAttention, own: _Constants, plain: Seconds) -> Seconds:
@@ -157,9 +155,9 @@ class AttentionCost:
         grouped = work.queries == 1
         if some(grouped):
             # All heads of queries that share keys are rows of one block where there is one query.
-            heads = np.where(grouped, work.kv_heads, work.heads)
-            rows = np.where(grouped, work.heads / work.kv_heads, work.queries)
-        blocks = work.batch * heads * np.ceil(rows / SPLIT_ROWS)
+            heads = pick(grouped, work.kv_heads, work.heads)
+            rows = pick(grouped, work.heads / work.kv_heads, work.queries)
+        blocks = work.batch * heads * up(rows / SPLIT_ROWS)
         if not some(own.splits & (blocks < FILLED * own.slots)):
             return plain
         tile = key_blocks(work.head_dim)
@@ -284,8 +282,8 @@ def _imbalance(own: _Constants, per_head: Seconds, heads: Seconds) -> Seconds:
     starting such blocks one by one gives (tests/test_attention_cost.py), within 0.05 from 4 blocks a head on.
     """
     x = per_head / own.slots
-    pairs = own.paired * (1 - 2 * (heads % 2)) * np.exp(-6 * heads * np.square(x - 1))
-    share: Seconds = np.maximum(own.least_over, own.over - own.less_over * x) * (1 - pairs) * own.others
+    pairs = own.paired * (1 - 2 * (heads % 2)) * exponential(-6 * heads * ((x - 1) * (x - 1)))
+    share: Seconds = larger(own.least_over, own.over - own.less_over * x) * (1 - pairs) * own.others
     return share
 
 

@@ -215,6 +215,16 @@ class CommCost:
         """
         return self.overhead + self.time(collective, part * ranks, ranks, nodes) / (ranks - 1)
 
+    def host_copy(self, size: Number) -> Number:
+        """Seconds of a copy between the device and its host; `InputError` where the profile has no link of them."""
+        link = self.profile.datasheet.host_link_gb_per_s
+        if link is None:
+            raise InputError(
+                f"hardware {self.profile.name}: no host_link_gb_per_s, which cpu_offload_layers needs; add it"
+            )
+        seconds: Number = size / (link.value * GB)
+        return seconds
+
     def time(self, collective: Collective, message: Number, ranks: int, nodes: int = 1) -> Number:
         """Seconds as a benchmark of the library alone measures them."""
         if ranks % nodes or ranks // nodes > self.gpus_per_node:

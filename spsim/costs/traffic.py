@@ -98,9 +98,7 @@ class TrafficCost:
     def _table(self, kernel: str, dtype: str | None) -> str:
         """The type whose measured rates count; of types that operands are cast to only the casts' own."""
         own = dtype or self._dtype
-        known = [
-            rates[own] for rates in (self._coefficients.kernel_rates, self._coefficients.row_rates) if own in rates
-        ]
+        known = [rates[own] for name in TABLES if own in (rates := getattr(self._coefficients, name))]
         if own in CAST_TYPES:
             return own if any(kernel in rates for rates in known) else "bf16"
         return own if known else "bf16"
@@ -113,9 +111,9 @@ class TrafficCost:
         """
         name = rates_key(kernel, backward)
         table = self._table(name, dtype)
-        rates = self._coefficients.kernel_rates.get(table, {})
+        rates = self._coefficients.kernel_rates.get(table, {}) | self._coefficients.fused_rates.get(table, {})
         by_row = self._coefficients.row_rates.get(table, {})
-        if name not in by_row:
+        if name not in by_row or name in self._coefficients.fused_rates.get(table, {}):
             at_any = _traffic(rates[name]) if name in rates else self._of_class(operator_class)
             return *at_any, *(self._segments * _UNCHANGED)
         known = sorted((int(length), _traffic(rates)) for length, rates in by_row[name].items())
@@ -134,7 +132,7 @@ class TrafficCost:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
         kernel = rates_key(work.kernel, work.backward)
         dtype = self._table(kernel, work.dtype)
-        for table in ("row_rates", "kernel_rates"):
+        for table in TABLES:
             if kernel in getattr(self._coefficients, table).get(dtype, {}):
                 return f"{table}.{dtype}.{kernel}"
         return f"memory_bound.{self._coefficients.memory_bound.share_of(work.operator_class)}"
@@ -145,6 +143,8 @@ class TrafficCost:
         return (*cached, *(("accesses_per_ns",) if work.accesses else ()))
 
 
+TABLES = ("fused_rates", "row_rates", "kernel_rates")
+"""Of a profile, with rates of single kernels; the first that knows one counts."""
 _UNCHANGED = (0.0, 1.0, 0.0, 0.0, 0.0)
 """The segment of a kernel for which the row length does not matter."""
 

@@ -84,8 +84,8 @@ class TaskInfo(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What a communication is for, in accounts of time: `weight_sync`, or its collective."""
-        return self.part if self.part == "weight_sync" else self.collective
+        """What a communication is for, in accounts of time: `weight_sync`, or its collective, or its purpose."""
+        return self.part if self.part == "weight_sync" else self.collective or self.purpose
 
 
 class Flight(NamedTuple):

@@ -14,7 +14,7 @@ from spsim.costs.models import cost_models
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import Outline, Span, TaskInfo
 from spsim.lazy import lazy
-from spsim.program.instructions import Compute, Instruction
+from spsim.program.instructions import Compute, HostCopy, Instruction
 from spsim.program.mesh import Axis
 from spsim.program.placement import Collective
 from spsim.results.result import Result
@@ -102,11 +102,16 @@ class Slices:
             return [self._call("send_receive", ("pp",), info.message_bytes, 2) for info in infos]
         position = prepared.ranks.positions[rank % prepared.mesh.ranks]
         if (outline, position) not in self._facts:
-            steps = self.result.instructions_of(prepared.by_outline[outline])
-            self._facts[outline, position] = [self._of(step, position) for step in steps]
+            segment = prepared.by_outline[outline]
+            self._facts[outline, position] = segment.woven(
+                [self._of(step, position) for step in self.result.instructions_of(segment)],
+                {t: self._call(s.collective, s.axes, s.message_bytes, s.ranks) for t, s in segment.added.items()},
+            )
         return self._facts[outline, position]
 
     def _of(self, step: Instruction, position: int) -> Facts:
+        if isinstance(step, HostCopy):
+            return {"bytes": step.message_bytes}
         if not isinstance(step, Compute):
             return self._call(step.timed_as, (step.axis,), step.message_bytes, step.ranks)
         work = step.work[position if len(step.work) > 1 else 0]

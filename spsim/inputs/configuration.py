@@ -54,6 +54,13 @@ class Configuration(BaseModel):
         required = [f"{name}=..." for name, field in cls.model_fields.items() if field.is_required()]
         return f"{cls.__name__}({', '.join(required)})"
 
+    @property
+    def differing(self) -> dict[str, Any]:
+        """Settings that are not their defaults, in the order of the fields."""
+        given, fields = self.model_fields_set, type(self).model_fields
+        values = ((name, getattr(self, name)) for name in fields if name in given)
+        return {name: value for name, value in values if value != fields[name].default}
+
     @classmethod
     def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """The settings under the names of spsim; `InputError` where one is not known."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
 
+OF_THE_STEP = ("loss_fusion",)
+"""Options that layers alone have nothing of."""
 
-def without_effect(model: Model, plan: Plan) -> Iterator[str]:
+
+def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
     """Options of a plan that differ from their defaults and change nothing under it, each with the reason."""
     defaults = type(plan).model_fields
-    for name, reason in reasons(model, plan).items():
+    of_step = dict.fromkeys(OF_THE_STEP if scope == "layers" else (), "with scope = 'layers'")
+    for name, reason in {**reasons(model, plan), **of_step}.items():
         value = getattr(plan, name)
         if reason and value != defaults[name].default:
             yield f"{setting(name, value)} has no effect {reason}"

@@ -13,6 +13,7 @@ the time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -181,6 +182,9 @@ class Coefficients(Table):
     `memory_bound`. Types without rates take those of `bf16`: tensors between products are of 16 bits."""
     row_rates: dict[DataType, dict[KernelPass, dict[RowLength, KernelRates]]] = Field(default_factory=dict)
     """The same of kernels that take other times for other row lengths, by the measured ones; they go first."""
+    fused_rates: dict[DataType, dict[KernelPass, KernelRates]] = Field(default_factory=dict)
+    """Rates of kernels as Megatron-Core and Transformer Engine fuse them, which layers run and torch by itself does
+    not; before all others."""
     l2_bandwidth_gb_per_s: Bandwidth
     """Rate of kernels whose tensors stay in the last-level cache."""
     accesses_per_ns: Quantity | None = None
@@ -296,6 +300,15 @@ class HardwareProfile(Table):
     def gpus_per_node(self) -> int:
         """GPUs joined by the innermost level."""
         return self.datasheet.topology[0].gpus or 1
+
+    @cached_property
+    def eager(self) -> HardwareProfile:
+        """The profile with every kernel as torch runs it by itself: without `fused_rates`."""
+        if not self.coefficients.fused_rates:
+            return self
+        coefficients = self.coefficients.model_copy(update={"fused_rates": {}})
+        assumed = frozenset(path for path in self.assumed if not path.startswith("fused_rates."))
+        return self.model_copy(update={"coefficients": coefficients, "assumed": assumed})
 
     def attention_kernel(self, wanted: AttentionKernel | Framework) -> AttentionKernel:
         """A fused attention kernel by its name, or by that of the framework that picks it; `InputError` when the

@@ -111,8 +111,7 @@ class Plan(Configuration):
     @property
     def text(self) -> str:
         """The plan as the command line writes it: what differs from one GPU without options."""
-        given = {name: getattr(self, name) for name, usual in _DEFAULTS.items() if getattr(self, name) != usual}
-        return plan_text(given)
+        return plan_text(self.differing)
 
     @property
     def summary(self) -> tuple[str, ...]:
@@ -134,7 +133,6 @@ class Plan(Configuration):
 
 KEPT = 1024
 """Plans by their text: it is read for each row of a sweep."""
-_DEFAULTS = {name: field.default for name, field in Plan.model_fields.items()}
 
 
 @lru_cache(KEPT)

@@ -131,7 +131,15 @@ def _check_rates(profile: HardwareProfile, least: float, slack: float) -> None:
     cache = coefficients.l2_bandwidth_gb_per_s.value
     if not memory / 20 <= cache <= 200 * memory:
         raise ValueError(f"l2_bandwidth_gb_per_s {cache:g} does not fit {memory:g} GB/s of memory; check the units")
-    for table in ("gemm", "attention", "attention_by_dtype", "memory_bound", "kernel_rates", "row_rates"):
+    for table in (
+        "gemm",
+        "attention",
+        "attention_by_dtype",
+        "memory_bound",
+        "kernel_rates",
+        "row_rates",
+        "fused_rates",
+    ):
         for path, number in _numbers(getattr(coefficients, table), table):
             name = next((part for part in reversed(path.split(".")) if part in LIMITS), "")
             if name and number.value > slack * LIMITS[name]:

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 PENDING = frozenset({
     "phase",
-    "pp_deallocate", "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+    "pp_deallocate",
     "moment_dtype", "precision_aware_optimizer",
-    "cpu_offload_layers", "cuda_graphs",
+    "cuda_graphs",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
+OF_REPLICAS = frozenset({
+    "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+})  # fmt: skip
+"""The same of replicas: not yet of several pipeline stages, and of no layers alone."""
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
 MAX_DIFFERING = 256
@@ -157,17 +161,28 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
 
 def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
     for owner in (workload, plan):
-        for name, usual in _USUAL[type(owner)].items():
-            value = getattr(owner, name)
-            if (
-                value != usual
-                and (name in PENDING or f"{name}={value}" in PENDING)
-                and not reasons(model, plan).get(name)
-            ):
+        for name, value in owner.differing.items():
+            if reasons(model, plan).get(name):
+                continue
+            if not PENDING.isdisjoint((name, f"{name}={value}")):
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
+            if plan.pp > 1 and not OF_REPLICAS.isdisjoint((name, f"{name}={value}")):
+                raise InputError(
+                    f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default"
+                )
 
 
-_USUAL = {kind: {name: field.default for name, field in kind.model_fields.items()} for kind in (Workload, Plan)}
+def check_scope(model: Model, plan: Plan, scope: str) -> None:
+    """The rules of what is simulated; `InputError` names the broken one."""
+    for name, value in plan.differing.items() if scope == "layers" else ():
+        named = not OF_REPLICAS.isdisjoint((name, f"{name}={value}"))
+        if named and not reasons(model, plan).get(name):
+            raise InputError(
+                f"{setting(name, value)} with scope = 'layers', whose gradients are summed when all layers have run; "
+                "use scope = 'step' or leave it at its default"
+            )
+
+
 _CHECKS = (
     _check_phase, _check_heads, _check_widths, _check_rows, _check_window, _check_sequence, _check_batch, check_step,
     _check_pending,

@@ -16,7 +16,7 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
-from spsim.inputs.rules import check_nodes, check_shapes, gpus_per_node
+from spsim.inputs.rules import check_nodes, check_scope, check_shapes, gpus_per_node
 from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
 
@@ -102,7 +102,16 @@ class Scenario(Shapes):
         return load_profile(value) if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
+    def _check_scope(self) -> Self:
+        if self.scope == "layers" and self.plan.pp > 1:
+            raise InputError(
+                f"scope = 'layers' with pp = {self.plan.pp}: layers alone are those of one stage; use scope = 'step'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_nodes(self) -> Self:
+        check_scope(self.model, self.plan, self.scope)
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.product_type)
         if kernel := self.model.attention_kernel:
@@ -134,7 +143,7 @@ class Scenario(Shapes):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Parts of the model that are left out, and settings without effect, said once."""
-        return (*self.model.notes, *without_effect(self.model, self.plan))
+        return (*self.model.notes, *without_effect(self.model, self.plan, self.scope))
 
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:

@@ -221,6 +221,10 @@ def _check_host(model: Model, plan: Plan, workload: Workload) -> None:
             f"cpu_offload_layers = {offloaded}, but the last of the {model.layers} layers runs backward at once; "
             f"use at most {model.layers - 1}"
         )
+    if offloaded > 0 and plan.recompute != "none":
+        raise _refused(
+            f"cpu_offload_layers = {offloaded} with recompute = {plan.recompute!r}, which Megatron-LM refuses; keep one"
+        )
     if offloaded > 0 and plan.cuda_graphs != "none":
         raise _refused(
             f"cpu_offload_layers = {offloaded} with cuda_graphs = {plan.cuda_graphs!r}: no graph copies to the host; "

@@ -16,6 +16,7 @@ from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
 from spsim.program.lowerings.chunks import lower_chunks
+from spsim.program.lowerings.offload import offload
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
@@ -59,8 +60,11 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
     operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
+    kind = kind or usual_kind(plan)
     program = program_in(region, plan, causal=model.causal, kind=kind)
-    if kind is None or kind.layers == 1:
+    if kind.leaves or kind.fetches:
+        return offload(program, leaves=kind.leaves, fetches=kind.fetches)
+    if kind.layers == 1:
         return program
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
 
@@ -74,7 +78,7 @@ def layer_operators(model: Model, workload: Workload, replicas: int = 1) -> tupl
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
     """The kinds of layers in a step, and the names of their blocks: that of the first is `LAYER`."""
-    if plan.recompute_layers is None:
+    if plan.recompute_layers is None and not plan.cpu_offload_layers:
         return {usual_kind(plan): LAYER}
     sizes = dict.fromkeys([len(chunk.layers) for chunk in all_chunks(model, plan)])
     kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, size)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import replace
 
-from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Program, Section
+from spsim.program.instructions import Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
 
 
 def categorise(program: Program, weights: Set[str] = frozenset()) -> Program:
@@ -36,6 +36,8 @@ def _of_instruction(step: Instruction, kept: set[int]) -> Instruction:
     if not any(buffer.id in kept for buffer in step.writes):
         return step
     writes = tuple([_of_buffer(buffer, kept) for buffer in step.writes])
+    if isinstance(step, HostCopy):
+        return replace(step, writes=writes)
     if isinstance(step, Compute):
         return Compute(step.id, step.operator, step.kind, step.part, step.work, step.reads, writes)
     return Communication(

@@ -83,7 +83,19 @@ class Communication:
         return self.step_of or self.collective
 
 
-Instruction = Compute | Communication
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """A copy between the device and the memory of its host: away in the forward pass, back in the backward pass."""
+
+    id: int
+    operator: str
+    part: Part
+    message_bytes: int
+    reads: tuple[int, ...]
+    writes: tuple[Buffer, ...]
+
+
+Instruction = Compute | Communication | HostCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +163,8 @@ class Program:
     output_gradients: tuple[Buffer, ...]
     input_gradients: tuple[Buffer, ...]
     """Of the inputs that have one: token ids have none."""
+    from_host: tuple[Buffer, ...] = ()
+    """Of what stands among the output gradients, what the block before copies back from its host."""
     weights: tuple[Weights, ...] = ()
     """In the order in which they are read."""
     weight_bytes: int = 0
@@ -243,7 +257,7 @@ class _Unrolling:
             ids[step.id] = step.id if first else self._instruction()
             reads = tuple(self.now.get(buffer, buffer) for buffer in step.reads)
             writes = step.writes if first else tuple(map(self._another, step.writes))
-            if isinstance(step, Compute):
+            if not isinstance(step, Communication):
                 yield replace(step, id=ids[step.id], reads=reads, writes=writes)
             else:
                 after = tuple(ids.get(other, other) for other in step.issued_after)

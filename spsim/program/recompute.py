@@ -36,6 +36,10 @@ class LayerKind(NamedTuple):
     """Modules, in the order of `MODULES`."""
     layers: int = 1
     """Of a unit of which the first input is kept only; all of it is recomputed before its backward pass."""
+    leaves: bool = False
+    """Its activations wait in host memory between its passes."""
+    fetches: bool = False
+    """It copies those of the layer below back, for the next backward pass."""
 
 
 def usual_kind(plan: Plan) -> LayerKind:
@@ -49,9 +53,15 @@ def layer_kinds(plan: Plan, layers: int) -> list[tuple[LayerKind, int]]:
     """The kinds of the layers of a chunk in order, each with how many of it follow each other.
 
     With `recompute_layers` = n the first n layers of a chunk are recomputed (block), or all in units of n layers, the
-    last of which may be smaller (uniform), as Megatron-Core's `TransformerBlock` does.
+    last of which may be smaller (uniform), as Megatron-Core's `TransformerBlock` does. Where the first layers
+    are offloaded, the one above them fetches the first that comes back.
     """
-    kind, own = usual_kind(plan), plan.recompute_layers
+    kind, own, away = usual_kind(plan), plan.recompute_layers, plan.cpu_offload_layers
+    if away:
+        gone = kind._replace(leaves=True)
+        found = [(gone, 1), (gone._replace(fetches=True), away - 1)]
+        found += [(kind._replace(fetches=True), 1), (kind, layers - away - 1)]
+        return [(kind, count) for kind, count in found if count > 0]
     if own is None or not kind.recomputed:
         found = [(kind, layers)]
     elif plan.recompute_method == "block":

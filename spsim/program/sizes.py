@@ -12,7 +12,7 @@ A template holds the structure and the coefficients; evaluating it is one small 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, get_args
@@ -53,6 +53,13 @@ class KernelGroup:
     """and where they stand in the vector of a program: a row for each field, a column for each kernel."""
     slots: npt.NDArray[np.intp]
     """Where the duration of each kernel goes."""
+    of_each: Sequence[Mapping[str, Any]]
+    """The constants of each kernel."""
+
+    def each(self, values: npt.NDArray[np.float64]) -> Iterator[Work]:
+        """Kernel by kernel as a `Work` of numbers, for one workload."""
+        for constants, own in zip(self.of_each, values.take(self.positions).T.tolist(), strict=True):
+            yield self.kind(**constants, **dict(zip(self.numbers, own, strict=True)))
 
     def work(self, values: npt.NDArray[np.float64]) -> Work:
         """All kernels of the group as one `Work` of arrays; where `values` of many workloads have a column for each,
@@ -243,13 +250,16 @@ class _Reader:
             numbers = tuple(name for name, where in places.items() if varies[where].any())
             positions = np.array([places[name] for name in numbers], dtype=np.intp).reshape(-1, len(kernels))
             constants: dict[str, Any] = {}
+            of_each: list[dict[str, Any]] = [{} for _ in kernels]
             for name in (field.name for field in fields(kind) if field.name not in numbers):
                 values = [getattr(work, name) for work in kernels]
+                for known, value in zip(of_each, values, strict=True):
+                    known[name] = value
                 if len(set(values)) == 1:
                     constants[name] = values[0]
                 else:
                     constants[name] = np.array(values, dtype=np.float64) if name in places else tuple(values)
-            yield KernelGroup(kind, constants, numbers, positions, np.array(slots, dtype=np.intp))
+            yield KernelGroup(kind, constants, numbers, positions, np.array(slots, dtype=np.intp), of_each)
 
 
 def _coefficients(sizes: Iterable[int]) -> Vector:

@@ -22,7 +22,10 @@ WAITS = {
 """What kernels wait for beside transfers: in a word, and why."""
 LITTLE_PERCENT = 0.1
 """Of the step, below which effects are not told one by one."""
-SCOPE_NOTE = {"layers": "transformer layers only: no embedding, head, loss or optimizer step"}
+SCOPE_NOTE = {
+    "step": "embedding to loss and back, gradients summed, optimizer",
+    "layers": "transformer layers only: no embedding, head, loss or optimizer step",
+}
 
 
 def summary(result: Result) -> Table:
@@ -79,8 +82,8 @@ def _fit(result: Result) -> str:
     if result.fits:
         return f"fits {result.capacity_gib:.1f} GiB reported by the driver; {FITS_SCOPE[result.scope]}"
     over = result.device_memory_gib - result.capacity_gib
-    place = result.out_of_memory_at
-    return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {place} ({result.scope} only)"
+    only = "" if result.scope == "step" else f" ({result.scope} only)"
+    return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {result.out_of_memory_at}{only}"
 
 
 def notes(result: Result) -> list[str]:

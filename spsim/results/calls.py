@@ -85,6 +85,9 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     for step, size, runs in result.communications:
         nodes = prepared.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
         yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of), runs
+    for sync, runs in prepared.issued(scenario.num_micro_batches).items():
+        nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
+        yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sync.message_bytes), runs
     for sync, size in zip(prepared.syncs, prepared.sync_messages(numbers, result.chunk), strict=True):
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), 1

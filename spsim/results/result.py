@@ -87,7 +87,7 @@ class Result(Derived):
 
     def instructions_of(self, segment: Segment) -> list[Instruction]:
         """What the tasks of a segment carry out, with the sizes of the workload."""
-        own = self._by_id[self.prepared.owners[segment.name]]
+        own = self._by_id[self.prepared.owners[segment.name]] if segment.instructions else {}
         return [own[step.id] for step in segment.instructions]
 
     @lazy
@@ -285,6 +285,8 @@ class Result(Derived):
         total: dict[str, int] = defaultdict(int)
         for step, message, runs in self.communications:
             total[step.collective] += runs * sent_bytes(step.collective, message, step.ranks)
+        for sync, runs in self.prepared.issued(self.scenario.num_micro_batches).items():
+            total[sync.collective] += runs * sent_bytes(sync.collective, sync.message_bytes, sync.ranks)
         messages = self.prepared.sync_messages(self.numbers, self.chunk)
         for sync, message in zip(self.prepared.syncs, messages, strict=True):
             total[sync.collective] += sent_bytes(sync.collective, message, sync.ranks)

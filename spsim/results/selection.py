@@ -21,7 +21,7 @@ OF_CLASSES = 4
 """Times as many from which on classes of ranks are left out too."""
 LARGEST = 1_000_000
 """Spans that are written out at most: some hundred megabytes of tables."""
-LANES = (COMPUTE_LANE, "tp", "ulysses", "ring", "dp")
+LANES = (COMPUTE_LANE, "tp", "ulysses", "ring", "shard", "dp")
 """Order of the lanes in pictures and traces."""
 
 

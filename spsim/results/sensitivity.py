@@ -16,7 +16,7 @@ from spsim.costs.models import compute_cost, cost_models
 from spsim.costs.static_memory import capacity, outside_tensors
 from spsim.engine.pieces import end_of
 from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
-from spsim.program.instructions import Compute
+from spsim.program.instructions import Communication, Compute
 from spsim.program.mesh import nodes_of
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
@@ -144,9 +144,12 @@ def assumed_inputs(result: Result) -> tuple[str, ...]:
         for step in segment.instructions:
             if isinstance(step, Compute):
                 used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
-            else:
+            elif isinstance(step, Communication):
                 nodes = nodes_of(prepared.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
                 used |= {*comm.coefficients_of(step.timed_as, nodes), "overlap_slowdown"}
+        for sync in segment.added.values():
+            nodes = nodes_of(prepared.mesh, sync.axes, scenario.gpus_per_node, sync.ranks)
+            used |= {*comm.coefficients_of(sync.collective, nodes), "overlap_slowdown"}
     return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
 
 

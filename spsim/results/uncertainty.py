@@ -25,7 +25,7 @@ from spsim.engine.recording import COMPUTE_LANE, Outline, Recording
 from spsim.engine.trace import Trace
 from spsim.inputs.hardware import HardwareProfile, leaves
 from spsim.inputs.quantities import Provenance
-from spsim.program.instructions import Communication, Instruction
+from spsim.program.instructions import Communication, HostCopy, Instruction
 from spsim.program.mesh import Axis, nodes_of
 from spsim.program.placement import Collective
 from spsim.step.gradients import Sync
@@ -104,7 +104,11 @@ class Account:
         self.comm = CommCost(profile)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
         self.classes: dict[Outline, list[Classes]] = {
-            segment.outline: [self._of_step(step) for step in segment.instructions] for segment in prepared.segments
+            segment.outline: segment.woven(
+                map(self._of_step, segment.instructions),
+                {task: self._of_collective(s.axes, s.collective, None) for task, s in segment.added.items()},
+            )
+            for segment in prepared.segments
         }
         self.classes |= {made.segment.outline: [*map(self._of_closing, made.steps)] for made in prepared.closings}
 
@@ -116,6 +120,8 @@ class Account:
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
             return self._of_collective((step.axis,), step.timed_as, step.ranks)
+        if isinstance(step, HostCopy):
+            return ()
         return (self.compute.class_of(next(work for work in step.work if work)),)
 
     def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:

@@ -85,8 +85,13 @@ def closings(
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
     found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh))))
     found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    return *found, *_casts(programs)
+
+
+def _casts(programs: Mapping[str, Program]) -> list[Closing]:
+    """The casts of weights, if there are any."""
     casts = weight_casts([(1, cast) for program in programs.values() for cast in program.weight_casts])
-    return *found, *([_closing("weight_casts", "optimizer", tuple(cast.name for cast in casts))] if casts else [])
+    return [_closing("weight_casts", "optimizer", tuple(cast.name for cast in casts))] if casts else []
 
 
 def weight_casts(casts: Sequence[tuple[int, MemoryBound]]) -> tuple[OptimizerKernel, ...]:
@@ -101,7 +106,11 @@ def weight_casts(casts: Sequence[tuple[int, MemoryBound]]) -> tuple[OptimizerKer
 
 
 def replica_closings(
-    sync: Synchronisation, groups: Groups, others: Sequence[Sync], optimizer: Optimizer
+    sync: Synchronisation,
+    groups: Groups,
+    programs: Mapping[str, Program],
+    others: Sequence[Sync],
+    optimizer: Optimizer,
 ) -> tuple[Closing, ...]:
     """The segments after the last micro-batch, as a library closes a step: gradients that were not reduced behind the
     backward pass, the sums of `others`, the optimizer with what its ranks agree on, and the gathers of weights.
@@ -119,7 +128,8 @@ def replica_closings(
     kernels[at:at] = syncs(message for message in sync.before_update if message.group != "embedding")
     found.append(_closing("optimizer", "optimizer", tuple(kernels)))
     gathers = tuple(syncs(sync.after_update))
-    return *found, *([_closing("parameter_gather", "weight_sync", gathers)] if gathers else [])
+    found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    return *found, *_casts(programs)
 
 
 def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:

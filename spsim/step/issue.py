@@ -16,6 +16,8 @@ Nothing is issued before the segment that it belongs to is reached.
 | ring, other | ring | when its tensor is ready; K and V of the next step when a step starts | no |
 | dp and ep, regather | dp, ep | in program order | no |
 | dp and ep, other | dp, ep | when its tensor is ready: weights one after another from the start of the segment | no |
+| copies to the host | host | after the last kernel of the layer | no |
+| copies back, of the next layer of the backward pass | host | when its segment starts | where it reads them |
 | weight, group of ulysses and ring | dp | end of the step, coalesced | yes |
 | weight, tp | tp | end of the step, coalesced | yes |
 
@@ -31,8 +33,13 @@ from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Program, Section
+from spsim.program.instructions import Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
 from spsim.step.segments import BlockPass, Call, Part, Segment
+
+HOST_LANE = "host"
+"""Of copies between the device and its host, which hold no part of the device."""
+FROM_HOST = "from host"
+"""What the arrival of activations from the host is called: blocks fetch them one after another, each for the next."""
 
 
 def block_passes(program: Program, plan: Plan, name: str) -> dict[Pass, BlockPass]:
@@ -59,6 +66,7 @@ class _Issue:
         """Buffer -> the buffer whose memory it is."""
         for number, buffer in self.buffers.items():
             self.roots[number] = number if buffer.alias_of is None else self.roots[buffer.alias_of]
+        self.from_host = frozenset([buffer.id for buffer in program.from_host])
         self.names = {left: found for sections in self.sections.values() for s in sections for found, left in s.carried}
         """Buffer that a run of a section leaves -> the one that the next run finds in its place."""
 
@@ -115,9 +123,14 @@ class _Issue:
         for index, step in enumerate(section.instructions):
             needs = {writer[buffer] for buffer in step.reads if buffer in writer}
             names = sorted({self._name(b) for b in step.reads if b in sent and b not in writer}) if sent else ()
+            names = [*names, *({FROM_HOST} if self.from_host.intersection(step.reads) else ())]
             if isinstance(step, Compute):
                 tasks.append(Task(index, COMPUTE_LANE, needs=(*sorted(needs | blocking), *names)))
                 blocking, last_kernel = set(), index
+            elif isinstance(step, HostCopy):
+                needs |= {last_kernel} if last_kernel is not None else set()
+                tasks.append(Task(index, HOST_LANE, needs=tuple(sorted(needs)), slowdown=0.0))
+                calls[index] = Call(())
             else:
                 needs |= {place[other] for other in step.issued_after if other in place}
                 if last_kernel is not None and _in_program_order(step, self.plan):
@@ -135,11 +148,14 @@ class _Issue:
 
     def _exports(self, section: Section, later: Sequence[Section]) -> dict[str, int]:
         """Arrivals that later sections of the pass wait for, or the next run of the section."""
+        steps = enumerate(section.instructions)
+        fetched = [index for index, step in steps if isinstance(step, HostCopy) and step.writes]
+        from_host = {FROM_HOST: fetched[0]} if fetched else {}
         if not later and not section.carried:
-            return {}
+            return from_host
         wanted = {buffer for other in later for step in other.instructions for buffer in step.reads}
         wanted |= {left for _, left in section.carried}
-        return {
+        return from_host | {
             self._name(buffer.id): index
             for index, step in enumerate(section.instructions)
             if isinstance(step, Communication)
@@ -205,6 +221,8 @@ def _label(step: Instruction) -> TaskInfo:
     """What the task of an instruction is, without sizes and without a layer."""
     if isinstance(step, Compute):
         return TaskInfo(step.operator, step.kind, step.part)
+    if isinstance(step, HostCopy):
+        return TaskInfo(step.operator, "communication", step.part, "offload")
     return TaskInfo(step.operator, "communication", step.part, step.purpose, collective=step.collective, axis=step.axis)
 
 
@@ -213,6 +231,10 @@ def task_info(step: Instruction, layer: int | None = None, micro_batch: int | No
     if isinstance(step, Compute):
         flops = sum(work.flops for work in step.work if work) // len(step.work)
         return TaskInfo(step.operator, step.kind, step.part, layer=layer, micro_batch=micro_batch, flops=flops)
+    if isinstance(step, HostCopy):
+        return TaskInfo(
+            step.operator, "communication", step.part, "offload", layer, micro_batch, message_bytes=step.message_bytes
+        )
     return TaskInfo(
         step.operator, "communication", step.part, step.purpose, layer, micro_batch, step.collective, step.axis,
         step.message_bytes, step.sent_bytes,

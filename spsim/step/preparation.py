@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.costs.power import straggler_factor
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
@@ -28,7 +29,7 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
 from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.blocks.transformer import layer_traits
-from spsim.program.instructions import LAYER, Communication, Compute, Program
+from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
@@ -44,8 +45,10 @@ from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulati
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
 from spsim.units import KIB, MIB, PS_PER_S
-from spsim.work import MAIN_GRADIENT_BYTES, MemoryBound
+from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
+FEW = 4
+"""Attention kernels."""
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
@@ -57,7 +60,7 @@ def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = 
         lambda: PreparedStep(
             layers_template(model, plan, precision),
             plan,
-            lambda workload: layer_programs(model, plan, _in(workload, precision)),
+            lambda workload: layer_programs(model, plan, in_precision(workload, precision)),
             fold=fold,
         ),
     )
@@ -71,14 +74,14 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
         lambda: PreparedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, _in(workload, precision)),
+            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
             fold=fold,
             optimizer=Optimizer(plan, precision),
         ),
     )
 
 
-def _in(workload: Workload, precision: Precision) -> Workload:
+def in_precision(workload: Workload, precision: Precision) -> Workload:
     """A workload in the precision whose recipe the device runs."""
     return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
@@ -112,7 +115,7 @@ class PreparedStep:
             optimizer=optimizer,
         )  # fmt: skip
         self.closings = self._close(template.programs)
-        self.syncs = _syncs(self.closings)
+        self.syncs = syncs_of(self.closings)
         self.owners = {
             part.segment.name: block
             for block, passes in self.blocks.items()
@@ -238,6 +241,17 @@ class PreparedStep:
             found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
         return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
 
+    @lazy
+    def _host_copies(self) -> list[tuple[int, npt.NDArray[np.intp]]]:
+        """Positions of the bytes that are copied to or from the host, each with its slots."""
+        found: dict[int, list[int]] = {}
+        for segment in self.segments:
+            index = self.index_of(segment)
+            for step in segment.instructions:
+                if isinstance(step, HostCopy):
+                    found.setdefault(index.messages[step.id], []).extend(index.slots[step.id])
+        return [(position, np.array(slots, dtype=np.intp)) for position, slots in found.items()]
+
     def sizes(self, numbers: Numbers) -> dict[str, Integers]:
         """Bytes of the buffers of each segment."""
         return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
@@ -263,10 +277,13 @@ class PreparedStep:
             return itemsize * elements[block][weight]
 
         return [
-            (s.itemsize or 0) * s.elements
-            + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
+            s.message_bytes + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
             for s in (self.syncs if syncs is None else syncs)
         ]
+
+    def issued(self, micro_batches: int) -> Mapping[Sync, int]:
+        """Collectives over weights in the passes of a step, and how often each: none but of replicas that overlap."""
+        return {}
 
     def nodes(self, axes: tuple[Axis, ...], ranks: int, gpus_per_node: int) -> int:
         """Nodes that `ranks` neighbours along some axes span."""
@@ -311,17 +328,26 @@ class PreparedStep:
         by_workload, every = seconds.T, (numbers.ndim - 1) * (slice(None),)
         floats = numbers.astype(np.float64, copy=False)
         for group in self.template.groups:
+            if group.kind is FlashAttention and len(group.slots) <= FEW and numbers.ndim == 1:
+                # Many operations on few numbers: each as an array takes longer than all of them in plain Python.
+                seconds[group.slots] = [compute.duration(kernel) for kernel in group.each(floats)]
+                continue
             kernels: Any = (*every, group.slots)
             by_workload[kernels] = compute.duration(group.work(floats))
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
+        if self.optimizer:
+            # The ranks of a step wait for the slowest of them; layers alone are timed on a mean GPU.
+            seconds[self._compute_bound] *= straggler_factor(compute.profile, self.world.ranks)
         for step, position, slots in self._messages:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
             duration = comm.step_duration if step.step_of else comm.duration
             seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
+        for position, slots in self._host_copies:
+            seconds[slots] = comm.host_copy(numbers[position])
         return seconds
 
     @lazy
@@ -368,13 +394,13 @@ class PreparedStep:
 
     def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
         """Bytes of the message of each collective after the last micro-batch."""
-        syncs = _syncs(self._closings_of(chunk))
+        syncs = syncs_of(self._closings_of(chunk))
         return dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
 
     def _closings_of(self, chunk: Chunk) -> tuple[Closing, ...]:
         return self.closings if self.world == self.mesh else self.stage_closings(chunk)
 
 
-def _syncs(own: Sequence[Closing]) -> tuple[Sync, ...]:
+def syncs_of(own: Sequence[Closing]) -> tuple[Sync, ...]:
     """The collectives of some closings."""
     return tuple([step for made in own for step in made.steps if isinstance(step, Sync)])

@@ -120,6 +120,7 @@ class Groups(Mapping[str, Mapping[int, tuple[int, ...]]]):
 
 def groups_of(mesh: Mesh, segments: Iterable[Segment]) -> Groups:
     """The groups that some segments call, and stages of a pipeline, which send each other messages."""
-    axes: set[tuple[Axis, ...]] = {call.axes for segment in segments for call in segment.calls.values()}
+    calls = (call for segment in segments for call in segment.calls.values())
+    axes: set[tuple[Axis, ...]] = {call.axes for call in calls if call.axes}
     axes |= {(axis,) for axis in mesh.axes if axis == "pp"}
     return Groups(mesh, {" × ".join(own): own for own in sorted(axes)})

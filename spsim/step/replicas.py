@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.instructions import Program
 from spsim.program.placement import Collective, Extent
 from spsim.step.buckets import (
@@ -175,11 +176,6 @@ def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
         for block, program in enumerate(programs)
         for weights in program.weights
     ])  # fmt: skip
-
-
-def shard_ranks(plan: Plan) -> int:
-    """Ranks that share one copy of what is sharded: of all replicas, or of each `shard_group` of them."""
-    return (plan.shard_group or plan.dp) * plan.ulysses * plan.ring
 
 
 def _megatron(weights: _Weights) -> Synchronisation:

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 
-from spsim.lazy import lazy
-from spsim.step.groups import Groups
-from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Visit
+import numpy as np
+
+from spsim.costs.collectives import CommCost
+from spsim.costs.kernels import ComputeCost
+from spsim.engine.recording import Integers
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.rules import sequence_unit
+from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.lazy import Cache, lazy
+from spsim.program.assembly import step_key, step_programs
+from spsim.program.blocks.optimizer import parameter_state
+from spsim.program.instructions import Program
+from spsim.program.sizes import Numbers, Template
+from spsim.program.templates import step_template
+from spsim.step.closing import Closing, Optimizer, replica_closings
+from spsim.step.columns.step import BlockColumns
+from spsim.step.gradients import Sync
+from spsim.step.groups import Groups, replica_groups
+from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Runs, Visit
 from spsim.step.patterns import in_loops
-from spsim.step.replicas import Synchronisation
+from spsim.step.preparation import PreparedStep, in_precision, syncs_of
+from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
 from spsim.step.segments import Segment
 from spsim.step.variants import ReplicaPasses, StagePass
+from spsim.units import MIB, picoseconds
+
+ProgramsAt = Callable[[Workload], Mapping[str, Program]]
 
 
 class ReplicatedChunk:
@@ -71,3 +93,102 @@ def root_of(chunk: Chunk) -> frozenset[int]:
     """Places of the blocks that are no layers, which FSDP does not shard by themselves."""
     own = [run for run in chunk for _ in range(run.count)]
     return frozenset(place for place, run in enumerate(own) if not run.numbered)
+
+
+class ReplicatedStep(PreparedStep):
+    """The step of the only stage of a plan, its weights synchronised as a library does."""
+
+    def __init__(self, template: Template, plan: Plan, programs_at: ProgramsAt, optimizer: Optimizer, chunk: Chunk,
+                 *, fold: bool) -> None:  # fmt: skip
+        state = parameter_state(plan, ELEMENT_BYTES[optimizer.precision])
+        super().__init__(template, plan, programs_at, fold=fold, gradient_bytes=state.gradient, optimizer=optimizer)
+        programs, groups = template.programs, replica_groups(plan)
+        parameters = parameters_of(programs[run.block] for run in chunk for _ in range(run.count))
+        sync = synchronisation(parameters, plan, optimizer.precision, root=root_of(chunk))
+        self.replicated = ReplicatedChunk(sync, self.blocks, chunk, groups)
+        others = [found for found in self.syncs if found.axes == ("tp",)]
+        passes = self.segments[: -len(self.closings)]
+        self.closings = replica_closings(sync, groups, programs, others, optimizer)
+        self.syncs = syncs_of(self.closings)
+        known = {*map(id, passes)}
+        variants = [segment for segment in self.replicated.segments if id(segment) not in known]
+        self.segments = (*passes, *variants, *(made.segment for made in self.closings))
+        self.owners |= {s.name: self.owners[s.variant_of] for s in variants if s.variant_of}
+
+    @lazy
+    def columns(self) -> BlockColumns | None:
+        """None where messages are between the kernels of a pass."""
+        return None if any(segment.added for segment in self.segments) else super().columns
+
+    def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
+        """A step of its own chunk."""
+        closing = [Visit(made.segment) for made in self.closings]
+        return *self.replicated.items(int(micro_batches)), *closing
+
+    def stage_closings(self, chunk: Chunk) -> tuple[Closing, ...]:
+        """Of its own chunk, too."""
+        return self.closings
+
+    def sizes(self, numbers: Numbers) -> dict[str, Integers]:
+        """Bytes of the buffers of each segment, of those of its messages too."""
+        found = super().sizes(numbers)
+        return found | {
+            s.name: np.concatenate([found[s.name], np.array(s.added_bytes, dtype=found[s.name].dtype)])
+            for s in self.segments
+            if s.added_bytes
+        }
+
+    def durations(
+        self, numbers: Numbers, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int, chunk: Chunk | None
+    ) -> dict[str, Mapping[int, list[int]]]:
+        """Picoseconds of each task, by segment and simulated rank."""
+        found = super().durations(numbers, compute, comm, gpus_per_node=gpus_per_node, chunk=chunk)
+        for segment in self.segments:
+            if not segment.added:
+                continue
+            own = {task: self._time(sync, comm, gpus_per_node) for task, sync in segment.added.items()}
+            times = found.get(segment.name) or {rank: [] for rank in self.ranks.copies}
+            found[segment.name] = {rank: segment.woven(of_rank, own) for rank, of_rank in times.items()}
+        return found
+
+    def _time(self, sync: Sync, comm: CommCost, gpus_per_node: int) -> int:
+        nodes = self.nodes(sync.axes, sync.ranks, gpus_per_node)
+        return picoseconds(comm.duration(sync.collective, sync.message_bytes, sync.ranks, nodes))
+
+    def issued(self, micro_batches: int) -> Counter[Sync]:
+        """Collectives over weights in the passes of a step, and how often each."""
+        return _issued(self.replicated.items(micro_batches))
+
+
+def _issued(items: Sequence[Item]) -> Counter[Sync]:
+    found: Counter[Sync] = Counter()
+    for item in items:
+        if isinstance(item, Visit):
+            found.update(item.segment.added.values())
+        else:
+            for sync, times in _issued(item.body).items():
+                found[sync] += times * int(item.runs)
+    return found
+
+
+_steps: Cache[ReplicatedStep] = Cache(64 * MIB, lambda step: step.nbytes)
+
+
+def replicated_step(model: Model, plan: Plan, fold: bool, precision: Precision, chunk: Chunk) -> ReplicatedStep:
+    """The whole of a model, of which a rank runs a `chunk`, under a plan without pipeline stages."""
+    options = (
+        plan.dp_library, plan.zero, plan.zero_stage, plan.bucket_elements, plan.dp_overlap, plan.grad_dtype,
+        plan.moment_dtype, plan.precision_aware_optimizer, plan.tp_backward_overlap,
+    )  # fmt: skip
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, fold, tuple(chunk), options)
+    return _steps.get(
+        key,
+        lambda: ReplicatedStep(
+            step_template(model, plan, precision),
+            plan,
+            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
+            Optimizer(plan, precision),
+            chunk,
+            fold=fold,
+        ),
+    )

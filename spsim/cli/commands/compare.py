@@ -19,6 +19,7 @@ from spsim.cli.options import (
     NodesOption,
     PhaseOption,
     PrecisionOption,
+    ScopeOption,
     SeqLenOption,
     SetOption,
 )
@@ -44,13 +45,14 @@ def command(
     precision: PrecisionOption = None,
     phase: PhaseOption = None,
     nodes: NodesOption = None,
+    scope: ScopeOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for pictures and comparison.json.")] = None,
 ) -> None:
     """Two or more plans side by side: where time and memory differ, and why."""
     given = Given.of(
-        "compare", case, plan, changes, hardware=hardware, model=model, nodes=nodes, seq_len=seq_len,
+        "compare", case, plan, changes, hardware=hardware, model=model, nodes=nodes, scope=scope, seq_len=seq_len,
         micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     comparison = compare(given.all_plans(), **given.settings())

@@ -20,6 +20,7 @@ from spsim.cli.options import (
     PhaseOption,
     PlanOption,
     PrecisionOption,
+    ScopeOption,
     SeqLenOption,
     SetOption,
 )
@@ -45,13 +46,14 @@ def command(
     precision: PrecisionOption = None,
     phase: PhaseOption = None,
     nodes: NodesOption = None,
+    scope: ScopeOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for explanation.json.")] = None,
 ) -> None:
     """Which operators does sequence parallelism apply to, and why?"""
     given = Given.of(
-        "explain", case, plan, changes, hardware=hardware, model=model, nodes=nodes, seq_len=seq_len,
+        "explain", case, plan, changes, hardware=hardware, model=model, nodes=nodes, scope=scope, seq_len=seq_len,
         micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     explanation = _explanation(given)

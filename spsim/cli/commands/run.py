@@ -21,6 +21,7 @@ from spsim.cli.options import (
     PhaseOption,
     PlanOption,
     PrecisionOption,
+    ScopeOption,
     SeqLenOption,
     SetOption,
 )
@@ -59,6 +60,7 @@ def command(
     precision: PrecisionOption = None,
     phase: PhaseOption = None,
     nodes: NodesOption = None,
+    scope: ScopeOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
@@ -70,7 +72,7 @@ def command(
     if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
         raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
     given = Given.of(
-        "run", case, plan, changes, hardware=hardware, model=model, nodes=nodes, seq_len=seq_len,
+        "run", case, plan, changes, hardware=hardware, model=model, nodes=nodes, scope=scope, seq_len=seq_len,
         micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     result = simulate(given.scenario())

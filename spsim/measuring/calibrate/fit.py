@@ -96,6 +96,7 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     """
     measurements = list({row.key: row for row in measurements}.values())
     environment = {row.name: row.text for row in measurements if row.kind == "environment" and row.text}
+    base = base.eager  # what is measured are kernels of torch
     start, raised = datasheet_for(measurements, base)
     draft = _Draft(start, environment.get("date", base.as_of))
     _start_of_a_kernel(measurements, draft)

@@ -321,12 +321,15 @@ def _scenario(case: VerifyCase, hardware: HardwareProfile) -> Scenario:
 
 def _of_a_pass(hardware: HardwareProfile) -> HardwareProfile:
     """The profile as a pass of torch meets it that is measured by itself: a burst, too short for the power limit, whose
-    weight gradients are added to nothing.
+    weight gradients are added to nothing, of kernels that nobody fused.
     """
     gemm = hardware.coefficients.gemm
     nothing = {dtype: exposed.model_copy(update={"value": 0.0}) for dtype, exposed in gemm.accumulation_exposed.items()}
     coefficients = hardware.coefficients.model_copy(
-        update={"gemm": gemm.model_copy(update={"sustained_limit": {}, "accumulation_exposed": nothing})}
+        update={
+            "gemm": gemm.model_copy(update={"sustained_limit": {}, "accumulation_exposed": nothing}),
+            "fused_rates": {},
+        }
     )
     return hardware.model_copy(update={"coefficients": coefficients})
 

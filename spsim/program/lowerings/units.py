@@ -9,7 +9,17 @@ from dataclasses import replace
 from itertools import pairwise
 
 from spsim.program.categories import categorise
-from spsim.program.instructions import Buffer, Category, Compute, Instruction, Part, Program, Section, next_ids
+from spsim.program.instructions import (
+    Buffer,
+    Category,
+    Communication,
+    Compute,
+    Instruction,
+    Part,
+    Program,
+    Section,
+    next_ids,
+)
 
 
 def unit_of(program: Program, repeated: Program, layers: int) -> Program:
@@ -81,6 +91,6 @@ class _Copy:
         usual: Category = "temporary" if isinstance(step, Compute) else "communication buffers"
         own = (replace(b, category=usual) if b.category == "activations" else b for b in step.writes)
         found = replace(step, id=number, part=part, reads=reads, writes=self.buffers(tuple(own)))
-        if isinstance(found, Compute):
+        if not isinstance(found, Communication):
             return found
         return replace(found, issued_after=tuple(self.first_instruction + other for other in found.issued_after))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.program.assembly import program_in
-from spsim.program.instructions import Communication, Compute, Instruction, Program, Section
+from spsim.program.instructions import Compute, Instruction, Program, Section
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator, operator_splits
 from spsim.program.placement import Extent
@@ -45,7 +45,7 @@ def _sections_as_torch(section: Section) -> Section:
 
 
 def _as_torch(step: Instruction) -> Instruction:
-    if isinstance(step, Communication):
+    if not isinstance(step, Compute):
         return step
     if step.operator == OUTPUT:  # nothing runs: the caller gets the buffer
         return replace(step, work=(None,), writes=tuple(replace(b, alias_of=step.reads[0]) for b in step.writes))

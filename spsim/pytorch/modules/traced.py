@@ -132,7 +132,7 @@ class TracedModule:
             raise InputError(f"gradients: {gradients!r} is not known; use one of {', '.join(GRADIENTS)}")
         plan = parse_plan(plan) if isinstance(plan, str) else plan
         profile = hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
-        return simulate_program(self.program(plan), self.tape, profile, plan, gradients)
+        return simulate_program(self.program(plan), self.tape, profile.eager, plan, gradients)
 
 
 def _row(call: Call, saved: int) -> dict[str, object]:
