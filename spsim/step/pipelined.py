@@ -190,22 +190,23 @@ class Pipelined:
                     places[stage] += 1
         return found
 
-    def _close(
-        self,
-        found: list[tuple[Closing, list[Moments]]],
-        entry: tuple[Closing, Sync | str, int],
-        stage: int,
-        cursor: int,
-    ) -> int:
+    def _close(self, found: list[tuple[Closing, list[Moments]]], entry: Entry, stage: int, cursor: int) -> int:
         """The next task of a stage that does not wait for others; when the one after it may begin."""
-        made, step, ps = entry
-        overlaps = isinstance(step, Sync) and step.lane != "tp"
-        if overlaps and step.name == GRADIENTS and self.closed.reductions:
-            start, end = self._reduced(stage)
-            return max(cursor, _append(found, (made, step, end - start), start, start))
-        if overlaps and step.name == PARAMETERS and self.closed.gathers:
-            return _append(found, (made, step, self.lead_ps), cursor, cursor)
+        made, step, _ = entry
+        if isinstance(step, Sync) and step.lane != "tp":
+            if step.name == GRADIENTS and self.closed.reductions:
+                start, end = self._reduced(stage)
+                hidden = sum(own.ps for own in self.closed.reductions[stage]) - max(0, end - cursor)
+                end = _append(found, (made, step, end - start), start, start)
+                return max(cursor, end) + self._lost(hidden)
+            if step.name == PARAMETERS and self.closed.gathers:
+                hidden = max(map(sum, self.closed.gathers)) - self.lead_ps
+                return _append(found, (made, step, self.lead_ps + self._lost(hidden)), cursor, cursor)
         return _append(found, entry, cursor, cursor)
+
+    def _lost(self, hidden_ps: int) -> int:
+        """What kernels lose beside collectives of replicas that they hide."""
+        return round(self.closed.slowdown * max(0, hidden_ps))
 
     def _reduced(self, stage: int) -> tuple[int, int]:
         """When the gradients of a stage are summed behind its passes: chunk after chunk, each from the end of its last
