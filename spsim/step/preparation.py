@@ -26,8 +26,6 @@ from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import (
-    EMBEDDING,
-    HEAD,
     compiled_by,
     kinds_of_layers,
     layer_programs,
@@ -51,6 +49,7 @@ from spsim.step.issue import block_passes
 from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
+from spsim.step.slots import runs_of, slots_in_graphs
 from spsim.units import KIB, MIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
@@ -116,7 +115,7 @@ class PreparedStep:
         self.programs_at = programs_at
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
-        self.optimizer, self.cuda_graphs = optimizer, plan.cuda_graphs
+        self.optimizer, self._graphs = optimizer, plan.cuda_graphs
         self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
         self.closings = self._close(template.programs)
         self.syncs = syncs_of(self.closings)
@@ -355,17 +354,7 @@ class PreparedStep:
 
     @lazy
     def _in_graphs(self) -> npt.NDArray[np.intp]:
-        """Slots of kernels that CUDA graphs launch, of layers or of all blocks; equal kernels share a slot."""
-        whole = {"none": (), "per_layer": self.blocks.keys() - {EMBEDDING, HEAD}, "full_iteration": self.blocks}
-        found = {
-            slot
-            for segment in self.segments
-            if self.owners.get(segment.name) in whole[self.cuda_graphs]
-            for step in segment.instructions
-            if isinstance(step, Compute)
-            for slot in self.index_of(segment).slots[step.id]
-        }
-        return np.array(sorted(found - {0}), dtype=np.intp)
+        return slots_in_graphs(self._graphs, self.blocks, self.template.indices)
 
     @lazy
     def _compute_bound(self) -> npt.NDArray[np.intp]:
@@ -375,14 +364,7 @@ class PreparedStep:
 
     @lazy
     def _runs(self) -> Floats:
-        """How often a rank runs the kernel of each slot in both passes of a layer, a mean over positions on a ring."""
-        runs = [0.0] * self.template.num_slots
-        for part in (part for found in self.passes.values() for part in found.parts):
-            for step in part.segment.instructions:
-                slots = self.template.index.slots[step.id]
-                for slot in slots if isinstance(step, Compute) else ():
-                    runs[slot] += part.runs / len(slots)
-        return np.array([0.0, *runs[1:]])
+        return runs_of(self.passes, self.template.index, self.template.num_slots)
 
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
         """Of all blocks of a rank."""
