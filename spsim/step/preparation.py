@@ -37,6 +37,7 @@ from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
+from spsim.program.recipes import in_precision
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.program.templates import layers_template, step_template
 from spsim.step.abreast import Abreast
@@ -87,11 +88,6 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
     )
 
 
-def in_precision(workload: Workload, precision: Precision) -> Workload:
-    """A workload in the precision whose recipe the device runs."""
-    return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
-
-
 def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
     """What of a plan says in which order its program is issued, and by what."""
     return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs
@@ -115,7 +111,8 @@ class PreparedStep:
         self.programs_at = programs_at
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
-        self.optimizer, self._graphs = optimizer, plan.cuda_graphs
+        self.optimizer = optimizer
+        self._in_graphs = slots_in_graphs(plan.cuda_graphs, self.blocks, template.indices)
         self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
         self.closings = self._close(template.programs)
         self.syncs = syncs_of(self.closings)
@@ -351,10 +348,6 @@ class PreparedStep:
         for position, slots in self._host_copies:
             seconds[slots] = comm.host_copy(numbers[position])
         return seconds
-
-    @lazy
-    def _in_graphs(self) -> npt.NDArray[np.intp]:
-        return slots_in_graphs(self._graphs, self.blocks, self.template.indices)
 
     @lazy
     def _compute_bound(self) -> npt.NDArray[np.intp]:
