@@ -7,8 +7,9 @@
    folding layers gains, the results being equal.
 3. Scaling in layers and in ranks.
 4. Grids: the workloads of one plan at once, as columns and through `sweep()`; plans that are new; a search over plans.
-5. Commands as whole processes, against one that only imports pandas.
-6. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon, which needs psutil): the same
+5. Whole steps of several pipeline stages: the step time, and with memory and what ranks wait for.
+6. Commands as whole processes, against one that only imports pandas.
+7. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon, which needs psutil): the same
    configurations there, in the same process, what both predict for the layer of gpt-22b on A100, and its commands.
 """
 
@@ -44,6 +45,12 @@ from spsim.studies.rows import row
 
 SETTINGS = {"hardware": "dgx-h100", "model": "llama-3-70b"}
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "ring=8", "ulysses=4,ring=2", "tp=2,sequence_parallel,ring=4")
+STEPS = (
+    ("gpt-175b", "tp=8,pp=8,virtual_pp=3", 64),
+    ("gpt-530b", "tp=8,pp=35,virtual_pp=3", 280),
+    ("gpt-1t", "tp=8,pp=64", 512),
+)
+"""Model, plan beside sequence parallelism and selective recomputation, sequences of a step."""
 COMMANDS = {
     "--help": "",
     "run": "--model gpt-22b --hardware dgx-a100-80gb --plan tp=8,sequence_parallel,recompute=selective "
@@ -255,6 +262,30 @@ def peer_layer(path: Path) -> Callable[[bool], tuple[float, float]]:
     return calculon
 
 
+def step_table() -> Table:
+    """Steps of Korthikanti et al. 2022, Table 5."""
+    columns = ["model", "plan", "GPUs", "micro-batches", "step time", "CPU, step time", "CPU, all figures"]
+    made = report.table("Whole steps on A100, sequence 2048", columns, numbers=columns[2:])
+    for model, plan, batch in STEPS:
+        scenario = spsim.Scenario(
+            hardware="dgx-a100-80gb", model=model, plan=f"{plan},sequence_parallel,recompute=selective",
+            workload={"seq_len": 2048, "global_batch": batch}, scope="step",
+        )  # fmt: skip
+
+        def figures(scenario: spsim.Scenario = scenario) -> object:
+            result = spsim.simulate(scenario)
+            return result.step_time_s, result.peak_bytes, result.exposed_ps, result.idle_s, result.weight_sync_s
+
+        step_s = spsim.simulate(scenario).step_time_s
+        quick = cpu_seconds(lambda scenario=scenario: spsim.simulate(scenario).step_time_s)
+        whole = cpu_seconds(figures)
+        gpus, number = scenario.plan.gpus, scenario.num_micro_batches
+        made.add_row(
+            model, plan, f"{gpus}", f"{number}", f"{step_s:.2f} s", f"{1e3 * quick:.1f} ms", f"{1e3 * whole:.1f} ms"
+        )
+    return made
+
+
 def peer_table(calculon: Callable[[bool], tuple[float, float]]) -> Table:
     """Both on the gpt-22b layer."""
 
@@ -284,8 +315,8 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=140)
     calculon = peer_layer(arguments.peer) if arguments.peer else None
-    tables = (engine_table(), sweep_table(), scaling_table(), grid_table(calculon), startup_table(arguments.peer))
-    for made in tables:
+    tables = (engine_table(), sweep_table(), scaling_table(), grid_table(calculon), step_table())
+    for made in (*tables, startup_table(arguments.peer)):
         console.print(made)
     if calculon:
         console.print(peer_table(calculon))

@@ -99,7 +99,6 @@ def with_plan(plan: str) -> list[str]:
         ([*RUN, "--hardware", "l40s-8", "--plan", "tp=16"], ["16 GPUs", "several nodes", "l40s-8", "at most 8"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-h100", "--seq-len", "2304", "--plan",
           "tp=4,ring=3,ring_kind=all_gather"], ["tp = 4", "blocks of 4 ranks", "nodes of 6", "unevenly"]),
-        (with_plan("tp=2,ulysses=2,zero=3"), ["zero = 3", "not simulated yet"]),
         (with_plan("zero=4"), ["zero", "4"]),
         (["run", "--model", "gpt-22b", "--hardware", "dgx-h100", "--seq-len", "2050", "--plan", "ulysses=8"],
          ["2050", "2048 or 2056"]),

@@ -252,3 +252,20 @@ def test_score_of_a_structure_is_evaluated_for_many_durations_at_once() -> None:
     together = part.ends(np.zeros((1, 5), np.int64), times_ps)
     for column in range(5):
         assert (together[:, column] == part.ends(np.zeros(1, np.int64), times_ps[:, column])).all()
+
+
+def test_one_stage_sends_nothing() -> None:
+    clock = Clock("1f1b", 1, 1, 4)
+    assert clock.lanes == ()
+    assert clock.times([{"F": 10, "B": 20}[name.kind] for name in clock.classes], []).finished_ps.tolist() == [120]
+
+
+def test_times_are_not_negative() -> None:
+    clock = Clock("1f1b", 2, 1, 4)
+    with pytest.raises(ValueError, match="a pass or message of -1 ps"):
+        clock.times([1] * len(clock.classes), [-1] * len(clock.lanes))
+
+
+def test_groups_of_fewer_micro_batches_than_stages_are_a_deadlock() -> None:
+    with pytest.raises(DeadlockError, match="pipeline ranks 0, 3 wait"):
+        Clock("1f1b", 4, 2, 8, 2)

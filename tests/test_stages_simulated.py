@@ -13,6 +13,7 @@ from spsim import Scenario, load_model, simulate
 from spsim.engine.pieces import Stretch
 from spsim.engine.recording import COMPUTE_LANE, TaskInfo
 from spsim.engine.tasks import Task
+from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.step_rules import refused_count
 from spsim.results import metrics
@@ -185,6 +186,14 @@ def test_ranks_that_differ_by_their_position_on_the_ring():
     assert_equal(folded, unfolded)
     assert folded.events < unfolded.events
     assert "position" in folded.reasons[0]
+
+
+def test_too_many_ranks_that_differ_are_refused():
+    """A ring of 16 in 64 micro-batches of 6 layers: more than is simulated one by one."""
+    plan = "pp=2,ring=16,ring_cut=contiguous"
+    with pytest.raises(InputError, match="at most 50,000 are simulated, not 98,304; use ring_cut=zigzag"):
+        staged(plan, 64, seq_len=2048, causal=True)
+    assert staged(plan, 64, seq_len=2048, causal=False).num_micro_batches == 64
 
 
 def test_the_trace_says_what_closes_the_step_and_what_is_sent():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PENDING = frozenset({
     "phase",
+    "pp_schedule=interleaved_zero_bubble", "pp_schedule=zbv", "pp_schedule=dualpipev",
     "pp_deallocate",
     "moment_dtype", "precision_aware_optimizer",
 })  # fmt: skip

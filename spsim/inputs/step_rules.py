@@ -16,6 +16,8 @@ from spsim.inputs.workload import Workload
 
 MAX_GPUS = 2**20
 """Of a plan; ten times the largest that trained anything."""
+MAX_STEPS_OF_RINGS = 50_000
+"""Of several pipeline stages whose ranks are simulated one by one; more take minutes."""
 MODULES = ("core_attn", "layernorm", "mlp", "mlp_act")
 """What a selective recomputation may run again (`recompute_modules` of Megatron-LM, whose `moe_act` is of experts)."""
 _MODULES_ELSEWHERE = {
@@ -61,6 +63,19 @@ def _check_pipeline(model: Model, plan: Plan, workload: Workload) -> None:
         count = global_batch // (workload.micro_batch * plan.dp)
         if reason := refused_count(plan, count):
             raise _refused(f"{plan.label} with {count} micro-batches (global_batch / (micro_batch x dp)): {reason}")
+        _check_differing(model, plan, count)
+
+
+def _check_differing(model: Model, plan: Plan, micro_batches: int) -> None:
+    """Ranks of a stage that differ end their passes apart, so that none stands for another."""
+    apart = plan.ring_cut == "contiguous" and model.causal and model.attention != "unfused"
+    steps = model.layers * micro_batches * plan.ring**2
+    if plan.ring > 1 and apart and steps > MAX_STEPS_OF_RINGS:
+        raise _refused(
+            f"ring_cut = 'contiguous' with pp = {plan.pp}: under a causal mask every rank does something else, and of "
+            f"layers x micro-batches x ring x ring at most {MAX_STEPS_OF_RINGS:,} are simulated, not {steps:,}; "
+            "use ring_cut=zigzag, a smaller ring or a smaller global_batch"
+        )
 
 
 def refused_count(plan: Plan, micro_batches: int) -> str | None:

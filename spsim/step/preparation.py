@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.costs.power import straggler_factor
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
@@ -339,6 +340,9 @@ class PreparedStep:
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
+        if self.optimizer:
+            # The ranks of a step wait for the slowest of them; layers alone are timed on a mean GPU.
+            seconds[self._compute_bound] *= straggler_factor(compute.profile, self.world.ranks)
         for step, position, slots in self._messages:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]

@@ -49,6 +49,10 @@ class Clock:
 
     A step of many micro-batches is evaluated as a short one, of which the rounds of the steady state come again. What
     is made for a schedule, and learnt from steps, is kept for the next clock of it.
+
+    Raises:
+        ValueError: the library has no such schedule.
+        DeadlockError: ranks wait for what nobody sends, as with groups of fewer micro-batches than stages.
     """
 
     def __init__(
@@ -88,8 +92,13 @@ class Clock:
         return self._graph.lanes
 
     def times(self, pass_ps: npt.ArrayLike, message_ps: npt.ArrayLike) -> Timeline:
-        """A step whose passes take a time by class and whose messages take one by lane, whole picoseconds."""
-        durations_ps = np.concatenate([pass_ps, message_ps, [0]]).astype(np.int64)
+        """A step whose passes take a time by class and whose messages take one by lane, whole picoseconds.
+
+        Raises:
+            ValueError: a time is negative.
+            DeadlockError: ranks wait for each other.
+        """
+        durations_ps = _durations(pass_ps, message_ps, np.zeros(1, np.int64))
         places, groups = alike(durations_ps)
         region = self._region(durations_ps[places], groups)
         if region is not None:
@@ -101,7 +110,7 @@ class Clock:
     def finished_ps(self, pass_ps: npt.ArrayLike, message_ps: npt.ArrayLike) -> Numbers:
         """When each rank is done, in a column for each of many steps, whose durations are columns too."""
         columns = np.shape(pass_ps)[1]
-        durations_ps = np.concatenate([pass_ps, message_ps, np.zeros((1, columns))]).astype(np.int64)
+        durations_ps = _durations(pass_ps, message_ps, np.zeros((1, columns), np.int64))
         places, groups = alike(durations_ps)
         values_ps = durations_ps[places]
         found = np.empty((self.stages, columns), np.int64)
@@ -172,3 +181,11 @@ class Clock:
             passes = (2 * chunks + 3 * (chunks - 1)) * step + 2 * self.stages
             found = -(-passes // (chunks * step)) * step + self.micro_batches % step
         return found if 4 * found <= 3 * self.micro_batches else None
+
+
+def _durations(pass_ps: npt.ArrayLike, message_ps: npt.ArrayLike, none: Numbers) -> Numbers:
+    """By time of the graph. Longest ways are found and kept on the assumption that none is negative."""
+    found = np.concatenate([np.asarray(pass_ps, np.int64), np.asarray(message_ps, np.int64), none])
+    if found.min() < 0:
+        raise ValueError(f"a pass or message of {found.min()} ps: times are 0 or more")
+    return found
