@@ -27,8 +27,6 @@ from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import (
-    EMBEDDING,
-    HEAD,
     compiled_by,
     kinds_of_layers,
     layer_programs,
@@ -40,6 +38,7 @@ from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
+from spsim.program.recipes import in_precision
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.program.templates import layers_template, step_template
 from spsim.step.abreast import Abreast
@@ -52,6 +51,7 @@ from spsim.step.issue import block_passes
 from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
+from spsim.step.slots import runs_of, slots_in_graphs
 from spsim.units import KIB, MIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
@@ -90,11 +90,6 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
     )
 
 
-def in_precision(workload: Workload, precision: Precision) -> Workload:
-    """A workload in the precision whose recipe the device runs."""
-    return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
-
-
 def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
     """What of a plan says in which order its program is issued, and by what."""
     return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs, plan.grad_dtype
@@ -118,7 +113,8 @@ class PreparedStep:
         self.programs_at = programs_at
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
-        self.optimizer, self.cuda_graphs = optimizer, plan.cuda_graphs
+        self.optimizer = optimizer
+        self._in_graphs = slots_in_graphs(plan.cuda_graphs, self.blocks, template.indices)
         self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
         self.closings = self._close(template.programs)
         self.syncs = syncs_of(self.closings)
@@ -363,20 +359,6 @@ class PreparedStep:
         return seconds
 
     @lazy
-    def _in_graphs(self) -> npt.NDArray[np.intp]:
-        """Slots of kernels that CUDA graphs launch, of layers or of all blocks; equal kernels share a slot."""
-        whole = {"none": (), "per_layer": self.blocks.keys() - {EMBEDDING, HEAD}, "full_iteration": self.blocks}
-        found = {
-            slot
-            for segment in self.segments
-            if self.owners.get(segment.name) in whole[self.cuda_graphs]
-            for step in segment.instructions
-            if isinstance(step, Compute)
-            for slot in self.index_of(segment).slots[step.id]
-        }
-        return np.array(sorted(found - {0}), dtype=np.intp)
-
-    @lazy
     def _compute_bound(self) -> npt.NDArray[np.intp]:
         """Slots of products and attention."""
         own = [group.slots for group in self.template.groups if group.kind is not MemoryBound]
@@ -384,14 +366,7 @@ class PreparedStep:
 
     @lazy
     def _runs(self) -> Floats:
-        """How often a rank runs the kernel of each slot in both passes of a layer, a mean over positions on a ring."""
-        runs = [0.0] * self.template.num_slots
-        for part in (part for found in self.passes.values() for part in found.parts):
-            for step in part.segment.instructions:
-                slots = self.template.index.slots[step.id]
-                for slot in slots if isinstance(step, Compute) else ():
-                    runs[slot] += part.runs / len(slots)
-        return np.array([0.0, *runs[1:]])
+        return runs_of(self.passes, self.template.index, self.template.num_slots)
 
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
         """Of all blocks of a rank."""
