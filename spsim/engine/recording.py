@@ -66,10 +66,6 @@ class MemoryChange(NamedTuple):
     task: int
 
 
-OFFLOAD = "offload"
-"""Purpose of copies between a device and its host."""
-
-
 class TaskInfo(NamedTuple):
     """What a task is, for tables and plots."""
 

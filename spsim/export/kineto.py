@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from spsim.engine.recording import OFFLOAD, TaskInfo
+from spsim.engine.recording import TaskInfo
 from spsim.export.events import Event, complete, process, thread, write_events
 from spsim.export.slices import Slice, Slices, nanoseconds
+from spsim.program.instructions import OFFLOAD
 from spsim.results.result import Result
 from spsim.results.selection import Selection, lane_order
 

@@ -30,10 +30,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from spsim.engine.pieces import Pass
-from spsim.engine.recording import COMPUTE_LANE, OFFLOAD, BufferUse, TaskInfo
+from spsim.engine.recording import COMPUTE_LANE, BufferUse, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
+from spsim.program.instructions import OFFLOAD, Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
 from spsim.step.segments import BlockPass, Call, Part, Segment
 
 HOST_LANE = "host"
