@@ -16,8 +16,8 @@ from spsim.program.sizes import Numbers
 from spsim.step.folding import Step
 from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.exchange import Exchange, instructions
-from spsim.step.pipelined import Closed, Messages, Pipelined, Stages, run_pipeline
+from spsim.step.pipeline.exchange import Exchange, score
+from spsim.step.pipelined import Closed, Messages, Passes, Pipelined, Stages, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
 from spsim.units import picoseconds
@@ -33,22 +33,21 @@ class CostedPipeline(NamedTuple):
     messages: Messages
     closed: Closed
 
+    @property
+    def passes(self) -> Passes:
+        """What chunks can run."""
+        return Passes(self.prepared.blocks, self.prepared.halves)
+
     def folded(self) -> Pipelined:
         """Passes run once; ranks of a stage have to be alike."""
-        prepared = self.prepared
-        return run_pipeline(
-            prepared.blocks, self.stages, self.clock, self.step, self.messages, self.closed, stride=prepared.mesh.ranks
-        )
+        stride = self.prepared.mesh.ranks
+        return run_pipeline(self.passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride)
 
     def unfolded(self) -> Unfolded:
         """As one program of each simulated rank of each stage."""
-        prepared, clock = self.prepared, self.clock
-        rows = instructions(
-            clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange
-        )
-        return unfold_pipeline(
-            prepared.blocks, self.stages, rows, self.step, self.messages, self.closed, prepared.ranks
-        )
+        clock, ranks = self.clock, self.prepared.ranks
+        whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
+        return unfold_pipeline(self.passes, self.stages, whole, self.step, self.messages, self.closed, ranks)
 
     def infos(self, piece: Piece) -> Sequence[TaskInfo]:
         """What the tasks are of a message, or of a segment that closes the step, with their sizes."""

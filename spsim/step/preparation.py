@@ -24,6 +24,7 @@ from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
+from spsim.inputs.schedules import HALVED
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
@@ -40,8 +41,9 @@ from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.gradients import Sync
-from spsim.step.issue import block_passes
-from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulation
+from spsim.step.halves import Halves
+from spsim.step.issue import block_passes, halved_passes
+from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
 from spsim.units import KIB, MIB, PS_PER_S
@@ -88,7 +90,12 @@ def in_precision(workload: Workload, precision: Precision) -> Workload:
 
 def _issued_by(plan: Plan) -> tuple[bool, ...]:
     """What of a plan says in which order its program is issued."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0
+    return plan.tp_backward_overlap, plan.zero_stage > 0, has_halves(plan)
+
+
+def has_halves(plan: Plan) -> bool:
+    """Whether backward passes run in halves."""
+    return plan.pp > 1 and plan.pp_schedule in HALVED
 
 
 class PreparedStep:
@@ -116,14 +123,19 @@ class PreparedStep:
         )  # fmt: skip
         self.closings = self._close(template.programs)
         self.syncs = syncs_of(self.closings)
+        programs = template.programs.items() if has_halves(plan) else ()
+        halves = {name: found for name, program in programs if (found := halved_passes(program, plan, name))}
+        self.halves: Halves[Blocks] = Halves(
+            {name: {"backward": own.inputs} for name, own in halves.items()},
+            {name: {"backward": own.weights} for name, own in halves.items()},
+        )
+        """Of backward passes, where they run in halves; blocks of products only."""
+        every = [(name, own) for found in (self.blocks, *self.halves) for name, own in found.items()]
         self.owners = {
-            part.segment.name: block
-            for block, passes in self.blocks.items()
-            for own in passes.values()
-            for part in own.parts
+            part.segment.name: block for block, passes in every for own in passes.values() for part in own.parts
         }
         """Segment -> the block that it is of."""
-        own = tuple(part.segment for found in self._passes for part in found.parts)
+        own = tuple(part.segment for _, passes in every for found in passes.values() for part in found.parts)
         self.segments: tuple[Segment, ...] = (*own, *(made.segment for made in self.closings))
         works = (step.work for segment in own for step in segment.instructions if isinstance(step, Compute))
         differ = any(len(work) > 1 for work in works)
