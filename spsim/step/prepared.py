@@ -10,6 +10,7 @@ from spsim.lazy import Cache
 from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
 from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.blocks.transformer import layer_traits
+from spsim.program.recipes import in_precision
 from spsim.program.templates import layers_template, step_template
 from spsim.step.closing import Optimizer
 from spsim.step.preparation import PreparedStep, has_halves
