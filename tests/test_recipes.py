@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from spsim import InputError, Model, Scenario, Workload, load_profile, simulate
+from spsim import InputError, Model, Scenario, Workload, explain, load_profile, simulate
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.models import compute_cost
 from spsim.inputs.plan import parse_plan
@@ -13,7 +13,7 @@ from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute
 from spsim.program.recipes import program_precision
 from spsim.units import GIB
-from spsim.work import FlashAttention, Gemm
+from spsim.work import FlashAttention, Gemm, MemoryBound
 
 S, H, F, A, KV, D, T = 4096, 4096, 14336, 32, 8, 128, 4
 """Sequence, widths and heads of a layer, and the degree of tp."""
@@ -309,6 +309,28 @@ def test_a_product_names_its_type():
     profile = load_profile("dgx-h100")
     assert ComputeCost(profile, "bf16").duration(named) == ComputeCost(profile, "fp8").duration(work)
     assert ComputeCost(profile, "bf16").coefficients_of(named)[1] == "gemm.fraction.fp8"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "copies", "measured_us"),
+    [("quantize", 1, 34.8), ("quantize_columnwise", 1, 39.6), ("quantize_both", 2, 52.3)],
+)
+def test_casts_of_transformer_engine_on_b200(kernel, copies, measured_us):
+    """8192 x 8192 from bf16 to mxfp8 (ROCm/TransformerEngine pull request 598): the bytes that a recipe counts move at
+    the rates of the profile.
+    """
+    moved = int((2 + copies * Fraction(33, 32)) * 8192**2)
+    cost = compute_cost(load_profile("dgx-b200"), "mxfp8")
+    predicted = float(cost.duration(MemoryBound("cast", moved, kernel, dtype="mxfp8"))) * 1e6
+    assert predicted == pytest.approx(measured_us, rel=0.1)
+
+
+def test_explain_shows_the_casts():
+    found = explain(LLAMA, TP, {"seq_len": S, "precision": "fp8"})
+    rows = {row.operator: row for row in found.operators}
+    assert rows["qkv_cast"].bytes_moved == 3 * S * H / T
+    assert rows["fc2_gradient_cast"].bytes_moved == 0
+    assert [c.collective for c in rows["fc2_gradient_cast"].communication] == ["reduce_scatter"]
 
 
 def test_a_layer_in_fp8():
