@@ -165,6 +165,8 @@ def with_batch(plan: str, global_batch: int) -> list[str]:
         (with_plan("pp=2,dp=2,zero=2"), ["zero = 2 with pp = 2", "'megatron'", "zero=1"]),
         (with_plan("pp=2,dp=2,zero=3,dp_library=deepspeed"), ["zero = 3 with pp = 2", "'deepspeed'"]),
         (with_plan("dp=2,zero=2,dp_library=ddp"), ["zero = 2", "'ddp'", "dp_library=fsdp"]),
+        (with_plan("dp=2,zero=1,dp_library=ddp"), ["zero = 1", "'ddp'", "dp_library=megatron"]),
+        (with_plan("dp=4,zero=3,shard_group=2,dp_library=deepspeed"), ["shard_group = 2", "'deepspeed'"]),
         (with_plan("dp=2,dp_library=fsdp"), ["'fsdp' with zero = 0", "zero=3"]),
         (with_plan("dp=4,zero=3,shard_group=3"), ["shard_group = 3", "dp = 4", "divisor"]),
         (with_plan("dp=4,distributed_optimizer,shard_group=2"), ["shard_group = 2", "add zero=3"]),

@@ -24,7 +24,7 @@ from spsim.engine.tasks import RankProgram
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import Precision, Workload
+from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import (
     compiled_by,
@@ -33,7 +33,7 @@ from spsim.program.assembly import (
     step_key,
     step_programs,
 )
-from spsim.program.blocks.optimizer import OptimizerKernel
+from spsim.program.blocks.optimizer import OptimizerKernel, parameter_state
 from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
@@ -84,6 +84,7 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
             plan,
             lambda workload: step_programs(model, plan, in_precision(workload, precision)),
             fold=fold,
+            gradient_bytes=parameter_state(plan, ELEMENT_BYTES[precision]).gradient,
             optimizer=Optimizer(plan, precision),
         ),
     )
@@ -91,7 +92,7 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
 
 def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
     """What of a plan says in which order its program is issued, and by what."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs
+    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs, plan.grad_dtype
 
 
 class PreparedStep:
@@ -264,6 +265,10 @@ class PreparedStep:
             own = {name: program for name, program in self.template.programs.items() if name in blocks}
             self._stage_closings[blocks] = self._close(own)
         return self._stage_closings[blocks]
+
+    def stage_syncs(self, chunk: Chunk) -> tuple[Sync, ...]:
+        """The collectives after the last micro-batch of a stage of some blocks."""
+        return syncs_of(self.stage_closings(chunk))
 
     def sync_messages(self, numbers: Numbers, chunk: Chunk, syncs: Sequence[Sync] | None = None) -> list[int]:
         """Bytes of the messages that synchronise the weight gradients of all blocks of a rank."""
