@@ -105,13 +105,18 @@ def test_kept_for_the_backward_pass(precision):
 
 @pytest.mark.parametrize("precision", ITEMSIZE)
 def test_sequence_parallel_gathers_casts_and_scatters_16_bits(precision):
-    """A gather moves the copy that is read next; of gradients both, where rows and columns have scales of their own."""
+    """A gather moves the copy that is read next; of gradients both, where rows and columns have scales of their own.
+    Ranks agree on scales of whole tensors.
+    """
     size, both = ITEMSIZE[precision], 1 if precision.startswith("fp8") and precision != "fp8_blockwise" else 2
     found = program(precision)
+    scales = {"all_reduce": 2 * 4} if precision in ("fp8", "nvfp4") else {}
     assert sent(found.forward) == {
         ("all_gather", "input"): 2 * size * S * H, ("reduce_scatter", "input"): 2 * 2 * S * H,
+        **{(collective, "input"): size for collective, size in scales.items()},
     }  # fmt: skip
     assert sent(found.backward) == {
+        **{(collective, "gradient"): size for collective, size in scales.items()},
         ("all_gather", "gradient"): 2 * both * size * S * H,
         ("all_gather", "regather"): 2 * size * S * H,
         ("reduce_scatter", "gradient"): 2 * 2 * S * H,
@@ -330,7 +335,7 @@ def test_explain_shows_the_casts():
     rows = {row.operator: row for row in found.operators}
     assert rows["qkv_cast"].bytes_moved == 3 * S * H / T
     assert rows["fc2_gradient_cast"].bytes_moved == 0
-    assert [c.collective for c in rows["fc2_gradient_cast"].communication] == ["reduce_scatter"]
+    assert [c.collective for c in rows["fc2_gradient_cast"].communication] == ["reduce_scatter", "all_reduce"]
 
 
 def test_a_layer_in_fp8():
