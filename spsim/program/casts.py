@@ -14,6 +14,8 @@ from typing import Literal
 from spsim.program.recipes import HALF, Cast, Recipe
 from spsim.work import KernelName, MemoryBound
 
+SCALE_BYTES = 4
+"""Of a tensor's largest value."""
 Reading = Literal["forward", "dgrad", "wgrad"]
 """A product by what it is for; the last reads its operands along columns."""
 
