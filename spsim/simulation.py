@@ -43,7 +43,8 @@ from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
 from spsim.step.pipelined import PlacedChunk, Stages
-from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
+from spsim.step.preparation import PreparedStep
+from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
 from spsim.step.unfolded import unfold_step
 

@@ -57,6 +57,25 @@ def test_what_a_part_loses_is_rounded_once():
     assert window.charged(0.1) == {"gemm": 13, SLOWED: 2}
 
 
+def test_communications_take_their_own_share():
+    """Beside half a device 5, beside that and a usual one the larger share for 5, beside the usual one 10, and beside
+    what takes nothing 10: 2.5 + 2.5 + 1 are lost.
+    """
+    activities = [
+        Activity(0, 40, KERNEL, "gemm"),
+        Activity(0, 10, TRANSFER, "exposed send-receive", 0.5),
+        Activity(5, 20, TRANSFER, "exposed all-reduce"),
+        Activity(30, 40, PEER, PEERS, 0.0),
+    ]
+    found = account(activities, 0, 40)
+    assert found.contended == {"gemm": 10}
+    assert found.charged(0.1) == {"gemm": 34, SLOWED: 6}
+    assert found.charged(0.8) == {"gemm": 40 - round(8 + 2.5 + 4), SLOWED: round(8 + 2.5 + 4)}
+    twice = accounts.Account()
+    twice.add(found, times=2)
+    assert twice.charged(0.1) == {"gemm": 68, SLOWED: 12}
+
+
 def test_what_belongs_to_the_window_counts_before_what_does_not():
     """A transfer beside that of another layer is exposed; a kernel of another layer is no time of this one."""
     activities = [

@@ -15,7 +15,8 @@ from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute
 from spsim.program.lowerings import chunks
 from spsim.program.sizes import Template, every_workload
-from spsim.step.preparation import prepared_layer
+from spsim.results.accounts import SLOWED, of_pass
+from spsim.step.prepared import prepared_layer
 from spsim.units import picoseconds
 from spsim.work import Gemm
 from tests.cases import model, result, scenario
@@ -257,3 +258,16 @@ def test_calls_of_chunks_are_told_by_what_they_are_steps_of():
     }
     assert sum(call.calls for call in steps) == 2 * 4 * 3
     assert not any("channels" in note for note in found.notes)
+
+
+def test_accounts_know_what_chunks_take():
+    """What kernels of a layer lose is what they take beyond the same kernels beside nothing."""
+    found = result("tp=4,sequence_parallel,tp_overlap", seq_len=4096, hardware="dgx-h100", **TRAITS)
+    parts = of_pass(found.trace, "forward").charged(found.scenario.hardware.coefficients.overlap_slowdown.value)
+    numbers = found.prepared.template.at(found.scenario.workload)
+    costs = cost_models(found.scenario.hardware, "bf16")
+    alone = found.prepared.durations(numbers, *costs, gpus_per_node=4, chunk=None)["layer forward"][0]
+    own = found.prepared.segments[0]
+    kernels = sum(time for task, time in zip(own.tasks, alone, strict=True) if task.lane == "compute")
+    assert sum(parts[name] for name in own.outline.classes[0]) == pytest.approx(kernels, rel=1e-5)
+    assert parts[SLOWED] > 0

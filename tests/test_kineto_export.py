@@ -20,6 +20,7 @@ PLANS = [
     {"plan": "ring=4", "seq_len": 4096},
     {"plan": "ring=4,ring_cut=contiguous", "seq_len": 4096, "global_batch": 2},
     {"plan": "tp=2,ring=2,sequence_parallel"},
+    {"plan": "tp=2,sequence_parallel,tp_overlap", "hardware": "dgx-h100"},
 ]
 each_plan = pytest.mark.parametrize("case", PLANS, ids=lambda case: case["plan"] or "one GPU")
 
@@ -148,3 +149,15 @@ def test_one_rank_alone_is_read_too(tmp_path):
     read = load_kineto_trace(tmp_path / "rank_0.json.gz")
     calls = Counter(task.collective for task in read.tasks if task.collective)
     assert calls == {"all_to_all": 2 * 8, "all_reduce": 1}
+
+
+def test_copies_to_the_host_are_those_of_a_profiler(tmp_path):
+    """Of two layers that leave and come back: memory copies, on a stream that is read as theirs."""
+    simulated, (file,) = written(tmp_path, {"plan": "cpu_offload_layers=2", "layers": 4, "hardware": "dgx-h100"})
+    copies = [event for event in events_of(file) if event.get("cat") == "gpu_memcpy"]
+    assert [event["name"].split()[1] for event in copies] == ["DtoH", "DtoH", "HtoD", "HtoD"]
+    spans = simulated.spans.query("lane == 'host'")
+    assert [event["dur"] for event in copies] == pytest.approx(spans["duration_us"].tolist(), abs=2e-3)
+    read = load_kineto_trace([file])
+    lanes = {span.lane for leaf in read.leaves for span in leaf.stretch.recording.spans}
+    assert any("copies" in lane or "copy" in lane for lane in lanes)

@@ -35,10 +35,18 @@ VALUES = {
 }  # fmt: skip
 
 
-def outcome(plan, traits):
+WHOLE = (
+    "dp=2,zero=1", "tp=2,pp=2,dp=2", "pp=2,virtual_pp=2", "pp=4,pp_sends=torch",
+    "pp=2,pp_schedule=gpipe,recompute=full",
+)  # fmt: skip
+"""Plans whose options are tried in a whole step."""
+
+
+def outcome(plan, traits, scope="layers", global_batch=None):
     """What a plan gives: its notes, and all figures, spans and memory; an error instead where it is refused."""
+    workload = {"seq_len": 512, "global_batch": global_batch}
     try:
-        case = scenario(plan, seq_len=512, hardware="dgx-h100", **traits)
+        case = Scenario(hardware="dgx-h100", model=model(**traits), plan=plan, workload=workload, scope=scope)
     except InputError:
         return None
     found = simulate(case)
@@ -60,13 +68,24 @@ def test_every_option_is_tried():
 @pytest.mark.parametrize("plan", PLANS)
 def test_an_option_does_something_or_says_why_not(plan, model):
     """One option changed at a time: where that changes nothing the notes differ, and a note about it is right."""
-    here = outcome(plan, MODELS[model])
+    check_options(plan, lambda changed: outcome(changed, MODELS[model]))
+
+
+@pytest.mark.parametrize("plan", WHOLE)
+def test_an_option_of_a_whole_step_does_something_or_says_why_not(plan):
+    assert outcome(plan, {"layers": 4}, "step", 8) is not None
+    check_options(plan, lambda changed: outcome(changed, {"layers": 4}, "step", 8))
+
+
+def check_options(plan, tried):
+    """Every other value of every option, one at a time."""
+    here = tried(plan)
     if here is None:
         return
     parsed = parse_plan(plan)
     for name, values in VALUES.items():
         for value in set(values) - {getattr(parsed, name)}:
-            there = outcome(parsed.model_copy(update={name: value}), MODELS[model])
+            there = tried(parsed.model_copy(update={name: value}))
             if there is None:
                 continue
             if alike(here, there):

@@ -12,7 +12,7 @@ PLANS = ("tp=2", "tp=2,sequence_parallel", "ulysses=2", "ring=2,ring_kind=all_ga
 def result(plan, precision):
     model = MODEL if "zero" not in plan else MODEL.model_copy(update={"attention": "flash"})
     workload = {"seq_len": 256, "micro_batch": 2, "precision": precision}
-    return simulate(Scenario(hardware="cpu-2", model=model, plan=plan, workload=workload))
+    return simulate(Scenario(hardware="cpu-2", model=model, plan=plan, workload=workload, scope="layers"))
 
 
 def saved(found, *categories):

@@ -253,6 +253,7 @@ def test_weights_are_cast_once_a_step():
 
 def result(precision, *, plan=TP, fold=True, **options):
     workload = {"seq_len": 2048, "precision": precision, **options.pop("workload", {})}
+    options = {"scope": "layers", **options}
     return simulate(Scenario(hardware="dgx-h100", model=LLAMA, plan=plan, workload=workload, **options), fold=fold)
 
 
@@ -314,7 +315,14 @@ def test_a_layer_in_fp8():
     """Products about as much faster as their rates are, the rest as before, casts of a twentieth of the time."""
     sizes = {"workload": {"seq_len": 8192}, "model": "llama-3-70b"}
     half, eighth = (
-        simulate(Scenario(hardware="dgx-h100", plan=TP, **sizes | {"workload": {"seq_len": 8192, "precision": own}}))
+        simulate(
+            Scenario(
+                hardware="dgx-h100",
+                plan=TP,
+                scope="layers",
+                **sizes | {"workload": {"seq_len": 8192, "precision": own}},
+            )
+        )
         for own in ("bf16", "fp8")
     )
     assert half.compute_ps["elementwise"] == eighth.compute_ps["elementwise"]

@@ -378,3 +378,25 @@ def test_stages_of_layers_of_several_kinds(how, again):
     assert some.amounts.executed - none.amounts.executed == again * forward
     assert none.step_time_s < some.step_time_s <= full.step_time_s * (1 + 1e-12)
     assert some.peak_memory_gib < none.peak_memory_gib
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("how", HOW)
+def test_what_lasts_does_not_depend_on_what_is_recomputed(how, precision):
+    """Weights, their casts, gradients and optimizer states of five layers, and the messages that synchronise them."""
+    found, none = (
+        simulate(
+            Scenario(
+                hardware="dgx-h100", model=model(layers=5), plan=f"ulysses=2,recompute={kind}",
+                workload=Workload(seq_len=256, precision=precision),
+            )
+        )
+        for kind in (f"full,{how}", "none")
+    )  # fmt: skip
+    assert found.statics == none.statics
+    closing = [
+        [(task.name, task.message_bytes) for task in own.trace.tasks if task.part in ("weight_sync", "optimizer")]
+        for own in (found, none)
+    ]
+    assert closing[0] == closing[1]
+    assert closing[0]

@@ -27,7 +27,7 @@ from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.orders import Action
 from spsim.step.pipelined import Closed, Messages, Passes, PlacedChunk, run_pipeline
-from spsim.step.preparation import prepared_layer
+from spsim.step.prepared import prepared_layer
 from spsim.step.ranks import Ranks
 from spsim.step.segments import BlockPass, Part, Segment
 from spsim.step.unfolded_pipeline import unfold_pipeline

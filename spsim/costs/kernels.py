@@ -52,6 +52,11 @@ class ComputeCost:
         dtype = "bf16" if self.dtype in CAST_TYPES else self.dtype
         return AttentionCost(self.profile, dtype, self._traffic.bandwidth("elementwise"))
 
+    @property
+    def saved_by_graph(self) -> float:
+        """Seconds that any kernel starts earlier in a CUDA graph than in a stream."""
+        return max(0.0, self._overhead - self.profile.graph_overhead_us / US_PER_S)
+
     def duration(self, work: Work) -> Seconds:
         """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""
         match work:

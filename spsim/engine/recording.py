@@ -168,6 +168,8 @@ class Outline:
     labels: Sequence[TaskInfo]
     """What each task is, whatever its layer and sizes."""
     buffers: Sequence[BufferUse] = ()
+    slowdowns: Sequence[float | None] = ()
+    """What kernels lose beside each task, if any loses another share than the run says."""
 
     @lazy
     def classes(self) -> tuple[Sequence[str], Integers]:

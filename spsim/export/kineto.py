@@ -18,6 +18,7 @@ import numpy as np
 from spsim.engine.recording import TaskInfo
 from spsim.export.events import Event, complete, process, thread, write_events
 from spsim.export.slices import Slice, Slices, nanoseconds
+from spsim.program.instructions import OFFLOAD
 from spsim.results.result import Result
 from spsim.results.selection import Selection, lane_order
 
@@ -112,10 +113,13 @@ class _Rank:
         name = "record_param_comms" if info.collective else f"{info.name} {info.part}"
         yield {**self._host("cpu_op", name, launch, launch + OPERATOR), "args": {"External id": number}}
         start = launch + BEFORE_LAUNCH
-        runtime = self._host("cuda_runtime", "cudaLaunchKernel", start, start + LAUNCH)
+        copies = info.purpose == OFFLOAD
+        call = "cudaMemcpyAsync" if copies else "cudaLaunchKernel"
+        runtime = self._host("cuda_runtime", call, start, start + LAUNCH)
         yield {**runtime, "args": {"External id": number, "correlation": number}}
         begin = nanoseconds(own.span.posted_ps) if info.collective else own.start_ns
-        kernel = complete(_name(info), "kernel", begin + self.lead, own.end_ns + self.lead, DEVICE, stream)
+        category = "gpu_memcpy" if copies else "kernel"
+        kernel = complete(_name(info), category, begin + self.lead, own.end_ns + self.lead, DEVICE, stream)
         arguments = {"External id": number, "correlation": number, "device": self.device, "stream": stream}
         yield {**kernel, "args": {**arguments, **self._call(info), "operator": info.name, **own.arguments}}
 
@@ -142,4 +146,6 @@ def _of_autograd(own: Slice) -> int | None:
 def _name(info: TaskInfo) -> str:
     if info.collective:
         return f"ncclDevKernel_{COLLECTIVES[info.collective][0]}"
+    if info.purpose == OFFLOAD:
+        return "Memcpy DtoH (Device -> Pinned)" if info.part == "forward" else "Memcpy HtoD (Pinned -> Device)"
     return KERNELS.get(info.operator_class, info.operator_class)

@@ -68,15 +68,31 @@ def _of_pipeline(plan: Plan) -> dict[str, str]:
 
 def _of_replicas(plan: Plan) -> dict[str, str]:
     one_shard = "with one rank along dp x ulysses x ring" if plan.dp * plan.ulysses * plan.ring == 1 else ""
-    unbucketed = plan.dp_library == "fsdp" or (plan.dp_library == "megatron" and not plan.dp_overlap)
     return {
-        "dp_overlap": "with dp = 1" if plan.dp == 1 else "",
+        "dp_overlap": "with dp = 1" if plan.dp == 1 else _overlap(plan),
         "zero": one_shard,
         "distributed_optimizer": one_shard or ("beside zero, which shards the optimizer too" if plan.zero else ""),
         "dp_library": one_shard,
         "shard_group": f"with dp = {plan.dp}" if plan.shard_group == plan.dp else "",
-        "bucket_elements": one_shard or ("without dp_overlap of buckets" if unbucketed else ""),
+        "bucket_elements": one_shard or _buckets(plan),
     }
+
+
+def _overlap(plan: Plan) -> str:
+    """Of the libraries Megatron's two stages with buckets let the user choose, and DeepSpeed's first for gradients."""
+    if plan.dp_library == "megatron" and plan.zero_stage < 2:
+        return ""
+    if plan.dp_library == "deepspeed" and plan.zero_stage == 1 and plan.dp_overlap != "parameters":
+        return ""
+    return f"with zero = {plan.zero_stage} of dp_library = {plan.dp_library!r}, which overlaps in its own way"
+
+
+def _buckets(plan: Plan) -> str:
+    units = plan.dp_library == "fsdp" or (plan.dp_library == "megatron" and plan.zero_stage > 1)
+    if units:
+        return "where a layer is a unit"
+    behind = plan.dp_library != "megatron" or plan.dp_overlap in (True, "gradients")
+    return "" if behind else "without dp_overlap of gradients"
 
 
 def _of_memory(model: Model, plan: Plan) -> dict[str, str]:

@@ -196,6 +196,8 @@ class Coefficients(Table):
     """Standard deviation of the sustained rate among GPUs of a kind, over its mean: see `costs.power`."""
     kernel_overhead_us: Microseconds
     """Start of one kernel in a busy stream."""
+    graph_overhead_us: Microseconds | None = None
+    """The same in a CUDA graph; plans with `cuda_graphs` need it."""
     collectives: dict[
         str, dict[CollectiveName, Annotated[tuple[CollectiveCurve, ...], Field(min_length=1, strict=False)]]
     ]
@@ -289,6 +291,17 @@ class HardwareProfile(Table):
     def memory_bandwidth(self) -> float:
         """Bytes per second of the device memory."""
         return self.datasheet.memory.bandwidth_gb_per_s.value * 1e9
+
+    @property
+    def graph_overhead_us(self) -> float:
+        """Start of a kernel in a CUDA graph; `InputError` where the profile does not know it."""
+        known = self.coefficients.graph_overhead_us
+        if known is None:
+            raise InputError(
+                f"plan: cuda_graphs: {self.name} has no graph_overhead_us, the start of a kernel in a graph; "
+                "add it to the profile, or leave cuda_graphs at none"
+            )
+        return known.value
 
     @property
     def fp8_any_layout(self) -> bool:

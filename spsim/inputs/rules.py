@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 PENDING = frozenset({
     "phase",
+    "pp_schedule=interleaved_zero_bubble", "pp_schedule=zbv", "pp_schedule=dualpipev",
     "pp_deallocate",
-    "moment_dtype", "precision_aware_optimizer",
-    "cuda_graphs",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""
 OF_REPLICAS = frozenset({
     "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
 })  # fmt: skip
-"""The same of replicas: not yet of several pipeline stages, and of no layers alone."""
+"""The same of replicas: of no layers alone."""
+NOT_OF_STAGES = OF_REPLICAS - {"bucket_elements", "dp_overlap", "grad_dtype"}
+"""Those of them that are not simulated yet for several pipeline stages."""
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
 MAX_DIFFERING = 256
@@ -166,7 +167,7 @@ def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
                 continue
             if not PENDING.isdisjoint((name, f"{name}={value}")):
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
-            if plan.pp > 1 and not OF_REPLICAS.isdisjoint((name, f"{name}={value}")):
+            if plan.pp > 1 and not NOT_OF_STAGES.isdisjoint((name, f"{name}={value}")):
                 raise InputError(
                     f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default"
                 )

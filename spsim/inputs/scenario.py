@@ -114,6 +114,8 @@ class Scenario(Shapes):
         check_scope(self.model, self.plan, self.scope)
         check_nodes(self.hardware, self.plan, self.nodes)
         self.hardware.peak(self.workload.product_type)
+        if self.plan.cuda_graphs != "none":
+            _ = self.hardware.graph_overhead_us
         if kernel := self.model.attention_kernel:
             self.hardware.attention_kernel(kernel)
         return self

@@ -128,9 +128,9 @@ def _check_replicas(model: Model, plan: Plan, workload: Workload) -> None:
             f"dp_library = 'fsdp' with zero = {zero}: fully_shard shards parameters; use zero=3, "
             "or zero=2 to keep them whole between the passes"
         )
-    if library == "ddp" and zero > 1:
+    if library == "ddp" and zero > 0:
         raise _refused(
-            f"zero = {zero} with dp_library = 'ddp', which keeps all gradients on all replicas; use dp_library=fsdp"
+            f"zero = {zero} with dp_library = 'ddp', which shards nothing; use dp_library=megatron or dp_library=fsdp"
         )
     if zero > 1 and plan.pp > 1 and library in ("megatron", "deepspeed"):
         raise _refused(
@@ -150,6 +150,8 @@ def _check_shard_group(plan: Plan) -> None:
         return
     if plan.zero_stage < 2:
         raise _refused(f"shard_group = {group} without sharded parameters; add zero=3 or leave it out")
+    if plan.dp_library == "deepspeed":
+        raise _refused(f"shard_group = {group} with dp_library = 'deepspeed': not simulated yet; use dp_library=fsdp")
     if plan.dp % group > 0:
         raise _refused(f"shard_group = {group} does not divide dp = {plan.dp} replicas; use a divisor of them")
 

@@ -83,6 +83,10 @@ class Communication:
         return self.step_of or self.collective
 
 
+OFFLOAD = "offload"
+"""Purpose of copies between the device and its host."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostCopy:
     """A copy between the device and the memory of its host: away in the forward pass, back in the backward pass."""

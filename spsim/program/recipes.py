@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, cast
 
-from spsim.inputs.workload import Precision
+from spsim.inputs.workload import Precision, Workload
 from spsim.work import OPERAND_BYTES
 
 LINEARS = frozenset({"qkv", "projection", "fc1", "fc2"})
@@ -108,6 +108,11 @@ def program_precision(precision: Precision, *, any_layout: bool) -> Precision:
     """The precision whose recipe a device runs: 8-bit products of Hopper sum over rows of both operands only."""
     own = precision + _ANY_LAYOUT
     return cast("Precision", own) if any_layout and own in RECIPES else precision
+
+
+def in_precision(workload: Workload, precision: Precision) -> Workload:
+    """A workload in the precision whose recipe the device runs."""
+    return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
 
 
 @dataclass(frozen=True, slots=True)

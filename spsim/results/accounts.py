@@ -3,7 +3,7 @@
 | on that rank | part |
 |---|---|
 | a kernel runs | the class of its operator, or `recomputation` |
-| ... while communication is posted | `overlap_slowdown` of that time: `slowed by communication`; the rest as above |
+| ... while communication is posted | what it loses of that time: `slowed by communication`; the rest as above |
 | no kernel runs, a collective transfers | `exposed <kind>`, or `exposed several kinds` at once |
 | ... and it synchronises weight gradients | `weight synchronisation` |
 | neither, a communication waits for a rank of the same stage | `waiting for peers` |
@@ -35,6 +35,10 @@ PEERS, STAGES, IDLE, OTHER = "waiting for peers", "waiting for another stage", "
 PIPELINE_LANES = "pp"
 """How lanes between the stages of a pipeline begin."""
 
+USUAL = -1.0
+"""The share that kernels lose beside a communication, as the run says."""
+Shares = frozenset[float]
+"""Of all communications that are posted."""
 KERNEL, TRANSFER, PEER, STAGE = range(4)
 """What a rank does, the first of these that applies."""
 
@@ -46,24 +50,37 @@ class Activity(NamedTuple):
     end: int
     level: int
     part: str
+    share: float = USUAL
+    """That kernels lose beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Picoseconds by part; of those of kernels, how many while communication is posted."""
+    """Picoseconds by part; of those of kernels, how many while communication is posted, at the usual loss or at others
+    by part and shares.
+    """
 
     parts: Counter[str] = field(default_factory=Counter)
     contended: Counter[str] = field(default_factory=Counter)
+    shared: Counter[tuple[str, Shares]] = field(default_factory=Counter)
 
     def add(self, other: Account, times: int = 1) -> None:
         """Add so many of another."""
         for mine, others in ((self.parts, other.parts), (self.contended, other.contended)):
             for part, length in others.items():
                 mine[part] += times * length
+        for key, length in other.shared.items():
+            self.shared[key] += times * length
 
     def charged(self, slowdown: float) -> Counter[str]:
-        """The parts, with what kernels lose to communication as one of its own."""
-        lost = {part: round(length * slowdown) for part, length in self.contended.items()}
+        """The parts, with what kernels lose to communication as one of its own: `slowdown`, or the share of what is
+        posted, the largest of several.
+        """
+        losses = {part: length * slowdown for part, length in self.contended.items()}
+        for (part, shares), length in self.shared.items():
+            share = max(slowdown if own == USUAL else own for own in shares)
+            losses[part] = losses.get(part, 0) + length * share
+        lost = {part: round(loss) for part, loss in losses.items()}
         found = Counter(self.parts)
         found.subtract(lost)
         found[SLOWED] += sum(lost.values())
@@ -126,7 +143,7 @@ def of_step(trace: Trace) -> Account:
 
 def of_wait(wait: Wait) -> Account:
     """Between two pieces."""
-    activities = [activity for flight in wait.flights for activity in _communication(*flight[:5])]
+    activities = [activity for flight in wait.flights for activity in _communication(*flight)]
     return account(activities, wait.start_ps, wait.end_ps)
 
 
@@ -174,23 +191,29 @@ def _last_rank(ends: dict[int, int], recordings: Iterable[tuple[Recording, int]]
 def _tasks(recording: Recording, rank: int) -> Iterator[Activity]:
     """Kernels, and the waits and transfers of communications, of one piece."""
     outline, moments = recording.outline, recording.times[rank].tolist()
-    for lane, label, (posted, start, end) in zip(outline.lanes, outline.labels, moments, strict=True):
+    slowdowns = outline.slowdowns or [None] * len(outline.lanes)
+    for lane, label, slowdown, (posted, start, end) in zip(
+        outline.lanes, outline.labels, slowdowns, moments, strict=True
+    ):
         if lane.startswith(COMPUTE_LANE):
             yield Activity(start, end, KERNEL, RECOMPUTATION if label.part == "recompute" else label.operator_class)
         else:
-            yield from _communication(lane, posted, start, end, label.kind)
+            yield from _communication(lane, posted, start, end, label.kind, slowdown)
 
 
 def _flights(recording: Recording, rank: int) -> Iterator[Activity]:
     """The communications of earlier pieces that one piece finds."""
     for flight in recording.flights.get(rank, ()):
-        yield from _communication(*flight[:5])
+        yield from _communication(*flight)
 
 
-def _communication(lane: str, posted: int, start: int, end: int, kind: str) -> Iterator[Activity]:
-    yield Activity(start, end, TRANSFER, SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}")
+def _communication(
+    lane: str, posted: int, start: int, end: int, kind: str, slowdown: float | None
+) -> Iterator[Activity]:
+    share = USUAL if slowdown is None else slowdown
+    yield Activity(start, end, TRANSFER, SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}", share)
     if posted < start:
-        yield Activity(posted, start, _waits_at(lane), waits_on(lane))
+        yield Activity(posted, start, _waits_at(lane), waits_on(lane), share)
 
 
 def waits_on(lane: str) -> str:
@@ -206,8 +229,8 @@ def _waits_at(lane: str) -> int:
 def _of_window(piece: Piece, rank: int, *, own: bool) -> Iterator[Activity]:
     """What a piece does at its place in time, as that of another layer unless it is the window's own."""
     shift = piece.shift_ps
-    for start, end, level, part in _tasks(piece.recording.delayed(piece.late), rank):
-        yield Activity(start + shift, end + shift, level, part if own else OTHER)
+    for start, end, level, part, share in _tasks(piece.recording.delayed(piece.late), rank):
+        yield Activity(start + shift, end + shift, level, part if own else OTHER, share)
 
 
 # Accounting
@@ -219,47 +242,53 @@ class Interval(NamedTuple):
     start: int
     end: int
     part: str
-    contended: bool
-    """Whether it is of a kernel while communication is posted."""
+    beside: Shares
+    """What a kernel loses to communications that are posted; nothing where none are."""
 
 
 def account(activities: Iterable[Activity], start: int, end: int) -> Account:
     """Each picosecond from `start` to `end` to one part."""
     found = Account()
-    for begun, ended, part, contended in intervals(activities, start, end):
+    for begun, ended, part, beside in intervals(activities, start, end):
         found.parts[part] += ended - begun
-        if contended:
+        if beside == {USUAL}:
             found.contended[part] += ended - begun
+        elif beside:
+            found.shared[part, beside] += ended - begun
     return found
 
 
 def intervals(activities: Iterable[Activity], start: int, end: int) -> Iterator[Interval]:
     """All of the time from `start` to `end`, in order."""
-    edges: list[tuple[int, int, int, str]] = []
-    for begun, ended, level, part in activities:
+    edges: list[tuple[int, int, int, str, float]] = []
+    for begun, ended, level, part, share in activities:
         first, last = max(begun, start), min(ended, end)
         if first < last:
-            edges += (first, 1, level, part), (last, -1, level, part)
+            edges += (first, 1, level, part, share), (last, -1, level, part, share)
     active: tuple[dict[str, int], ...] = ({}, {}, {}, {})
+    posted: Counter[float] = Counter()
     now = start
-    for time, change, level, part in sorted(edges):
+    for time, change, level, part, share in sorted(edges):
         if now < time:
-            yield Interval(now, time, *_part_of(active))
+            yield Interval(now, time, *_part_of(active, posted))
             now = time
+        if level != KERNEL:
+            posted[share] += change
         parts = active[level]
         parts[part] = parts.get(part, 0) + change
         if not parts[part]:
             del parts[part]
     if now < end:
-        yield Interval(now, end, *_part_of(active))
+        yield Interval(now, end, *_part_of(active, posted))
 
 
-def _part_of(active: tuple[dict[str, int], ...]) -> tuple[str, bool]:
-    """The part of what is active by level, and whether it is contended."""
+def _part_of(active: tuple[dict[str, int], ...], posted: Counter[float]) -> tuple[str, Shares]:
+    """The part of what is active by level, and what a kernel loses to what is `posted`."""
     kernels, *others = active
     parts = kernels or next(filter(None, others), {IDLE: 1})
     part = next(iter(parts)) if len(parts) == 1 else _of_several([*parts])
-    return part, bool(kernels and part != OTHER and any(others))
+    contended = kernels and part != OTHER
+    return part, frozenset([share for share, number in posted.items() if number]) if contended else frozenset()
 
 
 def _of_several(parts: Sequence[str]) -> str:

@@ -139,7 +139,7 @@ def assumed_inputs(result: Result) -> tuple[str, ...]:
     scenario, prepared = result.scenario, result.prepared
     hardware = scenario.hardware
     compute, comm = cost_models(hardware, scenario.workload.precision)
-    used = {"memory"}
+    used = {"memory", *(["graph_overhead_us"] if scenario.plan.cuda_graphs != "none" else [])}
     for segment in prepared.segments:
         for step in segment.instructions:
             if isinstance(step, Compute):

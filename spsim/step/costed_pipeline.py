@@ -9,15 +9,19 @@ from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.engine.pieces import Piece
 from spsim.engine.recording import TaskInfo
+from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.instructions import LAYER
 from spsim.program.sizes import Numbers
+from spsim.step.buckets import megatron_bucket_elements
 from spsim.step.folding import Step
+from spsim.step.gradients import GRADIENTS, PARAMETERS
 from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
-from spsim.step.pipelined import Closed, Messages, Passes, Pipelined, Stages, run_pipeline
+from spsim.step.pipelined import Closed, Messages, Passes, Pipelined, Reduction, Stages, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
 from spsim.units import picoseconds
@@ -45,6 +49,8 @@ class CostedPipeline(NamedTuple):
 
     def unfolded(self) -> Unfolded:
         """As one program of each simulated rank of each stage."""
+        if self.closed.reductions or self.closed.gathers:
+            raise InputError("dp_overlap with pp is simulated folded only; use fold=True, or leave it out")
         clock, ranks = self.clock, self.prepared.ranks
         whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
         return unfold_pipeline(self.passes, self.stages, whole, self.step, self.messages, self.closed, ranks)
@@ -90,8 +96,41 @@ def costed_pipeline(
         Closed(
             [prepared.closing_times(numbers, own, compute, comm, gpus_per_node=gpus_per_node) for own in runs],
             [prepared.closing_messages(numbers, own) for own in runs],
+            *_overlapped(prepared, stages, numbers, plan, comm, gpus_per_node),
+            hardware.coefficients.overlap_slowdown.value,
         ),
     )
+
+
+def _overlapped(
+    prepared: PreparedStep, stages: Stages, numbers: Numbers, plan: Plan, comm: CommCost, gpus_per_node: int
+) -> tuple[list[list[Reduction]], list[list[int]]]:
+    """Reductions behind the last passes and gathers before the first, of each stage and chunk, as Megatron-Core has
+    them: a chunk has one bucket but for the first of the first stage.
+    """
+    behind, ahead = plan.dp_overlap in (True, "gradients"), plan.dp_overlap in (True, "parameters")
+
+    def chunk_ps(runs: Sequence[Run], name: str) -> int:
+        syncs = [sync for sync in prepared.stage_syncs(runs) if sync.name == name and sync.lane != "tp"]
+        sizes = prepared.sync_messages(numbers, runs, syncs)
+        own = (
+            comm.duration(sync.collective, size, sync.ranks, prepared.nodes(sync.axes, sync.ranks, gpus_per_node))
+            for sync, size in zip(syncs, sizes, strict=True)
+        )
+        return sum(map(picoseconds, own))
+
+    def buckets(stage: int, chunk: int) -> int:
+        if stage or chunk:
+            return 1
+        limit = plan.bucket_elements or megatron_bucket_elements(shard_ranks(plan))
+        return max(1, round(prepared.parameters(numbers, stages[0][0].runs) / limit))
+
+    reductions = [
+        [Reduction(chunk_ps(own.runs, GRADIENTS), buckets(stage, chunk)) for chunk, own in enumerate(chunks)]
+        for stage, chunks in enumerate(stages)
+    ]
+    gathers = [[chunk_ps(own.runs, PARAMETERS) for own in chunks] for chunks in stages]
+    return (reductions if behind else []), (gathers if ahead and plan.zero_stage else [])
 
 
 def stage_runs(stages: Stages, stage: int) -> tuple[Run, ...]:

@@ -12,6 +12,9 @@ from spsim.program.instructions import Program
 from spsim.program.mesh import Axis
 from spsim.program.placement import Collective, sent_bytes
 
+GRADIENTS, PARAMETERS = "weight gradients", "parameters"
+"""What collectives over weights are called."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sync:
@@ -24,7 +27,7 @@ class Sync:
     """Bytes of an element; None of weights, which are gathered as they rest."""
     weights: tuple[tuple[str, int], ...]
     """Block, and index into `Program.weight_sync` of its program."""
-    name: str = "weight gradients"
+    name: str = GRADIENTS
     elements: int = 0
     """Beside those of weights."""
 
@@ -60,6 +63,6 @@ def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: 
         all_reduce = Sync(axes, ranks, "all_reduce", gradient_bytes, tuple(weights))
         if plan.zero_stage and axes != ("tp",):
             yield replace(all_reduce, collective="reduce_scatter")
-            yield replace(all_reduce, collective="all_gather", itemsize=None, name="parameters")
+            yield replace(all_reduce, collective="all_gather", itemsize=None, name=PARAMETERS)
         else:
             yield all_reduce

@@ -33,7 +33,7 @@ from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
+from spsim.program.instructions import OFFLOAD, Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
 from spsim.step.halves import Halves, halved
 from spsim.step.segments import BlockPass, Call, Part, Segment
 
@@ -263,7 +263,7 @@ def _label(step: Instruction) -> TaskInfo:
     if isinstance(step, Compute):
         return TaskInfo(step.operator, step.kind, step.part)
     if isinstance(step, HostCopy):
-        return TaskInfo(step.operator, "communication", step.part, "offload")
+        return TaskInfo(step.operator, "communication", step.part, OFFLOAD)
     return TaskInfo(step.operator, "communication", step.part, step.purpose, collective=step.collective, axis=step.axis)
 
 
@@ -274,7 +274,7 @@ def task_info(step: Instruction, layer: int | None = None, micro_batch: int | No
         return TaskInfo(step.operator, step.kind, step.part, layer=layer, micro_batch=micro_batch, flops=flops)
     if isinstance(step, HostCopy):
         return TaskInfo(
-            step.operator, "communication", step.part, "offload", layer, micro_batch, message_bytes=step.message_bytes
+            step.operator, "communication", step.part, OFFLOAD, layer, micro_batch, message_bytes=step.message_bytes
         )
     return TaskInfo(
         step.operator, "communication", step.part, step.purpose, layer, micro_batch, step.collective, step.axis,

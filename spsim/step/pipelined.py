@@ -16,12 +16,12 @@ from spsim.inputs.schedules import Schedule
 from spsim.lazy import lazy
 from spsim.step.closing import Closing
 from spsim.step.folding import Alone, Step, fold_each
-from spsim.step.gradients import Sync
+from spsim.step.gradients import GRADIENTS, PARAMETERS, Sync
 from spsim.step.halves import Halves
 from spsim.step.itinerary import Blocks, Chunk, Item, chunk_pass
 from spsim.step.lanes import IDLE, flights_of
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.orders import Action, global_stage, gradients
+from spsim.step.pipeline.orders import KINDS, Action, global_stage, gradients
 from spsim.step.pipeline.timeline import Timeline
 from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times
 from spsim.step.pipeline.waiting import Gaps, gaps_of, waits_of
@@ -76,6 +76,18 @@ Stages = Sequence[Sequence[PlacedChunk]]
 """The chunks of each stage."""
 
 
+Entry = tuple[Closing, Sync | str, int]
+"""A task after the last micro-batch: its segment, what it is, and its picoseconds."""
+
+
+class Reduction(NamedTuple):
+    """The gradients of a chunk summed over replicas."""
+
+    ps: int
+    buckets: int = 1
+    """That it goes in: all but the last may run behind the pass itself, evenly spread."""
+
+
 @dataclass(frozen=True)
 class Closed:
     """The segments after the last micro-batch of each stage, and picoseconds of their tasks."""
@@ -83,6 +95,12 @@ class Closed:
     segments: Sequence[Sequence[tuple[Closing, Sequence[int]]]]
     messages: Sequence[Mapping[Sync, int]] = ()
     """Bytes of their collectives, of each stage."""
+    reductions: Sequence[Sequence[Reduction]] = ()
+    """Of each stage and chunk, where gradients are reduced behind later passes."""
+    gathers: Sequence[Sequence[int]] = ()
+    """Of each stage and chunk, picoseconds of the gather of its weights, where those run before the first passes."""
+    slowdown: float = 0.0
+    """Of kernels beside them."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +218,7 @@ class Pipelined:
         while any(place < len(row) for place, row in zip(places, rows, strict=True)):
             for stage, row in enumerate(rows):
                 while places[stage] < len(row) and not _meets_all(row[places[stage]][1]):
-                    cursors[stage] = _append(found[stage], row[places[stage]], cursors[stage], cursors[stage])
+                    cursors[stage] = self._close(found[stage], row[places[stage]], stage, cursors[stage])
                     places[stage] += 1
             if all(place < len(row) for place, row in zip(places, rows, strict=True)):
                 start = max(cursors)
@@ -208,6 +226,56 @@ class Pipelined:
                     cursors[stage] = _append(found[stage], row[places[stage]], cursors[stage], start)
                     places[stage] += 1
         return found
+
+    def _close(self, found: list[tuple[Closing, list[Moments]]], entry: Entry, stage: int, cursor: int) -> int:
+        """The next task of a stage that does not wait for others; when the one after it may begin."""
+        made, step, _ = entry
+        if isinstance(step, Sync) and step.lane != "tp":
+            if step.name == GRADIENTS and self.closed.reductions:
+                start, end = self._reduced(stage)
+                hidden = sum(own.ps for own in self.closed.reductions[stage]) - max(0, end - cursor)
+                end = _append(found, (made, step, end - start), start, start)
+                return max(cursor, end) + self._lost(hidden)
+            if step.name == PARAMETERS and self.closed.gathers:
+                hidden = max(map(sum, self.closed.gathers)) - self.lead_ps
+                return _append(found, (made, step, self.lead_ps + self._lost(hidden)), cursor, cursor)
+        return _append(found, entry, cursor, cursor)
+
+    def _lost(self, hidden_ps: int) -> int:
+        """What kernels lose beside collectives of replicas that they hide."""
+        return round(self.closed.slowdown * max(0, hidden_ps))
+
+    def _reduced(self, stage: int) -> tuple[int, int]:
+        """When the gradients of a stage are summed behind its passes: chunk after chunk, each from the end of its last
+        backward pass on; of one that goes in buckets all but the last may run behind that pass.
+        """
+        passes = self.timeline.sections[-1].passes
+        own = (passes.ranks == stage) & np.isin(passes.kinds, [KINDS.index("B"), KINDS.index("W")])
+        begun, free = None, 0
+        columns = (column[own].tolist() for column in (passes.chunks, passes.starts_ps, passes.ends_ps))
+        last = {chunk: (end, start) for chunk, start, end in sorted(zip(*columns, strict=True), key=lambda row: row[2])}
+        for chunk, (end, start) in sorted(last.items(), key=lambda item: item[1]):
+            ps, buckets = self.closed.reductions[stage][chunk]
+            early = min(ps, end - start) * (buckets - 1) // buckets
+            free = max(free, end - early)
+            begun = free if begun is None else begun
+            free += ps
+        return begun or 0, free
+
+    @lazy
+    def lead_ps(self) -> int:
+        """By how much the step is later because weights are gathered before the first passes of their chunks: the
+        first chunk of all waits for its own, others are gathered meanwhile.
+        """
+        passes = self.timeline.sections[0].passes
+        late = 0
+        for stage, own in enumerate(self.closed.gathers):
+            ready = 0
+            for chunk, ps in enumerate(own):
+                ready += ps
+                first = (passes.ranks == stage) & (passes.kinds == KINDS.index("F")) & (passes.chunks == chunk)
+                late = max(late, ready - int(passes.starts_ps[first].min()))
+        return late
 
     def _closing(self, tasks: int) -> Iterator[Node]:
         for stage, own in enumerate(self.closing):
@@ -245,7 +313,7 @@ def _meets_all(step: Sync | str) -> bool:
 
 def _append(
     found: list[tuple[Closing, list[tuple[int, int, int]]]],
-    entry: tuple[Closing, Sync | str, int],
+    entry: Entry,
     posted: int,
     start: int,
 ) -> int:

@@ -21,20 +21,15 @@ from spsim.costs.power import straggler_factor
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
-from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import sequence_unit
 from spsim.inputs.schedules import HALVED
-from spsim.inputs.workload import Precision, Workload
-from spsim.lazy import Cache, lazy
-from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
+from spsim.inputs.workload import Workload
+from spsim.lazy import lazy
 from spsim.program.blocks.optimizer import OptimizerKernel
-from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
-from spsim.program.templates import layers_template, step_template
 from spsim.step.abreast import Abreast
 from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
 from spsim.step.columns.fill import Floats
@@ -46,51 +41,12 @@ from spsim.step.issue import block_passes, halved_passes
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
-from spsim.units import KIB, MIB, PS_PER_S
+from spsim.step.slots import runs_of, slots_in_graphs
+from spsim.units import KIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
 FEW = 4
 """Attention kernels."""
-_steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
-
-
-def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
-    """The layers of a model under a plan; `fold` simulates identical ranks once."""
-    kinds = (*kinds_of_layers(model, plan),)
-    return _steps.get(
-        (layer_traits(model), compiled_by(plan), *kinds, precision, _issued_by(plan), fold),
-        lambda: PreparedStep(
-            layers_template(model, plan, precision),
-            plan,
-            lambda workload: layer_programs(model, plan, in_precision(workload, precision)),
-            fold=fold,
-        ),
-    )
-
-
-def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
-    """The whole of a model under a plan: embedding, layers, and the head if it has one."""
-    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), fold)
-    return _steps.get(
-        key,
-        lambda: PreparedStep(
-            step_template(model, plan, precision),
-            plan,
-            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
-            fold=fold,
-            optimizer=Optimizer(plan, precision),
-        ),
-    )
-
-
-def in_precision(workload: Workload, precision: Precision) -> Workload:
-    """A workload in the precision whose recipe the device runs."""
-    return workload if workload.precision == precision else workload.model_copy(update={"precision": precision})
-
-
-def _issued_by(plan: Plan) -> tuple[bool, ...]:
-    """What of a plan says in which order its program is issued."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0, has_halves(plan)
 
 
 def has_halves(plan: Plan) -> bool:
@@ -117,10 +73,8 @@ class PreparedStep:
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
         self.optimizer = optimizer
-        self._close = partial(
-            closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes,
-            optimizer=optimizer,
-        )  # fmt: skip
+        self._in_graphs = slots_in_graphs(plan.cuda_graphs, self.blocks, template.indices)
+        self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
         self.closings = self._close(template.programs)
         self.syncs = syncs_of(self.closings)
         programs = template.programs.items() if has_halves(plan) else ()
@@ -276,6 +230,10 @@ class PreparedStep:
             self._stage_closings[blocks] = self._close(own)
         return self._stage_closings[blocks]
 
+    def stage_syncs(self, chunk: Chunk) -> tuple[Sync, ...]:
+        """The collectives after the last micro-batch of a stage of some blocks."""
+        return syncs_of(self.stage_closings(chunk))
+
     def sync_messages(self, numbers: Numbers, chunk: Chunk, syncs: Sequence[Sync] | None = None) -> list[int]:
         """Bytes of the messages that synchronise the weight gradients of all blocks of a rank."""
         counts: Counter[str] = Counter()
@@ -346,6 +304,8 @@ class PreparedStep:
                 continue
             kernels: Any = (*every, group.slots)
             by_workload[kernels] = compute.duration(group.work(floats))
+        if self._in_graphs.size:
+            seconds[self._in_graphs] -= compute.saved_by_graph
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
@@ -370,14 +330,7 @@ class PreparedStep:
 
     @lazy
     def _runs(self) -> Floats:
-        """How often a rank runs the kernel of each slot in both passes of a layer, a mean over positions on a ring."""
-        runs = [0.0] * self.template.num_slots
-        for part in (part for found in self.passes.values() for part in found.parts):
-            for step in part.segment.instructions:
-                slots = self.template.index.slots[step.id]
-                for slot in slots if isinstance(step, Compute) else ():
-                    runs[slot] += part.runs / len(slots)
-        return np.array([0.0, *runs[1:]])
+        return runs_of(self.passes, self.template.index, self.template.num_slots)
 
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
         """Of all blocks of a rank."""

@@ -19,6 +19,7 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import step_key, step_programs
 from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.instructions import Program
+from spsim.program.recipes import in_precision
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Closing, Optimizer, replica_closings
@@ -27,7 +28,7 @@ from spsim.step.gradients import Sync
 from spsim.step.groups import Groups, replica_groups
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Runs, Visit
 from spsim.step.patterns import in_loops
-from spsim.step.preparation import PreparedStep, in_precision, syncs_of
+from spsim.step.preparation import PreparedStep, syncs_of
 from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
 from spsim.step.segments import Segment
 from spsim.step.variants import ReplicaPasses, StagePass

@@ -72,7 +72,9 @@ class Segment:
     @lazy
     def outline(self) -> Outline:
         """What its recordings have in common."""
-        return Outline([task.lane for task in self.tasks], self.labels, self.buffers)
+        slowdowns = [task.slowdown for task in self.tasks]
+        own = slowdowns if any(slowdown is not None for slowdown in slowdowns) else ()
+        return Outline([task.lane for task in self.tasks], self.labels, self.buffers, own)
 
     @lazy
     def last_calls(self) -> Mapping[str, int]:

@@ -29,13 +29,15 @@ SOFTWARE: Mapping[str, Mapping[str, Any]] = {
     "NeMo": {"grad_dtype": "bf16"},
     "MLPerf": {"grad_dtype": "bf16"},
     "Megatron-LM 23e00ed0": {"loss_fusion": True},
+    "Megatron-LM 2022": {"pp_overlap": False},
 }
 """Options that a software sets by itself, which rows do not say, by a part of its name; the first counts.
 
 NVIDIA's NeMo, with which its MLPerf submissions ran, reduces gradients in 16 bits (`grad_sync_dtype`). The performance
 recipes of Megatron-Bridge do so too, close buckets at 128 Mi elements and take Transformer Engine's cross-entropy
 (`training/comm_overlap.py` and `scripts/performance/utils/overrides.py`, v0.3.0). SimuMax's launcher of Megatron-LM at
-that commit does the latter, too (its `docs/b200`, where `_cef` means so).
+that commit does the latter, too (its `docs/b200`, where `_cef` means so). Megatron-LM of 2022 had no
+`overlap_p2p_communication`.
 """
 
 

@@ -40,13 +40,16 @@ def unit_of(program: Program, repeated: Program, layers: int) -> Program:
         layer.section(own, n, "recompute") for n, layer in enumerate(again) for own in program.forward_sections
     ]
     backward = [again[n].section(own, n) for n in reversed(range(layers)) for own in program.backward_sections]
-    unit = Program(
+    unit = replace(
+        program,
         forward_sections=tuple(first_pass),
         backward_sections=(*second_pass, *backward),
         saved=repeated.saved,
         weight_sync=layers * program.weight_sync,
         parameters=layers * program.parameters,
         weights=layers * program.weights,
+        weight_bytes=layers * program.weight_bytes,
+        weight_casts=layers * program.weight_casts,
         inputs=forward[0].buffers(program.inputs),
         outputs=forward[-1].buffers(program.outputs),
         output_gradients=again[-1].buffers(program.output_gradients),
