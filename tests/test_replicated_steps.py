@@ -124,12 +124,21 @@ def test_what_others_see_of_a_step(plan, tmp_path):
     simulated.plot_memory(tmp_path / "memory.png")
 
 
+@pytest.mark.parametrize("plan", ["pp=2,dp=4", "dp=4"])
+def test_a_plan_does_not_step_with_the_optimizer_of_another(plan):
+    """What is prepared is kept for plans that are alike, and the kernels of an update are not."""
+    large = {"hidden": 1024, "ffn_hidden": 4096, "layers": 8}
+    usual = result(f"{plan},distributed_optimizer", **large)
+    aware = result(f"{plan},distributed_optimizer,precision_aware_optimizer,moment_dtype=bf16", **large)
+    assert aware.step_ps < usual.step_ps
+
+
 @pytest.mark.parametrize(
     ("plan", "scope", "words"),
     [
         ("dp=2,zero=3", "layers", ["zero = 3", "scope = 'layers'", "scope = 'step'"]),
         ("dp=2,dp_overlap,distributed_optimizer", "layers", ["dp_overlap", "scope = 'layers'"]),
-        ("dp=2,pp=2,distributed_optimizer,dp_overlap", "step", ["dp_overlap", "pp = 2", "not simulated yet"]),
+        ("dp=2,pp=2,dp_library=fsdp,zero=3", "step", ["zero = 3", "pp = 2", "not simulated yet"]),
     ],
 )
 def test_where_replicas_are_not_simulated(plan, scope, words):
