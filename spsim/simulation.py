@@ -43,7 +43,8 @@ from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
 from spsim.step.pipelined import PlacedChunk, Stages
-from spsim.step.preparation import PreparedStep, prepared_layer, prepared_step
+from spsim.step.preparation import PreparedStep
+from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
 from spsim.step.unfolded import unfold_step
 
@@ -66,10 +67,13 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
-    """Simulate all workloads of a grid at once, where one rank stands for all; `ResultColumns.exact` says which
-    workloads have to be simulated one by one nevertheless. Raises what `simulate` raises.
+    """Simulate all workloads of a grid at once, where one rank stands for all; None where several do, as of pipeline
+    stages. `ResultColumns.exact` says which workloads have to be simulated one by one nevertheless. Raises what
+    `simulate` raises.
     """
     scenario = grid.scenario
+    if scenario.plan.pp > 1:
+        return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
         return None

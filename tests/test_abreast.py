@@ -75,7 +75,7 @@ def test_what_is_not_covered_is_left_to_the_engine():
 @pytest.mark.parametrize("plan", ["ring=8,ring_cut=contiguous", "tp=2,ring=4,ring_cut=contiguous,recompute=full"])
 def test_passes_of_contiguous_rings_are_covered(plan):
     """Their ranks differ in durations and peers only."""
-    from spsim.step.preparation import prepared_layer
+    from spsim.step.prepared import prepared_layer
 
     case = scenario(plan, hardware=H100)
     block = prepared_layer(case.model, case.plan, True)

@@ -21,7 +21,7 @@ from spsim.program.blocks.optimizer import average_gradients, optimizer_step, pa
 from spsim.program.instructions import Communication, Compute
 from spsim.program.sizes import Template
 from spsim.program.templates import embedding_template, head_template
-from spsim.step.preparation import prepared_step
+from spsim.step.prepared import prepared_step
 from spsim.work import Gemm, MemoryBound
 from tests.cases import H100, model
 from tests.test_template import assert_equals_program, layers

@@ -16,7 +16,7 @@ from spsim.program.instructions import Communication, Compute
 from spsim.program.lowerings import chunks
 from spsim.program.sizes import Template, every_workload
 from spsim.results.accounts import SLOWED, of_pass
-from spsim.step.preparation import prepared_layer
+from spsim.step.prepared import prepared_layer
 from spsim.units import picoseconds
 from spsim.work import Gemm
 from tests.cases import model, result, scenario

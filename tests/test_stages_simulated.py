@@ -15,17 +15,19 @@ from spsim.engine.recording import COMPUTE_LANE, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
+from spsim.inputs.schedules import HALVED
 from spsim.inputs.step_rules import refused_count
 from spsim.results import metrics
 from spsim.results.accounts import PEERS, STAGES, is_exposed, of_step
 from spsim.results.derived import operator_name
 from spsim.step.folding import Step
+from spsim.step.halves import Halves
 from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.exchange import Exchange, instructions
+from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.orders import Action
-from spsim.step.pipelined import Closed, Messages, PlacedChunk, run_pipeline
-from spsim.step.preparation import prepared_layer
+from spsim.step.pipelined import Closed, Messages, Passes, PlacedChunk, run_pipeline
+from spsim.step.prepared import prepared_layer
 from spsim.step.ranks import Ranks
 from spsim.step.segments import BlockPass, Part, Segment
 from spsim.step.unfolded_pipeline import unfold_pipeline
@@ -59,6 +61,8 @@ def assert_equal(folded, unfolded):
         assert one == Counter({record: n for record, n in other.items() if record.rank in ranks})
     assert _waits(folded.trace, ranks) == _waits(unfolded.trace, ranks)
     assert folded.step_ps == unfolded.step_ps == unfolded.trace.end_ps
+    for rank in ranks:  # all that passes have allocated is freed
+        assert not sum(change.bytes for change in unfolded.trace.memory if change.rank == rank)
     accounts = [of_step(result.trace) for result in (folded, unfolded)]
     assert accounts[0] == accounts[1]
     assert accounts[0].parts.total() == folded.step_ps
@@ -87,6 +91,9 @@ CASES = [
     ("pp=2,virtual_pp=2,pp_schedule=looped_bfs", 5, {}),
     ("pp=2,pp_sends=torch", 12, {}),
     ("pp=2,ring=2,ring_cut=contiguous,dp=2", 3, {"causal": True}),
+    ("pp=3,virtual_pp=2,pp_schedule=interleaved_zero_bubble,tp=2,sequence_parallel", 6, {}),
+    ("pp=2,virtual_pp=2,pp_schedule=zbv,ring=2", 5, {}),
+    ("pp=2,virtual_pp=2,pp_schedule=dualpipev,recompute=full", 9, {"tied_embeddings": False}),
 ]
 
 
@@ -113,8 +120,8 @@ INNER = ("", "tp=2,", "tp=2,sequence_parallel,", "ulysses=2,", "ring=2,", "dp=2,
 def random_steps(draw):
     """Any schedule, way to send and spread of layers that libraries run, on two ranks a stage at most."""
     pp, virtual = draw(st.integers(2, 4)), draw(st.integers(1, 3))
-    schedules = ["1f1b", "1f1b", "gpipe"] if virtual == 1 else ["1f1b", "1f1b", "looped_bfs"]
-    schedule = draw(st.sampled_from(schedules))
+    schedules = ["1f1b", "1f1b", "gpipe" if virtual == 1 else "looped_bfs", "interleaved_zero_bubble"]
+    schedule = draw(st.sampled_from([*schedules, *(["zbv", "dualpipev"] if virtual == 2 else [])]))
     plan = f"pp={pp},virtual_pp={virtual},pp_schedule={schedule},{draw(st.sampled_from(INNER))}"
     if schedule == "1f1b":
         ways = ["pp_sends=torch,", ""]
@@ -122,30 +129,31 @@ def random_steps(draw):
             ways += ["pp_warmup_flush,", *(["pp_overlap=false,"] if pp > 2 else [])]
         plan += draw(st.sampled_from(ways))
     plan += f"recompute={draw(st.sampled_from(['none', 'selective', 'full']))}"
-    layers = draw(st.integers(max(1, pp * virtual - 2), pp * virtual + 3))
-    if draw(st.booleans()):
+    halves = schedule in HALVED
+    layers = draw(st.integers(max(1, pp * virtual - (0 if halves else 2)), pp * virtual + 3))
+    if not halves and draw(st.booleans()):
         cuts = sorted(draw(st.lists(st.integers(0, layers), min_size=pp * virtual - 1, max_size=pp * virtual - 1)))
         counts = [stop - start for start, stop in zip([0, *cuts], [*cuts, layers], strict=True)]
         if all(counts[1:-1]):
             plan += ",pp_layout=E" + "/".join("t" * count for count in counts) + "L"
     valid = [number for number in range(1, 13) if refused_count(parse_plan(plan), number) is None]
-    return staged(
-        plan,
-        draw(st.sampled_from(valid)),
-        hardware=draw(st.sampled_from([A100, H100])),
-        seq_len=draw(st.sampled_from([128, 2048])),
-        layers=layers,
-        gated_mlp=draw(st.booleans()),
-        ffn_hidden=704,
-        tied_embeddings=draw(st.booleans()),
-    )
+    return {
+        "plan": plan,
+        "micro_batches": draw(st.sampled_from(valid)),
+        "hardware": draw(st.sampled_from([A100, H100])),
+        "seq_len": draw(st.sampled_from([128, 2048])),
+        "layers": layers,
+        "gated_mlp": draw(st.booleans()),
+        "ffn_hidden": 704,
+        "tied_embeddings": draw(st.booleans()),
+    }
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(random_steps())
 def test_random_steps_folded_equal_unfolded_ones(case):
     """Spans, memory, waits, accounts and figures."""
-    folded, unfolded = both(case)
+    folded, unfolded = both(staged(**case))
     assert_equal(folded, unfolded)
     assert_figures_are_those_of_the_trace(folded)
 
@@ -239,9 +247,10 @@ def run_by_hand(stages, chunks, micro_batches, exchange, transfer, units):
     messages = Messages(0, {pair: transfer for way in ways for pair in (way, way[::-1])})
     closed = Closed([()] * stages)
     clock = Clock("1f1b", stages, chunks, micro_batches, None, exchange)
-    folded = run_pipeline(blocks, layout, clock, step, messages, closed, stride=1)
-    rows = instructions("1f1b", stages, chunks, micro_batches, None, exchange)
-    unfolded = unfold_pipeline(blocks, layout, rows, step, messages, closed, ranks)
+    passes = Passes(blocks, Halves({}, {}))
+    folded = run_pipeline(passes, layout, clock, step, messages, closed, stride=1)
+    whole = score("1f1b", stages, chunks, micro_batches, None, exchange)
+    unfolded = unfold_pipeline(passes, layout, whole, step, messages, closed, ranks)
     return folded.nodes, unfolded.nodes, max(folded.ends_ps)
 
 

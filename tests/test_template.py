@@ -18,7 +18,7 @@ from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.program.mesh import mesh_of
 from spsim.program.sizes import Template, every_workload
 from spsim.step.itinerary import Run
-from spsim.step.preparation import prepared_layer
+from spsim.step.prepared import prepared_layer
 from spsim.units import picoseconds
 from spsim.work import MemoryBound
 from tests.cases import A100, H100, random_plans, scenario

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 PENDING = frozenset({
     "phase",
-    "pp_schedule=interleaved_zero_bubble", "pp_schedule=zbv", "pp_schedule=dualpipev",
     "pp_deallocate",
 })  # fmt: skip
 """Options, or options at a value, that are not simulated yet."""

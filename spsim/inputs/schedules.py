@@ -15,6 +15,9 @@ V_SHAPED: frozenset[Schedule] = frozenset({"zbv", "dualpipev"})
 GROUPED: frozenset[Schedule] = frozenset({"1f1b", "interleaved_zero_bubble"})
 """Where a chunk runs a group of micro-batches before the next chunk takes over."""
 
+HALVED: frozenset[Schedule] = frozenset({"interleaved_zero_bubble", "zbv", "dualpipev"})
+"""Where backward passes run in halves: the gradient of the input, and later those of the weights."""
+
 
 def torch_rounds(stages: int, micro_batches: int) -> int:
     """In how many rounds torch cuts the micro-batches of an interleaved schedule."""

@@ -14,13 +14,17 @@ import numpy as np
 
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
+from spsim.inputs.schedules import HALVED
 from spsim.lazy import lazy
 from spsim.results import metrics
 from spsim.results.derived import operator_name
 from spsim.results.metrics import Idle
 from spsim.step.itinerary import Chunk
-from spsim.step.pipeline.orders import KINDS
-from spsim.step.pipelined import PHASES, Pipelined, PlacedChunk
+from spsim.step.pipeline.orders import KINDS, Action
+from spsim.step.pipelined import PHASES, Pipelined, PlacedChunk, Work
+
+Sort = tuple[Chunk, Work]
+"""Of passes that are alike."""
 
 
 class Spot(NamedTuple):
@@ -42,15 +46,34 @@ class Staged:
     micro_batches: int
 
     @lazy
-    def traces(self) -> Mapping[tuple[Chunk, Pass], Trace]:
+    def traces(self) -> Mapping[Sort, Trace]:
         """Of each pass by itself."""
         return {key: Trace(alone.nodes, {0: (0,)}, lambda piece: ()) for key, alone in self.ran.passes.items()}
 
-    def _passes(self, stage: int) -> Iterator[tuple[PlacedChunk, Pass, Trace]]:
-        """Of each chunk of a stage both passes."""
-        for chunk in self.ran.stages[stage]:
-            for phase in PHASES.values():
-                yield chunk, phase, self.traces[chunk.runs, phase]
+    def _passes(self, stage: int) -> Iterator[tuple[Sort, int]]:
+        """What the chunks of a stage run, and how often."""
+        for which, times in enumerate(self._often[stage]):
+            if times:
+                chunk, work = self._sort(stage, which)
+                yield (chunk.runs, work), times
+
+    @lazy
+    def _often(self) -> list[list[int]]:
+        """Of each stage, how often each of its chunks runs each of `KINDS`."""
+        timeline = self.ran.timeline
+        stages = timeline.graph.score.stages
+        if stages.schedule not in HALVED:
+            return [[self.micro_batches, self.micro_batches, 0, 0] * stages.chunks] * stages.ranks
+        found = np.zeros((stages.ranks, stages.chunks * len(KINDS)), np.int64)
+        for section in timeline.sections:
+            passes = section.passes
+            np.add.at(found, (passes.ranks, len(KINDS) * passes.chunks + passes.kinds), section.runs)
+        often: list[list[int]] = found.tolist()
+        return often
+
+    def _sort(self, stage: int, which: int) -> tuple[PlacedChunk, Work]:
+        chunk, kind = divmod(which, len(KINDS))
+        return self.ran.stages[stage][chunk], self.ran.work_of(stage, Action(KINDS[kind], chunk, 0))
 
     @property
     def stages(self) -> range:
@@ -65,11 +88,12 @@ class Staged:
         return max(self.ran.ends_ps)
 
     def layer_window(self, phase: Pass) -> int:
-        """One layer's pass, where a chunk has any."""
-        for stage in self.stages:
-            for chunk, own, trace in self._passes(stage):
-                if own == phase and any(run.numbered for run in chunk.runs):
-                    return metrics.layer_window(trace, phase)
+        """One layer's pass, where a chunk has any; of halves the sum."""
+        for runs, work in (sort for stage in self.stages for sort, _ in self._passes(stage)):
+            if PHASES.get(work) == phase and any(run.numbered for run in runs):
+                halves: list[Work] = ["input gradients", "weight gradients"]
+                works = halves if work in halves else [work]
+                return sum([metrics.layer_window(self.traces[runs, own], phase) for own in works])
         return 0
 
     @lazy
@@ -80,8 +104,8 @@ class Staged:
         found = {}
         for stage in self.stages:
             total = Idle(transfer[stage], 0, posted[stage], neither[stage])
-            for chunk, phase, _ in self._passes(stage):
-                total = total.plus(by_pass[chunk.runs, phase], self.micro_batches)
+            for sort, times in self._passes(stage):
+                total = total.plus(by_pass[sort], times)
             found[self.ran.rank_of(stage)] = total
         return found
 
@@ -96,15 +120,15 @@ class Staged:
     def compute_by_class(self) -> dict[str, int]:
         """Kernels in the layers of the first stage."""
         found: Counter[str] = Counter()
-        for _, _, trace in self._passes(0):
-            for name, ps in metrics.compute_by_class(trace, 0).items():
-                found[name] += self.micro_batches * ps
+        for sort, times in self._passes(0):
+            for name, ps in metrics.compute_by_class(self.traces[sort], 0).items():
+                found[name] += times * ps
         return dict(found)
 
     # Memory
 
     @lazy
-    def _levels(self) -> dict[tuple[Chunk, Pass], tuple[int, int]]:
+    def _levels(self) -> dict[Sort, tuple[int, int]]:
         """Of each pass, how much memory it takes over what is there before, and what it leaves."""
         found = {}
         for key, trace in self.traces.items():
@@ -112,52 +136,48 @@ class Staged:
             found[key] = (profile.highest, profile.total) if profile else (0, 0)
         return found
 
-    def _before(self, stage: int) -> tuple[np.ndarray, np.ndarray, list[tuple[Chunk, Pass]]]:
-        """What is there before each pass of a stage, which of the last list it is, and those."""
-        sorts = [(chunk.runs, phase) for chunk in self.ran.stages[stage] for phase in PHASES.values()]
-        graph = self.ran.timeline.graph
-        kinds, chunks, _ = (column[graph.ranks[graph.passes] == stage] for column in graph.score.columns)
-        names = [*PHASES]
-        places = np.array([names.index(kind) if kind in names else 0 for kind in KINDS])
-        which = len(names) * chunks + places[kinds]
-        left = np.array([self._levels[sort][1] for sort in sorts])[which]
-        return np.cumsum(left) - left, which, sorts
+    def _levels_of(self, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is there before each pass of a stage, and at most while it runs, and which of its passes it is."""
+        own = self.ran.timeline.graph.score.passes[stage]
+        which = len(KINDS) * own.chunks + own.kinds
+        levels = np.zeros((len(self._often[stage]), 2), np.int64)
+        for place, times in enumerate(self._often[stage]):
+            if times:
+                chunk, work = self._sort(stage, place)
+                levels[place] = self._levels[chunk.runs, work]
+        highest, left = levels[which].T
+        before = np.cumsum(left) - left
+        return before, before + highest, which
 
     def fullest(self, static: Mapping[int, int]) -> Spot:
         """Over `static` bytes of each simulated rank."""
         found = []
         for stage in self.stages:
             always = static[self.ran.rank_of(stage)]
-            before, which, sorts = self._before(stage)
-            levels = before + np.array([self._levels[sort][0] for sort in sorts])[which]
+            _, levels, which = self._levels_of(stage)
             at = int(levels.argmax())
             operator = self._fullest_of(stage, int(which[at])) if levels[at] > 0 else None
             found.append(Spot(stage, self.ran.rank_of(stage), always + max(0, int(levels[at])), operator))
         return max(found, key=lambda spot: spot.bytes)
 
     def _fullest_of(self, stage: int, which: int) -> str:
-        chunk, phase = self._sort(stage, which)
-        trace = self.traces[chunk.runs, phase]
+        chunk, work = self._sort(stage, which)
+        trace = self.traces[chunk.runs, work]
         profile = metrics.profile(trace.nodes, 0)
         assert profile is not None
         return self._name(trace, profile.task, chunk)
 
     def first_above(self, stage: int, static: int, limit: int) -> str | None:
         """The operator whose allocation first takes a stage above a limit."""
-        before, which, sorts = self._before(stage)
-        levels = before + np.array([self._levels[sort][0] for sort in sorts])[which]
+        before, levels, which = self._levels_of(stage)
         over = np.flatnonzero(static + levels > limit)
         if not len(over):
             return None
         at = int(over[0])
-        chunk, phase = self._sort(stage, int(which[at]))
-        trace = self.traces[chunk.runs, phase]
+        chunk, work = self._sort(stage, int(which[at]))
+        trace = self.traces[chunk.runs, work]
         task = metrics.first_above(trace, 0, static + int(before[at]), limit)
         return None if task is None else self._name(trace, task, chunk)
-
-    def _sort(self, stage: int, which: int) -> tuple[PlacedChunk, Pass]:
-        chunk, phase = divmod(which, len(PHASES))
-        return self.ran.stages[stage][chunk], [*PHASES.values()][phase]
 
     @staticmethod
     def _name(trace: Trace, task: int, chunk: PlacedChunk) -> str:

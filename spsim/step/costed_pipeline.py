@@ -20,8 +20,8 @@ from spsim.step.folding import Step
 from spsim.step.gradients import GRADIENTS, PARAMETERS
 from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.exchange import Exchange, instructions
-from spsim.step.pipelined import Closed, Messages, Pipelined, Reduction, Stages, run_pipeline
+from spsim.step.pipeline.exchange import Exchange, score
+from spsim.step.pipelined import Closed, Messages, Passes, Pipelined, Reduction, Stages, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
 from spsim.units import picoseconds
@@ -37,24 +37,23 @@ class CostedPipeline(NamedTuple):
     messages: Messages
     closed: Closed
 
+    @property
+    def passes(self) -> Passes:
+        """What chunks can run."""
+        return Passes(self.prepared.blocks, self.prepared.halves)
+
     def folded(self) -> Pipelined:
         """Passes run once; ranks of a stage have to be alike."""
-        prepared = self.prepared
-        return run_pipeline(
-            prepared.blocks, self.stages, self.clock, self.step, self.messages, self.closed, stride=prepared.mesh.ranks
-        )
+        stride = self.prepared.mesh.ranks
+        return run_pipeline(self.passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride)
 
     def unfolded(self) -> Unfolded:
         """As one program of each simulated rank of each stage."""
-        prepared, clock = self.prepared, self.clock
         if self.closed.reductions or self.closed.gathers:
             raise InputError("dp_overlap with pp is simulated folded only; use fold=True, or leave it out")
-        rows = instructions(
-            clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange
-        )
-        return unfold_pipeline(
-            prepared.blocks, self.stages, rows, self.step, self.messages, self.closed, prepared.ranks
-        )
+        clock, ranks = self.clock, self.prepared.ranks
+        whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
+        return unfold_pipeline(self.passes, self.stages, whole, self.step, self.messages, self.closed, ranks)
 
     def infos(self, piece: Piece) -> Sequence[TaskInfo]:
         """What the tasks are of a message, or of a segment that closes the step, with their sizes."""

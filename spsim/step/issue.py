@@ -27,13 +27,14 @@ The last two are `gradients.py`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, BufferUse, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import OFFLOAD, Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
+from spsim.step.halves import Halves, halved
 from spsim.step.segments import BlockPass, Call, Part, Segment
 
 HOST_LANE = "host"
@@ -46,6 +47,13 @@ def block_passes(program: Program, plan: Plan, name: str) -> dict[Pass, BlockPas
     """The forward and, if there is one, the backward pass of a block under a plan."""
     issue = _Issue(program, plan, name)
     return {phase: issue.block_pass(phase) for phase, sections in issue.sections.items() if sections}
+
+
+def halved_passes(program: Program, plan: Plan, name: str) -> Halves[BlockPass] | None:
+    """The backward pass of a block in halves; None if no product works out gradients of weights."""
+    issue = _Issue(program, plan, name)
+    sections = halved(issue.sections["backward"])
+    return issue.halves(*sections) if sections.weights else None
 
 
 class _Issue:
@@ -72,24 +80,50 @@ class _Issue:
 
     def block_pass(self, phase: Pass) -> BlockPass:
         """The segments of one pass."""
-        program, sections = self.program, self.sections[phase]
-        outside, result = {
-            "forward": (program.inputs, program.outputs),
-            "backward": (program.output_gradients, program.input_gradients),
-        }[phase]
+        program = self.program
+        if phase == "forward":
+            after = self._read(self.sections["backward"])
+            return self._pass(phase, phase, self.sections[phase], program.inputs, program.outputs, after)
+        return self._pass(phase, phase, self.sections[phase], program.output_gradients, program.input_gradients, set())
+
+    def halves(self, first: Sequence[Section], second: Sequence[Section]) -> Halves[BlockPass]:
+        """Of the backward pass, as torch's autograd runs it twice: the first run keeps the graph with all that the
+        forward pass has saved, the second frees it. A loop keeps none of what one of its runs leaves to the next.
+        """
+        own = {buffer.id for section in (*first, *second) for step in section.instructions for buffer in step.writes}
+        looped = {self.roots[found] for section in first for found, _ in section.carried}
+        outside = {self.roots[buffer.id] for buffer in self.program.output_gradients}
+        graph = self._read((*first, *second)) - own - looped - outside
+        gradients = self.program.output_gradients, self.program.input_gradients
+        return Halves(
+            self._pass("input gradients", "backward", first, *gradients, graph | self._read(second)),
+            self._pass("weight gradients", "backward", second, (), (), set(), graph - self._read(second)),
+        )
+
+    def _pass(
+        self,
+        name: str,
+        phase: Pass,
+        sections: Sequence[Section],
+        outside: Sequence[Buffer],
+        result: Sequence[Buffer],
+        after: set[int],
+        freed: Collection[int] = (),
+    ) -> BlockPass:
+        """Sections as segments; what is read `after` them outlives them, what is `freed` is there until their end."""
         handed_on = [self.roots[buffer.id] for buffer in result]
         parts: list[Part] = []
         blocking: frozenset[str] = frozenset()
         sent = _sent(sections) if len(sections) > 1 else frozenset()
         for index, section in enumerate(sections):
             last = index == len(sections) - 1
-            later = sections[index + 1 :] + (self.sections["backward"] if phase == "forward" else ())
+            later = self._read(sections[index + 1 :]) | after | {*handed_on} | ({*freed} if not last else set())
             uses = self._buffer_uses(
-                section, outside if index == 0 else (), self._read(later) | {*handed_on}, handed_on if last else ()
+                section, outside if index == 0 else (), later, handed_on if last else (), freed if last else ()
             )
             tasks, calls, blocking_next = self._tasks(section, sent)
             segment = Segment(
-                name=f"{self.name} {phase}" + (f" {index}" if len(sections) > 1 else ""),
+                name=f"{self.name} {name}" + (f" {index}" if len(sections) > 1 else ""),
                 phase=phase,
                 tasks=tasks,
                 labels=tuple(map(_label, section.instructions)),
@@ -170,9 +204,14 @@ class _Issue:
         return {self.roots[buffer] for s in sections for step in s.instructions for buffer in step.reads}
 
     def _buffer_uses(
-        self, section: Section, outside: Sequence[Buffer], later: set[int], handed_on: Sequence[int]
+        self,
+        section: Section,
+        outside: Sequence[Buffer],
+        later: set[int],
+        handed_on: Sequence[int],
+        freed: Collection[int] = (),
     ) -> dict[int, BufferUse]:
-        """Buffers of a section by their number in the program, those that it finds first.
+        """Buffers of a section by their number in the program, those that it finds first; `freed` at its end.
 
         A run finds what the run before it left; all else that it finds, the next run finds, too.
         """
@@ -181,6 +220,8 @@ class _Issue:
         for index, step in enumerate(steps):
             for buffer in step.reads:
                 readers[self.roots[buffer]].append(index)
+        for buffer in freed:
+            readers[buffer].append(len(steps) - 1)
         written = [(b, i) for i, step in enumerate(steps) for b in step.writes if b.alias_of is None]
         own = {b.id for b, _ in written} | {b.id for b in outside}
         inherited = sorted({*readers, *handed_on} - own)

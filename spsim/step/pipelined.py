@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -12,19 +12,25 @@ from spsim.engine.pieces import Move, Node, Pass, Stretch, placed
 from spsim.engine.recording import Flight, Moments, Outline, Recording, TaskInfo
 from spsim.engine.trace import Wait
 from spsim.errors import InputError
+from spsim.inputs.schedules import Schedule
 from spsim.lazy import lazy
 from spsim.step.closing import Closing
 from spsim.step.folding import Alone, Step, fold_each
 from spsim.step.gradients import GRADIENTS, PARAMETERS, Sync
-from spsim.step.itinerary import Blocks, Chunk, chunk_pass
+from spsim.step.halves import Halves
+from spsim.step.itinerary import Blocks, Chunk, Item, chunk_pass
 from spsim.step.lanes import IDLE, flights_of
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.orders import KINDS, Action
+from spsim.step.pipeline.orders import KINDS, Action, global_stage, gradients
 from spsim.step.pipeline.timeline import Timeline
 from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times
 from spsim.step.pipeline.waiting import Gaps, gaps_of, waits_of
 
-PHASES: Mapping[str, Pass] = {"F": "forward", "B": "backward"}
+Work = Literal["forward", "backward", "input gradients", "weight gradients", "nothing"]
+"""What a pass of a chunk runs."""
+PHASES: Mapping[Work, Pass] = {
+    "forward": "forward", "backward": "backward", "input gradients": "backward", "weight gradients": "backward",
+}  # fmt: skip
 SENT: Mapping[str, tuple[Pass, str]] = {
     "activation": ("forward", "pp forward"),
     "gradient": ("backward", "pp backward"),
@@ -37,6 +43,33 @@ class PlacedChunk(NamedTuple):
 
     runs: Chunk
     first: int
+
+
+def work_of(schedule: Schedule, stages: int, rank: int, action: Action) -> Work:
+    """What an action of a rank runs."""
+    if action.kind == "F":
+        return "forward"
+    match gradients(action.kind, global_stage(schedule, stages, rank, action.chunk)):
+        case ():
+            return "nothing"
+        case (one,):
+            return "input gradients" if one == "input" else "weight gradients"
+    return "backward"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the chunks of a stage can run."""
+
+    blocks: Blocks
+    halves: Halves[Blocks]
+
+    def items(self, chunk: Chunk, work: Work, *, first: int = 0, micro_batch: int = 0) -> Sequence[Item]:
+        """One pass of a chunk whose layers are numbered from `first`."""
+        if work == "nothing":
+            return ()
+        found = {"input gradients": self.halves.inputs, "weight gradients": self.halves.weights}
+        return chunk_pass(found.get(work, self.blocks), chunk, PHASES[work], first=first, micro_batch=micro_batch)
 
 
 Stages = Sequence[Sequence[PlacedChunk]]
@@ -99,7 +132,7 @@ class Pipelined:
 
     stages: Stages
     stride: int
-    passes: Mapping[tuple[Chunk, Pass], Alone]
+    passes: Mapping[tuple[Chunk, Work], Alone]
     timeline: Timeline
     closed: Closed
     messages: Messages
@@ -111,7 +144,11 @@ class Pipelined:
 
     def alone(self, rank: int, action: Action) -> Alone:
         """A pass of a stage, as it runs by itself."""
-        return self.passes[self.stages[rank][action.chunk].runs, PHASES[action.kind]]
+        return self.passes[self.stages[rank][action.chunk].runs, self.work_of(rank, action)]
+
+    def work_of(self, rank: int, action: Action) -> Work:
+        """What a pass of a stage runs."""
+        return work_of(self.timeline.graph.score.stages.schedule, len(self.stages), rank, action)
 
     @lazy
     def times(self) -> Times:
@@ -213,7 +250,7 @@ class Pipelined:
         backward pass on; of one that goes in buckets all but the last may run behind that pass.
         """
         passes = self.timeline.sections[-1].passes
-        own = (passes.ranks == stage) & (passes.kinds == KINDS.index("B"))
+        own = (passes.ranks == stage) & np.isin(passes.kinds, [KINDS.index("B"), KINDS.index("W")])
         begun, free = None, 0
         columns = (column[own].tolist() for column in (passes.chunks, passes.starts_ps, passes.ends_ps))
         last = {chunk: (end, start) for chunk, start, end in sorted(zip(*columns, strict=True), key=lambda row: row[2])}
@@ -289,7 +326,7 @@ def _append(
 
 
 def run_pipeline(
-    blocks: Blocks,
+    passes: Passes,
     stages: Stages,
     clock: Clock,
     step: Step,
@@ -299,19 +336,16 @@ def run_pipeline(
     stride: int,
 ) -> Pipelined:
     """The passes of every chunk by themselves, and then all of the step."""
-    items = {
-        (chunk.runs, phase): chunk_pass(blocks, chunk.runs, phase)
-        for own in stages
-        for chunk in own
-        for phase in PHASES.values()
-    }
-    passes, events = fold_each(step, items)
-    for (_, phase), alone in passes.items():
-        if any(time or busy != IDLE for time, busy in alone.ends):
+    every = [
+        (stages[rank][chunk].runs, work_of(clock.schedule, clock.stages, rank, Action(kind, chunk, 0)))
+        for rank, chunk, kind, _ in clock.classes
+    ]
+    alone, events = fold_each(step, {(runs, work): passes.items(runs, work) for runs, work in every})
+    for (_, work), own in alone.items():
+        if any(time or busy != IDLE for time, busy in own.ends):
             raise InputError(
-                f"pp: a {phase} pass leaves communication behind: not simulated yet; use dp_overlap = false"
+                f"pp: a pass ({work}) leaves communication behind: not simulated yet; use dp_overlap = false"
             )
-    lengths = {key: alone.at_ps for key, alone in passes.items()}
-    pass_ps = [lengths[stages[own.rank][own.chunk].runs, PHASES[own.kind]] for own in clock.classes]
+    pass_ps = [alone[own].at_ps for own in every]
     message_ps = [messages.transfer_ps[sender, receiver] for sender, receiver, _ in clock.lanes]
-    return Pipelined(stages, stride, passes, clock.times(pass_ps, message_ps), closed, messages, events)
+    return Pipelined(stages, stride, alone, clock.times(pass_ps, message_ps), closed, messages, events)

@@ -21,78 +21,37 @@ from spsim.costs.power import straggler_factor
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
-from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
-from spsim.lazy import Cache, lazy
-from spsim.program.assembly import (
-    compiled_by,
-    kinds_of_layers,
-    layer_programs,
-    step_key,
-    step_programs,
-)
-from spsim.program.blocks.optimizer import OptimizerKernel, parameter_state
-from spsim.program.blocks.transformer import layer_traits
+from spsim.inputs.schedules import HALVED
+from spsim.inputs.workload import Workload
+from spsim.lazy import lazy
+from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
-from spsim.program.recipes import in_precision
 from spsim.program.sizes import Index, Numbers, Template
-from spsim.program.templates import layers_template, step_template
 from spsim.step.abreast import Abreast
 from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.gradients import Sync
-from spsim.step.issue import block_passes
-from spsim.step.itinerary import Chunk, Item, Loop, Run, Runs, Visit, accumulation
+from spsim.step.halves import Halves
+from spsim.step.issue import block_passes, halved_passes
+from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
 from spsim.step.slots import runs_of, slots_in_graphs
-from spsim.units import KIB, MIB, PS_PER_S
+from spsim.units import KIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
 FEW = 4
 """Attention kernels."""
-_steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
-    """The layers of a model under a plan; `fold` simulates identical ranks once."""
-    kinds = (*kinds_of_layers(model, plan),)
-    return _steps.get(
-        (layer_traits(model), compiled_by(plan), *kinds, precision, _issued_by(plan), fold),
-        lambda: PreparedStep(
-            layers_template(model, plan, precision),
-            plan,
-            lambda workload: layer_programs(model, plan, in_precision(workload, precision)),
-            fold=fold,
-        ),
-    )
-
-
-def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
-    """The whole of a model under a plan: embedding, layers, and the head if it has one."""
-    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), fold)
-    return _steps.get(
-        key,
-        lambda: PreparedStep(
-            step_template(model, plan, precision),
-            plan,
-            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
-            fold=fold,
-            gradient_bytes=parameter_state(plan, ELEMENT_BYTES[precision]).gradient,
-            optimizer=Optimizer(plan, precision),
-        ),
-    )
-
-
-def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
-    """What of a plan says in which order its program is issued, and by what."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs, plan.grad_dtype
+def has_halves(plan: Plan) -> bool:
+    """Whether backward passes run in halves."""
+    return plan.pp > 1 and plan.pp_schedule in HALVED
 
 
 class PreparedStep:
@@ -118,14 +77,19 @@ class PreparedStep:
         self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
         self.closings = self._close(template.programs)
         self.syncs = syncs_of(self.closings)
+        programs = template.programs.items() if has_halves(plan) else ()
+        halves = {name: found for name, program in programs if (found := halved_passes(program, plan, name))}
+        self.halves: Halves[Blocks] = Halves(
+            {name: {"backward": own.inputs} for name, own in halves.items()},
+            {name: {"backward": own.weights} for name, own in halves.items()},
+        )
+        """Of backward passes, where they run in halves; blocks of products only."""
+        every = [(name, own) for found in (self.blocks, *self.halves) for name, own in found.items()]
         self.owners = {
-            part.segment.name: block
-            for block, passes in self.blocks.items()
-            for own in passes.values()
-            for part in own.parts
+            part.segment.name: block for block, passes in every for own in passes.values() for part in own.parts
         }
         """Segment -> the block that it is of."""
-        own = tuple(part.segment for found in self._passes for part in found.parts)
+        own = tuple(part.segment for _, passes in every for found in passes.values() for part in found.parts)
         self.segments: tuple[Segment, ...] = (*own, *(made.segment for made in self.closings))
         works = (step.work for segment in own for step in segment.instructions if isinstance(step, Compute))
         differ = any(len(work) > 1 for work in works)

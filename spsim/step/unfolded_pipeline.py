@@ -14,11 +14,13 @@ from spsim.engine.pieces import Node, Stretch
 from spsim.engine.recording import ENDED, Flight, Moments, Recording, columns
 from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Wait
+from spsim.inputs.schedules import Schedule
 from spsim.step.folding import Step
-from spsim.step.itinerary import Blocks, Visit, chunk_pass, visits
+from spsim.step.itinerary import Visit, visits
 from spsim.step.pipeline.messages import Instruction, Message, Post, Run
 from spsim.step.pipeline.orders import Action
-from spsim.step.pipelined import PHASES, SENT, Closed, Messages, Stages
+from spsim.step.pipeline.tape import Score
+from spsim.step.pipelined import SENT, Closed, Messages, Passes, Stages, work_of
 from spsim.step.ranks import Communicator, Ranks
 from spsim.step.unfolded import Concatenation, Taken
 
@@ -43,16 +45,19 @@ class _Stage:
 
 
 def unfold_pipeline(
-    blocks: Blocks,
+    passes: Passes,
     stages: Stages,
-    rows: Sequence[Sequence[Instruction]],
+    score: Score,
     step: Step,
     messages: Messages,
     closed: Closed,
     ranks: Ranks,
 ) -> Unfolded:
-    """All `ranks` of each stage, with a row of instructions for each stage; the others as of `run_pipeline`."""
-    written = [_written(blocks, stages, stage, row, step, closed, ranks) for stage, row in enumerate(rows)]
+    """All `ranks` of each stage, with what each stage runs, posts and waits for; the others as of `run_pipeline`."""
+    written = [
+        _written(passes, stages, stage, row, score.stages.schedule, step, closed, ranks)
+        for stage, row in enumerate(score.rows())
+    ]
     programs: dict[int, RankProgram] = {}
     durations: dict[int, list[int]] = {}
     for stage in written:
@@ -68,19 +73,20 @@ def unfold_pipeline(
 
 
 def _written(
-    blocks: Blocks,
+    passes: Passes,
     stages: Stages,
     stage: int,
     row: Sequence[Instruction],
+    schedule: Schedule,
     step: Step,
     closed: Closed,
     ranks: Ranks,
 ) -> _Stage:
-    passes = {}
+    found = {}
     for action in (instruction.action for instruction in row if isinstance(instruction, Run)):
         runs, first = stages[stage][action.chunk]
-        items = chunk_pass(blocks, runs, PHASES[action.kind], first=first, micro_batch=action.micro_batch)
-        passes[action] = [*visits(items)]
+        work = work_of(schedule, len(stages), stage, action)
+        found[action] = [*visits(passes.items(runs, work, first=first, micro_batch=action.micro_batch))]
     own = [(made.segment, ps) for made, ps in closed.segments[stage]]
     with_closing = Step(
         (),
@@ -89,7 +95,7 @@ def _written(
         {**step.sizes, **{segment.name: () for segment, _ in own}},
         step.slowdown,
     )
-    return _Stage(stage, row, passes, [Visit(segment) for segment, _ in own], with_closing)
+    return _Stage(stage, row, found, [Visit(segment) for segment, _ in own], with_closing)
 
 
 class _Program(Concatenation):

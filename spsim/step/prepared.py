@@ -1,0 +1,54 @@
+"""Steps and layers under a plan, prepared once for all that read the same of model and plan."""
+
+from __future__ import annotations
+
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.rules import sequence_unit
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.lazy import Cache
+from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
+from spsim.program.blocks.optimizer import parameter_state
+from spsim.program.blocks.transformer import layer_traits
+from spsim.program.recipes import in_precision
+from spsim.program.templates import layers_template, step_template
+from spsim.step.closing import Optimizer
+from spsim.step.preparation import PreparedStep, has_halves
+from spsim.units import MIB
+
+_steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
+
+
+def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
+    """The layers of a model under a plan; `fold` simulates identical ranks once."""
+    kinds = (*kinds_of_layers(model, plan),)
+    return _steps.get(
+        (layer_traits(model), compiled_by(plan), *kinds, precision, _issued_by(plan), fold),
+        lambda: PreparedStep(
+            layers_template(model, plan, precision),
+            plan,
+            lambda workload: layer_programs(model, plan, in_precision(workload, precision)),
+            fold=fold,
+        ),
+    )
+
+
+def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
+    """The whole of a model under a plan: embedding, layers, and the head if it has one."""
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), fold)
+    return _steps.get(
+        key,
+        lambda: PreparedStep(
+            step_template(model, plan, precision),
+            plan,
+            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
+            fold=fold,
+            gradient_bytes=parameter_state(plan, ELEMENT_BYTES[precision]).gradient,
+            optimizer=Optimizer(plan, precision),
+        ),
+    )
+
+
+def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
+    """What of a plan says in which order its program is issued, and by what."""
+    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs, plan.grad_dtype, has_halves(plan)
