@@ -141,7 +141,7 @@ class MemoryBound:
     bytes_moved: int
     kernel: KernelName | None = None
     backward: bool = False
-    """The gradient of the kernel."""
+    """The gradient of the kernel; of a cast, one of a gradient."""
     row: int = 0
     """Elements that it reduces or scales together: of a norm, a softmax, a bias; 0 where that does not matter."""
     dtype: str | None = None

@@ -35,6 +35,11 @@ def test_a_graph_of_the_iteration_holds_embedding_and_head_too():
     assert ends[0]
 
 
+def test_steps_of_replicas_are_kept_apart():
+    none, per_layer = (result(graphs, plan="dp=2,distributed_optimizer") for graphs in ("none", "per_layer"))
+    assert none.step_ps > per_layer.step_ps
+
+
 def test_the_start_in_a_graph_is_an_assumed_input():
     assert "graph_overhead_us" in result("per_layer", scope="layers").assumed
     assert "graph_overhead_us" not in result("none", scope="layers").assumed

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from spsim import InputError, Model, Scenario, Workload, load_profile, simulate
+from spsim import InputError, Model, Scenario, Workload, explain, load_profile, simulate
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.models import compute_cost
 from spsim.inputs.plan import parse_plan
@@ -13,7 +13,7 @@ from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute
 from spsim.program.recipes import program_precision
 from spsim.units import GIB
-from spsim.work import FlashAttention, Gemm
+from spsim.work import FlashAttention, Gemm, MemoryBound
 
 S, H, F, A, KV, D, T = 4096, 4096, 14336, 32, 8, 128, 4
 """Sequence, widths and heads of a layer, and the degree of tp."""
@@ -105,13 +105,18 @@ def test_kept_for_the_backward_pass(precision):
 
 @pytest.mark.parametrize("precision", ITEMSIZE)
 def test_sequence_parallel_gathers_casts_and_scatters_16_bits(precision):
-    """A gather moves the copy that is read next; of gradients both, where rows and columns have scales of their own."""
+    """A gather moves the copy that is read next; of gradients both, where rows and columns have scales of their own.
+    Ranks agree on scales of whole tensors.
+    """
     size, both = ITEMSIZE[precision], 1 if precision.startswith("fp8") and precision != "fp8_blockwise" else 2
     found = program(precision)
+    scales = {"all_reduce": 2 * 4} if precision in ("fp8", "nvfp4") else {}
     assert sent(found.forward) == {
         ("all_gather", "input"): 2 * size * S * H, ("reduce_scatter", "input"): 2 * 2 * S * H,
+        **{(collective, "input"): size for collective, size in scales.items()},
     }  # fmt: skip
     assert sent(found.backward) == {
+        **{(collective, "gradient"): size for collective, size in scales.items()},
         ("all_gather", "gradient"): 2 * both * size * S * H,
         ("all_gather", "regather"): 2 * size * S * H,
         ("reduce_scatter", "gradient"): 2 * 2 * S * H,
@@ -309,6 +314,28 @@ def test_a_product_names_its_type():
     profile = load_profile("dgx-h100")
     assert ComputeCost(profile, "bf16").duration(named) == ComputeCost(profile, "fp8").duration(work)
     assert ComputeCost(profile, "bf16").coefficients_of(named)[1] == "gemm.fraction.fp8"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "copies", "measured_us"),
+    [("quantize", 1, 34.8), ("quantize_columnwise", 1, 39.6), ("quantize_both", 2, 52.3)],
+)
+def test_casts_of_transformer_engine_on_b200(kernel, copies, measured_us):
+    """8192 x 8192 from bf16 to mxfp8 (ROCm/TransformerEngine pull request 598): the bytes that a recipe counts move at
+    the rates of the profile.
+    """
+    moved = int((2 + copies * Fraction(33, 32)) * 8192**2)
+    cost = compute_cost(load_profile("dgx-b200"), "mxfp8")
+    predicted = float(cost.duration(MemoryBound("cast", moved, kernel, dtype="mxfp8"))) * 1e6
+    assert predicted == pytest.approx(measured_us, rel=0.1)
+
+
+def test_explain_shows_the_casts():
+    found = explain(LLAMA, TP, {"seq_len": S, "precision": "fp8"})
+    rows = {row.operator: row for row in found.operators}
+    assert rows["qkv_cast"].bytes_moved == 3 * S * H / T
+    assert rows["fc2_gradient_cast"].bytes_moved == 0
+    assert [c.collective for c in rows["fc2_gradient_cast"].communication] == ["reduce_scatter", "all_reduce"]
 
 
 def test_a_layer_in_fp8():

@@ -95,13 +95,16 @@ class TrafficCost:
             )
         return _Traffic(memory, cache, start)
 
-    def _table(self, kernel: str, dtype: str | None) -> str:
-        """The type whose measured rates count; of types that operands are cast to only the casts' own."""
-        own = dtype or self._dtype
-        known = [rates[own] for name in TABLES if own in (rates := getattr(self._coefficients, name))]
-        if own in CAST_TYPES:
-            return own if any(kernel in rates for rates in known) else "bf16"
-        return own if known else "bf16"
+    def _key(self, kernel: KernelName | None, backward: bool, dtype: str | None) -> tuple[str, str]:
+        """Name and type by which measured rates are found; of types that operands are cast to only the casts' own, and
+        of gradients those of other tensors unless they are measured apart.
+        """
+        name, own = rates_key(kernel, backward), dtype or self._dtype
+        known = [rates[own] for table in TABLES if own in (rates := getattr(self._coefficients, table))]
+        if own not in CAST_TYPES:
+            return name, own if known else "bf16"
+        names = (name, rates_key(kernel, backward=False))
+        return next(((one, own) for one in names if any(one in rates for rates in known)), (name, "bf16"))
 
     def _at(
         self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool, dtype: str | None
@@ -109,8 +112,7 @@ class TrafficCost:
         """Of one kernel, as flat as arrays of many need it: `_Traffic` at the shortest measured row; for each step to a
         longer one, as many as any has, where it begins, its length and the changes.
         """
-        name = rates_key(kernel, backward)
-        table = self._table(name, dtype)
+        name, table = self._key(kernel, backward, dtype)
         rates = self._coefficients.kernel_rates.get(table, {}) | self._coefficients.fused_rates.get(table, {})
         by_row = self._coefficients.row_rates.get(table, {})
         if name not in by_row or name in self._coefficients.fused_rates.get(table, {}):
@@ -130,8 +132,7 @@ class TrafficCost:
 
     def class_of(self, work: MemoryBound) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
-        kernel = rates_key(work.kernel, work.backward)
-        dtype = self._table(kernel, work.dtype)
+        kernel, dtype = self._key(work.kernel, work.backward, work.dtype)
         for table in TABLES:
             if kernel in getattr(self._coefficients, table).get(dtype, {}):
                 return f"{table}.{dtype}.{kernel}"

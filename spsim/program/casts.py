@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from spsim.program.recipes import HALF, Cast, Recipe
 from spsim.work import KernelName, MemoryBound
 
+SCALE_BYTES = 4
+"""Of a tensor's largest value."""
 Reading = Literal["forward", "dgrad", "wgrad"]
 """A product by what it is for; the last reads its operands along columns."""
 
@@ -23,7 +26,7 @@ def casting(cast: Cast, elements: int, *, gathered: bool) -> Iterator[MemoryBoun
     if recipe.tensor_scale and not (cast.of_norm and recipe.norm == "finds scale"):
         yield _kernel("amax", recipe, HALF * elements)
     one = cast.rows_only or recipe.columns == "same" or (gathered and recipe.columns == "transposed")
-    yield _quantize("quantize" if one else "quantize_both", recipe, elements)
+    yield _quantize("quantize" if one else "quantize_both", recipe, elements, gradient=cast.of == "gradient")
 
 
 def casting_again(recipe: Recipe, elements: int) -> Iterator[MemoryBound]:
@@ -55,9 +58,11 @@ _COLUMNS: dict[str, KernelName] = {
 """What makes the copy for products along columns."""
 
 
-def _quantize(kernel: KernelName, recipe: Recipe, elements: int) -> MemoryBound:
+def _quantize(kernel: KernelName, recipe: Recipe, elements: int, *, gradient: bool = False) -> MemoryBound:
+    """Of a gradient it may take longer: 4 bits are rounded stochastically then."""
     copies = 2 if kernel == "quantize_both" else 1
-    return _kernel(kernel, recipe, math.ceil((HALF + copies * recipe.itemsize) * elements))
+    moved = math.ceil((HALF + copies * recipe.itemsize) * elements)
+    return replace(_kernel(kernel, recipe, moved), backward=gradient)
 
 
 def _kernel(kernel: KernelName, recipe: Recipe, moved: int) -> MemoryBound:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from spsim.inputs.plan import Plan
-from spsim.program.casts import Reading
+from spsim.program.casts import SCALE_BYTES, Reading
 from spsim.program.categories import categorise
 from spsim.program.instructions import (
     Buffer,
@@ -27,7 +27,7 @@ from spsim.program.instructions import (
 from spsim.program.kernels import Kernels, Product
 from spsim.program.operators import Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
-from spsim.program.placement import Layout
+from spsim.program.placement import Layout, sent_bytes
 from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
 from spsim.program.region import Move, Region
 from spsim.program.saving import Saving
@@ -170,14 +170,28 @@ class _Compiler:
             return
         if isinstance(kernels, Product):
             self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
-        self._search(op, kernels, part, reads)
+        reads += self._search(op, kernels, part, reads)
         over = {op.outputs[0].name: reads[0]} if op.operator.in_place else {}
         writes = [self._hold(output, generation, over.get(output.name)) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
 
-    def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
+    def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> list[Buffer]:
+        """The scale of a cast, if it is searched for or ranks agree on it: they cast parts of one tensor."""
+        found: list[Buffer] = []
         for work in kernels.before:
-            self._compute(op.name, op.operator.kind, part, (work,), reads, ())
+            found = [self._buffer(f"{op.name} scale", SCALE_BYTES)]
+            self._compute(op.name, op.operator.kind, part, (work,), reads, found)
+        for axis in kernels.agreed:
+            have, ranks = found or reads, self.region.mesh.degree(axis)
+            found = [self._buffer(f"{op.name} scale", SCALE_BYTES, "communication buffers")]
+            self.instructions.append(
+                Communication(
+                    self._next(), op.name, found[0].tensor, axis, "all_reduce", ranks, SCALE_BYTES,
+                    sent_bytes("all_reduce", SCALE_BYTES, ranks), "gradient" if part == "backward" else "input",
+                    self.part, (have[0].id,), tuple(found),
+                )
+            )  # fmt: skip
+        return found
 
     def _prepare(self, op: PlacedOperator, kernels: Product, reading: Reading, read: dict[str, Buffer]) -> None:
         """Kernels that cast operands need before a product of `op` reads them; copies that they make take the place of
@@ -262,8 +276,8 @@ class _Compiler:
                 self.gradients[operand.name].append((operand.gradient, gradients[0]))
         work = kernels.backward(self.causal, self.plan.ring_cut)
         if work:
-            self._search(op, kernels, "backward", gradients)
-            reads = [*gradients, *saved.values(), *weights]
+            scale = self._search(op, kernels, "backward", gradients)
+            reads = [*gradients, *saved.values(), *weights, *scale]
             over = saved.get(op.outputs[0].name) if op.operator.in_place else None
             writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
             accumulated = kernels.accumulation if not op.gathered else ()

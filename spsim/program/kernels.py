@@ -14,8 +14,9 @@ from typing import NamedTuple
 from spsim.errors import InputError
 from spsim.lazy import lazy
 from spsim.program.casts import Reading, arriving, casting, casting_again
+from spsim.program.mesh import Axis
 from spsim.program.placed import PlacedOperand, PlacedOperator
-from spsim.program.recipes import HALF, Recipe
+from spsim.program.recipes import HALF, Cast, Recipe
 from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
 
 POSITIONS = frozenset({"s", "j"})
@@ -61,10 +62,10 @@ class Kernels:
     accumulation: tuple[MemoryBound, ...] = ()
     """Kernels that add the gradient of a weight to its main gradient; of most the kernel that makes it adds it, too."""
 
-    @lazy
-    def before(self) -> tuple[MemoryBound, ...]:
-        """Kernels that only read, before the one that writes."""
-        return ()
+    before: tuple[MemoryBound, ...] = ()
+    """Kernels that only find a scale, before the one that writes."""
+    agreed: tuple[Axis, ...] = ()
+    """Axes whose ranks agree on that scale."""
 
     @lazy
     def _forward(self) -> tuple[Work, ...]:
@@ -141,16 +142,27 @@ class Lookup(Kernels):
 class Casting(Kernels):
     """A cast of the input of a product, or of the gradients of what it makes; the other pass does nothing."""
 
+    @property
+    def cast(self) -> Cast:
+        """What it casts."""
+        assert self.operator.cast is not None
+        return self.operator.cast
+
+    @lazy
+    def _is_gathered(self) -> bool:
+        if self.cast.of == "input":
+            return self.placed.outputs[0].name in self.gathered
+        return gradient_name(self.placed.inputs[0].name) in self.gathered
+
     @lazy
     def _casting(self) -> tuple[MemoryBound, ...]:
-        cast = self.operator.cast
-        assert cast is not None
-        if cast.of == "input":
-            gathered = self.placed.outputs[0].name in self.gathered
-        else:
-            gathered = gradient_name(self.placed.inputs[0].name) in self.gathered
         elements = sum(operand.elements for operand in self.placed.inputs)
-        return tuple(casting(cast, elements, gathered=gathered))
+        return tuple(casting(self.cast, elements, gathered=self._is_gathered))
+
+    @lazy
+    def agreed(self) -> tuple[Axis, ...]:
+        """Those of tensor parallelism, which gathers what they cast (`amax_reduction_group`)."""
+        return ("tp",) if self._is_gathered and self.cast.recipe.tensor_scale else ()
 
     @lazy
     def before(self) -> tuple[MemoryBound, ...]:
@@ -158,7 +170,7 @@ class Casting(Kernels):
         return self._casting[:-1]
 
     def _in(self, of: str) -> tuple[Work, ...]:
-        return self._casting[-1:] if self.operator.cast and self.operator.cast.of == of else ()
+        return self._casting[-1:] if self.cast.of == of else ()
 
     @lazy
     def _forward(self) -> tuple[Work, ...]:

@@ -23,8 +23,8 @@ def halved(sections: Sequence[Section]) -> Halves[tuple[Section, ...]]:
     """The sections of both halves, empty ones left out.
 
     Gradients of weights are products of their own (`wgrad`); what only they read, such as an input that is gathered
-    again, moves with them, and what reads theirs. Other gradients, of norms, come out of the kernel that the
-    gradient of the input needs anyway. What is recomputed runs again in the first half.
+    again, moves with them, and what reads theirs. Gradients of norms' weights come out of the kernel that works out
+    that of their input (torch runs it twice). What is recomputed runs again in the first half.
     """
     second = _weights([step for section in sections for step in section.instructions])
     assert all(section.count == 1 or not second & {*_ids(section)} for section in sections), "no loop has weights"
