@@ -341,7 +341,7 @@ def run_pipeline(
         (stages[rank][chunk].runs, work_of(clock.schedule, clock.stages, rank, Action(kind, chunk, 0)))
         for rank, chunk, kind, _ in clock.classes
     ]
-    alone, events = fold_each(step, {(runs, work): passes.items(runs, work) for runs, work in every})
+    alone, events = fold_each(step, {own: passes.items(*own) for own in dict.fromkeys(every)})
     for (_, work), own in alone.items():
         if any(time or busy != IDLE for time, busy in own.ends):
             raise InputError(
