@@ -3,17 +3,18 @@
     python experiments/bands.py
 
 writes `experiments/data/bands.csv` from the rows of `spsim validate`, `collectives.py` and `longcontext.py`, and prints
-it: run it again when costs or profiles change. `spsim.results.bands` reads it, and says what a family is. Five seconds.
+it: run it again when costs or profiles change. `spsim.results.bands` reads it, and says what a family is. Ten seconds.
 
-- **ratio**: all pairs of plans of one table, or of one family of `validate`, that differ in one way. Where there are
-  pairs of whole layers, those of attention alone, which say less of a step, are left out.
-- **time**: layers, on each machine, on machines joined in one way, and on any; where there are none, attention alone.
+- **ratio**: all pairs of plans of one table, or of one family of `validate`, that differ in one way. They are of layers,
+  since no published steps of one model differ so; attention alone, which says less of a step, stands where no layers do.
+- **time**: whole training steps, on each machine, on machines joined in one way, and on any; where there are none,
+  layers, and where there are none of these either, attention alone.
 - **part**: collectives by machine, how the group lies, and size, on the fabric that the profile describes; attention by
   machine, how it is split, and head size.
 
 `best_table_percent` is the median of the table that agrees best: a family is far off where every table says so, while
-one that is met shows that the others are of other machines. Rows that a curve was made from count too; no
-coefficient was fitted on a row of layers or attention.
+one that is met shows that the others are of other machines. Rows that a curve was made from count too; steps that a
+coefficient was fitted on do not, and none was on a row of layers or attention.
 """
 
 from bisect import bisect_right
@@ -34,6 +35,7 @@ from spsim.results import bands
 from spsim.results.figures import measurable
 from spsim.simulation import simulate
 from spsim.studies.measured_cases import MeasuredCase, load_cases
+from spsim.studies.validation import validate
 
 FILE = Path(__file__).parent / "data" / "bands.csv"
 KEYS = ["of", "what", "machine", "family", "from_bytes"]
@@ -46,7 +48,7 @@ class Measured(NamedTuple):
     hardware: str
     plan: Plan
     what: str
-    """`layers` or `attention`."""
+    """`steps`, `layers` or `attention`."""
     measured: float
     predicted: float
     head_dim: int = 0
@@ -62,6 +64,15 @@ class Error(NamedTuple):
     from_bytes: int
     percent: float
     table: str
+
+
+def steps() -> Iterator[Measured]:
+    """The whole training steps of `validate` that spsim simulates and no coefficient was fitted on."""
+    cases = [case for case in load_cases() if case.metric == "step_time_s"]
+    for case, found in zip(cases, validate(cases).cases, strict=True):
+        if found.predicted is not None and not found.fitted:
+            plan = case.scenario().plan
+            yield Measured(case.family, case.hardware, plan, "steps", case.measured, found.predicted)
 
 
 def layers() -> Iterator[Measured]:
@@ -139,9 +150,10 @@ def preferred(better: Iterable[Error], other: Iterable[Error]) -> Iterator[Error
 def made() -> pd.DataFrame:
     """The table of bands, a line for each family."""
     whole, parts = list(layers()), list(attention())
+    times = preferred(time_errors(whole), time_errors(parts))
     errors = [
         *preferred(ratio_errors(whole), ratio_errors(parts)),
-        *preferred(time_errors(whole), time_errors(parts)),
+        *preferred(time_errors(steps()), times),
         *collective_errors(),
         *attention_errors(parts),
     ]

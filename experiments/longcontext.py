@@ -125,6 +125,7 @@ def settings(row: Row) -> dict[str, Any]:
         "workload": spsim.Workload(
             seq_len=row["seq_len"], micro_batch=row["micro_batch"], global_batch=row["global_batch"]
         ),
+        "scope": "layers",
     }
 
 

@@ -6,10 +6,12 @@ A profile that no calibration wrote has no held-out errors of its own. What ther
 - **ratio**: of two plans measured beside each other, predicted over measured ratio of their times. What both plans
   share cancels, so this is the band of a difference. A family of pairs is what the plans differ in, on machines whose
   GPUs are joined in one way.
-- **time**: predicted over measured times of layers, on a machine, on machines joined in one way, or on any.
+- **time**: predicted over measured times of whole training steps, on a machine, on machines joined in one way, or on
+  any; where no steps were measured, of layers, else of attention alone.
 - **part**: the same of collectives and of core attention, to flag results that are made of parts known to be far off.
 
-Where there are no whole layers, a band is of attention alone.
+Ratios are of layers, since no published steps of one model differ in one of those ways; else of attention alone. Plans
+that differ in how a step is spread over stages or what else no pairs were measured of have the band of times.
 
 A band is the 90th percentile, as that of a calibration is.
 """
@@ -61,7 +63,7 @@ class Entry:
     """One line of the table."""
 
     what: str
-    """Of what: `layers`, `attention` or `collective`."""
+    """Of what: `steps`, `layers`, `attention` or `collective`."""
     rows: int
     best: float
     """Median error of the table that agrees best."""
@@ -92,10 +94,14 @@ def link(hardware: HardwareProfile) -> str:
     return hardware.datasheet.topology[0].kind
 
 
+_OF_FAMILIES = ("tp", "sequence_parallel", "ulysses", "ring", "ring_cut", "recompute", "recompute_modules")
+"""Options of a plan that families are made of."""
+_STATE = ("distributed_optimizer", "zero", "moment_dtype", "precision_aware_optimizer")
+"""How and in what optimizer state is kept: it changes the end of a step alone."""
+
+
 def pair_families(one: Plan, other: Plan) -> tuple[str, ...]:
-    """What two plans differ in, one family for each. How optimizer state is shared is left out: it changes the
-    synchronisation at the end of a step alone.
-    """
+    """What two plans differ in, one family for each; how optimizer state is kept is left out."""
     degrees = [(plan.tp, plan.ulysses, plan.ring) for plan in (one, other)]
     found = []
     if degrees[0] != degrees[1]:
@@ -107,7 +113,7 @@ def pair_families(one: Plan, other: Plan) -> tuple[str, ...]:
         found.append("ring cut")
     if (one.recompute, one.recompute_modules) != (other.recompute, other.recompute_modules):
         found.append("recomputation")
-    further = ("tp_backward_overlap", "ring_kind", "dp")
+    further = [name for name in Plan.model_fields if name not in (*_OF_FAMILIES, *_STATE)]
     found += [name for name in further if getattr(one, name) != getattr(other, name)]
     return tuple(found)
 

@@ -104,13 +104,16 @@ class Account:
         self.comm = CommCost(profile)
         self._collectives: dict[tuple[tuple[Axis, ...], Collective, int | None], Classes] = {}
         self.classes: dict[Outline, list[Classes]] = {
+            made.segment.outline: [*map(self._of_closing, made.steps)] for made in prepared.every_closing
+        }
+        self.classes |= {
             segment.outline: segment.woven(
                 map(self._of_step, segment.instructions),
                 {task: self._of_collective(s.axes, s.collective, None) for task, s in segment.added.items()},
             )
             for segment in prepared.segments
+            if segment.outline not in self.classes
         }
-        self.classes |= {made.segment.outline: [*map(self._of_closing, made.steps)] for made in prepared.closings}
 
     def _of_closing(self, step: Sync | str) -> Classes:
         if isinstance(step, str):

@@ -148,8 +148,12 @@ class PreparedStep:
 
     def closing_of(self, outline: Outline) -> Closing | None:
         """What a segment after the last micro-batch is made of, by its outline; None for others."""
-        every = (made for own in (self.closings, *self._stage_closings.values()) for made in own)
-        return next((made for made in every if made.segment.outline is outline), None)
+        return next((made for made in self.every_closing if made.segment.outline is outline), None)
+
+    @property
+    def every_closing(self) -> Iterator[Closing]:
+        """The segments after the last micro-batch, of each stage that was asked for."""
+        return (made for own in (self.closings, *self._stage_closings.values()) for made in own)
 
     def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of a chunk's blocks, and what follows the last micro-batch."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from spsim.engine.pieces import Pass
 from spsim.errors import InputError
@@ -58,7 +58,7 @@ def pass_time(result: Result, phase: Pass, *, layer: int = 0, micro_batch: int =
 
 def step_time(result: Result) -> Parts:
     """Picoseconds of the step by part."""
-    return _charged(result, accounts.of_step(result.trace))
+    return _charged(result, result.account)
 
 
 def peak_memory(result: Result) -> Parts:
@@ -271,6 +271,7 @@ def compare(
     model: Model | Mapping[str, Any] | str | Path,
     workload: Workload | Mapping[str, Any],
     nodes: int | None = None,
+    scope: Literal["step", "layers"] = "step",
 ) -> PlanComparison:
     """Simulate plans of one model, hardware and workload, and account for their differences; everything may be given
     as to a `Scenario`.
@@ -280,7 +281,7 @@ def compare(
     """
     texts = [_text(plan) for plan in _listed(plans)]
     _check_plans(texts)
-    common = Scenario(hardware=hardware, model=model, workload=workload)
+    common = Scenario(hardware=hardware, model=model, workload=workload, scope=scope)
     scenarios = {text: _scenario(common, text, nodes) for text in texts}
     names = _names({text: scenario.plan.label for text, scenario in scenarios.items()})
     return PlanComparison(tuple(PlanAccount(names[text], text, simulate(scenarios[text])) for text in scenarios))
@@ -308,7 +309,8 @@ def _scenario(common: Scenario, plan: str, nodes: int | None) -> Scenario:
     """Under another plan; `InputError` says which."""
     try:
         return Scenario(
-            hardware=common.hardware, model=common.model, plan=plan, workload=common.workload, nodes=nodes
+            hardware=common.hardware, model=common.model, plan=plan, workload=common.workload, nodes=nodes,
+            scope=common.scope,
         )  # fmt: skip
     except InputError as error:
         raise InputError(f"--plan {plan!r}: {str(error).removeprefix('plan: ')}") from None
