@@ -36,8 +36,7 @@ VALUES = {
 
 
 WHOLE = (
-    "dp=2,zero=1", "tp=2,pp=2,dp=2", "pp=2,virtual_pp=2", "pp=4,pp_sends=torch",
-    "pp=2,pp_schedule=gpipe,recompute=full",
+    "ulysses=2,dp=2,zero=1", "dp=2,zero=3", "pp=2,virtual_pp=2", "pp=4,pp_sends=torch", "tp=2,pp=2,dp=2,recompute=full",
 )  # fmt: skip
 """Plans whose options are tried in a whole step."""
 
@@ -73,8 +72,8 @@ def test_an_option_does_something_or_says_why_not(plan, model):
 
 @pytest.mark.parametrize("plan", WHOLE)
 def test_an_option_of_a_whole_step_does_something_or_says_why_not(plan):
-    assert outcome(plan, {"layers": 4}, "step", 8) is not None
-    check_options(plan, lambda changed: outcome(changed, {"layers": 4}, "step", 8))
+    assert outcome(plan, {"layers": 4}, "step", 4) is not None
+    check_options(plan, lambda changed: outcome(changed, {"layers": 4}, "step", 4))
 
 
 def check_options(plan, tried):
@@ -117,7 +116,7 @@ def test_degrees_of_ulysses_where_keys_have_fewer_heads(degree, seq_len, line):
 @pytest.mark.parametrize(
     ("plan", "traits", "notes"),
     [
-        ("dp_overlap", {}, ["dp_overlap has no effect with dp = 1"]),
+        ("dp_overlap", {}, ["dp_overlap has no effect with one rank along dp x ulysses x ring"]),
         ("sequence_parallel", {}, ["sequence_parallel has no effect with tp = 1"]),
         ("tp_backward_overlap=false", {}, ["tp_backward_overlap = False has no effect with tp = 1"]),
         ("ring_kind=all_gather,ring_cut=contiguous", {}, [

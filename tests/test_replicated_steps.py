@@ -6,8 +6,10 @@ import pytest
 
 from spsim import Scenario, simulate
 from spsim.errors import InputError
+from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
 from spsim.results.accounts import of_step
+from spsim.simulation import simulate_many
 from tests.test_replicas import calls_of
 
 MODEL = Model(
@@ -124,12 +126,37 @@ def test_what_others_see_of_a_step(plan, tmp_path):
     simulated.plot_memory(tmp_path / "memory.png")
 
 
+@pytest.mark.parametrize("plan", ["dp=2", "tp=2,sequence_parallel,dp=2,distributed_optimizer", PLANS[-2]])
+def test_many_workloads_at_once(plan):
+    """Where nothing is sent between kernels; else they are simulated one by one."""
+    sizes = [(seq_len, micro_batch, 12) for seq_len in (128, 512) for micro_batch in (1, 3)]
+    case = {"hardware": "dgx-h100", "model": MODEL, "plan": plan, "scope": "step"}
+    cases = [
+        Scenario(**case, workload={"seq_len": s, "micro_batch": b, "global_batch": total}) for s, b, total in sizes
+    ]
+    together = simulate_many(Grid.of(cases[0], sizes))
+    assert (together is None) == ("fsdp" in plan)
+    if together is not None:
+        alone = [simulate(each) for each in cases]
+        assert list(together.step_ps) == [found.step_ps for found in alone]
+        assert list(together.peak_bytes) == [found.peak_bytes for found in alone]
+
+
+@pytest.mark.parametrize("plan", ["pp=2,dp=4", "dp=4"])
+def test_a_plan_does_not_step_with_the_optimizer_of_another(plan):
+    """What is prepared is kept for plans that are alike, and the kernels of an update are not."""
+    large = {"hidden": 1024, "ffn_hidden": 4096, "layers": 8}
+    usual = result(f"{plan},distributed_optimizer", **large)
+    aware = result(f"{plan},distributed_optimizer,precision_aware_optimizer,moment_dtype=bf16", **large)
+    assert aware.step_ps < usual.step_ps
+
+
 @pytest.mark.parametrize(
     ("plan", "scope", "words"),
     [
         ("dp=2,zero=3", "layers", ["zero = 3", "scope = 'layers'", "scope = 'step'"]),
         ("dp=2,dp_overlap,distributed_optimizer", "layers", ["dp_overlap", "scope = 'layers'"]),
-        ("dp=2,pp=2,distributed_optimizer,dp_overlap", "step", ["dp_overlap", "pp = 2", "not simulated yet"]),
+        ("dp=2,pp=2,dp_library=fsdp,zero=3", "step", ["zero = 3", "pp = 2", "not simulated yet"]),
     ],
 )
 def test_where_replicas_are_not_simulated(plan, scope, words):

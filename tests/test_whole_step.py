@@ -45,3 +45,32 @@ def test_what_is_around_the_layers_adds_to_the_step():
     assert step.amounts.model - layers.amounts.model == 6 * 256 * 256 * 512
     assert step.activation_bytes_per_layer == layers.activation_bytes_per_layer
     assert step.collectives_per_layer == layers.collectives_per_layer
+
+
+STAGED = (
+    "pp=4,virtual_pp=2,tp=2", "pp=2,dp=2,dp_overlap,zero=1", "pp=3,recompute=full,ring=2",
+    "pp=2,pp_schedule=zbv,virtual_pp=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", STAGED)
+def test_figures_of_stages_are_those_of_their_trace(plan):
+    """Accounts without a trace written out, a waterfall that adds up, and messages counted as m (2 v - 1) or more."""
+    found = result(plan, hardware=H100, scope="step", layers=6, global_batch=12, seq_len=768)
+    written = of_step(found.trace)
+    assert found.account.parts == written.parts
+    assert found.account.contended == written.contended
+    assert sum(found.waterfall.values()) == pytest.approx(found.step_time_s, rel=1e-12)
+    sends = sum(
+        piece.recording.outline.lanes[0].endswith("send") and 0 in piece.recording.times for piece in found.trace.pieces
+    )
+    assert found.staged.sent == sends
+
+
+def test_the_bubble_of_equal_stages_and_free_transfers():
+    """4 stages, 2 chunks, 8 micro-batches: 3 of 16 + 3 of the time of passes; head and embedding make it longer."""
+    found = result(
+        "pp=4,virtual_pp=2,pp_overlap=false", hardware=H100, scope="step", layers=64, global_batch=8, vocab=128
+    )
+    assert 3 / 19 < found.bubble < 1.3 * 3 / 19
+    assert result("", hardware=H100, scope="step").bubble == 0

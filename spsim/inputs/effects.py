@@ -69,7 +69,7 @@ def _of_pipeline(plan: Plan) -> dict[str, str]:
 def _of_replicas(plan: Plan) -> dict[str, str]:
     one_shard = "with one rank along dp x ulysses x ring" if plan.dp * plan.ulysses * plan.ring == 1 else ""
     return {
-        "dp_overlap": "with dp = 1" if plan.dp == 1 else _overlap(plan),
+        "dp_overlap": one_shard or _overlap(plan),
         "zero": one_shard,
         "distributed_optimizer": one_shard or ("beside zero, which shards the optimizer too" if plan.zero else ""),
         "dp_library": one_shard,

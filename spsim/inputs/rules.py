@@ -162,14 +162,13 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
     for owner in (workload, plan):
         for name, value in owner.differing.items():
-            if reasons(model, plan).get(name):
+            said = (name, f"{name}={value}")
+            pending, of_stages = not PENDING.isdisjoint(said), plan.pp > 1 and not NOT_OF_STAGES.isdisjoint(said)
+            if not (pending or of_stages) or reasons(model, plan).get(name):
                 continue
-            if not PENDING.isdisjoint((name, f"{name}={value}")):
+            if pending:
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
-            if plan.pp > 1 and not NOT_OF_STAGES.isdisjoint((name, f"{name}={value}")):
-                raise InputError(
-                    f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default"
-                )
+            raise InputError(f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default")
 
 
 def check_scope(model: Model, plan: Plan, scope: str) -> None:

@@ -46,7 +46,8 @@ def usual_kind(plan: Plan) -> LayerKind:
     """Of the layers that a plan recomputes."""
     if plan.recompute == "full":
         return LayerKind(("layer",))
-    return LayerKind(tuple(name for name in MODULES if name in plan.recomputed_modules))
+    given = plan.recomputed_modules
+    return LayerKind(tuple([name for name in MODULES if name in given]) if given else ())
 
 
 def layer_kinds(plan: Plan, layers: int) -> list[tuple[LayerKind, int]]:

@@ -10,7 +10,8 @@ from rich.table import Table
 from spsim.report.table import table
 from spsim.report.words import band, collective_counts, far_off, figure, gpus, missed, size, time
 from spsim.results.accounts import IDLE, PEERS, STAGES
-from spsim.results.result import FITS_SCOPE, Result
+from spsim.results.derived import FITS_SCOPE
+from spsim.results.result import Result
 from spsim.results.sensitivity import SHARE, Effect
 from spsim.units import GIB, MIB
 

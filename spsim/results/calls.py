@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from spsim.costs.models import cost_models
+from spsim.program.instructions import Communication
 from spsim.program.placement import Collective, sent_bytes
 from spsim.units import GB
 
@@ -82,15 +83,29 @@ def calls(result: Result) -> tuple[Call, ...]:
 def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     """Each communication of a step with how often it runs, then the synchronisation of gradients."""
     scenario, prepared, numbers = result.scenario, result.prepared, result.numbers
-    for step, size, runs in result.communications:
+    for step, size, runs in _communications(result):
         nodes = prepared.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
         yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of), runs
     for sync, runs in prepared.issued(scenario.num_micro_batches).items():
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sync.message_bytes), runs
-    for sync, size in zip(prepared.syncs, prepared.sync_messages(numbers, result.chunk), strict=True):
+    if result.staged:
+        size, sent = result.staged.ran.messages.bytes, result.staged.sent
+        yield Message("send_receive", "pp", 2, prepared.nodes(("pp",), 2, scenario.gpus_per_node), size), sent
+    for sync, size in prepared.closing_messages(numbers, result.chunk).items():
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), 1
+
+
+def _communications(result: Result) -> Iterator[tuple[Communication, int, int]]:
+    """Each communication of the passes with the bytes of its message and how often it runs in a step."""
+    for run in result.chunk:
+        messages = result.prepared.template.indices[run.block].messages
+        for part in (part for own in result.prepared.blocks[run.block].values() for part in own.parts):
+            runs = run.count * part.runs * result.scenario.num_micro_batches
+            for step in part.segment.instructions:
+                if isinstance(step, Communication):
+                    yield step, int(result.numbers.values[messages[step.id]]), runs
 
 
 def remarks(result: Result) -> tuple[str, ...]:

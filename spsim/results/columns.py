@@ -61,6 +61,11 @@ class ResultColumns(Derived):
         return self.step.weight_sync
 
     @lazy
+    def optimizer_ps(self) -> Any:
+        """See `Derived`."""
+        return self.step.optimizer
+
+    @lazy
     def compute_ps(self) -> Any:
         """See `Derived`."""
         return self.step.compute

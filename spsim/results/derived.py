@@ -61,6 +61,12 @@ class Amounts:
     tokens: int | None
 
 
+FITS_SCOPE = {
+    "step": "the whole step",
+    "layers": "layers only: embedding, head and loss are not counted",
+    "module": "module only: optimizer states are not counted",
+}
+"""By scope, what the memory is of that has to fit."""
 STATIC = "weights, gradients and optimizer state"
 """What makes a peak that no task makes."""
 
@@ -85,6 +91,7 @@ class Derived:
     """Of one layer and micro-batch, forward and backward."""
     exposed_ps: int
     weight_sync_ps: int
+    optimizer_ps: int
     compute_ps: Mapping[str, int]
     """Of the compute lane of the first rank, by operator class."""
     peak_bytes: int
@@ -126,6 +133,20 @@ class Derived:
         """Synchronisation of weight gradients at the end of the step."""
         return seconds(self.weight_sync_ps)
 
+    @property
+    def optimizer_s(self) -> float:
+        """The optimizer: its kernels, and what ranks agree on between them; 0 of layers alone."""
+        return seconds(self.optimizer_ps)
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which ranks have no pass to run until all have run theirs, a mean over ranks, transfers
+        apart: with free transfers and equal stages (p - 1) / (v m + p - 1) of the passes, of p stages with v chunks and
+        m micro-batches. Narayanan et al. 2021 (arXiv:2104.04473, section 2.2) have it over the ideal time instead,
+        (p - 1) / (v m).
+        """
+        return 0.0
+
     # Rates
 
     def _of_step(self, flops: float) -> float:
@@ -134,6 +155,11 @@ class Derived:
     def _rate(self, flops: float) -> float:
         """FLOP/s per GPU for FLOPs counted per micro-batch."""
         return self._of_step(flops) / self.step_time_s / self.scenario.plan.gpus
+
+    @property
+    def ideal_s(self) -> float:
+        """The FLOPs of `mfu` at the peak of all GPUs."""
+        return self._of_step(self.amounts.model) / self.scenario.plan.gpus / self._peak_rate
 
     @property
     def _peak_rate(self) -> float:

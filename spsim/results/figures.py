@@ -62,6 +62,8 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure("step_time_s", "step_time_ms", _milliseconds),
     Figure("weight_sync_s", "weight_sync_ms", _milliseconds),
+    Figure("optimizer_s", "optimizer_ms", _milliseconds),
+    Figure("bubble", "bubble"),
     Figure("mfu", "mfu"),
     Figure("mfu_causal"),
     Figure("hfu"),

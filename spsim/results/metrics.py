@@ -102,6 +102,22 @@ def weight_sync(trace: Trace) -> int:
     return max(found.values(), default=0)
 
 
+def pass_ends(trace: Trace) -> dict[int, int]:
+    """When each simulated rank has run its last pass."""
+    ends = dict.fromkeys(trace.copies, 0)
+    for piece in (leaf.last for leaf in trace.leaves if leaf.stretch.phase in ("forward", "backward")):
+        if piece.recording.outline.last_kernel is not None:
+            for rank in piece.recording.times:
+                ends[rank] = max(ends[rank], piece.shift_ps + piece.recording.kernels_end(rank))
+    return ends
+
+
+def optimizer(trace: Trace) -> int:
+    """Picoseconds of the optimizer's kernels and of what its ranks agree on between them."""
+    windows = (recording.window for recording, (phase, _) in trace.recordings.items() if phase == "optimizer")
+    return sum(end - begin for begin, end in windows)
+
+
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:
     """Picoseconds of the compute lane of one rank by operator class, in the layers of a step."""
     if trace.measured:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,16 @@ from spsim.program.instructions import LAYER, Communication, Compute, Instructio
 from spsim.program.operators import TensorKind
 from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
-from spsim.results import bands, metrics, tables
+from spsim.results import accounts, bands, metrics, tables
 from spsim.results.bands import Band
 from spsim.results.calls import Call, calls, remarks
-from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
+from spsim.results.derived import FITS_SCOPE, STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
 from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects, effects_document
 from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
+from spsim.results.waterfall import waterfall
 from spsim.step.itinerary import Chunk
 from spsim.step.preparation import PreparedStep
 from spsim.step.segments import Segment
@@ -38,12 +39,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 """Of the documents of `run --json` and `compare --json`; 1 had no number."""
 
-FITS_SCOPE = {
-    "step": "the whole step",
-    "layers": "layers only: embedding, head and loss are not counted",
-    "module": "module only: optimizer states are not counted",
-}
-"""By scope, what the memory is of that has to fit."""
 OVERLAPPING = 0.001
 """Share of the step from which on layers that overlap are spoken of."""
 
@@ -53,7 +48,7 @@ class Result(Derived):
     """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
 
     scope: str
-    """What a step contains: `layers` of one pipeline stage, or a `module`."""
+    """What a step contains: all of the training `step`, its `layers`, or a `module`."""
     scenario: Simulated
     prepared: PreparedStep
     chunk: Chunk
@@ -130,13 +125,8 @@ class Result(Derived):
 
     @lazy
     def _account(self) -> Account:
-        return Account(
-            self.scenario.hardware,
-            self.scenario.workload.precision,
-            self.scenario.gpus_per_node,
-            self.prepared,
-            self.trace,
-        )
+        own = self.scenario
+        return Account(own.hardware, own.workload.precision, own.gpus_per_node, self.prepared, self.trace)
 
     @lazy
     def flagged(self) -> tuple[str, ...]:
@@ -181,6 +171,16 @@ class Result(Derived):
         """See `Derived`."""
         return max(own.communication for own in self._idle.values())
 
+    @lazy
+    def account(self) -> accounts.Account:
+        """Where the time of the rank that ends last goes; all of the step."""
+        return self.staged.account if self.staged else accounts.of_step(self.trace)
+
+    @lazy
+    def waterfall(self) -> dict[str, float]:
+        """Seconds from the ideal time of its FLOPs to the step; see `waterfall`."""
+        return waterfall(self)
+
     @property
     def idle_s(self) -> dict[str, float]:
         """What kernels wait for beyond that, each on the rank with most of it: a peer that comes later to a
@@ -207,6 +207,20 @@ class Result(Derived):
     def weight_sync_ps(self) -> int:
         """See `Derived`."""
         return self.staged.weight_sync_ps if self.staged else metrics.weight_sync(self.trace)
+
+    @lazy
+    def optimizer_ps(self) -> int:
+        """See `Derived`."""
+        return self.staged.optimizer_ps if self.staged else metrics.optimizer(self.trace)
+
+    @property
+    def bubble(self) -> float:
+        """See `Derived`."""
+        if self.scenario.plan.pp == 1:
+            return 0.0
+        ends = self.staged.pass_ends if self.staged else metrics.pass_ends(self.trace)
+        waits = sum(own.stage + own.dependency + max(ends.values()) - ends[rank] for rank, own in self._idle.items())
+        return waits / len(ends) / self.step_ps
 
     @lazy
     def compute_ps(self) -> Mapping[str, int]:
@@ -282,26 +296,10 @@ class Result(Derived):
     @lazy
     def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
         """Bytes that one GPU sends in a step, by kind of collective."""
-        total: dict[str, int] = defaultdict(int)
-        for step, message, runs in self.communications:
-            total[step.collective] += runs * sent_bytes(step.collective, message, step.ranks)
-        for sync, runs in self.prepared.issued(self.scenario.num_micro_batches).items():
-            total[sync.collective] += runs * sent_bytes(sync.collective, sync.message_bytes, sync.ranks)
-        messages = self.prepared.sync_messages(self.numbers, self.chunk)
-        for sync, message in zip(self.prepared.syncs, messages, strict=True):
-            total[sync.collective] += sent_bytes(sync.collective, message, sync.ranks)
+        total: Counter[str] = Counter()
+        for call in self.collectives:
+            total[call.collective] += call.calls * sent_bytes(call.collective, call.message_bytes, call.ranks)
         return dict(sorted(total.items()))
-
-    @property
-    def communications(self) -> Iterator[tuple[Communication, int, int]]:
-        """Each communication of the passes with the bytes of its message and how often it runs in a step."""
-        for run in self.chunk:
-            messages = self.prepared.template.indices[run.block].messages
-            for part in (part for own in self.prepared.blocks[run.block].values() for part in own.parts):
-                runs = run.count * part.runs * self.scenario.num_micro_batches
-                for step in part.segment.instructions:
-                    if isinstance(step, Communication):
-                        yield step, int(self.numbers.values[messages[step.id]]), runs
 
     @lazy
     def collectives(self) -> tuple[Call, ...]:
@@ -387,6 +385,7 @@ class Result(Derived):
             **dict(documented(self)),
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
             "fits_scope": FITS_SCOPE[self.scope],
+            "waterfall": self.waterfall,
             "collectives": [asdict(call) for call in self.collectives],
             "assumed": list(self.assumed),
             "assumed_effects": effects_document(self.assumed_effects),

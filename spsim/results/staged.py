@@ -16,7 +16,8 @@ from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.inputs.schedules import HALVED
 from spsim.lazy import lazy
-from spsim.results import metrics
+from spsim.results import accounts, metrics
+from spsim.results.accounts import Account
 from spsim.results.derived import operator_name
 from spsim.results.metrics import Idle
 from spsim.step.itinerary import Chunk
@@ -80,12 +81,25 @@ class Staged:
         """Their numbers."""
         return range(len(self.ran.stages))
 
+    @property
+    def sent(self) -> int:
+        """Messages that the first stage sends in a step."""
+        timeline = self.ran.timeline
+        first = np.array([lane[0] == 0 for lane in timeline.graph.lanes])
+        return sum(int(first[section.messages.lanes].sum()) * section.runs for section in timeline.sections)
+
     # Times
 
     @property
     def end_ps(self) -> int:
         """When the last stage has ended."""
         return max(self.ran.ends_ps)
+
+    @property
+    def pass_ends(self) -> dict[int, int]:
+        """When each simulated rank has run its last pass."""
+        finished: list[int] = self.ran.timeline.finished_ps.tolist()
+        return {self.ran.rank_of(stage): end for stage, end in enumerate(finished)}
 
     def layer_window(self, phase: Pass) -> int:
         """One layer's pass, where a chunk has any; of halves the sum."""
@@ -109,6 +123,23 @@ class Staged:
             found[self.ran.rank_of(stage)] = total
         return found
 
+    @lazy
+    def account(self) -> Account:
+        """Where the time of the stage that ends last goes, as `accounts.of_step`."""
+        ran, found = self.ran, Account()
+        stage = max(self.stages, key=lambda number: (ran.ends_ps[number], -number))
+        for sort, times in self._passes(stage):
+            if self.traces[sort].nodes:
+                found.add(accounts.of_step(self.traces[sort]), times)
+        transfer, posted, neither = (own[stage] for own in ran.gaps.totals(len(self.stages)))
+        gaps = {"exposed send-receive": transfer, accounts.STAGES: posted, accounts.IDLE: neither}
+        found.parts.update(gaps)
+        rank = ran.rank_of(stage)
+        closing = [node for node in ran.closing_nodes(0) if rank in node.recording.times]
+        if closing:
+            found.add(accounts.of_step(Trace(closing, {rank: (rank,)}, lambda piece: ())))
+        return found
+
     @property
     def weight_sync_ps(self) -> int:
         """Synchronisation of weights and gradients, on the stage with most of it."""
@@ -116,6 +147,13 @@ class Staged:
             sum(moments[-1][2] - moments[0][0] for made, moments in own if made.segment.phase == "weight_sync")
             for own in self.ran.closing
         )
+
+    @property
+    def optimizer_ps(self) -> int:
+        """The optimizer's kernels and what ranks agree on, on the stage that comes to them last."""
+        own = [[m for made, m in closing if made.segment.phase == "optimizer"] for closing in self.ran.closing]
+        last = max((moments for moments in own if moments), key=lambda moments: moments[0][0][0], default=[])
+        return sum(moments[-1][2] - moments[0][0] for moments in last)
 
     def compute_by_class(self) -> dict[str, int]:
         """Kernels in the layers of the first stage."""

@@ -50,7 +50,10 @@ class CostedPipeline(NamedTuple):
     def unfolded(self) -> Unfolded:
         """As one program of each simulated rank of each stage."""
         if self.closed.reductions or self.closed.gathers:
-            raise InputError("dp_overlap with pp is simulated folded only; use fold=True, or leave it out")
+            raise InputError(
+                "dp_overlap with pp: collectives of replicas behind passes are simulated with folded passes only; "
+                "use fold=True and ring_cut=zigzag, or leave it out"
+            )
         clock, ranks = self.clock, self.prepared.ranks
         whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
         return unfold_pipeline(self.passes, self.stages, whole, self.step, self.messages, self.closed, ranks)

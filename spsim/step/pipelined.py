@@ -171,7 +171,7 @@ class Pipelined:
             made = self._message(span, tasks) if isinstance(span, MessageSpan) else self._pass(span, tasks, known)
             tasks += sum(node.tasks for node in made)
             yield from made
-        yield from self._closing(tasks)
+        yield from self.closing_nodes(tasks)
 
     def _pass(self, span: PassSpan, tasks: int, known: dict[tuple[Recording, int], Recording]) -> list[Node]:
         chunk = self.stages[span.rank][span.action.chunk]
@@ -277,7 +277,8 @@ class Pipelined:
                 late = max(late, ready - int(passes.starts_ps[first].min()))
         return late
 
-    def _closing(self, tasks: int) -> Iterator[Node]:
+    def closing_nodes(self, tasks: int) -> Iterator[Stretch]:
+        """After the last micro-batch, stage after stage; the first task has the number `tasks`."""
         for stage, own in enumerate(self.closing):
             rank = self.rank_of(stage)
             before = int(self.timeline.finished_ps[stage])
@@ -340,7 +341,7 @@ def run_pipeline(
         (stages[rank][chunk].runs, work_of(clock.schedule, clock.stages, rank, Action(kind, chunk, 0)))
         for rank, chunk, kind, _ in clock.classes
     ]
-    alone, events = fold_each(step, {(runs, work): passes.items(runs, work) for runs, work in every})
+    alone, events = fold_each(step, {own: passes.items(*own) for own in dict.fromkeys(every)})
     for (_, work), own in alone.items():
         if any(time or busy != IDLE for time, busy in own.ends):
             raise InputError(

@@ -35,7 +35,8 @@ def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = 
 
 def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
     """The whole of a model under a plan: embedding, layers, and the head if it has one."""
-    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), fold)
+    optimizer = plan.grad_dtype, plan.moment_dtype, plan.precision_aware_optimizer
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), optimizer, fold)
     return _steps.get(
         key,
         lambda: PreparedStep(
@@ -51,4 +52,4 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
 
 def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
     """What of a plan says in which order its program is issued, and by what."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs, plan.grad_dtype, has_halves(plan)
+    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs, has_halves(plan)

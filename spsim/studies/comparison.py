@@ -60,7 +60,7 @@ def pass_time(result: Result, phase: Pass, *, layer: int = 0, micro_batch: int =
 
 def step_time(result: Result) -> Parts:
     """Picoseconds of the step by part."""
-    return _charged(result, accounts.of_step(result.trace))
+    return _charged(result, result.account)
 
 
 def peak_memory(result: Result) -> Parts:

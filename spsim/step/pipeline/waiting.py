@@ -42,22 +42,24 @@ class Gaps:
 
 
 def gaps_of(timeline: Timeline) -> Gaps:
-    """Of the step, what comes again a few times only."""
+    """Of the step, what comes again a few times only. All ranks are looked at together, each on a clock behind those
+    of the ranks before it.
+    """
     passes, messages, runs, left_out_ps = _shortened(timeline)
     sides = _sides(messages, timeline.graph.lanes)
-    found: list[tuple[Numbers, ...]] = []
-    for rank, finished in enumerate((timeline.finished_ps - left_out_ps).tolist()):
-        own, places = passes.ranks == rank, sides.ranks == rank
-        begins = np.append(0, passes.ends_ps[own])
-        ends = np.append(passes.starts_ps[own], finished)
-        often = np.append(runs[own], 1)
-        posted, starts, stops = sides.posted_ps[places], sides.starts_ps[places], sides.ends_ps[places]
-        gap = ends > begins
-        begins, ends, often = begins[gap], ends[gap], often[gap]
-        transfer = _covered(starts, stops, begins, ends)
-        busy = _covered(np.minimum(posted, starts), stops, begins, ends)
-        found.append((np.full_like(begins, rank), begins, ends, often, transfer, busy - transfer))
-    return Gaps(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    finished = timeline.finished_ps - left_out_ps
+    number = np.arange(len(finished))
+    clock = number * (1 + max(finished.max(), sides.ends_ps.max(initial=0)))
+    first, last = (np.searchsorted(passes.ranks, number, side) for side in ("left", "right"))
+    begins = np.insert(passes.ends_ps + clock[passes.ranks], first, clock)
+    ends = np.insert(passes.starts_ps + clock[passes.ranks], last, finished + clock)
+    ranks, often = np.insert(passes.ranks, last, number), np.insert(runs, last, 1)
+    gap = ends > begins
+    ranks, begins, ends, often = ranks[gap], begins[gap], ends[gap], often[gap]
+    posted, starts, stops = (times + clock[sides.ranks] for times in (sides.posted_ps, sides.starts_ps, sides.ends_ps))
+    transfer = _covered(starts, stops, begins, ends)
+    busy = _covered(np.minimum(posted, starts), stops, begins, ends)
+    return Gaps(ranks, begins - clock[ranks], ends - clock[ranks], often, transfer, busy - transfer)
 
 
 @dataclass(frozen=True)
