@@ -202,7 +202,7 @@ def test_too_many_ranks_that_differ_are_refused():
     with pytest.raises(InputError, match="at most 50,000 are simulated, not 98,304; use ring_cut=zigzag"):
         staged(plan, 64, seq_len=2048, causal=True)
     assert staged(plan, 64, seq_len=2048, causal=False).num_micro_batches == 64
-    with pytest.raises(InputError, match="dp_overlap with pp: .* use fold=True and ring_cut=zigzag"):
+    with pytest.raises(InputError, match=r"dp_overlap with pp: .* use fold=True and ring_cut=zigzag"):
         simulate(staged("pp=2,ring=2,ring_cut=contiguous,dp=2,dp_overlap=gradients", 2, causal=True))
 
 
