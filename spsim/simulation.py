@@ -143,6 +143,7 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> 
         folded=len(copies) < plan.gpus or staged is not None,
         reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold),
         staged=staged,
+        sends=costed.sends,
     )
 
 

@@ -21,6 +21,7 @@ from spsim.step.gradients import GRADIENTS, PARAMETERS
 from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
+from spsim.step.pipeline.messages import Stages as MessageStages
 from spsim.step.pipelined import Closed, Messages, Passes, Pipelined, Reduction, Stages, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
@@ -57,6 +58,14 @@ class CostedPipeline(NamedTuple):
         clock, ranks = self.clock, self.prepared.ranks
         whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
         return unfold_pipeline(self.passes, self.stages, whole, self.step, self.messages, self.closed, ranks)
+
+    @property
+    def sends(self) -> tuple[int, int]:
+        """Messages that the first stage sends in a step, and bytes of each."""
+        clock = self.clock
+        senders = MessageStages(clock.schedule, clock.stages, clock.chunks).senders()
+        passes = [kind for (kind, stage, _), _ in senders if stage == 0 and kind != "I"]  # halves send as the whole
+        return len(passes) * clock.micro_batches, self.messages.bytes
 
     def infos(self, piece: Piece) -> Sequence[TaskInfo]:
         """What the tasks are of a message, or of a segment that closes the step, with their sizes."""
