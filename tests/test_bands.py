@@ -298,3 +298,11 @@ def test_run_says_how_sure_it_is(capsys):
     assert document["prior_band"] == {"percent": band.percent, "of": band.of, "rows": band.rows}
     assert f"how sure: 90 % of {band.rows} {band.of} are met within ±{band.percent:.1f} %" in run(capsys, *RING)
     assert set(document["assumed"]) == set(document["assumed_effects"])
+
+
+def test_a_step_of_several_stages_has_the_band_of_a_calibrated_profile():
+    """Messages between stages are of no program; recordings of other stages say nothing of the first."""
+    settings = {"hardware": "dgx-b200", "model": "llama-3-8b", "workload": {"seq_len": 2048, "global_batch": 4}}
+    bands_of = [spsim.simulate(spsim.Scenario(plan=plan, scope="step", **settings)).error_band for plan in ("", "pp=2")]
+    assert bands_of[0].layer_forward_percent == pytest.approx(bands_of[1].layer_forward_percent, rel=0.01)
+    assert 0 < bands_of[1].step_time_percent < bands_of[0].step_time_percent
