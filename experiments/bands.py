@@ -5,8 +5,8 @@
 writes `experiments/data/bands.csv` from the rows of `spsim validate`, `collectives.py` and `longcontext.py`, and prints
 it: run it again when costs or profiles change. `spsim.results.bands` reads it, and says what a family is. Ten seconds.
 
-- **ratio**: all pairs of plans of one table, or of one family of `validate`, that differ in one way. They are of layers,
-  since no published steps of one model differ so; attention alone, which says less of a step, stands where no layers do.
+- **ratio**: all pairs of plans of one table, or of one family of `validate`, that differ in one way. Of layers, since
+  no published steps of one model differ so; attention alone, which says less of a step, stands where no layers do.
 - **time**: whole training steps, on each machine, on machines joined in one way, and on any; where there are none,
   layers, and where there are none of these either, attention alone.
 - **part**: collectives by machine, how the group lies, and size, on the fabric that the profile describes; attention by

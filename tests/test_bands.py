@@ -75,6 +75,8 @@ def test_the_band_of_sequence_parallelism_by_hand():
         ("tp=8", "tp=4", {"degree of tp"}),
         ("tp=8", "tp=8,tp_backward_overlap=false", {"tp_backward_overlap"}),
         ("ulysses=8", "ulysses=8,zero=1", set()),
+        ("tp=8,pp=2", "tp=8,pp=4", {"pp"}),
+        ("tp=8,dp=2,dp_overlap=gradients", "tp=8,dp=2,zero=1", {"dp_overlap"}),
     ],
 )
 def test_what_plans_differ_in(one, other, families):
@@ -96,6 +98,8 @@ def test_every_profile_has_a_band_of_its_times_and_of_all_pairs(name):
     hardware = spsim.load_profile(name)
     assert bands.of_time(hardware).percent > 0
     assert bands.of_pair(hardware, spsim.Plan(tp=8), spsim.Plan(tp=4)) == bands.of_time(hardware)
+    stages = [parse_plan(text) for text in ("tp=8", "tp=8,sequence_parallel,pp=2")]
+    assert bands.of_pair(hardware, *stages) == bands.of_time(hardware)
 
 
 def test_ratios_are_off_up_and_down_alike():
@@ -249,7 +253,8 @@ RING = ("--model", "llama-3-8b", "--hardware", H100, "--plan", "ring=8", "--seq-
 
 
 def test_run_names_nodes_algorithms_and_what_fits(capsys):
-    document = json.loads(run(capsys, *RING, "--json"))
+    layers = (*RING, "--scope", "layers")
+    document = json.loads(run(capsys, *layers, "--json"))
     assert document["nodes"] == 2
     assert document["fits_scope"].startswith("layers only")
     send, sync = document["collectives"]
@@ -258,12 +263,14 @@ def test_run_names_nodes_algorithms_and_what_fits(capsys):
     assert send["gb_per_s"] == pytest.approx(send["message_bytes"] / send["time_s"] / 1e9)
     assert (sync["collective"], sync["algorithm"], sync["channels"], sync["calls"]) == ("all_reduce", "tree", None, 1)
     assert sync["gb_per_s"] == pytest.approx(2 * 7 / 8 * sync["message_bytes"] / sync["time_s"] / 1e9)
-    text = run(capsys, *RING)
+    text = run(capsys, *layers)
     assert "8 GPUs on 2 nodes" in text
     assert "GB/s, send-receive on 4 channels" in text
     assert "(layers only)" in text
-    fitting = run(capsys, *RING[:-2], "--set", "model.layers=4")
+    fewer = (*RING[:-2], "--set", "model.layers=4")
+    fitting = run(capsys, *fewer, "--scope", "layers")
     assert "GiB reported by the driver; layers only: embedding, head and loss are not counted" in fitting
+    assert "GiB reported by the driver; the whole step" in run(capsys, *fewer)
 
 
 def test_calls_of_collectives_are_those_of_the_spans():
@@ -291,3 +298,11 @@ def test_run_says_how_sure_it_is(capsys):
     assert document["prior_band"] == {"percent": band.percent, "of": band.of, "rows": band.rows}
     assert f"how sure: 90 % of {band.rows} {band.of} are met within ±{band.percent:.1f} %" in run(capsys, *RING)
     assert set(document["assumed"]) == set(document["assumed_effects"])
+
+
+def test_a_step_of_several_stages_has_the_band_of_a_calibrated_profile():
+    """Messages between stages are of no program; recordings of other stages say nothing of the first."""
+    settings = {"hardware": "dgx-b200", "model": "llama-3-8b", "workload": {"seq_len": 2048, "global_batch": 4}}
+    bands_of = [spsim.simulate(spsim.Scenario(plan=plan, scope="step", **settings)).error_band for plan in ("", "pp=2")]
+    assert bands_of[0].layer_forward_percent == pytest.approx(bands_of[1].layer_forward_percent, rel=0.01)
+    assert 0 < bands_of[1].step_time_percent < bands_of[0].step_time_percent

@@ -357,15 +357,34 @@ def test_an_equal_object_is_the_same_family():
     assert [list(table.places) for table in tables_of_points(points)] == [list(range(8))]
 
 
-def test_a_calibrated_profile_has_its_error_band():
-    """Its bands are made of spans, which columns do not have."""
+def calibrated(percent):
+    """H100 with a held-out error of products, flagged."""
     profile = load_profile(H100)
     gemm = profile.coefficients.gemm
-    known = gemm.fraction["bf16"].model_copy(update={"held_out_error_percent": 5.0, "flagged": True})
+    known = gemm.fraction["bf16"].model_copy(update={"held_out_error_percent": percent, "flagged": True})
     gemm = gemm.model_copy(update={"fraction": {**gemm.fraction, "bf16": known}})
-    profile = profile.model_copy(update={"coefficients": profile.coefficients.model_copy(update={"gemm": gemm})})
+    return profile.model_copy(update={"coefficients": profile.coefficients.model_copy(update={"gemm": gemm})})
+
+
+def test_a_calibrated_profile_has_its_error_band():
+    """Its bands are made of spans, which columns do not have."""
+    profile = calibrated(5.0)
     points = [
         Point({"hardware": profile, "model": model(), "plan": "tp=8", "workload": {"seq_len": 256 * n}}) for n in (1, 2)
     ]
     assert_rows(points)
     assert (sweep(points)["flagged"] == "gemm.fraction.bf16").all()
+
+
+@pytest.mark.parametrize("plan", ["ulysses=4,dp=2,zero=3", "dp=8,zero=3,dp_library=fsdp", "tp=2,pp=2,dp=2"])
+def test_bands_of_a_whole_step_follow_from_its_products(plan):
+    """Products are a part of step and passes, and their error that part of the band, or less where errors of several
+    classes are independent; on replicas and stages too.
+    """
+    made = Scenario(
+        hardware=calibrated(5.0), model=model(layers=4), plan=plan, workload={"seq_len": 512, "global_batch": 16}
+    )
+    band = simulate(made).error_band
+    halves = [band.layer_forward_percent, band.layer_backward_percent]
+    assert all(0.1 < percent < 5.0 for percent in halves)
+    assert 2.0 * band.known_share < band.step_time_percent <= 5.0 * band.known_share

@@ -31,19 +31,36 @@ LLAMA_PLANS = (
     "ulysses=8", "ring=8", "ring=8,ring_cut=contiguous", "ring=8,ring_kind=all_gather", "tp=8",
     "tp=2,ulysses=2,ring=2,sequence_parallel,recompute=full", "",
 )  # fmt: skip
-COMPARISONS = {"gpt": compare(GPT_PLANS, **GPT), "llama": compare(LLAMA_PLANS, **LLAMA)}
-ACCOUNTS = [(name, account) for name, comparison in COMPARISONS.items() for account in comparison.accounts]
-PAIRS = [pair for comparison in COMPARISONS.values() for pair in combinations(comparison.accounts, 2)]
-each_account = pytest.mark.parametrize(
-    "account", [a for _, a in ACCOUNTS], ids=[f"{name} {a.name}" for name, a in ACCOUNTS]
-)
+STAGES_PLANS = ("tp=4,pp=2,dp=2", "tp=4,pp=4,virtual_pp=2", "tp=4,dp=4,zero=1")
+COMPARISONS = {
+    "gpt": compare(GPT_PLANS, **GPT, scope="layers"),
+    "llama": compare(LLAMA_PLANS, **LLAMA, scope="layers"),
+}
+WHOLE = {
+    "gpt step": compare(GPT_PLANS, **GPT),
+    "llama step": compare(LLAMA_PLANS, **LLAMA),
+    "stages": compare(
+        STAGES_PLANS, hardware=A100, model="gpt-22b", workload={"seq_len": 2048, "global_batch": 16}, nodes=2
+    ),
+}
+EVERY = COMPARISONS | WHOLE
+PAIRS = [pair for comparison in EVERY.values() for pair in combinations(comparison.accounts, 2)]
+
+
+def each_account(comparisons):
+    accounts = [(name, account) for name, comparison in comparisons.items() for account in comparison.accounts]
+    return pytest.mark.parametrize(
+        "account", [a for _, a in accounts], ids=[f"{name} {a.name}" for name, a in accounts]
+    )
+
+
 TP, TP_SP = COMPARISONS["gpt"].accounts[:2]
 
 
 # ------------------------------------------------------------ parts add up
 
 
-@each_account
+@each_account(EVERY)
 def test_parts_add_up_to_the_figures_of_the_result(account):
     """To the picosecond and the byte."""
     result = account.result
@@ -70,7 +87,7 @@ def pair_of(pair):
     return pair.before, pair.after
 
 
-@each_account
+@each_account(COMPARISONS)
 def test_kernels_of_a_step_take_the_time_of_the_compute_lane(account):
     """Of the last rank, by `metrics.compute_by_class`: contention and recomputation are only told apart."""
     kernels = sum(account.step.get(name, 0) for name in (*KERNEL_CLASSES, RECOMPUTATION, SLOWED))
@@ -78,7 +95,7 @@ def test_kernels_of_a_step_take_the_time_of_the_compute_lane(account):
     assert kernels == max(sum(compute_by_class(trace, rank).values()) for rank in trace.copies)
 
 
-@each_account
+@each_account(COMPARISONS)
 def test_slowed_is_what_kernels_take_beyond_their_uncontended_time(account):
     """Uncontended durations of a layer are those of the cost model, of products and attention as the power limit leaves
     them; the engine rounds up, once a kernel.
@@ -105,7 +122,7 @@ def test_slowed_is_what_kernels_take_beyond_their_uncontended_time(account):
     assert measured == pytest.approx(alone * layers, abs=2 * len(kernels) * layers)
 
 
-@each_account
+@each_account(COMPARISONS)
 def test_exposed_communication_is_that_of_the_result(account):
     """Transfers, and waits apart; on every plan but a contiguous ring all ranks expose the same."""
     if "contiguous" in account.text:
@@ -116,7 +133,7 @@ def test_exposed_communication_is_that_of_the_result(account):
     assert parts.get(SYNC, 0) == picoseconds(account.result.weight_sync_s)
 
 
-@each_account
+@each_account(COMPARISONS)
 def test_a_layer_counts_its_own_kernels(account):
     """On the rank that computes longest, whose clock may overlap with that of other layers elsewhere."""
     spans = account.result.spans
@@ -189,26 +206,47 @@ def test_a_contiguous_ring_is_read_on_the_rank_that_computes_longest():
 
 
 def test_words_name_the_winner_and_the_reasons():
-    """Ranked by the step; what differs by less than published ratios are off is a tie."""
-    lines = comparison_lines(COMPARISONS["gpt"])
-    tp, tp_sp = (f"{1e3 * r.step_time_s:.3f} ms" for r in (TP.result, TP_SP.result))
-    assert lines[0].startswith(f"TP8+SP and TP8 are a tie: the step takes {tp_sp} instead of {tp} (−")
+    """Ranked by the whole step."""
+    comparison = WHOLE["gpt step"]
+    lines = comparison_lines(comparison)
+    tp, tp_sp = (f"{account.result.step_time_s:.3f} s" for account in comparison.accounts[:2])
+    assert lines[0].startswith(f"TP8+SP is faster than TP8: the step takes {tp_sp} instead of {tp} (−")
     assert "from 3 ratios of layers measured under plans that differ in sequence parallelism" in lines[0]
     assert "Mainly: elementwise −" in lines[0]
     assert "against it: exposed communication +" in lines[0]
     assert lines[1].startswith("TP8+SP needs less memory: ")
     assert "Mainly: activations −" in lines[1]
     assert lines[2].startswith("TP8, recompute=full is slower than TP8: the step takes ")
-    assert lines[-1] == "Shortest step: TP8+SP, a tie with TP8. Lowest peak of memory: TP8, recompute=full."
+    assert lines[-1] == "Shortest step: TP8+SP. Lowest peak of memory: TP8, recompute=full."
 
 
 def test_a_tie_is_a_difference_below_the_band_and_has_no_winner():
-    near, far, *_ = (pair.to_json() for pair in COMPARISONS["gpt"].differences)
+    """What differs by less than published ratios are off, as rings do."""
+    near, far, *_ = (pair.to_json() for pair in WHOLE["llama step"].differences)
     assert (near["tie"], near["faster"]) == (True, None)
     assert abs(near["step_difference_percent"]) < near["band"]["percent"]
-    assert (far["tie"], far["faster"]) == (False, "TP8")
+    assert (far["tie"], far["faster"]) == (False, "Ulysses 8")
     assert far["step_difference_percent"] > far["band"]["percent"]
-    assert COMPARISONS["gpt"].to_json()["fastest"] == ["TP8+SP", "TP8"]
+    words = comparison_lines(WHOLE["llama step"])
+    assert words[0].startswith("Ring 8 and Ulysses 8 are a tie: the step takes ")
+    assert words[-1].startswith(f"Shortest step: {WHOLE['llama step'].fastest[0]}, a tie with ")
+
+
+def test_a_whole_step_names_what_is_around_its_layers():
+    """Embedding and optimizer are parts of a step and of no layer; head and loss make its products and exposed
+    all-reduces more than those of the layers.
+    """
+    step, layers = WHOLE["gpt step"].accounts[0], TP
+    assert {"embedding", "optimizer"} <= step.step.keys() - step.layer.keys() - layers.step.keys()
+    head = 6 * 2048 * 4 * step.result.scenario.model.hidden * 51200 / 8
+    rate = head / ((step.step["gemm"] - layers.step["gemm"]) / 1e12)
+    assert 0.5 < rate / 312e12 < 0.85
+    assert step.step["exposed all-reduce"] > layers.step["exposed all-reduce"]
+
+
+def test_names_of_stages_and_replicas_say_everything_once():
+    names = [account.name for account in WHOLE["stages"].accounts]
+    assert names == ["TP4 × PP2 × DP2", "TP4 × PP4×VP2", "TP4 × DP4+ZeRO-1"]
 
 
 def test_layers_that_overlap_are_told_and_do_not_rank():
@@ -249,11 +287,11 @@ def test_nodes_are_shown(capsys):
     assert "8 on 2 nodes" in out
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize("name", EVERY)
 def test_pictures_are_readable(name, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    COMPARISONS[name].plot_waterfalls(tmp_path / "all.png")
+    EVERY[name].plot_waterfalls(tmp_path / "all.png")
     (figure,) = drawn
     assert_readable(figure)
 
@@ -291,7 +329,7 @@ def test_json_is_one_document_whose_parts_add_up(capsys, tmp_path):
         before, after = (sum(plan[key].values()) for plan in document["plans"])
         total = key.replace("_ps", "_difference_ps").replace("_bytes", "_difference_bytes")
         assert sum(pair[key].values()) == pair[total] == after - before
-    for plan, account in zip(document["plans"], (TP, TP_SP), strict=True):
+    for plan, account in zip(document["plans"], WHOLE["gpt step"].accounts[:2], strict=True):
         assert plan["activation_bytes_per_layer"] == account.result.activation_bytes_per_layer
         assert plan["collectives_per_layer"] == account.result.collectives_per_layer
         assert plan["comm_bytes_per_gpu_by_op"] == account.result.comm_bytes_per_gpu_by_op
@@ -305,8 +343,11 @@ def test_json_is_one_document_whose_parts_add_up(capsys, tmp_path):
 def test_tables_show_plans_parts_and_the_answer(capsys):
     assert status_of([*ARGUMENTS, "--plan", "tp=8", "--plan", "tp=8,sequence_parallel"]) == 0
     out = capsys.readouterr().out
-    for words in ("2 all-gather, 2 reduce-scatter", "exposed reduce-scatter", "activations", "are a tie"):
+    for words in ("2 all-gather, 2 reduce-scatter", "exposed reduce-scatter", "activations", "is faster than"):
         assert words in out
+    assert "  fits  " in out
+    assert status_of([*ARGUMENTS, "--scope", "layers", "--plan", "tp=8", "--plan", "tp=8,sequence_parallel"]) == 0
+    assert "  fits, layers only  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_the_check_finds_overlaps_and_escapes():
 def test_pictures_of_a_result_are_readable(name):
     result = RESULTS[name]
     assert_readable(plots.plot_timeline(result))
-    phases = list(dict.fromkeys(phase_of(info.part) for info in result.trace.tasks))
+    phases = list(dict.fromkeys(phase for phase, _ in result.trace.recordings.values()))
     assert_readable(plots.plot_timeline(result, ranks=range(8), phases=phases))
     assert_readable(plots.plot_memory(result))
 

@@ -66,7 +66,7 @@ def assert_equal(folded, unfolded):
     accounts = [of_step(result.trace) for result in (folded, unfolded)]
     assert accounts[0] == accounts[1]
     assert accounts[0].parts.total() == folded.step_ps
-    names = ("peak_bytes", "peak_operator", "exposed_ps", "idle_s", "weight_sync_ps", "compute_ps", "pass_ps")
+    names = ("peak_bytes", "peak_operator", "exposed_ps", "idle_s", "weight_sync_ps", "compute_ps", "pass_ps", "bubble")
     for name in names:
         assert getattr(folded, name) == getattr(unfolded, name), name
 
@@ -202,7 +202,7 @@ def test_too_many_ranks_that_differ_are_refused():
     with pytest.raises(InputError, match="at most 50,000 are simulated, not 98,304; use ring_cut=zigzag"):
         staged(plan, 64, seq_len=2048, causal=True)
     assert staged(plan, 64, seq_len=2048, causal=False).num_micro_batches == 64
-    with pytest.raises(InputError, match="dp_overlap with pp: .* use fold=True and ring_cut=zigzag"):
+    with pytest.raises(InputError, match=r"dp_overlap with pp: .* use fold=True and ring_cut=zigzag"):
         simulate(staged("pp=2,ring=2,ring_cut=contiguous,dp=2,dp_overlap=gradients", 2, causal=True))
 
 
@@ -216,6 +216,22 @@ def test_the_trace_says_what_closes_the_step_and_what_is_sent():
     assert len(sums) == 2
     assert sums[0] != sums[1]
     assert [size for name, size in names if name == "gradient norm"] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("plan", "sent"), [("pp=4", 1), ("pp=2,virtual_pp=3", 5), ("pp=4,virtual_pp=2,pp_schedule=zbv", 2)]
+)
+def test_messages_that_the_first_stage_sends(plan, sent):
+    """2v − 1 for each micro-batch, as recorded runs of Megatron-Core and torch have it; of a V, whose last stage of the
+    model is on the first rank, an activation and a gradient.
+    """
+    result = simulate(staged(plan, 4, layers=8))
+    spans = [span for span in result.trace.spans if span.rank == 0 and span.lane.endswith("send")]
+    assert len(spans) == 4 * sent
+    assert result.comm_bytes_per_gpu_by_op["send_receive"] == 4 * sent * 2 * 256 * 256
+    assert [(call.axis, call.calls) for call in result.collectives if call.collective == "send_receive"] == [
+        ("pp", 4 * sent)
+    ]
 
 
 # ------------------------------------------------------------ by hand

@@ -83,6 +83,15 @@ def test_rows_equal_single_simulations() -> None:
         assert row["strategy"] == item.labels["strategy"]
 
 
+def test_layers_and_whole_steps_are_told_apart() -> None:
+    settings = {"hardware": "dgx-h100", "model": "llama-3-8b", "plan": "tp=8", "workload": {"seq_len": 2048}}
+    both = [{**settings, "scope": scope} for scope in ("layers", "step")]
+    found = sweep(both)["step_time_ms"]
+    alone = [1e3 * spsim.simulate(spsim.Scenario(**scenario)).step_time_s for scenario in both]
+    assert found.tolist() == pytest.approx(alone, rel=1e-12)
+    assert alone[0] < 0.95 * alone[1]
+
+
 def test_a_failing_configuration_is_a_row_with_its_reason() -> None:
     frame = sweep(GRID)
     assert list(frame["error"] != "") == [False, False, True, False]

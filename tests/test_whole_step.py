@@ -64,7 +64,7 @@ def test_figures_of_stages_are_those_of_their_trace(plan):
     sends = sum(
         piece.recording.outline.lanes[0].endswith("send") and 0 in piece.recording.times for piece in found.trace.pieces
     )
-    assert found.staged.sent == sends
+    assert found.sends[0] == sends
 
 
 def test_the_bubble_of_equal_stages_and_free_transfers():

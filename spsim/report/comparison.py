@@ -57,7 +57,10 @@ def _plan_rows(account: PlanAccount) -> Iterable[tuple[str, str]]:
     yield "throughput", f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU"
     yield "peak memory", f"{size(result.peak_memory_gib * GIB)}, at {result.peak_operator}"
     yield "device memory", f"{size(result.device_memory_gib * GIB)} of {result.capacity_gib:.1f} GiB"
-    yield "fits" if result.scope == "step" else f"fits, {result.scope} only", "yes" if result.fits else f"no, from {result.out_of_memory_at} on"
+    yield (
+        "fits" if result.scope == "step" else f"fits, {result.scope} only",
+        "yes" if result.fits else f"no, from {result.out_of_memory_at} on",
+    )
     yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB"
     for phase, counts in result.collectives_per_layer.items():
         yield f"collectives, {phase}", collective_counts(counts)
@@ -193,5 +196,6 @@ def _reasons(parts: dict[str, int], change: int, unit: int, name: str) -> str:
         told.append(along[len(told)])
     against = min(ways, key=lambda part: ways[part])
     words = ", ".join(f"{part} {signed(parts[part] / unit, 3)} {name}" for part in told)
-    but = f"; against it: {against} {signed(parts[against] / unit, 3)} {name}" if ways[against] < 0 else ""
+    rest = signed(parts[against] / unit, 3)
+    but = f"; against it: {against} {rest} {name}" if ways[against] < 0 and float(rest.replace("−", "-")) else ""
     return f"Mainly: {words}{but}."

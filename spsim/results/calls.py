@@ -89,12 +89,13 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     for sync, runs in prepared.issued(scenario.num_micro_batches).items():
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sync.message_bytes), runs
-    if result.staged:
-        size, sent = result.staged.ran.messages.bytes, result.staged.sent
+    sent, size = result.sends
+    if sent:
         yield Message("send_receive", "pp", 2, prepared.nodes(("pp",), 2, scenario.gpus_per_node), size), sent
-    for sync, size in prepared.closing_messages(numbers, result.chunk).items():
+    sizes = prepared.closing_messages(numbers, result.chunk)
+    for sync in prepared.closing_syncs(result.chunk):
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
-        yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), 1
+        yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sizes[sync]), 1
 
 
 def _communications(result: Result) -> Iterator[tuple[Communication, int, int]]:

@@ -5,7 +5,7 @@ A trace is made of pieces, many of which share a recording, so sums are over rec
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
@@ -103,19 +103,25 @@ def weight_sync(trace: Trace) -> int:
 
 
 def pass_ends(trace: Trace) -> dict[int, int]:
-    """When each simulated rank has run its last pass."""
+    """When each simulated rank has run its last pass, and waited for what it sends of it."""
     ends = dict.fromkeys(trace.copies, 0)
     for piece in (leaf.last for leaf in trace.leaves if leaf.stretch.phase in ("forward", "backward")):
         if piece.recording.outline.last_kernel is not None:
             for rank in piece.recording.times:
                 ends[rank] = max(ends[rank], piece.shift_ps + piece.recording.kernels_end(rank))
+    for wait in trace.waits:
+        ends[wait.rank] = max(ends[wait.rank], wait.end_ps)
     return ends
 
 
 def optimizer(trace: Trace) -> int:
-    """Picoseconds of the optimizer's kernels and of what its ranks agree on between them."""
-    windows = (recording.window for recording, (phase, _) in trace.recordings.items() if phase == "optimizer")
-    return sum(end - begin for begin, end in windows)
+    """Picoseconds of the optimizer's kernels and of what its ranks agree on between them, on the pipeline stage that
+    comes to them last.
+    """
+    windows: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+    for stretch in (leaf.stretch for leaf in trace.leaves if leaf.stretch.phase == "optimizer"):
+        windows[tuple(stretch.recording.times)].append(stretch.window(0))
+    return sum(end - begin for begin, end in max(windows.values(), key=min, default=[]))
 
 
 def compute_by_class(trace: Trace, rank: int) -> dict[str, int]:

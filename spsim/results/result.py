@@ -64,6 +64,8 @@ class Result(Derived):
     reasons: tuple[str, ...]
     staged: Staged | None = None
     """Where the step has several pipeline stages."""
+    sends: tuple[int, int] = (0, 0)
+    """Messages of the first of them to others in a step, and bytes of each."""
 
     @property
     def unknown(self) -> frozenset[str]:

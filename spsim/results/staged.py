@@ -81,13 +81,6 @@ class Staged:
         """Their numbers."""
         return range(len(self.ran.stages))
 
-    @property
-    def sent(self) -> int:
-        """Messages that the first stage sends in a step."""
-        timeline = self.ran.timeline
-        first = np.array([lane[0] == 0 for lane in timeline.graph.lanes])
-        return sum(int(first[section.messages.lanes].sum()) * section.runs for section in timeline.sections)
-
     # Times
 
     @property
@@ -97,7 +90,7 @@ class Staged:
 
     @property
     def pass_ends(self) -> dict[int, int]:
-        """When each simulated rank has run its last pass."""
+        """When each simulated rank has run its last pass, and waited for what it sends of it."""
         finished: list[int] = self.ran.timeline.finished_ps.tolist()
         return {self.ran.rank_of(stage): end for stage, end in enumerate(finished)}
 

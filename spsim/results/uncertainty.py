@@ -127,10 +127,14 @@ class Account:
             return ()
         return (self.compute.class_of(next(work for work in step.work if work)),)
 
+    def _of_stages(self, outline: Outline) -> list[Classes]:
+        """What stages send each other, which is of no program."""
+        return [self._of_collective(("pp",), "send_receive", None)] * len(outline.labels)
+
     def _of_collective(self, axes: tuple[Axis, ...], collective: Collective, ranks: int | None) -> Classes:
         key = (axes, collective, ranks)
         if key not in self._collectives:
-            nodes = nodes_of(self.prepared.mesh, axes, self.gpus_per_node, ranks)
+            nodes = nodes_of(self.prepared.world, axes, self.gpus_per_node, ranks)
             paths = self.comm.coefficients_of(collective, nodes)
             self._collectives[key] = tuple(path for path in paths if path.startswith(("collectives.", "sends.")))
         return self._collectives[key]
@@ -144,9 +148,11 @@ class Account:
     def band(self) -> ErrorBand:
         """The error band of the step and of one layer."""
         step: Counter[Classes] = Counter()
-        first: dict[Outline, Recording] = {}
+        first: dict[str, Recording] = {}
         for recording, (_, count) in self.trace.recordings.items():
-            first.setdefault(recording.outline, recording)
+            segment = self.prepared.by_outline.get(recording.outline)
+            if segment and self.rank in recording.times:
+                first.setdefault(segment.variant_of or segment.name, recording)
             step.update({classes: count * time for classes, time in self._times(recording)})
         known = sum(time for classes, time in step.items() if held_out_of(self.profile, classes))
         layers = {phase: self._layer(phase, first) for phase in ("forward", "backward")}
@@ -157,17 +163,22 @@ class Account:
             known / self.trace.end_ps if self.trace.end_ps else 0.0,
         )
 
-    def _layer(self, phase: Pass, recordings: Mapping[Outline, Recording]) -> Counter[Classes]:
-        """Picoseconds by class of one pass of the first layer."""
+    def _layer(self, phase: Pass, recordings: Mapping[str, Recording]) -> Counter[Classes]:
+        """Picoseconds by class of one pass of the first layer, from recordings by the segment that they are of."""
         total: Counter[Classes] = Counter()
         for part in self.prepared.passes[phase].parts if phase in self.prepared.passes else ():
-            times = dict(self._times(recordings[part.segment.outline]))
-            total.update({classes: part.runs * time for classes, time in times.items()})
+            recording = recordings.get(part.segment.name)
+            times = self._times(recording) if recording else ()
+            total.update({classes: part.runs * time for classes, time in dict(times).items()})
         return total
 
     def _times(self, recording: Recording) -> Iterator[tuple[Classes, float]]:
-        """Picoseconds by class of one pass: of kernels, and of communication while none runs, which it makes wait."""
-        classes = self.classes[recording.outline]
+        """Picoseconds by class of one pass: of kernels, and of communication while none runs, which it makes wait.
+        Nothing of what other stages run.
+        """
+        if self.rank not in recording.times:
+            return
+        classes = self.classes.get(recording.outline) or self._of_stages(recording.outline)
         spans = [span for span in recording.spans if span.rank == self.rank]
         kernels: Counter[Classes] = Counter()
         transfers: Counter[Classes] = Counter()

@@ -363,8 +363,12 @@ class PreparedStep:
 
     def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
         """Bytes of the message of each collective after the last micro-batch."""
-        syncs = syncs_of(self._closings_of(chunk))
+        syncs = self.closing_syncs(chunk)
         return dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
+
+    def closing_syncs(self, chunk: Chunk) -> tuple[Sync, ...]:
+        """The collectives after the last micro-batch, of which several may be alike."""
+        return syncs_of(self._closings_of(chunk))
 
     def _closings_of(self, chunk: Chunk) -> tuple[Closing, ...]:
         return self.closings if self.world == self.mesh else self.stage_closings(chunk)

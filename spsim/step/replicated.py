@@ -34,6 +34,8 @@ from spsim.step.segments import Segment
 from spsim.step.variants import ReplicaPasses, StagePass
 from spsim.units import MIB, picoseconds
 
+KEPT = 64
+"""Numbers of micro-batches whose itinerary a chunk keeps."""
 ProgramsAt = Callable[[Workload], Mapping[str, Program]]
 
 
@@ -50,6 +52,8 @@ class ReplicatedChunk:
             self.layers.append(first if run.numbered else None)
             first += run.layers if run.numbered else 0
         self._passes = ReplicaPasses(sync, [blocks[run.block] for run in own], groups, name)
+        self._items: Cache[tuple[Item, ...]] = Cache(KEPT, lambda _: 1)
+        """By micro-batches: to find what is alike takes longer than to run it."""
 
     @lazy
     def segments(self) -> Sequence[Segment]:
@@ -61,6 +65,9 @@ class ReplicatedChunk:
 
     def items(self, micro_batches: int) -> tuple[Item, ...]:
         """Up through all blocks and down again, so many times; those that are alike are a loop."""
+        return self._items.get(micro_batches, lambda: self._found(micro_batches))
+
+    def _found(self, micro_batches: int) -> tuple[Item, ...]:
         last = micro_batches - 1
         starts = sorted({0, min(1, last), last})
         rows = [(start, stop - start) for start, stop in pairwise([*starts, micro_batches])]
@@ -70,14 +77,14 @@ class ReplicatedChunk:
             own = list(same)
             (start, _), runs = own[0], sum(runs for _, runs in own)
             forward, backward = self._pair(start == 0, start == last)
-            body = (*self._items(forward, start, 1), *self._items(backward, start, -1))
+            body = (*self._visits(forward, start, 1), *self._visits(backward, start, -1))
             found += body if runs == 1 else [Loop(body, runs, micro_batches=1)]
         return tuple(found)
 
     def _pair(self, first: bool, last: bool) -> tuple[StagePass, StagePass]:
         return self._passes.forward(first=first), self._passes.backward(last=last)
 
-    def _items(self, found: StagePass, micro_batch: int, order: int) -> Iterator[Item]:
+    def _visits(self, found: StagePass, micro_batch: int, order: int) -> Iterator[Item]:
         if found.before is not None:
             yield Visit(found.before, None, micro_batch)
         yield from in_loops(found.blocks, self.layers[::order], micro_batch)

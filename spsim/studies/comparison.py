@@ -45,8 +45,10 @@ _LAST = (SYNC, PEERS, STAGES, IDLE, OTHER)
 HELD_OUT = "held-out errors of the calibration"
 """Where a band comes from that both plans share in part, so that it is wide for a difference."""
 
-LABELLED = ("tp", "sequence_parallel", "ulysses", "ring")
+LABELLED = ("tp", "sequence_parallel", "ulysses", "ring", "pp", "virtual_pp", "dp")
 """Options of a plan that its label shows."""
+SHARDED = ("zero", "distributed_optimizer")
+"""Those that it shows as ZeRO, of replicas."""
 
 # ------------------------------------------------------------ parts of one result
 
@@ -342,7 +344,8 @@ def _names(labels: Mapping[str, str]) -> dict[str, str]:
     """Label and further options of each plan; where several have the same, the plan as it was given."""
     names = {}
     for text, label in labels.items():
-        further = {name: value for name, value in _options(text).items() if name not in LABELLED}
+        shown = (*LABELLED, *SHARDED) if "ZeRO" in label else LABELLED
+        further = {name: value for name, value in _options(text).items() if name not in shown}
         names[text] = ", ".join([label, *filter(None, plan_text(further).split(","))])
     shared = Counter(names.values())
     return {text: text if text and shared[name] > 1 else name for text, name in names.items()}

@@ -72,7 +72,7 @@ class _Sorting:
 
     def _sort(self, points: Iterable[Point]) -> None:
         """Many points, most of which share all but their sizes with the one before."""
-        hardware = model = plan = nodes = phase = precision = labels = _NOT_GIVEN
+        hardware = model = plan = nodes = scope = phase = precision = labels = _NOT_GIVEN
         family = self.alone
         for place, point in enumerate(points):
             settings = point.settings
@@ -88,14 +88,15 @@ class _Sorting:
                 or model is not setting("model")
                 or plan is not setting("plan", _NOT_GIVEN)
                 or nodes is not setting("nodes")
+                or scope is not setting("scope")
                 or phase is not size("phase", "training")
                 or precision is not size("precision", "bf16")
                 or labels != point.labels.keys()
             ):
                 hardware, model, nodes = setting("hardware"), setting("model"), setting("nodes")
-                plan, labels = setting("plan", _NOT_GIVEN), point.labels.keys()
+                plan, scope, labels = setting("plan", _NOT_GIVEN), setting("scope"), point.labels.keys()
                 phase, precision = size("phase", "training"), size("precision", "bf16")
-                family = self._family((hardware, model, plan, nodes), phase, precision, point.labels)
+                family = self._family((hardware, model, plan, nodes, scope), phase, precision, point.labels)
             family.places.append(place)
             family.sizes.append((size("seq_len"), size("micro_batch", 1), size("global_batch")))
 
