@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 from spsim.inputs.plan import Plan
@@ -89,26 +88,37 @@ def recomputed(operators: Sequence[Operator], kind: LayerKind) -> tuple[Recomput
     """
     found: list[tuple[int, Recomputed]] = []
     for module in kind.recomputed:
-        for first, own in _runs(operators, MODULES[module]):
+        for first, end, own in _runs(operators, MODULES[module]):
             names = frozenset(op.name for op in own)
             if any(names <= other.operators for _, other in found):
                 continue
             discards = module in DISCARDED
-            last = _end_of_sublayer(operators, first + len(own)) if discards else own[-1]
+            last = _end_of_sublayer(operators, end) if discards else own[-1]
             found.append((-first if discards else len(operators), Recomputed(names, discards, names | {last.name})))
     return tuple(own for _, own in sorted(found, key=lambda item: item[0]))
 
 
-def _runs(
-    operators: Sequence[Operator], inside: Callable[[Operator], bool]
-) -> Iterator[tuple[int, Sequence[Operator]]]:
-    """Operators in a row that are inside, each with its place."""
-    place = 0
-    for chosen, run in groupby(operators, inside):
-        own = tuple(run)
-        if chosen:
-            yield place, own
-        place += len(own)
+class _Run(NamedTuple):
+    """Operators in a row that are inside a module; what reads nothing of theirs may stand between them."""
+
+    first: int
+    end: int
+    """The place behind the last."""
+    own: tuple[Operator, ...]
+
+
+def _runs(operators: Sequence[Operator], inside: Callable[[Operator], bool]) -> Iterator[_Run]:
+    run: _Run | None = None
+    made: set[str] = set()
+    for place, op in enumerate(operators):
+        if inside(op):
+            run = _Run(run.first if run else place, place + 1, (*(run.own if run else ()), op))
+            made.update(operand.tensor.name for operand in op.outputs)
+        elif run and not made.isdisjoint(operand.tensor.name for operand in op.inputs):
+            yield run
+            run, made = None, set()
+    if run:
+        yield run
 
 
 def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
