@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +108,7 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
 
 def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
-    plan, stages = scenario.plan, _stages(scenario)
+    plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
     numbers = prepared.template.at(scenario.workload)
     costed = costed_pipeline(
         prepared, stages, numbers, scenario.hardware, plan,
@@ -129,16 +129,17 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> 
         staged = None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
-    statics = [_static(scenario, prepared, stage_runs(stages, stage), numbers) for stage in range(plan.pp)]
+    runs = [stage_runs(stages, stage) for stage in range(plan.pp)]
+    static = {own: _static(scenario, prepared, own, numbers) for own in dict.fromkeys(runs)}
     return Result(
         scope=scenario.scope,
         scenario=scenario,
         prepared=prepared,
-        chunk=stage_runs(stages, 0),
+        chunk=runs[0],
         numbers=numbers,
         amounts=_amounts(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics={rank: statics[rank // prepared.mesh.ranks] for rank in copies},
+        statics={rank: static[runs[rank // prepared.mesh.ranks]] for rank in copies},
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
         reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold),
@@ -158,9 +159,9 @@ def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool) -> tuple
     )
 
 
-def _stages(scenario: Scenario) -> Stages:
+@lru_cache(maxsize=256)
+def _stages(model: Model, plan: Plan) -> Stages:
     """What each stage runs, chunk by chunk."""
-    model, plan = scenario.model, scenario.plan
     return [[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)]
 
 

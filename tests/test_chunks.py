@@ -29,6 +29,8 @@ PLANS = [
     "tp=4,sequence_parallel,keep_gathered", "tp=4,sequence_parallel,tp_backward_overlap=false",
 ]  # fmt: skip
 TRAITS = {"gated_mlp": True, "ffn_hidden": 704, "kv_heads": 4}
+SCALES = {("all_reduce", "input"): 2, ("all_reduce", "gradient"): 2}
+"""Ranks agree on the scale of what they cast and gather: inputs of qkv and fc1, gradients of the row-parallel ones."""
 GPT = {"attention": "unfused", "dropout": 0.1}
 
 
@@ -82,7 +84,7 @@ def test_which_products_are_cut(precision, pieces):
     whole = [step for step in cut.instructions if isinstance(step, Communication) and not step.step_of]
     assert Counter((s.collective, s.purpose) for s in whole) == {
         ("all_gather", "regather"): 2, ("reduce_scatter", "gradient"): 2,
-        **({("reduce_scatter", "input"): 8} if precision == "bf16" else {}),
+        **({("reduce_scatter", "input"): 8} if precision == "bf16" else SCALES),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from spsim.costs.collectives import CommCost
@@ -99,6 +100,11 @@ def costed_pipeline(
     )
     message = boundary_bytes(prepared, numbers)
     runs = [stage_runs(stages, stage) for stage in range(plan.pp)]
+    times = {
+        own: prepared.closing_times(numbers, own, compute, comm, gpus_per_node=gpus_per_node)
+        for own in dict.fromkeys(runs)
+    }
+    sums = {own: prepared.closing_messages(numbers, own) for own in times}
     return CostedPipeline(
         prepared,
         stages,
@@ -106,8 +112,8 @@ def costed_pipeline(
         step,
         Messages(message, _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node)),
         Closed(
-            [prepared.closing_times(numbers, own, compute, comm, gpus_per_node=gpus_per_node) for own in runs],
-            [prepared.closing_messages(numbers, own) for own in runs],
+            [times[own] for own in runs],
+            [sums[own] for own in runs],
             *_overlapped(prepared, stages, numbers, plan, comm, gpus_per_node),
             hardware.coefficients.overlap_slowdown.value,
         ),
@@ -120,9 +126,11 @@ def _overlapped(
     """Reductions behind the last passes and gathers before the first, of each stage and chunk, as Megatron-Core has
     them: a chunk has one bucket but for the first of the first stage.
     """
-    behind, ahead = plan.dp_overlap in (True, "gradients"), plan.dp_overlap in (True, "parameters")
+    behind = plan.dp_overlap in (True, "gradients")
+    ahead = plan.dp_overlap in (True, "parameters") and bool(plan.zero_stage)
 
-    def chunk_ps(runs: Sequence[Run], name: str) -> int:
+    @cache
+    def chunk_ps(runs: tuple[Run, ...], name: str) -> int:
         syncs = [sync for sync in prepared.stage_syncs(runs) if sync.name == name and sync.lane != "tp"]
         sizes = prepared.sync_messages(numbers, runs, syncs)
         own = (
@@ -138,11 +146,11 @@ def _overlapped(
         return max(1, round(prepared.parameters(numbers, stages[0][0].runs) / limit))
 
     reductions = [
-        [Reduction(chunk_ps(own.runs, GRADIENTS), buckets(stage, chunk)) for chunk, own in enumerate(chunks)]
-        for stage, chunks in enumerate(stages)
+        [Reduction(chunk_ps(tuple(own.runs), GRADIENTS), buckets(stage, chunk)) for chunk, own in enumerate(chunks)]
+        for stage, chunks in enumerate(stages if behind else ())
     ]
-    gathers = [[chunk_ps(own.runs, PARAMETERS) for own in chunks] for chunks in stages]
-    return (reductions if behind else []), (gathers if ahead and plan.zero_stage else [])
+    gathers = [[chunk_ps(tuple(own.runs), PARAMETERS) for own in chunks] for chunks in (stages if ahead else ())]
+    return reductions, gathers
 
 
 def stage_runs(stages: Stages, stage: int) -> tuple[Run, ...]:
