@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 from spsim.inputs.plan import Plan
@@ -89,26 +88,38 @@ def recomputed(operators: Sequence[Operator], kind: LayerKind) -> tuple[Recomput
     """
     found: list[tuple[int, Recomputed]] = []
     for module in kind.recomputed:
-        for first, own in _runs(operators, MODULES[module]):
+        for end, own in _runs(operators, MODULES[module]):
             names = frozenset(op.name for op in own)
             if any(names <= other.operators for _, other in found):
                 continue
             discards = module in DISCARDED
-            last = _end_of_sublayer(operators, first + len(own)) if discards else own[-1]
-            found.append((-first if discards else len(operators), Recomputed(names, discards, names | {last.name})))
+            last = _end_of_sublayer(operators, end) if discards else own[-1]
+            found.append((-end if discards else len(operators), Recomputed(names, discards, names | {last.name})))
     return tuple(own for _, own in sorted(found, key=lambda item: item[0]))
 
 
 def _runs(
     operators: Sequence[Operator], inside: Callable[[Operator], bool]
 ) -> Iterator[tuple[int, Sequence[Operator]]]:
-    """Operators in a row that are inside, each with its place."""
-    place = 0
-    for chosen, run in groupby(operators, inside):
-        own = tuple(run)
-        if chosen:
-            yield place, own
-        place += len(own)
+    """Operators in a row that are inside, each with the place after them. What stands among them and reads nothing that
+    they make does not part them, such as a copy of V in a traced attention.
+    """
+    run: list[Operator] = []
+    end = 0
+    for place, op in enumerate(operators):
+        if inside(op):
+            run.append(op)
+            end = place + 1
+        elif not {operand.tensor.name for operand in op.inputs}.isdisjoint(_made(run)):
+            yield end, run
+            run = []
+    if run:
+        yield end, run
+
+
+def _made(operators: Sequence[Operator]) -> Iterator[str]:
+    """Names of what they put out."""
+    return (operand.tensor.name for op in operators for operand in op.outputs)
 
 
 def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
