@@ -208,7 +208,7 @@ def test_sweep_csv_has_the_promised_columns(tmp_path: Path) -> None:
     frame = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
     promised = "model hardware strategy seq_len layer_time_ms exposed_comm_ms weight_sync_ms peak_memory_gib fits"
     assert set(promised.split()) <= set(frame.columns)
-    assert set(frame["strategy"]) == {"TP only", "TP+SP", "Ulysses", "Ring"}
+    assert set(frame["strategy"]) == {"TP only", "TP+SP", "Ulysses", "Ring", "USP"}
 
 
 def test_importing_an_experiment_runs_nothing(tmp_path: Path) -> None:

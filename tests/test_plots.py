@@ -91,7 +91,9 @@ def assert_readable(figure):
 
 
 def sweep_frame(*, strategies=("TP only", "TP+SP", "Ulysses", "Ring"), lengths=(2048, 8192, 32768, 131072)):
-    """Made-up rows with the columns of a sweep; the longest sequence fits under every second plan only."""
+    """Made-up rows with the columns of a sweep: two layers, a micro-batch for each of two replicas; the longest
+    sequence fits under every second plan only.
+    """
     rows = []
     for model in ("gpt-22b", "llama-3-8b"):
         for index, strategy in enumerate(strategies):
@@ -99,12 +101,14 @@ def sweep_frame(*, strategies=("TP only", "TP+SP", "Ulysses", "Ring"), lengths=(
                 parts = {"gemm_ms": length / 1e3, "attention_ms": (length / 1e4) ** 2, "norm_ms": length / 1e5}
                 parts |= {"softmax_ms": 0.0, "dropout_ms": 0.0, "elementwise_ms": length / 1e5}
                 exposed = length / 1e4 * (index + 1)
+                step = 2 * (sum(parts.values()) + exposed) + length / 1e4 + length / 1e5
                 fits = length < 131072 or index % 2 == 1
                 rows.append(
                     {
                         "model": model, "hardware": A100, "strategy": strategy, "seq_len": length, **parts,
-                        "exposed_comm_ms": exposed, "layer_time_ms": sum(parts.values()) + exposed,
-                        "step_time_ms": sum(parts.values()) + exposed,
+                        "plan": "tp=4,dp=2", "gpus": 8, "layers": 2, "micro_batch": 1,
+                        "exposed_comm_ms": exposed, "weight_sync_ms": length / 1e4, "optimizer_ms": length / 1e5,
+                        "step_time_ms": step, "tokens_per_s_per_gpu": 2 * length / 8 / (step / 1e3),
                         "peak_memory_gib": 4 + length / 4e3,
                         "device_memory_gib": 6 + length / 1e3 * (2 - index % 2) / 2,
                         "capacity_gib": 80.0, "fits": fits,
@@ -152,7 +156,7 @@ def test_memory_of_a_plan_near_or_above_the_capacity_is_readable(settings):
 @pytest.mark.parametrize("strategies", [("TP only",), ("TP only", "TP+SP", "Ulysses", "Ring"), tuple("ABCDEFGHIJ")])
 def test_pictures_of_a_sweep_are_readable(strategies):
     frame = sweep_frame(strategies=strategies)
-    assert_readable(plots.plot_layer_times(frame, note="four layers"))
+    assert_readable(plots.plot_step_times(frame, note="four layers"))
     assert_readable(plots.plot_peak_memory(frame, note="four layers"))
 
 
@@ -402,7 +406,7 @@ def test_panels_of_peak_memory_share_their_range():
 def test_names_of_bars_are_level_where_there_is_room():
     for lengths, rotation in (((2048, 8192), 0), ((2**power for power in range(10, 22)), 90)):
         frame = sweep_frame(lengths=tuple(lengths), strategies=("TP only", "Ulysses with a name"))
-        labels = plots.plot_layer_times(frame).axes[0].get_xticklabels()
+        labels = plots.plot_step_times(frame).axes[0].get_xticklabels()
         assert {label.get_rotation() for label in labels} == {rotation}
 
 
@@ -471,29 +475,30 @@ def test_memory_curves_end_where_they_began():
 # ------------------------------------------------------------ sweeps
 
 
-def test_bars_add_up_to_the_layer_time_per_1k_tokens():
+def test_bars_add_up_to_the_step_time_per_1k_tokens():
     frame = sweep_frame()
     tops = {}
-    for axes in plots.plot_layer_times(frame).axes:
+    for axes in plots.plot_step_times(frame).axes:
         for container in axes.containers:
             for bar in container:
                 place = (axes.get_title(loc="left"), round(bar.get_x(), 3))
                 tops[place] = max(tops.get(place, 0), bar.get_y() + bar.get_height())
-    expected = frame["layer_time_ms"] / (frame["seq_len"] / 1024)
+    expected = frame["step_time_ms"] / (2 * frame["seq_len"] / 1024)
     assert sorted(tops.values()) == pytest.approx(sorted(expected))
 
 
 @pytest.mark.parametrize(("share", "drawn"), [(0.2, True), (1e-4, False)])
-def test_time_without_a_cause_is_drawn_as_waiting_unless_it_is_rounding(share, drawn):
+def test_time_without_a_cause_is_drawn_as_the_rest_unless_it_is_rounding(share, drawn):
     frame = sweep_frame()
-    frame["layer_time_ms"] *= 1 + share
-    labels = {container.get_label() for axes in plots.plot_layer_times(frame).axes for container in axes.containers}
-    assert ("waiting" in labels) == drawn
+    frame["step_time_ms"] *= 1 + share
+    frame["tokens_per_s_per_gpu"] /= 1 + share
+    labels = {container.get_label() for axes in plots.plot_step_times(frame).axes for container in axes.containers}
+    assert ("embedding, waiting" in labels) == drawn
 
 
 def test_the_fastest_plan_that_fits_is_bold_and_the_others_are_crossed():
     frame = sweep_frame(lengths=(2048, 131072))
-    axes = plots.plot_layer_times(frame).axes[0]
+    axes = plots.plot_step_times(frame).axes[0]
     bold = [label.get_text() for label in axes.get_xticklabels() if label.get_fontweight() == "bold"]
     assert bold == ["TP only", "TP+SP"]
     (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
@@ -502,8 +507,9 @@ def test_the_fastest_plan_that_fits_is_bold_and_the_others_are_crossed():
 
 def test_configurations_that_failed_leave_a_gap():
     frame = sweep_frame()
-    frame.loc[3, ["layer_time_ms", "step_time_ms", "gemm_ms", "device_memory_gib"]] = np.nan
-    assert_readable(plots.plot_layer_times(frame))
+    frame.loc[3, ["step_time_ms", "tokens_per_s_per_gpu", "gemm_ms", "device_memory_gib"]] = np.nan
+    frame.loc[3, "plan"] = "tp=no plan"
+    assert_readable(plots.plot_step_times(frame))
     assert_readable(plots.plot_peak_memory(frame))
 
 
@@ -518,7 +524,7 @@ def test_points_that_do_not_fit_are_hollow():
 
 def test_a_note_is_in_the_subtitle():
     for figure in (
-        plots.plot_layer_times(sweep_frame(), note="4 layers"),
+        plots.plot_step_times(sweep_frame(), note="4 layers"),
         plots.plot_peak_memory(sweep_frame(), note="4 layers"),
     ):
         assert any(text.startswith("4 layers · ") for text, _ in drawn_texts(figure))
@@ -578,7 +584,7 @@ def test_dollars_in_names_are_no_mathematics(name, tmp_path):
     )
     results = {f"{name} {plan}": spsim.simulate(spsim.Scenario(**settings, plan=plan)) for plan in ("tp=8", "tp=4")}
     figures = [
-        plots.plot_layer_times(rows),
+        plots.plot_step_times(rows),
         plots.plot_peak_memory(rows),
         plots.plot_timelines(results),
         plots.plot_memory_curves(results),

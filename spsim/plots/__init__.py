@@ -6,7 +6,7 @@ Every function returns a `matplotlib.figure.Figure` that no backend knows; `save
 from spsim.plots.calibration import plot_calibration
 from spsim.plots.figure import save
 from spsim.plots.memory import plot_memory, plot_memory_curves
-from spsim.plots.sweep import plot_layer_times, plot_peak_memory
+from spsim.plots.sweep import plot_peak_memory, plot_step_times
 from spsim.plots.timeline import plot_timeline, plot_timelines
 from spsim.plots.verification import plot_verification
 from spsim.plots.waterfall import Waterfall, plot_waterfalls
@@ -14,10 +14,10 @@ from spsim.plots.waterfall import Waterfall, plot_waterfalls
 __all__ = [
     "Waterfall",
     "plot_calibration",
-    "plot_layer_times",
     "plot_memory",
     "plot_memory_curves",
     "plot_peak_memory",
+    "plot_step_times",
     "plot_timeline",
     "plot_timelines",
     "plot_verification",

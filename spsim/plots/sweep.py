@@ -1,4 +1,4 @@
-"""Pictures of a sweep: time of a layer by operator class, and peak memory, over sequence length.
+"""Pictures of a sweep: time of a step by operator class, and peak memory, over sequence length.
 
 The columns are those of `rows.measures`; a panel is one model on one hardware.
 """
@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from spsim.inputs.plan import parse_plan
 from spsim.plots.figure import (
     COLOURS,
     GRID,
@@ -34,15 +35,17 @@ from spsim.plots.figure import (
     axes_at,
     text_size,
 )
-from spsim.units import KIB
+from spsim.units import KIB, MS_PER_S
 
 EXPOSED = "exposed communication"
-NOT_RUNNING = "waiting"
+END = "weight synchronisation, optimizer"
+REST = "embedding, waiting"
 NOTICEABLE = 1e-3
-"""Share of a layer below which waiting is rounding: columns are means over layers, the layer time is of one."""
-STACK = {name: COLOURS[name] for name in COLOURS if name != "communication"} | {
+"""Share of a step below which the rest is rounding."""
+STACK = {name: COLOURS[name] for name in COLOURS if name not in ("communication", "other")} | {
     EXPOSED: COLOURS["communication"],
-    NOT_RUNNING: WAITING,
+    END: COLOURS["other"],
+    REST: WAITING,
 }
 """Part of a bar -> colour, from the bottom up."""
 MARKERS = "osD^vPX*"
@@ -55,8 +58,11 @@ SQUARE = 3.7
 HOLLOW = "hollow: does not fit"
 
 
-def plot_layer_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
-    """Forward and backward time of one layer per 1K tokens: a bar per strategy, grouped by sequence length."""
+def plot_step_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
+    """Time of a step per 1K tokens of its global batch: a bar per strategy, grouped by sequence length.
+
+    Kernels are those of the first rank, and so of the first stage; exposed communication that of the rank with most.
+    """
     panels = list(_panels(frame))
     strategies = list(dict.fromkeys(frame["strategy"]))
     longest = max(text_size(name, LABEL_SIZE, bold=True)[0] for name in strategies) / POINTS
@@ -70,13 +76,13 @@ def plot_layer_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
     for name, group in panels:
         top -= GAP + PANEL
         axes = axes_at(figure, LEFT, top, width - LEFT - RIGHT, PANEL)
-        _bars(axes, group, strategies, under)
+        _bars(axes, group, [name for name in strategies if name in set(group["strategy"])], under)
         axes.tick_params(axis="x", rotation=0 if upright else 90)
         axes.set_title(name, loc="left", size=TEXT_SIZE, weight="bold")
         top -= under
     _bar_legend(figure, out=not frame["fits"].astype(bool).all())
-    subtitle = "forward + backward of one layer, ms per 1K tokens of the sequence · bold: shortest step that fits"
-    add_title(figure, "Time of a layer by strategy", _with(note, subtitle))
+    subtitle = "ms per 1K tokens · bold: shortest step that fits"
+    add_title(figure, "Time of a step by strategy", _with(note, subtitle))
     return figure
 
 
@@ -116,7 +122,7 @@ def _sequence(tokens: float) -> str:
     return f"{tokens / KIB:g}K" if tokens >= KIB else f"{tokens:g}"
 
 
-# Layer times
+# Step times
 
 
 def _bars(axes: Axes, group: pd.DataFrame, strategies: list[str], under: float) -> None:
@@ -125,11 +131,10 @@ def _bars(axes: Axes, group: pd.DataFrame, strategies: list[str], under: float) 
     pitch = len(strategies) + BETWEEN
     bars = group.assign(
         x=group["seq_len"].map(lengths.index) * pitch + group["strategy"].map(strategies.index),
-        scale=KIB / group["seq_len"],
     )
     bottom = np.zeros(len(bars))
     for name, sizes in _stack(bars).items():
-        heights = (sizes * bars["scale"]).to_numpy()
+        heights = sizes.to_numpy()
         axes.bar(bars["x"], heights, 0.86, bottom, color=STACK[name], label=name, edgecolor="white", linewidth=0.3)
         bottom += heights
     out = ~bars["fits"].astype(bool).to_numpy()
@@ -148,12 +153,16 @@ def _bars(axes: Axes, group: pd.DataFrame, strategies: list[str], under: float) 
 
 
 def _stack(bars: pd.DataFrame) -> dict[str, pd.Series]:
-    """Milliseconds of each part of a bar, whose sum is the time of the layer."""
-    parts = {name: bars[f"{name}_ms"] for name in STACK if f"{name}_ms" in bars}
-    parts[EXPOSED] = bars["exposed_comm_ms"]
-    known = sum(part.fillna(0) for part in parts.values())
-    rest = bars["layer_time_ms"] - known
-    parts[NOT_RUNNING] = rest.where(rest > NOTICEABLE * bars["layer_time_ms"], 0.0)
+    """Milliseconds per 1K tokens of each part of a bar, whose sum is that of the step."""
+    whole = KIB * MS_PER_S / (bars["tokens_per_s_per_gpu"] * bars["gpus"])
+    of_step = whole / bars["step_time_ms"]
+    replicas = bars["plan"].where(whole.notna(), "").map(lambda plan: parse_plan(plan).dp)
+    of_layers = KIB * bars["layers"] / (bars["seq_len"] * bars["micro_batch"] * replicas)
+    parts = {name: bars[f"{name}_ms"] * of_layers for name in STACK if f"{name}_ms" in bars}
+    parts[EXPOSED] = bars["exposed_comm_ms"] * of_layers
+    parts[END] = (bars["weight_sync_ms"] + bars["optimizer_ms"]) * of_step
+    rest = whole - sum(part.fillna(0) for part in parts.values())
+    parts[REST] = rest.where(rest > NOTICEABLE * whole, 0.0)
     return {name: part.fillna(0) for name, part in parts.items() if part.max() > 0}
 
 
