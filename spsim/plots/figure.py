@@ -29,8 +29,7 @@ MARGIN = 5.0
 """Points left free before and after a text in a box; hinted letters are wider than their outlines."""
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE, LABEL_SIZE = 14.0, 10.0, 9.0, 7.5
 
-# "Bright" of Paul Tol's schemes (SRON/EPS/TN/09-002, 2021), then some of "muted": distinct under every colour
-# blindness.
+# "Bright" of Paul Tol's schemes (SRON/EPS/TN/09-002, 2021), then some of "muted": distinct under any colour blindness.
 COLOURS = {
     "gemm": "#4477AA",
     "attention": "#AA3377",

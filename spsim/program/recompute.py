@@ -88,38 +88,37 @@ def recomputed(operators: Sequence[Operator], kind: LayerKind) -> tuple[Recomput
     """
     found: list[tuple[int, Recomputed]] = []
     for module in kind.recomputed:
-        for end, own in _runs(operators, MODULES[module]):
+        for first, end, own in _runs(operators, MODULES[module]):
             names = frozenset(op.name for op in own)
             if any(names <= other.operators for _, other in found):
                 continue
             discards = module in DISCARDED
             last = _end_of_sublayer(operators, end) if discards else own[-1]
-            found.append((-end if discards else len(operators), Recomputed(names, discards, names | {last.name})))
+            found.append((-first if discards else len(operators), Recomputed(names, discards, names | {last.name})))
     return tuple(own for _, own in sorted(found, key=lambda item: item[0]))
 
 
-def _runs(
-    operators: Sequence[Operator], inside: Callable[[Operator], bool]
-) -> Iterator[tuple[int, Sequence[Operator]]]:
-    """Operators in a row that are inside, each with the place after them. What stands among them and reads nothing that
-    they make does not part them, such as a copy of V in a traced attention.
-    """
-    run: list[Operator] = []
-    end = 0
+class _Run(NamedTuple):
+    """Operators in a row that are inside a module; what reads nothing of theirs may stand between them."""
+
+    first: int
+    end: int
+    """The place behind the last."""
+    own: tuple[Operator, ...]
+
+
+def _runs(operators: Sequence[Operator], inside: Callable[[Operator], bool]) -> Iterator[_Run]:
+    run: _Run | None = None
+    made: set[str] = set()
     for place, op in enumerate(operators):
         if inside(op):
-            run.append(op)
-            end = place + 1
-        elif not {operand.tensor.name for operand in op.inputs}.isdisjoint(_made(run)):
-            yield end, run
-            run = []
+            run = _Run(run.first if run else place, place + 1, (*(run.own if run else ()), op))
+            made.update(operand.tensor.name for operand in op.outputs)
+        elif run and not made.isdisjoint(operand.tensor.name for operand in op.inputs):
+            yield run
+            run, made = None, set()
     if run:
-        yield end, run
-
-
-def _made(operators: Sequence[Operator]) -> Iterator[str]:
-    """Names of what they put out."""
-    return (operand.tensor.name for op in operators for operand in op.outputs)
+        yield run
 
 
 def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
