@@ -380,13 +380,16 @@ def test_a_large_job_writes_small_files(tmp_path, arguments, capsys, monkeypatch
 
 
 def test_ranks_layers_and_format_of_the_command(tmp_path, capsys):
-    """What an earlier run left of a rank does not stand beside the new ones."""
+    """What an earlier run left of a rank does not stand beside the new ones; what belongs to no layer, as the optimizer,
+    does.
+    """
     plan = ("--plan", "tp=4", "--trace-format", "kineto", "--layers", "3,0-1")
     assert set(files_of(tmp_path, *plan, "--ranks", "all")) == TABLES | {f"kineto/rank_{n}.json.gz" for n in range(4)}
     assert set(files_of(tmp_path, *plan, "--ranks", "2")) == TABLES | {"kineto/rank_2.json.gz"}
     assert "rank 2 of 4, layers 0-1, 3 of 32, 1 micro-batch" in capsys.readouterr().out
     assert {line.split(",")[6] for line in (tmp_path / "spans.csv").read_text().splitlines()} == {
         "layer",
+        "",
         "0",
         "1",
         "3",

@@ -195,6 +195,12 @@ def test_pictures_of_a_measured_trace(gpu_trace):
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
         ("aten::native_dropout", "dropout"),
         ("aten::addmm", "gemm"),
+        (
+            "void at::native::multi_tensor_apply_kernel<TensorListMetadata<4>, FusedAdamMathFunctor<float, 4>>",
+            "optimizer",
+        ),
+        ("void at::native::embedding_backward_feature_kernel<float, long>(long const*)", "embedding"),
+        ("aten::nll_loss_forward", "cross_entropy"),
         ("aten::normal_", "other"),
         ("my_own_kernel", "other"),
     ],

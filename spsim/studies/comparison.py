@@ -355,16 +355,21 @@ def _names(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _time_fall(pair: Difference) -> Waterfall:
-    """Of one layer, exposed communication as one bar."""
+    """Of the whole step, or of one layer where layers are all there is, exposed communication as one bar."""
     from spsim.plots import Waterfall
 
-    totals = [sum(account.layer.values()) for account in (pair.before, pair.after)]
-    scale, unit = (PS_PER_MS, "ms") if max(totals) >= PS_PER_MS else (PS_PER_US, "µs")
-    order = dict.fromkeys(pair.layer, 0)
-    before, after = (_scaled(grouped(order | account.layer), scale) for account in (pair.before, pair.after))
-    kinds = {part.removeprefix("exposed "): change / scale for part, change in pair.layer.items() if is_exposed(part)}
-    parts = (before, after)
-    return Waterfall("Time of one layer, forward and backward", unit, pair.names, parts, {EXPOSED: kinds})
+    whole = pair.before.result.scope == "step"
+    title = "Time of the step" if whole else "Time of one layer, forward and backward"
+    sides = [account.step if whole else account.layer for account in (pair.before, pair.after)]
+    changes = pair.step if whole else pair.layer
+    scale, unit = _time_unit(max(sum(parts.values()) for parts in sides))
+    before, after = (_scaled(grouped(dict.fromkeys(changes, 0) | parts), scale) for parts in sides)
+    kinds = {part.removeprefix("exposed "): change / scale for part, change in changes.items() if is_exposed(part)}
+    return Waterfall(title, unit, pair.names, (before, after), {EXPOSED: kinds})
+
+
+def _time_unit(longest: int) -> tuple[int, str]:
+    return (PS_PER_MS, "ms") if longest >= PS_PER_MS else (PS_PER_US, "µs")
 
 
 def _memory_fall(pair: Difference) -> Waterfall:

@@ -316,7 +316,9 @@ def predict(case: VerifyCase, hardware: HardwareProfile) -> Prediction:
 
 
 def _scenario(case: VerifyCase, hardware: HardwareProfile) -> Scenario:
-    return Scenario(hardware=hardware, model=case.model, plan=case.plan, workload=case.workload, scope="layers")
+    return Scenario(
+        hardware=hardware, model=case.model, plan=case.plan, workload=case.workload, scope="layers"
+    )  # fmt: skip
 
 
 def _of_a_pass(hardware: HardwareProfile) -> HardwareProfile:

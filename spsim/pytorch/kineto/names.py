@@ -48,6 +48,10 @@ CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # cuBLAS, CUTLASS, Tensile (of rocBLAS); aten's products.
     ("gemm", ("gemm", "gemv", "cutlass", "xmma", "nvjet", "cublas", "splitkreduce", "cijk_")),
     ("gemm", (r"^aten::_?(add|b|badd)?(mm|bmm|mv)_?$", r"^aten::(matmul|linear\w*|mkldnn_linear\w*|dot)$")),
+    # Fused updates of parameters by torch, Apex and Transformer Engine, which are multi-tensor kernels of a functor.
+    ("optimizer", ("adam", "optimizer", "^sgd")),
+    ("cross_entropy", ("nll_?loss", "cross_?entropy")),
+    ("embedding", ("embedding",)),
     ("elementwise", ("elementwise", "vectorized", "unrolled", "reduce_kernel", "catarray", "multi_tensor")),
     ("elementwise", ("memset", "copy", "fill", "transpose", "foreach", "cast", "triton_(poi|red|per)")),
     ("elementwise", (
