@@ -117,7 +117,8 @@ def test_what_a_result_says_of_its_trust_is_documented() -> None:
     text = (ROOT / "docs" / "validation.md").read_text()
     scenario = spsim.Scenario(hardware="dgx-h100", model="llama-3-8b", plan="tp=8", workload={"seq_len": 2048})
     result = spsim.simulate(scenario).to_json()
-    for key in ("nodes", "fits_scope", "collectives", "assumed", "assumed_effects", "prior_band", "far_off"):
+    keys = ("nodes", "fits_scope", "collectives", "waterfall", "stage_peaks", "assumed", "assumed_effects")
+    for key in (*keys, "prior_band", "far_off"):
         assert key in result
         assert f"`{key}`" in text
     for key in result["collectives"][0]:

@@ -83,6 +83,9 @@ def command(
         return
     console = open_console()
     console.print(report.summary(result))
+    console.print(report.waterfall_table(result))
+    if result.stage_peaks:
+        console.print(report.stage_table(result))
     console.print(report.operator_table(result))
     for line in report.notes(result):
         console.print(line, soft_wrap=True)
