@@ -98,10 +98,9 @@ class Result(Derived):
     @lazy
     def attention(self) -> str | None:
         """The fused kernel of core attention by its name, or `unfused`; none where nothing is known to attend."""
-        steps = (
-            step for segment in self.prepared.segments for step in segment.instructions if isinstance(step, Compute)
-        )
-        works = (work for step in steps for work in step.work if isinstance(work, FlashAttention))
+        steps = (step for segment in self.prepared.segments for step in segment.instructions)
+        every = (work for step in steps if isinstance(step, Compute) for work in step.work)
+        works = (work for work in every if isinstance(work, FlashAttention))
         names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
         return ", ".join(names) or ("unfused" if self.scope != "module" else None)
 
@@ -226,9 +225,8 @@ class Result(Derived):
     @lazy
     def compute_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
-        if self.staged:
-            return self.staged.compute_by_class()
-        return metrics.compute_by_class(self.trace, next(iter(self.trace.copies)))
+        first = next(iter(self.trace.copies))
+        return self.staged.compute_by_class() if self.staged else metrics.compute_by_class(self.trace, first)
 
     # Memory
 
