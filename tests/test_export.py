@@ -360,7 +360,7 @@ def files_of(out, *arguments):
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*") if path.is_file()}
 
 
-TABLES = {"memory.png", "memory_curve.csv", "operators.csv", "result.json", "spans.csv", "timeline.png"}
+TABLES = {"memory.png", "memory_curve.csv", "operators.csv", "result.json", "spans.csv", "step.png", "timeline.png"}
 
 
 @pytest.mark.parametrize(

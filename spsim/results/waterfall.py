@@ -32,10 +32,13 @@ def waterfall(result: Result) -> dict[str, float]:
 
 
 def noticeable(falls: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """The parts that are no small share of one of these steps at least, in one order for all; what is left of each step
-    as `other`, where any has it.
+    """The parts that are no small share of one of these steps at least, in one order for all, longest first behind the
+    products; what is left of each step as `other`, where any has it.
     """
-    large = {part: 0 for own in falls for part, took in own.items() if took >= SMALL * sum(own.values())}
+    every = {part: max(own.get(part, 0.0) for own in falls) for fall in falls for part in fall}
+    first = [part for part in (IDEAL, BELOW_PEAK) if part in every]
+    ordered = [*first, *sorted((part for part in every if part not in first), key=lambda part: -every[part])]
+    large = [part for part in ordered if any(own.get(part, 0.0) >= SMALL * sum(own.values()) for own in falls)]
     found = [{part: own.get(part, 0.0) for part in large} for own in falls]
     rests = [sum(took for part, took in own.items() if part not in large) for own in falls]
     return [own | {REST: rest} for own, rest in zip(found, rests, strict=True)] if any(rests) else found
