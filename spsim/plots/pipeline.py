@@ -33,7 +33,7 @@ from spsim.results.accounts import STAGES, SYNC
 from spsim.results.result import Result
 from spsim.step.pipeline.timing import PassSpan
 from spsim.step.pipelined import Pipelined
-from spsim.units import PS_PER_MS, PS_PER_US
+from spsim.units import PS_PER_MS, PS_PER_S
 
 LEFT, RIGHT, BOTTOM, TOP = 1.0, 0.3, 0.95, 1.05
 """Inches around the rows: names, margin, legend, title and the names of the parts of the step."""
@@ -41,12 +41,14 @@ ROW, MOST, BAR = 0.45, 8.0, 0.86
 """Inches of a row, of all rows at most, and the share of a row that a bar takes."""
 BUBBLE, TRANSFER = "bubble", "transfer that stages wait for"
 LOOKS = {
-    "forward": COLOURS["gemm"], "backward": COLOURS["norm"], "input gradients": COLOURS["norm"],
+    "forward": COLOURS["gemm"], "backward": COLOURS["norm"], "input gradients": COLOURS["dropout"],
     "weight gradients": COLOURS["softmax"], SYNC: COLOURS["copy"], "optimizer": COLOURS["attention"],
     TRANSFER: COLOURS["communication"], BUBBLE: WAITS[STAGES],
 }  # fmt: skip
 """Of passes, of what follows them, and of what is between them."""
 CLOSING = {"weight_sync": SYNC, "optimizer": "optimizer"}
+LONG_PS = 10 * PS_PER_S
+"""From here on times are in seconds."""
 EDGED = 300
 """Bars of a row that have edges, at most."""
 PALEST = 0.6
@@ -70,7 +72,7 @@ def plot_pipeline(result: Result) -> Figure:
     row = min(ROW, MOST / len(ran.stages))
     figure = Figure(figsize=(WIDTH, TOP + BOTTOM + row * len(ran.stages)))
     axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - RIGHT, row * len(ran.stages))
-    scale, unit = (PS_PER_MS, "ms") if result.step_ps >= PS_PER_MS else (PS_PER_US, "µs")
+    scale, unit = (PS_PER_S, "s") if result.step_ps >= LONG_PS else (PS_PER_MS, "ms")
     axes.set_xlim(0, result.step_ps / scale)
     axes.set_ylim(len(ran.stages) - 0.5, -0.5)
     _between(axes, ran, scale)
@@ -81,7 +83,7 @@ def plot_pipeline(result: Result) -> Figure:
     axes.set_xlabel(f"time in the step ({unit})", size=SMALL_SIZE)
     _legend(figure, axes, max(map(len, ran.stages)))
     parts = [describe_workload(result), f"{result.scenario.num_micro_batches} micro-batches"]
-    parts += [f"step {result.step_ps / scale:.1f} {unit}", f"bubble {100 * result.bubble:.1f} %"]
+    parts += [f"step {result.step_ps / scale:.2f} {unit}", f"bubble {100 * result.bubble:.1f} %"]
     add_title(figure, f"{describe(result)}: passes of the stages", " · ".join(parts))
     return figure
 
