@@ -123,10 +123,10 @@ def test_the_power_limit_by_hand():
     assert [limit.factor(share, 1.0) for share in (0.5, 1.0)] == [1, 1], "a share of one is never passed"
 
 
-def test_a_step_is_slowed_as_its_kernels_say():
+def test_layers_are_slowed_as_their_kernels_say():
     """Products and attention of llama-3-8b take the burst's time times the factor of their share."""
     scenario = spsim.Scenario(
-        hardware=H100, model="llama-3-8b", plan=spsim.Plan(), workload=spsim.Workload(seq_len=8192)
+        hardware=H100, model="llama-3-8b", plan=spsim.Plan(), workload=spsim.Workload(seq_len=8192), scope="layers"
     )
     result = spsim.simulate(scenario)
     burst = ComputeCost(scenario.hardware, "bf16", burst=True)
