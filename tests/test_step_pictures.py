@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from spsim import InputError, plots
+from spsim.cli import main
 from spsim.results.waterfall import BELOW_PEAK, IDEAL, REST, noticeable
 from tests.cases import H100, result
 from tests.test_plots import assert_readable, drawn_texts
@@ -158,3 +159,16 @@ def test_later_chunks_are_paler():
 def test_a_step_without_stages_has_no_such_picture():
     with pytest.raises(InputError, match="use plot_timeline"):
         plots.plot_pipeline(OTHER)
+
+
+@pytest.mark.parametrize(("plan", "drawn"), [("tp=2,pp=2", {"pipeline.png", "step.png"}), ("tp=2", {"step.png"})])
+def test_run_writes_the_pictures_of_the_step(plan, drawn, tmp_path, capsys):
+    """And tells of the stages where there are some."""
+    arguments = ["--model", "llama-3-8b", "--hardware", H100, "--set", "model.layers=2", "--seq-len", "1K"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", *arguments, "--plan", plan, "--out", str(tmp_path)])
+    assert stop.value.code == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == drawn | {"memory.png", "timeline.png"}
+    printed = capsys.readouterr().out
+    assert "From ideal FLOPs to the step" in printed
+    assert ("Peak of memory by stage" in printed) == ("pipeline.png" in drawn)
