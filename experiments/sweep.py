@@ -1,12 +1,11 @@
 """What does sequence parallelism buy over tensor parallelism alone, in time and in memory, for whole training steps?
 
-TP only, Megatron TP+SP, Ulysses, ring attention and their product (USP), each in the forms that people run:
-without recomputation, selective or full; Ulysses, ring and USP with the optimizer (ZeRO-1) or weights, gradients and
-optimizer (ZeRO-3) spread over their ranks; interleaved pipeline stages where a model needs them. Steps of 1M tokens of
-gpt-22b as published (attention not fused, so no ring) and llama-3-8b on a node of A100 and H100, and of llama-3-70b on
-four nodes of H100. About 10 seconds on two cores. Expect TP+SP to fit with less recomputation or longer sequences than
-TP only and else to save little time; Ulysses, ring and USP to have the shortest steps of long sequences, where
-a few large gathers of weights replace a gather of activations in every layer.
+TP only, Megatron TP+SP, Ulysses, ring attention and their product (USP), each in the forms that people run: without
+recomputation, selective or full; Ulysses, ring and USP with their optimizer (ZeRO-1) or weights and gradients, too
+(ZeRO-3), spread over their ranks; interleaved pipeline stages where a model needs them. Steps of 1M tokens of gpt-22b
+as published (attention not fused, so no ring) and llama-3-8b on a node of A100 and H100, and of llama-3-70b on four
+nodes of H100. Ten seconds of CPU. Expect TP+SP to save memory always, and time mostly where it fits with less
+recomputation than TP only; Ulysses, ring and USP to be ahead at long sequences, where they send less in every layer.
 
     python -m spsim experiments/sweep.py [--out results] [--jobs N] [--quick]
 """
@@ -30,8 +29,10 @@ TOKENS = MIB
 MICRO_BATCH_TOKENS = 8 * KIB
 """Of a micro-batch, or one sequence if that is longer: 4 sequences of 2K as gpt-22b was measured with."""
 NOTE = "whole steps of 1M tokens"
-SHARDED = ("distributed_optimizer,dp_overlap", "zero=3,dp_overlap")
+SHARDED = ("distributed_optimizer", "zero=3")
 """How Ulysses, ring and USP spread weights, gradients and optimizer over their ranks and replicas."""
+OVERLAP = ",dp_overlap"
+"""What there is to synchronise of weights and gradients runs behind the passes, as people have it everywhere."""
 RECOMPUTATION = ("none", "selective", "full")
 """From the least to the most."""
 
@@ -58,7 +59,7 @@ class Case:
         """(strategy, plan) with every recomputation."""
         for strategy, plans in self.strategies.items():
             for plan in plans:
-                yield from ((strategy, plan + suffix) for suffix in ("", self.selective, ",recompute=full"))
+                yield from ((strategy, plan + OVERLAP + suffix) for suffix in ("", self.selective, ",recompute=full"))
 
     def points(self) -> Iterator[spsim.Point]:
         """Every configuration; its labels are columns of its row even when it fails."""

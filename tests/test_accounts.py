@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from spsim.engine.pieces import Move, Repeat, Stretch
 from spsim.engine.recording import Flight, Outline, Recording, TaskInfo
 from spsim.engine.trace import Trace
-from spsim.report.run import summary
+from spsim.report.run import stage_table, summary, waterfall_table
 from spsim.results import accounts, metrics
 from spsim.results.accounts import (
     IDLE,
@@ -29,6 +29,9 @@ from spsim.results.accounts import (
 from spsim.results.held import held_at
 from spsim.units import GIB
 from tests.cases import random_scenarios, result
+
+STAGED = result("tp=2,pp=2", hardware="dgx-h100", scope="step", layers=4, global_batch=8, seq_len=4096, hidden=2048)
+"""Two stages, whose step has an optimizer."""
 
 # ------------------------------------------------------------ by hand
 
@@ -210,3 +213,33 @@ def test_a_summary_names_what_is_waited_for():
         found = result(plan, seq_len=16384)
         assert bool(found.idle_s["peer"]) == expected
         assert (PEERS in summary(found).columns[0].cells) == expected
+
+
+def rows_of(table):
+    """The cells of a table, row by row."""
+    return [*zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_a_summary_names_bubble_and_optimizer_where_there_are_any():
+    rows = {row[0]: row[1] for row in rows_of(summary(STAGED))}
+    assert rows["bubble"] == f"{100 * STAGED.bubble:.1f} %"
+    assert rows["optimizer"] == f"{STAGED.optimizer_s * 1e3:.3f} ms"
+    assert not {"bubble", "optimizer"} & {row[0] for row in rows_of(summary(result("tp=8")))}
+
+
+def test_the_waterfall_in_a_table_adds_up():
+    """Parts of half a percent and more by themselves, the others as one row, the step as the last."""
+    *parts, last = rows_of(waterfall_table(STAGED))
+    told = {name: float(share.removesuffix(" %")) for name, _, share in parts}
+    step = STAGED.step_time_s
+    assert {*told} == {name for name, took in STAGED.waterfall.items() if took >= 0.005 * step} | {"other"}
+    assert told["model FLOPs at peak"] == pytest.approx(100 * STAGED.mfu, abs=0.051)
+    assert sum(told.values()) == pytest.approx(100, abs=0.05 * len(told))
+    assert last == ("step", f"{step * 1e3:.3f} ms", "100.0 %")
+
+
+def test_the_peak_of_each_stage_is_told():
+    rows = rows_of(stage_table(STAGED))
+    assert [row[:2] for row in rows] == [("0", "0"), ("1", "2")]
+    assert max(STAGED.stage_peaks, key=lambda spot: spot.bytes).operator == STAGED.peak_operator
+    assert f"{STAGED.peak_bytes / GIB:.2f} GiB" in {row[2] for row in rows}

@@ -46,7 +46,9 @@ def test_the_shipped_bands_are_those_of_the_rows(made):
 
 
 def test_the_band_of_sequence_parallelism_by_hand():
-    """Three published pairs with and without: two on A100 (with and without recomputation), one on H100."""
+    """Three published pairs with and without: two on A100 (with and without recomputation), one on H100. No ratio is
+    measured better than by 1 %.
+    """
     predicted, measured = {}, {}
     for case in published().cases:
         if case.predicted is not None:
@@ -61,7 +63,7 @@ def test_the_band_of_sequence_parallelism_by_hand():
     percent = np.percentile([100 * (exp(abs(log(ratio))) - 1) for ratio in ratios], 90)
     band = bands.of_pair(spsim.load_profile(H100), spsim.Plan(tp=8), spsim.Plan(tp=8, sequence_parallel=True))
     assert band.rows == len(pairs)
-    assert band.percent == pytest.approx(percent, rel=0.1, abs=0.5)
+    assert band.percent == pytest.approx(max(percent, 1.0), rel=0.1, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,8 @@ def test_what_plans_differ_in(one, other, families):
 
 def test_errors_of_several_differences_add_up_as_independent_ones():
     hardware = spsim.load_profile(A100)
-    plans = [parse_plan(text) for text in ("tp=8", "tp=8,sequence_parallel", "tp=8,recompute=full")]
-    both = bands.of_pair(hardware, plans[0], parse_plan("tp=8,sequence_parallel,recompute=full"))
+    plans = [parse_plan(text) for text in ("tp=8", "ulysses=8", "tp=8,recompute=full")]
+    both = bands.of_pair(hardware, plans[0], parse_plan("ulysses=8,recompute=full"))
     single = [bands.of_pair(hardware, plans[0], plan).percent for plan in plans[1:]]
     assert both.percent == pytest.approx(sqrt(single[0] ** 2 + single[1] ** 2))
 

@@ -336,7 +336,7 @@ def test_json_is_one_document_whose_parts_add_up(capsys, tmp_path):
     assert document["words"] == comparison_lines(compare(plans[1::2], **GPT))
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == document
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
-    assert set(written) == {"comparison.json", "waterfall.png", "timelines.png", "memory_curves.png"}
+    assert set(written) == {"comparison.json", "waterfall.png", "steps.png", "timelines.png", "memory_curves.png"}
     assert min(written.values()) > 2000
 
 

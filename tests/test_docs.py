@@ -125,7 +125,8 @@ def test_what_a_result_says_of_its_trust_is_documented() -> None:
     text = (ROOT / "docs" / "validation.md").read_text()
     scenario = spsim.Scenario(hardware="dgx-h100", model="llama-3-8b", plan="tp=8", workload={"seq_len": 2048})
     result = spsim.simulate(scenario).to_json()
-    for key in ("nodes", "fits_scope", "collectives", "assumed", "assumed_effects", "prior_band", "far_off"):
+    keys = ("nodes", "fits_scope", "collectives", "waterfall", "stage_peaks", "assumed", "assumed_effects")
+    for key in (*keys, "prior_band", "far_off"):
         assert key in result
         assert f"`{key}`" in text
     for key in result["collectives"][0]:
@@ -200,15 +201,18 @@ def test_experiment_in_quick_size(path: Path, tmp_path: Path) -> None:
     assert not list(directory.glob(".*"))
 
 
-def test_sweep_csv_has_the_promised_columns(tmp_path: Path) -> None:
+def test_the_first_command_answers_as_the_readme_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows have the promised columns, and its last sentences are those of the README."""
     import pandas as pd
 
     with pytest.raises(SystemExit):
-        main([str(ROOT / "experiments" / "sweep.py"), "--quick", "--out", str(tmp_path)])
-    frame = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
+        main([str(ROOT / "experiments" / "sweep.py"), "--out", str(tmp_path)])
+    assert_shown(blocks("text")[0], words(capsys.readouterr().out))
+    frame = pd.read_csv(tmp_path / "sweep" / "sweep.csv", keep_default_na=False)
     promised = "model hardware strategy seq_len layer_time_ms exposed_comm_ms weight_sync_ms peak_memory_gib fits"
     assert set(promised.split()) <= set(frame.columns)
     assert set(frame["strategy"]) == {"TP only", "TP+SP", "Ulysses", "Ring", "USP"}
+    assert set(frame["error"]) == {""}
 
 
 def test_importing_an_experiment_runs_nothing(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def files_of(out, *arguments):
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*") if path.is_file()}
 
 
-TABLES = {"memory.png", "memory_curve.csv", "operators.csv", "result.json", "spans.csv", "timeline.png"}
+TABLES = {"memory.png", "memory_curve.csv", "operators.csv", "result.json", "spans.csv", "step.png", "timeline.png"}
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,9 @@ def test_a_large_job_writes_small_files(tmp_path, arguments, capsys, monkeypatch
 
 
 def test_ranks_layers_and_format_of_the_command(tmp_path, capsys):
-    """What an earlier run left of a rank does not stand beside the new ones; what is of no layer, as the optimizer, does."""
+    """What an earlier run left of a rank does not stand beside the new ones; what belongs to no layer does,
+    as the optimizer.
+    """
     plan = ("--plan", "tp=4", "--trace-format", "kineto", "--layers", "3,0-1")
     assert set(files_of(tmp_path, *plan, "--ranks", "all")) == TABLES | {f"kineto/rank_{n}.json.gz" for n in range(4)}
     assert set(files_of(tmp_path, *plan, "--ranks", "2")) == TABLES | {"kineto/rank_2.json.gz"}

@@ -169,10 +169,12 @@ def assert_figures_are_those_of_the_trace(result):
     assert {phase: own.layer_window(phase) for phase in ("forward", "backward")} == {
         phase: metrics.layer_window(trace, phase) for phase in ("forward", "backward")
     }
-    peak, spot = metrics.peak_memory(trace, static), own.fullest(static)
-    assert (spot.rank, spot.bytes, spot.operator) == (peak.rank, peak.bytes, _named(trace, peak.task))
-    for stage in own.stages:
+    peak = metrics.peak_memory(trace, static)
+    assert (result.peak_bytes, result.peak_operator) == (peak.bytes, _named(trace, peak.task))
+    for stage, spot in zip(own.stages, result.stage_peaks, strict=True):
         rank = own.ran.rank_of(stage)
+        here = metrics.profile(trace.nodes, rank)
+        assert spot == (stage, rank, static[rank] + here.highest, _named(trace, here.task))
         for room in (0, 1 << 16, (peak.bytes - static[peak.rank]) // 2, peak.bytes - static[peak.rank]):
             task = metrics.first_above(trace, rank, static[rank], static[rank] + room)
             assert own.first_above(stage, static[rank], static[rank] + room) == _named(trace, task)

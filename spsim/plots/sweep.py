@@ -35,6 +35,7 @@ from spsim.plots.figure import (
     axes_at,
     text_size,
 )
+from spsim.program.blocks.transformer import LAYER_CLASSES
 from spsim.units import KIB, MS_PER_S
 
 EXPOSED = "exposed communication"
@@ -42,7 +43,7 @@ END = "weight synchronisation, optimizer"
 REST = "embedding, waiting"
 NOTICEABLE = 1e-3
 """Share of a step below which the rest is rounding."""
-STACK = {name: COLOURS[name] for name in COLOURS if name not in ("communication", "other")} | {
+STACK = {name: COLOURS[name] for name in LAYER_CLASSES} | {
     EXPOSED: COLOURS["communication"],
     END: COLOURS["other"],
     REST: WAITING,

@@ -72,8 +72,17 @@ class Waterfall:
         return {**shown, REST: rest} if round(rest, DIGITS) else shown
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A waterfall as it is drawn."""
+
+    heading: str
+    unit: str
+    rows: Sequence[Row]
+
+
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """A bar from one level to another."""
 
     name: str
@@ -102,11 +111,20 @@ class _Row:
 
 def plot_waterfalls(falls: Sequence[Waterfall], *, title: str, subtitle: str, columns: int = 2) -> Figure:
     """Panels in rows of `columns`, each from the total of its first plan down to that of its second."""
-    rows = [list(_rows(fall)) for fall in falls]
-    lines = [range(at, min(at + columns, len(falls))) for at in range(0, len(falls), columns)]
+    panels = [Panel(fall.heading, fall.unit, [*_rows(fall)]) for fall in falls]
+    figure = draw_panels(panels, columns)
+    add_legend(figure, [Patch(facecolor=LESS, label="takes less"), Patch(facecolor=MORE, label="takes more")])
+    add_title(figure, title, " · ".join(filter(None, [subtitle, _abbreviations(falls)])))
+    return figure
+
+
+def draw_panels(panels: Sequence[Panel], columns: int, *, together: bool = False) -> Figure:
+    """Panels in rows of `columns`, all on one scale where they are `together`; without title and legend."""
+    rows = [panel.rows for panel in panels]
+    lines = [range(at, min(at + columns, len(panels))) for at in range(0, len(panels), columns)]
     heights = [max(len(rows[index]) for index in line) * ROW for line in lines]
     figure = Figure(figsize=(WIDTH, TOP + LEGEND + sum(heights) + len(lines) * (HEADING + BELOW)))
-    names = [_name_width([rows[at] for at in range(column, len(falls), columns)]) for column in range(columns)]
+    names = [_name_width([rows[at] for at in range(column, len(panels), columns)]) for column in range(columns)]
     top = float(figure.get_figheight()) - TOP
     for line, height in zip(lines, heights, strict=True):
         top -= HEADING
@@ -114,29 +132,25 @@ def plot_waterfalls(falls: Sequence[Waterfall], *, title: str, subtitle: str, co
             left, width = WIDTH / columns * column + names[column], WIDTH / columns - names[column] - EDGE
             own = len(rows[index]) * ROW
             axes = axes_at(figure, left, top - own, width, own)
-            _draw(axes, falls[index], rows[index], width * POINTS)
-            axes.annotate(
-                falls[index].heading, (0, 1), (-names[column] * POINTS + EDGE * POINTS, 8), xycoords="axes fraction",
-                textcoords="offset points", size=HEADING_SIZE, weight="bold", annotation_clip=False,
-            )  # fmt: skip
+            scale = [row for all_rows in rows for row in all_rows] if together else rows[index]
+            _draw(axes, panels[index], _limits(scale, width * POINTS), width * POINTS)
+            _heading(axes, panels[index].heading, EDGE - names[column], WIDTH / columns - 2 * EDGE)
         top -= height + BELOW
-    add_legend(figure, [Patch(facecolor=LESS, label="takes less"), Patch(facecolor=MORE, label="takes more")])
-    add_title(figure, title, " · ".join(filter(None, [subtitle, _abbreviations(falls)])))
     return figure
 
 
-def _rows(fall: Waterfall) -> Iterator[_Row]:
+def _rows(fall: Waterfall) -> Iterator[Row]:
     """The first total, the changes from there on, the second total."""
     before, after = fall.totals
-    yield _Row(fall.plans[0], 0.0, before, TOTAL, f"{before:.{DIGITS}f} {fall.unit}")
+    yield Row(fall.plans[0], 0.0, before, TOTAL, f"{before:.{DIGITS}f} {fall.unit}")
     level = before
     for name, change in fall.changes.items():
         colour = LESS if change < 0 else MORE
         detail = ", ".join(f"{_short(kind)} {signed(size)}" for kind, size in _kinds(fall, name).items())
-        yield _Row(name, level, level + change, colour, signed(change), detail)
+        yield Row(name, level, level + change, colour, signed(change), detail)
         level += change
     percent = f" ({signed(100 * (after / before - 1), 1)} %)" if before else ""
-    yield _Row(fall.plans[1], 0.0, after, TOTAL, f"{after:.{DIGITS}f} {fall.unit}{percent}")
+    yield Row(fall.plans[1], 0.0, after, TOTAL, f"{after:.{DIGITS}f} {fall.unit}{percent}")
 
 
 def _kinds(fall: Waterfall, part: str) -> dict[str, float]:
@@ -165,7 +179,7 @@ def signed(amount: float, digits: int = DIGITS) -> str:
     return f"{amount:+.{digits}f}".replace("-", "−")
 
 
-def _name_width(panels: Sequence[Sequence[_Row]]) -> float:
+def _name_width(panels: Sequence[Sequence[Row]]) -> float:
     """Inches that the names beside the axes need."""
     texts = [(row.name, TEXT_SIZE, row.is_total) for rows in panels for row in rows]
     texts += [(row.detail, SMALL_SIZE, False) for rows in panels for row in rows if row.detail]
@@ -173,8 +187,18 @@ def _name_width(panels: Sequence[Sequence[_Row]]) -> float:
     return min(needed, NAMES) + EDGE + 0.15
 
 
-def _draw(axes: Axes, fall: Waterfall, rows: Sequence[_Row], points: float) -> None:
-    low, high = _limits(rows, points)
+def _heading(axes: Axes, text: str, left: float, room: float) -> None:
+    """Above the names on the left, smaller where it would not fit; inches."""
+    width = text_size(text, HEADING_SIZE, bold=True)[0] + MARGIN if text else 0.0
+    fit = min(1.0, room * POINTS / width) if width else 1.0
+    axes.annotate(
+        text, (0, 1), (left * POINTS, 8), xycoords="axes fraction", textcoords="offset points",
+        size=HEADING_SIZE * fit, weight="bold", annotation_clip=False,
+    )  # fmt: skip
+
+
+def _draw(axes: Axes, panel: Panel, limits: tuple[float, float], points: float) -> None:
+    rows, (low, high) = panel.rows, limits
     scale = points / (high - low)
     for position, row in enumerate(rows):
         left = low if row.is_total else min(row.start, row.end)
@@ -190,10 +214,10 @@ def _draw(axes: Axes, fall: Waterfall, rows: Sequence[_Row], points: float) -> N
     axes.spines["left"].set_visible(not low)
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     cut = f", axis starts at {low:g}" if low else ""
-    axes.set_xlabel(f"{fall.unit}{cut}", size=SMALL_SIZE, color=MUTED)
+    axes.set_xlabel(f"{panel.unit}{cut}", size=SMALL_SIZE, color=MUTED)
 
 
-def _limits(rows: Sequence[_Row], points: float) -> tuple[float, float]:
+def _limits(rows: Sequence[Row], points: float) -> tuple[float, float]:
     """Limits that leave room for the labels; the axis is cut where all changes are far from zero."""
     levels = [row.end for row in rows]
     least, most = min(levels), max(levels)
@@ -221,7 +245,7 @@ def _zeros(step: float) -> int:
     return place
 
 
-def _words(axes: Axes, position: int, row: _Row, *, inside: bool) -> None:
+def _words(axes: Axes, position: int, row: Row, *, inside: bool) -> None:
     """The name on the left of the axes, with its detail below, and the amount beside the bar or in it."""
     weight = "bold" if row.is_total else "normal"
     for text, size, up, colour in ((row.name, TEXT_SIZE, 4.5, "black"), (row.detail, SMALL_SIZE, -6.5, MUTED)):

@@ -10,9 +10,10 @@ from rich.table import Table
 from spsim.report.table import table
 from spsim.report.words import band, collective_counts, far_off, figure, gpus, missed, size, time
 from spsim.results.accounts import IDLE, PEERS, STAGES
-from spsim.results.derived import FITS_SCOPE
+from spsim.results.derived import FITS_SCOPE, STATIC
 from spsim.results.result import Result
 from spsim.results.sensitivity import SHARE, Effect
+from spsim.results.waterfall import noticeable
 from spsim.units import GIB, MIB
 
 WAITS = {
@@ -59,7 +60,11 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
         if seconds:
             name, why = WAITS[reason]
             yield name, time(seconds), f"of the step, {why}"
+    if result.bubble:
+        yield "bubble", f"{100 * result.bubble:.1f} %", "of the step, a mean over stages; transfers apart"
     yield "weight synchronisation", time(result.weight_sync_s), "of the step, at its end"
+    if result.optimizer_s:
+        yield "optimizer", time(result.optimizer_s), "of the step: its kernels, and what ranks agree on"
     yield (
         "MFU",
         f"{100 * result.mfu:.1f} %",
@@ -77,6 +82,23 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
         f"{result.activation_bytes_per_layer / MIB:.1f} MiB",
         "activations and masks of one micro-batch",
     )
+
+
+def waterfall_table(result: Result) -> Table:
+    """From the ideal time of the model's FLOPs to the step, part by part."""
+    made = table("From ideal FLOPs to the step", ["part", "time", "share"], numbers=["time", "share"])
+    (parts,) = noticeable([result.waterfall])
+    for part, took in [*parts.items(), ("step", result.step_time_s)]:
+        made.add_row(part, time(took), f"{100 * took / result.step_time_s:.1f} %")
+    return made
+
+
+def stage_table(result: Result) -> Table:
+    """Where memory is fullest on each stage of a pipeline."""
+    made = table("Peak of memory by stage", ["stage", "rank", "peak", "at"], numbers=["stage", "rank", "peak"])
+    for spot in result.stage_peaks:
+        made.add_row(str(spot.stage), str(spot.rank), size(spot.bytes), spot.operator or STATIC)
+    return made
 
 
 def _fit(result: Result) -> str:

@@ -43,6 +43,8 @@ SIZES = (0, MIB, 32 * MIB, 256 * MIB, 2**60)
 """Where messages of collectives are divided, in bytes."""
 FEW_NODES = 4
 """Up to so many nodes are one family, and all beyond another."""
+REPEATED_PERCENT = 1.0
+"""The least that published runs of one configuration differ by, of 1 to 5: no ratio of measured times says less."""
 ANY = "any"
 """All machines together."""
 
@@ -157,15 +159,15 @@ def of_time(hardware: HardwareProfile) -> Band:
 
 
 def of_pair(hardware: HardwareProfile, one: Plan, other: Plan) -> Band:
-    """The band of the ratio between two plans: of all that they differ in together, as errors of independent causes;
-    of times where there are no pairs.
+    """The band of the ratio between two plans: of all that they differ in together, as errors of independent causes,
+    but not below what measurements can tell; of times where there are no pairs.
     """
     families = pair_families(one, other)
     entries = [table().get(("ratio", link(hardware), family, 0)) for family in families]
     known = [entry for entry in entries if entry]
     if not known or len(known) < len(families):
         return of_time(hardware)
-    percent = sqrt(sum(entry.p90**2 for entry in known))
+    percent = max(sqrt(sum(entry.p90**2 for entry in known)), REPEATED_PERCENT)
     what = " and ".join(dict.fromkeys(entry.what for entry in known))
     words = f"ratios of {what} measured under plans that differ in {' and '.join(families)}"
     return Band(percent, words, sum(entry.rows for entry in known))

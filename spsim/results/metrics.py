@@ -150,8 +150,12 @@ def peak_memory(trace: Trace, static: Mapping[int, int]) -> Peak:
 
     At equal times memory is freed before it is allocated, so that the order of events does not matter.
     """
-    peak_of = _peak_of_whole if trace.overlapping else _peak
     return max([peak_of(trace, rank, static[rank]) for rank in trace.copies], key=lambda peak: peak.bytes)
+
+
+def peak_of(trace: Trace, rank: int, static: int) -> Peak:
+    """The same of one simulated rank."""
+    return _peak_of_whole(trace, rank, static) if trace.overlapping else _peak(trace, rank, static)
 
 
 def memory_changes(trace: Trace, rank: int) -> list[MemoryChange]:

@@ -24,6 +24,7 @@ from spsim.results.derived import FITS_SCOPE, STATIC, Amounts, Derived, Simulate
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
 from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects, effects_document
+from spsim.results.stage_peaks import stage_peaks
 from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.results.waterfall import waterfall
@@ -97,10 +98,9 @@ class Result(Derived):
     @lazy
     def attention(self) -> str | None:
         """The fused kernel of core attention by its name, or `unfused`; none where nothing is known to attend."""
-        steps = (
-            step for segment in self.prepared.segments for step in segment.instructions if isinstance(step, Compute)
-        )
-        works = (work for step in steps for work in step.work if isinstance(work, FlashAttention))
+        steps = (step for segment in self.prepared.segments for step in segment.instructions)
+        every = (work for step in steps if isinstance(step, Compute) for work in step.work)
+        works = (work for work in every if isinstance(work, FlashAttention))
         names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
         return ", ".join(names) or ("unfused" if self.scope != "module" else None)
 
@@ -185,9 +185,7 @@ class Result(Derived):
 
     @property
     def idle_s(self) -> dict[str, float]:
-        """What kernels wait for beyond that, each on the rank with most of it: a peer that comes later to a
-        collective, a message of another stage, or a dependency without any communication.
-        """
+        """Other waits of kernels, each on the rank with most: a late peer, another stage, or a dependency alone."""
         names = ("peer", "stage", "dependency")
         return {name: seconds(max(getattr(own, name) for own in self._idle.values())) for name in names}
 
@@ -227,9 +225,8 @@ class Result(Derived):
     @lazy
     def compute_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
-        if self.staged:
-            return self.staged.compute_by_class()
-        return metrics.compute_by_class(self.trace, next(iter(self.trace.copies)))
+        first = next(iter(self.trace.copies))
+        return self.staged.compute_by_class() if self.staged else metrics.compute_by_class(self.trace, first)
 
     # Memory
 
@@ -244,9 +241,13 @@ class Result(Derived):
         return self.statics[self._spot.rank if self._spot else self.peak.rank]
 
     @lazy
+    def stage_peaks(self) -> list[Spot]:
+        """Where memory is fullest on each of several stages; empty without."""
+        return stage_peaks(self)
+
+    @property
     def _spot(self) -> Spot | None:
-        """Where memory is fullest on several stages."""
-        return self.staged.fullest({rank: own.total for rank, own in self.statics.items()}) if self.staged else None
+        return max(self.stage_peaks, key=lambda spot: spot.bytes, default=None)
 
     @lazy
     def peak_bytes(self) -> int:
@@ -256,9 +257,10 @@ class Result(Derived):
     @property
     def peak_operator(self) -> str:
         """The operator whose allocation makes the peak."""
-        return (self._spot.operator or STATIC) if self._spot else self._task_name(self.peak.task)
+        return (self._spot.operator or STATIC) if self._spot else self.task_name(self.peak.task)
 
-    def _task_name(self, task: int | None) -> str:
+    def task_name(self, task: int | None) -> str:
+        """The operator of a task of the trace; of none, what is there all the time."""
         if task is None:
             return STATIC
         piece = self.trace.piece_of(task)
@@ -270,10 +272,10 @@ class Result(Derived):
         if self.fits:
             return None
         if self.static.total > self.limit:
-            return self._task_name(None)
+            return self.task_name(None)
         if self.staged and self._spot:
             return self.staged.first_above(self._spot.stage, self.static.total, self.limit)
-        return self._task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, self.limit))
+        return self.task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, self.limit))
 
     def saved_bytes(self, *categories: TensorKind) -> int:
         """See `Derived`."""
@@ -348,10 +350,8 @@ class Result(Derived):
 
     def select(self, *, ranks: Sequence[int] | None = None, layers: Sequence[int] | None = None) -> Selection:
         """What is written out, the ranks and layers named or what says all; see `results.selection`."""
-        scenario = self.scenario
-        return select(
-            self.trace, scenario.model.layers, scenario.num_micro_batches, ranks=ranks, of_layers=layers
-        )  # fmt: skip
+        own = self.scenario
+        return select(self.trace, own.model.layers, own.num_micro_batches, ranks=ranks, of_layers=layers)
 
     def to_chrome_trace(
         self, path: str | Path, *, ranks: Sequence[int] | None = None, layers: Sequence[int] | None = None
@@ -388,6 +388,7 @@ class Result(Derived):
             "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
             "fits_scope": FITS_SCOPE[self.scope],
             "waterfall": self.waterfall,
+            "stage_peaks": [spot._asdict() for spot in self.stage_peaks],
             "collectives": [asdict(call) for call in self.collectives],
             "assumed": list(self.assumed),
             "assumed_effects": effects_document(self.assumed_effects),

@@ -180,8 +180,8 @@ class Staged:
         before = np.cumsum(left) - left
         return before, before + highest, which
 
-    def fullest(self, static: Mapping[int, int]) -> Spot:
-        """Over `static` bytes of each simulated rank."""
+    def peaks(self, static: Mapping[int, int]) -> list[Spot]:
+        """Of each stage, over `static` bytes of each simulated rank."""
         found = []
         for stage in self.stages:
             always = static[self.ran.rank_of(stage)]
@@ -189,7 +189,7 @@ class Staged:
             at = int(levels.argmax())
             operator = self._fullest_of(stage, int(which[at])) if levels[at] > 0 else None
             found.append(Spot(stage, self.ran.rank_of(stage), always + max(0, int(levels[at])), operator))
-        return max(found, key=lambda spot: spot.bytes)
+        return found
 
     def _fullest_of(self, stage: int, which: int) -> str:
         chunk, work = self._sort(stage, which)

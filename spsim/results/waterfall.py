@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spsim.units import PS_PER_S, seconds
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 IDEAL, BELOW_PEAK = "model FLOPs at peak", "products and attention below peak"
 COMPUTE_BOUND = ("gemm", "attention")
+SMALL, REST = 0.005, "other"
+"""Share of the step below which parts are told as one, and its name."""
 
 
 def waterfall(result: Result) -> dict[str, float]:
@@ -26,3 +29,16 @@ def waterfall(result: Result) -> dict[str, float]:
     ideal = min(round(result.ideal_s * PS_PER_S), busy)
     found = {IDEAL: ideal, BELOW_PEAK: busy - ideal, **dict(parts.most_common())}
     return {name: seconds(ps) for name, ps in found.items() if ps}
+
+
+def noticeable(falls: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The parts that are no small share of one of these steps at least, in one order for all, longest first behind the
+    products; what is left of each step as `other`, where any has it.
+    """
+    every = {part: max(own.get(part, 0.0) for own in falls) for fall in falls for part in fall}
+    first = [part for part in (IDEAL, BELOW_PEAK) if part in every]
+    ordered = [*first, *sorted((part for part in every if part not in first), key=lambda part: -every[part])]
+    large = [part for part in ordered if any(own.get(part, 0.0) >= SMALL * sum(own.values()) for own in falls)]
+    found = [{part: own.get(part, 0.0) for part in large} for own in falls]
+    rests = [sum(took for part, took in own.items() if part not in large) for own in falls]
+    return [own | {REST: rest} for own, rest in zip(found, rests, strict=True)] if any(rests) else found

@@ -81,6 +81,7 @@ def _write_comparison(comparison: PlanComparison, words: list[str], out: Path) -
 
     with staging(out) as directory:
         comparison.plot_waterfalls(directory / "waterfall.png")
+        plots.save(plots.plot_steps(comparison.results), directory / "steps.png")
         plots.save(plots.plot_timelines(comparison.results), directory / "timelines.png")
         plots.save(plots.plot_memory_curves(comparison.results), directory / "memory_curves.png")
         text = json.dumps(_document(comparison, words), indent=2)

@@ -83,6 +83,9 @@ def command(
         return
     console = open_console()
     console.print(report.summary(result))
+    console.print(report.waterfall_table(result))
+    if result.stage_peaks:
+        console.print(report.stage_table(result))
     console.print(report.operator_table(result))
     for line in report.notes(result):
         console.print(line, soft_wrap=True)
@@ -104,9 +107,12 @@ def _selection(result: Result, ranks: str | None, layers: str | None) -> Selecti
 
 def _write_outputs(result: Result, out: Path, selection: Selection, trace_format: str) -> list[str]:
     """Pictures, traces and tables of one run; the names of the files."""
+    from spsim import plots
+
     with staging(out) as directory:
         result.plot_timeline(directory / "timeline.png")
         result.plot_memory(directory / "memory.png")
+        plots.save(plots.plot_steps({result.scenario.plan.label: result}), directory / "step.png")
         if trace_format == "kineto":
             (directory / "kineto").mkdir()
             kineto.write_kineto_traces(result, directory / "kineto", selection)

@@ -1,0 +1,28 @@
+"""Where memory is fullest on each stage of a pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spsim.results import metrics
+from spsim.results.staged import Spot
+
+if TYPE_CHECKING:
+    from spsim.results.result import Result
+
+
+def stage_peaks(result: Result) -> list[Spot]:
+    """Of each stage, of several ranks that are simulated for one the fullest; empty where no plan makes stages."""
+    plan, trace = result.scenario.plan, result.trace
+    static = {rank: own.total for rank, own in result.statics.items()}
+    if result.staged:
+        return result.staged.peaks(static)
+    if plan.pp == 1:
+        return []
+    found: dict[int, Spot] = {}
+    for rank in sorted(trace.copies):
+        stage, peak = rank * plan.pp // plan.gpus, metrics.peak_of(trace, rank, static[rank])
+        if stage not in found or peak.bytes > found[stage].bytes:
+            operator = None if peak.task is None else result.task_name(peak.task)
+            found[stage] = Spot(stage, rank, peak.bytes, operator)
+    return [*found.values()]
