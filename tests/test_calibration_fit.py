@@ -571,7 +571,13 @@ def with_errors(profile, errors):
 def small(hardware, plan=""):
     workload = Workload(seq_len=1024, micro_batch=2)
     return simulate(
-        Scenario(hardware=hardware, model=model(hidden=1024, dropout=0.1, bias=False), plan=plan, workload=workload)
+        Scenario(
+            hardware=hardware,
+            model=model(hidden=1024, dropout=0.1, bias=False),
+            plan=plan,
+            workload=workload,
+            scope="layers",
+        )
     )
 
 

@@ -380,9 +380,7 @@ def test_a_large_job_writes_small_files(tmp_path, arguments, capsys, monkeypatch
 
 
 def test_ranks_layers_and_format_of_the_command(tmp_path, capsys):
-    """What an earlier run left of a rank does not stand beside the new ones; what belongs to no layer does,
-    as the optimizer.
-    """
+    """What an earlier run left of a rank does not stand beside the new ones; what is of no layer does (optimizer)."""
     plan = ("--plan", "tp=4", "--trace-format", "kineto", "--layers", "3,0-1")
     assert set(files_of(tmp_path, *plan, "--ranks", "all")) == TABLES | {f"kineto/rank_{n}.json.gz" for n in range(4)}
     assert set(files_of(tmp_path, *plan, "--ranks", "2")) == TABLES | {"kineto/rank_2.json.gz"}

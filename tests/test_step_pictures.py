@@ -1,10 +1,12 @@
 """Pictures of whole steps show what the result says, and are readable."""
 
 import re
+from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 
-from spsim import plots
+from spsim import InputError, plots
 from spsim.results.waterfall import BELOW_PEAK, IDEAL, REST, noticeable
 from tests.cases import H100, result
 from tests.test_plots import assert_readable, drawn_texts
@@ -54,7 +56,7 @@ def test_bars_lead_from_ideal_flops_to_the_step():
 
 
 def test_plans_stand_side_by_side_on_one_scale():
-    figure = plots.plot_steps({"one": ONE, "other": OTHER})
+    figure = plots.plot_steps({"one": ONE, "two": OTHER})
     left, right = figure.axes
     assert left.get_xlim() == right.get_xlim()
     assert left.get_position().y0 == right.get_position().y0
@@ -67,6 +69,92 @@ def test_plans_stand_side_by_side_on_one_scale():
 LONG = "tp=8,sequence_parallel,recompute=selective,ring_cut=zigzag,distributed_optimizer,dp_overlap,virtual_pp=2"
 
 
-@pytest.mark.parametrize("names", [("one",), ("one", "other"), (LONG, LONG + "2", "third")])
+@pytest.mark.parametrize("names", [("one",), ("one", "two"), (LONG, LONG + "2", "third")])
 def test_pictures_of_steps_are_readable(names):
     assert_readable(plots.plot_steps(dict(zip(names, (ONE, OTHER, ONE), strict=False))))
+
+
+# ------------------------------------------------------------ pipelines
+
+PIPES = {
+    "1f1b": result("tp=2,pp=4", layers=8, **STEP),
+    "interleaved": result("tp=2,pp=2,virtual_pp=2", layers=4, **STEP),
+    "gpipe": result("pp=2,pp_schedule=gpipe,dp=2", layers=4, **STEP),
+    "zero bubble": result("pp=2,virtual_pp=2,pp_schedule=zbv", layers=4, **STEP),
+}
+each_pipe = pytest.mark.parametrize("name", PIPES)
+PASSES = ("forward", "backward", "input gradients", "weight gradients")
+
+
+def rows_of(axes):
+    """Look -> stage -> sorted (begin, end) of the bars, in ms."""
+    found = defaultdict(lambda: defaultdict(list))
+    for collection in axes.collections:
+        for path in collection.get_paths():
+            box = path.get_extents()
+            found[collection.get_label()][round((box.y0 + box.y1) / 2)].append((box.x0, box.x1))
+    return {look: {stage: sorted(bars) for stage, bars in rows.items()} for look, rows in found.items()}
+
+
+@each_pipe
+def test_pictures_of_pipelines_are_readable(name):
+    assert_readable(plots.plot_pipeline(PIPES[name]))
+
+
+@each_pipe
+def test_every_pass_is_a_bar_and_the_rest_the_bubble(name):
+    """Bars of a stage do not overlap; what neither passes nor transfers cover is the bubble of the result."""
+    own = PIPES[name]
+    (axes,) = plots.plot_pipeline(own).axes
+    rows = rows_of(axes)
+    uncovered = 0.0
+    for stage in own.staged.stages:
+        bars = sorted(bar for look in PASSES for bar in rows.get(look, {}).get(stage, []))
+        expected = [s for s in own.staged.ran.times.passes if s.rank == stage and s.end_ps > s.start_ps]
+        assert bars == [pytest.approx((s.start_ps / 1e9, s.end_ps / 1e9)) for s in expected]
+        transfers = rows.get("transfer that stages wait for", {}).get(stage, [])
+        ((begin, end),) = rows["bubble"][stage]
+        assert begin == 0
+        edges = sorted([*bars, *transfers])
+        assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(bars))
+        uncovered += end - sum(max(0.0, b - max(a, before)) for (a, b), before in zip(edges, reach(edges), strict=True))
+    assert uncovered / len(own.staged.stages) / (own.step_time_s * 1e3) == pytest.approx(own.bubble, abs=1e-6)
+
+
+def reach(bars):
+    """Of each of some sorted bars, how far those before it reach."""
+    far = 0.0
+    for _, end in bars:
+        yield far
+        far = max(far, end)
+
+
+def test_the_first_row_of_1f1b_is_its_order():
+    """Stage 0 of 4 with 8 micro-batches: four forward passes, then one backward and one forward in turn, then drain."""
+    (axes,) = plots.plot_pipeline(PIPES["1f1b"]).axes
+    numbers = [text for text in axes.texts if text.get_text().isdigit() and text.get_position()[1] == 0]
+    order = [int(text.get_text()) for text in sorted(numbers, key=lambda text: text.get_position()[0])]
+    assert order == [0, 1, 2, 3, 0, 4, 1, 5, 2, 6, 3, 7, 4, 5, 6, 7]
+    warm, drain = axes.lines
+    assert list(warm.get_xdata())[::2] == pytest.approx(
+        [begin for (begin, _), *_ in rows_of(axes)["backward"].values()]
+    )
+    assert list(drain.get_xdata())[::2] == pytest.approx([end for *_, (_, end) in rows_of(axes)["forward"].values()])
+    assert [text.get_text() for text in axes.texts if not text.get_text().isdigit()] == [
+        "warm-up",
+        "steady state",
+        "drain",
+    ]
+
+
+def test_later_chunks_are_paler():
+    (axes,) = plots.plot_pipeline(PIPES["interleaved"]).axes
+    colours = {tuple(c.get_facecolor()[0]) for c in axes.collections if c.get_label() == "forward"}
+    assert len(colours) == 2
+    (axes,) = plots.plot_pipeline(PIPES["1f1b"]).axes
+    assert len({tuple(c.get_facecolor()[0]) for c in axes.collections if c.get_label() == "forward"}) == 1
+
+
+def test_a_step_without_stages_has_no_such_picture():
+    with pytest.raises(InputError, match="use plot_timeline"):
+        plots.plot_pipeline(OTHER)

@@ -112,6 +112,8 @@ def _write_outputs(result: Result, out: Path, selection: Selection, trace_format
     with staging(out) as directory:
         result.plot_timeline(directory / "timeline.png")
         result.plot_memory(directory / "memory.png")
+        if result.staged:
+            plots.save(plots.plot_pipeline(result), directory / "pipeline.png")
         plots.save(plots.plot_steps({result.scenario.plan.label: result}), directory / "step.png")
         if trace_format == "kineto":
             (directory / "kineto").mkdir()
