@@ -13,7 +13,7 @@ from typing import NamedTuple
 from spsim.engine.pieces import STAY, Move, Node, Repeat
 from spsim.engine.recording import MemoryChange
 from spsim.engine.trace import Trace
-from spsim.results.held import CATEGORIES, held_before, left_by_run
+from spsim.results.held import CATEGORIES, Holding, left_by_run
 from spsim.results.metrics import profile_of_run
 
 SEEN = 8
@@ -34,19 +34,20 @@ def curve(trace: Trace, rank: int, windows: Sequence[Window], resolution_ps: int
     """What a rank holds, a moment each time that it changes, in some windows; beyond them runs that are shorter than
     the resolution are as high as the fullest of them.
     """
-    exact = [moment for window in (*windows, (trace.end_ps, trace.end_ps)) for moment in settled(trace, rank, window)]
+    holding = Holding(trace, rank)
+    exact = [moment for window in (*windows, (trace.end_ps, trace.end_ps)) for moment in settled(holding, window)]
     whole = any(start <= 0 and trace.end_ps <= end for start, end in windows)
-    seen = () if whole else _moments(trace, trace.nodes, rank, resolution_ps, STAY)
+    seen = () if whole else _moments(holding, holding.nodes, resolution_ps, STAY)
     coarse = [moment for moment in seen if not any(start <= moment.time_ps <= end for start, end in windows)]
     return sorted(exact + coarse, key=lambda moment: moment.time_ps)
 
 
-def settled(trace: Trace, rank: int, window: Window) -> Iterator[Moment]:
+def settled(holding: Holding, window: Window) -> Iterator[Moment]:
     """What a rank holds when the changes of each moment of a window have all happened."""
     start, _ = window
-    held = held_before(trace, rank, start)
+    held = holding.before(start)
     time = start
-    for change, _ in changes_during(trace, rank, window):
+    for change, _ in changes_during(holding, window):
         if change.time_ps > time:
             yield Moment(time, held.copy())
             time = change.time_ps
@@ -54,21 +55,21 @@ def settled(trace: Trace, rank: int, window: Window) -> Iterator[Moment]:
     yield Moment(time, held)
 
 
-def changes_during(trace: Trace, rank: int, window: Window) -> list[tuple[MemoryChange, str]]:
+def changes_during(holding: Holding, window: Window) -> list[tuple[MemoryChange, str]]:
     """Memory changes of a rank from the first to the last moment of a window, in order of time, what is freed before
     what is allocated; with the name of the operator.
     """
     start, end = window
     found = [
         (change, piece.recording.outline.labels[change.task - piece.first_task].name)
-        for piece in trace.pieces_during(start - 1, end + 1)
-        for change in piece.memory_of(rank)
+        for piece in holding.pieces_during(start - 1, end + 1)
+        for change in piece.memory_of(holding.rank)
         if start <= change.time_ps <= end
     ]
     return sorted(found, key=lambda entry: (entry[0].time_ps, entry[0].bytes > 0))
 
 
-def _moments(trace: Trace, nodes: Sequence[Node], rank: int, resolution_ps: int, moved: Move) -> Iterator[Moment]:
+def _moments(holding: Holding, nodes: Sequence[Node], resolution_ps: int, moved: Move) -> Iterator[Moment]:
     """Of runs that are long enough to be looked at each change, of the others the fullest moment."""
     for node in nodes:
         begin, end = node.window(0, moved)
@@ -76,26 +77,26 @@ def _moments(trace: Trace, nodes: Sequence[Node], rank: int, resolution_ps: int,
         if isinstance(node, Repeat) and length > resolution_ps:
             for index in range(node.runs):
                 later = moved.after(node.move, index)
-                yield from _moments(trace, [*node.run(index)], rank, resolution_ps, later)
+                yield from _moments(holding, [*node.run(index)], resolution_ps, later)
         elif length > SEEN * resolution_ps:
             for index in range(node.runs):
-                yield from settled(trace, rank, node.window(index, moved))
+                yield from settled(holding, node.window(index, moved))
         else:
-            yield from _fullest(trace, node, rank, moved, max(1, resolution_ps // length))
+            yield from _fullest(holding, node, moved, max(1, resolution_ps // length))
 
 
-def _fullest(trace: Trace, node: Node, rank: int, moved: Move, together: int) -> Iterator[Moment]:
+def _fullest(holding: Holding, node: Node, moved: Move, together: int) -> Iterator[Moment]:
     """The fullest moment of every so many runs of a node. Runs differ by what one leaves behind; but for the first and
     the last what is held is counted from the second.
     """
-    profile = profile_of_run(node, rank)
+    profile = profile_of_run(node, holding.rank)
     if profile is None:
         return
-    left = left_by_run(node, rank)
+    left = left_by_run(node, holding.rank)
     firsts = range(0, node.runs, together)
     for place, first in enumerate(firsts):
         run = min(first + together, node.runs) - 1 if profile.total > 0 else first
         time = profile.time_ps + moved.after(node.move, run).shift_ps
         if place in (0, 1, len(firsts) - 1):
-            known, held = run, held_before(trace, rank, time + 1)
+            known, held = run, holding.before(time + 1)
         yield Moment(time, Counter({name: held[name] + (run - known) * left[name] for name in CATEGORIES}))

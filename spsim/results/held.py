@@ -4,10 +4,12 @@ under way have allocated so far.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
-from spsim.engine.pieces import STAY, Move, Node, Stretch, runs_during
+from spsim.engine.pieces import STAY, Move, Node, Piece, Stretch, end_of, pieces_during, runs_during
 from spsim.engine.trace import Trace
 from spsim.results.metrics import Peak
 
@@ -25,11 +27,48 @@ def held_at(peak: Peak, trace: Trace, static: Mapping[str, int]) -> dict[str, in
     return {category: size for category, size in sizes.items() if size}
 
 
-def held_before(trace: Trace, rank: int, time_ps: int) -> Counter[str]:
-    """Bytes by category of what tasks have allocated on a rank before a moment."""
-    found = Counter[str]()
-    for node in trace.nodes:
-        found.update(_held(node, rank, time_ps - 1, STAY))
+class Holding:
+    """What one rank holds at any moment of a step. What nodes that have ended leave behind is added up once: a step of
+    many stages has a node for each pass of each.
+    """
+
+    def __init__(self, trace: Trace, rank: int) -> None:
+        self.rank = rank
+        self.nodes = [node for node in trace.nodes if _runs_on(node, rank)]
+        self._ended = list(accumulate((end_of(node) for node in self.nodes), max))
+        """When a node and all before it have ended."""
+        begins = [node.window(0)[0] for node in self.nodes]
+        self._begins = [*accumulate(reversed(begins), min)][::-1]
+        """When a node or one behind it begins."""
+        self._left = [Counter[str]()]
+        for node in self.nodes:
+            self._left.append(_sum(self._left[-1], _left(node, rank, node.runs)))
+
+    def before(self, time_ps: int) -> Counter[str]:
+        """Bytes by category of what tasks have allocated before a moment."""
+        time = time_ps - 1
+        ended = bisect_right(self._ended, time)
+        found = self._left[ended].copy()
+        for node in self.nodes[ended : bisect_right(self._begins, time)]:
+            found.update(_held(node, self.rank, time, STAY))
+        return found
+
+    def pieces_during(self, start: int, end: int) -> Iterator[Piece]:
+        """The pieces of the rank that are under way between two moments, in order."""
+        for node in self.nodes[bisect_right(self._ended, start) : bisect_left(self._begins, end)]:
+            yield from pieces_during(node, start, end)
+
+
+def _runs_on(node: Node, rank: int) -> bool:
+    if isinstance(node, Stretch):
+        return rank in node.recording.times
+    return any(_runs_on(inner, rank) for inner in node.body)
+
+
+def _sum(one: Counter[str], other: Counter[str]) -> Counter[str]:
+    """Of sizes that may be negative, which `+` leaves out."""
+    found = one.copy()
+    found.update(other)
     return found
 
 

@@ -11,7 +11,7 @@ from spsim.costs.static_memory import StaticMemory
 from spsim.engine.trace import Trace
 from spsim.results.calls import Call
 from spsim.results.filling import changes_during
-from spsim.results.held import CATEGORIES, held_before
+from spsim.results.held import CATEGORIES, Holding
 from spsim.results.selection import Selection
 from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_US
 
@@ -72,10 +72,11 @@ def _rank_memory(
     import pandas as pd
 
     rows: list[tuple[int, str, list[int]]] = []
+    holding = Holding(trace, rank)
     for window in windows:
-        held = held_before(trace, rank, window[0])
+        held = holding.before(window[0])
         rows.append((window[0], "", [held[category] for category in CATEGORIES]))
-        for change, operator in changes_during(trace, rank, window):
+        for change, operator in changes_during(holding, window):
             held[change.category] += change.bytes
             rows.append((change.time_ps, operator, [held[category] for category in CATEGORIES]))
     times, operators, sizes = zip(*rows, strict=True)
