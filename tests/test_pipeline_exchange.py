@@ -38,10 +38,10 @@ def test_ranks_post_and_wait_as_recorded(recorded_as: str) -> None:
         numbers = [int(row[name]) for name in ("stages", "chunks", "micro_batches", "group")]
         exchange = Exchange(library, **dict.fromkeys(row["options"].split(), True))
         own = instructions(row["schedule"], *numbers, exchange)[rank]
-        assert [*_written(own, rank, library)] == row["instructions"].split(), row
+        assert [*written(own, rank, library)] == row["instructions"].split(), row
 
 
-def _written(row: tuple[Instruction, ...], rank: int, library: str) -> Iterator[str]:
+def written(row: tuple[Instruction, ...], rank: int, library: str) -> Iterator[str]:
     calls: dict[Message, int] = {}
     waits: list[str] = []
 
