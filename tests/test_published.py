@@ -6,12 +6,16 @@ from statistics import mean
 
 import pytest
 
+from spsim import Scenario, Workload
 from spsim.cli import main
 from spsim.inputs.resources import measured_cases
 from spsim.results.result import Result
 from spsim.simulation import simulate
+from spsim.step.pipeline.in_flight import most_held
+from spsim.step.pipeline.orders import orders
 from spsim.studies.measured_cases import MeasuredCase, load_cases
 from spsim.studies.validation import Validation
+from spsim.units import GIB
 from tests.cases import published
 
 
@@ -103,3 +107,46 @@ def test_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert family["n"] == len(found)
     assert family["mean_abs_error_percent"] == pytest.approx(sum(found) / len(found))
     assert family["max_abs_error_percent"] == pytest.approx(found[-1])
+
+
+@pytest.mark.parametrize(
+    ("family", "mean_percent", "p90_percent"),
+    [
+        ("kort22_t4", 3.5, 6), ("kort22_t5", 2, 4), ("dgxc", 6.5, 13.5), ("mlperf", 7, 13),
+        ("simumax", 3, 6), ("simumax_memory", 1, 2), ("bridge_dense", 8, 16),
+    ],
+)  # fmt: skip
+def test_families_stay_within_what_they_are_off(
+    validation: Validation, family: str, mean_percent: float, p90_percent: float
+) -> None:
+    """A margin of about a tenth: a change of the costs that makes one family worse is seen."""
+    off = validation.families[family]
+    assert off.mean_abs_error_percent <= mean_percent
+    assert off.p90_abs_error_percent <= p90_percent
+
+
+@pytest.mark.parametrize(
+    ("model", "micro_batch", "stages", "chunks", "tp_gib", "sp_selective_gib"),
+    [
+        ("gpt-22b", 4, 1, 1, 59.25, 9.5625),
+        ("gpt-175b", 1, 8, 3, 66.84375, 12.3515625),
+        ("gpt-530b", 1, 35, 3, 114.0234375, 23.076171875),
+        ("gpt-1t", 1, 64, 1, 131.25, 26.5625),
+    ],
+)
+def test_activations_of_the_first_stage(
+    model: str, micro_batch: int, stages: int, chunks: int, tp_gib: float, sp_selective_gib: float
+) -> None:
+    """Korthikanti et al. 2022, Figure 1, by their equations 1 to 6: L layers in flight, times 1 + (p - 1) / (p m) where
+    stages have m chunks.
+    """
+    for options, gib in (("tp=8", tp_gib), ("tp=8,sequence_parallel,recompute=selective", sp_selective_gib)):
+        scenario = Scenario(
+            hardware="dgx-a100-80gb", model=model, plan=f"{options},pp={stages},virtual_pp={chunks}",
+            workload=Workload(seq_len=2048, micro_batch=micro_batch, global_batch=4 * stages * micro_batch),
+        )  # fmt: skip
+        result = simulate(scenario)
+        first = orders("1f1b", stages, chunks, scenario.num_micro_batches, None)[0]
+        layers = scenario.model.layers // (stages * chunks)
+        held = sum(most_held(first, [1.0] * chunks)) * layers * result.activation_bytes_per_layer
+        assert held / GIB == pytest.approx(gib, rel=1e-9)
