@@ -171,20 +171,23 @@ def _layer_runs(model: Model, plan: Plan, layers: int) -> list[Run]:
     return [Run(names[kind], count, layers=kind.layers) for kind, count in layer_kinds(plan, layers)]
 
 
+def _runs(model: Model, plan: Plan, layers: int, *, embedding: bool, loss: bool) -> tuple[Run, ...]:
+    """Some layers with what stands before and behind them."""
+    runs = [Run(EMBEDDING, numbered=False)] if embedding else []
+    runs += _layer_runs(model, plan, layers)
+    runs += [Run(HEAD, numbered=False)] if loss and model.head_rows else []
+    return tuple(runs)
+
+
 def _placed(model: Model, plan: Plan, chunk: StageChunk) -> PlacedChunk:
-    runs = [Run(EMBEDDING, numbered=False)] if chunk.embedding else []
-    runs += _layer_runs(model, plan, len(chunk.layers))
-    runs += [Run(HEAD, numbered=False)] if chunk.loss and model.head_rows else []
-    return PlacedChunk(tuple(runs), chunk.layers.start)
+    runs = _runs(model, plan, len(chunk.layers), embedding=chunk.embedding, loss=chunk.loss)
+    return PlacedChunk(runs, chunk.layers.start)
 
 
 def _chunk(scenario: Scenario) -> Chunk:
     """What a rank runs of a micro-batch."""
-    layers = _layer_runs(scenario.model, scenario.plan, scenario.model.layers)
-    if scenario.scope == "layers":
-        return tuple(layers)
-    head = (Run(HEAD, numbered=False),) if scenario.model.head_rows else ()
-    return Run(EMBEDDING, numbered=False), *layers, *head
+    whole = scenario.scope == "step"
+    return _runs(scenario.model, scenario.plan, scenario.model.layers, embedding=whole, loss=whole)
 
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:

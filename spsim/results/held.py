@@ -19,10 +19,7 @@ CATEGORIES = ("activations", "communication buffers", "temporary", "gradients")
 
 def held_at(peak: Peak, trace: Trace, static: Mapping[str, int]) -> dict[str, int]:
     """Bytes by category, with the `static` ones; categories of nothing are left out."""
-    found = Counter[str]()
-    if peak.task is not None:
-        for node in trace.nodes:
-            found.update(_held(node, peak.rank, peak.time_ps, STAY))
+    found = Counter[str]() if peak.task is None else Holding(trace, peak.rank).before(peak.time_ps + 1)
     sizes = {**static, **{category: static.get(category, 0) + found[category] for category in CATEGORIES}}
     return {category: size for category, size in sizes.items() if size}
 
