@@ -41,11 +41,20 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
     return {
         "sequence_parallel": one_rank,
         "ring_kind": "without ring" if plan.ring == 1 else "",
+        **_of_ring_messages(plan),
         "ring_cut": ring_cut,
         "tp_backward_overlap": one_rank,
         "tp_overlap": one_rank,
         "keep_gathered": "" if plan.tp > 1 and plan.sequence_parallel else "without sequence_parallel over tp",
     }
+
+
+def _of_ring_messages(plan: Plan) -> dict[str, str]:
+    whole = "without ring" if plan.ring == 1 else ""
+    if not whole and plan.ring_kind == "all_gather":
+        whole = "with ring_kind = 'all_gather', which gathers and scatters each of K and V"
+    fp32 = "with ring_kind = 'gather_permute', which sends fp32 anyhow" if plan.ring_kind == "gather_permute" else ""
+    return {"ring_gradients": whole or fp32, "ring_messages": whole}
 
 
 def _of_pipeline(plan: Plan) -> dict[str, str]:

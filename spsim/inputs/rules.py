@@ -64,9 +64,9 @@ def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
             f"plan: ring = {plan.ring} with ring_cut 'contiguous': under a causal mask every rank does something else, "
             f"and at most {MAX_DIFFERING} are simulated; use ring_cut=zigzag or a smaller ring"
         )
-    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind == "p2p":
+    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind != "all_gather":
         raise InputError(
-            "plan: ring_kind = 'p2p' needs attention = 'flash', since an unfused softmax mixes all keys; "
+            f"plan: ring_kind = {plan.ring_kind!r} needs attention = 'flash', since an unfused softmax mixes all keys; "
             "use flash attention or ring_kind = 'all_gather'"
         )
 

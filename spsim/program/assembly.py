@@ -44,7 +44,7 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
-    ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
+    ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
     return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, plan.tp_overlap and plan.tp > 1, *ring
 
 
@@ -186,12 +186,12 @@ def _program_around(
 
 def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:
     """The program of a region, messages of tp lowered to chunks where the plan overlaps them, and ring attention to its
-    exchange where it says p2p; `kind` says what of the region is recomputed, else the plan does.
+    steps unless it gathers before attention; `kind` says what of the region is recomputed, else the plan does.
     """
     program = compile_region(region, plan, causal=causal, kind=kind)
     if plan.tp_overlap and plan.tp > 1:
         program = lower_chunks(program, region)
-    if plan.ring == 1 or plan.ring_kind != "p2p":
+    if plan.ring == 1 or plan.ring_kind == "all_gather":
         return program
     for kernels in region.kernels.values():
         if isinstance(kernels, Attention):

@@ -76,6 +76,8 @@ class Communication:
     """What it is one of the equal steps of, one fewer than ranks; it takes such a part of its time."""
     share: float | None = None
     """Of the device that it holds; as much as the profile says of a collective unless given."""
+    sends_before: int = 0
+    """Sends of its group call before it, of its size, whose start it shares."""
 
     @property
     def timed_as(self) -> Collective:
