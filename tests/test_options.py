@@ -22,6 +22,8 @@ MODELS = {
     "unfused": {"attention": "unfused", "dropout": 0.1},
 }
 VALUES = {
+    "library": ("megatron-core", "torchtitan"), "projections": ("fused",), "input_gradients": ("summed",),
+    "few_kv_heads": ("gather",), "norm_gradients": ("coalesced",), "batch_first": (False,),
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
     "ring_kind": ("p2p", "all_gather", "gather_permute"), "ring_gradients": ("model_dtype", "fp32"),
     "ring_messages": ("joint", "concatenated", "separate"), "ring_cut": ("zigzag", "contiguous"), "pp": (1, 2), "virtual_pp": (1, 2),

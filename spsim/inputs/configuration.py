@@ -57,9 +57,13 @@ class Configuration(BaseModel):
     @property
     def differing(self) -> dict[str, Any]:
         """Settings that are not their defaults, in the order of the fields."""
+        return self.unlike({})
+
+    def unlike(self, usual: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that are not as `usual`, else not the defaults of their fields, in the order of these."""
         given, fields = self.model_fields_set, type(self).model_fields
         values = ((name, getattr(self, name)) for name in fields if name in given)
-        return {name: value for name, value in values if value != fields[name].default}
+        return {name: value for name, value in values if value != usual.get(name, fields[name].default)}
 
     @classmethod
     def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:

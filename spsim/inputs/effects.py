@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from spsim.inputs.libraries import LIBRARIES, library_defaults
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
@@ -13,14 +14,27 @@ OF_THE_STEP = ("loss_fusion",)
 """Options that layers alone have nothing of."""
 
 
+def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
+    """What a reader of a result should know of its model and plan, said once."""
+    return (*model.notes, *of_library(model, plan), *without_effect(model, plan, scope))
+
+
 def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
-    """Options of a plan that differ from their defaults and change nothing under it, each with the reason."""
-    defaults = type(plan).model_fields
+    """Options of a plan that differ from those of its library and change nothing under it, each with the reason."""
+    differing = plan.differing
     of_step = dict.fromkeys(OF_THE_STEP if scope == "layers" else (), "with scope = 'layers'")
     for name, reason in {**reasons(model, plan), **of_step}.items():
-        value = getattr(plan, name)
-        if reason and value != defaults[name].default:
-            yield f"{setting(name, value)} has no effect {reason}"
+        if reason and name in differing:
+            yield f"{setting(name, differing[name])} has no effect {reason}"
+
+
+def of_library(model: Model, plan: Plan) -> Iterator[str]:
+    """What a plan does because its library does, not Megatron-Core: options that nobody gave."""
+    if not (usual := library_defaults(plan.library)):
+        return
+    given, idle = plan.differing, reasons(model, plan)
+    chosen = [setting(name, value) for name, value in usual.items() if name not in given and not idle.get(name)]
+    yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core'}"
 
 
 def setting(name: str, value: Any) -> str:
@@ -38,6 +52,7 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
     if not ring_cut and model.attention == "unfused":
         ring_cut = "with unfused attention, which computes what it masks"
     one_rank = "with tp = 1" if plan.tp == 1 else ""
+    whole_sequence = "" if plan.tp > 1 and plan.sequence_parallel else "without sequence_parallel over tp"
     return {
         "sequence_parallel": one_rank,
         "ring_kind": "without ring" if plan.ring == 1 else "",
@@ -45,7 +60,11 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "ring_cut": ring_cut,
         "tp_backward_overlap": one_rank,
         "tp_overlap": one_rank,
-        "keep_gathered": "" if plan.tp > 1 and plan.sequence_parallel else "without sequence_parallel over tp",
+        "keep_gathered": whole_sequence,
+        "input_gradients": one_rank or ("" if plan.projections == "separate" else "with projections = 'fused'"),
+        "few_kv_heads": "" if plan.tp > model.kv_heads else f"with tp = {plan.tp} of {model.kv_heads} KV heads",
+        "norm_gradients": whole_sequence,
+        "batch_first": whole_sequence,
     }
 
 

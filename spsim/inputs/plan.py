@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration, read_value
+from spsim.inputs.libraries import LibraryName, library_defaults
 from spsim.inputs.plan_words import label_options, plan_options
 from spsim.inputs.schedules import Library, Schedule
 
@@ -18,6 +19,8 @@ Degree = Annotated[int, Field(ge=1, le=2**16)]
 class Plan(Configuration):
     """Degrees and options; the number of GPUs is the product of the degrees."""
 
+    library: LibraryName = "megatron-core"
+    """Whose implementation it is: what all other options are unless given."""
     tp: Degree = 1
     sequence_parallel: bool = False
     """Megatron sequence parallelism over the `tp` axis (Korthikanti et al. 2022)."""
@@ -87,6 +90,24 @@ class Plan(Configuration):
     """Reduce gradients behind the backward pass, gather parameters behind the forward pass, or both."""
     keep_gathered: bool = False
     """Keep the gathered input of a linear instead of its shard, as DTensor does; no re-gather in backward."""
+    projections: Literal["fused", "separate"] = "fused"
+    """Q, K and V as one product, gate and up as another, or each as its own."""
+    input_gradients: Literal["summed", "each"] = "summed"
+    """Gradients of one input of several products are summed before they move over tp, or each is moved."""
+    few_kv_heads: Literal["gather", "replicate", "refuse"] = "gather"
+    """With fewer KV heads than tp: the fused Q, K and V of all positions gathered, or K and V replicated."""
+    norm_gradients: Literal["coalesced", "each_reader"] = "coalesced"
+    """Gradients of norms summed over tp once, or again by each that reads them: clipping and the optimizer."""
+    batch_first: bool = False
+    """Activations [b, s, h], as DTensor has them: what moves along the sequence is copied beside it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_library(cls, settings: Any) -> Any:
+        """What is not given is as in the library."""
+        if not isinstance(settings, Mapping):
+            return settings
+        return {**library_defaults(settings.get("library")), **settings}
 
     @classmethod
     def example(cls) -> str:
@@ -120,8 +141,13 @@ class Plan(Configuration):
         return tuple(re.split(r"[+,\s]+", given)) if self.recompute == "selective" else ()
 
     @property
+    def differing(self) -> dict[str, Any]:
+        """Options that are not those of its library."""
+        return self.unlike(library_defaults(self.library))
+
+    @property
     def text(self) -> str:
-        """The plan as the command line writes it: what differs from one GPU without options."""
+        """The plan as the command line writes it: what differs from one GPU without options of its library."""
         return plan_text(self.differing)
 
     @property
@@ -132,14 +158,15 @@ class Plan(Configuration):
 
     @property
     def label(self) -> str:
-        """Short name for titles and tables, such as `TP8+SP × PP8×VP3 × DP4+ZeRO-1` or `Ulysses 8`."""
+        """Short name for titles and tables, such as `TP8+SP × PP8×VP3 × DP4+ZeRO-1` or `Ulysses 8 (deepspeed)`."""
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []
         parts += [f"Ulysses {self.ulysses}"] if self.ulysses > 1 else []
         parts += [f"Ring {self.ring}"] if self.ring > 1 else []
         parts += [f"PP{self.pp}" + (f"×VP{self.virtual_pp}" if self.virtual_pp > 1 else "")] if self.pp > 1 else []
         sharded = [f"ZeRO-{self.zero_stage}"] if self.zero_stage > (self.dp == 1) else []
-        parts += ["+".join([f"DP{self.dp}", *sharded])] if self.dp > 1 else sharded
-        return " × ".join(parts) or "single GPU"
+        parts += ["+".join([f"DP{self.dp}", *sharded])] if self.dp > 1 else sharded if "zero" in self.differing else []
+        own = "" if self.library == "megatron-core" else f" ({self.library})"
+        return (" × ".join(parts) or "single GPU") + own
 
 
 KEPT = 1024

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from spsim.errors import InputError
-from spsim.inputs.words import PRECISIONS, WORKLOAD, plain, renamed
+from spsim.inputs.libraries import LIBRARIES
+from spsim.inputs.words import PRECISIONS, WORKLOAD, named, plain, renamed
 
 _SHARDS = ("data_parallel_shard_degree", "dp_shard", "dp_shard_size")
 _COPIES = ("data_parallel_replicate_degree", "dp_replicate", "dp_replicate_size")
@@ -168,6 +169,8 @@ def plan_options(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
 
 
 def _is_own(name: str, value: Any) -> bool:
+    if name == "library":
+        return value in LIBRARIES if isinstance(value, str) else True
     if isinstance(value, str):
         return name in TEXTS or (plain(value) == value and value not in _TRANSLATED)
     return isinstance(value, bool) if name == "sequence_parallel" else not isinstance(value, list)
@@ -179,6 +182,8 @@ def _value(name: str, value: Any) -> Any:
         return "+".join(map(plain, value))
     if not isinstance(value, str) or name in TEXTS:
         return value
+    if name == "library":
+        return named(value, LIBRARIES, "plan: library") or value
     word = plain(value).removeprefix("torch.")
     return PRECISIONS.get(word, word) if name in ("grad_dtype", "moment_dtype") else word
 
@@ -264,6 +269,7 @@ def _with(options: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 _PARTS = {"vp": "virtual_pp", "vpp": "virtual_pp"}
 _PART = r"(?:tp|ulysses|ring|cp|sp|vpp|vp|pp|dp|zero)"
+_OF_LIBRARY = re.compile(r"(?P<label>.+?) ?\((?P<library>[\w-]+)\)")
 _LABEL = re.compile(rf"{_PART}[ -]?\d*(?: ?[+×x*/] ?{_PART}[ -]?\d*)*", re.IGNORECASE)
 
 
@@ -271,6 +277,8 @@ def label_options(item: str) -> list[tuple[str, Any]] | None:
     """Options of a plan from its label, such as `TP8+SP × PP8×VP3 × DP4+ZeRO-1` or `Ulysses 2 × Ring 4`; None if it is
     no label.
     """
+    if (own := _OF_LIBRARY.fullmatch(item)) and (options := label_options(own["label"])) is not None:
+        return [("library", own["library"]), *options]
     if item.lower() == "single gpu":
         return []
     if not _LABEL.fullmatch(item):

@@ -161,7 +161,7 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
 
 def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
     for owner in (workload, plan):
-        for name, value in owner.differing.items():
+        for name, value in owner.unlike({}).items():
             said = (name, f"{name}={value}")
             pending, of_stages = not PENDING.isdisjoint(said), plan.pp > 1 and not NOT_OF_STAGES.isdisjoint(said)
             if not (pending or of_stages) or reasons(model, plan).get(name):
@@ -173,7 +173,7 @@ def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
 
 def check_scope(model: Model, plan: Plan, scope: str) -> None:
     """The rules of what is simulated; `InputError` names the broken one."""
-    for name, value in plan.differing.items() if scope == "layers" else ():
+    for name, value in plan.unlike({}).items() if scope == "layers" else ():
         named = not OF_REPLICAS.isdisjoint((name, f"{name}={value}"))
         if named and not reasons(model, plan).get(name):
             raise InputError(

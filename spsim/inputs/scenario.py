@@ -11,7 +11,7 @@ from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
-from spsim.inputs.effects import without_effect
+from spsim.inputs.effects import notes_of
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
@@ -145,7 +145,7 @@ class Scenario(Shapes):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Parts of the model that are left out, and settings without effect, said once."""
-        return (*self.model.notes, *without_effect(self.model, self.plan, self.scope))
+        return notes_of(self.model, self.plan, self.scope)
 
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:

@@ -55,6 +55,7 @@ def model_table() -> Table:
 
 
 PLAN_OPTIONS: Mapping[str, str] = {
+    "library": "whose implementation it is: what options are that are not given",
     "tp": "GPUs that share heads and the width of the MLP: Megatron tensor parallelism",
     "sequence_parallel": "norms, dropouts and residuals on a shard of the sequence over tp: Megatron SP",
     "ulysses": "GPUs that share the sequence, and heads in attention, by all-to-all: DeepSpeed-Ulysses",
@@ -92,6 +93,11 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "tp_overlap": "communication of tp in pieces behind its products: userbuffers, async TP",
     "dp_overlap": "gradients behind the backward pass, parameters behind the forward pass, or both (true)",
     "keep_gathered": "keep the gathered input of a linear, as DTensor does, instead of gathering it again",
+    "projections": "q, k, v and gate, up: one product each, or several",
+    "input_gradients": "gradients of the input of several products: summed before they move over tp, or each moved",
+    "few_kv_heads": "with fewer KV heads than tp: fused q, k, v gathered, K and V replicated, or refused",
+    "norm_gradients": "gradients of norms over tp: summed once a step, or again for each that reads them",
+    "batch_first": "activations as [b, s, h]: what moves along the sequence is copied beside it, as under DTensor",
 }
 """What each option of a plan means."""
 

@@ -45,7 +45,7 @@ _LAST = (SYNC, PEERS, STAGES, IDLE, OTHER)
 HELD_OUT = "held-out errors of the calibration"
 """Where a band comes from that both plans share in part, so that it is wide for a difference."""
 
-LABELLED = ("tp", "sequence_parallel", "ulysses", "ring", "pp", "virtual_pp", "dp")
+LABELLED = ("library", "tp", "sequence_parallel", "ulysses", "ring", "pp", "virtual_pp", "dp")
 """Options of a plan that its label shows."""
 SHARDED = ("zero", "distributed_optimizer")
 """Those that it shows as ZeRO, of replicas."""

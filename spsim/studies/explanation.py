@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from spsim.inputs.effects import without_effect
+from spsim.inputs.effects import notes_of
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Shapes
@@ -144,7 +144,7 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
     sharded = {op.name: dict(operator_splits(op, split_rules(with_), mesh_of(with_))) for op in operators}
     return Explanation(
         model=model.name, plan=plan.label, without=without.label, with_=with_.label, operators=rows,
-        parts=_savings(rows, operators, sharded), notes=(*model.notes, *without_effect(model, plan)),
+        parts=_savings(rows, operators, sharded), notes=notes_of(model, plan),
     )  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""Whose implementation a plan is: for each library what its options are unless the user says otherwise.
+
+A library is nothing but defaults of a plan's options. What is simulated reads the options, never the library's name, so
+that each choice can be made by itself. Read and run with the versions given here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+LibraryName = Literal[
+    "megatron-core", "torchtitan", "transformers", "deepspeed", "torch", "yunchang", "ring-flash-attn"
+]
+"""`torch` are the defaults of DTensor, FSDP2 and `context_parallel`; `transformers` its `tp_plan`."""
+
+
+@dataclass(frozen=True)
+class LibraryRecord:
+    """What a library does unless it is told otherwise."""
+
+    version: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Option of a plan -> its value, where that is not the one of the field."""
+
+
+_EAGER_DTENSOR = {"tp_backward_overlap": False, "norm_gradients": "each_reader", "few_kv_heads": "refuse"}
+"""DTensor run eagerly waits for each collective before the next product, and reduces a Partial whenever it is read."""
+_FULLY_SHARDED = {"zero": 3, "dp_library": "fsdp", "pp_sends": "torch"}
+
+LIBRARIES: Mapping[str, LibraryRecord] = {
+    "megatron-core": LibraryRecord("0.16.1"),
+    "torchtitan": LibraryRecord(
+        "0.2.2",
+        {
+            **_FULLY_SHARDED,
+            **_EAGER_DTENSOR,
+            "sequence_parallel": True,
+            "projections": "separate",
+            "keep_gathered": True,
+            "batch_first": True,
+        },
+    ),
+    "transformers": LibraryRecord(
+        "5.24.0",
+        {
+            "dp_library": "ddp",
+            "projections": "separate",
+            "input_gradients": "each",
+            "tp_backward_overlap": False,
+            "few_kv_heads": "refuse",
+        },
+    ),
+    "deepspeed": LibraryRecord("0.19.8", {"dp_library": "deepspeed", "few_kv_heads": "replicate"}),
+    "torch": LibraryRecord(
+        "2.13.0",
+        {
+            **_FULLY_SHARDED,
+            **_EAGER_DTENSOR,
+            "projections": "separate",
+            "input_gradients": "each",
+            "keep_gathered": True,
+            "batch_first": True,
+        },
+    ),
+    "yunchang": LibraryRecord("0.6.4", {"few_kv_heads": "refuse"}),
+    "ring-flash-attn": LibraryRecord("0.1.8"),
+}
+"""Library -> what it does. The defaults of the fields of a plan are those of Megatron-Core."""
+
+
+def library_defaults(library: Any) -> Mapping[str, Any]:
+    """Options of a plan of a library that are not those of the fields; none of what is no library."""
+    record = LIBRARIES.get(library) if isinstance(library, str) else None
+    return {} if record is None else record.options
