@@ -16,7 +16,8 @@ OF_THE_STEP = ("loss_fusion",)
 
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
-    return (*model.notes, *of_library(model, plan), *without_effect(model, plan, scope))
+    own = (*of_library(model, plan), *of_heads(model, plan))
+    return (*model.notes, *own, *without_effect(model, plan, scope))
 
 
 def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
@@ -35,6 +36,19 @@ def of_library(model: Model, plan: Plan) -> Iterator[str]:
     given, idle = plan.differing, reasons(model, plan)
     chosen = [setting(name, value) for name, value in usual.items() if name not in given and not idle.get(name)]
     yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core'}"
+
+
+def of_heads(model: Model, plan: Plan) -> Iterator[str]:
+    """Where ranks of `ulysses` do not have equally many, or K and V more than once."""
+    groups, size = model.kv_heads // plan.tp, model.heads // model.kv_heads
+    if deals_out_groups(model, plan):
+        most, rest = -(-groups // plan.ulysses), groups % plan.ulysses
+        yield (
+            f"uneven_heads = 'by_group': {rest} of {plan.ulysses} ranks have {most * size} heads, the others "
+            f"{(most - 1) * size}; times and memory are of a rank with the most, messages as if all had as many"
+        )
+    elif 0 < groups < plan.ulysses:
+        yield f"{groups} KV heads for ulysses = {plan.ulysses}: K and V are replicated, a head on each rank"
 
 
 def setting(name: str, value: Any) -> str:
@@ -63,9 +77,27 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "keep_gathered": whole_sequence,
         "input_gradients": one_rank or ("" if plan.projections == "separate" else "with projections = 'fused'"),
         "few_kv_heads": "" if plan.tp > model.kv_heads else f"with tp = {plan.tp} of {model.kv_heads} KV heads",
+        **_of_ulysses(model, plan),
         "norm_gradients": whole_sequence,
         "batch_first": whole_sequence,
     }
+
+
+def _of_ulysses(model: Model, plan: Plan) -> dict[str, str]:
+    alone = "with ulysses = 1" if plan.ulysses == 1 else ""
+    few = model.kv_heads < plan.tp * plan.ulysses and model.kv_heads >= plan.tp
+    return {
+        "uneven_heads": alone or ("" if deals_out_groups(model, plan) else "with heads that ulysses divides"),
+        "ulysses_few_kv_heads": alone
+        or ("" if few else f"with {model.kv_heads} KV heads for ulysses = {plan.ulysses}"),
+        "gathers_position_ids": alone,
+    }
+
+
+def deals_out_groups(model: Model, plan: Plan) -> bool:
+    """Whether heads are dealt out over `ulysses` unevenly."""
+    groups, left = divmod(model.kv_heads, plan.tp)
+    return plan.uneven_heads == "by_group" and not left and groups > plan.ulysses and groups % plan.ulysses > 0
 
 
 def _of_ring_messages(plan: Plan) -> dict[str, str]:

@@ -98,6 +98,14 @@ class Plan(Configuration):
     """With fewer KV heads than tp: the fused Q, K and V of all positions gathered, or K and V replicated."""
     norm_gradients: Literal["coalesced", "each_reader"] = "coalesced"
     """Gradients of norms summed over tp once, or again by each that reads them: clipping and the optimizer."""
+    uneven_heads: Literal["refuse", "by_group"] = "refuse"
+    """Heads that `ulysses` does not divide: refused, or whole groups of them that share a head of K and V dealt out, to
+    the first ranks one more (DeepSpeed's `DistributedAttention`).
+    """
+    ulysses_few_kv_heads: Literal["replicate", "refuse"] = "replicate"
+    """With fewer KV heads than `ulysses`: replicated, one a rank, or refused."""
+    gathers_position_ids: bool = False
+    """Before the heads of `ulysses` are exchanged, in every layer (DeepSpeed's ALST)."""
     batch_first: bool = False
     """Activations [b, s, h], as DTensor has them: what moves along the sequence is copied beside it."""
 

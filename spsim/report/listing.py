@@ -97,6 +97,9 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "input_gradients": "gradients of the input of several products: summed before they move over tp, or each moved",
     "few_kv_heads": "with fewer KV heads than tp: fused q, k, v gathered, K and V replicated, or refused",
     "norm_gradients": "gradients of norms over tp: summed once a step, or again for each that reads them",
+    "uneven_heads": "heads that ulysses does not divide: refused, or whole groups dealt out (DeepSpeed)",
+    "ulysses_few_kv_heads": "with fewer KV heads than ulysses: K and V replicated, a head on each rank, or refused",
+    "gathers_position_ids": "position ids gathered over ulysses in every layer, as DeepSpeed's ALST does",
     "batch_first": "activations as [b, s, h]: what moves along the sequence is copied beside it, as under DTensor",
 }
 """What each option of a plan means."""

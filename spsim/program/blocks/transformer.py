@@ -21,7 +21,7 @@ class _Layer(ModelBlock):
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections as one GEMM, as Megatron's fused column-parallel linear."""
         kv = self.model.kv_heads
-        heads = {"q": self.model.heads, "k": kv, "v": kv}
+        heads = {"q": self.sizes["a"], "k": kv, "v": kv}
         outs = [self.tensor(name, "s b a d", heads=n) for name, n in heads.items()]
         weights = [self.weight(f"{name}_weight", "h a d", heads=n) for name, n in heads.items()]
         biases = [self.weight(f"{name}_bias", "a d", heads=n) for name, n in heads.items() if self.model.qkv_bias]
