@@ -202,6 +202,9 @@ def durations(model, plan, workload, hardware):
             work = step.work[mesh.coordinate(rank, "ring") if len(step.work) > 1 else 0]
             return float(compute.duration(work)) if work else 0.0
         nodes = {other // per_node for other in mesh.group(rank, (step.axis,))}
+        if step.sends_before:  # so many sends of one batch start once
+            before, both = (comm.time("send_receive", step.message_bytes, step.ranks, len(nodes), n) for n in (1, 2))
+            return both - before
         return comm.duration(step.collective, step.message_bytes, step.ranks, len(nodes))
 
     phases = {"forward": program.forward, "backward": program.backward}
