@@ -2,7 +2,7 @@
 
 Each operator is split along one dimension or none on each axis; what it needs and leaves follows
 (`placed`), and where two layouts differ a redistribution is inserted. In the backward pass gradients
-have the dual layouts; the ones with equal layout are summed before they move.
+have the dual layouts; the ones with equal layout are summed before they move, unless each reader moves its own.
 """
 
 from __future__ import annotations
@@ -234,6 +234,8 @@ class _Compiler:
             self._recompute_for(op.name)
             self._run_backward(op)
             for operand in op.differentiated:
+                if self.plan.input_gradients == "each":
+                    self._move_gradient(operand.tensor)
                 if self.region.last_summand[operand.name] is op:
                     self._collect_gradient(operand.tensor)
 
@@ -330,11 +332,16 @@ class _Compiler:
         return buffer
 
     def _collect_gradient(self, tensor: Tensor) -> None:
-        """The gradient of a tensor as its producer needs it: equal layouts summed, then moved, then summed."""
+        """The gradient of a tensor as its producer needs it."""
+        self._recompute_for(self.region.producers[tensor.name])
+        self._move_gradient(tensor)
+        ((_, self.collected[tensor.name]),) = self.gradients.pop(tensor.name)
+
+    def _move_gradient(self, tensor: Tensor) -> None:
+        """What is there of the gradient of a tensor: equal layouts summed, then moved to its producer, then summed."""
         producer, required = self.region.producers[tensor.name], self.region.produced[tensor.name].gradient
-        self._recompute_for(producer)
         groups: dict[Layout, list[Buffer]] = defaultdict(list)
-        for layout, buffer in self.gradients.pop(tensor.name):
+        for layout, buffer in self.gradients[tensor.name]:
             groups[layout].append(buffer)
         moved = []
         for layout, buffers in groups.items():
@@ -342,7 +349,7 @@ class _Compiler:
             for move in self.region.moves(tensor.gradient, layout, required, backward=True):
                 total = self._communicate(move, tensor.name, total, "gradient", producer)
             moved.append(total)
-        self.collected[tensor.name] = self._sum(tensor, required, moved)
+        self.gradients[tensor.name] = [(required, self._sum(tensor, required, moved))]
 
     def _sum(self, tensor: Tensor, layout: Layout, buffers: list[Buffer]) -> Buffer:
         """n - 1 additions, as autograd accumulates a tensor with n consumers."""
