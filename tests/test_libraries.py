@@ -223,3 +223,14 @@ def test_transformers_costs_what_its_further_all_reduces_take():
     megatron, transformers = (long_layers(plan) for plan in ("tp=8", "library=transformers,tp=8"))
     one = next(call.time_s for call in megatron.collectives if call.collective == "all_reduce")
     assert transformers.step_time_s - megatron.step_time_s > 2 * 3 * one
+
+
+def test_batch_first_copies_before_each_reduce_scatter():
+    """torch cuts along the first dimension: the tensor is read and written once more, of each of four."""
+    plain, copied = (program(f"tp=2,sequence_parallel{own}", **LLAMA, **SIZES) for own in ("", ",batch_first"))
+    for one, other in ((plain.forward, copied.forward), (plain.backward, copied.backward)):
+        more = [step for step in other if not isinstance(step, Communication) and step.operator.endswith(" copy")]
+        assert [work.bytes_moved for step in more for work in step.work] == [2 * E, 2 * E]
+        assert len(other) == len(one) + 2
+        for step in more:
+            assert other[other.index(step) + 1].collective == "reduce_scatter"

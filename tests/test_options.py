@@ -24,7 +24,7 @@ MODELS = {
 VALUES = {
     "library": ("megatron-core", "torchtitan"), "projections": ("fused", "separate"),
     "input_gradients": ("summed", "each"), "few_kv_heads": ("gather", "replicate"),
-    "norm_gradients": ("coalesced", "each_reader"), "batch_first": (False,),
+    "norm_gradients": ("coalesced", "each_reader"), "batch_first": (False, True),
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
     "ring_kind": ("p2p", "all_gather"), "ring_cut": ("zigzag", "contiguous"), "pp": (1, 2), "virtual_pp": (1, 2),
     "dp": (1, 2), "distributed_optimizer": (False, True), "zero": (0, 1, 2, 3),

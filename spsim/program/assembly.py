@@ -46,7 +46,7 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
-    moved = plan.keep_gathered, plan.tp_overlap and plan.tp > 1, plan.input_gradients
+    moved = plan.keep_gathered, plan.tp_overlap and plan.tp > 1, plan.input_gradients, plan.batch_first
     return *placed_by(plan), kind or usual_kind(plan), *moved, *ring
 
 
@@ -183,7 +183,7 @@ def compile_head(
 
 def _around_by(plan: Plan) -> tuple[int, ...]:
     """What of a plan the programs around the layers depend on: neither rings nor recomputation, which are of layers."""
-    return *placed_by(plan), plan.keep_gathered
+    return *placed_by(plan), plan.keep_gathered, plan.batch_first
 
 
 def around_layers(plan: Plan) -> Plan:

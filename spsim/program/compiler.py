@@ -135,6 +135,8 @@ class _Compiler:
         collective = move.collective
         if collective is None:
             return have
+        if collective == "reduce_scatter" and move.axis == "tp" and self.plan.batch_first and not self.plan.tp_overlap:
+            have = self._in_rows(have, tensor)
         in_place = have.id if collective == "all_reduce" else None
         buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
         self.instructions.append(
@@ -144,6 +146,13 @@ class _Compiler:
             )
         )  # fmt: skip
         return buffer
+
+    def _in_rows(self, have: Buffer, tensor: str) -> Buffer:
+        """A copy whose parts follow each other, as a reduce-scatter cuts them, where batch comes before sequence."""
+        copy = self._buffer(have.tensor, have.bytes)
+        work = MemoryBound("elementwise", 2 * have.bytes, "copy")
+        self._compute(f"{tensor} copy", "elementwise", self.part, (work,), [have], [copy])
+        return copy
 
     def _fetch(
         self, tensor: Tensor, source: Layout, target: Layout, generation: str, purpose: Purpose, op: str
