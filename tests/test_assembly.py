@@ -52,6 +52,12 @@ OTHER_OPTIONS = {
     "recompute_modules": "mlp",
     "cpu_offload_layers": 1,
     "cuda_graphs": "per_layer",
+    "library": "torchtitan",
+    "projections": "separate",
+    "input_gradients": "each",
+    "few_kv_heads": "replicate",
+    "norm_gradients": "each_reader",
+    "batch_first": True,
 }
 OTHER_TRAITS = {
     "name": "another",

@@ -11,6 +11,7 @@ from tests.cases import model, scenario
 PLANS = (
     "", "tp=2", "tp=2,sequence_parallel", "tp=2,sequence_parallel,keep_gathered", "ulysses=2", "ring=2", "ring=4",
     "ring=2,ring_kind=all_gather", "ring=4,ring_kind=all_gather,ring_cut=contiguous", "tp=2,ulysses=2",
+    "tp=2,projections=separate", "tp=8,sequence_parallel",
     "tp=2,sequence_parallel,ring=2", "ulysses=2,ring=2,recompute=full", "tp=2,sequence_parallel,recompute=full",
     "ulysses=2,zero=1", "ring=2,distributed_optimizer",
 )  # fmt: skip
@@ -21,8 +22,9 @@ MODELS = {
     "unfused": {"attention": "unfused", "dropout": 0.1},
 }
 VALUES = {
-    "library": ("megatron-core", "torchtitan"), "projections": ("fused",), "input_gradients": ("summed",),
-    "few_kv_heads": ("gather",), "norm_gradients": ("coalesced",), "batch_first": (False,),
+    "library": ("megatron-core", "torchtitan"), "projections": ("fused", "separate"),
+    "input_gradients": ("summed", "each"), "few_kv_heads": ("gather", "replicate"),
+    "norm_gradients": ("coalesced", "each_reader"), "batch_first": (False, True),
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
     "ring_kind": ("p2p", "all_gather"), "ring_cut": ("zigzag", "contiguous"), "pp": (1, 2), "virtual_pp": (1, 2),
     "dp": (1, 2), "distributed_optimizer": (False, True), "zero": (0, 1, 2, 3),

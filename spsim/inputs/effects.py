@@ -63,7 +63,7 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "input_gradients": one_rank or ("" if plan.projections == "separate" else "with projections = 'fused'"),
         "few_kv_heads": "" if plan.tp > model.kv_heads else f"with tp = {plan.tp} of {model.kv_heads} KV heads",
         "norm_gradients": whole_sequence,
-        "batch_first": whole_sequence,
+        "batch_first": whole_sequence or ("with tp_overlap" if plan.tp_overlap else ""),
     }
 
 

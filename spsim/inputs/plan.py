@@ -93,7 +93,7 @@ class Plan(Configuration):
     norm_gradients: Literal["coalesced", "each_reader"] = "coalesced"
     """Gradients of norms summed over tp once, or again by each that reads them: clipping and the optimizer."""
     batch_first: bool = False
-    """Activations [b, s, h], as DTensor has them: what moves along the sequence is copied beside it."""
+    """Activations [b, s, h], as torchtitan has them, not [s, b, h]: copied before each reduce-scatter of a sequence."""
 
     @model_validator(mode="before")
     @classmethod

@@ -95,7 +95,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "input_gradients": "gradients of the input of several products: summed before they move over tp, or each moved",
     "few_kv_heads": "with fewer KV heads than tp: fused q, k, v gathered, K and V replicated, or refused",
     "norm_gradients": "gradients of norms over tp: summed once a step, or again for each that reads them",
-    "batch_first": "activations as [b, s, h]: what moves along the sequence is copied beside it, as under DTensor",
+    "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
 }
 """What each option of a plan means."""
 
