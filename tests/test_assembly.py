@@ -57,6 +57,12 @@ OTHER_OPTIONS = {
     "recompute_modules": "mlp",
     "cpu_offload_layers": 1,
     "cuda_graphs": "per_layer",
+    "library": "torchtitan",
+    "projections": "separate",
+    "input_gradients": "each",
+    "few_kv_heads": "replicate",
+    "norm_gradients": "each_reader",
+    "batch_first": True,
 }
 OTHER_TRAITS = {
     "name": "another",
@@ -83,6 +89,9 @@ OTHER_TRAITS = {
     "head_bias": True,
     "sliding_window": 4096,
     "left_out": "vision_config",
+    "kernels": "eager",
+    "composite_norm": True,
+    "glu_offset": False,
 }
 
 

@@ -1,9 +1,10 @@
 """Collectives of one layer, and the bytes that a rank sends, against closed forms for every plan.
 
 Notation: E = 2 s b h, the bytes of one activation; K = E max(kv_heads, tp x ulysses) / heads, those of K (and
-of V); t, u and r the degrees of tp, ulysses and ring; x(P) = (P - 1) / P. By ring algorithms a rank sends
-x(P) of the array for an all-gather or reduce-scatter and twice that for an all-reduce, and x(P) of its own
-buffer for an all-to-all (Thakur et al. 2005).
+of V); W = E (heads + 2 kv_heads) / heads, those of Q, K and V together where tp has more ranks than there are KV
+heads, so that they are gathered over it, else 0; t, u and r the degrees of tp, ulysses and ring; x(P) = (P - 1) / P.
+By ring algorithms a rank sends x(P) of the array for an all-gather or reduce-scatter and twice that for an all-reduce,
+and x(P) of its own buffer for an all-to-all (Thakur et al. 2005).
 """
 
 from collections import Counter
@@ -207,6 +208,12 @@ class Case:
         """Bytes of K on all ranks together, fewer heads than ranks replicated."""
         return Fraction(self.E * max(self.kv_heads, self.tp * self.ulysses), self.heads)
 
+    @property
+    def W(self):  # noqa: N802
+        """Bytes of Q, K and V where they are gathered over tp."""
+        few = self.kv_heads < self.tp
+        return Fraction(self.E * (self.heads + 2 * self.kv_heads), self.heads) if few else 0
+
     def sent(self, options=""):
         """Bytes that a rank sends in forward and in backward."""
         plan = f"tp={self.tp},ulysses={self.ulysses},ring={self.ring}{options}"
@@ -236,7 +243,9 @@ def cases(draw, tp=(1,), ulysses=(1,), ring=(1,)):
     heads = t * u * draw(st.integers(1, 4))
     fits = [k for k in range(1, heads + 1) if heads % k == 0 and (k % (t * u) == 0 or (t * u) % k == 0)]
     s = 2 * t * u * r * draw(st.integers(1, 8))
-    return Case(t, u, r, s, 8 * draw(st.integers(1, 3)), heads, draw(st.sampled_from(fits)), draw(st.integers(1, 9)))
+    kv_heads = draw(st.sampled_from(fits))
+    d = draw(st.integers(1, 9)) * (t if kv_heads < t else 1)
+    return Case(t, u, r, s, 8 * draw(st.integers(1, 3)), heads, kv_heads, d)
 
 
 DEGREES = (2, 4, 8)
@@ -245,19 +254,21 @@ DEGREES = (2, 4, 8)
 @random_shapes
 @given(cases(tp=DEGREES))
 def test_tensor_parallel(case):
-    """Two all-reduces each way: 4E x(t)."""
-    assert case.sent() == (4 * case.E * x(case.tp),) * 2
-    assert case.sent(",recompute=full") == (4 * case.E * x(case.tp), 8 * case.E * x(case.tp))
+    """Two all-reduces each way: 4E x(t); few KV heads: Q, K and V gathered, their gradients scattered, W x(t) each."""
+    one, few = case.E * x(case.tp), case.W * x(case.tp)
+    assert case.sent() == (4 * one + few, 4 * one + few)
+    assert case.sent(",recompute=full") == (4 * one + few, 8 * one + 2 * few)
+    assert case.sent(",few_kv_heads=replicate") == (4 * one, 4 * one)
 
 
 @random_shapes
 @given(cases(tp=DEGREES))
 def test_tensor_and_sequence_parallel(case):
     """The same forward; two gathers more in backward, 6E x(t)."""
-    one = case.E * x(case.tp)
-    assert case.sent(",sequence_parallel") == (4 * one, 6 * one)
-    assert case.sent(",sequence_parallel,keep_gathered") == (4 * one, 4 * one)
-    assert case.sent(",sequence_parallel,recompute=full") == (4 * one, 10 * one)
+    one, few = case.E * x(case.tp), case.W * x(case.tp)
+    assert case.sent(",sequence_parallel") == (4 * one + few, 6 * one + few)
+    assert case.sent(",sequence_parallel,keep_gathered") == (4 * one + few, 4 * one + few)
+    assert case.sent(",sequence_parallel,recompute=full") == (4 * one + few, 10 * one + 2 * few)
 
 
 @random_shapes
@@ -293,8 +304,9 @@ def test_usp(case, kind):
 def test_tensor_and_sequence_parallel_with_ring(case):
     """The terms of tp with E/r, the terms of the ring with K/t."""
     one, ring = case.E / Fraction(case.ring) * x(case.tp), 2 * case.K / case.tp * x(case.ring)
-    assert case.sent(",sequence_parallel") == (4 * one + ring, 6 * one + 2 * ring)
-    assert case.sent() == (4 * one + ring, 4 * one + 2 * ring)
+    few = case.W / Fraction(case.ring) * x(case.tp)
+    assert case.sent(",sequence_parallel") == (4 * one + few + ring, 6 * one + few + 2 * ring)
+    assert case.sent() == (4 * one + few + ring, 4 * one + few + 2 * ring)
 
 
 @random_shapes
@@ -303,8 +315,9 @@ def test_tensor_and_sequence_parallel_with_ulysses(case):
     """The terms of tp with E/u, the terms of Ulysses with E/t and K/t."""
     one = case.E / Fraction(case.ulysses) * x(case.tp)
     exchange = (2 * case.E + 2 * case.K) / (case.tp * case.ulysses) * x(case.ulysses)
-    assert case.sent(",sequence_parallel") == (4 * one + exchange, 6 * one + exchange)
-    assert case.sent() == (4 * one + exchange, 4 * one + exchange)
+    few = case.W / Fraction(case.ulysses) * x(case.tp)
+    assert case.sent(",sequence_parallel") == (4 * one + few + exchange, 6 * one + few + exchange)
+    assert case.sent() == (4 * one + few + exchange, 4 * one + few + exchange)
 
 
 def test_bytes_of_a_step_are_those_of_its_layers():
@@ -426,9 +439,18 @@ def test_products_sync_over_both():
     assert synced("tp=2,ulysses=2") == {("ulysses",): every_weight()}
 
 
+def test_gathered_qkv_have_no_copies_of_weights():
+    """2 KV heads over tp 8: a rank has an eighth of the columns of Q, K and V together, whatever heads that cuts."""
+    layer = program("tp=8", kv_heads=2)
+    assert layer.weight_sync == ()
+    copied = program("tp=8,few_kv_heads=replicate", kv_heads=2)
+    columns = (256 + 2 * 2 * 32) // 8, 32 + 2 * 32
+    assert copied.parameters - layer.parameters == (columns[1] - columns[0]) * (256 + 1)
+
+
 def test_replicated_kv_weights_are_synced_among_their_copies():
     """2 KV heads over tp 8: K and V weights and biases of 4 ranks are the same."""
-    layer = program("tp=8", kv_heads=2)
+    layer = program("tp=8,few_kv_heads=replicate", kv_heads=2)
     assert {sync.weight for sync in layer.weight_sync} == {"k_weight", "v_weight", "k_bias", "v_bias"}
     assert {(sync.axes, sync.ranks) for sync in layer.weight_sync} == {(("tp",), 4)}
     assert {s.elements for s in layer.weight_sync if s.weight == "k_weight"} == {256 * 32}

@@ -4,10 +4,13 @@ from typing import get_args
 
 import pytest
 
+from spsim import simulate
 from spsim.errors import InputError
 from spsim.inputs.libraries import LIBRARIES, LibraryName
 from spsim.inputs.plan import Plan, parse_plan
-from tests.cases import scenario
+from spsim.program.instructions import Communication
+from spsim.program.placement import COLLECTIVE_SHORT
+from tests.cases import program, scenario
 
 NAMES = get_args(LibraryName)
 
@@ -73,9 +76,160 @@ def test_an_unknown_library_gets_the_known_names(text):
 def test_a_result_says_what_is_done_as_the_library_does():
     """What the user chose is not the library's choice, and what has no effect is not said."""
     assert scenario("tp=2").notes == ()
-    (note,) = scenario("library=transformers,tp=2").notes
+    note, *_ = scenario("library=transformers,tp=2").notes
     assert "transformers 5.24.0" in note
     assert "projections = 'separate'" in note
     assert "dp_library" not in note
-    (note,) = scenario("library=transformers,tp=2,projections=fused").notes
+    note, *_ = scenario("library=transformers,tp=2,projections=fused").notes
     assert "projections" not in note
+
+
+# ------------------------------------------------------------ collectives of one layer, as recorded of real ones
+
+
+LLAMA = {"gated_mlp": True, "ffn_hidden": 704, "kv_heads": 4}
+
+
+def collectives(plan, **settings):
+    """Collectives over tp of a layer's forward and backward pass, in order, each with the bytes of its message."""
+    layer = program(plan, **{**LLAMA, **settings})
+    sides = (layer.forward, layer.backward)
+    return tuple(
+        [(COLLECTIVE_SHORT[s.collective], s.message_bytes) for s in side if isinstance(s, Communication)]
+        for side in sides
+    )
+
+
+E = 2 * 256 * 2 * 256
+"""Bytes of one activation of 256 tokens, 2 sequences and 256 columns."""
+SIZES = {"seq_len": 256, "micro_batch": 2}
+
+
+@pytest.mark.parametrize(
+    ("plan", "forward", "backward"),
+    [
+        ("tp=2", "AR AR", "AR AR"),
+        ("tp=2,sequence_parallel", "AG RS AG RS", "AG AG RS AG AG RS"),
+        ("library=torchtitan,tp=2", "AG RS AG RS", "AG RS AG RS"),
+        ("library=transformers,tp=2", "AR AR", "AR AR AR AR AR"),
+        ("library=torch,tp=2", "AR AR", "AR AR AR AR AR"),
+        ("library=torch,tp=2,input_gradients=summed", "AR AR", "AR AR"),
+        ("library=transformers,tp=2,projections=fused", "AR AR", "AR AR"),
+    ],
+)
+def test_collectives_of_tensor_parallelism(plan, forward, backward):
+    """Seen of megatron-core 0.16.1, transformers 5.24.0, DTensor of torch 2.13 with and without `PrepareModuleInput`,
+    as torchtitan 0.2.2 applies it: each moves a whole activation.
+    """
+    expected = tuple([(kind, E) for kind in side.split()] for side in (forward, backward))
+    assert collectives(plan, **SIZES) == expected
+
+
+def test_each_reader_reduces_its_own_gradient_behind_its_products():
+    """Of gate and up: the data gradient and that of the weight, then the all-reduce, which the next product awaits."""
+    layer = program("library=transformers,tp=2", **LLAMA)
+    order = ["AR" if isinstance(s, Communication) else (s.operator, s.part) for s in layer.backward]
+    place = order.index(("up", "dgrad"))
+    assert order[place : place + 6] == [
+        ("up", "dgrad"), ("up", "wgrad"), "AR", ("gate", "dgrad"), ("gate", "wgrad"), "AR"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sequence", ["", ",sequence_parallel"])
+def test_few_kv_heads_are_gathered_with_all_of_q_k_and_v(sequence):
+    """megatron-core 0.16: one message of s b (h + 2 g d) elements more each way, of all positions, with and without
+    sequence parallelism; nothing is replicated, so that no weight is synchronised but norms and row biases.
+    """
+    plain, few = (collectives(f"tp=8{sequence}", kv_heads=heads, **SIZES) for heads in (8, 2))
+    width = (256 + 2 * 2 * 32) * E // 256
+    more = tuple([found for found in side if found[1] == width] for side in few)
+    assert more == ([("AG", width)], [("RS", width)])
+    assert tuple([found for found in side if found[1] != width] for side in few) == plain
+    names = {sync.weight for sync in program(f"tp=8{sequence}", **{**LLAMA, "kv_heads": 2}).weight_sync}
+    assert names == ({"norm1_weight", "norm2_weight"} if sequence else set())
+
+
+@pytest.mark.parametrize(
+    ("plan", "parts"),
+    [
+        ("library=transformers,tp=8", ["kv_heads = 4", "'refuse'", "transformers", "few_kv_heads=replicate"]),
+        ("tp=8,projections=separate", ["kv_heads = 4", "projections=fused", "few_kv_heads=replicate"]),
+    ],
+)
+def test_what_a_library_refuses_of_few_kv_heads(plan, parts):
+    with pytest.raises(InputError) as error:
+        program(plan, **LLAMA)
+    assert all(part in str(error.value) for part in parts)
+    scenario(f"{plan},few_kv_heads=replicate", **LLAMA)
+
+
+def test_separate_projections_are_the_same_work():
+    """Seven products instead of four, of the same weights, FLOPs, and bytes kept."""
+    fused, separate = (program(f"tp=2{own}", **LLAMA) for own in ("", ",projections=separate"))
+    assert separate.parameters == fused.parameters
+    products = [[s for s in own.forward if getattr(s, "kind", "") == "gemm"] for own in (fused, separate)]
+    assert [len(own) for own in products] == [4, 7]
+    assert len({sum(work.flops for step in own for work in step.work) for own in products}) == 1
+    assert separate.saved_bytes("activation") == fused.saved_bytes("activation")
+
+
+# ------------------------------------------------------------ time and messages of a step
+
+
+BIG = {"hidden": 4096, "heads": 32, "kv_heads": 8, "gated_mlp": True, "ffn_hidden": 14336}
+
+
+def long_layers(plan, scope="layers"):
+    """Two layers of 8K tokens."""
+    return simulate(scenario(plan, seq_len=8192, hardware="dgx-h100", scope=scope, **BIG))
+
+
+@pytest.mark.parametrize("library", ["torchtitan", "transformers", "torch"])
+def test_what_is_run_eagerly_hides_no_communication(library):
+    """All-gather, wait, all products, reduce-scatter, wait: no kernel runs beside a message, as some do in Megatron."""
+    found = {name: hidden_us(long_layers(f"{name},tp=8").spans) for name in (f"library={library}", "sequence_parallel")}
+    assert found[f"library={library}"] == 0
+    assert found["sequence_parallel"] > 100
+
+
+def hidden_us(spans):
+    """Time of messages within the passes during which kernels run on the same rank."""
+    spans = spans[spans["part"] != "weight_sync"]
+    messages, kernels = (spans[(spans["lane"] == "compute") == own] for own in (False, True))
+    return sum(
+        max(0.0, min(message.end_us, kernel.end_us) - max(message.start_us, kernel.start_us))
+        for message in messages.itertuples()
+        for kernel in kernels.itertuples()
+        if kernel.start_us < message.end_us and message.start_us < kernel.end_us
+    )
+
+
+def test_norm_gradients_are_reduced_by_each_that_reads_them():
+    """Of two layers with two norms each and the last one, 4 all-reduces of h fp32 gradients: clipping, and three of
+    AdamW; else one message of all. Their time adds up.
+    """
+    each, once = (long_layers(f"library=torchtitan,tp=8{own}", "step") for own in ("", ",norm_gradients=coalesced"))
+    found = {call.message_bytes: call for call in each.collectives if call.collective == "all_reduce"}
+    assert found[4096 * 4].calls == 4 * (2 * 2 + 1)
+    whole = next(call for call in once.collectives if call.message_bytes == 5 * 4096 * 4)
+    assert whole.calls == 1
+    more = 20 * found[4096 * 4].time_s - whole.time_s
+    assert each.step_time_s - once.step_time_s == pytest.approx(more, rel=1e-6)
+
+
+def test_transformers_costs_what_its_further_all_reduces_take():
+    """Five instead of two, none of them hidden, and products that are smaller: beyond 3 all-reduces of a layer."""
+    megatron, transformers = (long_layers(plan) for plan in ("tp=8", "library=transformers,tp=8"))
+    one = next(call.time_s for call in megatron.collectives if call.collective == "all_reduce")
+    assert transformers.step_time_s - megatron.step_time_s > 2 * 3 * one
+
+
+def test_batch_first_copies_before_each_reduce_scatter():
+    """torch cuts along the first dimension: the tensor is read and written once more, of each of four."""
+    plain, copied = (program(f"tp=2,sequence_parallel{own}", **LLAMA, **SIZES) for own in ("", ",batch_first"))
+    for one, other in ((plain.forward, copied.forward), (plain.backward, copied.backward)):
+        more = [step for step in other if not isinstance(step, Communication) and step.operator.endswith(" copy")]
+        assert [work.bytes_moved for step in more for work in step.work] == [2 * E, 2 * E]
+        assert len(other) == len(one) + 2
+        for step in more:
+            assert other[other.index(step) + 1].collective == "reduce_scatter"

@@ -142,9 +142,10 @@ class Shape:
         return max(self.k, T)
 
     def program(self, plan: str, **traits: Any) -> Program:
+        """With copies of K and V where there are fewer KV heads than ranks."""
         return program(
-            plan, seq_len=self.s, micro_batch=self.b, hidden=self.a * self.d, heads=self.a, kv_heads=self.k,
-            ffn_hidden=self.f, **traits,
+            f"{plan},few_kv_heads=replicate", seq_len=self.s, micro_batch=self.b, hidden=self.a * self.d,
+            heads=self.a, kv_heads=self.k, ffn_hidden=self.f, **traits,
         )  # fmt: skip
 
     def kept(self, plan: str, **traits: Any) -> int:

@@ -13,6 +13,7 @@ PLANS = (
     "ring=2,ring_kind=all_gather", "ring=2,ring_kind=gather_permute",
     "ring=4,ring_gradients=fp32,ring_messages=separate",
     "ring=4,ring_kind=all_gather,ring_cut=contiguous", "tp=2,ulysses=2",
+    "tp=2,projections=separate", "tp=8,sequence_parallel",
     "tp=2,sequence_parallel,ring=2", "ulysses=2,ring=2,recompute=full", "tp=2,sequence_parallel,recompute=full",
     "ulysses=2,zero=1", "ring=2,distributed_optimizer",
 )  # fmt: skip
@@ -23,8 +24,9 @@ MODELS = {
     "unfused": {"attention": "unfused", "dropout": 0.1},
 }
 VALUES = {
-    "library": ("megatron-core", "torchtitan"), "projections": ("fused",), "input_gradients": ("summed",),
-    "few_kv_heads": ("gather",), "norm_gradients": ("coalesced",), "batch_first": (False,),
+    "library": ("megatron-core", "torchtitan"), "projections": ("fused", "separate"),
+    "input_gradients": ("summed", "each"), "few_kv_heads": ("gather", "replicate"),
+    "norm_gradients": ("coalesced", "each_reader"), "batch_first": (False, True),
     "uneven_heads": ("refuse", "by_group"), "ulysses_few_kv_heads": ("replicate", "refuse"),
     "gathers_position_ids": (False, True),
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),

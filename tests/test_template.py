@@ -34,6 +34,8 @@ def layers(draw):
     degree = plan.tp * plan.ulysses
     heads = degree * draw(st.sampled_from([1, 2, 3]))
     fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (n % degree == 0 or degree % n == 0)]
+    # With fewer than tp all of Q, K and V are cut evenly.
+    fitting = [n for n in fitting if n >= plan.tp or (heads + 2 * n) % plan.tp == 0]
     gated = draw(st.booleans())
     model = Model(
         layers=2,
@@ -54,6 +56,9 @@ def layers(draw):
         attention=draw(st.sampled_from(["flash", "unfused"] if any_attention else ["flash"])),
         causal=draw(st.booleans()),
         dropout=draw(st.sampled_from([0.0, 0.1])),
+        kernels=draw(st.sampled_from(["fused", "eager", "compiled"])),
+        composite_norm=draw(st.booleans()),
+        glu_offset=draw(st.booleans()),
     )
     return model, plan
 

@@ -25,6 +25,9 @@ class LibraryRecord:
     version: str
     options: Mapping[str, Any] = field(default_factory=dict)
     """Option of a plan -> its value, where that is not the one of the field."""
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    """Field of a model that says how its modules run -> its value, where the library has modules of its own, or those
+    of another one."""
 
 
 _EAGER_DTENSOR = {"tp_backward_overlap": False, "norm_gradients": "each_reader", "few_kv_heads": "refuse"}
@@ -32,6 +35,9 @@ _EAGER_DTENSOR = {"tp_backward_overlap": False, "norm_gradients": "each_reader",
 _CONTEXT_PARALLEL = {"ring_kind": "gather_permute", "ring_gradients": "fp32", "ring_messages": "concatenated"}
 """torch's `context_parallel` with `set_rotate_method("allgather")`, its default; "alltoall" is `ring_kind = "p2p"`."""
 _RING_FLASH_ATTENTION = {"ring_gradients": "fp32", "ring_messages": "separate"}
+_TORCH_MODULES = {"kernels": "eager", "composite_norm": False, "glu_offset": False}
+"""Modules of torch.nn, not compiled."""
+_TRANSFORMERS_MODULES = {**_TORCH_MODULES, "composite_norm": True}
 _FULLY_SHARDED = {"zero": 3, "dp_library": "fsdp", "pp_sends": "torch"}
 
 LIBRARIES: Mapping[str, LibraryRecord] = {
@@ -47,6 +53,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "keep_gathered": True,
             "batch_first": True,
         },
+        _TORCH_MODULES,
     ),
     "transformers": LibraryRecord(
         "5.24.0",
@@ -59,6 +66,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "tp_backward_overlap": False,
             "few_kv_heads": "refuse",
         },
+        _TRANSFORMERS_MODULES,
     ),
     "deepspeed": LibraryRecord(
         "0.19.8",
@@ -68,6 +76,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "uneven_heads": "by_group",
             "ulysses_few_kv_heads": "refuse",
         },
+        _TRANSFORMERS_MODULES,
     ),
     "torch": LibraryRecord(
         "2.13.0",
@@ -80,13 +89,13 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "keep_gathered": True,
             "batch_first": True,
         },
+        _TORCH_MODULES,
     ),
     "yunchang": LibraryRecord(
         "0.6.4",
         {
             **_RING_FLASH_ATTENTION,
             "ring_cut": "contiguous",
-            "few_kv_heads": "refuse",
             "ulysses_few_kv_heads": "refuse",
         },
     ),
@@ -99,3 +108,8 @@ def library_defaults(library: Any) -> Mapping[str, Any]:
     """Options of a plan of a library that are not those of the fields; none of what is no library."""
     record = LIBRARIES.get(library) if isinstance(library, str) else None
     return {} if record is None else record.options
+
+
+def module_defaults(library: LibraryName) -> Mapping[str, Any]:
+    """How the modules of a model run in a library, by field of the model, where that is not as in Megatron-Core."""
+    return LIBRARIES[library].modules

@@ -107,7 +107,7 @@ class Plan(Configuration):
     gathers_position_ids: bool = False
     """Before the heads of `ulysses` are exchanged, in every layer (DeepSpeed's ALST)."""
     batch_first: bool = False
-    """Activations [b, s, h], as DTensor has them: what moves along the sequence is copied beside it."""
+    """Activations [b, s, h], as torchtitan has them, not [s, b, h]: copied before each reduce-scatter of a sequence."""
 
     @model_validator(mode="before")
     @classmethod

@@ -77,11 +77,47 @@ def _check_even_heads(model: Model, plan: Plan) -> None:
             f"use {model.kv_heads} or a divisor of it{dealt}"
         )
     if plan.ulysses_few_kv_heads == "refuse" and not reasons(model, plan)["ulysses_few_kv_heads"]:
+        own = model.kv_heads // plan.tp
         raise InputError(
-            f"plan: ulysses = {plan.ulysses} has more ranks than there are KV heads, {model.kv_heads // plan.tp}, and "
-            f"ulysses_few_kv_heads = 'refuse'; use ulysses_few_kv_heads=replicate, a head on each rank, as DeepSpeed's "
-            f"ALST has it, or ulysses={model.kv_heads // plan.tp}"
+            f"plan: ulysses = {plan.ulysses} has more ranks than there are KV heads, {own}, and ulysses_few_kv_heads = "
+            f"'refuse', as library = {plan.library!r} does; use ulysses_few_kv_heads=replicate, a head on each rank, "
+            f"or ulysses={own}"
         )
+
+
+def _check_kv_heads(model: Model, plan: Plan, workload: Workload) -> None:
+    """With fewer KV heads than ranks that share heads, as the plan has it."""
+    few = plan.few_kv_heads
+    if few == "refuse" and plan.tp > model.kv_heads:
+        raise InputError(
+            f"plan: tp = {plan.tp} with kv_heads = {model.kv_heads}, which few_kv_heads = "
+            f"'refuse' takes at most, as library = {plan.library!r} does; use {model.kv_heads} or a divisor of it, or "
+            "few_kv_heads=replicate"
+        )
+    if not gathers_qkv(model, plan):
+        return
+    if plan.projections == "separate":
+        raise InputError(
+            f"plan: tp = {plan.tp} with kv_heads = {model.kv_heads} and projections = 'separate': few_kv_heads = "
+            "'gather' moves Q, K and V as one; use few_kv_heads=replicate or projections=fused"
+        )
+    if qkv_width(model) % plan.tp:
+        raise InputError(
+            f"plan: tp = {plan.tp} does not divide the {qkv_width(model)} columns of Q, K and V, which few_kv_heads = "
+            "'gather' cuts evenly; use few_kv_heads=replicate or a divisor"
+        )
+
+
+def gathers_qkv(model: Model, plan: Plan) -> bool:
+    """Whether Q, K and V are cut as one width, whatever heads that separates, and gathered: Megatron-Core from 0.16 on,
+    where tp has more ranks than there are KV heads.
+    """
+    return plan.few_kv_heads == "gather" and plan.tp > model.kv_heads
+
+
+def qkv_width(model: Model) -> int:
+    """Columns of Q, K and V."""
+    return (model.heads + 2 * model.kv_heads) * model.head_dim
 
 
 def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
@@ -95,10 +131,17 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
     """What the products of a rank read is cast in whole blocks, along rows and columns."""
     unit = ROW_UNITS.get(workload.precision, 1)
+    if unit > 1 and plan.projections == "separate":
+        raise InputError(
+            f"workload: precision = {workload.precision!r} with projections = 'separate': not simulated yet; "
+            "use projections=fused or bf16"
+        )
+    fused = {"(heads + 2 x kv_heads) x head_dim / tp": qkv_width(model) // plan.tp}
+    own = {"kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim}
     widths = {
         "hidden": model.hidden,
         "heads x head_dim / tp": model.heads * model.head_dim // plan.tp,
-        "kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim,
+        **(fused if gathers_qkv(model, plan) else own),
         "ffn_hidden / tp": model.ffn_hidden // plan.tp,
         "micro_batch x seq_len / sequence shards": workload.micro_batch * workload.seq_len // _sequence_shards(plan),
     }
@@ -196,8 +239,8 @@ def check_scope(model: Model, plan: Plan, scope: str) -> None:
 
 
 _CHECKS = (
-    _check_phase, _check_heads, _check_widths, _check_rows, _check_window, _check_sequence, _check_batch, check_step,
-    _check_pending,
+    _check_phase, _check_heads, _check_kv_heads, _check_widths, _check_rows, _check_window, _check_sequence,
+    _check_batch, check_step, _check_pending,
 )  # fmt: skip
 
 

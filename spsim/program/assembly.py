@@ -6,12 +6,13 @@ from collections.abc import Hashable, Sequence, Set
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.rules import gathers_qkv
 from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
 from spsim.program.blocks.head import head_block, head_traits, is_tied
-from spsim.program.blocks.transformer import layer_traits, transformer_layer
+from spsim.program.blocks.transformer import Projections, layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
@@ -46,21 +47,33 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
-    axes = plan.tp_overlap and plan.tp > 1, plan.gathers_position_ids and plan.ulysses > 1, *ring
-    return *placed_by(plan), kind or usual_kind(plan), plan.keep_gathered, *axes
+    moved = plan.keep_gathered, plan.tp_overlap and plan.tp > 1, plan.input_gradients, plan.batch_first
+    ids = plan.gathers_position_ids and plan.ulysses > 1
+    return *placed_by(plan), kind or usual_kind(plan), *moved, ids, *ring
+
+
+def projections(model: Model, plan: Plan) -> Projections:
+    """How the products of a layer are joined."""
+    return "gathered" if gathers_qkv(model, plan) else plan.projections
+
+
+def layer_key(model: Model, plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ...]:
+    """What of model and plan the program of layers of a kind depends on."""
+    return layer_traits(model), projections(model, plan), compiled_by(plan, kind)
 
 
 def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer of a model, or of a unit of layers, of a kind; else as the plan recomputes layers."""
     kind = kind or usual_kind(plan)
-    key = (layer_traits(model), compiled_by(plan, kind), workload.seq_len, workload.micro_batch, workload.precision)
+    key = (layer_key(model, plan, kind), workload.seq_len, workload.micro_batch, workload.precision)
     return _programs.get(key, lambda: compile_layer(model, plan, workload, kind))
 
 
 def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
-    key = (layer_traits(model), workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp))
+    joined = projections(model, plan)
+    key = (layer_traits(model), joined, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
+    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined))
     region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
     kind = kind or usual_kind(plan)
     program = program_in(region, plan, causal=model.causal, kind=kind)
@@ -71,9 +84,11 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
 
 
-def layer_operators(model: Model, workload: Workload, replicas: int = 1) -> tuple[Operator, ...]:
+def layer_operators(
+    model: Model, workload: Workload, replicas: int = 1, joined: Projections = "fused"
+) -> tuple[Operator, ...]:
     """The operators of a layer, with the casts of the recipe of its precision, if that has one."""
-    operators = transformer_layer(model, workload, replicas)
+    operators = transformer_layer(model, workload, replicas, joined)
     recipe = RECIPES.get(workload.precision)
     return operators if recipe is None else quantised(operators, recipe)
 
@@ -96,7 +111,7 @@ def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pr
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
-    return layer_traits(model), compiled_by(plan), *kinds_of_layers(model, plan), embedding_key(model, plan), head
+    return layer_key(model, plan), *kinds_of_layers(model, plan), embedding_key(model, plan), head
 
 
 def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
@@ -170,7 +185,7 @@ def compile_head(
 
 def _around_by(plan: Plan) -> tuple[int, ...]:
     """What of a plan the programs around the layers depend on: neither rings nor recomputation, which are of layers."""
-    return *placed_by(plan), plan.keep_gathered
+    return *placed_by(plan), plan.keep_gathered, plan.batch_first
 
 
 def around_layers(plan: Plan) -> Plan:

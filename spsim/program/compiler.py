@@ -2,7 +2,7 @@
 
 Each operator is split along one dimension or none on each axis; what it needs and leaves follows
 (`placed`), and where two layouts differ a redistribution is inserted. In the backward pass gradients
-have the dual layouts; the ones with equal layout are summed before they move.
+have the dual layouts; the ones with equal layout are summed before they move, unless each reader moves its own.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ class _Compiler:
         collective = move.collective
         if collective is None:
             return have
+        if collective == "reduce_scatter" and move.axis == "tp" and self.plan.batch_first and not self.plan.tp_overlap:
+            have = self._in_rows(have, tensor)
         in_place = have.id if collective == "all_reduce" else None
         buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
         self.instructions.append(
@@ -144,6 +146,13 @@ class _Compiler:
             )
         )  # fmt: skip
         return buffer
+
+    def _in_rows(self, have: Buffer, tensor: str) -> Buffer:
+        """A copy whose parts follow each other, as a reduce-scatter cuts them, where batch comes before sequence."""
+        copy = self._buffer(have.tensor, have.bytes)
+        work = MemoryBound("elementwise", 2 * have.bytes, "copy")
+        self._compute(f"{tensor} copy", "elementwise", self.part, (work,), [have], [copy])
+        return copy
 
     def _fetch(
         self, tensor: Tensor, source: Layout, target: Layout, generation: str, purpose: Purpose, op: str
@@ -170,10 +179,16 @@ class _Compiler:
             return
         if isinstance(kernels, Product):
             self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
+        self._lead(op, kernels, part, reads)
         reads += self._search(op, kernels, part, reads)
         over = {op.outputs[0].name: reads[0]} if op.operator.in_place else {}
         writes = [self._hold(output, generation, over.get(output.name)) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
+
+    def _lead(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
+        """Kernels of an operator before the one that writes its outputs; what they write themselves is not counted."""
+        for work in kernels.leading(backward=part == "backward"):
+            self._compute(op.name, op.operator.kind, part, (work,), reads, ())
 
     def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> list[Buffer]:
         """The scale of a cast, if it is searched for or ranks agree on it: they cast parts of one tensor."""
@@ -234,6 +249,8 @@ class _Compiler:
             self._recompute_for(op.name)
             self._run_backward(op)
             for operand in op.differentiated:
+                if self.plan.input_gradients == "each":
+                    self._move_gradient(operand.tensor)
                 if self.region.last_summand[operand.name] is op:
                     self._collect_gradient(operand.tensor)
 
@@ -278,6 +295,7 @@ class _Compiler:
         if work:
             scale = self._search(op, kernels, "backward", gradients)
             reads = [*gradients, *saved.values(), *weights, *scale]
+            self._lead(op, kernels, "backward", reads)
             over = saved.get(op.outputs[0].name) if op.operator.in_place else None
             writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
             accumulated = kernels.accumulation if not op.gathered else ()
@@ -330,11 +348,16 @@ class _Compiler:
         return buffer
 
     def _collect_gradient(self, tensor: Tensor) -> None:
-        """The gradient of a tensor as its producer needs it: equal layouts summed, then moved, then summed."""
+        """The gradient of a tensor as its producer needs it."""
+        self._recompute_for(self.region.producers[tensor.name])
+        self._move_gradient(tensor)
+        ((_, self.collected[tensor.name]),) = self.gradients.pop(tensor.name)
+
+    def _move_gradient(self, tensor: Tensor) -> None:
+        """What is there of the gradient of a tensor: equal layouts summed, then moved to its producer, then summed."""
         producer, required = self.region.producers[tensor.name], self.region.produced[tensor.name].gradient
-        self._recompute_for(producer)
         groups: dict[Layout, list[Buffer]] = defaultdict(list)
-        for layout, buffer in self.gradients.pop(tensor.name):
+        for layout, buffer in self.gradients[tensor.name]:
             groups[layout].append(buffer)
         moved = []
         for layout, buffers in groups.items():
@@ -342,7 +365,7 @@ class _Compiler:
             for move in self.region.moves(tensor.gradient, layout, required, backward=True):
                 total = self._communicate(move, tensor.name, total, "gradient", producer)
             moved.append(total)
-        self.collected[tensor.name] = self._sum(tensor, required, moved)
+        self.gradients[tensor.name] = [(required, self._sum(tensor, required, moved))]
 
     def _sum(self, tensor: Tensor, layout: Layout, buffers: list[Buffer]) -> Buffer:
         """n - 1 additions, as autograd accumulates a tensor with n consumers."""

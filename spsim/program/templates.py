@@ -12,12 +12,11 @@ from spsim.program.assembly import (
     compile_head,
     compile_layer,
     compile_step,
-    compiled_by,
     embedding_key,
     head_key,
     kinds_of_layers,
+    layer_key,
 )
-from spsim.program.blocks.transformer import layer_traits
 from spsim.program.instructions import LAYER
 from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.sizes import Template, every_workload
@@ -29,7 +28,7 @@ _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 def layer_template(model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None) -> Template:
     """The program of one layer, or of a unit of layers, for every workload of a precision."""
     unit, kind = sequence_unit(model, plan), kind or usual_kind(plan)
-    key = (layer_traits(model), compiled_by(plan, kind), precision)
+    key = (layer_key(model, plan, kind), precision)
     every = every_workload(unit, precision)
     return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit))
 

@@ -100,7 +100,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "uneven_heads": "heads that ulysses does not divide: refused, or whole groups dealt out (DeepSpeed)",
     "ulysses_few_kv_heads": "with fewer KV heads than ulysses: K and V replicated, a head on each rank, or refused",
     "gathers_position_ids": "position ids gathered over ulysses in every layer, as DeepSpeed's ALST does",
-    "batch_first": "activations as [b, s, h]: what moves along the sequence is copied beside it, as under DTensor",
+    "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
 }
 """What each option of a plan means."""
 

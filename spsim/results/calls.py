@@ -103,10 +103,10 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     sent, size = result.sends
     if sent:
         yield Message("send_receive", "pp", 2, prepared.nodes(("pp",), 2, scenario.gpus_per_node), size), sent
-    sizes = prepared.closing_messages(numbers, result.chunk)
+    own = prepared.closing_calls(numbers, result.chunk)
     for sync in prepared.closing_syncs(result.chunk):
-        nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
-        yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sizes[sync]), 1
+        nodes, (size, count) = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node), own[sync]
+        yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), count
 
 
 def _communications(result: Result) -> Iterator[tuple[Communication, int, int]]:

@@ -157,17 +157,21 @@ def _closing(name: str, phase: Pass, steps: tuple[Sync | str, ...]) -> Closing:
 
 def closing_times(
     closing: Closing,
-    messages: Mapping[Sync, int],
+    messages: Mapping[Sync, tuple[int, int]],
     nodes: Mapping[Sync, int],
     kernels: Sequence[OptimizerKernel],
     costs: tuple[ComputeCost, CommCost],
 ) -> list[int]:
-    """Picoseconds of each task, of the bytes and nodes of its collectives and the kernels of the optimizer."""
+    """Picoseconds of each task, of the bytes of a message, how many there are and on how many nodes, and of the kernels
+    of the optimizer.
+    """
     compute, comm = costs
     works = {kernel.name: kernel.work for kernel in kernels}
-    return [
-        picoseconds(float(compute.duration(works[step])))
-        if isinstance(step, str)
-        else picoseconds(comm.duration(step.collective, messages[step], step.ranks, nodes[step]))
-        for step in closing.steps
-    ]
+
+    def seconds(step: Sync | str) -> float:
+        if isinstance(step, str):
+            return float(compute.duration(works[step]))
+        size, count = messages[step]
+        return count * comm.duration(step.collective, size, step.ranks, nodes[step])
+
+    return [picoseconds(seconds(step)) for step in closing.steps]

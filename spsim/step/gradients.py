@@ -12,6 +12,8 @@ from spsim.program.instructions import Program
 from spsim.program.mesh import Axis
 from spsim.program.placement import Collective, sent_bytes
 
+READERS = 4
+"""Of a gradient that stays a partial sum as a DTensor: clipping, and three kernels of AdamW (torch 2.13)."""
 GRADIENTS, PARAMETERS = "weight gradients", "parameters"
 """What collectives over weights are called."""
 
@@ -30,6 +32,8 @@ class Sync:
     name: str = GRADIENTS
     elements: int = 0
     """Beside those of weights."""
+    readers: int = 0
+    """That sum a gradient again, each weight and layer in a message of its own; 0: all in one message."""
 
     @property
     def message_bytes(self) -> int:
@@ -51,9 +55,9 @@ class Sync:
 
 
 def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: int) -> Iterator[Sync]:
-    """One coalesced message per group: first the data-like axes, then tp. With sharded optimizer state a
-    reduce-scatter, then the updated parameters gathered. Programs are by block, bytes of an element of
-    a gradient.
+    """One coalesced message per group: first the data-like axes, then tp, unless each reader of a gradient sums what is
+    partial over tp. With sharded optimizer state a reduce-scatter, then the updated parameters gathered. Programs are
+    by block, bytes of an element of a gradient.
     """
     members: dict[tuple[tuple[Axis, ...], int], list[tuple[str, int]]] = defaultdict(list)
     for block, program in programs.items():
@@ -61,7 +65,9 @@ def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: 
             members[sync.axes, sync.ranks].append((block, index))
     for (axes, ranks), weights in sorted(members.items(), key=lambda item: "tp" in item[0][0]):
         all_reduce = Sync(axes, ranks, "all_reduce", gradient_bytes, tuple(weights))
-        if plan.zero_stage and axes != ("tp",):
+        if plan.norm_gradients == "each_reader" and axes == ("tp",):
+            yield from (replace(all_reduce, weights=(weight,), readers=READERS) for weight in weights)
+        elif plan.zero_stage and axes != ("tp",):
             yield replace(all_reduce, collective="reduce_scatter")
             yield replace(all_reduce, collective="all_gather", itemsize=None, name=PARAMETERS)
         else:

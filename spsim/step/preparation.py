@@ -252,7 +252,8 @@ class PreparedStep:
             return itemsize * elements[block][weight]
 
         return [
-            s.message_bytes + sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
+            s.message_bytes
+            + (s.readers or 1) * sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
             for s in (self.syncs if syncs is None else syncs)
         ]
 
@@ -359,14 +360,23 @@ class PreparedStep:
         self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
     ) -> list[tuple[Closing, list[int]]]:
         """Picoseconds of each task after the last micro-batch."""
-        messages = self.closing_messages(numbers, chunk)
+        messages = self.closing_calls(numbers, chunk)
         nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in messages}
         kernels = self._kernels(numbers, chunk)
         own = self._closings_of(chunk)
         return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
 
+    def closing_calls(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, tuple[int, int]]:
+        """Bytes of a message of each collective after the last micro-batch, and how many messages it is."""
+        found = {}
+        for sync, total in self.closing_messages(numbers, chunk).items():
+            blocks = {block for block, _ in sync.weights}
+            count = sync.readers * sum(run.count for run in chunk if run.block in blocks) or 1
+            found[sync] = (total // count, count)
+        return found
+
     def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
-        """Bytes of the message of each collective after the last micro-batch."""
+        """Bytes of each collective after the last micro-batch, of all its messages."""
         syncs = self.closing_syncs(chunk)
         return dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
 

@@ -7,9 +7,8 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache
-from spsim.program.assembly import compiled_by, kinds_of_layers, layer_programs, step_key, step_programs
+from spsim.program.assembly import kinds_of_layers, layer_key, layer_programs, step_key, step_programs
 from spsim.program.blocks.optimizer import parameter_state
-from spsim.program.blocks.transformer import layer_traits
 from spsim.program.recipes import in_precision
 from spsim.program.templates import layers_template, step_template
 from spsim.step.closing import Optimizer
@@ -23,7 +22,7 @@ def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = 
     """The layers of a model under a plan; `fold` simulates identical ranks once."""
     kinds = (*kinds_of_layers(model, plan),)
     return _steps.get(
-        (layer_traits(model), compiled_by(plan), *kinds, precision, _issued_by(plan), fold),
+        (layer_key(model, plan), *kinds, precision, _issued_by(plan), fold),
         lambda: PreparedStep(
             layers_template(model, plan, precision),
             plan,
@@ -50,6 +49,7 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
     )
 
 
-def _issued_by(plan: Plan) -> tuple[bool | str, ...]:
-    """What of a plan says in which order its program is issued, and by what."""
-    return plan.tp_backward_overlap, plan.zero_stage > 0, plan.cuda_graphs, has_halves(plan)
+def _issued_by(plan: Plan) -> tuple[bool | int | str, ...]:
+    """What of a plan says in which order its program is issued, and by what; among how many ranks, with the stages."""
+    overlap, sharded = plan.tp_backward_overlap, plan.zero_stage > 0
+    return plan.norm_gradients, overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp

@@ -18,7 +18,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Shapes
 from spsim.inputs.workload import Workload
-from spsim.program.assembly import layer_operators, layer_program
+from spsim.program.assembly import layer_operators, layer_program, projections
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
@@ -28,7 +28,7 @@ Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
 
 DIMENSION_NAMES = {
     "s": "sequence", "j": "key positions", "b": "micro-batch", "h": "hidden", "a": "heads", "d": "head size",
-    "f": "MLP width", "g": "gate",
+    "f": "MLP width", "g": "gate", "w": "width of Q, K and V",
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
     without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1})
     shards = plan.ulysses * plan.ring > 1 or plan.sequence_parallel
     with_ = plan if shards else plan.model_copy(update={"sequence_parallel": True})
-    operators = layer_operators(model, workload)
+    operators = layer_operators(model, workload, joined=projections(model, plan))
     program = layer_program(model, plan, workload)
     saved = [_saved_by_operator(layer_program(model, p, workload)) for p in (without, with_)]
     mesh, rules = mesh_of(plan), split_rules(plan)

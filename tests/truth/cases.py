@@ -62,7 +62,8 @@ class Case:
 def case(plan: str, *, seq_len: int = 32, micro_batch: int = 3, **model: object) -> Case:
     """A small layer: hidden 64 and 4 heads unless changed."""
     changed = {"layers": 1, "hidden": 64, "heads": 4, "vocab": 8, **model}
-    return Case(parse_plan(plan), Model(**changed), Workload(seq_len=seq_len, micro_batch=micro_batch))
+    replicated = parse_plan(plan).model_copy(update={"few_kv_heads": "replicate"})  # as real layers have them
+    return Case(replicated, Model(**changed), Workload(seq_len=seq_len, micro_batch=micro_batch))
 
 
 def possible(plan: str, model: dict[str, object]) -> bool:

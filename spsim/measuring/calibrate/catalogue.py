@@ -143,7 +143,7 @@ def _launches(machine: Machine) -> Iterator[Measurement]:
 def _linears(model: Model, t: int) -> Iterator[tuple[int, int]]:
     """(inputs, outputs) of the four linears of a layer on one of `t` ranks."""
     attended = model.heads * model.head_dim // t
-    key_value = 2 * max(model.kv_heads // t, 1) * model.head_dim
+    key_value = 2 * model.kv_heads * model.head_dim // t
     gates = 2 if model.gated_mlp else 1
     yield model.hidden, attended + key_value
     yield attended, model.hidden

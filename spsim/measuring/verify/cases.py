@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from spsim.errors import InputError
 from spsim.inputs.model import Attention, Model
 from spsim.inputs.plan import Plan, parse_plan
-from spsim.inputs.rules import check_shapes
+from spsim.inputs.rules import check_shapes, gathers_qkv
 from spsim.inputs.workload import Precision, Workload
 
 
@@ -73,6 +73,10 @@ SHAPES = {
 }
 
 
+AS_BUILT = {"projections": "fused", "input_gradients": "summed", "batch_first": False}
+"""Options of which real layers have one value. Fewer KV heads than ranks are replicated in them."""
+
+
 def strategy_plans(ranks: int) -> tuple[str, ...]:
     """TP only, TP with sequence parallelism, Ulysses and ring over all ranks; the single GPU where there is one."""
     if ranks == 1:
@@ -102,11 +106,19 @@ def build_cases(
                 f"verify: plan {plan.text!r} needs {plan.gpus} processes, but {ranks} are at hand; "
                 f"use degrees whose product is {ranks}, or start {plan.gpus} processes with torchrun"
             )
+        for name, only in AS_BUILT.items():
+            if getattr(plan, name) != only:
+                raise InputError(
+                    f"verify: plan {plan.text!r} has {name} = {getattr(plan, name)!r}, but the real layers have "
+                    f"{only!r}; add {name}={only}, or leave out library"
+                )
     cases = []
     for found, workload in _layers(device, precision, model, seq_len, micro_batch, quick=quick):
         for plan in parsed:
             gathered = plan.ring > 1 and found.attention == "unfused"
-            fitting = plan.model_copy(update={"ring_kind": "all_gather"}) if gathered else plan
+            own = {"ring_kind": "all_gather"} if gathered else {}
+            few = {"few_kv_heads": "replicate"} if gathers_qkv(found, plan) else {}
+            fitting = plan.model_copy(update=own | few) if own or few else plan
             check_shapes(found, fitting, workload)
             cases.append(VerifyCase(found, fitting, workload))
     return cases

@@ -6,39 +6,78 @@ What each operator keeps for its backward pass follows Korthikanti et al. 2022 (
 
 from __future__ import annotations
 
+from fractions import Fraction
 from operator import attrgetter
+from typing import Literal
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
-from spsim.program.operators import Operator, Tensor
+from spsim.program.operators import Operator, Tensor, TensorKind
+from spsim.program.placement import Extent
 from spsim.work import AttentionKernel, Framework, KernelClass
+
+Projections = Literal["fused", "separate", "gathered"]
+"""Q, K and V as one product and gate and up as another, each as its own, or fused with Q, K and V gathered."""
 
 
 class _Layer(ModelBlock):
     """The operators of one layer."""
 
+    def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections) -> None:
+        super().__init__(model, workload, replicas)
+        self.projections = projections
+        self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
+
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three projections as one GEMM, as Megatron's fused column-parallel linear."""
-        kv = self.model.kv_heads
-        heads = {"q": self.sizes["a"], "k": kv, "v": kv}
-        outs = [self.tensor(name, "s b a d", heads=n) for name, n in heads.items()]
-        weights = [self.weight(f"{name}_weight", "h a d", heads=n) for name, n in heads.items()]
-        biases = [self.weight(f"{name}_bias", "a d", heads=n) for name, n in heads.items() if self.model.qkv_bias]
-        left = ["s b h"] + ["h a d"] * 3 + ["a d"] * len(biases)
+        """The three projections as one GEMM, as Megatron's fused column-parallel linear, or as three."""
+        if self.projections == "gathered":
+            return self.gathered_qkv(x)
+        if self.projections == "fused":
+            q, k, v = self.projected("qkv", x, *self.heads)
+        else:
+            q, k, v = (self.projected(name, x, name)[0] for name in self.heads)
+        return q, k, v
+
+    def projected(self, name: str, x: Tensor, *made: str) -> list[Tensor]:
+        """One product for some of Q, K and V."""
+        heads = {own: self.heads[own] for own in made}
+        outs = [self.tensor(own, "s b a d", heads=n) for own, n in heads.items()]
+        weights = [self.weight(f"{own}_weight", "h a d", heads=n) for own, n in heads.items()]
+        biases = [self.weight(f"{own}_bias", "a d", heads=n) for own, n in heads.items() if self.model.qkv_bias]
+        left = ["s b h"] + ["h a d"] * len(weights) + ["a d"] * len(biases)
         self.add(
-            "qkv", "gemm", f"{', '.join(left)} -> s b a d, s b a d, s b a d", [x, *weights, *biases], outs,
+            name, "gemm", f"{', '.join(left)} -> {', '.join(['s b a d'] * len(outs))}", [x, *weights, *biases], outs,
             saves=[x], owns_gather=[x],
         )  # fmt: skip
-        return outs[0], outs[1], outs[2]
+        return outs
+
+    def gathered_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One product whose width is cut evenly, whatever heads that separates. The next operator reads all of it, as
+        dimension w, and takes its heads: the gather of Megatron-Core with fewer KV heads than tp.
+        """
+        width = sum(self.heads.values()) * self.model.head_dim
+
+        def wide(name: str, dims: str, kind: TensorKind = "activation") -> Tensor:
+            made = self.tensor(name, dims, kind)
+            return made._replace(sizes=(*made.sizes[:-1], Fraction(width)))
+
+        fused, weight = wide("qkv", "s b a*d"), wide("qkv_weight", "h a*d", "weight")
+        biases = [wide("qkv_bias", "a*d", "weight")] if self.model.qkv_bias else []
+        left = ", ".join(["s b h, h a*d", *["a*d"] * len(biases)])
+        self.add("qkv", "gemm", f"{left} -> s b a*d", [x, weight, *biases], [fused], saves=[x], owns_gather=[x])
+        q, k, v = (self.tensor(name, "s b a d", heads=n) for name, n in self.heads.items())
+        self.add("qkv_heads", "elementwise", "s b w -> s b a d, s b a d, s b a d", [fused], [q, k, v], mixes="w d")
+        return q, k, v
 
     def head_norm(self, name: str, x: Tensor) -> Tensor:
         """RMSNorm of each head of q or k (Qwen Team 2025, arXiv:2505.09388, section 2): one weight of [d] for all."""
         out = self.tensor(f"{x.name}_normed", "s b a d", heads=x.sizes[2])
         statistics = self.tensor(f"{name}_statistics", "s b a", "norm statistics", itemsize=4, heads=x.sizes[2])
+        kept, further = self.kept(self.ways.head_norm, out, x)
         self.add(
-            name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics],
-            mixes="d", saves=[x, statistics], kernel="rms_norm",
+            name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics, *further],
+            mixes="d", saves=[*kept, statistics], kernel="rms_norm", launches=self.ways.head_norm.launches,
         )  # fmt: skip
         return out
 
@@ -49,7 +88,10 @@ class _Layer(ModelBlock):
         """
         out = self.tensor(f"{x.name}_rotated", "s b a d", heads=x.sizes[2])
         table = self.tensor("rotations", "s d", "constant")
-        self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope")
+        self.add(
+            name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope",
+            launches=self.ways.rope.launches,
+        )  # fmt: skip
         return out
 
     def fused_attention(self, kernel: AttentionKernel | Framework, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,9 +110,11 @@ class _Layer(ModelBlock):
         scores = self.tensor("scores", "b a s j")
         self.add("qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
+        kept, further = self.kept(self.ways.softmax, weights, weights)
         self.add(
-            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights],
-            mixes="j", saves=[weights], kernel="masked_softmax" if self.model.causal else "softmax",
+            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights, *further],
+            mixes="j", saves=kept, kernel="masked_softmax" if self.model.causal else "softmax",
+            launches=self.ways.softmax.launches,
         )  # fmt: skip
         if self.model.dropout:
             weights = self.dropout("attention_dropout", weights)
@@ -104,33 +148,49 @@ class _Layer(ModelBlock):
 
     def residual(self, name: str, x: Tensor, residual: Tensor) -> Tensor:
         """Bias, dropout and residual in one kernel; without dropout the gradient passes through untouched."""
-        bias = [self.weight(f"{name}_bias", "h")] if self.model.bias else []
-        out = self.tensor(f"{name}_out", "s b h")
-        mask = [self.tensor(f"{name}_mask", "s b h", "mask", itemsize=1)] if self.model.dropout else []
+        bias, out, mask = self.residual_parts(name)
         self.add(
             name, "elementwise", f"s b h, s b h{', h' * len(bias)} -> s b h", [x, residual, *bias], [out, *mask],
             saves=mask, passthrough=[residual] if mask else [x, residual],
-            kernel="bias_dropout_add" if mask else "bias_add" if bias else "add",
+            kernel="bias_dropout_add" if mask else "bias_add" if bias else "add", launches=self.ways.residual.launches,
         )  # fmt: skip
         return out
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """fc1, activation and fc2; the bias of fc1 is fused into the activation, which keeps its input."""
-        gated = self.model.gated_mlp
-        inner = "s b g f" if gated else "s b f"
-        hidden = self.tensor("fc1_out", inner)
-        weight = self.weight("fc1_weight", "h g f" if gated else "h f")
+    def residual_parts(self, name: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """A bias if there is one, the sum, and the mask of dropout if there is one."""
+        bias = [self.weight(f"{name}_bias", "h")] if self.model.bias else []
+        mask = [self.tensor(f"{name}_mask", "s b h", "mask", itemsize=1)] if self.model.dropout else []
+        return bias, self.tensor(f"{name}_out", "s b h"), mask
+
+    def residual_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The first residual and the norm that reads it in one kernel, and their gradients in another."""
+        bias, out, mask = self.residual_parts("residual1")
+        weights, normed, statistics, kernel = self.norm_parts("norm2")
         self.add(
-            "fc1", "gemm", f"s b h, {' '.join(weight.dims)} -> {inner}", [x, weight], [hidden],
-            saves=[x], owns_gather=[x],
+            "norm2", "norm", f"s b h, s b h{', h' * (len(bias) + len(weights))} -> s b h, s b h",
+            [x, residual, *bias, *weights], [out, normed, statistics, *mask],
+            mixes="h", saves=[out, statistics, *mask], kernel=kernel,
         )  # fmt: skip
-        bias = [self.weight("fc1_bias", "g f" if gated else "f")] if self.model.bias else []
-        left = ", ".join([inner] + [" ".join(b.dims) for b in bias])
+        return out, normed
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """fc1, or gate and up, activation and fc2; the bias is fused into the activation, which keeps its input."""
+        names = ["gate", "up"] if self.model.gated_mlp and self.projections == "separate" else ["fc1"]
+        width = "g f" if self.model.gated_mlp and names == ["fc1"] else "f"
+        hidden = [self.tensor(f"{name}_out", f"s b {width}") for name in names]
+        for name, made in zip(names, hidden, strict=True):
+            weight = self.weight(f"{name}_weight", f"h {width}")
+            self.add(name, "gemm", f"s b h, h {width} -> s b {width}", [x, weight], [made], saves=[x], owns_gather=[x])
+        bias = [self.weight(f"{name}_bias", width) for name in names if self.model.bias]
+        left = ", ".join(" ".join(read.dims) for read in (*hidden, *bias))
         active = self.tensor("activation_out", "s b f")
+        way = self.ways.activation_of_two if len(hidden) > 1 else self.ways.activation
+        kept, further = self.kept(way, active, *hidden)
         self.add(
-            self.model.activation, "elementwise", f"{left} -> s b f", [hidden, *bias], [active],
-            mixes="g" if gated else "", saves=[hidden],
+            self.model.activation, "elementwise", f"{left} -> s b f", [*hidden, *bias], [active, *further],
+            mixes="g" if "g" in width else "", saves=kept,
             kernel="bias_gelu" if bias and self.model.activation == "gelu" else self.model.activation,
+            launches=way.launches,
         )  # fmt: skip
         out = self.tensor("fc2_out", "s b h")
         self.add(
@@ -147,19 +207,25 @@ LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax"
 
 layer_traits = attrgetter(
     "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
-    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout",
+    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as",
 )  # fmt: skip
 """What of a model one layer depends on."""
 
 
-def transformer_layer(model: Model, workload: Workload, replicas: int = 1) -> tuple[Operator, ...]:
+def transformer_layer(
+    model: Model, workload: Workload, replicas: int = 1, projections: Projections = "fused"
+) -> tuple[Operator, ...]:
     """The operators of one layer in forward order; the first reads the tensor `layer_input`.
 
     Sizes are those of a micro-batch of all data-parallel replicas, which the dp axis of a mesh divides again.
     """
-    layer = _Layer(model, workload, replicas)
+    layer = _Layer(model, workload, replicas, projections)
     x = layer.tensor(LAYER_INPUT, "s b h")
-    attended = layer.residual("residual1", layer.self_attention(layer.norm("norm1", x)), x)
-    normed = layer.norm("norm2", x if model.parallel_residual else attended)
+    out = layer.self_attention(layer.norm("norm1", x))
+    if layer.ways.joins_residual:
+        attended, normed = layer.residual_and_norm(out, x)
+    else:
+        attended = layer.residual("residual1", out, x)
+        normed = layer.norm("norm2", x if model.parallel_residual else attended)
     layer.residual("residual2", layer.mlp(normed), attended)
     return tuple(layer.operators)
