@@ -60,7 +60,9 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "sequence_parallel": "norms, dropouts and residuals on a shard of the sequence over tp: Megatron SP",
     "ulysses": "GPUs that share the sequence, and heads in attention, by all-to-all: DeepSpeed-Ulysses",
     "ring": "GPUs that share the sequence in attention too: ring attention, context parallelism (cp)",
-    "ring_kind": "K and V go round from GPU to GPU, or are gathered before attention",
+    "ring_kind": "K and V go round, are gathered before attention, or behind its first step (torch)",
+    "ring_gradients": "dK and dV go round in the model's dtype, P - 1 trips, or in fp32, P trips",
+    "ring_messages": "K and V in one buffer, copied into one for each message, or two sends in a batch",
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
     "pp": "pipeline stages",
     "virtual_pp": "chunks of layers that each stage holds: above 1 the schedule is interleaved",
@@ -96,6 +98,9 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "few_kv_heads": "with fewer KV heads than tp: fused q, k, v gathered, K and V replicated, or refused",
     "norm_gradients": "gradients of norms over tp: summed once a step, or again for each that reads them",
     "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
+    "uneven_heads": "heads that ulysses does not divide: refused, or whole groups dealt out (DeepSpeed)",
+    "ulysses_few_kv_heads": "with fewer KV heads than ulysses: K and V replicated, a head on each rank, or refused",
+    "gathers_position_ids": "position ids gathered over ulysses in every layer, as DeepSpeed's ALST does",
 }
 """What each option of a plan means."""
 

@@ -26,7 +26,7 @@ class _Layer(ModelBlock):
     def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections) -> None:
         super().__init__(model, workload, replicas)
         self.projections = projections
-        self.heads = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads}
+        self.heads = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections as one GEMM, as Megatron's fused column-parallel linear, or as three."""
