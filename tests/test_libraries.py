@@ -154,7 +154,6 @@ def test_few_kv_heads_are_gathered_with_all_of_q_k_and_v(sequence):
     [
         ("library=transformers,tp=8", ["kv_heads = 4", "'refuse'", "transformers", "few_kv_heads=replicate"]),
         ("tp=8,projections=separate", ["kv_heads = 4", "projections=fused", "few_kv_heads=replicate"]),
-        ("library=yunchang,ulysses=8", ["ulysses = 8", "kv_heads = 4"]),
     ],
 )
 def test_what_a_library_refuses_of_few_kv_heads(plan, parts):

@@ -11,8 +11,9 @@ from tests.cases import model, scenario
 PLANS = (
     "", "tp=2", "tp=2,sequence_parallel", "tp=2,sequence_parallel,keep_gathered", "ulysses=2", "ring=2", "ring=4",
     "ring=2,ring_kind=all_gather", "ring=2,ring_kind=gather_permute",
-    "ring=4,ring_gradients=fp32,ring_messages=separate", "ring=4,ring_kind=all_gather,ring_cut=contiguous",
-    "tp=2,ulysses=2", "tp=2,projections=separate", "tp=8,sequence_parallel",
+    "ring=4,ring_gradients=fp32,ring_messages=separate",
+    "ring=4,ring_kind=all_gather,ring_cut=contiguous", "tp=2,ulysses=2",
+    "tp=2,projections=separate", "tp=8,sequence_parallel",
     "tp=2,sequence_parallel,ring=2", "ulysses=2,ring=2,recompute=full", "tp=2,sequence_parallel,recompute=full",
     "ulysses=2,zero=1", "ring=2,distributed_optimizer",
 )  # fmt: skip

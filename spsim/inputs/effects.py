@@ -17,7 +17,7 @@ OF_THE_STEP = ("loss_fusion",)
 
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
-    own = (*of_library(model, plan), *of_modules(model), *of_heads(model, plan))
+    own = (*of_library(model, plan), *of_heads(model, plan), *of_modules(model))
     return (*model.notes, *own, *without_effect(model, plan, scope))
 
 
@@ -37,6 +37,19 @@ def of_library(model: Model, plan: Plan) -> Iterator[str]:
     given, idle = plan.differing, reasons(model, plan)
     chosen = [setting(name, value) for name, value in usual.items() if name not in given and not idle.get(name)]
     yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core'}"
+
+
+def of_heads(model: Model, plan: Plan) -> Iterator[str]:
+    """Where ranks of `ulysses` do not have equally many, or K and V more than once."""
+    groups, size = model.kv_heads // plan.tp, model.heads // model.kv_heads
+    if deals_out_groups(model, plan):
+        most, rest = -(-groups // plan.ulysses), groups % plan.ulysses
+        yield (
+            f"uneven_heads = 'by_group': {rest} of {plan.ulysses} ranks have {most * size} heads, the others "
+            f"{(most - 1) * size}; times and memory are of a rank with the most, messages as if all had as many"
+        )
+    elif 0 < groups < plan.ulysses:
+        yield f"{groups} KV heads for ulysses = {plan.ulysses}: K and V are replicated, a head on each rank"
 
 
 def of_modules(model: Model) -> Iterator[str]:
@@ -62,19 +75,6 @@ def unfused_softmax(model: Model, plan: Plan, workload: Workload) -> Iterator[st
             f"fused softmax of {workload.seq_len:,} keys, {rows} heads x sequences: Megatron-Core's kernel takes 17 to "
             "4096, a multiple of 4 and 16 bits; else it keeps probabilities in fp32, as with kernels = 'eager'"
         )
-
-
-def of_heads(model: Model, plan: Plan) -> Iterator[str]:
-    """Where ranks of `ulysses` do not have equally many, or K and V more than once."""
-    groups, size = model.kv_heads // plan.tp, model.heads // model.kv_heads
-    if deals_out_groups(model, plan):
-        most, rest = -(-groups // plan.ulysses), groups % plan.ulysses
-        yield (
-            f"uneven_heads = 'by_group': {rest} of {plan.ulysses} ranks have {most * size} heads, the others "
-            f"{(most - 1) * size}; times and memory are of a rank with the most, messages as if all had as many"
-        )
-    elif 0 < groups < plan.ulysses:
-        yield f"{groups} KV heads for ulysses = {plan.ulysses}: K and V are replicated, a head on each rank"
 
 
 def setting(name: str, value: Any) -> str:

@@ -32,12 +32,12 @@ class LibraryRecord:
 
 _EAGER_DTENSOR = {"tp_backward_overlap": False, "norm_gradients": "each_reader", "few_kv_heads": "refuse"}
 """DTensor run eagerly waits for each collective before the next product, and reduces a Partial whenever it is read."""
-_TORCH_MODULES = {"kernels": "eager", "composite_norm": False, "glu_offset": False}
-"""Modules of torch.nn, not compiled."""
-_TRANSFORMERS_MODULES = {**_TORCH_MODULES, "composite_norm": True}
 _CONTEXT_PARALLEL = {"ring_kind": "gather_permute", "ring_gradients": "fp32", "ring_messages": "concatenated"}
 """torch's `context_parallel` with `set_rotate_method("allgather")`, its default; "alltoall" is `ring_kind = "p2p"`."""
 _RING_FLASH_ATTENTION = {"ring_gradients": "fp32", "ring_messages": "separate"}
+_TORCH_MODULES = {"kernels": "eager", "composite_norm": False, "glu_offset": False}
+"""Modules of torch.nn, not compiled."""
+_TRANSFORMERS_MODULES = {**_TORCH_MODULES, "composite_norm": True}
 _FULLY_SHARDED = {"zero": 3, "dp_library": "fsdp", "pp_sends": "torch"}
 
 LIBRARIES: Mapping[str, LibraryRecord] = {
@@ -96,7 +96,6 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
         {
             **_RING_FLASH_ATTENTION,
             "ring_cut": "contiguous",
-            "few_kv_heads": "refuse",
             "ulysses_few_kv_heads": "refuse",
         },
     ),

@@ -62,13 +62,37 @@ def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
+def _check_even_heads(model: Model, plan: Plan) -> None:
+    degree = plan.tp * plan.ulysses
+    by_group = plan.model_copy(update={"uneven_heads": "by_group"})
+    dealt = ", or uneven_heads=by_group, as DeepSpeed has it" if deals_out_groups(model, by_group) else ""
+    if model.heads % degree:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
+            f"use a divisor of it, such as {math.gcd(model.heads, degree)}{dealt}"
+        )
+    if model.kv_heads % degree and degree % model.kv_heads:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
+            f"use {model.kv_heads} or a divisor of it{dealt}"
+        )
+    if plan.ulysses_few_kv_heads == "refuse" and not reasons(model, plan)["ulysses_few_kv_heads"]:
+        own = model.kv_heads // plan.tp
+        raise InputError(
+            f"plan: ulysses = {plan.ulysses} has more ranks than there are KV heads, {own}, and ulysses_few_kv_heads = "
+            f"'refuse', as library = {plan.library!r} does; use ulysses_few_kv_heads=replicate, a head on each rank, "
+            f"or ulysses={own}"
+        )
+
+
 def _check_kv_heads(model: Model, plan: Plan, workload: Workload) -> None:
     """With fewer KV heads than ranks that share heads, as the plan has it."""
     few = plan.few_kv_heads
     if few == "refuse" and plan.tp > model.kv_heads:
         raise InputError(
-            f"plan: tp = {plan.tp} with kv_heads = {model.kv_heads}, which few_kv_heads = 'refuse' takes at most, as "
-            f"library = {plan.library!r} does; use {model.kv_heads} or a divisor of it, or few_kv_heads=replicate"
+            f"plan: tp = {plan.tp} with kv_heads = {model.kv_heads}, which few_kv_heads = "
+            f"'refuse' takes at most, as library = {plan.library!r} does; use {model.kv_heads} or a divisor of it, or "
+            "few_kv_heads=replicate"
         )
     if not gathers_qkv(model, plan):
         return
@@ -94,28 +118,6 @@ def gathers_qkv(model: Model, plan: Plan) -> bool:
 def qkv_width(model: Model) -> int:
     """Columns of Q, K and V."""
     return (model.heads + 2 * model.kv_heads) * model.head_dim
-
-
-def _check_even_heads(model: Model, plan: Plan) -> None:
-    degree = plan.tp * plan.ulysses
-    by_group = plan.model_copy(update={"uneven_heads": "by_group"})
-    dealt = ", or uneven_heads=by_group, as DeepSpeed has it" if deals_out_groups(model, by_group) else ""
-    if model.heads % degree:
-        raise InputError(
-            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
-            f"use a divisor of it, such as {math.gcd(model.heads, degree)}{dealt}"
-        )
-    if model.kv_heads % degree and degree % model.kv_heads:
-        raise InputError(
-            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
-            f"use {model.kv_heads} or a divisor of it{dealt}"
-        )
-    if plan.ulysses_few_kv_heads == "refuse" and not reasons(model, plan)["ulysses_few_kv_heads"]:
-        raise InputError(
-            f"plan: ulysses = {plan.ulysses} has more ranks than there are KV heads, {model.kv_heads // plan.tp}, and "
-            f"ulysses_few_kv_heads = 'refuse'; use ulysses_few_kv_heads=replicate, a head on each rank, as DeepSpeed's "
-            f"ALST has it, or ulysses={model.kv_heads // plan.tp}"
-        )
 
 
 def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:

@@ -47,9 +47,9 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
-    ulysses = (plan.gathers_position_ids,) if plan.ulysses > 1 else ()
     moved = plan.keep_gathered, plan.tp_overlap and plan.tp > 1, plan.input_gradients, plan.batch_first
-    return *placed_by(plan), kind or usual_kind(plan), *moved, *ulysses, *ring
+    ids = plan.gathers_position_ids and plan.ulysses > 1
+    return *placed_by(plan), kind or usual_kind(plan), *moved, ids, *ring
 
 
 def projections(model: Model, plan: Plan) -> Projections:

@@ -97,10 +97,10 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "input_gradients": "gradients of the input of several products: summed before they move over tp, or each moved",
     "few_kv_heads": "with fewer KV heads than tp: fused q, k, v gathered, K and V replicated, or refused",
     "norm_gradients": "gradients of norms over tp: summed once a step, or again for each that reads them",
-    "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
     "uneven_heads": "heads that ulysses does not divide: refused, or whole groups dealt out (DeepSpeed)",
     "ulysses_few_kv_heads": "with fewer KV heads than ulysses: K and V replicated, a head on each rank, or refused",
     "gathers_position_ids": "position ids gathered over ulysses in every layer, as DeepSpeed's ALST does",
+    "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
 }
 """What each option of a plan means."""
 
