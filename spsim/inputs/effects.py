@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from spsim.inputs.libraries import LIBRARIES, library_defaults
+from spsim.inputs.libraries import CHOICES, LIBRARIES, library_defaults, some_library_has
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
@@ -16,7 +16,12 @@ OF_THE_STEP = ("loss_fusion",)
 
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
-    return (*model.notes, *of_library(model, plan), *without_effect(model, plan, scope))
+    return (
+        *model.notes,
+        *of_library(model, plan, scope),
+        *of_no_library(model, plan),
+        *without_effect(model, plan, scope),
+    )
 
 
 def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
@@ -28,13 +33,23 @@ def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = 
             yield f"{setting(name, differing[name])} has no effect {reason}"
 
 
-def of_library(model: Model, plan: Plan) -> Iterator[str]:
+def of_library(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
     """What a plan does because its library does, not Megatron-Core: options that nobody gave."""
     if not (usual := library_defaults(plan.library)):
         return
-    given, idle = plan.differing, reasons(model, plan)
-    chosen = [setting(name, value) for name, value in usual.items() if name not in given and not idle.get(name)]
-    yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core'}"
+    left_out = {*plan.differing, *(("zero", "dp_library") if scope == "layers" else ())}
+    idle = reasons(model, plan)
+    chosen = [setting(name, value) for name, value in usual.items() if name not in left_out and not idle.get(name)]
+    yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core does'}"
+
+
+def of_no_library(model: Model, plan: Plan) -> Iterator[str]:
+    """Choices that no library makes together, as far as they have an effect."""
+    fields, idle, given = type(plan).model_fields, reasons(model, plan), plan.differing
+    made = {name: getattr(plan, name) for name in CHOICES if not idle.get(name)}
+    if not some_library_has(made, {name: fields[name].default for name in made}):
+        told = [setting(name, value) for name, value in made.items() if name in given]
+        yield f"no library that is known here does {' and '.join(told)} with all else as in {plan.library}"
 
 
 def setting(name: str, value: Any) -> str:
@@ -57,7 +72,7 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "sequence_parallel": one_rank,
         "ring_kind": "without ring" if plan.ring == 1 else "",
         "ring_cut": ring_cut,
-        "tp_backward_overlap": one_rank,
+        "tp_backward_overlap": one_rank or _nothing_hidden(model, plan),
         "tp_overlap": one_rank,
         "keep_gathered": whole_sequence,
         "input_gradients": one_rank or ("" if plan.projections == "separate" else "with projections = 'fused'"),
@@ -65,6 +80,13 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "norm_gradients": whole_sequence,
         "batch_first": whole_sequence or ("with tp_overlap" if plan.tp_overlap else ""),
     }
+
+
+def _nothing_hidden(model: Model, plan: Plan) -> str:
+    """Gradients that are summed over several products are complete when none is left to hide their communication."""
+    regathers = plan.sequence_parallel and not plan.keep_gathered
+    several = plan.projections == "separate" and plan.input_gradients == "summed" and model.gated_mlp
+    return "with projections = 'separate', whose gradients are summed last" if several and not regathers else ""
 
 
 def _of_pipeline(plan: Plan) -> dict[str, str]:
