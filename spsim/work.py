@@ -148,6 +148,8 @@ class MemoryBound:
     """Data type of what it moves, where that is another than the products'."""
     accesses: int = 0
     """Elements that it reads and writes one by one, for operands are strided or broadcast; 0 where vectors are."""
+    eager: bool = False
+    """As torch runs it by itself, whatever a library fuses under that name."""
 
     @property
     def flops(self) -> int:

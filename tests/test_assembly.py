@@ -84,6 +84,9 @@ OTHER_TRAITS = {
     "head_bias": True,
     "sliding_window": 4096,
     "left_out": "vision_config",
+    "kernels": "eager",
+    "composite_norm": True,
+    "glu_offset": False,
 }
 
 

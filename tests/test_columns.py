@@ -206,6 +206,7 @@ def random_settings(rng):
             "kv_heads": rng.choice([1, 2, 4, 8, 16]), "gated_mlp": rng.random() < 0.5, "ffn_hidden": 2816,
             "attention": rng.choice(["flash", "unfused"]) if ring == 1 or kind == "all_gather" else "flash",
             "dropout": rng.choice([0.0, 0.1]), "causal": rng.random() < 0.8, "qk_norm": rng.random() < 0.2,
+            "kernels": rng.choice([None, "eager", "compiled"]),
         }  # fmt: skip
         plan = {
             "tp": tp, "ulysses": ulysses, "ring": ring, "sequence_parallel": rng.random() < 0.6, "ring_kind": kind,

@@ -76,11 +76,11 @@ def test_an_unknown_library_gets_the_known_names(text):
 def test_a_result_says_what_is_done_as_the_library_does():
     """What the user chose is not the library's choice, and what has no effect is not said."""
     assert scenario("tp=2").notes == ()
-    (note,) = scenario("library=transformers,tp=2").notes
+    note, *_ = scenario("library=transformers,tp=2").notes
     assert "transformers 5.24.0" in note
     assert "projections = 'separate'" in note
     assert "dp_library" not in note
-    (note,) = scenario("library=transformers,tp=2,projections=fused").notes
+    note, *_ = scenario("library=transformers,tp=2,projections=fused").notes
     assert "projections" not in note
 
 

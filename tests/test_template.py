@@ -54,6 +54,9 @@ def layers(draw):
         attention=draw(st.sampled_from(["flash", "unfused"] if any_attention else ["flash"])),
         causal=draw(st.booleans()),
         dropout=draw(st.sampled_from([0.0, 0.1])),
+        kernels=draw(st.sampled_from(["fused", "eager", "compiled"])),
+        composite_norm=draw(st.booleans()),
+        glu_offset=draw(st.booleans()),
     )
     return model, plan
 

@@ -78,15 +78,15 @@ class TrafficCost:
 
     def _rates(self, work: MemoryBound) -> _Traffic:
         """Rates at the rows of kernels; remembered but for rows of many workloads, an array with a row for each."""
-        sort, row = (work.operator_class, work.kernel, work.backward, work.dtype), work.row
+        sort, row = (work.operator_class, work.kernel, work.backward, work.dtype, work.eager), work.row
         if isinstance(row, np.ndarray):
             return self._of_rows(*sort, row) if row.ndim > 1 else self._known(*sort, tuple(row.tolist()))
         return self._known(*sort, row)
 
-    def _of_rows(self, operator_class: Any, kernel: Any, backward: Any, dtype: Any, row: Any) -> _Traffic:
+    def _of_rows(self, operator_class: Any, kernel: Any, backward: Any, dtype: Any, eager: Any, row: Any) -> _Traffic:
         """Of one kernel, or arrays of many."""
         row = np.array(row) if isinstance(row, tuple) else row
-        memory, cache, start, *segments = each(self._one, operator_class, kernel, backward, dtype)
+        memory, cache, start, *segments = each(self._one, operator_class, kernel, backward, dtype, eager)
         for at in range(0, len(segments), 5):
             shortest, length, *changes = segments[at : at + 5]
             share = np.minimum(1.0, np.maximum(0.0, (row - shortest) / length))
@@ -107,15 +107,21 @@ class TrafficCost:
         return next(((one, own) for one in names if any(one in rates for rates in known)), (name, "bf16"))
 
     def _at(
-        self, operator_class: MemoryBoundClass, kernel: KernelName | None, backward: bool, dtype: str | None
+        self,
+        operator_class: MemoryBoundClass,
+        kernel: KernelName | None,
+        backward: bool,
+        dtype: str | None,
+        eager: bool = False,
     ) -> tuple[float, ...]:
         """Of one kernel, as flat as arrays of many need it: `_Traffic` at the shortest measured row; for each step to a
         longer one, as many as any has, where it begins, its length and the changes.
         """
         name, table = self._key(kernel, backward, dtype)
-        rates = self._coefficients.kernel_rates.get(table, {}) | self._coefficients.fused_rates.get(table, {})
+        fused = {} if eager else self._coefficients.fused_rates.get(table, {})
+        rates = self._coefficients.kernel_rates.get(table, {}) | fused
         by_row = self._coefficients.row_rates.get(table, {})
-        if name not in by_row or name in self._coefficients.fused_rates.get(table, {}):
+        if name not in by_row or name in fused:
             at_any = _traffic(rates[name]) if name in rates else self._of_class(operator_class)
             return *at_any, *(self._segments * _UNCHANGED)
         known = sorted((int(length), _traffic(rates)) for length, rates in by_row[name].items())
@@ -133,7 +139,7 @@ class TrafficCost:
     def class_of(self, work: MemoryBound) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""
         kernel, dtype = self._key(work.kernel, work.backward, work.dtype)
-        for table in TABLES:
+        for table in TABLES[1:] if work.eager else TABLES:
             if kernel in getattr(self._coefficients, table).get(dtype, {}):
                 return f"{table}.{dtype}.{kernel}"
         return f"memory_bound.{self._coefficients.memory_bound.share_of(work.operator_class)}"

@@ -9,6 +9,7 @@ from spsim.inputs.libraries import CHOICES, LIBRARIES, library_defaults, some_li
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
+from spsim.inputs.workload import Workload
 
 OF_THE_STEP = ("loss_fusion",)
 """Options that layers alone have nothing of."""
@@ -16,12 +17,8 @@ OF_THE_STEP = ("loss_fusion",)
 
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
-    return (
-        *model.notes,
-        *of_library(model, plan, scope),
-        *of_no_library(model, plan),
-        *without_effect(model, plan, scope),
-    )
+    own = (*of_library(model, plan, scope), *of_no_library(model, plan), *of_modules(model))
+    return (*model.notes, *own, *without_effect(model, plan, scope))
 
 
 def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
@@ -50,6 +47,31 @@ def of_no_library(model: Model, plan: Plan) -> Iterator[str]:
     if not some_library_has(made, {name: fields[name].default for name in made}):
         told = [setting(name, value) for name, value in made.items() if name in given]
         yield f"no library that is known here does {' and '.join(told)} with all else as in {plan.library}"
+
+
+def of_modules(model: Model) -> Iterator[str]:
+    """How modules run, where that is not as one kernel each."""
+    if model.kernels == "compiled":
+        yield "kernels = 'compiled': what stands between products is one kernel, as torch.compile joins it"
+    elif model.kernels == "eager":
+        composite = "RMSNorm among them" if model.composite_norm else "norms as kernels of torch"
+        yield f"kernels = 'eager': activations, rotations and residuals are single operations, {composite}"
+
+
+MEGATRON_SOFTMAX = range(17, 4097)
+"""Keys of a row that Megatron-Core's kernel for scale, mask and softmax takes."""
+
+
+def unfused_softmax(model: Model, plan: Plan, workload: Workload) -> Iterator[str]:
+    """Where Megatron-Core's fused softmax does not run, though kernels are fused (`fused_softmax.py`)."""
+    if model.attention != "unfused" or model.kernels not in (None, "fused"):
+        return
+    rows = workload.micro_batch * model.heads // (plan.tp * plan.ulysses)
+    if workload.seq_len not in MEGATRON_SOFTMAX or rows % 4 or workload.precision == "fp32":
+        yield (
+            f"fused softmax of {workload.seq_len:,} keys, {rows} heads x sequences: Megatron-Core's kernel takes 17 to "
+            "4096, a multiple of 4 and 16 bits; else it keeps probabilities in fp32, as with kernels = 'eager'"
+        )
 
 
 def setting(name: str, value: Any) -> str:

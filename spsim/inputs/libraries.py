@@ -23,10 +23,16 @@ class LibraryRecord:
     version: str
     options: Mapping[str, Any] = field(default_factory=dict)
     """Option of a plan -> its value, where that is not the one of the field."""
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    """Field of a model that says how its modules run -> its value, where the library has modules of its own, or those
+    of another one."""
 
 
 _EAGER_DTENSOR = {"tp_backward_overlap": False, "norm_gradients": "each_reader", "few_kv_heads": "refuse"}
 """DTensor run eagerly waits for each collective before the next product, and reduces a Partial whenever it is read."""
+_TORCH_MODULES = {"kernels": "eager", "composite_norm": False, "glu_offset": False}
+"""Modules of torch.nn, not compiled."""
+_TRANSFORMERS_MODULES = {**_TORCH_MODULES, "composite_norm": True}
 _FULLY_SHARDED = {"zero": 3, "dp_library": "fsdp", "pp_sends": "torch"}
 
 LIBRARIES: Mapping[str, LibraryRecord] = {
@@ -41,6 +47,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "keep_gathered": True,
             "batch_first": True,
         },
+        _TORCH_MODULES,
     ),
     "transformers": LibraryRecord(
         "5.24.0",
@@ -51,8 +58,11 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "tp_backward_overlap": False,
             "few_kv_heads": "refuse",
         },
+        _TRANSFORMERS_MODULES,
     ),
-    "deepspeed": LibraryRecord("0.19.8", {"dp_library": "deepspeed", "few_kv_heads": "replicate"}),
+    "deepspeed": LibraryRecord(
+        "0.19.8", {"dp_library": "deepspeed", "few_kv_heads": "replicate"}, _TRANSFORMERS_MODULES
+    ),
     "torch": LibraryRecord(
         "2.13.0",
         {
@@ -63,6 +73,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "keep_gathered": True,
             "batch_first": True,
         },
+        _TORCH_MODULES,
     ),
     "yunchang": LibraryRecord("0.6.4"),
     "ring-flash-attn": LibraryRecord("0.1.8"),
@@ -90,3 +101,8 @@ def library_defaults(library: Any) -> Mapping[str, Any]:
     """Options of a plan of a library that are not those of the fields; none of what is no library."""
     record = LIBRARIES.get(library) if isinstance(library, str) else None
     return {} if record is None else record.options
+
+
+def module_defaults(library: LibraryName) -> Mapping[str, Any]:
+    """How the modules of a model run in a library, by field of the model, where that is not as in Megatron-Core."""
+    return LIBRARIES[library].modules

@@ -67,6 +67,15 @@ class Model(Configuration):
     """`flash`: the fused kernel that Transformer Engine picks on the hardware; or a kernel of the profile by name."""
     sliding_window: Size | None = None
     """Keys that a query looks back at, itself included. Sequences that are longer are refused."""
+    kernels: Literal["fused", "eager", "compiled"] | None = None
+    """What a norm, an activation, a rotation, a residual and unfused attention run as: a kernel each, as Megatron-Core
+    and Transformer Engine have them, the single operations of torch, or what torch.compile makes of those. The
+    library's own unless given, of Megatron-Core `fused`."""
+    composite_norm: bool | None = None
+    """Eager RMSNorm of single operations in fp32, as in transformers, in place of torch's kernel."""
+    glu_offset: bool | None = None
+    """Eager gated activations add an offset to the up projection, in a tensor of its own, as Megatron-Core does
+    (`glu_linear_offset`), by default of 0."""
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     left_out: Name = ""
@@ -119,6 +128,18 @@ class Model(Configuration):
                 f"activation {self.activation!r} and gated_mlp = {self.gated_mlp} exclude each other; change one"
             )
         return self
+
+    def as_in(self, modules: Mapping[str, Any]) -> Self:
+        """With modules that run as a library's do, where the model does not say how."""
+        changes = {name: value for name, value in modules.items() if getattr(self, name) is None}
+        return self.model_copy(update=changes) if changes else self
+
+    @property
+    def runs_as(self) -> tuple[str | bool, ...]:
+        """How its modules run, by what has an effect: the kernels, and of eager ones what they are made of."""
+        if self.kernels != "eager":
+            return (self.kernels or "fused",)
+        return "eager", self.composite_norm is True, self.gated_mlp and self.glu_offset is not False
 
     @property
     def attention_kernel(self) -> AttentionKernel | Framework | None:

@@ -11,8 +11,9 @@ from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
-from spsim.inputs.effects import notes_of
+from spsim.inputs.effects import notes_of, unfused_softmax
 from spsim.inputs.hardware import HardwareProfile
+from spsim.inputs.libraries import module_defaults
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
@@ -61,6 +62,12 @@ class Shapes(Configuration):
     @classmethod
     def _load_workload(cls, value: Any) -> Any:
         return _from_table(Workload, value)
+
+    @model_validator(mode="after")
+    def _with_modules(self) -> Self:
+        """The modules of a model run as those of the plan's library, unless it says how."""
+        self.__dict__["model"] = self.model.as_in(module_defaults(self.plan.library))
+        return self
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Self:
@@ -145,7 +152,7 @@ class Scenario(Shapes):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Parts of the model that are left out, and settings without effect, said once."""
-        return notes_of(self.model, self.plan, self.scope)
+        return (*notes_of(self.model, self.plan, self.scope), *unfused_softmax(self.model, self.plan, self.workload))
 
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:

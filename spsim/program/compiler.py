@@ -179,10 +179,16 @@ class _Compiler:
             return
         if isinstance(kernels, Product):
             self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
+        self._lead(op, kernels, part, reads)
         reads += self._search(op, kernels, part, reads)
         over = {op.outputs[0].name: reads[0]} if op.operator.in_place else {}
         writes = [self._hold(output, generation, over.get(output.name)) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
+
+    def _lead(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:
+        """Kernels of an operator before the one that writes its outputs; what they write themselves is not counted."""
+        for work in kernels.leading(backward=part == "backward"):
+            self._compute(op.name, op.operator.kind, part, (work,), reads, ())
 
     def _search(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> list[Buffer]:
         """The scale of a cast, if it is searched for or ranks agree on it: they cast parts of one tensor."""
@@ -289,6 +295,7 @@ class _Compiler:
         if work:
             scale = self._search(op, kernels, "backward", gradients)
             reads = [*gradients, *saved.values(), *weights, *scale]
+            self._lead(op, kernels, "backward", reads)
             over = saved.get(op.outputs[0].name) if op.operator.in_place else None
             writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
             accumulated = kernels.accumulation if not op.gathered else ()

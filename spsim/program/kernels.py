@@ -59,6 +59,10 @@ class Kernels:
         """The backward kernel; empty where every gradient passes through."""
         return self._backward
 
+    def leading(self, *, backward: bool) -> tuple[Work, ...]:
+        """Kernels of a pass before the one that writes what is handed on, where they are several."""
+        return ()
+
     accumulation: tuple[MemoryBound, ...] = ()
     """Kernels that add the gradient of a weight to its main gradient; of most the kernel that makes it adds it, too."""
 
@@ -376,14 +380,6 @@ class Attention(Kernels):
     def _width(self, operand: PlacedOperand) -> int:
         """Elements of a head of an operand."""
         return self._product(dim for dim in operand.subscript if dim not in self._heads | POSITIONS | {"b"})
-
-
-def kernels_of(placed: PlacedOperator, gathered: Set[str] = frozenset()) -> Kernels:
-    """The kernels of an operator, by its kind."""
-    return _KINDS.get(placed.operator.kind, Kernels)(placed, gathered)
-
-
-_KINDS: dict[str, type[Kernels]] = {"gemm": Product, "attention": Attention, "embedding": Lookup, "cast": Casting}
 
 
 def gradient_name(tensor: str) -> str:

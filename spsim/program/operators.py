@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 from spsim.errors import InputError
 from spsim.lazy import lazy
+from spsim.program.launches import Launches
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Extent, Layout, Placement, factors, shard
 from spsim.program.recipes import Cast, Recipe
@@ -30,10 +31,11 @@ from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Framework, KernelCl
 
 TensorKind = Literal[
     "activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp", "statistics", "loss",
-    "probabilities",
+    "probabilities", "intermediate",
 ]  # fmt: skip
 """`statistics` are handed to other operators as activations are, but have no gradient: what a loss knows of all logits
 of a token. A `loss` is handed to nobody: where it is made, the backward pass begins. `probabilities` are kept by it.
+An `intermediate` is what an operator of several kernels keeps of those within it; it counts as an activation.
 """
 
 HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics")
@@ -88,6 +90,8 @@ class Operator:
     """What a memory-bound operator computes, if a profile may know its rates."""
     attention_kernel: AttentionKernel | Framework = "transformer_engine"
     """Which fused kernel computes core attention."""
+    launches: Launches | None = None
+    """Its kernels, where torch runs it as several."""
     rules: str = ""
     """Name of the rules that it is split by, where those are not the ones of the block: experts."""
     in_place: bool = False

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from spsim.lazy import lazy
 from spsim.program.casts import casting_weights
 from spsim.program.instructions import Weights, WeightSync
-from spsim.program.kernels import Product, gradient_name, kernels_of
+from spsim.program.kernel_kinds import kernels_of
+from spsim.program.kernels import Product, gradient_name
 from spsim.program.mesh import Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
 from spsim.program.placed import PlacedOperand, PlacedOperator

@@ -54,7 +54,9 @@ class Saving:
                 if (operand.name, layout) not in seen:
                     seen.add((operand.name, layout))
                     size = self.region.bytes_of(operand.tensor, layout)
-                    yield Saved(operand.name, layout, size, operand.tensor.kind, op.name)
+                    kind = operand.tensor.kind
+                    category = "activation" if kind == "intermediate" else kind
+                    yield Saved(operand.name, layout, size, category, op.name)
             for weight in op.gathered if keep_weights else ():
                 yield Saved(weight.name, weight.layout, weight.bytes, "weight", op.name)
 

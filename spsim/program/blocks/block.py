@@ -8,6 +8,8 @@ from fractions import Fraction
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
+from spsim.program.blocks.ways import FP32_BYTES, Way, ways_of
+from spsim.program.launches import Launches
 from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
 from spsim.program.placement import Extent, factors
 from spsim.work import AttentionKernel, Framework, KernelClass, KernelName
@@ -62,6 +64,7 @@ class Block:
         owns_gather: Sequence[Tensor] = (),
         passthrough: Sequence[Tensor] = (),
         kernel: KernelName | None = None,
+        launches: Launches | None = None,
         attention_kernel: AttentionKernel | Framework = "transformer_engine",
         rules: str = "",
         in_place: bool = False,
@@ -80,6 +83,7 @@ class Block:
                 owns_gather=frozenset(tensor.name for tensor in owns_gather),
                 passthrough=frozenset(tensor.name for tensor in passthrough),
                 kernel=kernel,
+                launches=launches,
                 attention_kernel=attention_kernel,
                 rules=rules,
                 in_place=in_place,
@@ -98,18 +102,34 @@ class ModelBlock(Block):
         }  # fmt: skip
         super().__init__(common | sizes, workload.element_bytes)
         self.model = model
+        self.ways = ways_of(model, self.element_bytes)
+
+    def kept(self, way: Way, out: Tensor, *usual: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What a module keeps, `usual` where it is one kernel, and the tensors among that which nobody else reads."""
+        further = [
+            self.tensor(f"{out.name}_{own.name}", "", "intermediate")._replace(
+                dims=out.dims, sizes=out.sizes, itemsize=FP32_BYTES if own.fp32 else self.element_bytes
+            )
+            for own in (*way.instead, *way.beside)
+        ]
+        return [*(() if way.instead else usual), *further], further
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """LayerNorm keeps its input and fp32 mean and reciprocal deviation, RMSNorm the latter only."""
-        layernorm = self.model.norm == "layernorm"
-        weights = [self.weight(f"{name}_weight", "h")] + ([self.weight(f"{name}_bias", "h")] if layernorm else [])
-        out = self.tensor(f"{name}_out", "s b h")
-        statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
+        weights, out, statistics, kernel = self.norm_parts(name)
+        kept, further = self.kept(self.ways.norm, out, x)
         self.add(
-            name, "norm", f"s b h{', h' * len(weights)} -> s b h", [x, *weights], [out, statistics],
-            mixes="h", saves=[x, statistics], kernel="layer_norm" if layernorm else "rms_norm",
+            name, "norm", f"s b h{', h' * len(weights)} -> s b h", [x, *weights], [out, statistics, *further],
+            mixes="h", saves=[*kept, statistics], kernel=kernel, launches=self.ways.norm.launches,
         )  # fmt: skip
         return out
+
+    def norm_parts(self, name: str) -> tuple[list[Tensor], Tensor, Tensor, KernelName]:
+        """Weights of a norm, what it makes, its statistics, and its kernel."""
+        layernorm = self.model.norm == "layernorm"
+        weights = [self.weight(f"{name}_weight", "h")] + ([self.weight(f"{name}_bias", "h")] if layernorm else [])
+        statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
+        return weights, self.tensor(f"{name}_out", "s b h"), statistics, "layer_norm" if layernorm else "rms_norm"
 
     def dropout(self, name: str, x: Tensor) -> Tensor:
         """Dropout with a mask of one byte an element."""

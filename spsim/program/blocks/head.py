@@ -91,7 +91,7 @@ class _Head(ModelBlock):
         )  # fmt: skip
 
 
-head_traits = attrgetter("hidden", "norm", "head_bias")
+head_traits = attrgetter("hidden", "norm", "head_bias", "runs_as")
 """What of a model, beside the rows of its head and whether they are the embedding's, the head depends on."""
 
 

@@ -73,9 +73,10 @@ class _Layer(ModelBlock):
         """RMSNorm of each head of q or k (Qwen Team 2025, arXiv:2505.09388, section 2): one weight of [d] for all."""
         out = self.tensor(f"{x.name}_normed", "s b a d", heads=x.sizes[2])
         statistics = self.tensor(f"{name}_statistics", "s b a", "norm statistics", itemsize=4, heads=x.sizes[2])
+        kept, further = self.kept(self.ways.head_norm, out, x)
         self.add(
-            name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics],
-            mixes="d", saves=[x, statistics], kernel="rms_norm",
+            name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics, *further],
+            mixes="d", saves=[*kept, statistics], kernel="rms_norm", launches=self.ways.head_norm.launches,
         )  # fmt: skip
         return out
 
@@ -86,7 +87,10 @@ class _Layer(ModelBlock):
         """
         out = self.tensor(f"{x.name}_rotated", "s b a d", heads=x.sizes[2])
         table = self.tensor("rotations", "s d", "constant")
-        self.add(name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope")
+        self.add(
+            name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope",
+            launches=self.ways.rope.launches,
+        )  # fmt: skip
         return out
 
     def fused_attention(self, kernel: AttentionKernel | Framework, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -105,9 +109,11 @@ class _Layer(ModelBlock):
         scores = self.tensor("scores", "b a s j")
         self.add("qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
+        kept, further = self.kept(self.ways.softmax, weights, weights)
         self.add(
-            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights],
-            mixes="j", saves=[weights], kernel="masked_softmax" if self.model.causal else "softmax",
+            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights, *further],
+            mixes="j", saves=kept, kernel="masked_softmax" if self.model.causal else "softmax",
+            launches=self.ways.softmax.launches,
         )  # fmt: skip
         if self.model.dropout:
             weights = self.dropout("attention_dropout", weights)
@@ -141,15 +147,30 @@ class _Layer(ModelBlock):
 
     def residual(self, name: str, x: Tensor, residual: Tensor) -> Tensor:
         """Bias, dropout and residual in one kernel; without dropout the gradient passes through untouched."""
-        bias = [self.weight(f"{name}_bias", "h")] if self.model.bias else []
-        out = self.tensor(f"{name}_out", "s b h")
-        mask = [self.tensor(f"{name}_mask", "s b h", "mask", itemsize=1)] if self.model.dropout else []
+        bias, out, mask = self.residual_parts(name)
         self.add(
             name, "elementwise", f"s b h, s b h{', h' * len(bias)} -> s b h", [x, residual, *bias], [out, *mask],
             saves=mask, passthrough=[residual] if mask else [x, residual],
-            kernel="bias_dropout_add" if mask else "bias_add" if bias else "add",
+            kernel="bias_dropout_add" if mask else "bias_add" if bias else "add", launches=self.ways.residual.launches,
         )  # fmt: skip
         return out
+
+    def residual_parts(self, name: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """A bias if there is one, the sum, and the mask of dropout if there is one."""
+        bias = [self.weight(f"{name}_bias", "h")] if self.model.bias else []
+        mask = [self.tensor(f"{name}_mask", "s b h", "mask", itemsize=1)] if self.model.dropout else []
+        return bias, self.tensor(f"{name}_out", "s b h"), mask
+
+    def residual_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The first residual and the norm that reads it in one kernel, and their gradients in another."""
+        bias, out, mask = self.residual_parts("residual1")
+        weights, normed, statistics, kernel = self.norm_parts("norm2")
+        self.add(
+            "norm2", "norm", f"s b h, s b h{', h' * (len(bias) + len(weights))} -> s b h, s b h",
+            [x, residual, *bias, *weights], [out, normed, statistics, *mask],
+            mixes="h", saves=[out, statistics, *mask], kernel=kernel,
+        )  # fmt: skip
+        return out, normed
 
     def mlp(self, x: Tensor) -> Tensor:
         """fc1, or gate and up, activation and fc2; the bias is fused into the activation, which keeps its input."""
@@ -162,10 +183,13 @@ class _Layer(ModelBlock):
         bias = [self.weight(f"{name}_bias", width) for name in names if self.model.bias]
         left = ", ".join(" ".join(read.dims) for read in (*hidden, *bias))
         active = self.tensor("activation_out", "s b f")
+        way = self.ways.activation_of_two if len(hidden) > 1 else self.ways.activation
+        kept, further = self.kept(way, active, *hidden)
         self.add(
-            self.model.activation, "elementwise", f"{left} -> s b f", [*hidden, *bias], [active],
-            mixes="g" if "g" in width else "", saves=hidden,
+            self.model.activation, "elementwise", f"{left} -> s b f", [*hidden, *bias], [active, *further],
+            mixes="g" if "g" in width else "", saves=kept,
             kernel="bias_gelu" if bias and self.model.activation == "gelu" else self.model.activation,
+            launches=way.launches,
         )  # fmt: skip
         out = self.tensor("fc2_out", "s b h")
         self.add(
@@ -182,7 +206,7 @@ LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax"
 
 layer_traits = attrgetter(
     "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
-    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout",
+    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as",
 )  # fmt: skip
 """What of a model one layer depends on."""
 
@@ -196,7 +220,11 @@ def transformer_layer(
     """
     layer = _Layer(model, workload, replicas, projections)
     x = layer.tensor(LAYER_INPUT, "s b h")
-    attended = layer.residual("residual1", layer.self_attention(layer.norm("norm1", x)), x)
-    normed = layer.norm("norm2", x if model.parallel_residual else attended)
+    out = layer.self_attention(layer.norm("norm1", x))
+    if layer.ways.joins_residual:
+        attended, normed = layer.residual_and_norm(out, x)
+    else:
+        attended = layer.residual("residual1", out, x)
+        normed = layer.norm("norm2", x if model.parallel_residual else attended)
     layer.residual("residual2", layer.mlp(normed), attended)
     return tuple(layer.operators)

@@ -1,0 +1,45 @@
+"""What is kept from one scenario for the next changes no result."""
+
+import gc
+from itertools import permutations
+
+import pytest
+
+from spsim.lazy import Cache
+from tests.cases import result
+
+PLANS = (
+    "tp=2",
+    "tp=2,pp=2",
+    "tp=2,pp=4",
+    "tp=2,pp=2,pp_schedule=interleaved_zero_bubble",
+    "tp=2,dp=2",
+    "tp=2,dp=2,distributed_optimizer",
+    "tp=2,pp=2,dp=2,distributed_optimizer,dp_overlap",
+    "ring=2,dp=2",
+)
+
+
+def figures(plan, tied):
+    found = result(
+        plan, layers=8, tied_embeddings=tied, hardware="gb200-nvl72", scope="step", seq_len=1024, global_batch=8
+    )
+    return found.step_time_s, found.peak_bytes, found.waterfall, sorted(found.trace.groups)
+
+
+def forget():
+    for cache in [known for known in gc.get_objects() if isinstance(known, Cache)]:
+        cache._kept.clear()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_ran_before_changes_nothing(tied):
+    """On a profile whose ranks differ by how many they are."""
+    alone = {}
+    for plan in PLANS:
+        forget()
+        alone[plan] = figures(plan, tied)
+    for before, plan in permutations(PLANS, 2):
+        forget()
+        figures(before, tied)
+        assert figures(plan, tied) == alone[plan], (before, plan)
