@@ -140,7 +140,9 @@ def test_degrees_of_ulysses_where_keys_have_fewer_heads(degree, seq_len, line):
         ("ulysses=2,zero=1,distributed_optimizer", {}, [
             "distributed_optimizer has no effect beside zero, which shards the optimizer too",
         ]),
-        ("tp=2,sequence_parallel,keep_gathered,tp_backward_overlap=false,ring=2,ring_cut=contiguous", {}, []),
+        ("tp=2,sequence_parallel,keep_gathered,tp_backward_overlap=false,ring=2,ring_cut=contiguous", {}, [
+            "no library that is known here does keep_gathered with all else as in megatron-core",
+        ]),
     ],
 )  # fmt: skip
 def test_notes(plan, traits, notes):

@@ -1,4 +1,4 @@
-"""Tables of the shipped profiles and models."""
+"""Tables of the shipped profiles and models, the libraries that are known, and the options of a plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from rich.table import Table
 
+from spsim.inputs.effects import setting
+from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import Plan
 from spsim.inputs.plan_words import elsewhere
@@ -51,6 +53,15 @@ def model_table() -> Table:
     for model in PRESETS.values():
         sizes = (model.layers, model.hidden, model.ffn_hidden, model.heads, model.kv_heads, model.vocab)
         made.add_row(model.name, f"{model.parameters / 1e9:.2f} B", *(str(size) for size in sizes), model.attention)
+    return made
+
+
+def library_table() -> Table:
+    """The libraries whose implementation a plan may be, with what they do otherwise than Megatron-Core."""
+    made = table("Libraries: library=NAME in a plan", ["library", "version", "options of a plan, unless given"])
+    for name, record in LIBRARIES.items():
+        options = ", ".join(setting(option, value) for option, value in record.options.items())
+        made.add_row(name, record.version, options or "the defaults of spsim list plans")
     return made
 
 
