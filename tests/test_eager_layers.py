@@ -1,6 +1,8 @@
 """What single operations of torch launch and keep, against such modules as autograd runs them."""
 
+import csv
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +206,32 @@ def test_scores_that_unfused_attention_keeps(kernels, dropout, times):
     common = {"seq_len": 512, "dropout": dropout, "kernels": kernels}
     kept = [program(attention=own, **common).saved_bytes("activation", "mask") for own in ("unfused", "flash")]
     assert kept[0] - kept[1] == times * 8 * 512**2
+
+
+def measured_steps():
+    with (Path(__file__).parents[1] / "experiments/data/h100_models.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["family"] != "gpt2"]
+
+
+SHAPES = {
+    "llama-3.2-1b": {
+        "preset": "llama-3-8b", "layers": 16, "hidden": 2048, "ffn_hidden": 8192, "head_dim": 64,
+        "tied_embeddings": True,
+    },
+    "llama-3-8b-6layers": {"preset": "llama-3-8b", "layers": 6},
+    "mistral-7b-6layers": {"preset": "mistral-7b", "layers": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", measured_steps(), ids=lambda row: f"{row['model']} {row['seq_len']}")
+def test_steps_of_transformers_models_as_measured(row):
+    """Forward and backward pass of Llama models on one H100, which nothing was fitted on; fused they are too short."""
+    sizes = {"seq_len": int(row["seq_len"]), "micro_batch": int(row["micro_batch"])}
+    recompute = "full" if row["checkpointing"] == "1" else "none"
+    measured = float(row["forward_ms"]) + float(row["backward_ms"])
+    for plan, least, most in (("library=transformers", 0.96, 1.07), ("", 0.7, 0.94)):
+        chosen = Scenario(
+            hardware=H100, model=SHAPES[row["model"]], plan=f"{plan},recompute={recompute}", workload=sizes
+        )
+        found = simulate(chosen)
+        assert least < 1e3 * (found.step_time_s - found.optimizer_s) / measured < most
