@@ -1,6 +1,7 @@
 """What single operations of torch launch and keep, against such modules as autograd runs them."""
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,6 +207,22 @@ def test_scores_that_unfused_attention_keeps(kernels, dropout, times):
     common = {"seq_len": 512, "dropout": dropout, "kernels": kernels}
     kept = [program(attention=own, **common).saved_bytes("activation", "mask") for own in ("unfused", "flash")]
     assert kept[0] - kept[1] == times * 8 * 512**2
+
+
+@pytest.mark.parametrize(("dropout", "launches", "tensors"), [(0.0, 1, 6 - 4), (0.1, 2, 8 - 5)])
+def test_compiled_layers_join_the_first_residual_and_its_norm(dropout, launches, tensors):
+    """Forward the sum is not read again. Backward norm and sum of gradients read and write 3 tensors each, dropout 2;
+    together they read both gradients and what is kept, and write one gradient, or with dropout two.
+    """
+    launched, moved = Counter(), Counter()
+    for kind in ("fused", "compiled"):
+        for step in program("", dropout=dropout, bias=False, kernels=kind).instructions:
+            way = "forward" if step.part == "forward" else "backward"
+            launched[kind, way] += 1
+            moved[kind, way] += sum(work.bytes_moved for work in step.work)
+    for way, kernels_less, tensors_less in (("forward", 1, 1), ("backward", launches, tensors)):
+        assert launched["fused", way] - launched["compiled", way] == kernels_less
+        assert moved["fused", way] - moved["compiled", way] == tensors_less * 2 * 256 * 256
 
 
 def measured_steps():
