@@ -91,6 +91,8 @@ class Gemm:
 
     @property
     def flops(self) -> int:
+    pieces: int = 1
+    """Products like this one that run beside each other on streams, so that only all of them fill whole waves."""
         """A multiplication and an addition per m, n, k and batch."""
         return 2 * self.m * self.n * self.k * self.batch
 

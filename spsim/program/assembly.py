@@ -46,7 +46,8 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
-    moved = plan.keep_gathered, plan.tp_overlap and plan.tp > 1, plan.input_gradients, plan.batch_first
+    chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
+    moved = plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first
     return *placed_by(plan), kind or usual_kind(plan), *moved, *ring
 
 
@@ -205,7 +206,7 @@ def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | No
     """
     program = compile_region(region, plan, causal=causal, kind=kind)
     if plan.tp_overlap and plan.tp > 1:
-        program = lower_chunks(program, region)
+        program = lower_chunks(program, region, plan.tp_scatter)
     if plan.ring == 1 or plan.ring_kind != "p2p":
         return program
     for kernels in region.kernels.values():
