@@ -18,15 +18,19 @@ from spsim.inputs.configuration import Name
 from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import measured_cases, read_text
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
+from spsim.work import AttentionKernel
 
 Metric = Literal["step_time_s", "layer_forward_ms", "layer_backward_ms", "peak_memory_gib"]
 
 SOFTWARE: Mapping[str, Mapping[str, Any]] = {
     "Megatron-Bridge": {"grad_dtype": "bf16", "loss_fusion": True, "bucket_elements": 2**27},
+    "NeMo recipe v24": {"grad_dtype": "bf16", "tp_scatter": "pipeline"},
     "NeMo": {"grad_dtype": "bf16"},
+    "MLPerf Training v3": {"grad_dtype": "bf16", "tp_scatter": "pipeline"},
     "MLPerf": {"grad_dtype": "bf16"},
     "Megatron-LM 23e00ed0": {"loss_fusion": True},
     "Megatron-LM 2022": {"pp_overlap": False},
@@ -37,7 +41,21 @@ NVIDIA's NeMo, with which its MLPerf submissions ran, reduces gradients in 16 bi
 recipes of Megatron-Bridge do so too, close buckets at 128 Mi elements and take Transformer Engine's cross-entropy
 (`training/comm_overlap.py` and `scripts/performance/utils/overrides.py`, v0.3.0). SimuMax's launcher of Megatron-LM at
 that commit does the latter, too (its `docs/b200`, where `_cef` means so). Megatron-LM of 2022 had no
-`overlap_p2p_communication`.
+`overlap_p2p_communication`. Until 2024 `ub_tp_comm_overlap_cfg` had `pipeline` for projection and fc2 in 8 bits, too.
+"""
+DELAYED = ("NeMo recipe", "MLPerf")
+"""Software whose `fp8` has delayed scaling: Transformer Engine had no other before 2.2 of April 2025, and recipes of
+NeMo kept it as the default."""
+ATTENTION: Mapping[tuple[str, str], AttentionKernel] = {
+    ("NeMo recipe v24", "GPT3"): "flash_attention_2",
+    ("NeMo recipe v24", "340B"): "flash_attention_2",
+    ("NeMo recipe v24", ""): "cudnn_2024",
+    ("MLPerf Training v4", ""): "cudnn_2024",
+    ("MLPerf Training v3", "GPT3"): "flash_attention_2",
+}
+"""Kernel by parts of the names of software and model, the first that fits, where a profile has it: recipes of DGX Cloud
+v24.11 with NeMo 24.05 switch cuDNN off (`NVTE_FUSED_ATTN=0`), the others and MLPerf v4.1 had cuDNN of 2024; MLPerf v3.1
+installs flash-attn 2.0.8, and v3.0 had flash-attn 1.0, to which that is the nearest.
 """
 
 
@@ -132,13 +150,25 @@ class MeasuredCase(BaseModel):
             "hardware": self.hardware,
             "model": Model(**self._model()),
             "plan": plan,
-            "workload": Workload(**{**self._given(Workload), "precision": self.precision_recipe or self.precision}),
+            "workload": Workload(**{**self._given(Workload), "precision": self._precision()}),
             "scope": self.scope,
         }
 
     def _model(self) -> dict[str, Any]:
         window = {"sliding_window": self.sliding_window} if self.sliding_window else {}
-        return {**self._given(Model, "sliding_window"), **window, "name": self.model}
+        found = (kernel for (software, model), kernel in ATTENTION.items() if self._is(software, model))
+        kernel = next(found, None)
+        known = self.attention == "flash" and kernel in load_profile(self.hardware).coefficients.attention
+        attention = {"attention": kernel} if known else {}
+        return {**self._given(Model, "sliding_window"), **window, **attention, "name": self.model}
+
+    def _is(self, software: str, model: str) -> bool:
+        return software in self.software and model in self.model
+
+    def _precision(self) -> str:
+        if self.precision == "fp8" and any(name in self.software for name in DELAYED):
+            return self.precision_recipe or "fp8_delayed"
+        return self.precision_recipe or self.precision
 
     def _plan(self) -> dict[str, Any]:
         usual = next((options for name, options in SOFTWARE.items() if name in self.software), {})
