@@ -93,6 +93,20 @@ def test_which_products_are_cut(precision, scatter, pieces):
     }  # fmt: skip
 
 
+def test_results_in_8_bits_are_half_the_bytes():
+    """Of products in 8 bits only; what gradients send stays."""
+    plan = "tp=2,sequence_parallel"
+    whole, half, other = (
+        moved(programs(f"{plan},tp_scatter={way}", precision, **TRAITS)[1])[0]
+        for way, precision in (("pipeline", "fp8"), ("pipeline_fp8", "fp8"), ("pipeline_fp8", "bf16"))
+    )
+    less = {key for key in whole if half[key] != whole[key]}
+    assert {(phase, purpose) for phase, _, _, purpose in less} == {("forward", "input")}
+    assert len(less) == 2
+    assert all(2 * half[key] == whole[key] for key in less)
+    assert other == moved(programs(plan, "bf16", **TRAITS)[1])[0]
+
+
 def test_pieces_fill_whole_waves_together():
     """On streams beside each other eight pieces of 512 rows take what all rows take: of one alone the last wave would
     be half empty, 208 tiles of 128 x 256 on 132 units.

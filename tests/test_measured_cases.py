@@ -74,6 +74,7 @@ def test_columns_are_options(changes, options):
     [
         ("NeMo recipe v24.11.1", "GPT3 175B", "dgx-h100", "flash_attention_2", "fp8_delayed"),
         ("NeMo recipe v24.11.1", "Llama3 70B", "dgx-h100", "cudnn_2024", "fp8_delayed"),
+        ("MLPerf Training v3.1", "GPT3 175B", "dgx-h100", "flash_attention_2", "fp8_delayed"),
         ("NeMo recipe v25.05.05", "Llama3 405B", "gb200-nvl72", "flash", "fp8_delayed"),
         ("MLPerf Training v4.1", "GPT3 175B", "dgx-b200", "flash", "fp8_delayed"),  # whose profile has no such kernel
         ("NeMo 25.09 (Megatron-Bridge 0.1.0rc)", "Llama3 70B", "dgx-h100", "flash", "fp8"),

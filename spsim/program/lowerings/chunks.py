@@ -45,8 +45,10 @@ three.
 """
 
 
-Scatter = Literal["ring_exchange", "pipeline"]
-"""How Transformer Engine calls the two ways to scatter in pieces."""
+Scatter = Literal["ring_exchange", "pipeline", "pipeline_fp8"]
+"""How Transformer Engine calls the two ways to scatter in pieces; the last with what products in 8 bits make in 8 bits
+(`fp8_buf`), half of the bytes.
+"""
 
 
 def lower_chunks(program: Program, region: Region, scatter: Scatter | None = None) -> Program:
@@ -118,6 +120,7 @@ class _Lowering:
         (made,), (result,) = step.writes, scatter.writes
         low = self.products[step.operator].operator.recipe is not None
         ring = (self.scatter or ("ring_exchange" if low else "pipeline")) == "ring_exchange"
+        cut = PIPELINE_PIECES * (2 if low and self.scatter == "pipeline_fp8" else 1)
         pieces = scatter.ranks if ring else PIPELINE_PIECES
         views = [*self._views(made, pieces)]
         if ring:
@@ -129,7 +132,7 @@ class _Lowering:
             self.instructions.append(
                 replace(
                     scatter, id=self._next(), reads=(view.id,), writes=(part,), share=PIPELINE_SHARE,
-                    message_bytes=scatter.message_bytes // pieces, sent_bytes=scatter.sent_bytes // pieces,
+                    message_bytes=scatter.message_bytes // cut, sent_bytes=scatter.sent_bytes // cut,
                 )
             )  # fmt: skip
 
