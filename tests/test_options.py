@@ -41,7 +41,7 @@ VALUES = {
     "shard_group": (None, 2), "bucket_elements": (None, 1000), "grad_dtype": ("fp32", "bf16"),
     "moment_dtype": ("fp32", "bf16"), "precision_aware_optimizer": (False, True), "loss_fusion": (False, True),
     "recompute_layers": (None, 1), "recompute_method": ("block", "uniform"), "recompute_modules": (None, "mlp"),
-    "cpu_offload_layers": (0, 1), "cuda_graphs": ("none", "per_layer"),
+    "cpu_offload_layers": (0, 1), "cuda_graphs": ("none", "per_layer"), "tp_scatter": (None, "ring_exchange"),
 }  # fmt: skip
 
 

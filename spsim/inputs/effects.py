@@ -110,6 +110,7 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "ring_cut": ring_cut,
         "tp_backward_overlap": one_rank or _nothing_hidden(model, plan),
         "tp_overlap": one_rank,
+        "tp_scatter": one_rank or ("" if plan.tp_overlap else "without tp_overlap"),
         "keep_gathered": whole_sequence,
         "input_gradients": one_rank or ("" if plan.projections == "separate" else "with projections = 'fused'"),
         "few_kv_heads": "" if plan.tp > model.kv_heads else f"with tp = {plan.tp} of {model.kv_heads} KV heads",

@@ -102,6 +102,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "cuda_graphs": "what is launched as one graph",
     "tp_backward_overlap": "gradient communication of tp behind weight gradients, as Megatron does",
     "tp_overlap": "communication of tp in pieces behind its products: userbuffers, async TP",
+    "tp_scatter": "reduce-scatters in pieces under tp_overlap: from rank to rank, or four whole ones, in 16 bits or 8",
     "dp_overlap": "gradients behind the backward pass, parameters behind the forward pass, or both (true)",
     "keep_gathered": "keep the gathered input of a linear, as DTensor does, instead of gathering it again",
     "projections": "q, k, v and gate, up: one product each, or several",
