@@ -5,8 +5,8 @@ H100 SXM with torch 2.11 and transformers 5.17: forward, backward, the allocator
 Each model is built from its configuration on the meta device, traced and simulated; none of these rows was fitted on.
 Needs transformers (`pip install "spsim[models]"`) and half a minute; without it the measured rows stand alone.
 
-The rows of the experiment itself are the same shapes as spsim's own layers, whose kernels are fused as in Megatron-Core or
-eager as in transformers: what eager kernels cost is the difference.
+The rows of the experiment itself are the same shapes as spsim's own layers, whose kernels are fused as in Megatron-Core
+or eager as in transformers: what eager kernels cost is the difference.
 
     python -m spsim experiments/real_models.py [--out results] [--quick]
 """
