@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spsim.cli.completion import hardware_names, model_names, plan_options, settings
+from spsim.cli.completion import hardware_names, library_names, model_names, plan_options, settings
 from spsim.inputs.workload import tokens
 
 
@@ -38,6 +38,13 @@ PlanOption = Annotated[
     typer.Option(
         "--plan", metavar="PLAN", help="For instance tp=8,sequence_parallel or TP8+SP; see spsim list plans.",
         autocompletion=plan_options,
+    ),
+]  # fmt: skip
+LibraryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--library", metavar="NAME", help="Whose implementation the plan is, as torchtitan; see spsim list libraries.",
+        autocompletion=library_names,
     ),
 ]  # fmt: skip
 SeqLenOption = Annotated[

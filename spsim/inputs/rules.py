@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
-from spsim.inputs.effects import reasons, setting
+from spsim.inputs.effects import deals_out_groups, reasons, setting
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import check_step, refused_count
@@ -48,37 +48,49 @@ def _check_phase(model: Model, plan: Plan, workload: Workload) -> None:
 
 
 def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
-    degree = plan.tp * plan.ulysses
-    if model.heads % degree:
-        raise InputError(
-            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
-            f"use a divisor of it, such as {math.gcd(model.heads, degree)}"
-        )
-    if model.kv_heads % degree and degree % model.kv_heads:
-        raise InputError(
-            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
-            f"use {model.kv_heads} or a divisor of it"
-        )
+    if not deals_out_groups(model, plan):
+        _check_even_heads(model, plan)
     if plan.ring > MAX_DIFFERING and plan.ring_cut == "contiguous" and model.causal and model.attention != "unfused":
         raise InputError(
             f"plan: ring = {plan.ring} with ring_cut 'contiguous': under a causal mask every rank does something else, "
             f"and at most {MAX_DIFFERING} are simulated; use ring_cut=zigzag or a smaller ring"
         )
-    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind == "p2p":
+    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind != "all_gather":
         raise InputError(
-            "plan: ring_kind = 'p2p' needs attention = 'flash', since an unfused softmax mixes all keys; "
+            f"plan: ring_kind = {plan.ring_kind!r} needs attention = 'flash', since an unfused softmax mixes all keys; "
             "use flash attention or ring_kind = 'all_gather'"
         )
 
 
-def _check_kv_heads(model: Model, plan: Plan, workload: Workload) -> None:
-    """With fewer KV heads than ranks that share heads, as the plan has it."""
-    few = plan.few_kv_heads
-    if few == "refuse" and plan.tp * plan.ulysses > model.kv_heads:
+def _check_even_heads(model: Model, plan: Plan) -> None:
+    degree = plan.tp * plan.ulysses
+    by_group = plan.model_copy(update={"uneven_heads": "by_group"})
+    dealt = ", or uneven_heads=by_group, as DeepSpeed has it" if deals_out_groups(model, by_group) else ""
+    if model.heads % degree:
         raise InputError(
-            f"plan: tp x ulysses = {plan.tp * plan.ulysses} with kv_heads = {model.kv_heads}, which few_kv_heads = "
-            f"'refuse' takes at most, as library = {plan.library!r} does; use {model.kv_heads} or a divisor of it, or "
-            "few_kv_heads=replicate"
+            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
+            f"use a divisor of it, such as {math.gcd(model.heads, degree)}{dealt}"
+        )
+    if model.kv_heads % degree and degree % model.kv_heads:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
+            f"use {model.kv_heads} or a divisor of it{dealt}"
+        )
+    if plan.ulysses_few_kv_heads == "refuse" and not reasons(model, plan)["ulysses_few_kv_heads"]:
+        own = model.kv_heads // plan.tp
+        raise InputError(
+            f"plan: ulysses = {plan.ulysses} has more ranks than there are KV heads, {own}, and ulysses_few_kv_heads = "
+            f"'refuse', as library = {plan.library!r} does; use ulysses_few_kv_heads=replicate, a head on each rank, "
+            f"or ulysses={own}"
+        )
+
+
+def _check_kv_heads(model: Model, plan: Plan, workload: Workload) -> None:
+    """With fewer KV heads than ranks of tp, as the plan has it."""
+    if plan.few_kv_heads == "refuse" and plan.tp > model.kv_heads:
+        raise InputError(
+            f"plan: tp = {plan.tp} with kv_heads = {model.kv_heads} and few_kv_heads = 'refuse', as library = "
+            f"{plan.library!r} has it; use tp={model.kv_heads}, or few_kv_heads=replicate"
         )
     if not gathers_qkv(model, plan):
         return
@@ -210,12 +222,15 @@ def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
                 continue
             if pending:
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
-            raise InputError(f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default")
+            usual = "its default" if name in owner.differing else f"{name}={type(owner).model_fields[name].default}"
+            raise InputError(f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or {usual}")
 
 
 def check_scope(model: Model, plan: Plan, scope: str) -> None:
-    """The rules of what is simulated; `InputError` names the broken one."""
-    for name, value in plan.unlike({}).items() if scope == "layers" else ():
+    """The rules of what is simulated; `InputError` names the broken one. Layers alone leave the replicas of a library,
+    other than those that are asked for, out.
+    """
+    for name, value in plan.differing.items() if scope == "layers" else ():
         named = not OF_REPLICAS.isdisjoint((name, f"{name}={value}"))
         if named and not reasons(model, plan).get(name):
             raise InputError(

@@ -1,4 +1,4 @@
-"""Tables of the shipped profiles and models."""
+"""Tables of the shipped profiles and models, the libraries that are known, and the options of a plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from rich.table import Table
 
+from spsim.inputs.effects import setting
+from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import Plan
 from spsim.inputs.plan_words import elsewhere
@@ -54,13 +56,24 @@ def model_table() -> Table:
     return made
 
 
+def library_table() -> Table:
+    """The libraries whose implementation a plan may be, with what they do otherwise than Megatron-Core."""
+    made = table("Libraries: library=NAME in a plan", ["library", "version", "options of a plan, unless given"])
+    for name, record in LIBRARIES.items():
+        options = ", ".join(setting(option, value) for option, value in record.options.items())
+        made.add_row(name, record.version, options or "the defaults of spsim list plans")
+    return made
+
+
 PLAN_OPTIONS: Mapping[str, str] = {
     "library": "whose implementation it is: what options are that are not given",
     "tp": "GPUs that share heads and the width of the MLP: Megatron tensor parallelism",
     "sequence_parallel": "norms, dropouts and residuals on a shard of the sequence over tp: Megatron SP",
     "ulysses": "GPUs that share the sequence, and heads in attention, by all-to-all: DeepSpeed-Ulysses",
     "ring": "GPUs that share the sequence in attention too: ring attention, context parallelism (cp)",
-    "ring_kind": "K and V go round from GPU to GPU, or are gathered before attention",
+    "ring_kind": "K and V go round, are gathered before attention, or behind its first step (torch)",
+    "ring_gradients": "dK and dV go round in the model's dtype, P - 1 trips, or in fp32, P trips",
+    "ring_messages": "K and V in one buffer, copied into one for each message, or two sends in a batch",
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
     "pp": "pipeline stages",
     "virtual_pp": "chunks of layers that each stage holds: above 1 the schedule is interleaved",
@@ -89,12 +102,16 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "cuda_graphs": "what is launched as one graph",
     "tp_backward_overlap": "gradient communication of tp behind weight gradients, as Megatron does",
     "tp_overlap": "communication of tp in pieces behind its products: userbuffers, async TP",
+    "tp_scatter": "reduce-scatters in pieces under tp_overlap: from rank to rank, or four whole ones, in 16 bits or 8",
     "dp_overlap": "gradients behind the backward pass, parameters behind the forward pass, or both (true)",
     "keep_gathered": "keep the gathered input of a linear, as DTensor does, instead of gathering it again",
     "projections": "q, k, v and gate, up: one product each, or several",
     "input_gradients": "gradients of the input of several products: summed before they move over tp, or each moved",
     "few_kv_heads": "with fewer KV heads than tp: fused q, k, v gathered, K and V replicated, or refused",
     "norm_gradients": "gradients of norms over tp: summed once a step, or again for each that reads them",
+    "uneven_heads": "heads that ulysses does not divide: refused, or whole groups dealt out (DeepSpeed)",
+    "ulysses_few_kv_heads": "with fewer KV heads than ulysses: K and V replicated, a head on each rank, or refused",
+    "gathers_position_ids": "position ids gathered over ulysses in every layer, as DeepSpeed's ALST does",
     "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
 }
 """What each option of a plan means."""

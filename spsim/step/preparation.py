@@ -204,6 +204,7 @@ class PreparedStep:
             sort = (
                 step.collective,
                 step.step_of,
+                step.sends_before,
                 step.axis,
                 step.ranks,
                 *self.template.coefficients[position].tolist(),
@@ -321,6 +322,9 @@ class PreparedStep:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
+            if step.sends_before:
+                seconds[slots] = comm.batched_duration(message, step.ranks, nodes, before=step.sends_before)
+                continue
             duration = comm.step_duration if step.step_of else comm.duration
             seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         for position, slots in self._host_copies:
