@@ -61,12 +61,13 @@ def test_a_batch_script_whose_command_is_a_text():
 
 def test_a_toml_of_torchtitan():
     found = read_launch(FILES / "llama3_70b.toml")
-    scenario = found.scenario(hardware="dgx-h100")
+    assert found.settings["workload"]["precision"] == "fp8"
+    scenario = found.scenario(hardware="dgx-h100", workload={"precision": "bf16"})
     plan = scenario.plan
     assert scenario.model.name == "llama-3-70b"
     assert (plan.library, plan.tp, plan.dp, plan.shard_group, plan.zero_stage) == ("torchtitan", 8, 8, 4, 3)
     assert (plan.dp_library, plan.sequence_parallel, plan.recompute, plan.tp_overlap) == ("fsdp", True, "full", True)
-    assert (scenario.workload.precision, scenario.workload.micro_batch, scenario.num_micro_batches) == ("fp8", 2, 4)
+    assert (scenario.workload.micro_batch, scenario.num_micro_batches) == (2, 4)
     assert [option.split(": ")[1] for option in found.not_read] == [
         "quantize.linear.float8.enable_fsdp_float8_all_gather = true"
     ]
@@ -296,6 +297,14 @@ def test_tables_of_torchtitan_are_options_of_a_plan(text, options, sequences, tm
     found = launch(tmp_path, TITAN + text, "job.toml").scenario(hardware="dgx-h100")
     assert found.plan == Plan(library="torchtitan", **options)
     assert (found.global_batch, found.workload.micro_batch) == (sequences, 8)
+
+
+def test_compiled_models_of_torchtitan_have_compiled_kernels(tmp_path):
+    text = f"{TITAN}[parallelism]\ndata_parallel_shard_degree = 8\n[compile]\nenable = {{}}\n"
+    found = [launch(tmp_path, text.format(value), "job.toml") for value in ("true", "false")]
+    kernels = [one.scenario(hardware="dgx-h100").model.kernels for one in found]
+    assert kernels == ["compiled", "eager"]
+    assert found[0].not_read == found[1].not_read == ()
 
 
 @pytest.mark.parametrize(

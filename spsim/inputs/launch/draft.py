@@ -11,8 +11,11 @@ from spsim.inputs.launch.options import Options
 from spsim.inputs.model import PRESET, PRESETS, Model
 from spsim.inputs.stages import layout_text, spread
 
-KEPT_APART = frozenset({"vocab", "attention", "dropout", "sliding_window"})
+KEPT_APART = frozenset({"vocab", "kernels", "attention", "dropout", "sliding_window"})
 """Of a model: what a run may set otherwise than the preset that it trains."""
+
+WAYS = ("kernels", "composite_norm", "glu_offset")
+"""Fields of a model that say how its modules run."""
 
 
 @dataclass

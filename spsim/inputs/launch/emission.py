@@ -10,10 +10,10 @@ from typing import Any
 from spsim.errors import InputError
 from spsim.inputs.effects import reasons
 from spsim.inputs.launch import deepspeed, megatron, torchtitan, transformers
-from spsim.inputs.launch.draft import Draft
+from spsim.inputs.launch.draft import WAYS, Draft
 from spsim.inputs.launch.options import Options
-from spsim.inputs.libraries import library_defaults
-from spsim.inputs.model import Model, load_model, model_of
+from spsim.inputs.libraries import library_defaults, module_defaults
+from spsim.inputs.model import PRESET, Model, load_model, model_of
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import all_chunks
@@ -22,6 +22,9 @@ from spsim.inputs.workload import Workload
 
 EMITTED = ("megatron", "torchtitan", "deepspeed", "transformers")
 """Libraries that a scenario is written for."""
+
+_PASSED_OVER = frozenset({"name", "left_out", *WAYS})
+"""Fields of a model that are no sizes or traits: what it is called, and how its modules run."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def _unsaid(scenario: Scenario, draft: Draft, options: Options, module: Any) -> 
     yield from options.aside
     if scenario.scope == "layers":
         yield f"scope = 'layers' has no counterpart in {called}, which runs whole steps"
-    yield from _of_model(scenario.model, draft, called)
+    yield from _of_model(scenario.model, draft, module)
     plan = Plan(**{**draft.plan, "library": module.LIBRARY})
     yield from _of_plan(scenario, plan, called)
     own, workload = scenario.workload, {"seq_len": None, **draft.workload}
@@ -76,16 +79,17 @@ def _differing(path: str, own: Any, read: Any, called: str) -> Iterator[str]:
         yield f"{path} = {own!r} has no counterpart in {called}, which has {read!r}"
 
 
-def _of_model(model: Model, draft: Draft, called: str) -> Iterator[str]:
+def _of_model(model: Model, draft: Draft, module: Any) -> Iterator[str]:
     table = draft.settings().get("model")
-    if table is None:
-        yield f"model = {model.name!r} is not in {called}'s configuration; it comes with the code or checkpoint"
+    if table is None or not (isinstance(table, str) or {"layers", PRESET} & table.keys()):
+        yield f"model = {model.name!r} is not in {module.CALLED}'s configuration; it comes with the code or checkpoint"
         return
-    read = model_of(table) if isinstance(table, dict) else load_model(table)
+    read = (load_model(table) if isinstance(table, str) else model_of(table)).as_in(module_defaults(module.LIBRARY))
     for name in Model.model_fields:
-        if name in ("name", "left_out") or (name == "max_positions" and model.positions != "learned"):
-            continue
-        yield from _differing(f"model.{name}", getattr(model, name), getattr(read, name), called)
+        if name not in _PASSED_OVER and (name != "max_positions" or model.positions == "learned"):
+            yield from _differing(f"model.{name}", getattr(model, name), getattr(read, name), module.CALLED)
+    for name, own, other in zip(WAYS, model.runs_as, read.runs_as, strict=False):
+        yield from _differing(f"model.{name}", own, other, module.CALLED)
 
 
 def _of_plan(scenario: Scenario, read: Plan, called: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spsim.inputs.launch.draft import Draft, stages_as
+from spsim.inputs.launch.draft import WAYS, Draft, stages_as
 from spsim.inputs.launch.options import Options, beginning_with, flat_items, settings_named
 from spsim.inputs.plan_words import ROTATES, SCHEDULES
 from spsim.inputs.resources import parse_toml
@@ -85,6 +85,7 @@ def read(options: Options) -> Draft:
     draft.workload.setdefault("seq_len", 2048)
     _read_model(options, draft)
     _read_precision(options, draft)
+    _read_compile(options, draft)
     _read_parallelism(options, draft)
     _read_replicas(options, draft)
     _read_stages(options, draft)
@@ -134,6 +135,13 @@ def _read_precision(options: Options, draft: Draft) -> None:
     draft.workload["precision"] = precision
 
 
+def _read_compile(options: Options, draft: Draft) -> None:
+    parts = options.take("compile.components", ["model", "loss"])
+    options.leave("compile.backend", ("inductor",))
+    if options.flag("compile.enable") and "model" in parts:
+        draft.model["kernels"] = "compiled"
+
+
 def _read_parallelism(options: Options, draft: Draft) -> None:
     plan = draft.plan
     if options.flag("parallelism.enable_async_tensor_parallel"):
@@ -147,9 +155,6 @@ def _read_parallelism(options: Options, draft: Draft) -> None:
         ("expert_parallel_degree", (1,)), ("expert_tensor_parallel_degree", (1,)),
     ):  # fmt: skip
         options.leave(f"parallelism.{name}", harmless)
-    options.leave("compile.enable", (False,))
-    if "compile.enable" in options.taken or "compile.enable" not in options:
-        options.taken |= {name for name in options.items if name.startswith("compile.")}
     options.leave("optimizer.name", ("AdamW",))
     options.leave("optimizer.implementation", ("fused",))
     options.leave("optimizer.early_step_in_backward", (False,))
@@ -287,6 +292,8 @@ def tables(scenario: Scenario) -> dict[str, dict[str, Any]]:
         "parallelism": {**_degrees(plan), **(_stages(plan, model, workload.micro_batch) if pipeline else {})},
         "activation_checkpoint": _recompute(plan, model),
     }
+    if model.kernels == "compiled":
+        found["compile"] = {"enable": True, "components": ["model", "loss"]}
     return found | ({converter: {"filter_fqns": ["output"]}} if converter else {})
 
 
@@ -318,7 +325,7 @@ def _flavor(model: Model) -> tuple[str, str]:
     from spsim.inputs.model import PRESETS, Model
 
     sizes = {**{key: PRESETS[name] for key, name in FLAVORS.items()}, **{k: Model(**v) for k, v in SIZES.items()}}
-    apart = {"name", "left_out", "attention", "max_positions"}
+    apart = {"name", "left_out", "attention", "max_positions", *WAYS}
     own = model.model_dump(exclude=apart)
     return next((key for key, other in sizes.items() if other.model_dump(exclude=apart) == own), ("llama3", model.name))
 

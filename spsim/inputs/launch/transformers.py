@@ -49,6 +49,7 @@ def settings(scenario: Scenario) -> dict[str, dict[str, Any]]:
             "bf16": precision not in _DTYPES or None,
             "fp16": precision == "fp16" or None,
             "gradient_checkpointing": plan.recompute == "full" or None,
+            "torch_compile": scenario.model.kernels == "compiled" or None,
             "fsdp": fully or None,
             "fsdp_config": {"version": 2, "reshard_after_forward": plan.zero_stage == 3} if fully else None,
         },
