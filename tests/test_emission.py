@@ -65,6 +65,8 @@ def scenarios(library, seed):
         if plan.get("pp", 1) > 1 or source.random() < 0.5:
             workload["global_batch"] = workload["micro_batch"] * plan["dp"] * source.choice((2, 8, 16))
         model = source.choice(MODELS[library])
+        if "gpt" in model:  # with so many positions
+            workload["seq_len"] = 2048
         if library == "torchtitan" and source.random() < 0.3:
             model = {"preset": model, "kernels": "compiled"}
         if plan.get("pp_schedule") == "looped_bfs" and "virtual_pp" not in plan:

@@ -26,6 +26,8 @@ EMITTED = ("megatron", "torchtitan", "deepspeed", "transformers")
 _PASSED_OVER = frozenset({"name", "left_out", *WAYS})
 """Fields of a model that are no sizes or traits: what it is called, and how its modules run."""
 
+_OF_SHARDS = ("zero", "distributed_optimizer", "dp_library")
+
 
 @dataclass(frozen=True)
 class Emission:
@@ -46,13 +48,25 @@ def emit(scenario: Scenario, library: str) -> Emission:
         raise InputError(
             f"--emit {library!r}: is no library that a plan is written for; use one of {', '.join(EMITTED)}"
         )
+    plain = scenario.model_copy(update={"plan": _active(scenario.model, scenario.plan)})
     if library == "transformers":
-        draft, options = transformers.drafted(scenario)
-        return Emission(transformers.text(scenario), (*_unsaid(scenario, draft, options, transformers),))
+        draft, options = transformers.drafted(plain)
+        return Emission(transformers.text(plain), (*_unsaid(scenario, draft, options, transformers),))
     module = {"megatron": megatron, "torchtitan": torchtitan, "deepspeed": deepspeed}[library]
-    written = module.text(scenario)
+    written = module.text(plain)
     draft, options = module.drafted(written, Path(module.CALLED))
     return Emission(written, (*_unsaid(scenario, draft, options, module),))
+
+
+def _active(model: Model, plan: Plan) -> Plan:
+    """A plan without options that change nothing, which libraries refuse; an optimizer may need to know that it could
+    be sharded.
+    """
+    usual = library_defaults(plan.library)
+    idle = {name for name, reason in reasons(model, plan).items() if reason} - {*_OF_SHARDS}
+    return plan.model_copy(
+        update={name: usual.get(name, Plan.model_fields[name].default) for name in idle if name in Plan.model_fields}
+    )
 
 
 def _unsaid(scenario: Scenario, draft: Draft, options: Options, module: Any) -> Iterator[str]:
@@ -115,6 +129,8 @@ def effective(model: Model, plan: Plan) -> dict[str, Any]:
     if {"zero", "distributed_optimizer"} & found.keys():
         found["zero"] = plan.zero_stage
     found.pop("distributed_optimizer", None)
+    if plan.dp_overlap is True and plan.zero_stage == 0:
+        found["dp_overlap"] = "gradients"
     found["shard_group"] = plan.shard_group or plan.dp
     if plan.pp > 1:
         layers = tuple(len(chunk.layers) for chunk in all_chunks(model, plan))

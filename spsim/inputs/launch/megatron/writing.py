@@ -81,7 +81,7 @@ def _model(model: Model, scenario: Scenario) -> dict[str, Any]:
         "squared_relu": model.activation == "squared_relu",
         "normalization": "RMSNorm" if model.norm == "rmsnorm" else None,
         "position_embedding_type": next(name for name, kind in POSITIONS.items() if kind == model.positions),
-        "max_position_embeddings": rows or scenario.workload.seq_len,
+        "max_position_embeddings": max(rows, scenario.workload.seq_len),
         "disable_bias_linear": not model.bias,
         "add_qkv_bias": model.qkv_bias and not model.bias,
         "qk_layernorm": model.qk_norm,
@@ -160,7 +160,7 @@ def _stages(plan: Plan, model: Model) -> dict[str, Any]:
 
 def _replicas(plan: Plan) -> dict[str, Any]:
     """Overlaps, and what shards."""
-    whole = plan.dp_overlap is True
+    whole = plan.dp_overlap is True and plan.zero_stage > 0
     overlaps = {
         "overlap_grad_reduce": bool(plan.dp_overlap),
         "overlap_param_gather": whole or plan.dp_overlap == "parameters",
