@@ -1,10 +1,15 @@
 """A mistake in a launch file is one line that names file, option and fix; what it leaves open is asked."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 
+from spsim import InputError, read_launch
 from spsim.cli import main
+
+FILES = Path(__file__).parent / "data" / "launch"
 
 ARGUMENTS = (
     "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --seq-length 4096 --micro-batch-size 1 "
@@ -39,7 +44,7 @@ def run(tmp_path, capsys, name, text, *options):
         ("a.sh", SCRIPT + " --tensor-model-parallel-size eight",
          "a.sh:1: --tensor-model-parallel-size eight: expected a whole"),
         ("a.sh", SCRIPT + " --tensor-model-parallel-size", "--tensor-model-parallel-size: expected a whole number"),
-        ("a.sh", SCRIPT + " --tensor-model-parallel-size 0", "0: expected a whole number of at least 1"),
+        ("a.sh", SCRIPT + " --tensor-model-parallel-size 0", "0: expected a whole number from 1 to 2^40"),
         ("a.sh", SCRIPT + " --tensor-model-parallel-size 2 4", "2 4: expected a whole number"),
         ("a.sh", SCRIPT + " --sequence-parallel yes", "--sequence-parallel yes: expected true or false"),
         ("a.sh", SCRIPT + " --num-experts 8", "--num-experts 8: experts"),
@@ -89,14 +94,17 @@ def run(tmp_path, capsys, name, text, *options):
         ("a.toml", TITAN + "context_parallel_rotate_method = \"ring\"", "expected one of allgather, alltoall"),
         ("a.toml", TITAN + "pipeline_parallel_schedule = \"Fast\"", "expected one of 1F1B, Interleaved1F1B"),
         ("a.toml", TITAN + "pipeline_parallel_degree = 2\npipeline_parallel_layers_per_stage = 12",
-         "pipeline_parallel_layers_per_stage = 12: expected 32 layers on a multiple of the 2 stages"),
+         "pipeline_parallel_layers_per_stage = 12: expected what hands 32 layers to a multiple of the 2"),
+        ("a.toml", TITAN + "pipeline_parallel_degree = 99999999", "at most 34 chunks, with embedding and output"),
+        ("a.toml", TITAN + "pipeline_parallel_degree = 2\nmodule_fqns_per_model_part = 3", "expected a list of names"),
+        ("a.sh", SCRIPT + " --pipeline-model-parallel-size 99999999999999", "expected a whole number from 1 to 2^40"),
         ("a.toml", TITAN.replace("8B", "9B"), "model.flavor: llama3 9B is none of llama3 8B"),
         ("a.toml", TITAN.replace("llama3", "deepseek_v3"), "deepseek_v3 8B is none of llama3 8B"),
         ("a.toml", TITAN + "[activation_checkpoint]\nmode = \"most\"", "mode = \"most\": expected one of none, full"),
         ("a.toml", TITAN + "[parallelism]", "not valid TOML"),
         ("a.toml", TITAN.replace("= 8", "= 0.5"), "data_parallel_shard_degree = 0.5: expected a whole number"),
         ("a.toml", TITAN + "[training]\nlocal_batch_size = 0",
-         "local_batch_size = 0: expected a whole number of at le"),
+         "local_batch_size = 0: expected a whole number from 1"),
         ("a.toml", TITAN.replace("[par", "converters = [\"int4\"]\n[par"),
          "converters = [\"int4\"]: expected quantize"),
         ("a.toml", "[parallelism", "not valid TOML"),
@@ -149,6 +157,47 @@ def test_what_a_file_leaves_open_is_asked_and_can_be_given(name, text, words, an
     status, _, out = run(tmp_path, capsys, name, text, "--json", *answer)
     assert status == 0
     assert json.loads(out)["step_time_s"] > 0
+
+
+def test_damaged_files_are_refused_or_read(tmp_path):
+    """Whatever is taken out, put in or swapped: a launch, or one line."""
+    source = random.Random(2)
+    pieces = [
+        "'",
+        '"',
+        "$",
+        "(",
+        ")",
+        "{",
+        "}",
+        "[",
+        "]",
+        "|",
+        "&",
+        ";",
+        "<<E",
+        "\\",
+        "\n",
+        "if ",
+        "fi",
+        "for ",
+        "1e9",
+        "null",
+    ]
+    outcomes = set()
+    for _ in range(200):
+        name = source.choice(("train_llama3_8b.sh", "train_gpt_175b.slurm", "llama3_70b.toml", "ds_config.json"))
+        text = (FILES / name).read_text()
+        for _ in range(source.randrange(1, 5)):
+            place = source.randrange(len(text))
+            gap = source.choice((0, 0, 1, 7))
+            text = text[:place] + source.choice(pieces) * source.randrange(2) + text[place + gap :]
+        (tmp_path / name).write_text(text)
+        try:
+            outcomes.add(bool(read_launch(tmp_path / name).lines))
+        except InputError:
+            outcomes.add("refused")
+    assert outcomes == {True, "refused"}
 
 
 def test_a_file_that_is_not_there(tmp_path, capsys):

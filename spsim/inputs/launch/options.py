@@ -13,6 +13,8 @@ from spsim.inputs.plan_words import PLAN
 from spsim.inputs.words import MODEL, WORKLOAD
 
 T = TypeVar("T")
+MOST = 2**40
+"""The largest number that any option takes."""
 MAX_SHOWN = 80
 """Characters of a value in a message."""
 SECTIONS = {"plan": PLAN, "workload": WORKLOAD, "model": MODEL}
@@ -74,8 +76,8 @@ class Options:
         if name not in self.items:
             return otherwise
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if not whole or isinstance(value, bool) or value < least:
-            raise self.wrong(name, f"a whole number{f' of at least {least}' if least > 0 else ''}")
+        if not whole or isinstance(value, bool) or not least <= value <= MOST:
+            raise self.wrong(name, f"a whole number from {least} to 2^40" if whole else "a whole number")
         return int(value)
 
     def flag(self, name: str) -> bool:

@@ -201,15 +201,13 @@ def _read_stages(options: Options, draft: Draft) -> None:
     if pp == 1 or layers is None:
         return
     plan |= SCHEDULES[plain(str(schedule))]
-    if modules is not None:
-        counts = [sum(str(name).startswith("layers.") for name in part) for part in modules]
-    else:
-        chunks = -(-(layers + sum(less)) // each) if each is not None else pp
-        chunks *= 1 if each is not None or names[plain(str(schedule))] in _SINGLE else 2
-        counts = _spread(layers, chunks, less)
+    looped = names[plain(str(schedule))] not in _SINGLE
+    counts = _chunks(options, layers, pp * 2 if looped else pp, less, each) if modules is None else _listed(options)
     if len(counts) % pp or sum(counts) != layers:
-        key = "module_fqns_per_model_part" if modules is not None else "pipeline_parallel_layers_per_stage"
-        raise options.wrong(f"parallelism.{key}", f"{layers} layers on a multiple of the {pp} stages")
+        key = "pipeline_parallel_layers_per_stage" if modules is None else "module_fqns_per_model_part"
+        key = f"parallelism.{key}"
+        key = key if key in options else "parallelism.pipeline_parallel_degree"
+        raise options.wrong(key, f"what hands {layers} layers to a multiple of the {pp} stages")
     plan["virtual_pp"] = len(counts) // pp
     stages_as(draft, counts)
 
@@ -220,8 +218,27 @@ def _layers(draft: Draft) -> int | None:
     return PRESETS[draft.preset].layers if draft.preset is not None else draft.model.get("layers")
 
 
+def _listed(options: Options) -> list[int]:
+    """Layers of each chunk whose modules are listed."""
+    name = "parallelism.module_fqns_per_model_part"
+    modules = options.take(name)
+    if not isinstance(modules, list) or not all(isinstance(part, list) for part in modules):
+        raise options.wrong(name, "a list of names for each chunk")
+    return [sum(str(module).startswith("layers.") for module in part) for part in modules]
+
+
+def _chunks(options: Options, layers: int, usual: int, less: list[int], each: int | None) -> list[int]:
+    """Layers of each chunk where embedding and output take the place of some."""
+    weighted = layers + sum(less)
+    chunks = usual if each is None else -(-weighted // each)
+    if chunks > weighted or (chunks > 1 and max(less) > weighted // chunks):
+        name = f"parallelism.pipeline_parallel_{'degree' if each is None else 'layers_per_stage'}"
+        raise options.wrong(name, f"at most {weighted} chunks, with embedding and output in one layer's place each")
+    return _spread(layers, chunks, less)
+
+
 def _spread(layers: int, chunks: int, less: list[int]) -> list[int]:
-    """Layers of each chunk (`generate_llm_fqn_per_model_part`): what is over goes to the first ones."""
+    """Of so many chunks (`generate_llm_fqn_per_model_part`): what is over goes to the first ones."""
     each, more = divmod(layers + sum(less), chunks)
     counts = [each + (number < more) for number in range(chunks)]
     counts[0] -= less[0]

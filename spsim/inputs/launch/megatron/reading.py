@@ -208,7 +208,7 @@ def _laid_out(options: Options, layout: Any) -> list[int]:
 def _slotted(options: Options, layers: int, chunks: int, slots: list[bool]) -> list[int]:
     """Layers of each chunk where embedding and loss take the place of one."""
     each, rest = divmod(layers + sum(slots), chunks)
-    if rest:
+    if rest or not each:
         raise InputError(
             f"{options.where}: {layers} layers and {sum(slots)} slots of embedding and loss are not divisible by the "
             f"{chunks} chunks of the pipeline; use a number of stages that divides them"
@@ -223,6 +223,8 @@ def _given_ends(options: Options, layers: int, pp: int, virtual: int, ends: Mapp
     """Layers of each chunk where the first or last stage has a number of its own."""
     given = [count for count in ends.values() if count is not None]
     middle, rest = divmod(layers - sum(given), max(pp - len(given), 1))
+    if pp > layers:
+        raise options.wrong("pipeline_model_parallel_size", f"at most as many stages as {layers} layers")
     stages = [middle] * pp
     for place, name in ((0, "first"), (-1, "last")):
         if (count := ends[name]) is not None:
