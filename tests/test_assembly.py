@@ -23,6 +23,7 @@ OTHER_OPTIONS = {
     "zero": 1,
     "tp_backward_overlap": False,
     "tp_overlap": True,
+    "tp_scatter": "ring_exchange",
     "dp_overlap": True,
     "ring_kind": "all_gather",
     "ring_gradients": "fp32",

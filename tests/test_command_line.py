@@ -15,6 +15,7 @@ import pytest
 import spsim
 from spsim.cli import app, main
 from spsim.cli.app import COMMANDS, EXPERIMENT
+from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.plan import Plan
 from spsim.report.listing import PLAN_OPTIONS
 
@@ -208,6 +209,32 @@ def test_list_plans_has_every_option(capsys):
         assert word in text
 
 
+def test_list_libraries_has_every_choice(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["list", "libraries"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for name, record in LIBRARIES.items():
+        assert {name, record.version, *record.options} <= {*re.split(r"[\s,]+", text)}
+
+
+def test_explain_takes_a_library(capsys):
+    """The same as in the plan."""
+    given = ["--model", "llama-3-8b", "--plan", "tp=8"]
+    found = printed(capsys, "explain", *given, "--library", "torchtitan")
+    assert found == printed(capsys, "explain", *given[:-1], "tp=8,library=torchtitan")
+    assert {"q", "k", "v", "gate", "up"} <= {row["operator"] for row in found["operators"]}
+    assert any(note.startswith("as torchtitan 0.2.2 does it") for note in found["notes"])
+
+
+def test_a_plan_under_two_libraries_is_compared(capsys):
+    """Labels tell them apart."""
+    given = ["--model", "llama-3-8b", "--hardware", "dgx-h100", "--seq-len", "8192"]
+    found = printed(capsys, "compare", *given, "--plan", "tp=8", "--plan", "tp=8,library=transformers")
+    assert [plan["name"] for plan in found["plans"]] == ["TP8", "TP8 (transformers)"]
+    assert found["plans"][1]["step_time_s"] > found["plans"][0]["step_time_s"]
+
+
 # ------------------------------------------------------------ completion
 
 
@@ -221,7 +248,8 @@ def test_list_plans_has_every_option(capsys):
         ("compare --hardware dgx-h", {"dgx-h100", "dgx-h200"}),
         ("explain --plan tp=8,ring_k", {f"tp=8,ring_kind={kind}" for kind in ("p2p", "all_gather", "gather_permute")}),
         ("run --set model.atte", {"model.attention="}),
-        ("list ", {"hardware", "models", "plans"}),
+        ("list ", {"hardware", "models", "plans", "libraries"}),
+        ("explain --library torch", {"torchtitan", "torch"}),
     ],
 )
 def test_a_shell_completes(typed, completions, capsys, monkeypatch):

@@ -84,6 +84,25 @@ def test_a_result_says_what_is_done_as_the_library_does():
     assert "projections" not in note
 
 
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ("tp=2,sequence_parallel,keep_gathered", ["keep_gathered", "megatron-core"]),
+        ("library=torchtitan,tp=2,norm_gradients=coalesced", ["norm_gradients = 'coalesced'", "torchtitan"]),
+        ("library=torchtitan,tp=2,input_gradients=each", []),  # as DTensor without PrepareModuleInput
+        ("tp=2,projections=separate,input_gradients=each", []),  # as transformers
+        ("library=torchtitan,tp=2,sequence_parallel=false,keep_gathered=false", []),  # of what is gathered there
+        ("tp=2,keep_gathered", []),
+        ("library=torch,ring=2,norm_gradients=coalesced", []),
+    ],
+)
+def test_a_combination_that_no_library_has_is_noted(plan, told):
+    """As far as it has an effect."""
+    found = [note for note in scenario(plan).notes if note.startswith("no library")]
+    assert len(found) == bool(told)
+    assert all(part in note for note in found for part in told)
+
+
 # ------------------------------------------------------------ collectives of one layer, as recorded of real ones
 
 

@@ -40,7 +40,7 @@ VALUES = {
     "shard_group": (None, 2), "bucket_elements": (None, 1000), "grad_dtype": ("fp32", "bf16"),
     "moment_dtype": ("fp32", "bf16"), "precision_aware_optimizer": (False, True), "loss_fusion": (False, True),
     "recompute_layers": (None, 1), "recompute_method": ("block", "uniform"), "recompute_modules": (None, "mlp"),
-    "cpu_offload_layers": (0, 1), "cuda_graphs": ("none", "per_layer"),
+    "cpu_offload_layers": (0, 1), "cuda_graphs": ("none", "per_layer"), "tp_scatter": (None, "ring_exchange"),
 }  # fmt: skip
 
 
@@ -139,7 +139,9 @@ def test_degrees_of_ulysses_where_keys_have_fewer_heads(degree, seq_len, line):
         ("ulysses=2,zero=1,distributed_optimizer", {}, [
             "distributed_optimizer has no effect beside zero, which shards the optimizer too",
         ]),
-        ("tp=2,sequence_parallel,keep_gathered,tp_backward_overlap=false,ring=2,ring_cut=contiguous", {}, []),
+        ("tp=2,sequence_parallel,keep_gathered,tp_backward_overlap=false,ring=2,ring_cut=contiguous", {}, [
+            "no library that is known here does keep_gathered with all else as in megatron-core",
+        ]),
     ],
 )  # fmt: skip
 def test_notes(plan, traits, notes):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from spsim.inputs.configuration import Configuration
+from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.model import PRESETS, Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import profile_names
@@ -20,6 +21,11 @@ def model_names(incomplete: str) -> list[str]:
 def hardware_names(incomplete: str) -> list[str]:
     """Shipped profiles."""
     return _beginning(profile_names(), incomplete)
+
+
+def library_names(incomplete: str) -> list[str]:
+    """Libraries whose implementation a plan may be."""
+    return _beginning(LIBRARIES, incomplete)
 
 
 def plan_options(incomplete: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spsim.cli.completion import hardware_names, model_names, plan_options, settings
+from spsim.cli.completion import hardware_names, library_names, model_names, plan_options, settings
 from spsim.inputs.workload import tokens
 
 
@@ -40,6 +40,13 @@ PlanOption = Annotated[
         autocompletion=plan_options,
     ),
 ]  # fmt: skip
+LibraryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--library", metavar="NAME", help="Whose implementation the plan is, as torchtitan; see spsim list libraries.",
+        autocompletion=library_names,
+    ),
+]  # fmt: skip
 SeqLenOption = Annotated[
     int | None,
     typer.Option(
@@ -65,6 +72,13 @@ SetOption = Annotated[
     typer.Option(
         "--set", metavar="SETTING=VALUE", help="Change one setting, as model.attention=flash; may be repeated.",
         autocompletion=settings,
+    ),
+]  # fmt: skip
+FromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="FILE",
+        help="A Megatron-LM launch script, a torchtitan TOML or a DeepSpeed JSON instead of a case file.",
     ),
 ]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

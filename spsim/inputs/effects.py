@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from spsim.inputs.libraries import LIBRARIES, library_defaults
+from spsim.inputs.libraries import CHOICES, LIBRARIES, library_defaults, some_library_has
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
@@ -17,7 +17,7 @@ OF_THE_STEP = ("loss_fusion",)
 
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
-    own = (*of_library(model, plan), *of_heads(model, plan), *of_modules(model))
+    own = (*of_library(model, plan, scope), *of_no_library(model, plan), *of_heads(model, plan), *of_modules(model))
     return (*model.notes, *own, *without_effect(model, plan, scope))
 
 
@@ -30,13 +30,23 @@ def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = 
             yield f"{setting(name, differing[name])} has no effect {reason}"
 
 
-def of_library(model: Model, plan: Plan) -> Iterator[str]:
+def of_library(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
     """What a plan does because its library does, not Megatron-Core: options that nobody gave."""
     if not (usual := library_defaults(plan.library)):
         return
-    given, idle = plan.differing, reasons(model, plan)
-    chosen = [setting(name, value) for name, value in usual.items() if name not in given and not idle.get(name)]
-    yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core'}"
+    left_out = {*plan.differing, *(("zero", "dp_library") if scope == "layers" else ())}
+    idle = reasons(model, plan)
+    chosen = [setting(name, value) for name, value in usual.items() if name not in left_out and not idle.get(name)]
+    yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core does'}"
+
+
+def of_no_library(model: Model, plan: Plan) -> Iterator[str]:
+    """Choices that no library makes together, as far as they have an effect."""
+    fields, idle, given = type(plan).model_fields, reasons(model, plan), plan.differing
+    made = {name: getattr(plan, name) for name in CHOICES if not idle.get(name)}
+    if not some_library_has(made, {name: fields[name].default for name in made}):
+        told = [setting(name, value) for name, value in made.items() if name in given]
+        yield f"no library that is known here does {' and '.join(told)} with all else as in {plan.library}"
 
 
 def of_heads(model: Model, plan: Plan) -> Iterator[str]:
@@ -98,8 +108,9 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "ring_kind": "without ring" if plan.ring == 1 else "",
         **_of_ring_messages(plan),
         "ring_cut": ring_cut,
-        "tp_backward_overlap": one_rank,
+        "tp_backward_overlap": one_rank or _nothing_hidden(model, plan),
         "tp_overlap": one_rank,
+        "tp_scatter": one_rank or ("" if plan.tp_overlap else "without tp_overlap"),
         "keep_gathered": whole_sequence,
         "input_gradients": one_rank or ("" if plan.projections == "separate" else "with projections = 'fused'"),
         "few_kv_heads": "" if plan.tp > model.kv_heads else f"with tp = {plan.tp} of {model.kv_heads} KV heads",
@@ -132,6 +143,13 @@ def _of_ring_messages(plan: Plan) -> dict[str, str]:
         whole = "with ring_kind = 'all_gather', which gathers and scatters each of K and V"
     fp32 = "with ring_kind = 'gather_permute', which sends fp32 anyhow" if plan.ring_kind == "gather_permute" else ""
     return {"ring_gradients": whole or fp32, "ring_messages": whole}
+
+
+def _nothing_hidden(model: Model, plan: Plan) -> str:
+    """Gradients that are summed over several products are complete when none is left to hide their communication."""
+    regathers = plan.sequence_parallel and not plan.keep_gathered
+    several = plan.projections == "separate" and plan.input_gradients == "summed" and model.gated_mlp
+    return "with projections = 'separate', whose gradients are summed last" if several and not regathers else ""
 
 
 def _of_pipeline(plan: Plan) -> dict[str, str]:

@@ -104,6 +104,22 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
 """Library -> what it does. The defaults of the fields of a plan are those of Megatron-Core."""
 
 
+OF_THE_USER = frozenset({
+    "dp_library", "pp_sends", "ring_cut", "ring_kind", "sequence_parallel", "tp_backward_overlap", "zero",
+})  # fmt: skip
+"""Options of records that libraries leave to their users."""
+CHOICES = tuple(sorted({name for record in LIBRARIES.values() for name in record.options} - OF_THE_USER))
+"""Options that are how a library is made."""
+
+
+def some_library_has(choices: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
+    """Whether a library makes all of some choices; of those that it does not name it makes the `usual` ones."""
+    return any(
+        all(record.options.get(name, usual[name]) == value for name, value in choices.items())
+        for record in LIBRARIES.values()
+    )
+
+
 def library_defaults(library: Any) -> Mapping[str, Any]:
     """Options of a plan of a library that are not those of the fields; none of what is no library."""
     record = LIBRARIES.get(library) if isinstance(library, str) else None

@@ -86,6 +86,9 @@ class Plan(Configuration):
     tp_backward_overlap: bool = True
     """Megatron's default: gradient communication behind the weight gradient, re-gather behind the data gradient."""
     tp_overlap: bool = False
+    tp_scatter: Literal["ring_exchange", "pipeline", "pipeline_fp8"] | None = None
+    """How `tp_overlap` scatters what projection and fc2 make: pieces from rank to rank, or four whole reduce-scatters,
+    which hold more SMs, in 16 bits or 8; unless given the first in 8 or 4 bits, as in recipes of Megatron-Bridge."""
     dp_overlap: bool | Literal["gradients", "parameters"] = False
     """Reduce gradients behind the backward pass, gather parameters behind the forward pass, or both."""
     keep_gathered: bool = False

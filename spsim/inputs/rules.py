@@ -86,13 +86,11 @@ def _check_even_heads(model: Model, plan: Plan) -> None:
 
 
 def _check_kv_heads(model: Model, plan: Plan, workload: Workload) -> None:
-    """With fewer KV heads than ranks that share heads, as the plan has it."""
-    few = plan.few_kv_heads
-    if few == "refuse" and plan.tp > model.kv_heads:
+    """With fewer KV heads than ranks of tp, as the plan has it."""
+    if plan.few_kv_heads == "refuse" and plan.tp > model.kv_heads:
         raise InputError(
-            f"plan: tp = {plan.tp} with kv_heads = {model.kv_heads}, which few_kv_heads = "
-            f"'refuse' takes at most, as library = {plan.library!r} does; use {model.kv_heads} or a divisor of it, or "
-            "few_kv_heads=replicate"
+            f"plan: tp = {plan.tp} with kv_heads = {model.kv_heads} and few_kv_heads = 'refuse', as library = "
+            f"{plan.library!r} has it; use tp={model.kv_heads}, or few_kv_heads=replicate"
         )
     if not gathers_qkv(model, plan):
         return
@@ -224,12 +222,15 @@ def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
                 continue
             if pending:
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
-            raise InputError(f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or its default")
+            usual = "its default" if name in owner.differing else f"{name}={type(owner).model_fields[name].default}"
+            raise InputError(f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or {usual}")
 
 
 def check_scope(model: Model, plan: Plan, scope: str) -> None:
-    """The rules of what is simulated; `InputError` names the broken one."""
-    for name, value in plan.unlike({}).items() if scope == "layers" else ():
+    """The rules of what is simulated; `InputError` names the broken one. Layers alone leave the replicas of a library,
+    other than those that are asked for, out.
+    """
+    for name, value in plan.differing.items() if scope == "layers" else ():
         named = not OF_REPLICAS.isdisjoint((name, f"{name}={value}"))
         if named and not reasons(model, plan).get(name):
             raise InputError(

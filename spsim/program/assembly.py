@@ -47,7 +47,8 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
-    moved = plan.keep_gathered, plan.tp_overlap and plan.tp > 1, plan.input_gradients, plan.batch_first
+    chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
+    moved = plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first
     ids = plan.gathers_position_ids and plan.ulysses > 1
     return *placed_by(plan), kind or usual_kind(plan), *moved, ids, *ring
 
@@ -209,7 +210,7 @@ def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | No
     if plan.gathers_position_ids and plan.ulysses > 1:
         program = gather_position_ids(program, region)
     if plan.tp_overlap and plan.tp > 1:
-        program = lower_chunks(program, region)
+        program = lower_chunks(program, region, plan.tp_scatter)
     if plan.ring == 1 or plan.ring_kind == "all_gather":
         return program
     for kernels in region.kernels.values():

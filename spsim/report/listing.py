@@ -1,4 +1,4 @@
-"""Tables of the shipped profiles and models."""
+"""Tables of the shipped profiles and models, the libraries that are known, and the options of a plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from rich.table import Table
 
+from spsim.inputs.effects import setting
+from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import Plan
 from spsim.inputs.plan_words import elsewhere
@@ -54,6 +56,15 @@ def model_table() -> Table:
     return made
 
 
+def library_table() -> Table:
+    """The libraries whose implementation a plan may be, with what they do otherwise than Megatron-Core."""
+    made = table("Libraries: library=NAME in a plan", ["library", "version", "options of a plan, unless given"])
+    for name, record in LIBRARIES.items():
+        options = ", ".join(setting(option, value) for option, value in record.options.items())
+        made.add_row(name, record.version, options or "the defaults of spsim list plans")
+    return made
+
+
 PLAN_OPTIONS: Mapping[str, str] = {
     "library": "whose implementation it is: what options are that are not given",
     "tp": "GPUs that share heads and the width of the MLP: Megatron tensor parallelism",
@@ -91,6 +102,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "cuda_graphs": "what is launched as one graph",
     "tp_backward_overlap": "gradient communication of tp behind weight gradients, as Megatron does",
     "tp_overlap": "communication of tp in pieces behind its products: userbuffers, async TP",
+    "tp_scatter": "reduce-scatters in pieces under tp_overlap: from rank to rank, or four whole ones, in 16 bits or 8",
     "dp_overlap": "gradients behind the backward pass, parameters behind the forward pass, or both (true)",
     "keep_gathered": "keep the gathered input of a linear, as DTensor does, instead of gathering it again",
     "projections": "q, k, v and gate, up: one product each, or several",

@@ -14,6 +14,7 @@ from spsim.cli.options import (
     GlobalBatchOption,
     HardwareOption,
     JsonOption,
+    LibraryOption,
     MicroBatchOption,
     ModelOption,
     NodesOption,
@@ -40,6 +41,7 @@ def command(
     model: ModelOption = None,
     hardware: HardwareOption = None,
     plan: PlanOption = None,
+    library: LibraryOption = None,
     seq_len: SeqLenOption = None,
     micro_batch: MicroBatchOption = None,
     global_batch: GlobalBatchOption = None,
@@ -52,9 +54,10 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", help="Directory for explanation.json.")] = None,
 ) -> None:
     """Which operators does sequence parallelism apply to, and why?"""
+    own = [] if library is None else [f"plan.library={library}"]
     given = Given.of(
-        "explain", case, plan, changes, hardware=hardware, model=model, nodes=nodes, scope=scope, seq_len=seq_len,
-        micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+        "explain", case, plan, [*own, *(changes or [])], hardware=hardware, model=model, nodes=nodes, scope=scope,
+        seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     explanation = _explanation(given)
     written = [] if out is None else _write(explanation, out)

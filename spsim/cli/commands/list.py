@@ -17,11 +17,13 @@ class Listing(StrEnum):
     hardware = "hardware"
     models = "models"
     plans = "plans"
+    libraries = "libraries"
 
 
-def command(what: Annotated[Listing, typer.Argument(help="hardware, models or plans")]) -> None:
-    """The shipped hardware profiles or models, or the options of a plan."""
+def command(what: Annotated[Listing, typer.Argument(help="hardware, models, plans or libraries")]) -> None:
+    """The shipped hardware profiles or models, the options of a plan, or the libraries that have their own."""
     tables = {
-        Listing.hardware: report.hardware_table, Listing.models: report.model_table, Listing.plans: report.plan_table
+        Listing.hardware: report.hardware_table, Listing.models: report.model_table, Listing.plans: report.plan_table,
+        Listing.libraries: report.library_table,
     }  # fmt: skip
     open_console().print(tables[what]())

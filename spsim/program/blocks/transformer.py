@@ -169,7 +169,7 @@ class _Layer(ModelBlock):
         self.add(
             "norm2", "norm", f"s b h, s b h{', h' * (len(bias) + len(weights))} -> s b h, s b h",
             [x, residual, *bias, *weights], [out, normed, statistics, *mask],
-            mixes="h", saves=[out, statistics, *mask], kernel=kernel,
+            mixes="h", saves=[out, statistics, *mask], passthrough=[] if mask else [residual], kernel=kernel,
         )  # fmt: skip
         return out, normed
 
