@@ -10,7 +10,7 @@ from spsim.inputs.libraries import LIBRARIES, LibraryName
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.program.instructions import Communication
 from spsim.program.placement import COLLECTIVE_SHORT
-from tests.cases import program, result, scenario
+from tests.cases import program, scenario
 
 NAMES = get_args(LibraryName)
 
@@ -166,29 +166,6 @@ def test_few_kv_heads_are_gathered_with_all_of_q_k_and_v(sequence):
     assert tuple([found for found in side if found[1] != width] for side in few) == plain
     names = {sync.weight for sync in program(f"tp=8{sequence}", **{**LLAMA, "kv_heads": 2}).weight_sync}
     assert names == ({"norm1_weight", "norm2_weight"} if sequence else set())
-
-
-@pytest.mark.parametrize("sequence", ["", ",sequence_parallel"])
-def test_gathered_qkv_are_kept_whole(sequence):
-    """megatron-core 0.16.1, 4 ranks, [64, 2, 64], 8 heads of 8, 2 KV heads, rotary: V is a view of all that was
-    gathered and keeps its 24,576 B. Seen: 118,784 B, with sequence parallelism 94,208 B, less what norms keep in fp32.
-    """
-    sizes = {"hidden": 64, "heads": 8, "kv_heads": 2, "gated_mlp": True, "ffn_hidden": 96, "attention": "unfused"}
-    layer = program(f"tp=4{sequence}", seq_len=64, micro_batch=2, **sizes)
-    kept = {saved.tensor: saved.bytes for saved in layer.saved if saved.category == "activation"}
-    assert kept["qkv"] == 24576
-    assert sum(kept.values()) - kept["layer_input"] - kept["residual1_out"] == (94208 if sequence else 118784)
-
-
-@pytest.mark.parametrize("positions", ["none", "rope"])
-@pytest.mark.parametrize(
-    "plan", ["ring=2", "sequence_parallel,ring=2,ring_kind=all_gather", "ulysses=2", "recompute=selective"]
-)
-def test_gathered_qkv_fold(plan, positions):
-    """Views in every step that a layer is lowered to: a folded step is the step written out."""
-    settings = {"kv_heads": 2, "positions": positions, "seq_len": 1024, "layers": 4}
-    folded, whole = (result(f"tp=4,{plan}", fold=fold, **settings) for fold in (True, False))
-    assert (folded.step_time_s, folded.peak_memory_gib) == (whole.step_time_s, whole.peak_memory_gib)
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,7 @@ class _Compiler:
         self._lead(op, kernels, part, reads)
         reads += self._search(op, kernels, part, reads)
         over = {op.outputs[0].name: reads[0]} if op.operator.in_place else {}
-        copy = [self._buffer(op.inputs[0].name, op.inputs[0].bytes)] if op.operator.views else []
-        over |= {output.name: whole for output in op.outputs for whole in copy}
-        writes = [*copy, *(self._hold(output, generation, over.get(output.name)) for output in op.outputs)]
+        writes = [self._hold(output, generation, over.get(output.name)) for output in op.outputs]
         self._compute(op.name, op.operator.kind, part, work, reads, writes)
 
     def _lead(self, op: PlacedOperator, kernels: Kernels, part: Part, reads: Sequence[Buffer]) -> None:

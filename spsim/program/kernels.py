@@ -33,11 +33,7 @@ class Kernels:
 
     @lazy
     def bytes_moved(self) -> int:
-        """Local bytes of all operands, each in the layout that the operator consumes or produces; of views, of the copy
-        that they are of.
-        """
-        if self.operator.views:
-            return 2 * bytes_of(self.placed.inputs)
+        """Local bytes of all operands, each in the layout that the operator consumes or produces."""
         return bytes_of(self.placed.inputs + self.placed.outputs)
 
     @lazy

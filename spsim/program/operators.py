@@ -94,8 +94,6 @@ class Operator:
     """Its kernels, where torch runs it as several."""
     rules: str = ""
     """Name of the rules that it is split by, where those are not the ones of the block: experts."""
-    views: bool = False
-    """Its outputs are views of a copy of its input, of which all is kept where one of them is."""
     in_place: bool = False
     """Its first output is written over its first input, and the gradient of that over what is kept of the output."""
     recipe: Recipe | None = None

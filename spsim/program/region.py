@@ -84,8 +84,6 @@ class Region:
         """Weights that rest in another layout than they are used in, as they rest."""
         self.produced |= self.resting
         self.producers |= {weight.name: op.name for op in self.operators for weight in op.resting}
-        self.viewed = {o.name: op.inputs[0] for op in self.operators if op.operator.views for o in op.outputs}
-        """View -> what it is a view of a copy of."""
         gathered = frozenset(self._gathered())
         self.kernels = {op.name: kernels_of(op, gathered) for op in self.operators}
         self.last_summand = {o.name: op for op in self.operators[::-1] for o in op.differentiated}

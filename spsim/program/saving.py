@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 from spsim.program.instructions import Saved
@@ -51,7 +50,7 @@ class Saving:
         """All that survives the forward pass, with `keep_weights` also what it gathers of weights."""
         seen = set()
         for op in self.region.operators:
-            for operand, layout in itertools.starmap(self._stored, self._kept_for(op)):
+            for operand, layout in self._kept_for(op):
                 if (operand.name, layout) not in seen:
                     seen.add((operand.name, layout))
                     size = self.region.bytes_of(operand.tensor, layout)
@@ -67,13 +66,6 @@ class Saving:
             return [(operand, layout) for operand, layout in self.saved[op.name] if not self.discarded(operand)]
         outside = (o for o in op.handed_over if self.inside.get(o.name) is not own and not self.discarded(o))
         return [(o, self.region.produced[o.name].layout) for o in outside]
-
-    def _stored(self, operand: PlacedOperand, layout: Layout) -> tuple[PlacedOperand, Layout]:
-        """The tensor whose memory is kept: of a view, as it was made, all of what it is a view of."""
-        whole = self.region.viewed.get(operand.name)
-        if whole is None or layout != self.region.produced[operand.name].layout:
-            return operand, layout
-        return whole, whole.layout
 
     def discarded(self, operand: PlacedOperand) -> bool:
         """Whether nobody keeps a tensor, for it is made again."""

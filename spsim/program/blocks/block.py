@@ -68,7 +68,6 @@ class Block:
         attention_kernel: AttentionKernel | Framework = "transformer_engine",
         rules: str = "",
         in_place: bool = False,
-        views: bool = False,
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
         left, right = parse(signature)
@@ -88,7 +87,6 @@ class Block:
                 attention_kernel=attention_kernel,
                 rules=rules,
                 in_place=in_place,
-                views=views,
             )
         )
 

@@ -53,8 +53,7 @@ class _Layer(ModelBlock):
 
     def gathered_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One product whose width is cut evenly, whatever heads that separates. The next operator reads all of it, as
-        dimension w, joins what came from each rank and takes views of its heads: the gather of Megatron-Core with fewer
-        KV heads than tp.
+        dimension w, and takes its heads: the gather of Megatron-Core with fewer KV heads than tp.
         """
         width = sum(self.heads.values()) * self.model.head_dim
 
@@ -67,10 +66,7 @@ class _Layer(ModelBlock):
         left = ", ".join(["s b h, h a*d", *["a*d"] * len(biases)])
         self.add("qkv", "gemm", f"{left} -> s b a*d", [x, weight, *biases], [fused], saves=[x], owns_gather=[x])
         q, k, v = (self.tensor(name, "s b a d", heads=n) for name, n in self.heads.items())
-        self.add(
-            "qkv_heads", "elementwise", "s b w -> s b a d, s b a d, s b a d", [fused], [q, k, v],
-            mixes="w d", views=True, kernel="copy",
-        )  # fmt: skip
+        self.add("qkv_heads", "elementwise", "s b w -> s b a d, s b a d, s b a d", [fused], [q, k, v], mixes="w d")
         return q, k, v
 
     def head_norm(self, name: str, x: Tensor) -> Tensor:
