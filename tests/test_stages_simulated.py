@@ -13,6 +13,7 @@ from spsim import Scenario, load_model, simulate
 from spsim.engine.pieces import Stretch
 from spsim.engine.recording import COMPUTE_LANE, TaskInfo
 from spsim.engine.tasks import Task
+from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.schedules import HALVED
@@ -334,3 +335,25 @@ def test_replicas_are_not_free():
     layers = load_model("gpt-530b")
     largest = 12 * layers.hidden**2 * layers.layers / (8 * 35)
     assert 2 * 7 / 8 * 4 * largest / 25e9 < eight.step_time_s - one.step_time_s < 39.15 - 37.83
+
+
+@pytest.mark.parametrize(
+    ("plan", "micro_batches"),
+    [
+        ("pp=2", 4),
+        ("pp=4,virtual_pp=2,tp=2,sequence_parallel", 12),
+        ("pp=4,recompute=full", 9),
+        ("pp=2,pp_schedule=gpipe,recompute=selective", 5),
+        ("pp=2,virtual_pp=2,pp_schedule=zbv", 6),
+    ],
+)
+def test_figures_of_stages_without_what_is_written_out(plan, micro_batches):
+    """Memory of passes and of the fullest stage, and the ends of stages, are those of their nodes and moments."""
+    result = simulate(staged(plan, micro_batches))
+    found = result.staged
+    profiles = [metrics.profile(trace.nodes, 0) for trace in found.traces]
+    assert found.ran.levels is not None
+    assert found.ran.levels() == [(own.highest, own.total) if own else (0, 0) for own in profiles]
+    assert result.peak_bytes == max(spot.bytes for spot in result.stage_peaks)
+    assert found.ran.ends_ps == [own[-1][1][-1][2] for own in found.ran.closing]
+    assert [own.at_ps for own in found.ran.alone] == [Trace(a.nodes, {0: (0,)}, list).end_ps for a in found.ran.alone]

@@ -180,6 +180,8 @@ class Staged:
     @lazy
     def _levels(self) -> Numbers:
         """Of each sort of passes, how much memory it takes over what is there before it, and in a second row leaves."""
+        if self.ran.levels is not None:
+            return np.array(self.ran.levels(), np.int64).T
         found = [metrics.profile(trace.nodes, 0) for trace in self.traces]
         return np.array([(own.highest, own.total) if own else (0, 0) for own in found], np.int64).T
 
@@ -202,8 +204,19 @@ class Staged:
 
     def peak_bytes(self, static: Mapping[int, StaticMemory]) -> int:
         """Of the fullest stage, with what is there all the time on each simulated rank."""
-        by_kind = ((self.ran.rank_of(int(own[0])), int(self._highest[own].max())) for own in self.ran.stages.of_kinds)
-        return max(static[rank].total + max(0, highest) for rank, highest in by_kind)
+        stages, highest = self._fullest
+        return max(static[self.ran.rank_of(s)].total + max(0, own) for s, own in zip(stages, highest, strict=True))
+
+    @property
+    def _fullest(self) -> tuple[Sequence[int], list[int]]:
+        """Stages of which one is the fullest, with what each takes at most, or with what is most of all of its kind."""
+        score = self.ran.timeline.graph.score
+        if score.stages.schedule not in HALVED:
+            found = self.ran.sorted.fullest(score, self.ran.stages.kind_of)
+            highest = found.highest(*self._levels)
+            if highest is not None:
+                return found.stages.tolist(), highest.tolist()
+        return self.stages, self._highest.tolist()
 
     def peaks(self, static: Mapping[int, StaticMemory]) -> list[Spot]:
         """Of each stage."""

@@ -29,6 +29,7 @@ from spsim.step.abreast import Abreast
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
 from spsim.step.lanes import IDLE, Busy, State, end_alone, record, start
+from spsim.step.levels import Level, Levels
 from spsim.step.segments import Segment
 
 
@@ -74,6 +75,11 @@ class Rows:
         self.visits = [_visits(own) for own in items]
         """Of each, how often it runs each segment."""
 
+    @lazy
+    def levels(self) -> Levels:
+        """How full memory is in each, whatever the times and sizes."""
+        return Levels(self.items, self.segments)
+
 
 def _visits(items: Sequence[Item]) -> Counter[str]:
     found: Counter[str] = Counter()
@@ -102,18 +108,28 @@ class Alone:
         return self.write()
 
 
-def fold_each(step: Step, rows: Rows) -> tuple[list[Alone], int]:
-    """Run several rows of visits, each from the beginning, what is alike once; and the tasks that were run.
+class Apart(NamedTuple):
+    """Rows of visits as each runs by itself."""
+
+    rows: list[Alone]
+    events: int
+    """Tasks that were run."""
+    levels: Callable[[], list[Level]] | None = None
+    """How full memory is in each, where no segment leaves anything undone."""
+
+
+def fold_each(step: Step, rows: Rows) -> Apart:
+    """Run several rows of visits, each from the beginning, what is alike once.
 
     Where no segment leaves anything undone, the time of a row is the sum of theirs, and it is written when it is read.
     """
     walk = _Walk(step, rows.segments)
     ends = walk.ends_alone(rows.segments.values())
     if ends is None:
-        return [walk.alone(own) for own in rows.items], walk.events
+        return Apart([walk.alone(own) for own in rows.items], walk.events)
     times = [sum([runs * ends[name] for name, runs in own.items()]) for own in rows.visits]
     found = [Alone(at, CLEAN, partial(walk.row, own)) for at, own in zip(times, rows.items, strict=True)]
-    return found, walk.events
+    return Apart(found, walk.events, lambda: rows.levels.of(walk.ran, step.sizes))
 
 
 CLEAN: State = ((0, IDLE),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from spsim.step.closing import Closing
 from spsim.step.folding import Alone, Step, fold_each
 from spsim.step.gradients import GRADIENTS, PARAMETERS, Sync
 from spsim.step.lanes import IDLE, flights_of
+from spsim.step.levels import Level
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.orders import KINDS, Action, Numbers
 from spsim.step.pipeline.timeline import Timeline
@@ -109,6 +110,8 @@ class Pipelined:
     sorted: SortedPasses
     alone: Sequence[Alone]
     """Each of the sorts of passes by itself."""
+    levels: Callable[[], list[Level]] | None
+    """How full memory is in each, where that is known without their nodes."""
     timeline: Timeline
     closed: Closed
     messages: Messages
@@ -326,12 +329,13 @@ def run_pipeline(
 ) -> Pipelined:
     """The passes of every chunk by themselves, and then all of the step."""
     found = stages.sorted(passes, clock)
-    alone, events = fold_each(step, found.rows)
-    for (_, work), own in zip(found.sorts, alone, strict=True):
+    apart = fold_each(step, found.rows)
+    for (_, work), own in zip(found.sorts, apart.rows, strict=True):
         if any(time or busy != IDLE for time, busy in own.ends):
             raise InputError(
                 f"pp: a pass ({work}) leaves communication behind: not simulated yet; use dp_overlap = false"
             )
-    pass_ps = np.array([own.at_ps for own in alone])[found.of_classes]
+    pass_ps = np.array([own.at_ps for own in apart.rows])[found.of_classes]
     message_ps = [messages.transfer_ps[sender, receiver] for sender, receiver, _ in clock.lanes]
-    return Pipelined(stages, stride, found, alone, clock.times(pass_ps, message_ps), closed, messages, events)
+    timeline = clock.times(pass_ps, message_ps)
+    return Pipelined(stages, stride, found, apart.rows, apart.levels, timeline, closed, messages, apart.events)

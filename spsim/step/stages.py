@@ -15,6 +15,7 @@ from spsim.step.folding import Rows
 from spsim.step.halves import Halves
 from spsim.step.itinerary import Blocks, Chunk, Item, chunk_pass
 from spsim.step.pipeline.clock import Clock
+from spsim.step.pipeline.in_flight import fullest
 from spsim.step.pipeline.orders import KINDS, Action, Numbers, global_stage, gradients
 from spsim.step.pipeline.tape import Score
 
@@ -92,14 +93,37 @@ class Stages(Sequence[Sequence[PlacedChunk]]):
         places = {runs: place for place, runs in enumerate(self.kinds)}
         return tuple(places[runs] for runs in self.runs)
 
-    @lazy
-    def of_kinds(self) -> tuple[Numbers, ...]:
-        """The stages of each kind."""
-        return tuple(np.flatnonzero(np.array(self.kind_of) == kind) for kind in range(len(self.kinds)))
-
     def sorted(self, passes: Passes, clock: Clock) -> SortedPasses:
         """The passes of a step by what is alike."""
         return self._sorted.get((passes, clock.pass_classes), lambda: SortedPasses(passes, self, clock))
+
+
+class FullestPasses(NamedTuple):
+    """Passes of which one is that at which memory is fullest, if backward passes free what forward passes leave."""
+
+    stages: Numbers
+    """One of each kind,"""
+    firsts: Numbers
+    """and the first of its passes."""
+    sorts: Numbers
+    held: Numbers
+    """By chunk, micro-batches before each."""
+    forward: Numbers
+    """Sort of the forward pass of each chunk, by stage,"""
+    backward: Numbers
+    """and of the backward pass."""
+    leaving: Numbers
+    """Sorts of the forward passes of the stage of each."""
+
+    def highest(self, highest: Numbers, left: Numbers) -> Numbers | None:
+        """Bytes at the fullest of each kind, where sorts of passes take and leave so many; None where not all is
+        freed.
+        """
+        if (left[self.forward] < 0).any() or (left[self.forward] != -left[self.backward]).any():
+            return None
+        levels = (self.held * left[self.leaving]).sum(axis=1) + highest[self.sorts]
+        found: Numbers = np.maximum.reduceat(levels, self.firsts)
+        return found
 
 
 class SortedPasses:
@@ -119,6 +143,7 @@ class SortedPasses:
         """The same by stage, and by chunk and place in `KINDS`; -1 where there is none."""
         for (rank, chunk, kind, _), place in zip(clock.classes, of_classes, strict=True):
             self.of_passes[rank, chunk * len(KINDS) + KINDS.index(kind)] = place
+        self._fullest: FullestPasses | None = None
         self._in_order: tuple[Numbers, Numbers] | None = None
         self.rows = Rows([passes.items(*sort) for sort in self.sorts])
 
@@ -137,6 +162,18 @@ class SortedPasses:
             sorts = self.of_passes[score.ranks, len(KINDS) * chunks + kinds]
             self._in_order = sorts, np.searchsorted(score.ranks, np.arange(len(self.of_passes)))
         return self._in_order
+
+    def fullest(self, score: Score, kinds: Sequence[int]) -> FullestPasses:
+        """Of stages of such kinds, all of which are there."""
+        if self._fullest is None:
+            found = fullest(score, np.array(kinds))
+            sorts = self.of_passes[found.ranks, len(KINDS) * found.chunks + found.kinds]
+            forward, backward = (self.of_passes[:, KINDS.index(kind) :: len(KINDS)] for kind in ("F", "B"))
+            firsts = np.searchsorted(np.array(kinds)[found.ranks], np.unique(kinds))
+            self._fullest = FullestPasses(
+                found.ranks[firsts], firsts, sorts, found.held, forward, backward, forward[found.ranks]
+            )
+        return self._fullest
 
     @lazy
     def _rows(self) -> list[list[int]]:
