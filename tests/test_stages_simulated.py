@@ -26,10 +26,11 @@ from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.orders import Action
-from spsim.step.pipelined import Closed, Messages, Passes, PlacedChunk, run_pipeline
+from spsim.step.pipelined import Closed, Messages, run_pipeline
 from spsim.step.prepared import prepared_layer
 from spsim.step.ranks import Ranks
 from spsim.step.segments import BlockPass, Part, Segment
+from spsim.step.stages import Passes, PlacedChunk, Stages
 from spsim.step.unfolded_pipeline import unfold_pipeline
 from tests.cases import A100, H100, model
 from tests.test_pipeline_timing import by_hand
@@ -260,12 +261,12 @@ def run_by_hand(stages, chunks, micro_batches, exchange, transfer, units):
         dict.fromkeys(names, ()),
         0.1,
     )
-    layout = [
-        [PlacedChunk((Run("layer"),), stages * chunk + stage) for chunk in range(chunks)] for stage in range(stages)
-    ]
+    layout = Stages(
+        [[PlacedChunk((Run("layer"),), stages * chunk + stage) for chunk in range(chunks)] for stage in range(stages)]
+    )
     ways = [(s, (s + 1) % stages) for s in range(stages)]
     messages = Messages(0, {pair: transfer for way in ways for pair in (way, way[::-1])})
-    closed = Closed([()] * stages)
+    closed = Closed([()], [0] * stages)
     clock = Clock("1f1b", stages, chunks, micro_batches, None, exchange)
     passes = Passes(blocks, Halves({}, {}))
     folded = run_pipeline(passes, layout, clock, step, messages, closed, stride=1)

@@ -137,7 +137,7 @@ TEXTS = ("pp_layout",)
 _ALL_TO_ALL = ("a2a", "all_to_all", "alltoall")
 _COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
 """`cp_comm_type` of Megatron-LM, as it is spelled there and in other places."""
-_ROTATE = {"allgather": "gather_permute", "alltoall": "p2p"}
+ROTATES = {"allgather": "gather_permute", "alltoall": "p2p"}
 """`context_parallel_rotate_method` of torchtitan: gathers K and V, or hands them round with a permuting all-to-all."""
 _ROTATED = {"ring_gradients": "fp32", "ring_messages": "concatenated"}
 """What torch's context parallelism does either way."""
@@ -249,7 +249,7 @@ def _kind(options: dict[str, Any]) -> str | None:
     if rotate is not None:
         for name, value in _ROTATED.items():
             options.setdefault(name, value)
-        return str(_chosen("context_parallel_rotate_method", rotate, _ROTATE))
+        return str(_chosen("context_parallel_rotate_method", rotate, ROTATES))
     if comm == "a2a+p2p":
         raise InputError("plan: cp_comm_type = 'a2a+p2p': write ulysses=N,ring=M, whose product is cp")
     return None if comm is None else str(_chosen("cp_comm_type", comm, _COMM))

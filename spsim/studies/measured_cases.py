@@ -48,10 +48,10 @@ that commit does the latter, too (its `docs/b200`, where `_cef` means so). Megat
 `overlap_p2p_communication`.
 
 `fp8` had delayed scaling: Transformer Engine knew no other before 2.2 of April 2025, and NeMo kept it as the default.
-Until 2024 `ub_tp_comm_overlap_cfg` has `pipeline` for projection and fc2 in 8 bits too (`NVIDIA/dgxc-benchmarking` at
-v24.11.1, MLPerf v3.1), with `fp8_buf` for 405B. `attention` is the kernel, where a profile has it: recipes of v24.11
-with NeMo 24.05 switch cuDNN off (`NVTE_FUSED_ATTN=0`), MLPerf v3.1 installs flash-attn 2.0.8, and v3.0 had flash-attn
-1.0, to which that is the nearest; the others had cuDNN of 2024.
+Until 2024 `ub_tp_comm_overlap_cfg` has `pipeline` for projection and fc2 in 8 bits too (NVIDIA's recipes for
+DGX Cloud, v24.11.1; MLPerf v3.1), with `fp8_buf` for 405B. `attention` is the kernel, where a profile has it: recipes
+of v24.11 with NeMo 24.05 switch cuDNN off (`NVTE_FUSED_ATTN=0`), MLPerf v3.1 installs flash-attn 2.0.8, and v3.0 had
+flash-attn 1.0, to which that is the nearest; the others had cuDNN of 2024.
 """
 
 
