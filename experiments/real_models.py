@@ -5,8 +5,8 @@ H100 SXM with torch 2.11 and transformers 5.17: forward, backward, the allocator
 Each model is built from its configuration on the meta device, traced and simulated; none of these rows was fitted on.
 Needs transformers (`pip install "spsim[models]"`) and half a minute; without it the measured rows stand alone.
 
-The rows of the experiment itself are the same shapes as spsim's own layers, whose kernels are fused as in Megatron-LM:
-what eager kernels cost is the difference.
+The rows of the experiment itself are the same shapes as spsim's own layers, whose kernels are fused as in Megatron-Core
+or eager as in transformers: what eager kernels cost is the difference.
 
     python -m spsim experiments/real_models.py [--out results] [--quick]
 """
@@ -156,7 +156,7 @@ def group(kernel_class: str) -> str:
 
 
 def points() -> Iterator[spsim.Point]:
-    """The same shapes as spsim's own layers."""
+    """The same shapes as spsim's own layers, of two libraries."""
     for row in measured():
         settings = dict(CONFIGURATIONS[row["model"]])
         gpt = settings["family"] == "gpt2"
@@ -169,9 +169,10 @@ def points() -> Iterator[spsim.Point]:
             **({} if gpt else llama_shape(settings)),
         )
         workload = spsim.Workload(seq_len=row["seq_len"], micro_batch=row["micro_batch"])
-        plan = spsim.Plan(recompute="full" if row["checkpointing"] else "none")
-        scenario = {"hardware": HARDWARE, "model": model, "plan": plan, "workload": workload}
-        yield spsim.Point(scenario, {"measured": label(row)})
+        for library in ("megatron-core", "transformers"):
+            plan = {"library": library, "recompute": "full" if row["checkpointing"] else "none"}
+            scenario = {"hardware": HARDWARE, "model": model, "plan": plan, "workload": workload}
+            yield spsim.Point(scenario, {"measured": label(row)})
 
 
 def llama_shape(settings: Mapping[str, Any]) -> dict[str, Any]:

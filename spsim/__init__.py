@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spsim.errors import InputError as InputError
     from spsim.inputs.hardware import HardwareProfile as HardwareProfile
+    from spsim.inputs.launch.emission import emit as emit
+    from spsim.inputs.launch.reading import read_launch as read_launch
     from spsim.inputs.model import Model as Model
     from spsim.inputs.model import load_model as load_model
     from spsim.inputs.plan import Plan as Plan
@@ -44,11 +46,13 @@ _HOMES = {
     "Scenario": "inputs.scenario",
     "Workload": "inputs.workload",
     "compare": "studies.comparison",
+    "emit": "inputs.launch.emission",
     "explain": "studies.explanation",
     "load_kineto_trace": "pytorch.kineto",
     "load_model": "inputs.model",
     "load_profile": "inputs.profiles",
     "measured_trace": "results.measured",
+    "read_launch": "inputs.launch.reading",
     "simulate": "simulation",
     "sweep": "studies.sweeps",
     "trace_module": "pytorch.modules",

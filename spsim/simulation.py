@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -34,18 +34,18 @@ from spsim.program.sizes import Numbers, products
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
-from spsim.results.staged import Staged
+from spsim.results.staged import OfStages, Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
-from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline, stage_runs
+from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
 from spsim.step.folding import fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
-from spsim.step.pipelined import PlacedChunk, Stages
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
 
 
@@ -115,12 +115,10 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> 
         cost_models(scenario.hardware, scenario.workload.precision),
         micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
     )  # fmt: skip
-    firsts = range(0, plan.gpus, prepared.mesh.ranks)
-    own = prepared.ranks.copies
-    copies = {first + rank: [first + copy for copy in own[rank]] for first in firsts for rank in own}
+    copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
-    if len(own) == 1 and fold:
+    if len(prepared.ranks.copies) == 1 and fold:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
@@ -129,22 +127,21 @@ def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> 
         staged = None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
-    runs = [stage_runs(stages, stage) for stage in range(plan.pp)]
-    static = {own: _static(scenario, prepared, own, numbers) for own in dict.fromkeys(runs)}
+    static = Deferred(lambda: [_static(scenario, prepared, own, numbers) for own in stages.kinds])
     return Result(
         scope=scenario.scope,
         scenario=scenario,
         prepared=prepared,
-        chunk=runs[0],
+        chunk=stages.runs[0],
         numbers=numbers,
         amounts=_amounts(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics={rank: static[runs[rank // prepared.mesh.ranks]] for rank in copies},
+        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
         reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold),
         staged=staged,
-        sends=costed.sends,
+        sends=Deferred(lambda: costed.sends),
     )
 
 
@@ -162,7 +159,7 @@ def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool) -> tuple
 @lru_cache(maxsize=256)
 def _stages(model: Model, plan: Plan) -> Stages:
     """What each stage runs, chunk by chunk."""
-    return [[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)]
+    return Stages([[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)])
 
 
 def _layer_runs(model: Model, plan: Plan, layers: int) -> list[Run]:
@@ -255,7 +252,6 @@ def assemble(
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
     hardware = scenario.hardware
-    messages = dict(zip(prepared.syncs, prepared.sync_messages(numbers, chunk), strict=True))
     step = costed_step(
         prepared,
         numbers,
@@ -268,7 +264,11 @@ def assemble(
     walked = fold_step(step) if fold else unfold_step(step)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
-        walked.nodes, copies, partial(_describe, scenario, prepared, messages), prepared.groups, walked.overlapping
+        walked.nodes,
+        copies,
+        partial(_describe, scenario, prepared, lambda: prepared.closing_messages(numbers, chunk)),
+        prepared.groups,
+        walked.overlapping,
     )
     return Result(
         scope=scope,
@@ -302,17 +302,17 @@ def _describe_stages(
 ) -> Sequence[TaskInfo]:
     """What each task of a piece of several stages is, with its sizes."""
     if piece.recording.outline in prepared.by_outline:
-        return _describe(scenario, prepared, {}, piece)
+        return _describe(scenario, prepared, dict, piece)
     return costed.infos(piece)
 
 
 def _describe(
-    scenario: Simulated, prepared: PreparedStep, messages: Mapping[Sync, int], piece: Piece
+    scenario: Simulated, prepared: PreparedStep, messages: Callable[[], Mapping[Sync, int]], piece: Piece
 ) -> list[TaskInfo]:
-    """What each task of a piece is, with its sizes."""
+    """What each task of a piece is, with its sizes and those of `messages` after the last micro-batch."""
     made = prepared.closing_of(piece.recording.outline)
     if made is not None:
-        return made.infos(messages)
+        return made.infos(messages())
     segment = prepared.by_outline[piece.recording.outline]
     infos: list[TaskInfo] = []
     if segment.instructions:

@@ -39,8 +39,11 @@ OPERAND_BYTES = {
     "nvfp4": 1 / 2 + 1 / 16,
 }  # fmt: skip
 """Of an element that a product reads, its part of a scale included."""
-AttentionKernel = Literal["flash_attention_2", "flash_attention_3", "cudnn", "memory_efficient", "torch_cpu"]
-"""Fused kernels, by the library that they are of; `memory_efficient` is CUTLASS's in torch."""
+AttentionKernel = Literal[
+    "flash_attention_2", "flash_attention_3", "cudnn", "cudnn_2024", "memory_efficient", "torch_cpu"
+]  # fmt: skip
+"""Fused kernels, by the library that they are of, cuDNN as it is and as it was in 2024; `memory_efficient` is CUTLASS's
+in torch."""
 Framework = Literal["transformer_engine", "torch"]
 """What picks a kernel where none is asked for: Megatron-Core through Transformer Engine, or torch by itself."""
 
@@ -88,6 +91,8 @@ class Gemm:
     """1 where rows of an operand or of the result begin at no multiple of 16 bytes, which tensor cores load whole."""
     dtype: str | None = None
     """Data type of its operands, where that is another than the block's."""
+    pieces: int = 1
+    """Products like this one that run beside each other on streams, so that only all of them fill whole waves."""
 
     @property
     def flops(self) -> int:

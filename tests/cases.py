@@ -49,7 +49,7 @@ def compile_program(operators, plan, mesh, *, causal):
 
 
 DEGREES = [(t, u, r) for t in (1, 2, 4, 8) for u in (1, 2, 4, 8) for r in (1, 2, 4, 8) if t * u * r <= 8]
-FLAGS = ("sequence_parallel", "keep_gathered", "distributed_optimizer")
+FLAGS = ("sequence_parallel", "keep_gathered", "distributed_optimizer", "gathers_position_ids")
 
 
 @st.composite
@@ -57,9 +57,11 @@ def random_plans(draw):
     """(plan, whether attention may be unfused): at most 8 ranks, and every option."""
     tp, ulysses, ring = draw(st.sampled_from(DEGREES))
     flags = draw(st.sets(st.sampled_from(FLAGS)))
-    kind = draw(st.sampled_from(["p2p", "all_gather"]))
+    kind = draw(st.sampled_from(["p2p", "all_gather", "gather_permute"]))
+    messages = draw(st.sampled_from(["joint", "concatenated", "separate"]))
     plan = (
         f"tp={tp},ulysses={ulysses},ring={ring},ring_kind={kind},"
+        f"ring_messages={messages},ring_gradients={draw(st.sampled_from(['model_dtype', 'fp32']))},"
         f"ring_cut={draw(st.sampled_from(['zigzag', 'contiguous']))},"
         f"recompute={draw(st.sampled_from(['none', 'selective', 'full']))},"
         f"tp_backward_overlap={draw(st.sampled_from(['true', 'false']))}," + ",".join(sorted(flags))

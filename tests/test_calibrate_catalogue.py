@@ -21,7 +21,7 @@ from spsim.measuring.calibrate.catalogue import (
 from spsim.measuring.calibrate.shapes import flash_attention, linear, memory_bound, score_products
 from spsim.measuring.processes.matching import describes
 from spsim.program.blocks.transformer import transformer_layer
-from spsim.program.kernels import kernels_of
+from spsim.program.kernel_kinds import kernels_of
 from spsim.program.mesh import Mesh
 from spsim.program.placed import PlacedOperator
 from spsim.units import GIB, KIB, MIB

@@ -200,7 +200,7 @@ def random_settings(rng):
     while True:
         many = rng.random() < 0.2
         tp, ulysses, ring = rng.choice(MANY_DEGREES if many else DEGREES)
-        kind = rng.choice(["p2p", "p2p", "all_gather"])
+        kind = rng.choice(["p2p", "p2p", "all_gather", "gather_permute"])
         own = {
             "layers": rng.choice([1, 2, 5]), "hidden": rng.choice([512, 4096]), "heads": 16,
             "kv_heads": rng.choice([1, 2, 4, 8, 16]), "gated_mlp": rng.random() < 0.5, "ffn_hidden": 2816,
@@ -212,7 +212,9 @@ def random_settings(rng):
             "tp": tp, "ulysses": ulysses, "ring": ring, "sequence_parallel": rng.random() < 0.6, "ring_kind": kind,
             "ring_cut": rng.choice(["zigzag", "zigzag", "contiguous"]), "keep_gathered": rng.random() < 0.3,
             "recompute": rng.choice(["none", "selective", "full"]), "tp_backward_overlap": rng.random() < 0.7,
-            "distributed_optimizer": rng.random() < 0.4,
+            "distributed_optimizer": rng.random() < 0.4, "gathers_position_ids": rng.random() < 0.2,
+            "ring_gradients": rng.choice(["model_dtype", "fp32"]),
+            "ring_messages": rng.choice(["joint", "concatenated", "separate"]),
         }  # fmt: skip
         settings = {"hardware": rng.choice([A100, H100]), "model": model(**own), "plan": plan}
         try:

@@ -44,7 +44,10 @@ def test_readme_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert stop.value.code == 0
 
 
-@pytest.mark.parametrize("line", [line for line in readme_commands() if line.split()[0] in ("run", "compare")])
+SIMULATED = [line for line in readme_commands() if line.split()[0] in ("run", "compare") and " --emit " not in line]
+
+
+@pytest.mark.parametrize("line", SIMULATED)
 def test_what_the_readme_simulates_fits(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = shlex.split(line)
     out = arguments.index("--out")
@@ -64,7 +67,7 @@ def test_the_first_picture_is_that_of_a_command() -> None:
     assert "--set model.attention=flash" in line
     assert "--seq-len 8K" in line
     forward, backward = sp.layer_forward_s / tp.layer_forward_s, sp.layer_backward_s / tp.layer_backward_s
-    assert (round(100 * (1 - forward)), round(100 * (1 - backward))) == (5, 2)
+    assert (round(100 * (1 - forward)), round(100 * (1 - backward))) == (5, 1)
     assert f"needs {sp.device_memory_gib:.0f} instead of {tp.device_memory_gib:.0f} of 80 GiB" in README
     exposed = [{part: ps for part, ps in a.passes["forward"].items() if "exposed" in part} for a in found.accounts]
     assert round(100 * (sum(exposed[1].values()) / sum(exposed[0].values()) - 1)) == 12
@@ -179,8 +182,8 @@ def test_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert_shown(shown, words(capsys.readouterr().out))
 
 
-def test_there_are_twelve_tasks() -> None:
-    assert len(TASKS) == 12
+def test_there_are_thirteen_tasks() -> None:
+    assert len(TASKS) == 13
 
 
 EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def build(" in path.read_text()]

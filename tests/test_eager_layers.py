@@ -1,6 +1,9 @@
 """What single operations of torch launch and keep, against such modules as autograd runs them."""
 
+import csv
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +207,48 @@ def test_scores_that_unfused_attention_keeps(kernels, dropout, times):
     common = {"seq_len": 512, "dropout": dropout, "kernels": kernels}
     kept = [program(attention=own, **common).saved_bytes("activation", "mask") for own in ("unfused", "flash")]
     assert kept[0] - kept[1] == times * 8 * 512**2
+
+
+@pytest.mark.parametrize(("dropout", "launches", "tensors"), [(0.0, 1, 6 - 4), (0.1, 2, 8 - 5)])
+def test_compiled_layers_join_the_first_residual_and_its_norm(dropout, launches, tensors):
+    """Forward the sum is not read again. Backward norm and sum of gradients read and write 3 tensors each, dropout 2;
+    together they read both gradients and what is kept, and write one gradient, or with dropout two.
+    """
+    launched, moved = Counter(), Counter()
+    for kind in ("fused", "compiled"):
+        for step in program("", dropout=dropout, bias=False, kernels=kind).instructions:
+            way = "forward" if step.part == "forward" else "backward"
+            launched[kind, way] += 1
+            moved[kind, way] += sum(work.bytes_moved for work in step.work)
+    for way, kernels_less, tensors_less in (("forward", 1, 1), ("backward", launches, tensors)):
+        assert launched["fused", way] - launched["compiled", way] == kernels_less
+        assert moved["fused", way] - moved["compiled", way] == tensors_less * 2 * 256 * 256
+
+
+def measured_steps():
+    with (Path(__file__).parents[1] / "experiments/data/h100_models.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["family"] != "gpt2"]
+
+
+SHAPES = {
+    "llama-3.2-1b": {
+        "preset": "llama-3-8b", "layers": 16, "hidden": 2048, "ffn_hidden": 8192, "head_dim": 64,
+        "tied_embeddings": True,
+    },
+    "llama-3-8b-6layers": {"preset": "llama-3-8b", "layers": 6},
+    "mistral-7b-6layers": {"preset": "mistral-7b", "layers": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", measured_steps(), ids=lambda row: f"{row['model']} {row['seq_len']}")
+def test_steps_of_transformers_models_as_measured(row):
+    """Forward and backward pass of Llama models on one H100, which nothing was fitted on; fused they are too short."""
+    sizes = {"seq_len": int(row["seq_len"]), "micro_batch": int(row["micro_batch"])}
+    recompute = "full" if row["checkpointing"] == "1" else "none"
+    measured = float(row["forward_ms"]) + float(row["backward_ms"])
+    for plan, least, most in (("library=transformers", 0.96, 1.07), ("", 0.7, 0.94)):
+        chosen = Scenario(
+            hardware=H100, model=SHAPES[row["model"]], plan=f"{plan},recompute={recompute}", workload=sizes
+        )
+        found = simulate(chosen)
+        assert least < 1e3 * (found.step_time_s - found.optimizer_s) / measured < most

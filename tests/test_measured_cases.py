@@ -69,6 +69,24 @@ def test_columns_are_options(changes, options):
     assert {name: getattr(plan, name) for name in options} == options
 
 
+@pytest.mark.parametrize(
+    ("software", "model", "hardware", "attention", "precision"),
+    [
+        ("NeMo recipe v24.11.1", "GPT3 175B", "dgx-h100", "flash_attention_2", "fp8_delayed"),
+        ("NeMo recipe v24.11.1", "Llama3 70B", "dgx-h100", "cudnn_2024", "fp8_delayed"),
+        ("MLPerf Training v3.1", "GPT3 175B", "dgx-h100", "flash_attention_2", "fp8_delayed"),
+        ("NeMo recipe v25.05.05", "Llama3 405B", "gb200-nvl72", "flash", "fp8_delayed"),
+        ("MLPerf Training v4.1", "GPT3 175B", "dgx-b200", "flash", "fp8_delayed"),  # whose profile has no such kernel
+        ("NeMo 25.09 (Megatron-Bridge 0.1.0rc)", "Llama3 70B", "dgx-h100", "flash", "fp8"),
+    ],
+)
+def test_kernels_and_recipes_are_those_of_the_day(software, model, hardware, attention, precision):
+    changes = {"software": software, "model": model, "hardware": hardware, "precision": "fp8"}
+    row = case(changes, PLAIN, "dgxc_v24.11.1_gpt3_175b_bf16_128gpu")
+    assert row._model()["attention"] == attention
+    assert row.settings()["workload"].precision == precision
+
+
 def test_sizes_and_scope():
     layer = case(rows=PLAIN, case_id="kort22_t4_22B_base_none")
     assert (layer.scope, layer.scenario().scope) == ("layers", "layers")

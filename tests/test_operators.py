@@ -8,7 +8,7 @@ import pytest
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.program.instructions import Communication
-from spsim.program.kernels import kernels_of
+from spsim.program.kernel_kinds import kernels_of
 from spsim.program.mesh import Mesh, mesh_of
 from spsim.program.operators import Operand, Operator, Tensor, parse
 from spsim.program.placed import PlacedOperator

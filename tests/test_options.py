@@ -9,8 +9,9 @@ from spsim.inputs.plan import Plan, parse_plan
 from tests.cases import model, scenario
 
 PLANS = (
-    "", "tp=2", "tp=2,sequence_parallel", "tp=2,sequence_parallel,keep_gathered", "ulysses=2", "ring=2", "ring=4",
-    "ring=2,ring_kind=all_gather", "ring=4,ring_kind=all_gather,ring_cut=contiguous", "tp=2,ulysses=2",
+    "", "tp=2", "tp=2,sequence_parallel", "tp=2,sequence_parallel,keep_gathered", "ulysses=2",
+    "ring=2,ring_kind=gather_permute", "ring=4,ring_gradients=fp32", "ring=2,ring_kind=all_gather",
+    "ring=4,ring_kind=all_gather,ring_cut=contiguous", "tp=2,ulysses=2",
     "tp=2,projections=separate", "tp=8,sequence_parallel",
     "tp=2,sequence_parallel,ring=2", "ulysses=2,ring=2,recompute=full", "tp=2,sequence_parallel,recompute=full",
     "ulysses=2,zero=1", "ring=2,distributed_optimizer",
@@ -25,8 +26,12 @@ VALUES = {
     "library": ("megatron-core", "torchtitan"), "projections": ("fused", "separate"),
     "input_gradients": ("summed", "each"), "few_kv_heads": ("gather", "replicate"),
     "norm_gradients": ("coalesced", "each_reader"), "batch_first": (False, True),
+    "uneven_heads": ("refuse", "by_group"), "ulysses_few_kv_heads": ("replicate", "refuse"),
+    "gathers_position_ids": (False, True),
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
-    "ring_kind": ("p2p", "all_gather"), "ring_cut": ("zigzag", "contiguous"), "pp": (1, 2), "virtual_pp": (1, 2),
+    "ring_kind": ("p2p", "all_gather", "gather_permute"), "ring_gradients": ("model_dtype", "fp32"),
+    "ring_messages": ("joint", "concatenated", "separate"), "ring_cut": ("zigzag", "contiguous"),
+    "pp": (1, 2), "virtual_pp": (1, 2),
     "dp": (1, 2), "distributed_optimizer": (False, True), "zero": (0, 1, 2, 3),
     "recompute": ("none", "selective", "full"), "tp_backward_overlap": (True, False), "tp_overlap": (False, True),
     "dp_overlap": (False, True), "keep_gathered": (False, True), "pp_schedule": ("1f1b", "gpipe"),
@@ -35,7 +40,7 @@ VALUES = {
     "shard_group": (None, 2), "bucket_elements": (None, 1000), "grad_dtype": ("fp32", "bf16"),
     "moment_dtype": ("fp32", "bf16"), "precision_aware_optimizer": (False, True), "loss_fusion": (False, True),
     "recompute_layers": (None, 1), "recompute_method": ("block", "uniform"), "recompute_modules": (None, "mlp"),
-    "cpu_offload_layers": (0, 1), "cuda_graphs": ("none", "per_layer"),
+    "cpu_offload_layers": (0, 1), "cuda_graphs": ("none", "per_layer"), "tp_scatter": (None, "ring_exchange"),
 }  # fmt: skip
 
 

@@ -82,6 +82,18 @@ def test_written_out_it_is_the_ring_step_by_step(degree, option, causal):
     assert loops_of(looped.backward_sections) == expected
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("messages", ["joint", "concatenated", "separate"])
+@pytest.mark.parametrize("option", ["ring_gradients=fp32", "ring_kind=gather_permute,recompute=full", ""])
+@pytest.mark.parametrize("degree", [2, 3, 4, 7])
+def test_rings_of_other_libraries_step_by_step(degree, option, messages, causal):
+    """The same of gradients in fp32, of K and V that are gathered, and of messages of their own."""
+    plan = f"ring={degree},ring_messages={messages},{option}"
+    looped, flat = (ring(plan, loops=loops, causal=causal) for loops in (True, False))
+    assert numbered_anew(looped) == numbered_anew(flat)
+    assert len(loops_of(looped.backward_sections)) == (degree > 6) * (1 + ("recompute" in option)) or degree < 6
+
+
 def test_few_equal_steps_are_written_out():
     """Which is less than the program of a long ring, whose equal steps stand there once."""
     short, long_ = (layer_program(model(heads=16, kv_heads=8), parse_plan(plan), Workload(seq_len=5040 * 16))

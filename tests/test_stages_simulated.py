@@ -13,6 +13,7 @@ from spsim import Scenario, load_model, simulate
 from spsim.engine.pieces import Stretch
 from spsim.engine.recording import COMPUTE_LANE, TaskInfo
 from spsim.engine.tasks import Task
+from spsim.engine.trace import Trace
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.schedules import HALVED
@@ -26,10 +27,11 @@ from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.orders import Action
-from spsim.step.pipelined import Closed, Messages, Passes, PlacedChunk, run_pipeline
+from spsim.step.pipelined import Closed, Messages, run_pipeline
 from spsim.step.prepared import prepared_layer
 from spsim.step.ranks import Ranks
 from spsim.step.segments import BlockPass, Part, Segment
+from spsim.step.stages import Passes, PlacedChunk, Stages
 from spsim.step.unfolded_pipeline import unfold_pipeline
 from tests.cases import A100, H100, model
 from tests.test_pipeline_timing import by_hand
@@ -260,12 +262,12 @@ def run_by_hand(stages, chunks, micro_batches, exchange, transfer, units):
         dict.fromkeys(names, ()),
         0.1,
     )
-    layout = [
-        [PlacedChunk((Run("layer"),), stages * chunk + stage) for chunk in range(chunks)] for stage in range(stages)
-    ]
+    layout = Stages(
+        [[PlacedChunk((Run("layer"),), stages * chunk + stage) for chunk in range(chunks)] for stage in range(stages)]
+    )
     ways = [(s, (s + 1) % stages) for s in range(stages)]
     messages = Messages(0, {pair: transfer for way in ways for pair in (way, way[::-1])})
-    closed = Closed([()] * stages)
+    closed = Closed([()], [0] * stages)
     clock = Clock("1f1b", stages, chunks, micro_batches, None, exchange)
     passes = Passes(blocks, Halves({}, {}))
     folded = run_pipeline(passes, layout, clock, step, messages, closed, stride=1)
@@ -333,3 +335,25 @@ def test_replicas_are_not_free():
     layers = load_model("gpt-530b")
     largest = 12 * layers.hidden**2 * layers.layers / (8 * 35)
     assert 2 * 7 / 8 * 4 * largest / 25e9 < eight.step_time_s - one.step_time_s < 39.15 - 37.83
+
+
+@pytest.mark.parametrize(
+    ("plan", "micro_batches"),
+    [
+        ("pp=2", 4),
+        ("pp=4,virtual_pp=2,tp=2,sequence_parallel", 12),
+        ("pp=4,recompute=full", 9),
+        ("pp=2,pp_schedule=gpipe,recompute=selective", 5),
+        ("pp=2,virtual_pp=2,pp_schedule=zbv", 6),
+    ],
+)
+def test_figures_of_stages_without_what_is_written_out(plan, micro_batches):
+    """Memory of passes and of the fullest stage, and the ends of stages, are those of their nodes and moments."""
+    result = simulate(staged(plan, micro_batches))
+    found = result.staged
+    profiles = [metrics.profile(trace.nodes, 0) for trace in found.traces]
+    assert found.ran.levels is not None
+    assert found.ran.levels() == [(own.highest, own.total) if own else (0, 0) for own in profiles]
+    assert result.peak_bytes == max(spot.bytes for spot in result.stage_peaks)
+    assert found.ran.ends_ps == [own[-1][1][-1][2] for own in found.ran.closing]
+    assert [own.at_ps for own in found.ran.alone] == [Trace(a.nodes, {0: (0,)}, list).end_ps for a in found.ran.alone]

@@ -34,6 +34,8 @@ def layers(draw):
     degree = plan.tp * plan.ulysses
     heads = degree * draw(st.sampled_from([1, 2, 3]))
     fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (n % degree == 0 or degree % n == 0)]
+    # With fewer than tp all of Q, K and V are cut evenly.
+    fitting = [n for n in fitting if n >= plan.tp or (heads + 2 * n) % plan.tp == 0]
     gated = draw(st.booleans())
     model = Model(
         layers=2,
@@ -205,6 +207,9 @@ def durations(model, plan, workload, hardware):
             work = step.work[mesh.coordinate(rank, "ring") if len(step.work) > 1 else 0]
             return float(compute.duration(work)) if work else 0.0
         nodes = {other // per_node for other in mesh.group(rank, (step.axis,))}
+        if step.sends_before:  # so many sends of one batch start once
+            before, both = (comm.time("send_receive", step.message_bytes, step.ranks, len(nodes), n) for n in (1, 2))
+            return both - before
         return comm.duration(step.collective, step.message_bytes, step.ranks, len(nodes))
 
     phases = {"forward": program.forward, "backward": program.backward}

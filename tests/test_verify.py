@@ -429,6 +429,12 @@ def test_bad_arguments(capsys):
         assert err.count("\n") == 1
 
 
+def test_heads_dealt_out_unevenly_are_not_run():
+    layer = Model(layers=1, hidden=192, heads=6, kv_heads=3, vocab=8)
+    with pytest.raises(InputError, match=r"use degrees that divide kv_heads = 3$"):
+        build_cases(2, "cpu", "fp32", plans=["ulysses=2,uneven_heads=by_group"], model=layer)
+
+
 def test_a_profile_without_curves(tmp_path, capsys):
     """The curve is missed before any process starts."""
     head, _, rest = (profiles_directory() / "cpu-2.toml").read_text().partition(CURVE)

@@ -55,8 +55,14 @@ def refused(make):
         ("cp=8,cp_comm_type=all_gather", "ring=8,ring_kind=all_gather"),
         ("cp=8,cp_comm_type=a2a", "ulysses=8"),
         ("ulysses=8,cp_comm_type=a2a", "ulysses=8"),
-        ("context_parallel_degree=4,context_parallel_rotate_method=allgather", "ring=4,ring_kind=all_gather"),
-        ("context_parallel_degree=4,context_parallel_rotate_method=alltoall", "ring=4"),
+        (
+            "context_parallel_degree=4,context_parallel_rotate_method=allgather",
+            "ring=4,ring_kind=gather_permute,ring_gradients=fp32,ring_messages=concatenated",
+        ),
+        (
+            "context_parallel_degree=4,context_parallel_rotate_method=alltoall",
+            "ring=4,ring_gradients=fp32,ring_messages=concatenated",
+        ),
         ("--tensor-model-parallel-size=8,--sequence-parallel", "tp=8,sequence_parallel"),
         ("tensor_parallel_degree=4,ulysses_sequence_parallel_size=2", "tp=4,ulysses=2"),
         ("ulysses_degree=2,ring_degree=4", "ulysses=2,ring=4"),

@@ -74,6 +74,13 @@ SetOption = Annotated[
         autocompletion=settings,
     ),
 ]  # fmt: skip
+FromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="FILE",
+        help="A Megatron-LM launch script, a torchtitan TOML or a DeepSpeed JSON instead of a case file.",
+    ),
+]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")

@@ -14,7 +14,8 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-from spsim.errors import InputError
+from spsim.cli.settings import Given
+from spsim.errors import InputError, printable
 
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""
@@ -45,6 +46,12 @@ class _Unpadded:
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(document, indent=2))
+
+
+def print_notes(given: Given) -> None:
+    """What of a launch file is not simulated, a line each, on stderr."""
+    for line in given.launch.lines if given.launch is not None else ():
+        print(f"note: {printable(line)}", file=sys.stderr)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import read_value
@@ -19,6 +19,9 @@ from spsim.inputs.resources import read_toml
 from spsim.inputs.scenario import Scenario, scenario_from
 from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
+
+if TYPE_CHECKING:
+    from spsim.inputs.launch.reading import Launch
 
 SECTIONS: Mapping[str, type[Model | Plan | Workload]] = {"model": Model, "plan": Plan, "workload": Workload}
 REQUIRED = {"hardware": "--hardware", "model": "--model", "workload": "--seq-len"}
@@ -36,19 +39,36 @@ class Given:
     plans: Sequence[str]
     changes: Sequence[str]
     """Such as `model.attention=flash`."""
+    launch_file: Path | None = None
+    """What a training library is launched with, instead of a case file."""
 
     @classmethod
     def of(
-        cls, command: str, case: Path | None, plans: Sequence[str] | None, changes: Sequence[str] | None, **options: Any
-    ) -> Given:
+        cls, command: str, case: Path | None, plans: Sequence[str] | None, changes: Sequence[str] | None,
+        launch_file: Path | None = None, **options: Any,
+    ) -> Given:  # fmt: skip
         """From options by their names, those of a workload among them."""
         paths = {f"workload.{name}" if name in Workload.model_fields else name: options[name] for name in options}
-        return cls(command, case, paths, plans or (), changes or ())
+        return cls(command, case, paths, plans or (), changes or (), launch_file)
 
     @property
     def where(self) -> str:
         """The origin of the settings, for messages."""
-        return self.command if self.case is None else str(self.case)
+        file = self.launch_file if self.case is None else self.case
+        return self.command if file is None else str(file)
+
+    @cached_property
+    def launch(self) -> Launch | None:
+        """What the launch file says."""
+        if self.launch_file is None:
+            return None
+        if self.case is not None:
+            raise InputError(
+                f"{self.command}: {self.case} and --from {self.launch_file} both say the scenario; give one"
+            )
+        from spsim.inputs.launch.reading import read_launch
+
+        return read_launch(self.launch_file)
 
     def settings(self, required: Sequence[str] = tuple(REQUIRED)) -> dict[str, Any]:
         """All but the plan; `InputError` names the first that is missing."""
@@ -58,6 +78,9 @@ class Given:
                 _assign(settings, path, value)
         for path, value in self._changes(of_plan=False):
             _assign(settings, path, value)
+        if self.launch is not None:
+            plans = self.all_plans()
+            self.launch.check({**settings, "plan": plans[-1] if plans else None})
         for name in required:
             if name not in settings:
                 raise self._missing(name, required)
@@ -79,10 +102,13 @@ class Given:
 
     def scenario(self) -> Scenario:
         """With the one plan."""
-        return scenario_from({**self.settings(), "plan": self.plan()}, self.where)
+        settings = {**self.settings(), "plan": self.plan()}
+        return scenario_from(settings, self.where) if self.launch is None else self.launch.together(settings)
 
     @cached_property
     def _file(self) -> dict[str, Any]:
+        if self.launch is not None:
+            return {**self.launch.settings}
         if self.case == Path():
             raise InputError(f"{self.command}: the name of the case file is empty; give its path")
         file = {} if self.case is None else read_toml(self.case)

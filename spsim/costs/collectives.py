@@ -155,11 +155,13 @@ class LevelCost:
             name: [CurveTime(curve, name, full_mesh=mesh) for curve in curves] for name, curves in table.items()
         }
 
-    def time(self, collective: Collective, message: Number, ranks: int) -> Number:
-        """Seconds by the fastest algorithm that the number of ranks allows."""
+    def time(self, collective: Collective, message: Number, ranks: int, sends: int = 1) -> Number:
+        """Seconds by the fastest algorithm that the number of ranks allows, of so many sends in one group call: a curve
+        knows their bytes only.
+        """
         if collective == "send_receive" and self.sends:
-            return cast("Number", self.sends(message, ranks))
-        return _least([curve(message, ranks) for curve in self.allowed(collective, ranks)])
+            return cast("Number", self.sends(message, ranks, sends=sends))
+        return _least([curve(sends * message, ranks) for curve in self.allowed(collective, ranks)])
 
     def path(self, collective: Collective) -> str:
         """Dotted path of the coefficients of one collective."""
@@ -209,6 +211,13 @@ class CommCost:
         """
         return self.overhead + self.time(collective, message, ranks, nodes)
 
+    def batched_duration(self, message: Number, ranks: int, nodes: int = 1, *, before: int) -> Number:
+        """Seconds by which one more send lengthens a group call of `before` sends of its size to the same peer."""
+        shorter = self.time("send_receive", message, ranks, nodes, before)
+        longer: Number = self.time("send_receive", message, ranks, nodes, before + 1)
+        added: Number = longer - shorter
+        return added
+
     def step_duration(self, collective: Collective, part: Number, ranks: int, nodes: int = 1) -> Number:
         """Seconds of one of the equal steps of a collective that are run one by one, in each of which a rank sends its
         `part` of the message: so many in a row take as long as the collective, but for what each takes to start.
@@ -225,17 +234,17 @@ class CommCost:
         seconds: Number = size / (link.value * GB)
         return seconds
 
-    def time(self, collective: Collective, message: Number, ranks: int, nodes: int = 1) -> Number:
-        """Seconds as a benchmark of the library alone measures them."""
+    def time(self, collective: Collective, message: Number, ranks: int, nodes: int = 1, sends: int = 1) -> Number:
+        """Seconds as a benchmark of the library alone measures them, of a message or of `sends` in one group call."""
         if ranks % nodes or ranks // nodes > self.gpus_per_node:
             raise ValueError(f"{ranks} ranks do not fit {nodes} nodes of {self.gpus_per_node} evenly")
         if nodes == 1:
-            return self.inner.time(collective, message, ranks)
-        across = self._over_nodes(collective, message, ranks, nodes)
+            return self.inner.time(collective, message, ranks, sends)
+        across = self._over_nodes(collective, message, ranks, nodes, sends)
         if ranks > self.gpus_per_node:
             return across
         # Curves between nodes begin at larger messages; below those no adapter is faster than the links inside.
-        return _longer(across, self.inner.time(collective, message, ranks))
+        return _longer(across, self.inner.time(collective, message, ranks, sends))
 
     def algorithm(self, collective: Collective, message: int, ranks: int, nodes: int = 1) -> str:
         """What the library runs in that time; over several nodes, what it runs between them."""
@@ -258,12 +267,12 @@ class CommCost:
             return None
         return int(level.sends.channels(message, ranks, nodes))
 
-    def _over_nodes(self, collective: Collective, message: Number, ranks: int, nodes: int) -> Number:
+    def _over_nodes(self, collective: Collective, message: Number, ranks: int, nodes: int, sends: int) -> Number:
         outer = self._outer()
         if collective == "send_receive" and outer.sends:
-            return cast("Number", outer.sends(message, ranks, nodes))
+            return cast("Number", outer.sends(message, ranks, nodes, sends))
         if nodes == ranks or collective == "send_receive":
-            return outer.time(collective, message, nodes)
+            return outer.time(collective, message, nodes, sends)
         if collective == "all_to_all":
             return self._all_to_all(outer, message, ranks, nodes)
         ring = self._ring(outer, collective, message, ranks, nodes)

@@ -61,7 +61,7 @@ class ComputeCost:
         """Seconds of a kernel, or of many at once where the numbers of `work` are arrays."""
         match work:
             case Gemm():
-                return self._overhead + self._products(work).time(work)
+                return self._overhead / work.pieces + self._products(work).time(work)
             case FlashAttention():
                 return self._overhead + self._attention.time(work)
             case MemoryBound():

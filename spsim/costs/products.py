@@ -81,7 +81,7 @@ class ProductCost:
         if accumulated:
             compute = compute / np.where(np.greater(work.accumulated, 0), gemm.gradient_rate, 1.0)
         longer = _fourth_root(_fourth_power(compute) + _fourth_power(work.bytes_moved / self._streaming_rate))
-        total: Seconds = gemm.start + longer
+        total: Seconds = gemm.start / work.pieces + longer
         return total + gemm.exposed * work.accumulated / (1 + work.k / gemm.half_k) if accumulated else total
 
     def _tiles(self, work: Gemm, axes: int) -> Seconds:
@@ -90,12 +90,12 @@ class ProductCost:
         Sides of tiles are the first two axes, and in place, since arrays of many kernels are large.
         """
         gemm, outer = self._constants, (..., *(axes * (np.newaxis,)))
-        rows = np.ceil(work.m / gemm.tile_m[outer]) * work.batch * gemm.part_of_a_wave
+        rows = np.ceil(work.m / gemm.tile_m[outer]) * (work.batch * work.pieces) * gemm.part_of_a_wave
         waves = rows * np.ceil(work.n / gemm.tile_n[outer])
         np.ceil(waves, out=waves)
         waves *= gemm.per_k[outer]
         least: Seconds = np.minimum.reduce(waves, axis=(0, 1)) * (work.k + gemm.k_pad)
-        return least
+        return least / work.pieces
 
     def class_of(self, work: Gemm) -> str:
         """Dotted path of the coefficients whose held-out error is that of the duration."""

@@ -50,22 +50,23 @@ class SendTime:
         blend = coefficients.blend.value if coefficients.blend else None
         self._rates = np.array([_blended(count * channel, link, blend) for count in range(1, CHANNELS + 1)])
 
-    def __call__(self, message: Seconds, ranks: int, nodes: int = 1) -> Seconds:
+    def __call__(self, message: Seconds, ranks: int, nodes: int = 1, sends: int = 1) -> Seconds:
         """start + message / bandwidth(channels); from the latency in a straight line up to the smallest message that
-        the law was held against.
+        the law was held against. Several `sends` of a group call to one peer start once and follow each other on the
+        channels that each gets (`src/enqueue.cc`: those of a pair of peers).
         """
         if isinstance(message, np.ndarray):
-            time, short = self._long(message, ranks, nodes), message < self._smallest
-            return np.where(short, self._short(message, ranks, nodes), time) if short.any() else time
-        law = self._short if message < self._smallest else self._long
-        return float(law(message, ranks, nodes))
+            time, short = self._long(message, ranks, nodes, sends), sends * message < self._smallest
+            return np.where(short, self._short(message, ranks, nodes, sends), time) if short.any() else time
+        law = self._short if sends * message < self._smallest else self._long
+        return float(law(message, ranks, nodes, sends))
 
-    def _short(self, message: Seconds, ranks: int, nodes: int) -> Seconds:
-        shortest = float(self._long(self._smallest, ranks, nodes))
-        return self._latency + message / self._smallest * (shortest - self._latency)
+    def _short(self, message: Seconds, ranks: int, nodes: int, sends: int) -> Seconds:
+        shortest = float(self._long(self._smallest, ranks, nodes, 1))
+        return self._latency + sends * message / self._smallest * (shortest - self._latency)
 
-    def _long(self, message: Seconds, ranks: int, nodes: int) -> Seconds:
-        time: Seconds = self._start + message / self._rates[self.channels(message, ranks, nodes) - 1]
+    def _long(self, message: Seconds, ranks: int, nodes: int, sends: int) -> Seconds:
+        time: Seconds = self._start + sends * message / self._rates[self.channels(message, ranks, nodes) - 1]
         return time
 
     def channels(self, message: Seconds, ranks: int, nodes: int = 1) -> Counts:

@@ -7,10 +7,10 @@ While a communication is posted on a rank, its computation runs at `1 - slowdown
 collective holds part of the device, also while it waits for its peers.
 
 A lane of kernels is one simpy process: how long they take depends on what is posted meanwhile, so that the clock
-has to be waited for, once for a row of kernels up to one that another lane waits for; not on a rank on which nothing
-can be posted meanwhile. A communication needs no process: when it is posted and when it ends follows from the ends of
-what it waits for and from its peers, and is recorded as soon as those are known. Only a network whose transfers share
-links makes it wait for the clock.
+has to be waited for, once for a row of kernels up to one that another lane waits for. A communication needs no process:
+when it is posted and when it ends follows from the ends of what it waits for and from its peers, and is recorded as
+soon as those are known. Only a network whose transfers share links makes it wait for the clock. A rank that meets
+nobody needs no clock at all (`engine.alone`).
 
 A run need not begin at the beginning: `Start` says where a rank stands, which is all that tasks that ran before can
 mean to those that follow.
@@ -24,17 +24,18 @@ from typing import Any
 
 import simpy
 
+from spsim.engine.alone import run_alone
 from spsim.engine.contention import Held, in_turn, rate_beside, work_through
 from spsim.engine.network import MakeNetwork, Network, Transfer
 from spsim.engine.recording import Moments
-from spsim.engine.tasks import DeadlockError, Key, Meeting, Need, RankProgram, Run, Start, Task
+from spsim.engine.tasks import DeadlockError, Durations, Key, Meeting, Need, RankProgram, Run, Start, Task
 
 
 class _Rank:
     """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
     __slots__ = (
-        "alone", "blocked", "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "start",
+        "blocked", "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "start",
         "times", "waiting",
     )  # fmt: skip
 
@@ -43,20 +44,16 @@ class _Rank:
         env: Any,
         number: int,
         program: RankProgram,
-        durations: Sequence[int] | None,
+        durations: Durations,
         start: Start,
         slowdown: float,
-        *,
-        alone: bool,
     ) -> None:
         self.env = env
         self.program = program
         self.start = start
-        self.alone = alone
-        """Whether nothing is posted on it while a row of kernels runs."""
         self.rate = rate_beside(slowdown)
         """Of kernels while communications are posted that have no slowdown of their own."""
-        self.durations = {task.id: task.duration_ps for task in program.tasks} if durations is None else durations
+        self.durations = durations
         self.communicators = [_Communicator(number, runs, start.free(runs[0].lane)) for runs in program.communications]
         self.times: dict[Need, Moments] = {name: (start.ends.get(name, start.time),) * 3 for name in program.names}
         self.waiting: dict[Need, simpy.Event] = {}
@@ -154,13 +151,8 @@ class _Simulation:
             self._communicate(rank.communicators)
         for rank in self.ranks.values():
             for runs in rank.program.kernels:
-                walk = self._compute(rank, runs, rank.start.free(runs[0].lane))
-                if rank.alone:
-                    next(walk, None)  # to its end: it would wait for nothing but what never comes
-                else:
-                    self.env.process(walk)
-        if self.network is not None or not all(rank.alone for rank in self.ranks.values()):
-            self.env.run()
+                self.env.process(self._compute(rank, runs, rank.start.free(runs[0].lane)))
+        self.env.run()
         waiting = list(self._waiting())
         if waiting:
             raise DeadlockError(f"deadlock: {', '.join(waiting)} wait for tasks that never end")
@@ -190,7 +182,7 @@ class _Simulation:
             if stop == index:
                 yield rank.known(runs[index].needs)
                 continue
-            remaining = 0 if rank.alone else end - env.now
+            remaining = end - env.now
             if remaining:
                 yield env.timeout(remaining)
                 if len(rank.holds) > seen or rank.open:
@@ -328,15 +320,34 @@ def run(
     Raises `DeadlockError` when tasks wait for each other, for a peer that never comes, or for a transfer
     that never ends.
     """
+    prepared = {n: own if isinstance(own, RankProgram) else RankProgram(own) for n, own in programs.items()}
+    given: Mapping[int, Durations] = durations or {
+        number: {task.id: task.duration_ps for task in program.tasks} for number, program in prepared.items()
+    }
+    begins = starts or dict.fromkeys(prepared, _ORIGIN)
+    found = {
+        number: run_alone(program, given[number], begins[number], slowdown)
+        for number, program in prepared.items()
+        if network is None and program.alone and program.in_turn is not None
+    }
+    others = {number: program for number, program in prepared.items() if number not in found}
+    if others:
+        found |= _run_together(others, given, begins, slowdown, network)
+    return {number: found[number] for number in programs}
+
+
+def _run_together(
+    programs: Mapping[int, RankProgram],
+    durations: Mapping[int, Durations],
+    starts: Mapping[int, Start],
+    slowdown: float,
+    network: MakeNetwork | None,
+) -> dict[int, list[Moments]]:
+    """Ranks that meet, or wait for each other for ever."""
     simulation = _Simulation(network)
-    if starts and simulation.network is not None and simulation.network.shares:
+    if simulation.network is not None and simulation.network.shares:
         _refuse_under_way(starts)
     for number, program in programs.items():
-        prepared = program if isinstance(program, RankProgram) else RankProgram(program)
-        start = starts[number] if starts else _ORIGIN
-        own = durations[number] if durations else None
-        alone = network is None and prepared.alone
-        rank = _Rank(simulation.env, number, prepared, own, start, slowdown, alone=alone)
-        simulation.ranks[number] = rank
+        simulation.ranks[number] = _Rank(simulation.env, number, program, durations[number], starts[number], slowdown)
     simulation.run()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

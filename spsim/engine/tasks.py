@@ -16,6 +16,8 @@ Need = int | str
 """A task of the same rank, or the name of something that ended before the run."""
 
 
+Durations = Mapping[int, int] | Sequence[int]
+"""Picoseconds by task."""
 Key = tuple[Any, ...]
 """Of a rendezvous: of which group, and its how manieth call."""
 
@@ -130,6 +132,31 @@ class RankProgram:
     def alone(self) -> bool:
         """Whether no communication meets another rank, and all kernels are on one lane."""
         return len(self.kernels) < 2 and all(run.parties < 2 for runs in self.communications for run in runs)
+
+    @cached_property
+    def lanes(self) -> tuple[str, ...]:
+        """Of kernels and communications."""
+        return tuple(runs[0].lane for runs in self._lanes)
+
+    @cached_property
+    def in_turn(self) -> list[Run] | None:
+        """All runs in an order in which each comes behind what it waits for, communications as soon as they can; None
+        where they wait for each other.
+        """
+        known: set[Need] = {*self.names}
+        lanes = [*self.communications, *self.kernels]
+        places = [0] * len(lanes)
+        found: list[Run] = []
+        lane = 0
+        while lane < len(lanes):
+            if places[lane] < len(lanes[lane]) and known.issuperset(lanes[lane][places[lane]].needs):
+                found.append(lanes[lane][places[lane]])
+                known.add(found[-1].last)
+                places[lane] += 1
+                lane = 0
+            else:
+                lane += 1
+        return found if len(found) == sum(map(len, lanes)) else None
 
     @cached_property
     def rates(self) -> set[int | None]:

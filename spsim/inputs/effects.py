@@ -17,7 +17,7 @@ OF_THE_STEP = ("loss_fusion",)
 
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
-    own = (*of_library(model, plan, scope), *of_no_library(model, plan), *of_modules(model))
+    own = (*of_library(model, plan, scope), *of_no_library(model, plan), *of_heads(model, plan), *of_modules(model))
     return (*model.notes, *own, *without_effect(model, plan, scope))
 
 
@@ -47,6 +47,19 @@ def of_no_library(model: Model, plan: Plan) -> Iterator[str]:
     if not some_library_has(made, {name: fields[name].default for name in made}):
         told = [setting(name, value) for name, value in made.items() if name in given]
         yield f"no library that is known here does {' and '.join(told)} with all else as in {plan.library}"
+
+
+def of_heads(model: Model, plan: Plan) -> Iterator[str]:
+    """Where ranks of `ulysses` do not have equally many, or K and V more than once."""
+    groups, size = model.kv_heads // plan.tp, model.heads // model.kv_heads
+    if deals_out_groups(model, plan):
+        most, rest = -(-groups // plan.ulysses), groups % plan.ulysses
+        yield (
+            f"uneven_heads = 'by_group': {rest} of {plan.ulysses} ranks have {most * size} heads, the others "
+            f"{(most - 1) * size}; times and memory are of a rank with the most, messages as if all had as many"
+        )
+    elif 0 < groups < plan.ulysses:
+        yield f"{groups} KV heads for ulysses = {plan.ulysses}: K and V are replicated, a head on each rank"
 
 
 def of_modules(model: Model) -> Iterator[str]:
@@ -93,15 +106,43 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
     return {
         "sequence_parallel": one_rank,
         "ring_kind": "without ring" if plan.ring == 1 else "",
+        **_of_ring_messages(plan),
         "ring_cut": ring_cut,
         "tp_backward_overlap": one_rank or _nothing_hidden(model, plan),
         "tp_overlap": one_rank,
+        "tp_scatter": one_rank or ("" if plan.tp_overlap else "without tp_overlap"),
         "keep_gathered": whole_sequence,
         "input_gradients": one_rank or ("" if plan.projections == "separate" else "with projections = 'fused'"),
         "few_kv_heads": "" if plan.tp > model.kv_heads else f"with tp = {plan.tp} of {model.kv_heads} KV heads",
+        **_of_ulysses(model, plan),
         "norm_gradients": whole_sequence,
         "batch_first": whole_sequence or ("with tp_overlap" if plan.tp_overlap else ""),
     }
+
+
+def _of_ulysses(model: Model, plan: Plan) -> dict[str, str]:
+    alone = "with ulysses = 1" if plan.ulysses == 1 else ""
+    few = model.kv_heads < plan.tp * plan.ulysses and model.kv_heads >= plan.tp
+    return {
+        "uneven_heads": alone or ("" if deals_out_groups(model, plan) else "with heads that ulysses divides"),
+        "ulysses_few_kv_heads": alone
+        or ("" if few else f"with {model.kv_heads} KV heads for ulysses = {plan.ulysses}"),
+        "gathers_position_ids": alone,
+    }
+
+
+def deals_out_groups(model: Model, plan: Plan) -> bool:
+    """Whether heads are dealt out over `ulysses` unevenly."""
+    groups, left = divmod(model.kv_heads, plan.tp)
+    return plan.uneven_heads == "by_group" and not left and groups > plan.ulysses and groups % plan.ulysses > 0
+
+
+def _of_ring_messages(plan: Plan) -> dict[str, str]:
+    whole = "without ring" if plan.ring == 1 else ""
+    if not whole and plan.ring_kind == "all_gather":
+        whole = "with ring_kind = 'all_gather', which gathers and scatters each of K and V"
+    fp32 = "with ring_kind = 'gather_permute', which sends fp32 anyhow" if plan.ring_kind == "gather_permute" else ""
+    return {"ring_gradients": whole or fp32, "ring_messages": whole}
 
 
 def _nothing_hidden(model: Model, plan: Plan) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spsim.errors import InputError, first_problem
 from spsim.inputs.families import FAMILIES, Count, Family
-from spsim.inputs.resources import read_text
+from spsim.inputs.resources import parse_json, read_text
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -69,15 +68,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_text(path))
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not the config of a model; expected a JSON object")
-    return config
+    return parse_json(read_text(path), str(path), "the config of a model")
 
 
 def _language_model(table: Any, config: Mapping[str, Any], where: str) -> dict[str, Any]:

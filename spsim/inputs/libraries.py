@@ -13,7 +13,9 @@ from typing import Any, Literal
 LibraryName = Literal[
     "megatron-core", "torchtitan", "transformers", "deepspeed", "torch", "yunchang", "ring-flash-attn"
 ]
-"""`torch` are the defaults of DTensor, FSDP2 and `context_parallel`; `transformers` its `tp_plan`."""
+"""`torch` are the defaults of DTensor, FSDP2 and `context_parallel`; `transformers` its `tp_plan` and what Accelerate
+adds, torch's `context_parallel` and DeepSpeed's Ulysses for its models (ALST); `deepspeed` its `DistributedAttention`.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class LibraryRecord:
 
 _EAGER_DTENSOR = {"tp_backward_overlap": False, "norm_gradients": "each_reader", "few_kv_heads": "refuse"}
 """DTensor run eagerly waits for each collective before the next product, and reduces a Partial whenever it is read."""
+_CONTEXT_PARALLEL = {"ring_kind": "gather_permute", "ring_gradients": "fp32", "ring_messages": "concatenated"}
+"""torch's `context_parallel` with `set_rotate_method("allgather")`, its default; "alltoall" is `ring_kind = "p2p"`."""
+_RING_FLASH_ATTENTION = {"ring_gradients": "fp32", "ring_messages": "separate"}
 _TORCH_MODULES = {"kernels": "eager", "composite_norm": False, "glu_offset": False}
 """Modules of torch.nn, not compiled."""
 _TRANSFORMERS_MODULES = {**_TORCH_MODULES, "composite_norm": True}
@@ -42,6 +47,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
         {
             **_FULLY_SHARDED,
             **_EAGER_DTENSOR,
+            **_CONTEXT_PARALLEL,
             "sequence_parallel": True,
             "projections": "separate",
             "keep_gathered": True,
@@ -53,6 +59,8 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
         "5.24.0",
         {
             "dp_library": "ddp",
+            **_CONTEXT_PARALLEL,
+            "gathers_position_ids": True,
             "projections": "separate",
             "input_gradients": "each",
             "tp_backward_overlap": False,
@@ -61,13 +69,21 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
         _TRANSFORMERS_MODULES,
     ),
     "deepspeed": LibraryRecord(
-        "0.19.8", {"dp_library": "deepspeed", "few_kv_heads": "replicate"}, _TRANSFORMERS_MODULES
+        "0.19.8",
+        {
+            "dp_library": "deepspeed",
+            "few_kv_heads": "replicate",
+            "uneven_heads": "by_group",
+            "ulysses_few_kv_heads": "refuse",
+        },
+        _TRANSFORMERS_MODULES,
     ),
     "torch": LibraryRecord(
         "2.13.0",
         {
             **_FULLY_SHARDED,
             **_EAGER_DTENSOR,
+            **_CONTEXT_PARALLEL,
             "projections": "separate",
             "input_gradients": "each",
             "keep_gathered": True,
@@ -75,8 +91,15 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
         },
         _TORCH_MODULES,
     ),
-    "yunchang": LibraryRecord("0.6.4"),
-    "ring-flash-attn": LibraryRecord("0.1.8"),
+    "yunchang": LibraryRecord(
+        "0.6.4",
+        {
+            **_RING_FLASH_ATTENTION,
+            "ring_cut": "contiguous",
+            "ulysses_few_kv_heads": "refuse",
+        },
+    ),
+    "ring-flash-attn": LibraryRecord("0.1.8", _RING_FLASH_ATTENTION),
 }
 """Library -> what it does. The defaults of the fields of a plan are those of Megatron-Core."""
 

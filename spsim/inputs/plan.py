@@ -28,8 +28,14 @@ class Plan(Configuration):
     """All-to-all sequence parallelism (DeepSpeed-Ulysses, Jacobs et al. 2023)."""
     ring: Degree = 1
     """Ring attention or context parallelism (Liu et al. 2023; Megatron-Core)."""
-    ring_kind: Literal["p2p", "all_gather"] = "p2p"
-    """Circulate K and V, or gather them before attention."""
+    ring_kind: Literal["p2p", "all_gather", "gather_permute"] = "p2p"
+    """Circulate K and V; gather them before attention; or gather them behind its first step and circulate their
+    gradients in fp32, as torch's `context_parallel` does by default.
+    """
+    ring_gradients: Literal["model_dtype", "fp32"] = "model_dtype"
+    """dK and dV that circulate: P - 1 trips in the model's dtype (Transformer Engine), or P trips in fp32."""
+    ring_messages: Literal["joint", "concatenated", "separate"] = "joint"
+    """K and V in one buffer (Transformer Engine), copied into one for each message (torch), or two sends in a batch."""
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
     pp: Degree = 1
     virtual_pp: Degree = 1
@@ -80,6 +86,9 @@ class Plan(Configuration):
     tp_backward_overlap: bool = True
     """Megatron's default: gradient communication behind the weight gradient, re-gather behind the data gradient."""
     tp_overlap: bool = False
+    tp_scatter: Literal["ring_exchange", "pipeline", "pipeline_fp8"] | None = None
+    """How `tp_overlap` scatters what projection and fc2 make: pieces from rank to rank, or four whole reduce-scatters,
+    which hold more SMs, in 16 bits or 8; unless given the first in 8 or 4 bits, as in recipes of Megatron-Bridge."""
     dp_overlap: bool | Literal["gradients", "parameters"] = False
     """Reduce gradients behind the backward pass, gather parameters behind the forward pass, or both."""
     keep_gathered: bool = False
@@ -92,6 +101,14 @@ class Plan(Configuration):
     """With fewer KV heads than tp: the fused Q, K and V of all positions gathered, or K and V replicated."""
     norm_gradients: Literal["coalesced", "each_reader"] = "coalesced"
     """Gradients of norms summed over tp once, or again by each that reads them: clipping and the optimizer."""
+    uneven_heads: Literal["refuse", "by_group"] = "refuse"
+    """Heads that `ulysses` does not divide: refused, or whole groups of them that share a head of K and V dealt out, to
+    the first ranks one more (DeepSpeed's `DistributedAttention`).
+    """
+    ulysses_few_kv_heads: Literal["replicate", "refuse"] = "replicate"
+    """With fewer KV heads than `ulysses`: replicated, one a rank, or refused."""
+    gathers_position_ids: bool = False
+    """Before the heads of `ulysses` are exchanged, in every layer (DeepSpeed's ALST)."""
     batch_first: bool = False
     """Activations [b, s, h], as torchtitan has them, not [s, b, h]: copied before each reduce-scatter of a sequence."""
 
@@ -117,6 +134,11 @@ class Plan(Configuration):
     def gpus(self) -> int:
         """Product of the degrees."""
         return self.tp * self.ulysses * self.ring * self.pp * self.dp
+
+    @property
+    def sends_fp32_gradients(self) -> bool:
+        """Whether dK and dV go round in fp32."""
+        return self.ring_gradients == "fp32" or self.ring_kind == "gather_permute"
 
     @property
     def zero_stage(self) -> int:

@@ -137,8 +137,10 @@ TEXTS = ("pp_layout",)
 _ALL_TO_ALL = ("a2a", "all_to_all", "alltoall")
 _COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
 """`cp_comm_type` of Megatron-LM, as it is spelled there and in other places."""
-_ROTATE = {"allgather": "all_gather", "alltoall": "p2p"}
+ROTATES = {"allgather": "gather_permute", "alltoall": "p2p"}
 """`context_parallel_rotate_method` of torchtitan: gathers K and V, or hands them round with a permuting all-to-all."""
+_ROTATED = {"ring_gradients": "fp32", "ring_messages": "concatenated"}
+"""What torch's context parallelism does either way."""
 _TRANSLATED = {*PRECISIONS, *_ALL_TO_ALL, "allgather", *SCHEDULES} - {"1f1b", "gpipe", "dualpipev"}
 """Values that are called otherwise here."""
 _FURTHER = ("cp_comm_type", "context_parallel_rotate_method", *READINGS, *_SHARDS, *_OVERLAPS)
@@ -245,7 +247,9 @@ def _kind(options: dict[str, Any]) -> str | None:
     elif options.get("ring_kind") in _COMM:
         options["ring_kind"] = _COMM[options["ring_kind"]]
     if rotate is not None:
-        return str(_chosen("context_parallel_rotate_method", rotate, _ROTATE))
+        for name, value in _ROTATED.items():
+            options.setdefault(name, value)
+        return str(_chosen("context_parallel_rotate_method", rotate, ROTATES))
     if comm == "a2a+p2p":
         raise InputError("plan: cp_comm_type = 'a2a+p2p': write ulysses=N,ring=M, whose product is cp")
     return None if comm is None else str(_chosen("cp_comm_type", comm, _COMM))

@@ -3,6 +3,7 @@
 An installed wheel carries both inside the package; an editable install reads them from the checkout.
 """
 
+import json
 import stat
 import tomllib
 from pathlib import Path
@@ -87,3 +88,14 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not valid TOML: {error}") from None
     except RecursionError:
         raise InputError(f"{where}: not valid TOML: nested too deeply") from None
+
+
+def parse_json(text: str, where: str, what: str = "a configuration") -> dict[str, Any]:
+    """The object of JSON text; `where` names its file in messages, and `what` what it should be."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: not {what}; expected a JSON object")
+    return found

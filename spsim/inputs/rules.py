@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
-from spsim.inputs.effects import reasons, setting
+from spsim.inputs.effects import deals_out_groups, reasons, setting
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import check_step, refused_count
@@ -48,26 +48,40 @@ def _check_phase(model: Model, plan: Plan, workload: Workload) -> None:
 
 
 def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
-    degree = plan.tp * plan.ulysses
-    if model.heads % degree:
-        raise InputError(
-            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
-            f"use a divisor of it, such as {math.gcd(model.heads, degree)}"
-        )
-    if model.kv_heads % degree and degree % model.kv_heads:
-        raise InputError(
-            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
-            f"use {model.kv_heads} or a divisor of it"
-        )
+    if not deals_out_groups(model, plan):
+        _check_even_heads(model, plan)
     if plan.ring > MAX_DIFFERING and plan.ring_cut == "contiguous" and model.causal and model.attention != "unfused":
         raise InputError(
             f"plan: ring = {plan.ring} with ring_cut 'contiguous': under a causal mask every rank does something else, "
             f"and at most {MAX_DIFFERING} are simulated; use ring_cut=zigzag or a smaller ring"
         )
-    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind == "p2p":
+    if model.attention == "unfused" and plan.ring > 1 and plan.ring_kind != "all_gather":
         raise InputError(
-            "plan: ring_kind = 'p2p' needs attention = 'flash', since an unfused softmax mixes all keys; "
+            f"plan: ring_kind = {plan.ring_kind!r} needs attention = 'flash', since an unfused softmax mixes all keys; "
             "use flash attention or ring_kind = 'all_gather'"
+        )
+
+
+def _check_even_heads(model: Model, plan: Plan) -> None:
+    degree = plan.tp * plan.ulysses
+    by_group = plan.model_copy(update={"uneven_heads": "by_group"})
+    dealt = ", or uneven_heads=by_group, as DeepSpeed has it" if deals_out_groups(model, by_group) else ""
+    if model.heads % degree:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
+            f"use a divisor of it, such as {math.gcd(model.heads, degree)}{dealt}"
+        )
+    if model.kv_heads % degree and degree % model.kv_heads:
+        raise InputError(
+            f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
+            f"use {model.kv_heads} or a divisor of it{dealt}"
+        )
+    if plan.ulysses_few_kv_heads == "refuse" and not reasons(model, plan)["ulysses_few_kv_heads"]:
+        own = model.kv_heads // plan.tp
+        raise InputError(
+            f"plan: ulysses = {plan.ulysses} has more ranks than there are KV heads, {own}, and ulysses_few_kv_heads = "
+            f"'refuse', as library = {plan.library!r} does; use ulysses_few_kv_heads=replicate, a head on each rank, "
+            f"or ulysses={own}"
         )
 
 

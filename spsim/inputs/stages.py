@@ -11,7 +11,7 @@ Chunks are numbered along the way of an activation. Where `pp_layout` does not s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -57,7 +57,10 @@ def stage_of(plan: Plan, chunk: int) -> int:
 
 def all_chunks(model: Model, plan: Plan) -> tuple[Chunk, ...]:
     """The pp x virtual_pp chunks in the order in which an activation comes through them; errors as `chunks_of`."""
-    counts = _spread(model.layers, plan) if plan.pp_layout is None else _laid_out(plan.pp_layout, model.layers, plan)
+    if plan.pp_layout is None:
+        counts = spread(model.layers, plan.pp * plan.virtual_pp)
+    else:
+        counts = _laid_out(plan.pp_layout, model.layers, plan)
     ends = accumulate(counts, initial=0)
     last = len(counts) - 1
     return tuple(
@@ -66,9 +69,8 @@ def all_chunks(model: Model, plan: Plan) -> tuple[Chunk, ...]:
     )
 
 
-def _spread(layers: int, plan: Plan) -> list[int]:
+def spread(layers: int, chunks: int) -> list[int]:
     """Layers of each chunk where no layout says it."""
-    chunks = plan.pp * plan.virtual_pp
     if chunks > layers + 2:
         raise InputError(
             f"plan: pp x virtual_pp = {chunks} chunks are more than layers + 2 = {layers + 2}, of which embedding and "
@@ -84,6 +86,12 @@ def _spread(layers: int, plan: Plan) -> list[int]:
 
 
 # ------------------------------------------------------------ layouts in text
+
+
+def layout_text(counts: Sequence[int]) -> str:
+    """The layout of chunks with so many layers each."""
+    chunks = [f"t{count}" if count else "" for count in counts]
+    return f"E{'/'.join(chunks)}L"
 
 
 def _laid_out(text: str, layers: int, plan: Plan) -> list[int]:

@@ -18,6 +18,7 @@ from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
 from spsim.program.lowerings.chunks import lower_chunks
 from spsim.program.lowerings.offload import offload
+from spsim.program.lowerings.position_ids import gather_position_ids
 from spsim.program.lowerings.ring import lower_ring
 from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
@@ -45,9 +46,11 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
 
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
-    ring = (plan.ring_kind, plan.ring_cut) if plan.ring > 1 else ()
-    moved = plan.keep_gathered, plan.tp_overlap and plan.tp > 1, plan.input_gradients, plan.batch_first
-    return *placed_by(plan), kind or usual_kind(plan), *moved, *ring
+    ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
+    chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
+    moved = plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first
+    ids = plan.gathers_position_ids and plan.ulysses > 1
+    return *placed_by(plan), kind or usual_kind(plan), *moved, ids, *ring
 
 
 def projections(model: Model, plan: Plan) -> Projections:
@@ -201,12 +204,14 @@ def _program_around(
 
 def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:
     """The program of a region, messages of tp lowered to chunks where the plan overlaps them, and ring attention to its
-    exchange where it says p2p; `kind` says what of the region is recomputed, else the plan does.
+    steps unless it gathers before attention; `kind` says what of the region is recomputed, else the plan does.
     """
     program = compile_region(region, plan, causal=causal, kind=kind)
+    if plan.gathers_position_ids and plan.ulysses > 1:
+        program = gather_position_ids(program, region)
     if plan.tp_overlap and plan.tp > 1:
-        program = lower_chunks(program, region)
-    if plan.ring == 1 or plan.ring_kind != "p2p":
+        program = lower_chunks(program, region, plan.tp_scatter)
+    if plan.ring == 1 or plan.ring_kind == "all_gather":
         return program
     for kernels in region.kernels.values():
         if isinstance(kernels, Attention):

@@ -76,6 +76,8 @@ class Communication:
     """What it is one of the equal steps of, one fewer than ranks; it takes such a part of its time."""
     share: float | None = None
     """Of the device that it holds; as much as the profile says of a collective unless given."""
+    sends_before: int = 0
+    """Sends of its group call before it, of its size, whose start it shares."""
 
     @property
     def timed_as(self) -> Collective:
@@ -260,7 +262,7 @@ class _Unrolling:
         for step in section.instructions:
             ids[step.id] = step.id if first else self._instruction()
             reads = tuple(self.now.get(buffer, buffer) for buffer in step.reads)
-            writes = step.writes if first else tuple(map(self._another, step.writes))
+            writes = tuple(map(self._over_now if first else self._another, step.writes))
             if not isinstance(step, Communication):
                 yield replace(step, id=ids[step.id], reads=reads, writes=writes)
             else:
@@ -277,5 +279,9 @@ class _Unrolling:
         """The same of another run."""
         self.now[buffer.id] = self.num_buffers
         self.num_buffers += 1
-        alias = None if buffer.alias_of is None else self.now.get(buffer.alias_of, buffer.alias_of)
-        return replace(buffer, id=self.now[buffer.id], alias_of=alias)
+        return replace(self._over_now(buffer), id=self.now[buffer.id])
+
+    def _over_now(self, buffer: Buffer) -> Buffer:
+        """A buffer in the memory of one that a run left."""
+        alias = buffer.alias_of
+        return buffer if alias not in self.now else replace(buffer, alias_of=self.now[alias])

@@ -281,14 +281,17 @@ class Product(Kernels):
         )
 
     def piece(self, work: Gemm, pieces: int, *, backward: bool) -> Gemm:
-        """Of its product, or of the data gradient, cut into pieces along the rows: each reads all weights."""
+        """Of its product, or of the data gradient, cut into pieces along the rows, on streams of their own: each reads
+        all weights.
+        """
         recipe = self.operator.recipe
         if recipe is None:
             fixed = bytes_of(self.placed.weights)
         else:
             fixed = math.ceil(recipe.itemsize * sum(w.elements for w in self.matrices))
             fixed += 0 if backward else bytes_of(self.vectors)
-        return replace(work, m=work.m // pieces, bytes_moved=fixed + (work.bytes_moved - fixed) // pieces)
+        moved = fixed + (work.bytes_moved - fixed) // pieces
+        return replace(work, m=work.m // pieces, bytes_moved=moved, pieces=pieces)
 
     @lazy
     def data_gradients(self) -> tuple[tuple[PlacedOperand, Gemm], ...]:

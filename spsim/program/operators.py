@@ -85,7 +85,8 @@ class Operator:
     owns_gather: frozenset[str] = frozenset()
     """Inputs that are kept as they were before their all-gather, and gathered again in backward."""
     passthrough: frozenset[str] = frozenset()
-    """Inputs whose gradient is the gradient of the output, the same storage."""
+    """Inputs whose gradient is the gradient of the output, the same storage; with several outputs that of the first
+    input."""
     kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
     attention_kernel: AttentionKernel | Framework = "transformer_engine"

@@ -54,6 +54,26 @@ Extent = int | Fraction
 """Size of a dimension; of a product a fraction, for it may be a mean: the tokens of one of many experts."""
 
 
+class Heads(int):
+    """Heads of queries, of which `groups` share one of K and V each. Where there are more groups than ranks, and no
+    multiple, whole groups are dealt out, to the first ranks one more (DeepSpeed's `uneven_heads_all2all`).
+    """
+
+    groups: int
+
+    def __new__(cls, heads: int, groups: int = 1) -> Heads:
+        """So many heads."""
+        found = super().__new__(cls, heads)
+        found.groups = groups
+        return found
+
+    def most(self, parts: int) -> int:
+        """On the rank that has the most."""
+        if self.groups % parts and self.groups > parts:
+            return int(self) // self.groups * -(-self.groups // parts)
+        return -(-int(self) // parts)
+
+
 @lru_cache(maxsize=1024)
 def factors(dim: str) -> tuple[str, ...]:
     """The dimensions that a dimension is a product of: s, b and k of `s*b*k/e`. It is cut where one of them is."""
@@ -61,9 +81,11 @@ def factors(dim: str) -> tuple[str, ...]:
 
 
 def part(size: Extent, parts: int) -> Extent:
-    """Of a dimension on one rank: rounded up, so that KV heads fewer than the degree are replicated, one a rank.
-    Fractions are divided.
+    """Of a dimension on one rank: rounded up, so that KV heads fewer than the degree are replicated, one a rank, and
+    of heads that are dealt out unevenly it is the rank that has the most. Fractions are divided.
     """
+    if isinstance(size, Heads):
+        return size.most(parts)
     return -(-size // parts) if isinstance(size, int) else size / parts
 
 

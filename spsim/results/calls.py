@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from spsim.costs.models import cost_models
 from spsim.program.instructions import Communication
@@ -13,6 +15,7 @@ from spsim.program.placement import Collective, sent_bytes
 from spsim.units import GB
 
 if TYPE_CHECKING:
+    from spsim.costs.collectives import CommCost
     from spsim.results.result import Result
 
 
@@ -25,6 +28,15 @@ class Message(NamedTuple):
     nodes: int
     message_bytes: int
     step_of: Collective | None = None
+    sends_before: int = 0
+
+    def time(self, costs: CommCost) -> float:
+        """Seconds from a framework, once all ranks are there and nothing else moves."""
+        if self.sends_before:
+            before = self.sends_before
+            return float(costs.batched_duration(self.message_bytes, self.ranks, self.nodes, before=before))
+        duration = costs.step_duration if self.step_of else costs.duration
+        return float(duration(self.step_of or self.collective, self.message_bytes, self.ranks, self.nodes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +57,7 @@ class Call:
     channels: int | None
     """Of NCCL, for one send; None for other collectives, and where the profile has a curve."""
     time_s: float
-    """From a framework, once all ranks are there and nothing else moves."""
+    """From a framework, once all ranks are there and nothing else moves; of sends in one group call the mean."""
     gb_per_s: float
     """Bus bandwidth: bytes that one GPU sends (of a ring) over that time."""
     step_of: Collective | None = None
@@ -61,18 +73,17 @@ def calls(result: Result) -> tuple[Call, ...]:
     """The collectives of a step by kind, axis and message, in the order in which they are first issued."""
     scenario = result.scenario
     _, costs = cost_models(scenario.hardware, scenario.workload.precision)
-    counted: Counter[Message] = Counter()
+    counted: defaultdict[Message, Counter[Message]] = defaultdict(Counter)
     for message, count in _messages(result):
-        counted[message] += count
+        counted[message._replace(sends_before=0)][message] += count
     found = []
-    for message, count in counted.items():
-        collective, axis, ranks, nodes, size, step_of = message
+    for (collective, axis, ranks, nodes, size, step_of, _), own in counted.items():
         timed_as = step_of or collective
-        duration = costs.step_duration if step_of else costs.duration
-        time = float(duration(timed_as, size, ranks, nodes))
+        times = [message.time(costs) for message in own]
+        time = times[0] if len(own) == 1 else float(np.average(times, weights=[*own.values()]))
         found.append(
             Call(
-                collective, axis, ranks, nodes, size, count, costs.algorithm(timed_as, size, ranks, nodes),
+                collective, axis, ranks, nodes, size, own.total(), costs.algorithm(timed_as, size, ranks, nodes),
                 costs.channels(timed_as, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
                 step_of,
             )
@@ -85,7 +96,7 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     scenario, prepared, numbers = result.scenario, result.prepared, result.numbers
     for step, size, runs in _communications(result):
         nodes = prepared.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
-        yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of), runs
+        yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of, step.sends_before), runs
     for sync, runs in prepared.issued(scenario.num_micro_batches).items():
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sync.message_bytes), runs

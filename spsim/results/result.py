@@ -65,7 +65,7 @@ class Result(Derived):
     reasons: tuple[str, ...]
     staged: Staged | None = None
     """Where the step has several pipeline stages."""
-    sends: tuple[int, int] = (0, 0)
+    sends: Sequence[int] = (0, 0)
     """Messages of the first of them to others in a step, and bytes of each."""
 
     @property
@@ -252,7 +252,7 @@ class Result(Derived):
     @lazy
     def peak_bytes(self) -> int:
         """See `Derived`."""
-        return self._spot.bytes if self._spot else self.peak.bytes
+        return self.staged.peak_bytes(self.statics) if self.staged else (self._spot or self.peak).bytes
 
     @property
     def peak_operator(self) -> str:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def stage_peaks(result: Result) -> list[Spot]:
     """Of each stage, of several ranks that are simulated for one the fullest; empty where no plan makes stages."""
     plan, trace = result.scenario.plan, result.trace
-    static = {rank: own.total for rank, own in result.statics.items()}
     if result.staged:
-        return result.staged.peaks(static)
+        return result.staged.peaks(result.statics)
     if plan.pp == 1:
         return []
+    static = {rank: own.total for rank, own in result.statics.items()}
     found: dict[int, Spot] = {}
     for rank in sorted(trace.copies):
         stage, peak = rank * plan.pp // plan.gpus, metrics.peak_of(trace, rank, static[rank])

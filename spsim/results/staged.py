@@ -6,12 +6,13 @@ They are what `metrics` finds in the trace of the step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from spsim.costs.static_memory import StaticMemory
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.inputs.schedules import HALVED
@@ -20,12 +21,11 @@ from spsim.results import accounts, metrics
 from spsim.results.accounts import Account
 from spsim.results.derived import operator_name
 from spsim.results.metrics import Idle
-from spsim.step.itinerary import Chunk
-from spsim.step.pipeline.orders import KINDS, Action
-from spsim.step.pipelined import PHASES, Pipelined, PlacedChunk, Work
+from spsim.step.pipeline.orders import KINDS, Numbers
+from spsim.step.pipelined import Pipelined
+from spsim.step.stages import PHASES, PlacedChunk, Work
 
-Sort = tuple[Chunk, Work]
-"""Of passes that are alike."""
+T = TypeVar("T")
 
 
 class Spot(NamedTuple):
@@ -40,6 +40,27 @@ class Spot(NamedTuple):
 
 
 @dataclass(frozen=True)
+class OfStages(Mapping[int, T]):
+    """By simulated rank what is the same on all stages of a kind."""
+
+    kinds: Sequence[T]
+    kind_of: Sequence[int]
+    """The kind of each stage."""
+    ranks: Collection[int]
+    stride: int
+    """Ranks of a stage."""
+
+    def __getitem__(self, rank: int) -> T:
+        return self.kinds[self.kind_of[rank // self.stride]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ranks)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
 class Staged:
     """Reads a step that ran on several stages."""
 
@@ -47,16 +68,17 @@ class Staged:
     micro_batches: int
 
     @lazy
-    def traces(self) -> Mapping[Sort, Trace]:
-        """Of each pass by itself."""
-        return {key: Trace(alone.nodes, {0: (0,)}, lambda piece: ()) for key, alone in self.ran.passes.items()}
+    def traces(self) -> Sequence[Trace]:
+        """Of each sort of passes by itself."""
+        return [Trace(alone.nodes, {0: (0,)}, lambda piece: ()) for alone in self.ran.alone]
 
-    def _passes(self, stage: int) -> Iterator[tuple[Sort, int]]:
-        """What the chunks of a stage run, and how often."""
-        for which, times in enumerate(self._often[stage]):
-            if times:
-                chunk, work = self._sort(stage, which)
-                yield (chunk.runs, work), times
+    def _passes(self, stage: int) -> Iterator[tuple[int, int]]:
+        """Of what the chunks of a stage run, which sort it is, and how often."""
+        return ((sort, times) for sort, times in zip(self._sorts(stage), self._often[stage], strict=True) if times)
+
+    def _sorts(self, stage: int) -> list[int]:
+        """Of what the chunks of a stage run, each of `KINDS`."""
+        return self.ran.sorted.of_stage(stage)
 
     @lazy
     def _often(self) -> list[list[int]]:
@@ -71,10 +93,6 @@ class Staged:
             np.add.at(found, (passes.ranks, len(KINDS) * passes.chunks + passes.kinds), section.runs)
         often: list[list[int]] = found.tolist()
         return often
-
-    def _sort(self, stage: int, which: int) -> tuple[PlacedChunk, Work]:
-        chunk, kind = divmod(which, len(KINDS))
-        return self.ran.stages[stage][chunk], self.ran.work_of(stage, Action(KINDS[kind], chunk, 0))
 
     @property
     def stages(self) -> range:
@@ -96,18 +114,19 @@ class Staged:
 
     def layer_window(self, phase: Pass) -> int:
         """One layer's pass, where a chunk has any; of halves the sum."""
-        for runs, work in (sort for stage in self.stages for sort, _ in self._passes(stage)):
+        sorts = self.ran.sorted.sorts
+        for runs, work in (sorts[sort] for stage in self.stages for sort, _ in self._passes(stage)):
             if PHASES.get(work) == phase and any(run.numbered for run in runs):
                 halves: list[Work] = ["input gradients", "weight gradients"]
                 works = halves if work in halves else [work]
-                return sum([metrics.layer_window(self.traces[runs, own], phase) for own in works])
+                return sum([metrics.layer_window(self.traces[sorts.index((runs, own))], phase) for own in works])
         return 0
 
     @lazy
     def idle(self) -> dict[int, Idle]:
         """Of each simulated rank, as `metrics.idle`."""
         transfer, posted, neither = self.ran.gaps.totals(len(self.stages))
-        by_pass = {key: metrics.idle(trace)[0] for key, trace in self.traces.items()}
+        by_pass = [metrics.idle(trace)[0] for trace in self.traces]
         found = {}
         for stage in self.stages:
             total = Idle(transfer[stage], 0, posted[stage], neither[stage])
@@ -159,44 +178,62 @@ class Staged:
     # Memory
 
     @lazy
-    def _levels(self) -> dict[Sort, tuple[int, int]]:
-        """Of each pass, how much memory it takes over what is there before, and what it leaves."""
-        found = {}
-        for key, trace in self.traces.items():
-            profile = metrics.profile(trace.nodes, 0)
-            found[key] = (profile.highest, profile.total) if profile else (0, 0)
-        return found
+    def _levels(self) -> Numbers:
+        """Of each sort of passes, how much memory it takes over what is there before it, and in a second row leaves."""
+        if self.ran.levels is not None:
+            return np.array(self.ran.levels(), np.int64).T
+        found = [metrics.profile(trace.nodes, 0) for trace in self.traces]
+        return np.array([(own.highest, own.total) if own else (0, 0) for own in found], np.int64).T
 
-    def _levels_of(self, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _levels_of(self, stage: int) -> tuple[Numbers, Numbers, Numbers]:
         """What is there before each pass of a stage, and at most while it runs, and which of its passes it is."""
         own = self.ran.timeline.graph.score.passes[stage]
         which = len(KINDS) * own.chunks + own.kinds
-        levels = np.zeros((len(self._often[stage]), 2), np.int64)
-        for place, times in enumerate(self._often[stage]):
-            if times:
-                chunk, work = self._sort(stage, place)
-                levels[place] = self._levels[chunk.runs, work]
-        highest, left = levels[which].T
+        highest, left = self._levels[:, self.ran.sorted.of_passes[stage, which]]
         before = np.cumsum(left) - left
         return before, before + highest, which
 
-    def peaks(self, static: Mapping[int, int]) -> list[Spot]:
-        """Of each stage, over `static` bytes of each simulated rank."""
-        found = []
-        for stage in self.stages:
-            always = static[self.ran.rank_of(stage)]
-            _, levels, which = self._levels_of(stage)
-            at = int(levels.argmax())
-            operator = self._fullest_of(stage, int(which[at])) if levels[at] > 0 else None
-            found.append(Spot(stage, self.ran.rank_of(stage), always + max(0, int(levels[at])), operator))
+    @lazy
+    def _highest(self) -> Numbers:
+        """Of each stage, at its fullest over what is always there."""
+        sorts, firsts = self.ran.sorted.in_order(self.ran.timeline.graph.score)
+        highest, left = self._levels[:, sorts]
+        before = np.cumsum(left) - left
+        found: Numbers = np.maximum.reduceat(before + highest, firsts) - before[firsts]
         return found
 
-    def _fullest_of(self, stage: int, which: int) -> str:
-        chunk, work = self._sort(stage, which)
-        trace = self.traces[chunk.runs, work]
+    def peak_bytes(self, static: Mapping[int, StaticMemory]) -> int:
+        """Of the fullest stage, with what is there all the time on each simulated rank."""
+        stages, highest = self._fullest
+        return max(static[self.ran.rank_of(s)].total + max(0, own) for s, own in zip(stages, highest, strict=True))
+
+    @property
+    def _fullest(self) -> tuple[Sequence[int], list[int]]:
+        """Stages of which one is the fullest, with what each takes at most, or with what is most of all of its kind."""
+        score = self.ran.timeline.graph.score
+        if score.stages.schedule not in HALVED:
+            found = self.ran.sorted.fullest(score, self.ran.stages.kind_of)
+            highest = found.highest(*self._levels)
+            if highest is not None:
+                return found.stages.tolist(), highest.tolist()
+        return self.stages, self._highest.tolist()
+
+    def peaks(self, static: Mapping[int, StaticMemory]) -> list[Spot]:
+        """Of each stage."""
+        found = []
+        for stage, highest in enumerate(self._highest.tolist()):
+            always = static[self.ran.rank_of(stage)].total
+            operator = self._fullest_of(stage) if highest > 0 else None
+            found.append(Spot(stage, self.ran.rank_of(stage), always + max(0, highest), operator))
+        return found
+
+    def _fullest_of(self, stage: int) -> str:
+        _, levels, which = self._levels_of(stage)
+        at = int(which[levels.argmax()])
+        trace = self.traces[self._sorts(stage)[at]]
         profile = metrics.profile(trace.nodes, 0)
         assert profile is not None
-        return self._name(trace, profile.task, chunk)
+        return self._name(trace, profile.task, self.ran.stages[stage][at // len(KINDS)])
 
     def first_above(self, stage: int, static: int, limit: int) -> str | None:
         """The operator whose allocation first takes a stage above a limit."""
@@ -205,10 +242,9 @@ class Staged:
         if not len(over):
             return None
         at = int(over[0])
-        chunk, work = self._sort(stage, int(which[at]))
-        trace = self.traces[chunk.runs, work]
+        trace = self.traces[self._sorts(stage)[which[at]]]
         task = metrics.first_above(trace, 0, static + int(before[at]), limit)
-        return None if task is None else self._name(trace, task, chunk)
+        return None if task is None else self._name(trace, task, self.ran.stages[stage][which[at] // len(KINDS)])
 
     @staticmethod
     def _name(trace: Trace, task: int, chunk: PlacedChunk) -> str:

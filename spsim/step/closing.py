@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from spsim.costs.collectives import CommCost
-from spsim.costs.kernels import ComputeCost
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.lazy import lazy
 from spsim.program.blocks.optimizer import (
     OptimizerKernel,
     average_gradients,
@@ -31,7 +31,6 @@ from spsim.step.gradients import Sync, gradient_syncs
 from spsim.step.groups import Groups, meets, sync_of
 from spsim.step.replicas import Message, Synchronisation
 from spsim.step.segments import Call, Segment
-from spsim.units import picoseconds
 from spsim.work import KernelName, MemoryBound
 
 
@@ -42,6 +41,11 @@ class Closing:
     segment: Segment
     steps: tuple[Sync | str, ...]
     """What its tasks are: collectives, or kernels of the optimizer by their names."""
+
+    @lazy
+    def meetings_of_all(self) -> tuple[int, ...]:
+        """Its collectives in which all stages of a pipeline meet."""
+        return tuple(i for i, step in enumerate(self.steps) if isinstance(step, Sync) and "pp" in step.axes)
 
     def infos(self, messages: Mapping[Sync, int]) -> list[TaskInfo]:
         """What its tasks are with the bytes of their messages."""
@@ -58,15 +62,23 @@ class Optimizer:
     plan: Plan
     precision: Precision
 
-    def kernels(self, parameters: int) -> tuple[OptimizerKernel, ...]:
-        """Of a rank with so many parameters, in order. The buffer is cleared for the next step; Megatron does so before
-        that begins.
+    def sizes(self, parameters: int) -> list[int]:
+        """Bytes that each kernel of a rank with so many parameters moves, in order. The buffer is cleared for the next
+        step; Megatron does so before that begins.
         """
+        return [size for _, size in self._kernels(parameters)]
+
+    @lazy
+    def names(self) -> tuple[str, ...]:
+        """Of its kernels."""
+        return tuple(name for name, _ in self._kernels(1))
+
+    def _kernels(self, parameters: int) -> list[OptimizerKernel]:
         state = parameter_state(self.plan, ELEMENT_BYTES[self.precision])
         shard = -(-parameters // shard_ranks(self.plan)) if self.plan.zero_stage else parameters
         average = [average_gradients(parameters, state)] if self.plan.dp > 1 else []
         steps = optimizer_step(shard, state, scaled=self.precision == "fp16")
-        return *average, *steps, zero_gradients(parameters, state)
+        return [*average, *steps, zero_gradients(parameters, state)]
 
 
 def closings(
@@ -94,13 +106,20 @@ def _casts(programs: Mapping[str, Program]) -> list[Closing]:
     return [_closing("weight_casts", "optimizer", tuple(cast.name for cast in casts))] if casts else []
 
 
-def weight_casts(casts: Sequence[tuple[int, MemoryBound]]) -> tuple[OptimizerKernel, ...]:
+class WeightCast(NamedTuple):
+    """A kernel that casts weights."""
+
+    name: str
+    work: MemoryBound
+
+
+def weight_casts(casts: Sequence[tuple[int, MemoryBound]]) -> tuple[WeightCast, ...]:
     """Kernels of casts of weights, each so many times, as one of each sort."""
     total: Counter[tuple[KernelName | None, str | None]] = Counter()
     for times, cast in casts:
         total[cast.kernel, cast.dtype] += times * cast.bytes_moved
     return tuple(
-        OptimizerKernel(f"{kernel}_weights", MemoryBound("cast", moved, kernel, dtype=dtype))
+        WeightCast(f"{kernel}_weights", MemoryBound("cast", moved, kernel, dtype=dtype))
         for (kernel, dtype), moved in total.items()
     )
 
@@ -123,7 +142,7 @@ def replica_closings(
     shared = syncs(message for message in sync.before_update if message.group == "embedding")
     sums = (*reductions, *others, *shared)
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
-    kernels: list[Sync | str] = [kernel.name for kernel in optimizer.kernels(1)]
+    kernels: list[Sync | str] = [*optimizer.names]
     at = kernels.index("clip")
     kernels[at:at] = syncs(message for message in sync.before_update if message.group != "embedding")
     found.append(_closing("optimizer", "optimizer", tuple(kernels)))
@@ -134,7 +153,7 @@ def replica_closings(
 
 def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:
     """Names of the kernels, and the norm summed over all ranks before gradients are clipped."""
-    found: list[Sync | str] = [kernel.name for kernel in optimizer.kernels(1)]
+    found: list[Sync | str] = [*optimizer.names]
     if mesh.axes:
         norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name="gradient norm", elements=1)
         found.insert(found.index("clip"), norm)
@@ -153,25 +172,3 @@ def _closing(name: str, phase: Pass, steps: tuple[Sync | str, ...]) -> Closing:
         joins=frozenset({"dp", "shard", "tp"}),
     )
     return Closing(segment, steps)
-
-
-def closing_times(
-    closing: Closing,
-    messages: Mapping[Sync, tuple[int, int]],
-    nodes: Mapping[Sync, int],
-    kernels: Sequence[OptimizerKernel],
-    costs: tuple[ComputeCost, CommCost],
-) -> list[int]:
-    """Picoseconds of each task, of the bytes of a message, how many there are and on how many nodes, and of the kernels
-    of the optimizer.
-    """
-    compute, comm = costs
-    works = {kernel.name: kernel.work for kernel in kernels}
-
-    def seconds(step: Sync | str) -> float:
-        if isinstance(step, str):
-            return float(compute.duration(works[step]))
-        size, count = messages[step]
-        return count * comm.duration(step.collective, size, step.ranks, nodes[step])
-
-    return [picoseconds(seconds(step)) for step in closing.steps]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from spsim.costs.collectives import CommCost
@@ -13,6 +13,7 @@ from spsim.engine.recording import TaskInfo
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.lazy import Deferred
 from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.instructions import LAYER
 from spsim.program.sizes import Numbers
@@ -23,8 +24,9 @@ from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.messages import Stages as MessageStages
-from spsim.step.pipelined import Closed, Messages, Passes, Pipelined, Reduction, Stages, run_pipeline
+from spsim.step.pipelined import Closed, Messages, Pipelined, Reduction, run_pipeline
 from spsim.step.preparation import PreparedStep
+from spsim.step.stages import Stages
 from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
 from spsim.units import picoseconds
 
@@ -39,15 +41,12 @@ class CostedPipeline(NamedTuple):
     messages: Messages
     closed: Closed
 
-    @property
-    def passes(self) -> Passes:
-        """What chunks can run."""
-        return Passes(self.prepared.blocks, self.prepared.halves)
-
     def folded(self) -> Pipelined:
         """Passes run once; ranks of a stage have to be alike."""
         stride = self.prepared.mesh.ranks
-        return run_pipeline(self.passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride)
+        return run_pipeline(
+            self.prepared.chunk_passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride
+        )
 
     def unfolded(self) -> Unfolded:
         """As one program of each simulated rank of each stage."""
@@ -58,7 +57,9 @@ class CostedPipeline(NamedTuple):
             )
         clock, ranks = self.clock, self.prepared.ranks
         whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
-        return unfold_pipeline(self.passes, self.stages, whole, self.step, self.messages, self.closed, ranks)
+        return unfold_pipeline(
+            self.prepared.chunk_passes, self.stages, whole, self.step, self.messages, self.closed, ranks
+        )
 
     @property
     def sends(self) -> tuple[int, int]:
@@ -73,7 +74,8 @@ class CostedPipeline(NamedTuple):
         outline = piece.recording.outline
         made = self.prepared.closing_of(outline)
         if made is not None:
-            return made.infos(self.closed.messages[next(iter(piece.recording.times)) // self.prepared.mesh.ranks])
+            stage = next(iter(piece.recording.times)) // self.prepared.mesh.ranks
+            return made.infos(self.closed.messages[self.closed.kind_of[stage]])
         return [info._replace(micro_batch=piece.micro_batch) for info in outline.labels]
 
 
@@ -99,12 +101,6 @@ def costed_pipeline(
         prepared.abreast,
     )
     message = boundary_bytes(prepared, numbers)
-    runs = [stage_runs(stages, stage) for stage in range(plan.pp)]
-    times = {
-        own: prepared.closing_times(numbers, own, compute, comm, gpus_per_node=gpus_per_node)
-        for own in dict.fromkeys(runs)
-    }
-    sums = {own: prepared.closing_messages(numbers, own) for own in times}
     return CostedPipeline(
         prepared,
         stages,
@@ -112,8 +108,9 @@ def costed_pipeline(
         step,
         Messages(message, _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node)),
         Closed(
-            [times[own] for own in runs],
-            [sums[own] for own in runs],
+            prepared.closing_times_of(stages.kinds, numbers, compute, comm, gpus_per_node=gpus_per_node),
+            stages.kind_of,
+            Deferred(lambda: prepared.ending(stages.kinds).messages(numbers)),
             *_overlapped(prepared, stages, numbers, plan, comm, gpus_per_node),
             hardware.coefficients.overlap_slowdown.value,
         ),
@@ -153,11 +150,6 @@ def _overlapped(
     return reductions, gathers
 
 
-def stage_runs(stages: Stages, stage: int) -> tuple[Run, ...]:
-    """The blocks of all chunks of a stage."""
-    return tuple([run for chunk in stages[stage] for run in chunk.runs])
-
-
 def boundary_bytes(prepared: PreparedStep, numbers: Numbers) -> int:
     """What a stage sends of a micro-batch: [s / cp / (tp under sequence parallelism), b, h]; there is no scatter and
     gather, so that without sequence parallelism every rank of tp sends all of it (megatron-core 0.16.1).
@@ -177,10 +169,16 @@ def exchange_of(plan: Plan) -> Exchange:
 
 def _transfers(plan: Plan, message: int, comm: CommCost, stride: int, gpus_per_node: int) -> dict[tuple[int, int], int]:
     """Picoseconds of a message between any two neighbouring stages, of which the last and the first are, too."""
-    pairs = [(stage, (stage + 1) % plan.pp) for stage in range(plan.pp)]
-    nodes = {pair: _nodes(*pair, stride, gpus_per_node) for pair in pairs}
+    nodes = _nodes_between(plan.pp, stride, gpus_per_node)
     times = {n: picoseconds(comm.duration("send_receive", message, 2, n)) for n in set(nodes.values())}
-    return {way: times[nodes[pair]] for pair in pairs for way in (pair, pair[::-1])}
+    return {way: times[number] for way, number in nodes.items()}
+
+
+@lru_cache(maxsize=64)
+def _nodes_between(stages: int, stride: int, gpus_per_node: int) -> dict[tuple[int, int], int]:
+    """Nodes on which each two neighbouring stages lie, of so many ranks."""
+    pairs = [(stage, (stage + 1) % stages) for stage in range(stages)]
+    return {way: _nodes(*pair, stride, gpus_per_node) for pair in pairs for way in (pair, pair[::-1])}
 
 
 def _nodes(stage: int, other: int, stride: int, gpus_per_node: int) -> int:

@@ -14,18 +14,22 @@ too: the lane is late by so much more in each run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Move, Node, Repeat, Stretch
 from spsim.engine.recording import Integers, Ran, Recording
 from spsim.engine.tasks import RankProgram
+from spsim.lazy import lazy
 from spsim.step.abreast import Abreast
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
-from spsim.step.lanes import IDLE, Busy, State, record, start
+from spsim.step.lanes import IDLE, Busy, State, end_alone, record, start
+from spsim.step.levels import Level, Levels
 from spsim.step.segments import Segment
 
 
@@ -45,9 +49,6 @@ class Step:
     """Segments that are prepared for all ranks at once."""
 
 
-Key = TypeVar("Key")
-
-
 class Walked(NamedTuple):
     """A step as it ran."""
 
@@ -60,26 +61,79 @@ class Walked(NamedTuple):
 
 def fold_step(step: Step) -> Walked:
     """Run a step, what comes again once."""
-    walk = _Walk(step)
+    walk = _Walk(step, {segment.name: segment for segment in segments_of(step.itinerary)})
     nodes = walk.items(step.itinerary)
     return Walked(nodes, walk.events, walk.overlapping)
 
 
-class Alone(NamedTuple):
-    """A row of visits that begins with all lanes free."""
+class Rows:
+    """Rows of visits, each of which begins with all lanes free, whatever the numbers of their segments."""
 
-    nodes: list[Node]
-    tasks: int
-    ends: State
-    """How its ranks stand after it."""
+    def __init__(self, items: Sequence[Sequence[Item]]) -> None:
+        self.items = items
+        self.segments = {segment.name: segment for own in items for segment in segments_of(own)}
+        self.visits = [_visits(own) for own in items]
+        """Of each, how often it runs each segment."""
+
+    @lazy
+    def levels(self) -> Levels:
+        """How full memory is in each, whatever the times and sizes."""
+        return Levels(self.items, self.segments)
+
+
+def _visits(items: Sequence[Item]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for item in items:
+        if isinstance(item, Visit):
+            found[item.segment.name] += 1
+        else:
+            for name, times in _visits(item.body).items():
+                found[name] += times * int(item.runs)
+    return found
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A row of visits as it runs by itself."""
+
     at_ps: int
-    """When the first of them does."""
+    """When the first of its ranks ends."""
+    ends: State
+    """How they stand then."""
+    write: Callable[[], list[Node]]
+
+    @lazy
+    def nodes(self) -> list[Node]:
+        """All of it."""
+        return self.write()
 
 
-def fold_each(step: Step, rows: Mapping[Key, Sequence[Item]]) -> tuple[dict[Key, Alone], int]:
-    """Run several rows of visits, each from the beginning, what is alike once; and the tasks that were run."""
-    walk = _Walk(step)
-    return {key: walk.alone(items) for key, items in rows.items()}, walk.events
+class Apart(NamedTuple):
+    """Rows of visits as each runs by itself."""
+
+    rows: list[Alone]
+    events: int
+    """Tasks that were run."""
+    levels: Callable[[], list[Level]] | None = None
+    """How full memory is in each, where no segment leaves anything undone."""
+
+
+def fold_each(step: Step, rows: Rows) -> Apart:
+    """Run several rows of visits, each from the beginning, what is alike once.
+
+    Where no segment leaves anything undone, the time of a row is the sum of theirs, and it is written when it is read.
+    """
+    walk = _Walk(step, rows.segments)
+    ends = walk.ends_alone(rows.segments.values())
+    if ends is None:
+        return Apart([walk.alone(own) for own in rows.items], walk.events)
+    times = [sum([runs * ends[name] for name, runs in own.items()]) for own in rows.visits]
+    found = [Alone(at, CLEAN, partial(walk.row, own)) for at, own in zip(times, rows.items, strict=True)]
+    return Apart(found, walk.events, lambda: rows.levels.of(walk.ran, step.sizes))
+
+
+CLEAN: State = ((0, IDLE),)
+"""Of one rank that has nothing before it."""
 
 
 @dataclass(slots=True)
@@ -104,7 +158,7 @@ class _Before(NamedTuple):
 class _Walk:
     """Walks an itinerary, remembering what was run."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, segments: Mapping[str, Segment]) -> None:
         self.step = step
         self.ranks = {rank: _Rank() for programs in step.programs.values() for rank in programs}
         self.events = 0
@@ -113,8 +167,8 @@ class _Walk:
         """What the loops around the current visit add to its own."""
         self.known: dict[tuple[str, State], tuple[Recording, State]] = {}
         self.drifted = False
-        if len(self.ranks) == 1:
-            self._run_side_by_side()
+        self.ran = self._run_side_by_side(segments) if len(self.ranks) == 1 else {}
+        """Of segments that begin with all lanes free."""
 
     @property
     def overlapping(self) -> bool:
@@ -131,12 +185,27 @@ class _Walk:
 
     def alone(self, items: Sequence[Item]) -> Alone:
         """Some items by themselves."""
+        nodes = self.row(items)
+        time, state = self._state(self.ranks.values())
+        return Alone(time, state, lambda: nodes)
+
+    def row(self, items: Sequence[Item]) -> list[Node]:
+        """The nodes of some items by themselves."""
         for rank in self.ranks.values():
             rank.time, rank.busy = 0, IDLE
         self.first_task = 0
-        nodes = self.items(items)
-        time, state = self._state(self.ranks.values())
-        return Alone(nodes, self.first_task, state, time)
+        return self.items(items)
+
+    def ends_alone(self, segments: Iterable[Segment]) -> dict[str, int] | None:
+        """How long each of some segments takes, if each begins with all lanes free, and ends so."""
+        found: dict[str, int] = {}
+        for segment in segments:
+            moments = self.ran.get(segment.name)
+            end = None if moments is None else end_alone(segment, moments)
+            if end is None:
+                return None
+            found[segment.name] = end
+        return found
 
     def _state(self, ranks: Iterable[_Rank]) -> tuple[int, State]:
         """When the first of some ranks is free, and how they stand then."""
@@ -171,13 +240,18 @@ class _Walk:
 
     def _run(self, segment: Segment, state: State) -> tuple[Recording, State]:
         programs = self.step.programs[segment.name]
+        known = self.ran.get(segment.name) if state == CLEAN else None
+        if known is not None:
+            (rank,) = programs
+            return record(segment, {rank: known}, self.step.sizes[segment.name], state)
         moments: Mapping[int, Ran] = self._run_abreast(segment, state) or run(
             programs,
             slowdown=self.step.slowdown,
             durations=self.step.durations[segment.name],
             starts={rank: start(segment, *own) for rank, own in zip(programs, state, strict=True)},
         )
-        return self._recorded(segment, moments, state)
+        self.events += sum(map(len, moments.values()))
+        return record(segment, moments, self.step.sizes[segment.name], state)
 
     def _run_abreast(self, segment: Segment, state: State) -> Mapping[int, Ran] | None:
         """All ranks at once, where that is covered and nothing is under way."""
@@ -186,23 +260,17 @@ class _Walk:
             return None
         return abreast.run(self.step.durations[segment.name], [time for time, _ in state], self.step.slowdown)
 
-    def _run_side_by_side(self) -> None:
+    def _run_side_by_side(self, segments: Mapping[str, Segment]) -> dict[str, Ran]:
         """A rank that stands for all meets no other: segments that nothing may precede run in one environment."""
         (rank,) = self.ranks
-        segments = {s.name: s for s in segments_of(self.step.itinerary) if not s.names and not s.joins}
+        names = [name for name, segment in segments.items() if not segment.names and not segment.joins]
         moments = run(
-            {number: self.step.programs[name][rank] for number, name in enumerate(segments)},
+            {number: self.step.programs[name][rank] for number, name in enumerate(names)},
             slowdown=self.step.slowdown,
-            durations={number: self.step.durations[name][rank] for number, name in enumerate(segments)},
+            durations={number: self.step.durations[name][rank] for number, name in enumerate(names)},
         )
-        clean = ((0, IDLE),)
-        for number, (name, segment) in enumerate(segments.items()):
-            self.known[name, clean] = self._recorded(segment, {rank: moments[number]}, clean)
-
-    def _recorded(self, segment: Segment, moments: Mapping[int, Ran], state: State) -> tuple[Recording, State]:
-        """A segment as it ran, and where its ranks stand then."""
         self.events += sum(map(len, moments.values()))
-        return record(segment, moments, self.step.sizes[segment.name], state)
+        return dict(zip(names, moments.values(), strict=True))
 
     # Loops
 

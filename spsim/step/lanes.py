@@ -72,6 +72,12 @@ def end_of(segment: Segment, moments: Ran, time: int) -> int:
     return time if last is None else int(moments[last][ENDED])
 
 
+def end_alone(segment: Segment, moments: Ran) -> int | None:
+    """When its kernels end on a rank that began at 0 with all lanes free; None where it leaves anything undone."""
+    end = end_of(segment, moments, 0)
+    return None if _outlasts(segment, moments, end, IDLE) else end
+
+
 def _outlasts(segment: Segment, moments: Ran, end: int, busy: Busy) -> bool:
     """Whether anything may be left undone when the kernels end."""
     return busy is not IDLE or any(moments[task][ENDED] > end for task in segment.last_calls.values())

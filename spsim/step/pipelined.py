@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,68 +12,24 @@ from spsim.engine.pieces import Move, Node, Pass, Stretch, placed
 from spsim.engine.recording import Flight, Moments, Outline, Recording, TaskInfo
 from spsim.engine.trace import Wait
 from spsim.errors import InputError
-from spsim.inputs.schedules import Schedule
 from spsim.lazy import lazy
 from spsim.step.closing import Closing
 from spsim.step.folding import Alone, Step, fold_each
 from spsim.step.gradients import GRADIENTS, PARAMETERS, Sync
-from spsim.step.halves import Halves
-from spsim.step.itinerary import Blocks, Chunk, Item, chunk_pass
 from spsim.step.lanes import IDLE, flights_of
+from spsim.step.levels import Level
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.orders import KINDS, Action, global_stage, gradients
+from spsim.step.pipeline.orders import KINDS, Action, Numbers
 from spsim.step.pipeline.timeline import Timeline
 from spsim.step.pipeline.timing import MessageSpan, PassSpan, Times
 from spsim.step.pipeline.waiting import Gaps, gaps_of, waits_of
+from spsim.step.stages import Passes, SortedPasses, Stages, Work
 
-Work = Literal["forward", "backward", "input gradients", "weight gradients", "nothing"]
-"""What a pass of a chunk runs."""
-PHASES: Mapping[Work, Pass] = {
-    "forward": "forward", "backward": "backward", "input gradients": "backward", "weight gradients": "backward",
-}  # fmt: skip
 SENT: Mapping[str, tuple[Pass, str]] = {
     "activation": ("forward", "pp forward"),
     "gradient": ("backward", "pp backward"),
 }
 """Kind of a message -> the pass that it belongs to, and how its lanes are called."""
-
-
-class PlacedChunk(NamedTuple):
-    """A chunk of a stage, and the number of its first layer in the model."""
-
-    runs: Chunk
-    first: int
-
-
-def work_of(schedule: Schedule, stages: int, rank: int, action: Action) -> Work:
-    """What an action of a rank runs."""
-    if action.kind == "F":
-        return "forward"
-    match gradients(action.kind, global_stage(schedule, stages, rank, action.chunk)):
-        case ():
-            return "nothing"
-        case (one,):
-            return "input gradients" if one == "input" else "weight gradients"
-    return "backward"
-
-
-@dataclass(frozen=True)
-class Passes:
-    """What the chunks of a stage can run."""
-
-    blocks: Blocks
-    halves: Halves[Blocks]
-
-    def items(self, chunk: Chunk, work: Work, *, first: int = 0, micro_batch: int = 0) -> Sequence[Item]:
-        """One pass of a chunk whose layers are numbered from `first`."""
-        if work == "nothing":
-            return ()
-        found = {"input gradients": self.halves.inputs, "weight gradients": self.halves.weights}
-        return chunk_pass(found.get(work, self.blocks), chunk, PHASES[work], first=first, micro_batch=micro_batch)
-
-
-Stages = Sequence[Sequence[PlacedChunk]]
-"""The chunks of each stage."""
 
 
 Entry = tuple[Closing, Sync | str, int]
@@ -90,17 +46,36 @@ class Reduction(NamedTuple):
 
 @dataclass(frozen=True)
 class Closed:
-    """The segments after the last micro-batch of each stage, and picoseconds of their tasks."""
+    """The segments after the last micro-batch, and picoseconds of their tasks."""
 
-    segments: Sequence[Sequence[tuple[Closing, Sequence[int]]]]
+    kinds: Sequence[Sequence[tuple[Closing, Sequence[int]]]]
+    """Of each kind of stages,"""
+    kind_of: Sequence[int]
+    """and which kind each stage is."""
     messages: Sequence[Mapping[Sync, int]] = ()
-    """Bytes of their collectives, of each stage."""
+    """Bytes of their collectives, of each kind."""
     reductions: Sequence[Sequence[Reduction]] = ()
     """Of each stage and chunk, where gradients are reduced behind later passes."""
     gathers: Sequence[Sequence[int]] = ()
     """Of each stage and chunk, picoseconds of the gather of its weights, where those run before the first passes."""
     slowdown: float = 0.0
     """Of kernels beside them."""
+
+    @property
+    def segments(self) -> list[Sequence[tuple[Closing, Sequence[int]]]]:
+        """Of each stage."""
+        return [self.kinds[kind] for kind in self.kind_of]
+
+    def ends_ps(self, finished_ps: Numbers) -> list[int]:
+        """When each stage has ended that ran its last pass then, if nothing is reduced or gathered behind passes: what
+        meets all stages begins when the last has come to it.
+        """
+        lengths = np.array([*map(_lengths, self.kinds)])[[*self.kind_of]].T
+        ends = finished_ps + lengths[0]
+        for meeting, after in zip(lengths[1::2], lengths[2::2], strict=True):
+            ends = ends.max() + meeting + after
+        found: list[int] = ends.tolist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -132,7 +107,11 @@ class Pipelined:
 
     stages: Stages
     stride: int
-    passes: Mapping[tuple[Chunk, Work], Alone]
+    sorted: SortedPasses
+    alone: Sequence[Alone]
+    """Each of the sorts of passes by itself."""
+    levels: Callable[[], list[Level]] | None
+    """How full memory is in each, where that is known without their nodes."""
     timeline: Timeline
     closed: Closed
     messages: Messages
@@ -142,13 +121,9 @@ class Pipelined:
         """The rank that is simulated for a stage."""
         return stage * self.stride
 
-    def alone(self, rank: int, action: Action) -> Alone:
-        """A pass of a stage, as it runs by itself."""
-        return self.passes[self.stages[rank][action.chunk].runs, self.work_of(rank, action)]
-
     def work_of(self, rank: int, action: Action) -> Work:
         """What a pass of a stage runs."""
-        return work_of(self.timeline.graph.score.stages.schedule, len(self.stages), rank, action)
+        return self.sorted.sorts[self.sorted.place(rank, action)][1]
 
     @lazy
     def times(self) -> Times:
@@ -183,7 +158,8 @@ class Pipelined:
             return known[recording, rank]
 
         move = Move(span.start_ps, tasks, chunk.first, span.action.micro_batch)
-        return [placed(node, move, on) for node in self.alone(span.rank, span.action).nodes]
+        alone = self.alone[self.sorted.place(span.rank, span.action)]
+        return [placed(node, move, on) for node in alone.nodes]
 
     def _message(self, span: MessageSpan, tasks: int) -> list[Node]:
         """A send on one rank, and a receive on the other."""
@@ -204,6 +180,8 @@ class Pipelined:
     @property
     def ends_ps(self) -> list[int]:
         """When each stage has ended."""
+        if not self.closed.reductions and not self.closed.gathers:
+            return self.closed.ends_ps(self.timeline.finished_ps)
         finished: list[int] = self.timeline.finished_ps.tolist()
         return [own[-1][1][-1][2] if own else end for own, end in zip(self.closing, finished, strict=True)]
 
@@ -308,6 +286,19 @@ class Pipelined:
         return found
 
 
+def _lengths(closing: Sequence[tuple[Closing, Sequence[int]]]) -> list[int]:
+    """Picoseconds up to what meets all stages, of that, up to the next, and so on."""
+    found = [0]
+    for made, times in closing:
+        done = 0
+        for place in made.meetings_of_all:
+            found[-1] += sum(times[done:place])
+            found += [times[place], 0]
+            done = place + 1
+        found[-1] += sum(times[done:])
+    return found
+
+
 def _meets_all(step: Sync | str) -> bool:
     return isinstance(step, Sync) and "pp" in step.axes
 
@@ -337,16 +328,14 @@ def run_pipeline(
     stride: int,
 ) -> Pipelined:
     """The passes of every chunk by themselves, and then all of the step."""
-    every = [
-        (stages[rank][chunk].runs, work_of(clock.schedule, clock.stages, rank, Action(kind, chunk, 0)))
-        for rank, chunk, kind, _ in clock.classes
-    ]
-    alone, events = fold_each(step, {own: passes.items(*own) for own in dict.fromkeys(every)})
-    for (_, work), own in alone.items():
+    found = stages.sorted(passes, clock)
+    apart = fold_each(step, found.rows)
+    for (_, work), own in zip(found.sorts, apart.rows, strict=True):
         if any(time or busy != IDLE for time, busy in own.ends):
             raise InputError(
                 f"pp: a pass ({work}) leaves communication behind: not simulated yet; use dp_overlap = false"
             )
-    pass_ps = [alone[own].at_ps for own in every]
+    pass_ps = np.array([own.at_ps for own in apart.rows])[found.of_classes]
     message_ps = [messages.transfer_ps[sender, receiver] for sender, receiver, _ in clock.lanes]
-    return Pipelined(stages, stride, alone, clock.times(pass_ps, message_ps), closed, messages, events)
+    timeline = clock.times(pass_ps, message_ps)
+    return Pipelined(stages, stride, found, apart.rows, apart.levels, timeline, closed, messages, apart.events)

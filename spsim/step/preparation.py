@@ -25,16 +25,16 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import HALVED
 from spsim.inputs.workload import Workload
 from spsim.lazy import lazy
-from spsim.program.blocks.optimizer import OptimizerKernel
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.step.abreast import Abreast
-from spsim.step.closing import Closing, Optimizer, closing_times, closings, weight_casts
+from spsim.step.closing import Closing, Optimizer, closings
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
+from spsim.step.ending import Ending, Times, syncs_of
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
 from spsim.step.issue import block_passes, halved_passes
@@ -42,6 +42,7 @@ from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, ac
 from spsim.step.ranks import Groups, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
 from spsim.step.slots import runs_of, slots_in_graphs
+from spsim.step.stages import Passes
 from spsim.units import KIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
@@ -84,6 +85,7 @@ class PreparedStep:
             {name: {"backward": own.weights} for name, own in halves.items()},
         )
         """Of backward passes, where they run in halves; blocks of products only."""
+        self.chunk_passes = Passes(self.blocks, self.halves)
         every = [(name, own) for found in (self.blocks, *self.halves) for name, own in found.items()]
         self.owners = {
             part.segment.name: block for block, passes in every for own in passes.values() for part in own.parts
@@ -97,6 +99,7 @@ class PreparedStep:
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
         self._steps: dict[tuple[Run, ...], Loop] = {}
         self._stage_closings: dict[frozenset[str], tuple[Closing, ...]] = {}
+        self._endings: dict[tuple[Chunk, ...], Ending] = {}
 
     @property
     def _passes(self) -> list[BlockPass]:
@@ -204,6 +207,7 @@ class PreparedStep:
             sort = (
                 step.collective,
                 step.step_of,
+                step.sends_before,
                 step.axis,
                 step.ranks,
                 *self.template.coefficients[position].tolist(),
@@ -321,6 +325,9 @@ class PreparedStep:
             nodes = self.nodes((step.axis,), step.ranks, gpus_per_node)
             message = numbers[position]
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
+            if step.sends_before:
+                seconds[slots] = comm.batched_duration(message, step.ranks, nodes, before=step.sends_before)
+                continue
             duration = comm.step_duration if step.step_of else comm.duration
             seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         for position, slots in self._host_copies:
@@ -345,45 +352,41 @@ class PreparedStep:
         """Of these, with all copies that products read cast."""
         return sum(run.count * self.template.programs[run.block].weight_bytes for run in chunk)
 
-    def _kernels(self, numbers: Numbers, chunk: Chunk) -> list[OptimizerKernel]:
-        """Of the optimizer and, after it, of casts of weights."""
-        if self.optimizer is None:
-            return []
-        casts = [(run.count, cast) for run in chunk for cast in self.template.programs[run.block].weight_casts]
-        return [*self.optimizer.kernels(self.parameters(numbers, chunk)), *weight_casts(casts)]
+    def ending(self, chunks: tuple[Chunk, ...]) -> Ending:
+        """What follows the last micro-batch on ranks that run some chunks."""
+        if chunks not in self._endings:
+            same = self.world == self.mesh
+            ends = [(own, self.closings if same else self.stage_closings(own)) for own in chunks]
+            self._endings[chunks] = Ending(self.template, self.optimizer, ends)
+        return self._endings[chunks]
 
     def closing_times(
         self, numbers: Numbers, chunk: Chunk, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int
-    ) -> list[tuple[Closing, list[int]]]:
+    ) -> Times:
         """Picoseconds of each task after the last micro-batch."""
-        messages = self.closing_calls(numbers, chunk)
-        nodes = {sync: self.nodes(sync.axes, sync.ranks, gpus_per_node) for sync in messages}
-        kernels = self._kernels(numbers, chunk)
-        own = self._closings_of(chunk)
-        return [(made, closing_times(made, messages, nodes, kernels, (compute, comm))) for made in own]
+        return self.closing_times_of((tuple(chunk),), numbers, compute, comm, gpus_per_node=gpus_per_node)[0]
+
+    def closing_times_of(
+        self,
+        chunks: tuple[Chunk, ...],
+        numbers: Numbers,
+        compute: ComputeCost,
+        comm: CommCost,
+        *,
+        gpus_per_node: int,
+    ) -> list[Times]:
+        """The same on ranks that run different chunks."""
+        nodes = partial(self.nodes, gpus_per_node=gpus_per_node)
+        return self.ending(chunks).times(numbers, compute, comm, nodes)
 
     def closing_calls(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, tuple[int, int]]:
         """Bytes of a message of each collective after the last micro-batch, and how many messages it is."""
-        found = {}
-        for sync, total in self.closing_messages(numbers, chunk).items():
-            blocks = {block for block, _ in sync.weights}
-            count = sync.readers * sum(run.count for run in chunk if run.block in blocks) or 1
-            found[sync] = (total // count, count)
-        return found
+        return self.ending((tuple(chunk),)).calls(numbers)[0]
 
     def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
         """Bytes of each collective after the last micro-batch, of all its messages."""
-        syncs = self.closing_syncs(chunk)
-        return dict(zip(syncs, self.sync_messages(numbers, chunk, syncs), strict=True))
+        return self.ending((tuple(chunk),)).messages(numbers)[0]
 
     def closing_syncs(self, chunk: Chunk) -> tuple[Sync, ...]:
         """The collectives after the last micro-batch, of which several may be alike."""
-        return syncs_of(self._closings_of(chunk))
-
-    def _closings_of(self, chunk: Chunk) -> tuple[Closing, ...]:
-        return self.closings if self.world == self.mesh else self.stage_closings(chunk)
-
-
-def syncs_of(own: Sequence[Closing]) -> tuple[Sync, ...]:
-    """The collectives of some closings."""
-    return tuple([step for made in own for step in made.steps if isinstance(step, Sync)])
+        return self.ending((tuple(chunk),)).syncs[0]

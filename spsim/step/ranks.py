@@ -36,6 +36,21 @@ class Ranks:
             found[self.mesh.coordinate(rank, "ring")].append(rank)
         return {copies[0]: tuple(copies) for copies in found.values()}
 
+    def copies_on(self, stages: int) -> Mapping[int, Sequence[int]]:
+        """The same on so many stages of a pipeline, whose ranks follow each other."""
+        if stages not in self._on_stages:
+            firsts = range(0, stages * self.mesh.ranks, self.mesh.ranks)
+            self._on_stages[stages] = {
+                first + rank: [first + copy for copy in copies]
+                for first in firsts
+                for rank, copies in self.copies.items()
+            }
+        return self._on_stages[stages]
+
+    @lazy
+    def _on_stages(self) -> dict[int, Mapping[int, Sequence[int]]]:
+        return {}
+
     @property
     def number(self) -> int:
         """Of those that are simulated."""

@@ -24,11 +24,12 @@ from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Closing, Optimizer, replica_closings
 from spsim.step.columns.step import BlockColumns
+from spsim.step.ending import syncs_of
 from spsim.step.gradients import Sync
 from spsim.step.groups import Groups, replica_groups
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Runs, Visit
 from spsim.step.patterns import in_loops
-from spsim.step.preparation import PreparedStep, syncs_of
+from spsim.step.preparation import PreparedStep
 from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
 from spsim.step.segments import Segment
 from spsim.step.variants import ReplicaPasses, StagePass

@@ -20,8 +20,9 @@ from spsim.step.itinerary import Visit, visits
 from spsim.step.pipeline.messages import Instruction, Message, Post, Run
 from spsim.step.pipeline.orders import Action
 from spsim.step.pipeline.tape import Score
-from spsim.step.pipelined import SENT, Closed, Messages, Passes, Stages, work_of
+from spsim.step.pipelined import SENT, Closed, Messages
 from spsim.step.ranks import Communicator, Ranks
+from spsim.step.stages import Passes, Stages, work_of
 from spsim.step.unfolded import Concatenation, Taken
 
 

@@ -18,26 +18,40 @@ from spsim.inputs.configuration import Name
 from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import measured_cases, read_text
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
 
 Metric = Literal["step_time_s", "layer_forward_ms", "layer_backward_ms", "peak_memory_gib"]
 
-SOFTWARE: Mapping[str, Mapping[str, Any]] = {
-    "Megatron-Bridge": {"grad_dtype": "bf16", "loss_fusion": True, "bucket_elements": 2**27},
-    "NeMo": {"grad_dtype": "bf16"},
-    "MLPerf": {"grad_dtype": "bf16"},
-    "Megatron-LM 23e00ed0": {"loss_fusion": True},
-    "Megatron-LM 2022": {"pp_overlap": False},
+_NEMO_2024 = {"grad_dtype": "bf16", "tp_scatter": "pipeline", "fp8": "fp8_delayed", "attention": "cudnn_2024"}
+_FLASH = {"attention": "flash_attention_2"}
+SOFTWARE: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("Megatron-Bridge", ""): {"grad_dtype": "bf16", "loss_fusion": True, "bucket_elements": 2**27},
+    ("NeMo recipe v24", "GPT3"): _NEMO_2024 | _FLASH,
+    ("NeMo recipe v24", "340B"): _NEMO_2024 | _FLASH,
+    ("NeMo recipe v24", "405B"): _NEMO_2024 | {"tp_scatter": "pipeline_fp8"},
+    ("NeMo recipe v24", ""): _NEMO_2024,
+    ("NeMo", ""): {"grad_dtype": "bf16", "fp8": "fp8_delayed"},
+    ("MLPerf Training v3", ""): _NEMO_2024 | _FLASH,
+    ("MLPerf", ""): {"grad_dtype": "bf16", "fp8": "fp8_delayed", "attention": "cudnn_2024"},
+    ("Megatron-LM 23e00ed0", ""): {"loss_fusion": True},
+    ("Megatron-LM 2022", ""): {"pp_overlap": False},
 }
-"""Options that a software sets by itself, which rows do not say, by a part of its name; the first counts.
+"""What a software sets by itself and rows do not say, by parts of its name and of the model's; the first that fits.
 
 NVIDIA's NeMo, with which its MLPerf submissions ran, reduces gradients in 16 bits (`grad_sync_dtype`). The performance
 recipes of Megatron-Bridge do so too, close buckets at 128 Mi elements and take Transformer Engine's cross-entropy
 (`training/comm_overlap.py` and `scripts/performance/utils/overrides.py`, v0.3.0). SimuMax's launcher of Megatron-LM at
 that commit does the latter, too (its `docs/b200`, where `_cef` means so). Megatron-LM of 2022 had no
 `overlap_p2p_communication`.
+
+`fp8` had delayed scaling: Transformer Engine knew no other before 2.2 of April 2025, and NeMo kept it as the default.
+Until 2024 `ub_tp_comm_overlap_cfg` has `pipeline` for projection and fc2 in 8 bits too (NVIDIA's recipes for
+DGX Cloud, v24.11.1; MLPerf v3.1), with `fp8_buf` for 405B. `attention` is the kernel, where a profile has it: recipes
+of v24.11 with NeMo 24.05 switch cuDNN off (`NVTE_FUSED_ATTN=0`), MLPerf v3.1 installs flash-attn 2.0.8, and v3.0 had
+flash-attn 1.0, to which that is the nearest; the others had cuDNN of 2024.
 """
 
 
@@ -132,16 +146,28 @@ class MeasuredCase(BaseModel):
             "hardware": self.hardware,
             "model": Model(**self._model()),
             "plan": plan,
-            "workload": Workload(**{**self._given(Workload), "precision": self.precision_recipe or self.precision}),
+            "workload": Workload(**{**self._given(Workload), "precision": self._precision()}),
             "scope": self.scope,
         }
 
     def _model(self) -> dict[str, Any]:
         window = {"sliding_window": self.sliding_window} if self.sliding_window else {}
-        return {**self._given(Model, "sliding_window"), **window, "name": self.model}
+        kernel = self._usual.get("attention")
+        known = self.attention == "flash" and kernel in load_profile(self.hardware).coefficients.attention
+        attention = {"attention": kernel} if known else {}
+        return {**self._given(Model, "sliding_window"), **window, **attention, "name": self.model}
+
+    @property
+    def _usual(self) -> Mapping[str, Any]:
+        """What its software sets by itself."""
+        known = SOFTWARE.items()
+        return next((own for (software, model), own in known if software in self.software and model in self.model), {})
+
+    def _precision(self) -> str:
+        return self.precision_recipe or self._usual.get(self.precision, self.precision)
 
     def _plan(self) -> dict[str, Any]:
-        usual = next((options for name, options in SOFTWARE.items() if name in self.software), {})
+        usual = {name: value for name, value in self._usual.items() if name in Plan.model_fields}
         options = {**usual, **self._given(Plan, "dp_overlap", "tp_overlap")}
         gradients = self.dp_overlap if self.grad_reduce_overlap is None else self.grad_reduce_overlap
         parameters = self.dp_overlap if self.param_gather_overlap is None else self.param_gather_overlap

@@ -5,7 +5,7 @@ import torch
 
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.kernel_kinds import kernels_of
-from spsim.program.lowerings.ring import ring_blocks
+from spsim.program.lowerings.ring_steps import ring_blocks
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import operator_splits
 from spsim.program.placed import PlacedOperator

@@ -11,6 +11,7 @@ import typer
 from spsim.cli.completion import plan_options
 from spsim.cli.options import (
     CaseFile,
+    FromOption,
     GlobalBatchOption,
     HardwareOption,
     JsonOption,
@@ -23,7 +24,7 @@ from spsim.cli.options import (
     SeqLenOption,
     SetOption,
 )
-from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
+from spsim.cli.outputs import file_names, open_console, print_json, print_notes, print_written, staging
 from spsim.cli.settings import Given
 from spsim.report import comparison as report
 from spsim.studies.comparison import PlanComparison, compare
@@ -31,6 +32,7 @@ from spsim.studies.comparison import PlanComparison, compare
 
 def command(
     case: CaseFile = None,
+    launch_file: FromOption = None,
     model: ModelOption = None,
     hardware: HardwareOption = None,
     plan: Annotated[
@@ -52,9 +54,10 @@ def command(
 ) -> None:
     """Two or more plans side by side: where time and memory differ, and why."""
     given = Given.of(
-        "compare", case, plan, changes, hardware=hardware, model=model, nodes=nodes, scope=scope, seq_len=seq_len,
-        micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+        "compare", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
+        seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
+    print_notes(given)
     comparison = compare(given.all_plans(), **given.settings())
     words = report.comparison_lines(comparison)
     written = [] if out is None else _write_comparison(comparison, words, out)

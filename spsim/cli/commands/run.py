@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ import typer
 from spsim.cli.numbers import numbers
 from spsim.cli.options import (
     CaseFile,
+    FromOption,
     GlobalBatchOption,
     HardwareOption,
     JsonOption,
@@ -25,10 +27,11 @@ from spsim.cli.options import (
     SeqLenOption,
     SetOption,
 )
-from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
+from spsim.cli.outputs import file_names, open_console, print_json, print_notes, print_written, staging
 from spsim.cli.settings import Given
 from spsim.errors import InputError
 from spsim.export import chrome_trace, kineto
+from spsim.inputs.scenario import Scenario
 from spsim.report import run as report
 from spsim.results import tables
 from spsim.results.result import Result
@@ -47,10 +50,15 @@ FormatOption = Annotated[
     Literal["perfetto", "kineto"],
     typer.Option("--trace-format", help="One trace for Perfetto, or one a rank as torch.profiler writes them."),
 ]
+EmitOption = Annotated[
+    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
+    typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
+]
 
 
 def command(
     case: CaseFile = None,
+    launch_file: FromOption = None,
     model: ModelOption = None,
     hardware: HardwareOption = None,
     plan: PlanOption = None,
@@ -67,20 +75,29 @@ def command(
     ranks: RanksOption = None,
     layers: LayersOption = None,
     trace_format: FormatOption = "perfetto",
+    library: EmitOption = None,
 ) -> None:
     """Simulate one scenario."""
     if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
         raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
     given = Given.of(
-        "run", case, plan, changes, hardware=hardware, model=model, nodes=nodes, scope=scope, seq_len=seq_len,
-        micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+        "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
+        seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
+    print_notes(given)
+    if library is not None:
+        _print_emission(given.scenario(), library, as_json or out is not None)
+        return
     result = simulate(given.scenario())
     selection = None if out is None else _selection(result, ranks, layers)
     written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
     if as_json:
         print_json(result.to_json())
         return
+    _print_result(result, out, written, selection)
+
+
+def _print_result(result: Result, out: Path | None, written: list[str], selection: Selection | None) -> None:
     console = open_console()
     console.print(report.summary(result))
     console.print(report.waterfall_table(result))
@@ -94,6 +111,18 @@ def command(
         console.print(
             f"trace, spans and memory curve: {selection.words}; --ranks and --layers choose others", soft_wrap=True
         )
+
+
+def _print_emission(scenario: Scenario, library: str, asked_more: bool) -> None:
+    """The text on stdout, what it does not say on stderr."""
+    from spsim.inputs.launch.emission import emit
+
+    if asked_more:
+        raise InputError("run: --emit prints a configuration, not a result; leave --json and --out out")
+    emission = emit(scenario, library)
+    print(emission.text, end="")
+    for line in emission.unsaid:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:

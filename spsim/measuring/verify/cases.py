@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from spsim.errors import InputError
+from spsim.inputs.effects import deals_out_groups
 from spsim.inputs.model import Attention, Model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.rules import check_shapes, gathers_qkv
@@ -30,13 +31,16 @@ class VerifyCase:
     @property
     def strategy(self) -> str:
         """The plan in short."""
-        gathered = self.plan.ring > 1 and self.plan.ring_kind == "all_gather"
-        return self.plan.label + (" AG" if gathered else "")
+        return self.plan.label + (GATHERED[self.plan.ring_kind] if self.plan.ring > 1 else "")
 
     @property
     def slug(self) -> str:
         """The name as part of a file's name."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+GATHERED = {"p2p": "", "all_gather": " AG", "gather_permute": " AG, permutes"}
+"""How K and V of a ring are said to move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,11 @@ def build_cases(
             few = {"few_kv_heads": "replicate"} if gathers_qkv(found, plan) else {}
             fitting = plan.model_copy(update=own | few) if own or few else plan
             check_shapes(found, fitting, workload)
+            if deals_out_groups(found, fitting):
+                raise InputError(
+                    f"verify: plan {plan.text!r}: real layers have as many heads on each rank; use degrees that divide "
+                    f"kv_heads = {found.kv_heads}"
+                )
             cases.append(VerifyCase(found, fitting, workload))
     return cases
 

@@ -11,7 +11,7 @@ from spsim.inputs.workload import Workload
 from spsim.program.blocks.ways import FP32_BYTES, Way, ways_of
 from spsim.program.launches import Launches
 from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
-from spsim.program.placement import Extent, factors
+from spsim.program.placement import Extent, Heads, factors
 from spsim.work import AttentionKernel, Framework, KernelClass, KernelName
 
 
@@ -98,7 +98,8 @@ class ModelBlock(Block):
         """`sizes` are those of dimensions that not all blocks have."""
         common = {
             "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch * replicas,
-            "h": model.hidden, "a": model.heads, "d": model.head_dim, "f": model.ffn_hidden, "g": 2,
+            "h": model.hidden, "a": Heads(model.heads, model.kv_heads), "d": model.head_dim, "g": 2,
+            "f": model.ffn_hidden,
         }  # fmt: skip
         super().__init__(common | sizes, workload.element_bytes)
         self.model = model

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spsim.inputs.plan import Plan
-from spsim.work import MemoryBound
 
 FP32_BYTES = 4
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -57,20 +56,21 @@ def shard_ranks(plan: Plan) -> int:
 
 
 class OptimizerKernel(NamedTuple):
-    """One kernel, or a row of them over lists of tensors."""
+    """One kernel, or a row of them over lists of tensors: it takes the time of its memory traffic."""
 
     name: str
-    work: MemoryBound
+    bytes: int
+    """That it reads and writes."""
 
 
 def zero_gradients(parameters: int, state: ParameterState) -> OptimizerKernel:
     """The gradient buffer of a rank written once, before the first micro-batch (`zero_grad_buffer`)."""
-    return _kernel("zero_gradients", state.gradient * parameters)
+    return OptimizerKernel("zero_gradients", state.gradient * parameters)
 
 
 def average_gradients(parameters: int, state: ParameterState) -> OptimizerKernel:
     """The buffer divided by the number of replicas before their gradients are summed (`gradient_scaling_factor`)."""
-    return _kernel("average_gradients", 2 * state.gradient * parameters)
+    return OptimizerKernel("average_gradients", 2 * state.gradient * parameters)
 
 
 def optimizer_step(shard: int, state: ParameterState, *, scaled: bool = False) -> tuple[OptimizerKernel, ...]:
@@ -82,18 +82,14 @@ def optimizer_step(shard: int, state: ParameterState, *, scaled: bool = False) -
     The norm of all ranks, one number, is summed between norm and clipping.
     """
     read = state.gradient if state.precision_aware else FP32_BYTES
-    kernels: list[tuple[str, int]] = []
+    kernels: list[OptimizerKernel] = []
     if read != state.gradient:
-        kernels.append(("gradients_to_fp32", (state.gradient + read) * shard))
+        kernels.append(OptimizerKernel("gradients_to_fp32", (state.gradient + read) * shard))
     if scaled:
-        kernels.append(("unscale", 2 * read * shard))
-    kernels.append(("gradient_norm", read * shard))
-    kernels.append(("clip", 2 * read * shard))
-    kernels.append(("adam", (read + 2 * (FP32_BYTES + state.moments)) * shard))
+        kernels.append(OptimizerKernel("unscale", 2 * read * shard))
+    kernels.append(OptimizerKernel("gradient_norm", read * shard))
+    kernels.append(OptimizerKernel("clip", 2 * read * shard))
+    kernels.append(OptimizerKernel("adam", (read + 2 * (FP32_BYTES + state.moments)) * shard))
     if state.master and not state.precision_aware:
-        kernels.append(("weights_from_master", (state.master + state.weight) * shard))
-    return tuple([_kernel(*kernel) for kernel in kernels])
-
-
-def _kernel(name: str, size: int) -> OptimizerKernel:
-    return OptimizerKernel(name, MemoryBound("optimizer", size))
+        kernels.append(OptimizerKernel("weights_from_master", (state.master + state.weight) * shard))
+    return tuple(kernels)

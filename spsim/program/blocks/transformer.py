@@ -14,6 +14,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
 from spsim.program.operators import Operator, Tensor, TensorKind
+from spsim.program.placement import Extent
 from spsim.work import AttentionKernel, Framework, KernelClass
 
 Projections = Literal["fused", "separate", "gathered"]
@@ -26,7 +27,7 @@ class _Layer(ModelBlock):
     def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections) -> None:
         super().__init__(model, workload, replicas)
         self.projections = projections
-        self.heads = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads}
+        self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections as one GEMM, as Megatron's fused column-parallel linear, or as three."""
@@ -168,7 +169,7 @@ class _Layer(ModelBlock):
         self.add(
             "norm2", "norm", f"s b h, s b h{', h' * (len(bias) + len(weights))} -> s b h, s b h",
             [x, residual, *bias, *weights], [out, normed, statistics, *mask],
-            mixes="h", saves=[out, statistics, *mask], kernel=kernel,
+            mixes="h", saves=[out, statistics, *mask], passthrough=[] if mask else [residual], kernel=kernel,
         )  # fmt: skip
         return out, normed
 

@@ -2,9 +2,11 @@
 Engine (`tp_comm_overlap` of Megatron-Core).
 
 A product that follows a gather runs once for each shard, its own first, while the shards go round from rank to rank. A
-product before a reduce-scatter runs in pieces, each scattered while the next one is made: four whole reduce-scatters in
-16 bits; in 8 bits one piece for each rank, sent to it and added up at the end. What is gathered again behind a data
-gradient, or scattered behind a weight gradient, stays one message and holds fewer SMs.
+product before a reduce-scatter runs in pieces, each scattered while the next one is made: four whole reduce-scatters
+(`pipeline`, usual in 16 bits), or one piece for each rank, sent to it and added up at the end (`ring_exchange`, usual
+in 8 bits since 2025). What is gathered again behind a data gradient, or scattered behind a weight gradient, stays one
+message and holds fewer SMs. Pieces run on three streams (`num_max_streams` of Transformer Engine), so that where one
+leaves a wave half empty the next begins.
 
 Bytes, FLOPs and what is kept stay what they are: the gathered tensor exists as a whole, and pieces of a result are
 views of it. Methods and SMs: Megatron-Bridge 067f987df, `training/comm_overlap.py`.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from spsim.program.instructions import (
     Buffer,
@@ -42,9 +45,17 @@ three.
 """
 
 
-def lower_chunks(program: Program, region: Region) -> Program:
-    """A program whose tensor-parallel gathers and reduce-scatters run in chunks."""
-    lowering = _Lowering(program, region)
+Scatter = Literal["ring_exchange", "pipeline", "pipeline_fp8"]
+"""How Transformer Engine calls the two ways to scatter in pieces; the last with what products in 8 bits make in 8 bits
+(`fp8_buf`), half of the bytes.
+"""
+
+
+def lower_chunks(program: Program, region: Region, scatter: Scatter | None = None) -> Program:
+    """A program whose tensor-parallel gathers and reduce-scatters run in chunks; unless `scatter` says how the latter,
+    they do so from rank to rank in 8 or 4 bits, and as four whole ones else.
+    """
+    lowering = _Lowering(program, region, scatter)
     return replace(
         program,
         forward_sections=tuple(map(lowering.section, program.forward_sections)),
@@ -53,7 +64,8 @@ def lower_chunks(program: Program, region: Region) -> Program:
 
 
 class _Lowering:
-    def __init__(self, program: Program, region: Region) -> None:
+    def __init__(self, program: Program, region: Region, scatter: Scatter | None) -> None:
+        self.scatter = scatter
         self.products = {name: own for name, own in region.kernels.items() if isinstance(own, Product) and own.matrices}
         self.num_instructions, self.num_buffers = next_ids(program)
         self.instructions: list[Instruction] = []
@@ -106,7 +118,9 @@ class _Lowering:
 
     def _scatter(self, step: Compute, scatter: Communication) -> None:
         (made,), (result,) = step.writes, scatter.writes
-        ring = self.products[step.operator].operator.recipe is not None
+        low = self.products[step.operator].operator.recipe is not None
+        ring = (self.scatter or ("ring_exchange" if low else "pipeline")) == "ring_exchange"
+        cut = PIPELINE_PIECES * (2 if low and self.scatter == "pipeline_fp8" else 1)
         pieces = scatter.ranks if ring else PIPELINE_PIECES
         views = [*self._views(made, pieces)]
         if ring:
@@ -118,7 +132,7 @@ class _Lowering:
             self.instructions.append(
                 replace(
                     scatter, id=self._next(), reads=(view.id,), writes=(part,), share=PIPELINE_SHARE,
-                    message_bytes=scatter.message_bytes // pieces, sent_bytes=scatter.sent_bytes // pieces,
+                    message_bytes=scatter.message_bytes // cut, sent_bytes=scatter.sent_bytes // cut,
                 )
             )  # fmt: skip
 

@@ -86,13 +86,17 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
 
 
 @_on_the_clock
-def start_exchange(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Send to the next rank of a ring and receive from the previous one."""
+def start_exchange(x: Tensor, group: dist.ProcessGroup, sends: int = 1) -> Pending:
+    """Send to the next rank of a ring and receive from the previous one, in one batch of so many messages."""
     ranks = dist.get_process_group_ranks(group)
     here = dist.get_rank(group)
     received = torch.empty_like(x)
     ahead, behind = ranks[(here + 1) % len(ranks)], ranks[here - 1]
-    messages = [dist.P2POp(dist.isend, x, ahead, group), dist.P2POp(dist.irecv, received, behind, group)]
+    messages = [
+        message
+        for own, other in zip(x.chunk(sends), received.chunk(sends), strict=True)
+        for message in (dist.P2POp(dist.isend, own, ahead, group), dist.P2POp(dist.irecv, other, behind, group))
+    ]
     return Pending(received, list(dist.batch_isend_irecv(messages)))
 
 

@@ -15,7 +15,7 @@ from spsim.inputs.plan import Plan
 from spsim.pytorch.layers import elementwise, flash, unfused
 from spsim.pytorch.layers import ring as rings
 from spsim.pytorch.layers.block import ParallelBlock
-from spsim.pytorch.layers.collectives import reduce, split_heads, split_sequence
+from spsim.pytorch.layers.collectives import reduce, split_heads, split_sequence, start_all_gather
 from spsim.pytorch.layers.groups import Groups
 from spsim.pytorch.layers.linears import column_parallel
 from spsim.pytorch.layers.recording import operator, recomputation
@@ -88,7 +88,14 @@ class ParallelLayer(ParallelBlock):
 
     def _core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         run = self._unfused if self.model.attention == "unfused" else self._flash
+        if self.plan.gathers_position_ids:
+            self._gather_position_ids(q.shape[0], q.shape[1])
         return split_sequence(self.groups.group("ulysses"), run(q, k, v))
+
+    def _gather_position_ids(self, tokens: int, batch: int) -> None:
+        """As attention gets them that is called with the position of each token of each sequence."""
+        positions = self.table(f"positions_{tokens}", partial(self.shards.positions, tokens, BETWEEN_LINEARS))
+        start_all_gather(positions.unsqueeze(1).repeat(1, batch), self.groups.group("ulysses")).wait()
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with operator("attention"):
@@ -96,7 +103,7 @@ class ParallelLayer(ParallelBlock):
             ring = self._ring(q.shape[0])
             if ring is None:
                 return flash.attention(q, k, v, self.model.causal)
-            return (rings.circulated if self.plan.ring_kind == "p2p" else rings.gathered)(q, k, v, ring)
+            return (rings.gathered if self.plan.ring_kind == "all_gather" else rings.circulated)(q, k, v, ring)
 
     def _unfused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ulysses = self.groups.group("ulysses")
@@ -141,7 +148,11 @@ class ParallelLayer(ParallelBlock):
             return None
         order = self.table(f"order_{tokens}", lambda: self.shards.order(tokens * group.size()))
         places = self.table(f"places_{tokens}", order.argsort)
-        return rings.Ring(group, self.groups.coordinate("ring"), self.shards.zigzag, self.model.causal, order, places)
+        return rings.Ring(
+            group, self.groups.coordinate("ring"), self.shards.zigzag, self.model.causal, order, places,
+            gathers=self.plan.ring_kind == "gather_permute", fp32_gradients=self.plan.sends_fp32_gradients,
+            sends=2 if self.plan.ring_messages == "separate" else 1,
+        )  # fmt: skip
 
 
 def _recomputed(run: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ The forward pass keeps the local q, k, v, the output and the log-sum-exp; the ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,35 @@ class Ring:
     """Position of each place of the gathered sequence."""
     places: Tensor
     """Place of each position."""
+    gathers: bool = False
+    """K and V are gathered behind the first step."""
+    fp32_gradients: bool = False
+    """Those of K and V go all the way round in fp32."""
+    sends: int = 1
+    """Messages that K and V are sent in."""
 
     @property
     def degree(self) -> int:
         """Ranks of the ring."""
         return self.group.size()
+
+    def keys(self, message: Tensor) -> Iterator[Tensor]:
+        """K and V of each step in turn, from the own ones on, those of the next one under way."""
+        if self.gathers:
+            yield from self._gathered_keys(message)
+            return
+        for step in range(self.degree):
+            last = step == self.degree - 1
+            arriving = Pending(message) if last else start_exchange(message, self.group, self.sends)
+            yield message
+            message = arriving.wait()
+
+    def _gathered_keys(self, message: Tensor) -> Iterator[Tensor]:
+        gathers = [start_all_gather(part, self.group) for part in message.chunk(self.sends)]
+        yield message
+        wholes = [gather.wait().chunk(self.degree) for gather in gathers]
+        for step in range(1, self.degree):
+            yield torch.cat([whole[(self.rank - step) % self.degree] for whole in wholes])
 
     def circulated_block(self, tokens: int, source: int) -> Block | None:
         """What this rank computes with the K and V of another; None: they all come later."""
@@ -74,14 +99,11 @@ class _CirculatedAttention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
         message = torch.stack((k, v))
         running = OnlineSoftmax(q)
-        arrived = message
-        for step in range(ring.degree):
-            arriving = start_exchange(arrived, ring.group) if step < ring.degree - 1 else Pending(arrived)
+        for step, arrived in enumerate(ring.keys(message)):
             block = ring.circulated_block(q.shape[0], (ring.rank - step) % ring.degree)
             if block is not None:
                 k, v = arrived[:, block.keys]
                 running.merge(block.queries, *block_forward(q[block.queries], k, v, block.causal))
-            arrived = arriving.wait()
         out, log_sum_exp = running.result()
         ctx.ring = ring
         ctx.save_for_backward(q, message, out, log_sum_exp)
@@ -90,11 +112,10 @@ class _CirculatedAttention(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         ring: Ring = ctx.ring
-        q, arrived, out, log_sum_exp = ctx.saved_tensors
-        of_q = torch.zeros_like(q)
-        own, travelling = torch.empty(0), Pending(torch.empty(0))
-        for step in range(ring.degree):
-            arriving = start_exchange(arrived, ring.group) if step < ring.degree - 1 else Pending(arrived)
+        q, message, out, log_sum_exp = ctx.saved_tensors
+        exact = torch.promote_types(q.dtype, torch.float32) if ring.fp32_gradients else q.dtype
+        of_q, of_keys = torch.zeros_like(q, dtype=exact), _Travelling(ring, exact)
+        for step, arrived in enumerate(ring.keys(message)):
             found = torch.zeros_like(arrived)
             block = ring.circulated_block(q.shape[0], (ring.rank - step) % ring.degree)
             if block is not None:
@@ -105,14 +126,32 @@ class _CirculatedAttention(Function):
                 )
                 of_q[rows] += of_block[0]
                 found[:, keys] = torch.stack(of_block[1:])
-            if step == 0:
-                own = found
-            else:
-                total = found if step == 1 else found + travelling.wait()
-                travelling = start_exchange(total, ring.group)
-            arrived = arriving.wait()
-        of_k, of_v = own + travelling.wait()
-        return of_q, of_k, of_v, None
+            of_keys.add(step, found)
+        of_k, of_v = of_keys.home().to(q.dtype)
+        return of_q.to(q.dtype), of_k, of_v, None
+
+
+class _Travelling:
+    """Gradients of K and V, which follow their block round the ring: all of them in fp32, all but the own part else."""
+
+    def __init__(self, ring: Ring, dtype: torch.dtype) -> None:
+        self.ring, self.dtype = ring, dtype
+        self.own: Tensor | None = None
+        self.under_way: Pending | None = None
+
+    def add(self, step: int, found: Tensor) -> None:
+        """This step's part to what has arrived, and the sum is sent on."""
+        if step == 0 and not self.ring.fp32_gradients:
+            self.own = found
+            return
+        total = found.to(self.dtype) if self.under_way is None else self.under_way.wait() + found
+        self.under_way = start_exchange(total, self.ring.group, self.ring.sends)
+
+    def home(self) -> Tensor:
+        """Their sum over all ranks, of the own K and V."""
+        assert self.under_way is not None, "a ring has two ranks at least"
+        arrived = self.under_way.wait()
+        return arrived if self.own is None else self.own + arrived
 
 
 class _GatheredAttention(Function):
@@ -147,7 +186,7 @@ class _GatheredAttention(Function):
 
 
 def circulated(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
-    """P steps and P - 1 messages of K and V in flight behind them; back, P - 1 more of their gradients."""
+    """P steps with exchanges of K and V in flight behind them, or one gather; back, those of their gradients too."""
     out: Tensor = _CirculatedAttention.apply(q, k, v, ring)
     return out
 

@@ -73,10 +73,10 @@ def _check_divisibility(operators: Sequence[Operator], plan: Plan, causal: bool)
     mesh, rules = mesh_of(plan), split_rules(plan)
     heads = max((op.extents.get("a", 1) for op in operators), default=1)
     for op in operators:
-        if plan.ring > 1 and plan.ring_kind == "p2p" and op.mixes_positions and op.kind != "attention":
+        if plan.ring > 1 and plan.ring_kind != "all_gather" and op.mixes_positions and op.kind != "attention":
             raise InputError(
-                f"plan: ring_kind = 'p2p' needs scaled_dot_product_attention, but {op.name} holds all scores; use it, "
-                "or ring_kind = 'all_gather'"
+                f"plan: ring_kind = {plan.ring_kind!r} needs scaled_dot_product_attention, but {op.name} holds all "
+                "scores; use it, or ring_kind = 'all_gather'"
             )
         parts: dict[str, int] = {}
         for axis, dim in operator_splits(op, rules, mesh):

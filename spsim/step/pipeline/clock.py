@@ -10,7 +10,7 @@ import numpy.typing as npt
 from spsim.inputs.schedules import V_SHAPED, Schedule, torch_group
 from spsim.lazy import Cache, lazy
 from spsim.step.pipeline.exchange import Exchange, score
-from spsim.step.pipeline.graph import Graph, Part, PassClass
+from spsim.step.pipeline.graph import Classes, Graph, Part, PassClass
 from spsim.step.pipeline.messages import Lane
 from spsim.step.pipeline.orders import Numbers
 from spsim.step.pipeline.regions import MOST_DURATIONS, Learner, Region, Regions, alike
@@ -85,6 +85,11 @@ class Clock:
     def classes(self) -> tuple[PassClass, ...]:
         """Passes that take one time."""
         return self._graph.classes.names
+
+    @property
+    def pass_classes(self) -> Classes:
+        """The same, and that of each pass."""
+        return self._graph.classes
 
     @property
     def lanes(self) -> tuple[Lane, ...]:

@@ -32,7 +32,7 @@ class PassClass(NamedTuple):
     occurrence: Occurrence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Classes:
     """The classes that there are, and that of each pass, those of a rank in order."""
 

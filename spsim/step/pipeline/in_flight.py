@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from spsim.step.pipeline.orders import Action
+import numpy as np
+
+from spsim.step.pipeline.orders import KINDS, Action, Numbers
+from spsim.step.pipeline.tape import Score
 
 
 def held(row: Sequence[Action], chunks: int, until: Literal["I", "W"] = "W") -> Iterator[tuple[int, ...]]:
@@ -27,3 +30,38 @@ def most_held(row: Sequence[Action], chunk_bytes: Sequence[float], until: Litera
         held(row, len(chunk_bytes), until),
         key=lambda count: sum(each * size for each, size in zip(count, chunk_bytes, strict=True)),
     )
+
+
+class Fullest(NamedTuple):
+    """Passes before which ranks hold the most of a step of whole backward passes: a row for each."""
+
+    ranks: Numbers
+    kinds: Numbers
+    """Places in `KINDS`."""
+    chunks: Numbers
+    held: Numbers
+    """By chunk, micro-batches whose activations are there before."""
+
+
+def fullest(score: Score, alike: Numbers) -> Fullest:
+    """Of ranks that are `alike`, by a number each, and of passes of a chunk and kind, those before which no other holds
+    as many micro-batches of every chunk or more: one of them is the fullest, whatever activations take.
+    """
+    kinds, chunks, _ = score.columns
+    moves = np.zeros((len(kinds), score.stages.chunks), np.int64)
+    moves[np.arange(len(kinds)), chunks] = np.where(kinds == KINDS.index("F"), 1, -1)
+    before = moves.cumsum(axis=0) - moves  # each rank ends with none
+    keys = (alike[score.ranks] * score.stages.chunks + chunks) * len(KINDS) + kinds
+    order = np.argsort(keys, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+    places = np.array([place for group in groups for place in _not_less(before, group)])
+    return Fullest(score.ranks[places], kinds[places], chunks[places], before[places])
+
+
+def _not_less(rows: Numbers, among: Numbers) -> Iterator[int]:
+    """Some rows without those that are nowhere more than another."""
+    while len(among):
+        own = rows[among]
+        most = int(own.sum(axis=1).argmax())
+        yield int(among[most])
+        among = among[(own > own[most]).any(axis=1)]

@@ -1,0 +1,1 @@
+"""What each library runs: a module per library, named like it."""

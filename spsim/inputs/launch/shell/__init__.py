@@ -1,0 +1,1 @@
+"""Reads the commands that a bash script would run, without running any."""
