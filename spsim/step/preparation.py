@@ -371,8 +371,7 @@ class PreparedStep:
         gpus_per_node: int,
     ) -> list[Times]:
         """The same on ranks that run different chunks."""
-        nodes = partial(self.nodes, gpus_per_node=gpus_per_node)
-        return self.ending(chunks).times(numbers, compute, comm, nodes)
+        return self.ending(chunks).times(numbers, compute, comm, self.nodes, gpus_per_node)
 
     def closing_messages(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, int]:
         """Bytes of the message of each collective after the last micro-batch."""
