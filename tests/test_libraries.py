@@ -10,7 +10,7 @@ from spsim.inputs.libraries import LIBRARIES, LibraryName
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.program.instructions import Communication
 from spsim.program.placement import COLLECTIVE_SHORT
-from tests.cases import program, scenario
+from tests.cases import program, result, scenario
 
 NAMES = get_args(LibraryName)
 
@@ -166,6 +166,17 @@ def test_few_kv_heads_are_gathered_with_all_of_q_k_and_v(sequence):
     assert tuple([found for found in side if found[1] != width] for side in few) == plain
     names = {sync.weight for sync in program(f"tp=8{sequence}", **{**LLAMA, "kv_heads": 2}).weight_sync}
     assert names == ({"norm1_weight", "norm2_weight"} if sequence else set())
+
+
+@pytest.mark.parametrize("positions", ["none", "rope"])
+@pytest.mark.parametrize(
+    "plan", ["ring=2", "sequence_parallel,ring=2,ring_kind=all_gather", "ulysses=2", "recompute=selective"]
+)
+def test_gathered_qkv_fold(plan, positions):
+    """Beside every step that a layer is lowered to: a folded step is the step written out."""
+    settings = {"kv_heads": 2, "positions": positions, "seq_len": 1024, "layers": 4}
+    folded, whole = (result(f"tp=4,{plan}", fold=fold, **settings) for fold in (True, False))
+    assert (folded.step_time_s, folded.peak_memory_gib) == (whole.step_time_s, whole.peak_memory_gib)
 
 
 @pytest.mark.parametrize(

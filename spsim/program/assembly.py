@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence, Set
+from functools import lru_cache
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
@@ -109,6 +110,7 @@ def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pr
     return {name: layer_program(model, plan, workload, kind) for kind, name in kinds.items()}
 
 
+@lru_cache(maxsize=256)
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()

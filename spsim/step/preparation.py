@@ -376,8 +376,7 @@ class PreparedStep:
         gpus_per_node: int,
     ) -> list[Times]:
         """The same on ranks that run different chunks."""
-        nodes = partial(self.nodes, gpus_per_node=gpus_per_node)
-        return self.ending(chunks).times(numbers, compute, comm, nodes)
+        return self.ending(chunks).times(numbers, compute, comm, self.nodes, gpus_per_node)
 
     def closing_calls(self, numbers: Numbers, chunk: Chunk) -> dict[Sync, tuple[int, int]]:
         """Bytes of a message of each collective after the last micro-batch, and how many messages it is."""
