@@ -647,7 +647,9 @@ def test_a_llama_block_is_spsims_own_layer(kv_heads, rope):
         agree(traced, model, Workload(seq_len=s, micro_batch=b), plan, extra_bytes=2 * s * b * f)
 
 
-@pytest.mark.parametrize("plan", ["tp=4", "tp=8", "ulysses=4", "tp=2,ulysses=2"])
+@pytest.mark.parametrize(
+    "plan", ["tp=4,few_kv_heads=replicate", "tp=8,few_kv_heads=replicate", "ulysses=4", "tp=2,ulysses=2"]
+)
 def test_fewer_heads_of_keys_than_ranks_are_replicated(plan):
     """One head a rank, twice or more; their weight gradients are summed over the copies."""
     traced = half(lambda: Llama(128, 8, 2, 160), 2, 32, 128)

@@ -301,10 +301,10 @@ class _Compiler:
             for added in accumulated:
                 self._compute(op.name, "elementwise", "accumulate", (added,), apart, ())
         # Of several results, what the kernel makes of their gradients.
-        passed = writes[0] if writes and len(gradients) > 1 else gradients[0]
+        passed = writes if writes and len(gradients) > 1 else gradients
         for operand in op.activations:
             if operand.name in passthrough:
-                self.gradients[operand.name].append((operand.gradient, passed))
+                self.gradients[operand.name].append((operand.gradient, passed[0]))
 
     def _run_product_backward(
         self,
