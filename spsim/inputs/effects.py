@@ -59,7 +59,8 @@ def of_heads(model: Model, plan: Plan) -> Iterator[str]:
             f"{(most - 1) * size}; times and memory are of a rank with the most, messages as if all had as many"
         )
     elif 0 < groups < plan.ulysses:
-        yield f"{groups} KV heads for ulysses = {plan.ulysses}: K and V are replicated, a head on each rank"
+        degree = plan.tp * plan.ulysses
+        yield f"tp x ulysses = {degree} with kv_heads = {model.kv_heads}: K and V are replicated, a head on each rank"
 
 
 def of_modules(model: Model) -> Iterator[str]:
