@@ -189,6 +189,12 @@ def test_deepspeed_deals_out_heads_and_megatron_refuses_them():
     assert "K and V are replicated" in note
 
 
+def test_the_gathering_ring_of_ring_flash_attn_says_which_stride_it_is():
+    notes = scenario("library=ring-flash-attn,ring=2,ring_kind=all_gather", scope="step").notes
+    assert [("heads_k_stride = KV heads" in note) for note in notes].count(True) == 1
+    assert scenario("ring=2,ring_kind=all_gather").notes == ()
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_position_ids_are_gathered_once_a_run_of_attention(recompute):
     """8 bytes for each of s b tokens of a position on the ring, before the exchange of Q; again where it runs again."""
