@@ -205,6 +205,15 @@ def test_position_ids_are_gathered_once_a_run_of_attention(recompute):
     assert found == [[ids, *[exchange] * 4], [*again, *[exchange] * 4]]
 
 
+@pytest.mark.parametrize(("option", "back"), [("", "oqkv"), (",ulysses_gradients=reverse", "ovkq")])
+@pytest.mark.parametrize("attention", ["flash", "unfused"])
+def test_gradients_of_q_k_and_v_go_back_in_order_or_the_last_first(option, back, attention):
+    layer = program(f"ulysses=2{option}", kv_heads=2, attention=attention)
+    names = {"q": "q", "k": "k", "v": "v", "context": "o"}
+    moved = [step.tensor.partition("_")[0] for step in layer.backward if isinstance(step, Communication)]
+    assert [names[name] for name in moved] == list(back if attention == "flash" else back.replace("qkv", "vqk"))
+
+
 # ------------------------------------------------------------ every way to simulate
 
 PLANS = [

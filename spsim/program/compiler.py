@@ -248,11 +248,17 @@ class _Compiler:
         for op in reversed(self.operators):
             self._recompute_for(op.name)
             self._run_backward(op)
-            for operand in op.differentiated:
+            for operand in self._in_turn(op):
                 if self.plan.input_gradients == "each":
                     self._move_gradient(operand.tensor)
                 if self.region.last_summand[operand.name] is op:
                     self._collect_gradient(operand.tensor)
+
+    def _in_turn(self, op: PlacedOperator) -> tuple[PlacedOperand, ...]:
+        """The inputs of an operator as their gradients move: those of attention over ulysses last first, if so planned."""
+        over_ulysses = self.plan.ulysses > 1 and op.operator.mixes_positions
+        reverse = over_ulysses and self.plan.ulysses_gradients == "reverse"
+        return op.differentiated[::-1] if reverse else op.differentiated
 
     def _recompute_for(self, operator: str) -> None:
         """What has to run again before an operator gets the gradient of its output."""
