@@ -27,7 +27,7 @@ from spsim.program.blocks.optimizer import (
 )
 from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
-from spsim.step.gradients import Sync, gradient_syncs
+from spsim.step.gradients import Sync, gradient_syncs, read_again
 from spsim.step.groups import Groups, meets, sync_of
 from spsim.step.replicas import Message, Synchronisation
 from spsim.step.segments import Call, Segment
@@ -95,7 +95,7 @@ def closings(
     sums = tuple(sync for sync in syncs if sync.collective != "all_gather")
     gathers = tuple(sync for sync in syncs if sync.collective == "all_gather")
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
-    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh))))
+    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh, sums))))
     found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
@@ -144,19 +144,22 @@ def replica_closings(
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
     kernels: list[Sync | str] = [*optimizer.names]
     at = kernels.index("clip")
-    kernels[at:at] = syncs(message for message in sync.before_update if message.group != "embedding")
+    agreed = syncs(message for message in sync.before_update if message.group != "embedding")
+    kernels[at : at + 1] = [*agreed, "clip", *read_again(others)]
     found.append(_closing("optimizer", "optimizer", tuple(kernels)))
     gathers = tuple(syncs(sync.after_update))
     found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
 
-def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:
-    """Names of the kernels, and the norm summed over all ranks before gradients are clipped."""
+def _optimizer(optimizer: Optimizer, mesh: Mesh, sums: Sequence[Sync]) -> Sequence[Sync | str]:
+    """Names of the kernels; before gradients are clipped the norm summed over all ranks, behind that the sums that are
+    repeated.
+    """
     found: list[Sync | str] = [*optimizer.names]
-    if mesh.axes:
-        norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name="gradient norm", elements=1)
-        found.insert(found.index("clip"), norm)
+    norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name="gradient norm", elements=1)
+    at = found.index("clip")
+    found[at : at + 1] = [*([norm] if mesh.axes else []), "clip", *read_again(sums)]
     return found
 
 
