@@ -269,6 +269,7 @@ def assemble(
         partial(_describe, scenario, prepared, lambda: prepared.closing_messages(numbers, chunk)),
         prepared.groups,
         walked.overlapping,
+        summary=walked.summary,
     )
     return Result(
         scope=scope,

@@ -24,7 +24,7 @@ from spsim.engine.tasks import RankProgram
 from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import HALVED
 from spsim.inputs.workload import Workload
-from spsim.lazy import lazy
+from spsim.lazy import Cache, lazy
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
@@ -35,6 +35,7 @@ from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import Ending, Times, syncs_of
+from spsim.step.folding import Rows
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
 from spsim.step.issue import block_passes, halved_passes
@@ -48,6 +49,8 @@ from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
 FEW = 4
 """Attention kernels."""
+KEPT_ITINERARIES = 16
+"""Of different chunks and numbers of micro-batches."""
 
 
 def has_halves(plan: Plan) -> bool:
@@ -99,6 +102,7 @@ class PreparedStep:
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
         self._steps: dict[tuple[Run, ...], Loop] = {}
         self._stage_closings: dict[frozenset[str], tuple[Closing, ...]] = {}
+        self._itineraries: Cache[Rows] = Cache(KEPT_ITINERARIES, lambda _: 1)
         self._endings: dict[tuple[Chunk, ...], Ending] = {}
 
     @property
@@ -164,6 +168,11 @@ class PreparedStep:
         if chunk not in self._steps:
             self._steps[chunk] = accumulation(self.blocks, chunk, 1)
         return replace(self._steps[chunk], runs=micro_batches), *(Visit(made.segment) for made in self.closings)
+
+    def rows(self, chunk: Chunk, micro_batches: int) -> Rows:
+        """The same, with what is known of it whatever the numbers."""
+        key = (tuple(chunk), micro_batches)
+        return self._itineraries.get(key, lambda: Rows([self.itinerary(chunk, micro_batches)]))
 
     @lazy
     def _slots(self) -> dict[str, dict[int, npt.NDArray[np.intp]]]:
