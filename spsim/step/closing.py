@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, TaskInfo
@@ -55,12 +55,35 @@ class Closing:
         ]
 
 
+class Update(Protocol):
+    """How a step updates the parameters of a rank."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its kernels, in order."""
+        ...
+
+    @property
+    def rates(self) -> tuple[KernelName | None, str | None]:
+        """Kernel and type that a profile may know rates of; else it is timed as its class."""
+        ...
+
+    def sizes(self, parameters: int) -> list[int]:
+        """Bytes that each kernel of a rank with so many parameters moves."""
+        ...
+
+
 @dataclass(frozen=True)
 class Optimizer:
-    """How a step updates the parameters of a rank."""
+    """Mixed-precision Adam under a plan."""
 
     plan: Plan
     precision: Precision
+
+    @property
+    def rates(self) -> tuple[KernelName | None, str | None]:
+        """Of the class."""
+        return None, None
 
     def sizes(self, parameters: int) -> list[int]:
         """Bytes that each kernel of a rank with so many parameters moves, in order. The buffer is cleared for the next
@@ -86,7 +109,7 @@ def closings(
     plan: Plan,
     mesh: Mesh,
     gradient_bytes: int,
-    optimizer: Optimizer | None,
+    optimizer: Update | None,
 ) -> tuple[Closing, ...]:
     """The segments after the last micro-batch, in order; programs are by block, bytes of an element of a gradient."""
     syncs = tuple(gradient_syncs(programs, plan, gradient_bytes))
@@ -151,10 +174,10 @@ def replica_closings(
     return *found, *_casts(programs)
 
 
-def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:
+def _optimizer(optimizer: Update, mesh: Mesh) -> Sequence[Sync | str]:
     """Names of the kernels, and the norm summed over all ranks before gradients are clipped."""
     found: list[Sync | str] = [*optimizer.names]
-    if mesh.axes:
+    if mesh.axes and "clip" in found:
         norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name="gradient norm", elements=1)
         found.insert(found.index("clip"), norm)
     return found

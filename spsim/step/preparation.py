@@ -30,7 +30,7 @@ from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.step.abreast import Abreast
-from spsim.step.closing import Closing, Optimizer, closings
+from spsim.step.closing import Closing, Update, closings
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
@@ -66,7 +66,7 @@ class PreparedStep:
         *,
         fold: bool,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
-        optimizer: Optimizer | None = None,
+        optimizer: Update | None = None,
     ) -> None:
         """`programs_at` compiles the blocks for a workload. Bytes are of an element of a gradient."""
         self.template = template
