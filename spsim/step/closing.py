@@ -26,12 +26,15 @@ from spsim.program.blocks.optimizer import (
     zero_gradients,
 )
 from spsim.program.instructions import Program
-from spsim.program.mesh import Mesh
-from spsim.step.gradients import Sync, gradient_syncs
+from spsim.program.mesh import Axis, Mesh
+from spsim.step.gradients import NORM, Sync, gradient_syncs
 from spsim.step.groups import Groups, meets, sync_of
 from spsim.step.replicas import Message, Synchronisation
 from spsim.step.segments import Call, Segment
 from spsim.work import KernelName, MemoryBound
+
+PARAMETER_GATHER = "parameter_gather"
+"""The segment that gathers updated weights."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class Closing:
     """What its tasks are: collectives, or kernels of the optimizer by their names."""
 
     @lazy
-    def meetings_of_all(self) -> tuple[int, ...]:
-        """Its collectives in which all stages of a pipeline meet."""
-        return tuple(i for i, step in enumerate(self.steps) if isinstance(step, Sync) and "pp" in step.axes)
+    def meetings(self) -> tuple[tuple[int, Axis], ...]:
+        """Its collectives in which stages of a pipeline meet, and whether all (`pp`) or the two ends (`embedding`)."""
+        own = [(place, step.meets) for place, step in enumerate(self.steps) if isinstance(step, Sync)]
+        return tuple([(place, axis) for place, axis in own if axis])
 
     def infos(self, messages: Mapping[Sync, int]) -> list[TaskInfo]:
         """What its tasks are with the bytes of their messages."""
@@ -53,6 +57,19 @@ class Closing:
             label if isinstance(step, str) else step.info(messages[step])
             for step, label in zip(self.steps, self.segment.labels, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class StageClosings:
+    """Those of one of several pipeline stages."""
+
+    closings: tuple[Closing, ...]
+    reductions: tuple[int, ...]
+    """Collectives that sum the gradients of each chunk, the last chunk first: they come before all others. Empty where
+    they do not run behind passes.
+    """
+    gathers: tuple[int, ...]
+    """Gathers of the weights of each chunk, which come last; empty where they do not run before passes."""
 
 
 class Update(Protocol):
@@ -119,7 +136,7 @@ def closings(
     gathers = tuple(sync for sync in syncs if sync.collective == "all_gather")
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
     found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh))))
-    found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    found += [_closing(PARAMETER_GATHER, "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
 
@@ -170,7 +187,7 @@ def replica_closings(
     kernels[at:at] = syncs(message for message in sync.before_update if message.group != "embedding")
     found.append(_closing("optimizer", "optimizer", tuple(kernels)))
     gathers = tuple(syncs(sync.after_update))
-    found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    found += [_closing(PARAMETER_GATHER, "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
 
@@ -178,7 +195,7 @@ def _optimizer(optimizer: Update, mesh: Mesh) -> Sequence[Sync | str]:
     """Names of the kernels, and the norm summed over all ranks before gradients are clipped."""
     found: list[Sync | str] = [*optimizer.names]
     if mesh.axes and "clip" in found:
-        norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name="gradient norm", elements=1)
+        norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name=NORM, elements=1)
         found.insert(found.index("clip"), norm)
     return found
 

@@ -16,6 +16,9 @@ READERS = 4
 """Of a gradient that stays a partial sum as a DTensor: clipping, and three kernels of AdamW (torch 2.13)."""
 GRADIENTS, PARAMETERS = "weight gradients", "parameters"
 """What collectives over weights are called."""
+STAGE_AXES: frozenset[Axis] = frozenset({"pp", "embedding"})
+NORM, OVERFLOW = "gradient norm", "overflow"
+"""What ranks agree on before they update weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,11 @@ class Sync:
             axis=" × ".join(self.axes), message_bytes=message,
             sent_bytes=sent_bytes(self.collective, message, self.ranks),
         )  # fmt: skip
+
+    @property
+    def meets(self) -> Axis | None:
+        """Along which axis it meets other stages of a pipeline: all of them, or the two ends."""
+        return next((axis for axis in self.axes if axis in STAGE_AXES), None)
 
     @property
     def lane(self) -> str:
