@@ -8,6 +8,7 @@ from spsim import InputError, Model, Scenario, simulate
 from spsim.costs.collectives import CommCost
 from spsim.inputs.profiles import load_profile
 from spsim.program.mesh import Mesh, nodes_of
+from spsim.step.costed_pipeline import boundary_bytes
 from spsim.step.ending import syncs_of
 from spsim.step.gradients import PARAMETERS
 from tests.cases import A100, H100, model
@@ -188,3 +189,45 @@ def test_shards_of_few_replicas():
 def test_what_libraries_do_not_have(plan, changes, told):
     with pytest.raises(InputError, match=told):
         staged(f"pp=2,dp=2,{plan}", 4, layers=8, **changes)
+
+
+# ------------------------------------------------------------ outputs that are kept
+
+
+@pytest.mark.parametrize(
+    ("plan", "kept"),
+    [
+        ("pp=4", [4, 3, 2, 0]),
+        ("pp=4,tp=2,sequence_parallel", [4, 3, 2, 0]),
+        ("pp=2,virtual_pp=2", [5, 2]),
+        ("pp=2,recompute=full,ulysses=2", [2, 0]),
+    ],
+)
+def test_outputs_are_kept_once_they_are_sent(plan, kept):
+    """One boundary tensor a micro-batch of a chunk in flight, of the last chunk none: min(p - r, m) of 1F1B, of the
+    interleaved schedule (v - 1) p + 2 (p - 1 - r) + 1, one of them on the last stage of the last chunk. Times stay.
+    """
+    freed, held = (simulate(staged(f"{plan},pp_deallocate={it}", 8, layers=8)) for it in ("true", "false"))
+    boundary = boundary_bytes(freed.prepared, freed.numbers)
+    more = [two.bytes - one.bytes for one, two in zip(freed.stage_peaks, held.stage_peaks, strict=True)]
+    assert more == [boundary * number for number in kept]
+    assert freed.step_ps == held.step_ps
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "pp=3,pp_deallocate=false", "pp=2,ring=2,ring_cut=contiguous,pp_deallocate=false",
+        "pp=2,virtual_pp=2,pp_schedule=zbv", "pp=2,virtual_pp=2,pp_schedule=interleaved_zero_bubble",
+    ],
+)  # fmt: skip
+def test_folded_steps_that_keep_outputs_equal_written_out_ones(plan):
+    assert_equal(*both(staged(plan, 6, layers=7, causal=True)))
+
+
+def test_torch_keeps_outputs():
+    """It has no such option."""
+    torch, freed, held = (simulate(staged(f"pp=2,{way}", 4)).peak_bytes for way in (
+        "pp_sends=torch", "pp_deallocate=true", "pp_deallocate=false"
+    ))  # fmt: skip
+    assert torch == held > freed

@@ -15,7 +15,7 @@ from spsim.inputs.workload import ROW_UNITS, Workload, Workloads
 if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
-PENDING = frozenset({"phase", "pp_deallocate"})
+PENDING = frozenset({"phase"})
 """Options, or options at a value, that are not simulated yet."""
 OF_REPLICAS = frozenset({
     "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",

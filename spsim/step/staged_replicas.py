@@ -7,27 +7,32 @@ gathered before them, is laid over the passes by `pipelined`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from spsim.engine.recording import BufferUse
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.step_rules import sends
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import EMBEDDING, HEAD, step_programs
 from spsim.program.blocks.embedding import TABLE
 from spsim.program.blocks.optimizer import parameter_state
+from spsim.program.instructions import Buffer
 from spsim.program.recipes import in_precision
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, StageClosings, replica_closings
 from spsim.step.gradients import gradient_syncs
 from spsim.step.groups import Groups, meets, replica_groups
-from spsim.step.itinerary import Chunk
+from spsim.step.itinerary import Blocks, Chunk
 from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Groups as Communicators
 from spsim.step.ranks import groups_of
 from spsim.step.replicas import Message, Synchronisation, parameters_of, synchronisation
 from spsim.step.replicated import ProgramsAt, root_of
-from spsim.step.stages import PlacedChunk, Stages
+from spsim.step.segments import BlockPass
+from spsim.step.stages import Passes, PlacedChunk, Stages
 from spsim.units import MIB
 
 
@@ -48,6 +53,23 @@ class StagedStep(PreparedStep):
         for kind, runs in enumerate(stages.kinds):
             first = stages.kind_of.index(kind)
             self.of_stages[runs] = self._stage(first, runs, stages[first])
+        if keeps_outputs(plan):
+            self._keep()
+
+    def _keep(self) -> None:
+        """What is sent stays: torch's stages have it in their cache (`fwd_cache` of `pipelining/stage.py`)."""
+        outputs = {name: own.outputs[0] for name, own in self.template.programs.items() if own.outputs}
+
+        def freeing(blocks: Blocks) -> Blocks:
+            return {name: {"backward": _freeing(own["backward"], outputs[name])}
+                    for name, own in blocks.items() if name in outputs}  # fmt: skip
+
+        made = {"backward": freeing(self.blocks), "weight gradients": freeing(self.halves.weights)}
+        self.chunk_passes = Passes(self.blocks, self.halves, made)
+        passes = [own["backward"] for blocks in made.values() for own in blocks.values()]
+        variants = [made.parts[-1].segment for made in passes]
+        self.segments = (*self.segments, *variants)
+        self.owners |= {segment.name: self.owners[segment.variant_of] for segment in variants}
 
     @lazy
     def groups(self) -> Communicators:
@@ -86,6 +108,26 @@ class StagedStep(PreparedStep):
         return synchronisation(
             parameters, self._plan, self._optimizer.precision, stage=stage, chunk=chunk, root=root_of(runs)
         )
+
+
+def keeps_outputs(plan: Plan) -> bool:
+    """Whether a stage keeps what it has sent."""
+    return not plan.pp_deallocate or sends(plan) == "torch"
+
+
+def _freeing(own: BlockPass, output: Buffer) -> BlockPass:
+    """The pass with a buffer more, there before, that goes with its last kernel."""
+    *before, last = own.parts
+    segment = last.segment
+    freed = BufferUse(output.tensor, "activations", None, (segment.outline.last_kernel or 0,), outlives=False)
+    made = replace(
+        segment,
+        name=f"{segment.name}, output freed",
+        buffers=(*segment.buffers, freed),
+        buffer_ids=(*segment.buffer_ids, output.id),
+        variant_of=segment.name,
+    )
+    return replace(own, parts=(*before, replace(last, segment=made)))
 
 
 _steps: Cache[StagedStep] = Cache(64 * MIB, lambda step: step.nbytes)
