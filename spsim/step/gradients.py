@@ -45,8 +45,9 @@ class Sync:
 
     def info(self, message: int) -> TaskInfo:
         """What its task is."""
+        part = "optimizer" if self.name in (NORM, OVERFLOW) else "weight_sync"
         return TaskInfo(
-            self.name, "communication", "weight_sync", purpose="weight", collective=self.collective,
+            self.name, "communication", part, purpose="weight", collective=self.collective,
             axis=" × ".join(self.axes), message_bytes=message,
             sent_bytes=sent_bytes(self.collective, message, self.ranks),
         )  # fmt: skip
