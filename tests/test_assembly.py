@@ -31,6 +31,7 @@ OTHER_OPTIONS = {
     "ring_cut": "contiguous",
     "uneven_heads": "by_group",
     "ulysses_few_kv_heads": "refuse",
+    "ulysses_gradients": "reverse",
     "gathers_position_ids": True,
     "sequence_parallel": True,
     "keep_gathered": True,

@@ -207,6 +207,14 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     assert "none.sh: no such file; check the path" in capsys.readouterr().err
 
 
+def test_hardware_is_in_no_launch_file(tmp_path, capsys):
+    (tmp_path / "a.sh").write_text(SCRIPT)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--from", str(tmp_path / "a.sh")])
+    assert stop.value.code == 2
+    assert "a.sh: says no hardware; give --hardware" in capsys.readouterr().err
+
+
 def test_a_case_file_and_a_launch_file_exclude_each_other(tmp_path, capsys):
     status, line, _ = run(tmp_path, capsys, "a.sh", SCRIPT, str(tmp_path / "case.toml"))
     assert status == 2

@@ -189,6 +189,12 @@ def test_deepspeed_deals_out_heads_and_megatron_refuses_them():
     assert "K and V are replicated" in note
 
 
+def test_the_gathering_ring_of_ring_flash_attn_says_which_stride_it_is():
+    notes = scenario("library=ring-flash-attn,ring=2,ring_kind=all_gather", scope="step").notes
+    assert [("heads_k_stride = KV heads" in note) for note in notes].count(True) == 1
+    assert scenario("ring=2,ring_kind=all_gather").notes == ()
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_position_ids_are_gathered_once_a_run_of_attention(recompute):
     """8 bytes for each of s b tokens of a position on the ring, before the exchange of Q; again where it runs again."""
@@ -197,6 +203,15 @@ def test_position_ids_are_gathered_once_a_run_of_attention(recompute):
     exchange = ("all_to_all", 2 * 3 * 256 // 2 * 256 // 2)
     again = [ids, *[exchange] * 4] if recompute != "none" else []
     assert found == [[ids, *[exchange] * 4], [*again, *[exchange] * 4]]
+
+
+@pytest.mark.parametrize(("option", "back"), [("", "oqkv"), (",ulysses_gradients=reverse", "ovkq")])
+@pytest.mark.parametrize("attention", ["flash", "unfused"])
+def test_gradients_of_q_k_and_v_go_back_in_order_or_the_last_first(option, back, attention):
+    layer = program(f"ulysses=2{option}", kv_heads=2, attention=attention)
+    names = {"q": "q", "k": "k", "v": "v", "context": "o"}
+    moved = [step.tensor.partition("_")[0] for step in layer.backward if isinstance(step, Communication)]
+    assert [names[name] for name in moved] == list(back if attention == "flash" else back.replace("qkv", "vqk"))
 
 
 # ------------------------------------------------------------ every way to simulate

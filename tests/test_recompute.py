@@ -93,7 +93,7 @@ def test_hardware_flops_count_what_runs_again():
 
 def sublayer():
     """Norm, MLP and residual, without biases or dropout: 8 tokens of 16, MLP of 32."""
-    layer = _Layer(model(hidden=16, heads=2, ffn_hidden=32, bias=False), Workload(seq_len=8), 1)
+    layer = _Layer(model(hidden=16, heads=2, ffn_hidden=32, bias=False), Workload(seq_len=8), 1, "fused")
     x = layer.tensor("layer_input", "s b h")
     layer.residual("residual2", layer.mlp(layer.norm("norm2", x)), x)
     return layer.operators

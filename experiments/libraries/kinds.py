@@ -34,5 +34,5 @@ def kind_of(kept: Kept, case: Case) -> str:
 def _in_fp32(kept: Kept, case: Case) -> str:
     if kept.layer == "Softmax":
         return "softmax in fp32 (CPU)"
-    in_attention = case.part == "attention" or "att" in kept.module.lower()
-    return "log-sum-exp" if in_attention and len(kept.shape) == 3 else "loss"
+    in_attention = case.part == "attention" or "att" in (kept.module + kept.layer).lower()
+    return "log-sum-exp" if in_attention and len(kept.shape) <= 3 else "loss"

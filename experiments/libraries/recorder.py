@@ -7,7 +7,7 @@ memory is seen where autograd saves tensors, by storage: two views of one storag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 class Call:
     """A collective as this rank issued it.
 
-    `message_bytes` is the whole array of the group for an all-gather, a reduce-scatter and an all-reduce, and what
-    one rank gives of an all-to-all and of a send. A `permute` is an all-to-all that gives all to one rank.
+    `message_bytes` is the whole array of the group for an all-gather, a reduce-scatter and an all-reduce, what one rank
+    gives or gets of an all-to-all, whichever is more, and what it gives of a send. A `permute` is an all-to-all that
+    gives all to one rank.
     """
 
     phase: str
@@ -46,36 +47,27 @@ class Kept:
     bytes: int
 
 
-Message = Callable[[Sequence[Any], Any], Any]
-"""From the arguments of an operator and its result to the tensors that make up its message."""
-
-
-def _argument(place: int) -> Message:
-    return lambda args, result: args[place]
-
-
-def _result(args: Sequence[Any], result: Any) -> Any:
-    return result
-
-
-OPERATORS: dict[str, tuple[str, Message]] = {
-    "c10d::allreduce_": ("all_reduce", _argument(0)),
-    "c10d::allreduce_coalesced_": ("all_reduce", _argument(0)),
-    "c10d::broadcast_": ("broadcast", _argument(0)),
-    "c10d::allgather_": ("all_gather", _argument(0)),
-    "c10d::_allgather_base_": ("all_gather", _argument(0)),
-    "c10d::reduce_scatter_": ("reduce_scatter", _argument(1)),
-    "c10d::_reduce_scatter_base_": ("reduce_scatter", _argument(1)),
-    "c10d::alltoall_": ("all_to_all", _argument(1)),
-    "c10d::alltoall_base_": ("all_to_all", _argument(1)),
-    "c10d::send": ("send_receive", _argument(0)),
-    "_c10d_functional::all_reduce": ("all_reduce", _argument(0)),
-    "_c10d_functional::all_gather_into_tensor": ("all_gather", _result),
-    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", _argument(0)),
-    "_c10d_functional::all_to_all_single": ("all_to_all", _argument(0)),
-    "deepspeed::dim_zero_all_to_all": ("all_to_all", _argument(0)),
+RESULT = -1
+OPERATORS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "c10d::allreduce_": ("all_reduce", (0,)),
+    "c10d::allreduce_coalesced_": ("all_reduce", (0,)),
+    "c10d::broadcast_": ("broadcast", (0,)),
+    "c10d::allgather_": ("all_gather", (0,)),
+    "c10d::_allgather_base_": ("all_gather", (0,)),
+    "c10d::reduce_scatter_": ("reduce_scatter", (1,)),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", (1,)),
+    "c10d::alltoall_": ("all_to_all", (0, 1)),
+    "c10d::alltoall_base_": ("all_to_all", (0, 1)),
+    "c10d::send": ("send_receive", (0,)),
+    "_c10d_functional::all_reduce": ("all_reduce", (0,)),
+    "_c10d_functional::all_gather_into_tensor": ("all_gather", (RESULT,)),
+    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", (0,)),
+    "_c10d_functional::all_to_all_single": ("all_to_all", (0, RESULT)),
+    "deepspeed::dim_zero_all_to_all": ("all_to_all", (0,)),
 }
-"""Of a message between two ranks the sender's side is noted. An operator of DeepSpeed's own hides what it calls."""
+"""Which arguments are the message, or the result; of several the larger. Of a message between two ranks the sender's
+side is noted. An operator of DeepSpeed's own hides what it calls.
+"""
 SILENT = {"c10d::recv_", "c10d::barrier", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 """The other side of a send, and what moves no data."""
 
@@ -116,18 +108,18 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in OPERATORS or (func.namespace in ("c10d", "_c10d_functional") and name not in SILENT):
-            collective, message = OPERATORS[name]
+            collective, places = OPERATORS[name]
             if collective == "all_to_all" and _to_one_rank(name, args):
                 collective = "permute"
-            self._note(collective, tree_leaves(message(args, result)))
+            self._note(collective, [result if place == RESULT else args[place] for place in places])
         return result
 
-    def _note(self, collective: str, leaves: Sequence[Any]) -> None:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def _note(self, collective: str, sides: Sequence[Any]) -> None:
+        tensors = [[leaf for leaf in tree_leaves(side) if isinstance(leaf, Tensor)] for side in sides]
+        message = max(sum(tensor.numel() * tensor.element_size() for tensor in side) for side in tensors)
         # A module that runs in the backward pass runs again what the forward pass has run.
         phase = "recompute" if self.phase == "backward" and self._running else self.phase
-        self.calls.append(Call(phase, collective, total, dtype_name(tensors[0].dtype)))
+        self.calls.append(Call(phase, collective, message, dtype_name(tensors[0][0].dtype)))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._running.append(module)

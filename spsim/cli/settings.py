@@ -121,6 +121,8 @@ class Given:
         return file
 
     def _missing(self, name: str, required: Sequence[str]) -> InputError:
+        if self.launch is not None:
+            return InputError(f"{self.where}: says no {name}; give {REQUIRED[name]}")
         if self.case is not None:
             return InputError(f"{self.where}: {name} is missing; give it there, or {REQUIRED[name]}")
         options = " and ".join(REQUIRED[name] for name in required)

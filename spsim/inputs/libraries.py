@@ -60,6 +60,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
         {
             "dp_library": "ddp",
             **_CONTEXT_PARALLEL,
+            "ulysses_gradients": "reverse",
             "gathers_position_ids": True,
             "projections": "separate",
             "input_gradients": "each",
@@ -75,6 +76,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "few_kv_heads": "replicate",
             "uneven_heads": "by_group",
             "ulysses_few_kv_heads": "refuse",
+            "ulysses_gradients": "reverse",
         },
         _TRANSFORMERS_MODULES,
     ),
@@ -97,6 +99,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             **_RING_FLASH_ATTENTION,
             "ring_cut": "contiguous",
             "ulysses_few_kv_heads": "refuse",
+            "ulysses_gradients": "reverse",
         },
     ),
     "ring-flash-attn": LibraryRecord("0.1.8", _RING_FLASH_ATTENTION),

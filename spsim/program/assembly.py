@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence, Set
+from functools import lru_cache
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
@@ -49,8 +50,8 @@ def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | 
     ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
     chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
     moved = plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first
-    ids = plan.gathers_position_ids and plan.ulysses > 1
-    return *placed_by(plan), kind or usual_kind(plan), *moved, ids, *ring
+    exchanged = (plan.gathers_position_ids, plan.ulysses_gradients) if plan.ulysses > 1 else ()
+    return *placed_by(plan), kind or usual_kind(plan), *moved, *exchanged, *ring
 
 
 def projections(model: Model, plan: Plan) -> Projections:
@@ -109,6 +110,7 @@ def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pr
     return {name: layer_program(model, plan, workload, kind) for kind, name in kinds.items()}
 
 
+@lru_cache(maxsize=256)
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()

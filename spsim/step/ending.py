@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.program.mesh import Axis
+from spsim.lazy import Cache
 from spsim.program.sizes import Numbers, Template
-from spsim.step.closing import Closing, Optimizer, weight_casts
+from spsim.step.closing import Closing, Update, weight_casts
 from spsim.step.gradients import Sync
 from spsim.step.itinerary import Chunk
 from spsim.units import picoseconds
@@ -19,17 +20,23 @@ from spsim.work import MemoryBound
 
 Times = list[tuple[Closing, list[int]]]
 """Picoseconds of each task."""
-Nodes = Callable[[tuple[Axis, ...], int], int]
-"""(axes, ranks) -> nodes that so many neighbours along them span."""
+Nodes = Callable[..., int]
+"""(axes, ranks, GPUs per node) -> nodes that so many neighbours along them span."""
+
+
+KEPT = 16
+"""Times of an ending."""
 
 
 class Ending:
     """Of ranks that run different chunks, priced together."""
 
     def __init__(
-        self, template: Template, optimizer: Optimizer | None, ends: Sequence[tuple[Chunk, Sequence[Closing]]]
+        self, template: Template, optimizer: Update | None, ends: Sequence[tuple[Chunk, Sequence[Closing]]]
     ) -> None:
         self._optimizer = optimizer
+        self._known: Cache[list[Times]] = Cache(KEPT, lambda _: 1)
+        """By costs and sums: weights are the same whatever the workload."""
         self._sums = _Sums(template)
         self._ends = [_End(template, self._sums, optimizer, *own) for own in ends]
 
@@ -53,9 +60,17 @@ class Ending:
         """Bytes of each collective, of all its messages."""
         return [{sync: size * count for sync, (size, count) in own.items()} for own in self.calls(numbers)]
 
-    def times(self, numbers: Numbers, compute: ComputeCost, comm: CommCost, nodes: Nodes) -> list[Times]:
+    def times(
+        self, numbers: Numbers, compute: ComputeCost, comm: CommCost, nodes: Nodes, gpus_per_node: int
+    ) -> list[Times]:
         """Picoseconds of each task after the last micro-batch."""
         sums = self._sums.of(numbers)
+        key = (compute, comm, gpus_per_node, *sums)
+        return self._known.get(
+            key, lambda: self._priced(sums, compute, comm, partial(nodes, gpus_per_node=gpus_per_node))
+        )
+
+    def _priced(self, sums: Sequence[int], compute: ComputeCost, comm: CommCost, nodes: Nodes) -> list[Times]:
         kernels = self._kernels([sums[own.first] for own in self._ends], compute)
         known: dict[tuple[object, ...], int] = {}
 
@@ -78,7 +93,9 @@ class Ending:
         if self._optimizer is None:
             return [[] for _ in parameters]
         sizes = np.array([self._optimizer.sizes(own) for own in parameters], dtype=np.float64)
-        seconds = compute.duration(MemoryBound("optimizer", sizes.ravel()))  # type: ignore[arg-type]
+        kernel, dtype = self._optimizer.rates
+        work = MemoryBound("optimizer", sizes.ravel(), kernel, dtype=dtype)  # type: ignore[arg-type]
+        seconds = compute.duration(work)
         return [[*map(picoseconds, row)] for row in np.asarray(seconds).reshape(sizes.shape).tolist()]
 
 
@@ -86,7 +103,7 @@ class _End:
     """Of one chunk."""
 
     def __init__(
-        self, template: Template, sums: _Sums, optimizer: Optimizer | None, chunk: Chunk, closings: Sequence[Closing]
+        self, template: Template, sums: _Sums, optimizer: Update | None, chunk: Chunk, closings: Sequence[Closing]
     ) -> None:
         counts: Counter[str] = Counter()
         for run in chunk:

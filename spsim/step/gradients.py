@@ -16,6 +16,9 @@ OPTIMIZER_READERS = 3
 """Kernels of AdamW that read a gradient, beside clipping (torch 2.13)."""
 GRADIENTS, PARAMETERS = "weight gradients", "parameters"
 """What collectives over weights are called."""
+STAGE_AXES: frozenset[Axis] = frozenset({"pp", "embedding"})
+NORM, OVERFLOW = "gradient norm", "overflow"
+"""What ranks agree on before they update weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,17 @@ class Sync:
 
     def info(self, message: int) -> TaskInfo:
         """What its task is."""
+        part = "optimizer" if self.name in (NORM, OVERFLOW) else "weight_sync"
         return TaskInfo(
-            self.name, "communication", "weight_sync", purpose="weight", collective=self.collective,
+            self.name, "communication", part, purpose="weight", collective=self.collective,
             axis=" × ".join(self.axes), message_bytes=message,
             sent_bytes=sent_bytes(self.collective, message, self.ranks),
         )  # fmt: skip
+
+    @property
+    def meets(self) -> Axis | None:
+        """Along which axis it meets other stages of a pipeline: all of them, or the two ends."""
+        return next((axis for axis in self.axes if axis in STAGE_AXES), None)
 
     @property
     def lane(self) -> str:

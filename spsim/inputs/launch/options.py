@@ -119,6 +119,10 @@ class Options:
         ):
             self.taken.add(name)
 
+    def ignore(self, name: str) -> None:
+        """An option that the library itself does not look at here."""
+        self.taken.add(name)
+
     def left(self) -> Iterator[tuple[str, Item]]:
         """What has not been taken."""
         return ((name, item) for name, item in self.items.items() if name not in self.taken)

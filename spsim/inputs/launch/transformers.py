@@ -20,7 +20,8 @@ LIBRARY = "transformers"
 CALLED = "transformers"
 VERSION = "5.24.0"
 
-_KERNELS = {"flash": "sdpa", "unfused": "eager"}
+_KERNELS = {"unfused": "eager", **{name: name for name in ("flash_attention_2", "flash_attention_3")}}
+"""Attention -> its implementation there; what torch picks by itself otherwise."""
 _DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -34,7 +35,7 @@ def settings(scenario: Scenario) -> dict[str, dict[str, Any]]:
         "torchrun": {"nnodes": plan.gpus // per_node, "nproc_per_node": per_node},
         "from_pretrained": {
             "dtype": _DTYPES.get(precision, "bfloat16"),
-            "attn_implementation": _KERNELS.get(scenario.model.attention, scenario.model.attention),
+            "attn_implementation": _KERNELS.get(scenario.model.attention, "sdpa"),
         },
         "DistributedConfig": {"tp_plan": "auto", "tp_size": plan.tp} if plan.tp > 1 else {},
         "ParallelismConfig": _degrees(plan),
@@ -79,8 +80,8 @@ def text(scenario: Scenario) -> str:
     lines = [
         f"# transformers {VERSION}, accelerate 1.12.0: {scenario.model.name}, {scenario.plan.label}.",
         f"# torchrun {' '.join(f'--{name} {value}' for name, value in given['torchrun'].items())} THIS_FILE",
-        *([f"from accelerate.utils import {parts[1]}"] if len(parts) > 1 else []),
         *(["from accelerate import ParallelismConfig"] if parts else []),
+        *([f"from accelerate.utils import {parts[1]}"] if len(parts) > 1 else []),
         f"from transformers import {', '.join(names)}",
         "",
         "model = AutoModelForCausalLM.from_pretrained(",

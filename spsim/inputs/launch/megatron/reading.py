@@ -55,12 +55,11 @@ def _read_model(options: Options, draft: Draft) -> None:
     if options.flag("squared_relu"):
         model["activation"] = "squared_relu"
     if model["gated_mlp"] and "ffn_hidden_size" not in options and "hidden" in model:
-        model["ffn_hidden"] = int(4 * model["hidden"] * 2 / 3 / 64) * 64
+        model["ffn_hidden"] = 8 * model["hidden"] // 192 * 64  # two thirds of 4 x hidden, in 64s
     if options.flag("group_query_attention"):
         model["kv_heads"] = options.number("num_query_groups", 1)
-    options.leave(
-        "num_query_groups", (options.items["num_query_groups"].value,) if "num_query_groups" in options else ()
-    )
+    else:
+        options.ignore("num_query_groups")
     norms = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
     model["norm"] = options.choice("normalization", norms, "layernorm")
     model["positions"] = options.choice("position_embedding_type", POSITIONS, "learned")
@@ -134,13 +133,17 @@ def _read_precision(options: Options, draft: Draft) -> None:
     halved = not whole if precision == "fp16" else reduced or (main == "bf16" and not whole)
     if halved and precision != "fp32":
         draft.plan["grad_dtype"] = "bf16"
-    moments = {options.choice(name, DTYPES, "fp32") for name in ("exp_avg_dtype", "exp_avg_sq_dtype")}
-    if moments == {"bf16"}:
-        draft.plan["moment_dtype"] = "bf16"
-    elif len(moments) > 1:
-        draft_name = "exp_avg_dtype" if "exp_avg_dtype" in options else "exp_avg_sq_dtype"
-        options.say(draft_name, "there is one type of both moments here, simulated as fp32")
+    _read_moments(options, draft)
+
+
+def _read_moments(options: Options, draft: Draft) -> None:
     options.leave("main_params_dtype", ("fp32",))
+    moments = {name: options.choice(name, DTYPES, "fp32") for name in ("exp_avg_dtype", "exp_avg_sq_dtype")}
+    if {*moments.values()} == {"bf16"}:
+        draft.plan["moment_dtype"] = "bf16"
+    for name, dtype in moments.items():
+        if dtype == "bf16" and "moment_dtype" not in draft.plan:
+            options.say(name, "there is one type of both moments here, simulated as fp32")
 
 
 def _read_context(options: Options, draft: Draft) -> None:

@@ -1,0 +1,185 @@
+"""spsim sends and keeps what libraries were seen to send and keep, collective by collective and byte by byte.
+
+`experiments/data/libraries.csv` was recorded of real libraries under gloo, without spsim; `experiments/libraries` holds
+the scripts, the cases and what the words of the file mean.
+"""
+
+import csv
+import runpy
+from collections import Counter, defaultdict
+
+import pytest
+
+from spsim import Model, Scenario, Workload
+from spsim.program.assembly import EMBEDDING, HEAD, step_programs
+from spsim.program.instructions import LAYER, Communication
+from spsim.step.gradients import gradient_syncs
+from tests.cases import H100
+from tests.test_docs import ROOT
+
+EXPERIMENTS = ROOT / "experiments"
+CASES = {
+    (case.library, case.name, case.ranks): case
+    for case in runpy.run_path(str(EXPERIMENTS / "libraries" / "cases.py"))["read_cases"]()
+}
+ROWS = defaultdict(list)
+with (EXPERIMENTS / "data" / "libraries.csv").open() as file:
+    for row in csv.DictReader(file):
+        ROWS[row["library"], row["case"], int(row["ranks"])].append(row)
+
+GATHERED_LOGITS = "logits are gathered before the loss, which spsim computes in parallel"
+UNITS = "torchtitan shards embedding, and norm and output, as units of their own; spsim all but the layers as one"
+UNSIMULATED = {
+    ("torchtitan", "model loss gathered"): GATHERED_LOGITS,
+    ("transformers", "model tp"): GATHERED_LOGITS,
+    ("torchtitan", "model fsdp"): UNITS,
+    ("torchtitan", "model tp sp fsdp"): UNITS,
+    ("torchtitan", "tp sp full"): "torch recomputes when the first kept tensor is asked for, which is after a gather",
+    ("transformers", "tp full"): "torch ends a recomputation at the last kept tensor, before the last all-reduce",
+}
+"""(library, case) -> why its collectives are not those of the library. Who simulates it, takes it out."""
+
+
+def cases(unsimulated):
+    """All of them, some as known not to agree."""
+    return pytest.mark.parametrize(
+        "key",
+        [
+            pytest.param(key, marks=pytest.mark.xfail(reason=unsimulated[key[:2]], strict=True))
+            if key[:2] in unsimulated
+            else key
+            for key in CASES
+        ],
+        ids=lambda key: " ".join(map(str, key)),
+    )
+
+
+def test_all_cases_are_recorded():
+    assert ROWS.keys() == CASES.keys()
+    assert len({library for library, *_ in ROWS}) == 7
+    assert sum(len(rows) for rows in ROWS.values()) >= 60
+
+
+def derived(key):
+    """The checked scenario of a case, and the programs of the blocks that it runs, in order."""
+    case = CASES[key]
+    scenario = Scenario(
+        hardware=H100,
+        model=Model(**case.model),
+        plan=f"library={case.library},{case.plan}",
+        workload=Workload(**case.workload),
+    )
+    found = step_programs(scenario.model, scenario.plan, scenario.workload)
+    return scenario, {name: found[name] for name in ((EMBEDDING, LAYER, HEAD) if case.part == "model" else (LAYER,))}
+
+
+# ------------------------------------------------------------ collectives of the passes
+
+
+def recorded_calls(key, *passes):
+    """Kind, bytes, dtype and pass of each collective in order."""
+    return [
+        (row["collective"].replace("permute", "send_receive"), int(row["message_bytes"]), row["dtype"], row["pass"])
+        for row in ROWS[key]
+        if row["pass"] in passes
+        for _ in range(int(row["count"]))
+    ]
+
+
+def derived_calls(programs, plan):
+    """The same of the instructions of programs, each of which runs one of its passes."""
+    steps = (step for steps in programs for step in steps if isinstance(step, Communication))
+    return [(step.collective, step.message_bytes, dtype_of(step, plan), step.part) for step in steps]
+
+
+OF_LOSS = ("logits_max", "target_logit", "sum_exp")
+
+
+def dtype_of(step, plan):
+    """Activations and their gradients are in bf16, but for these."""
+    if step.tensor == "position_ids":
+        return "int64"
+    in_fp32 = step.tensor in OF_LOSS or (step.tensor.endswith("gradient") and plan.sends_fp32_gradients)
+    return "fp32" if in_fp32 else "bf16"
+
+
+@cases(UNSIMULATED)
+def test_collectives_are_those_of_the_library(key):
+    """In both passes, with what a recomputation issues within the backward pass, all in the order of issue."""
+    scenario, blocks = derived(key)
+    forward, backward = ([getattr(b, name) for b in blocks.values()] for name in ("forward", "backward"))
+    assert derived_calls(forward, scenario.plan) == recorded_calls(key, "forward")
+    assert derived_calls(reversed(backward), scenario.plan) == recorded_calls(key, "backward", "recompute")
+
+
+REDUCED_BY_FSDP = "FSDP2 sums partial gradients once, before it scatters them"
+
+
+@cases({("torchtitan", "model tp sp fsdp"): REDUCED_BY_FSDP})
+def test_sums_of_gradients_are_those_of_the_library(key):
+    """Of weights whose gradients are partial over tp: how many messages of how many elements. Their dtype is that of
+    gradients, which Megatron-Core has in fp32 and torchtitan, here without FSDP, in bf16. Messages of the norm of all
+    gradients are no sums of weights: as many numbers as there are parameters.
+    """
+    scenario, blocks = derived(key)
+    found = Counter()
+    for sync in gradient_syncs(blocks, scenario.plan, 4):
+        if sync.axes == ("tp",):
+            elements = sum(blocks[block].weight_sync[index].elements for block, index in sync.weights)
+            found[elements] += sync.readers or 1
+    seen = Counter(size // ITEMSIZE[dtype] for _, size, dtype, _ in recorded_calls(key, "step"))
+    assert found == Counter({elements: count for elements, count in seen.items() if elements >= scenario.model.hidden})
+
+
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+
+# ------------------------------------------------------------ what is kept
+
+
+def recorded_bytes(key, word, dtype=None):
+    """Kept of a kind, in a dtype or all."""
+    own = (row for row in ROWS[key] if row["pass"] == "kept" and row["collective"] == word)
+    return sum(int(row["kept_bytes"]) for row in own if dtype in (None, row["dtype"]))
+
+
+def derived_bytes(key, category):
+    """Kept of a category, of attention alone where that is all that a case runs."""
+    _, blocks = derived(key)
+    saved = (saved for program in blocks.values() for saved in program.saved if saved.category == category)
+    return sum(own.bytes for own in saved if CASES[key].part != "attention" or own.operator == "attention")
+
+
+@cases({})
+def test_activations_kept_are_those_of_the_library(key):
+    """To the byte, once what only a CPU keeps is in the size that a GPU has: torch's RMSNorm has two fp32 copies there
+    of the 16-bit input that its kernel keeps; a softmax that is a kernel of its own on a GPU has an fp32 output.
+    """
+    scenario, _ = derived(key)
+    seen = recorded_bytes(key, "activations") + recorded_bytes(key, "norm in fp32 (CPU)") // 4
+    if scenario.model.kernels == "eager":
+        seen += recorded_bytes(key, "softmax in fp32 (CPU)")
+    assert derived_bytes(key, "activation") + repeated_heads(key, scenario) == seen
+
+
+def repeated_heads(key, scenario):
+    """Bytes of K and V that Megatron's unfused attention repeats for the heads of Q that share them, and keeps beyond
+    what spsim says.
+    """
+    model, workload, tp = scenario.model, scenario.workload, scenario.plan.tp
+    if model.attention != "unfused":
+        return 0
+    more = model.heads // tp - max(1, model.kv_heads // tp)
+    return 2 * workload.seq_len * workload.micro_batch * more * model.head_dim * workload.element_bytes
+
+
+@cases({})
+def test_statistics_kept_are_those_of_the_library(key):
+    """Of norms, of a LayerNorm on the CPU in bf16 and on a GPU in fp32, and of fused attention."""
+    of_norms = recorded_bytes(key, "norm statistics", "fp32") + 2 * recorded_bytes(key, "norm statistics", "bf16")
+    assert derived_bytes(key, "norm statistics") == of_norms
+    assert derived_bytes(key, "log-sum-exp") == recorded_bytes(key, "log-sum-exp")
+
+
+@cases({key: GATHERED_LOGITS for key, reason in UNSIMULATED.items() if reason == GATHERED_LOGITS})
+def test_probabilities_kept_are_those_of_the_library(key):
+    assert derived_bytes(key, "probabilities") == recorded_bytes(key, "loss")
