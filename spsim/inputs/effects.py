@@ -197,6 +197,8 @@ def _overlap(plan: Plan) -> str:
     """Of the libraries Megatron's two stages with buckets let the user choose, and DeepSpeed's first for gradients."""
     if plan.dp_library == "megatron" and plan.zero_stage < 2:
         return ""
+    if plan.dp_library == "deepspeed" and plan.pp > 1:
+        return "with pp, for which DeepSpeed switches it off"
     if plan.dp_library == "deepspeed" and plan.zero_stage == 1 and plan.dp_overlap != "parameters":
         return ""
     return f"with zero = {plan.zero_stage} of dp_library = {plan.dp_library!r}, which overlaps in its own way"
