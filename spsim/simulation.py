@@ -23,7 +23,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import all_chunks, chunks_of
-from spsim.inputs.workload import Workload, Workloads
+from spsim.inputs.workload import Precision, Workload, Workloads
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
@@ -45,6 +45,7 @@ from spsim.step.itinerary import Chunk, Run
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
 
@@ -56,9 +57,9 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
-    prepared = _prepared(scenario, fold)
     if scenario.plan.pp > 1:
-        return _simulate_stages(scenario, prepared, fold)
+        return _simulate_stages(scenario, fold)
+    prepared = _prepared(scenario, fold)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
     amounts = _amounts(scenario, scenario.workload, scenario.scope)
@@ -106,9 +107,10 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
     return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
-def _simulate_stages(scenario: Scenario, prepared: PreparedStep, fold: bool) -> Result:
+def _simulate_stages(scenario: Scenario, fold: bool) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
+    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages)
     numbers = prepared.template.at(scenario.workload)
     costed = costed_pipeline(
         prepared, stages, numbers, scenario.hardware, plan,
@@ -189,11 +191,15 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    any_layout = scenario.hardware.fp8_any_layout
-    precision = program_precision(scenario.workload.precision, any_layout=any_layout)
-    if scenario.scope == "step" and scenario.plan.pp == 1 and shard_ranks(scenario.plan) > 1:
+    precision = _precision(scenario)
+    if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
         return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario))
     return prepare(scenario.model, scenario.plan, fold, precision)
+
+
+def _precision(scenario: Scenario | Grid) -> Precision:
+    """Of its programs, on its hardware."""
+    return program_precision(scenario.workload.precision, any_layout=scenario.hardware.fp8_any_layout)
 
 
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
@@ -269,6 +275,7 @@ def assemble(
         partial(_describe, scenario, prepared, lambda: prepared.closing_messages(numbers, chunk)),
         prepared.groups,
         walked.overlapping,
+        summary=walked.summary,
     )
     return Result(
         scope=scope,

@@ -7,7 +7,7 @@ from torch import nn
 
 from spsim import trace_module
 from spsim.pytorch.modules.allocator import CachingAllocator, reserved_bytes
-from spsim.units import MIB
+from spsim.units import GIB, MIB
 from tests.cases import H100
 
 
@@ -80,7 +80,7 @@ def test_reserved_memory_of_a_module_holds_its_peak():
     weights = result.weights
     assert weights == (64 * MIB,) * 3
     plain, trained = (reserved_bytes(result.program, weights, states) for states in ((), weights * 2))
-    assert trained == plain + 6 * 64 * MIB
+    assert trained == plain + 6 * 64 * MIB == result.peak_reserved_gib * GIB
 
 
 def test_a_split_module_reserves_its_own_share():

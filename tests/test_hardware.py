@@ -117,9 +117,11 @@ def test_no_number_stands_outside_a_table_with_a_source(name):
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_nothing_but_the_spread_of_h100_is_fitted_on_training_cases(name):
+def test_two_coefficients_are_fitted_on_training_cases(name):
+    """The spread of H100s, and products in 8 bits of a whole rack of GB200."""
     profile = load_profile(name)
-    own = profile.coefficients.straggler if name == "dgx-h100" else None
+    coefficients = profile.coefficients
+    own = {"dgx-h100": coefficients.straggler, "gb200-nvl72": coefficients.gemm.sustained_limit.get("fp8")}.get(name)
     assert profile.fitted_on == frozenset(own.fitted_on if own else ())
 
 

@@ -241,6 +241,14 @@ def test_norm_gradients_are_reduced_by_each_that_reads_them():
     each, once = (long_layers(f"library=torchtitan,tp=8{own}", "step") for own in ("", ",norm_gradients=coalesced"))
     found = {call.message_bytes: call for call in each.collectives if call.collective == "all_reduce"}
     assert found[4096 * 4].calls == 4 * (2 * 2 + 1)
+    names = [task.name for task in each.trace.tasks if task.part in ("weight_sync", "optimizer")]
+    clip, adam = (names.index(name) for name in ("clip", "adam"))
+    assert [place for place, name in enumerate(names) if name == "weight gradients"] == [
+        0,
+        1,
+        2,
+        *range(clip + 1, adam),
+    ]
     whole = next(call for call in once.collectives if call.message_bytes == 5 * 4096 * 4)
     assert whole.calls == 1
     more = 20 * found[4096 * 4].time_s - whole.time_s

@@ -72,7 +72,7 @@ def assert_a_third_of_the_activations(tp: Result, sp: Result) -> None:
 def test_at_most_a_third_of_a_family_was_fitted_on(validation: Validation) -> None:
     families = Counter(case.family for case in validation.cases)
     fitted = Counter(case.family for case in validation.cases if case.fitted)
-    assert fitted.keys() == {"dgxc", "mlperf"}
+    assert fitted.keys() == {"dgxc", "mlperf", "bridge_dense"}
     assert all(3 * count <= families[name] for name, count in fitted.items())
     declared = frozenset[str]().union(*(load_profile(name).fitted_on for name in profile_names()))
     assert sum(fitted.values()) == len(declared)
@@ -118,7 +118,7 @@ def test_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("family", "mean_percent", "p90_percent"),
     [
         ("kort22_t4", 2.5, 5), ("kort22_t5", 2, 4), ("dgxc", 5, 9.5), ("mlperf", 5.2, 9.5),
-        ("simumax", 2.5, 4.5), ("simumax_memory", 0.5, 1), ("bridge_dense", 7, 15),
+        ("simumax", 2.5, 4.5), ("simumax_memory", 0.5, 1), ("bridge_dense", 4.7, 9.5),
     ],
 )  # fmt: skip
 def test_families_stay_within_what_they_are_off(

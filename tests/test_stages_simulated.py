@@ -206,7 +206,7 @@ def test_too_many_ranks_that_differ_are_refused():
     with pytest.raises(InputError, match="at most 50,000 are simulated, not 98,304; use ring_cut=zigzag"):
         staged(plan, 64, seq_len=2048, causal=True)
     assert staged(plan, 64, seq_len=2048, causal=False).num_micro_batches == 64
-    with pytest.raises(InputError, match=r"dp_overlap with pp: .* use fold=True and ring_cut=zigzag"):
+    with pytest.raises(InputError, match=r"dp_overlap, DDP or FSDP with pp: .* use fold=True and ring_cut=zigzag"):
         simulate(staged("pp=2,ring=2,ring_cut=contiguous,dp=2,dp_overlap=gradients", 2, causal=True))
 
 
@@ -214,8 +214,8 @@ def test_the_trace_says_what_closes_the_step_and_what_is_sent():
     """Messages are of hidden 256 by 256 positions in 16 bits; the last stage has the head's gradients to sum, too."""
     result = simulate(staged("pp=2,dp=2", 2, layers=3, tied_embeddings=False))
     sent = {(info.name, info.sent_bytes) for info in result.trace.tasks if info.axis == "pp" and info.sent_bytes}
-    assert sent == {("activation", 2 * 256 * 256), ("gradient", 2 * 256 * 256)}
-    names = [(info.name, info.message_bytes) for info in result.trace.tasks if info.part == "weight_sync"]
+    assert sent == {("activation", 2 * 256 * 256), ("gradient", 2 * 256 * 256), ("gradient norm", 4)}
+    names = [(info.name, info.message_bytes) for info in result.trace.tasks if info.collective]
     sums = [size for name, size in names if name == "weight gradients"]
     assert len(sums) == 2
     assert sums[0] != sums[1]

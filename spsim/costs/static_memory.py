@@ -43,20 +43,24 @@ def static_memory(parameters: int, plan: Plan, weight_bytes: int, weights: int |
 
     FSDP2 shards fp32 weights, which need no copy, and gathers them in 16 bits; Megatron and DeepSpeed shard 16-bit
     weights and the fp32 copy apart. Torch's DDP has gradients beside the buckets in which it reduces them. Under
-    ZeRO-2 and 3 gradients are reduced in every micro-batch, so that none wait whole.
+    ZeRO-2 and 3 gradients are reduced in every micro-batch, so that none wait whole; but for pipeline stages of torch,
+    on which weights stay gathered, and gradients whole, for the whole step.
     """
-    ranks = shard_ranks(plan)
-    at_rest = FP32_BYTES if plan.dp_library == "fsdp" else weight_bytes
+    ranks, fsdp = shard_ranks(plan), plan.dp_library == "fsdp" and plan.zero_stage > 0
+    at_rest = FP32_BYTES if fsdp else weight_bytes
     state = parameter_state(plan, at_rest)
     copies = 2 if plan.dp_library == "ddp" and plan.dp > 1 else 1
+    staged = fsdp and plan.pp > 1
 
-    def held(size: int, stage: int) -> int:
-        """Of so many bytes a parameter, sharded from a stage on."""
-        return -(-size * parameters // (ranks if plan.zero_stage >= stage else 1))
+    def held(size: int, *, sharded: bool) -> int:
+        """Of so many bytes."""
+        return -(-size // (ranks if sharded else 1))
 
     total = state.weight * parameters if weights is None or at_rest != weight_bytes else weights
     return StaticMemory(
-        -(-total // (ranks if plan.zero_stage >= 3 else 1)), copies * held(state.gradient, 2), held(state.optimizer, 1)
+        held(total, sharded=plan.zero_stage >= 3 or fsdp) + (weight_bytes * parameters if staged else 0),
+        copies * held(state.gradient * parameters, sharded=plan.zero_stage >= 2 and not staged),
+        held(state.optimizer * parameters, sharded=plan.zero_stage >= 1),
     )
 
 

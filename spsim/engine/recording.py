@@ -84,8 +84,8 @@ class TaskInfo(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What a communication is for, in accounts of time: `weight_sync`, or its collective, or its purpose."""
-        return self.part if self.part == "weight_sync" else self.collective or self.purpose
+        """What a communication is for, in accounts: `weight_sync`, its name in the optimizer, collective or purpose."""
+        return {"weight_sync": self.part, "optimizer": self.name}.get(self.part, self.collective or self.purpose)
 
 
 class Flight(NamedTuple):

@@ -17,8 +17,8 @@ OF_THE_STEP = ("loss_fusion",)
 
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
-    own = (*of_library(model, plan, scope), *of_no_library(model, plan), *of_heads(model, plan), *of_modules(model))
-    return (*model.notes, *own, *without_effect(model, plan, scope))
+    of_plan = (*of_library(model, plan, scope), *of_no_library(model, plan), *of_ring(plan), *of_heads(model, plan))
+    return (*model.notes, *of_plan, *of_modules(model), *without_effect(model, plan, scope))
 
 
 def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
@@ -49,6 +49,15 @@ def of_no_library(model: Model, plan: Plan) -> Iterator[str]:
         yield f"no library that is known here does {' and '.join(told)} with all else as in {plan.library}"
 
 
+def of_ring(plan: Plan) -> Iterator[str]:
+    """Where K and V that are sent apart are gathered, as after Llama 3 in ring-flash-attn."""
+    if plan.ring > 1 and plan.ring_kind == "all_gather" and plan.ring_messages == "separate":
+        yield (
+            "K and V of all heads are gathered before attention: ring-flash-attn's llama3_flash_attn_varlen_func with "
+            "heads_k_stride = KV heads; a smaller stride sends the same bytes in more messages, behind attention"
+        )
+
+
 def of_heads(model: Model, plan: Plan) -> Iterator[str]:
     """Where ranks of `ulysses` do not have equally many, or K and V more than once."""
     groups, size = model.kv_heads // plan.tp, model.heads // model.kv_heads
@@ -56,10 +65,11 @@ def of_heads(model: Model, plan: Plan) -> Iterator[str]:
         most, rest = -(-groups // plan.ulysses), groups % plan.ulysses
         yield (
             f"uneven_heads = 'by_group': {rest} of {plan.ulysses} ranks have {most * size} heads, the others "
-            f"{(most - 1) * size}; times and memory are of a rank with the most, messages as if all had as many"
+            f"{(most - 1) * size}; times, memory and messages are of a rank with the most"
         )
     elif 0 < groups < plan.ulysses:
-        yield f"{groups} KV heads for ulysses = {plan.ulysses}: K and V are replicated, a head on each rank"
+        degree = plan.tp * plan.ulysses
+        yield f"tp x ulysses = {degree} with kv_heads = {model.kv_heads}: K and V are replicated, a head on each rank"
 
 
 def of_modules(model: Model) -> Iterator[str]:
@@ -187,6 +197,8 @@ def _overlap(plan: Plan) -> str:
     """Of the libraries Megatron's two stages with buckets let the user choose, and DeepSpeed's first for gradients."""
     if plan.dp_library == "megatron" and plan.zero_stage < 2:
         return ""
+    if plan.dp_library == "deepspeed" and plan.pp > 1:
+        return "with pp, for which DeepSpeed switches it off"
     if plan.dp_library == "deepspeed" and plan.zero_stage == 1 and plan.dp_overlap != "parameters":
         return ""
     return f"with zero = {plan.zero_stage} of dp_library = {plan.dp_library!r}, which overlaps in its own way"

@@ -179,7 +179,8 @@ class Plan(Configuration):
         parts += [f"Ring {self.ring}"] if self.ring > 1 else []
         parts += [f"PP{self.pp}" + (f"×VP{self.virtual_pp}" if self.virtual_pp > 1 else "")] if self.pp > 1 else []
         sharded = [f"ZeRO-{self.zero_stage}"] if self.zero_stage > (self.dp == 1) else []
-        parts += ["+".join([f"DP{self.dp}", *sharded])] if self.dp > 1 else sharded if "zero" in self.differing else []
+        alone = [stage for stage in sharded if "zero" in self.differing]
+        parts += ["+".join([f"DP{self.dp}", *sharded])] if self.dp > 1 else alone
         own = "" if self.library == "megatron-core" else f" ({self.library})"
         return (" × ".join(parts) or "single GPU") + own
 

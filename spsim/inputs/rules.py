@@ -15,17 +15,12 @@ from spsim.inputs.workload import ROW_UNITS, Workload, Workloads
 if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
-PENDING = frozenset({
-    "phase",
-    "pp_deallocate",
-})  # fmt: skip
+PENDING = frozenset({"phase"})
 """Options, or options at a value, that are not simulated yet."""
 OF_REPLICAS = frozenset({
     "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
 })  # fmt: skip
-"""The same of replicas: of no layers alone."""
-NOT_OF_STAGES = OF_REPLICAS - {"bucket_elements", "dp_overlap", "grad_dtype"}
-"""Those of them that are not simulated yet for several pipeline stages."""
+"""Those of replicas: of no layers alone."""
 MAX_MICRO_BATCHES = 100_000
 """Of one step; more take seconds and say nothing new."""
 MAX_DIFFERING = 256
@@ -216,14 +211,8 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
     for owner in (workload, plan):
         for name, value in owner.unlike({}).items():
-            said = (name, f"{name}={value}")
-            pending, of_stages = not PENDING.isdisjoint(said), plan.pp > 1 and not NOT_OF_STAGES.isdisjoint(said)
-            if not (pending or of_stages) or reasons(model, plan).get(name):
-                continue
-            if pending:
+            if not PENDING.isdisjoint((name, f"{name}={value}")) and not reasons(model, plan).get(name):
                 raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
-            usual = "its default" if name in owner.differing else f"{name}={type(owner).model_fields[name].default}"
-            raise InputError(f"{setting(name, value)} with pp = {plan.pp}: not simulated yet; use pp=1 or {usual}")
 
 
 def check_scope(model: Model, plan: Plan, scope: str) -> None:

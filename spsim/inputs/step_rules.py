@@ -16,6 +16,8 @@ from spsim.inputs.workload import Workload
 
 MAX_GPUS = 2**20
 """Of a plan; ten times the largest that trained anything."""
+KEPT_CHUNKS = 3
+"""Of a stage, whose weights torch's pipelines keep gathered (`max_active_stages` of `_add_unshard_reshard`)."""
 MAX_STEPS_OF_RINGS = 50_000
 """Of several pipeline stages whose ranks are simulated one by one; more take minutes."""
 MODULES = ("core_attn", "layernorm", "mlp", "mlp_act")
@@ -132,15 +134,46 @@ def _check_replicas(model: Model, plan: Plan, workload: Workload) -> None:
         raise _refused(
             f"zero = {zero} with dp_library = 'ddp', which shards nothing; use dp_library=megatron or dp_library=fsdp"
         )
-    if zero > 1 and plan.pp > 1 and library in ("megatron", "deepspeed"):
-        raise _refused(
-            f"zero = {zero} with pp = {plan.pp}: under dp_library = {library!r} stages accumulate whole gradients; "
-            "use zero=1 or dp_library=fsdp"
-        )
+    if plan.pp > 1:
+        _check_replicas_of_stages(model, plan)
     _check_shard_group(plan)
     if plan.dp_overlap == "parameters" and zero == 0:
         raise _refused(
             "dp_overlap = 'parameters' without a sharded optimizer: there are none to gather; add distributed_optimizer"
+        )
+
+
+def _check_replicas_of_stages(model: Model, plan: Plan) -> None:
+    """What libraries have of replicas of several stages: Megatron-Core and DeepSpeed's `PipelineEngine` ZeRO-1 at most,
+    torch `fully_shard` with weights that stay gathered (torchtitan's default with stages) and DDP.
+    """
+    library, zero, given = plan.dp_library, plan.zero_stage, f"with pp = {plan.pp}"
+    if zero > 1 and library in ("megatron", "deepspeed"):
+        raise _refused(
+            f"zero = {zero} {given}: under dp_library = {library!r} stages accumulate whole gradients; "
+            "use zero=1, or dp_library=fsdp with zero=2"
+        )
+    if zero == 3:
+        raise _refused(
+            f"zero = 3 {given} and dp_library = 'fsdp' gathers weights for each micro-batch: not simulated yet; use "
+            "zero=2, which keeps them gathered from the first micro-batch to the last, as torchtitan does"
+        )
+    if library == "fsdp" and plan.virtual_pp > KEPT_CHUNKS:
+        raise _refused(
+            f"virtual_pp = {plan.virtual_pp} with dp_library = 'fsdp': torch keeps the weights of {KEPT_CHUNKS} chunks "
+            f"and gathers others again, which is not simulated yet; use virtual_pp={KEPT_CHUNKS} or less"
+        )
+    if library in ("fsdp", "ddp") and model.tied_embeddings and model.head_rows == model.vocab:
+        raise _refused(
+            f"dp_library = {library!r} {given}: torch's stages share no embedding, which the model ties; "
+            "use dp_library=megatron or a model with tied_embeddings = false"
+        )
+    if library == "deepspeed" and (plan.virtual_pp > 1 or plan.pp_schedule != "1f1b"):
+        raise _refused(f"dp_library = 'deepspeed' {given} runs 1f1b alone; leave out pp_schedule and virtual_pp")
+    if (library == "ddp" and plan.pp_schedule not in ("1f1b", "gpipe")) or (library == "ddp" and plan.virtual_pp > 1):
+        raise _refused(
+            f"dp_library = 'ddp' {given}: torch's DDP loses its buckets where chunks or halves of passes take turns; "
+            "use dp_library=fsdp, or 1f1b or gpipe without virtual_pp"
         )
 
 

@@ -294,28 +294,23 @@ class _Compiler:
             self._run_product_backward(op, kernels, gradients, saved, weights)
             return
         passthrough = op.operator.passthrough
-        if len(gradients) == 1:
-            self._pass_on(op, gradients[0])
-        work = kernels.backward(self.causal, self.plan.ring_cut)
-        if work:
+        writes: list[Buffer] = []
+        if work := kernels.backward(self.causal, self.plan.ring_cut):
             scale = self._search(op, kernels, "backward", gradients)
             reads = [*gradients, *saved.values(), *weights, *scale]
             self._lead(op, kernels, "backward", reads)
             over = saved.get(op.outputs[0].name) if op.operator.in_place else None
             writes = [self._gradient_of(o, over) for o in op.differentiated if o.name not in passthrough]
-            if len(gradients) > 1 and passthrough:
-                self._pass_on(op, writes[0])
             accumulated = kernels.accumulation if not op.gathered else ()
             apart = [self._buffer(f"{w.name} gradient", w.bytes) for w in op.weights if accumulated]
             self._compute(op.name, op.operator.kind, "backward", work, reads, [*writes, *apart])
             for added in accumulated:
                 self._compute(op.name, "elementwise", "accumulate", (added,), apart, ())
-
-    def _pass_on(self, op: PlacedOperator, gradient: Buffer) -> None:
-        """One gradient for several inputs: that of the output, or what the kernel makes of those of several."""
+        # Of several results, what the kernel makes of their gradients.
+        passed = writes if writes and len(gradients) > 1 else gradients
         for operand in op.activations:
-            if operand.name in op.operator.passthrough:
-                self.gradients[operand.name].append((operand.gradient, gradient))
+            if operand.name in passthrough:
+                self.gradients[operand.name].append((operand.gradient, passed[0]))
 
     def _run_product_backward(
         self,

@@ -11,11 +11,12 @@ from typing import Literal, get_args
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
-Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp"]
-AXES: tuple[Axis, ...] = get_args(Axis)
+Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding"]
+AXES: tuple[Axis, ...] = get_args(Axis)[:-1]
 """Mesh axes, outer to inner: consecutive ranks differ in tp, and stages of a pipeline follow each other. Inside dp have
 axes of their own, where they are not all replicas: those that share one copy of what is sharded (shard), and those over
-which experts are spread (ep).
+which experts are spread (ep). The last is no axis of the grid: `embedding` are the two ends of pp, which hold tied
+embeddings.
 """
 
 
@@ -35,7 +36,7 @@ class Mesh:
 
     def degree(self, axis: Axis) -> int:
         """Ranks along an axis."""
-        return self.degrees.get(axis, 1)
+        return min(2, self.degree("pp")) if axis == "embedding" else self.degrees.get(axis, 1)
 
     @lazy
     def strides(self) -> dict[Axis, int]:
@@ -58,7 +59,8 @@ class Mesh:
 
     def first(self, rank: int, axes: Sequence[Axis]) -> int:
         """The first rank of the group of `rank` along `axes`, which tells it from the other groups."""
-        return rank - sum(self.coordinate(rank, axis) * self.strides[axis] for axis in axes)
+        own: list[Axis] = ["pp" if axis == "embedding" else axis for axis in axes]
+        return rank - sum(self.coordinate(rank, axis) * self.strides[axis] for axis in own)
 
     def neighbours(self, rank: int, axis: Axis) -> tuple[int, int]:
         """The previous and the next rank along an axis, which is a ring."""
@@ -78,8 +80,13 @@ class Mesh:
 
     def _lattice(self, axes: Sequence[Axis]) -> Iterator[int]:
         """Ranks of the group of rank 0, in order."""
-        steps = [range(0, self.strides[a] * self.degree(a), self.strides[a]) for a in self.axes if a in axes]
-        return map(sum, product(*steps))
+        return map(sum, product(*([stride * place for place in range(count)] for stride, count in self.steps(axes))))
+
+    def steps(self, axes: Sequence[Axis]) -> list[tuple[int, int]]:
+        """Distance and number of the ranks of a group along each of some axes, outer to inner."""
+        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in axes]
+        ends = self.strides["pp"] * (self.degree("pp") - 1), self.degree("embedding")
+        return [ends, *own] if "embedding" in axes else own
 
 
 def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | None = None) -> int:
@@ -90,11 +97,10 @@ def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | 
     """
     # Where a group lies in its first node is all that tells one from another.
     starts = {0}
-    for axis in set(mesh.axes) - set(axes):
+    for axis in set(mesh.axes) - set(axes) - ({"pp"} if "embedding" in axes else set()):
         places = range(min(mesh.degree(axis), gpus_per_node))
         starts = {(start + place * mesh.strides[axis]) % gpus_per_node for start in starts for place in places}
-    lattice = tuple((mesh.strides[axis], mesh.degree(axis)) for axis in mesh.axes if axis in axes)
-    spanned = max(_nodes(start, lattice, gpus_per_node) for start in starts)
+    spanned = max(_nodes(start, tuple(mesh.steps(axes)), gpus_per_node) for start in starts)
     return spanned if ranks is None else -(-spanned * ranks // mesh.size(axes))
 
 

@@ -64,7 +64,8 @@ class Amounts:
 FITS_SCOPE = {
     "step": "the whole step",
     "layers": "layers only: embedding, head and loss are not counted",
-    "module": "module only: optimizer states are not counted",
+    "module": "a step of the module, the states of its optimizer with it",
+    "passes": "passes only: optimizer states are not counted",
 }
 """By scope, what the memory is of that has to fit."""
 STATIC = "weights, gradients and optimizer state"
@@ -189,7 +190,7 @@ class Derived:
     def tokens_per_s_per_gpu(self) -> float:
         """Tokens of a step over its time and GPUs."""
         if self.amounts.tokens is None:
-            raise InputError(f"tokens_per_s_per_gpu: a {self.scope} does not say what a token is; use step_time_s")
+            raise InputError("tokens_per_s_per_gpu: a module does not say what a token is; use step_time_s")
         return self.amounts.tokens / self.step_time_s / self.scenario.plan.gpus
 
     # Memory

@@ -49,7 +49,7 @@ class Result(Derived):
     """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
 
     scope: str
-    """What a step contains: all of the training `step`, its `layers`, or a `module`."""
+    """What a step contains: all of the training `step`, its `layers`, all of a `module`'s step, or its `passes`."""
     scenario: Simulated
     prepared: PreparedStep
     chunk: Chunk
@@ -102,7 +102,7 @@ class Result(Derived):
         every = (work for step in steps if isinstance(step, Compute) for work in step.work)
         works = (work for work in every if isinstance(work, FlashAttention))
         names = sorted({self.scenario.hardware.attention_kernel(work.kernel) for work in works})
-        return ", ".join(names) or ("unfused" if self.scope != "module" else None)
+        return ", ".join(names) or ("unfused" if self.scope in ("step", "layers") else None)
 
     @lazy
     def assumed_effects(self) -> Mapping[str, Effect | None] | None:
@@ -192,7 +192,7 @@ class Result(Derived):
     @property
     def overlap(self) -> str:
         """That neighbouring layers overlap, in words; empty where they do not, and of more than layers."""
-        if self.scope == "step":
+        if self.scope in ("step", "module"):
             return ""
         passes = self.scenario.model.layers * self.scenario.num_micro_batches
         more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
@@ -252,7 +252,7 @@ class Result(Derived):
     @lazy
     def peak_bytes(self) -> int:
         """See `Derived`."""
-        return self.staged.peak_bytes(self.statics) if self.staged else (self._spot or self.peak).bytes
+        return known.peak_bytes(self.statics) if (known := self.staged or self.trace.summary) else self.peak.bytes
 
     @property
     def peak_operator(self) -> str:

@@ -163,9 +163,11 @@ class Staged:
     @property
     def optimizer_ps(self) -> int:
         """The optimizer's kernels and what ranks agree on, on the stage that comes to them last."""
-        own = [[m for made, m in closing if made.segment.phase == "optimizer"] for closing in self.ran.closing]
-        last = max((moments for moments in own if moments), key=lambda moments: moments[0][0][0], default=[])
-        return sum(moments[-1][2] - moments[0][0] for moments in last)
+        windows = [
+            [(m[0][0], m[-1][2]) for made, m in closing if made.segment.phase == "optimizer"]
+            for closing in self.ran.closing
+        ]
+        return sum(end - begin for begin, end in max(filter(None, windows), key=min, default=[]))
 
     def compute_by_class(self) -> dict[str, int]:
         """Kernels in the layers of the first stage."""

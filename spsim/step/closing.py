@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from spsim.engine.pieces import Pass
 from spsim.engine.recording import COMPUTE_LANE, TaskInfo
@@ -26,12 +26,15 @@ from spsim.program.blocks.optimizer import (
     zero_gradients,
 )
 from spsim.program.instructions import Program
-from spsim.program.mesh import Mesh
-from spsim.step.gradients import Sync, gradient_syncs
+from spsim.program.mesh import Axis, Mesh
+from spsim.step.gradients import NORM, Sync, gradient_syncs, read_again
 from spsim.step.groups import Groups, meets, sync_of
 from spsim.step.replicas import Message, Synchronisation
 from spsim.step.segments import Call, Segment
 from spsim.work import KernelName, MemoryBound
+
+PARAMETER_GATHER = "parameter_gather"
+"""The segment that gathers updated weights."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class Closing:
     """What its tasks are: collectives, or kernels of the optimizer by their names."""
 
     @lazy
-    def meetings_of_all(self) -> tuple[int, ...]:
-        """Its collectives in which all stages of a pipeline meet."""
-        return tuple(i for i, step in enumerate(self.steps) if isinstance(step, Sync) and "pp" in step.axes)
+    def meetings(self) -> tuple[tuple[int, Axis], ...]:
+        """Its collectives in which stages of a pipeline meet, and whether all (`pp`) or the two ends (`embedding`)."""
+        own = [(place, step.meets) for place, step in enumerate(self.steps) if isinstance(step, Sync)]
+        return tuple([(place, axis) for place, axis in own if axis])
 
     def infos(self, messages: Mapping[Sync, int]) -> list[TaskInfo]:
         """What its tasks are with the bytes of their messages."""
@@ -56,11 +60,47 @@ class Closing:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class StageClosings:
+    """Those of one of several pipeline stages."""
+
+    closings: tuple[Closing, ...]
+    reductions: tuple[int, ...]
+    """Collectives that sum the gradients of each chunk, the last chunk first: they come before all others. Empty where
+    they do not run behind passes.
+    """
+    gathers: tuple[int, ...]
+    """Gathers of the weights of each chunk, which come last; empty where they do not run before passes."""
+
+
+class Update(Protocol):
     """How a step updates the parameters of a rank."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its kernels, in order."""
+        ...
+
+    @property
+    def rates(self) -> tuple[KernelName | None, str | None]:
+        """Kernel and type that a profile may know rates of; else it is timed as its class."""
+        ...
+
+    def sizes(self, parameters: int) -> list[int]:
+        """Bytes that each kernel of a rank with so many parameters moves."""
+        ...
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Mixed-precision Adam under a plan."""
 
     plan: Plan
     precision: Precision
+
+    @property
+    def rates(self) -> tuple[KernelName | None, str | None]:
+        """Of the class."""
+        return None, None
 
     def sizes(self, parameters: int) -> list[int]:
         """Bytes that each kernel of a rank with so many parameters moves, in order. The buffer is cleared for the next
@@ -86,7 +126,7 @@ def closings(
     plan: Plan,
     mesh: Mesh,
     gradient_bytes: int,
-    optimizer: Optimizer | None,
+    optimizer: Update | None,
 ) -> tuple[Closing, ...]:
     """The segments after the last micro-batch, in order; programs are by block, bytes of an element of a gradient."""
     syncs = tuple(gradient_syncs(programs, plan, gradient_bytes))
@@ -95,8 +135,8 @@ def closings(
     sums = tuple(sync for sync in syncs if sync.collective != "all_gather")
     gathers = tuple(sync for sync in syncs if sync.collective == "all_gather")
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
-    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh))))
-    found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh, sums))))
+    found += [_closing(PARAMETER_GATHER, "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
 
@@ -144,19 +184,23 @@ def replica_closings(
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
     kernels: list[Sync | str] = [*optimizer.names]
     at = kernels.index("clip")
-    kernels[at:at] = syncs(message for message in sync.before_update if message.group != "embedding")
+    agreed = syncs(message for message in sync.before_update if message.group != "embedding")
+    kernels[at : at + 1] = [*agreed, "clip", *read_again(others)]
     found.append(_closing("optimizer", "optimizer", tuple(kernels)))
     gathers = tuple(syncs(sync.after_update))
-    found += [_closing("parameter_gather", "weight_sync", gathers)] if gathers else []
+    found += [_closing(PARAMETER_GATHER, "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
 
-def _optimizer(optimizer: Optimizer, mesh: Mesh) -> Sequence[Sync | str]:
-    """Names of the kernels, and the norm summed over all ranks before gradients are clipped."""
+def _optimizer(optimizer: Update, mesh: Mesh, sums: Sequence[Sync]) -> Sequence[Sync | str]:
+    """Names of the kernels; before gradients are clipped the norm summed over all ranks, behind that the sums that are
+    repeated.
+    """
     found: list[Sync | str] = [*optimizer.names]
-    if mesh.axes:
-        norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name="gradient norm", elements=1)
-        found.insert(found.index("clip"), norm)
+    if "clip" in found:
+        at = found.index("clip")
+        norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name=NORM, elements=1)
+        found[at : at + 1] = [*([norm] if mesh.axes else []), "clip", *read_again(sums)]
     return found
 
 

@@ -22,8 +22,9 @@ def costed_step(
     gpus_per_node: int,
 ) -> Step:
     """All blocks and micro-batches of one workload, and the synchronisation of weight gradients."""
+    rows = prepared.rows(chunk, micro_batches)
     return Step(
-        prepared.itinerary(chunk, micro_batches),
+        rows.items[0],
         prepared.programs,
         prepared.durations(
             numbers,
@@ -34,4 +35,5 @@ def costed_step(
         prepared.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,
         prepared.abreast,
+        rows,
     )

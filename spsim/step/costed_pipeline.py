@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from spsim.costs.collectives import CommCost
@@ -13,18 +14,17 @@ from spsim.engine.recording import TaskInfo
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.inputs.schedules import HALVED
 from spsim.lazy import Deferred
-from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.instructions import LAYER
 from spsim.program.sizes import Numbers
-from spsim.step.buckets import megatron_bucket_elements
+from spsim.step.closing import PARAMETER_GATHER
+from spsim.step.ending import Times
 from spsim.step.folding import Step
-from spsim.step.gradients import GRADIENTS, PARAMETERS
-from spsim.step.itinerary import Run
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.messages import Stages as MessageStages
-from spsim.step.pipelined import Closed, Messages, Pipelined, Reduction, run_pipeline
+from spsim.step.pipelined import Closed, Messages, Pipelined, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.step.stages import Stages
 from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
@@ -52,7 +52,8 @@ class CostedPipeline(NamedTuple):
         """As one program of each simulated rank of each stage."""
         if self.closed.reductions or self.closed.gathers:
             raise InputError(
-                "dp_overlap with pp: collectives of replicas behind passes are simulated with folded passes only; "
+                "dp_overlap, DDP or FSDP with pp: collectives of replicas beside passes are simulated with folded "
+                "passes only; "
                 "use fold=True and ring_cut=zigzag, or leave it out"
             )
         clock, ranks = self.clock, self.prepared.ranks
@@ -101,6 +102,7 @@ def costed_pipeline(
         prepared.abreast,
     )
     message = boundary_bytes(prepared, numbers)
+    times = prepared.closing_times_of(stages.kinds, numbers, compute, comm, gpus_per_node=gpus_per_node)
     return CostedPipeline(
         prepared,
         stages,
@@ -108,46 +110,39 @@ def costed_pipeline(
         step,
         Messages(message, _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node)),
         Closed(
-            prepared.closing_times_of(stages.kinds, numbers, compute, comm, gpus_per_node=gpus_per_node),
+            times,
             stages.kind_of,
             Deferred(lambda: prepared.ending(stages.kinds).messages(numbers)),
-            *_overlapped(prepared, stages, numbers, plan, comm, gpus_per_node),
+            *_overlapped(prepared, stages, times, plan),
             hardware.coefficients.overlap_slowdown.value,
         ),
     )
 
 
 def _overlapped(
-    prepared: PreparedStep, stages: Stages, numbers: Numbers, plan: Plan, comm: CommCost, gpus_per_node: int
-) -> tuple[list[list[Reduction]], list[list[int]]]:
-    """Reductions behind the last passes and gathers before the first, of each stage and chunk, as Megatron-Core has
-    them: a chunk has one bucket but for the first of the first stage.
+    prepared: PreparedStep, stages: Stages, times: Sequence[Times], plan: Plan
+) -> tuple[list[tuple[int, ...]], list[list[list[int]]]]:
+    """Reductions behind the last passes and gathers before the first, of each kind of stages. Schedules of torch's
+    runtime, all but those of one chunk without halves, wait for all that is gathered for a chunk before its pass.
     """
-    behind = plan.dp_overlap in (True, "gradients")
-    ahead = plan.dp_overlap in (True, "parameters") and bool(plan.zero_stage)
-
-    @cache
-    def chunk_ps(runs: tuple[Run, ...], name: str) -> int:
-        syncs = [sync for sync in prepared.stage_syncs(runs) if sync.name == name and sync.lane != "tp"]
-        sizes = prepared.sync_messages(numbers, runs, syncs)
-        own = (
-            comm.duration(sync.collective, size, sync.ranks, prepared.nodes(sync.axes, sync.ranks, gpus_per_node))
-            for sync, size in zip(syncs, sizes, strict=True)
-        )
-        return sum(map(picoseconds, own))
-
-    def buckets(stage: int, chunk: int) -> int:
-        if stage or chunk:
-            return 1
-        limit = plan.bucket_elements or megatron_bucket_elements(shard_ranks(plan))
-        return max(1, round(prepared.parameters(numbers, stages[0][0].runs) / limit))
-
-    reductions = [
-        [Reduction(chunk_ps(tuple(own.runs), GRADIENTS), buckets(stage, chunk)) for chunk, own in enumerate(chunks)]
-        for stage, chunks in enumerate(stages if behind else ())
+    own = [prepared.of_stages[runs] for runs in stages.kinds]
+    reductions = [found.reductions for found in own if found.reductions]
+    gathers = [
+        [*_split(_gathers(closings), found.gathers)]
+        for found, closings in zip(own, times, strict=True)
+        if found.gathers
     ]
-    gathers = [[chunk_ps(tuple(own.runs), PARAMETERS) for own in chunks] for chunks in (stages if ahead else ())]
-    return reductions, gathers
+    whole = plan.dp_library == "fsdp" and (plan.virtual_pp > 1 or plan.pp_schedule in HALVED)
+    return reductions, [[[sum(each)] for each in chunks] for chunks in gathers] if whole else gathers
+
+
+def _gathers(closings: Times) -> list[int]:
+    return next(ps for made, ps in closings if made.segment.name == PARAMETER_GATHER)
+
+
+def _split(times: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
+    for stop, count in zip(accumulate(counts), counts, strict=True):
+        yield [*times[stop - count : stop]]
 
 
 def boundary_bytes(prepared: PreparedStep, numbers: Numbers) -> int:

@@ -12,7 +12,7 @@ from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.lazy import Cache
 from spsim.program.sizes import Numbers, Template
-from spsim.step.closing import Closing, Optimizer, weight_casts
+from spsim.step.closing import Closing, Update, weight_casts
 from spsim.step.gradients import Sync
 from spsim.step.itinerary import Chunk
 from spsim.units import picoseconds
@@ -32,7 +32,7 @@ class Ending:
     """Of ranks that run different chunks, priced together."""
 
     def __init__(
-        self, template: Template, optimizer: Optimizer | None, ends: Sequence[tuple[Chunk, Sequence[Closing]]]
+        self, template: Template, optimizer: Update | None, ends: Sequence[tuple[Chunk, Sequence[Closing]]]
     ) -> None:
         self._optimizer = optimizer
         self._known: Cache[list[Times]] = Cache(KEPT, lambda _: 1)
@@ -93,7 +93,9 @@ class Ending:
         if self._optimizer is None:
             return [[] for _ in parameters]
         sizes = np.array([self._optimizer.sizes(own) for own in parameters], dtype=np.float64)
-        seconds = compute.duration(MemoryBound("optimizer", sizes.ravel()))  # type: ignore[arg-type]
+        kernel, dtype = self._optimizer.rates
+        work = MemoryBound("optimizer", sizes.ravel(), kernel, dtype=dtype)  # type: ignore[arg-type]
+        seconds = compute.duration(work)
         return [[*map(picoseconds, row)] for row in np.asarray(seconds).reshape(sizes.shape).tolist()]
 
 
@@ -101,7 +103,7 @@ class _End:
     """Of one chunk."""
 
     def __init__(
-        self, template: Template, sums: _Sums, optimizer: Optimizer | None, chunk: Chunk, closings: Sequence[Closing]
+        self, template: Template, sums: _Sums, optimizer: Update | None, chunk: Chunk, closings: Sequence[Closing]
     ) -> None:
         counts: Counter[str] = Counter()
         for run in chunk:

@@ -15,16 +15,19 @@ too: the lane is late by so much more in each run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
+from operator import add
 from typing import NamedTuple
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Move, Node, Repeat, Stretch
 from spsim.engine.recording import Integers, Ran, Recording
 from spsim.engine.tasks import RankProgram
-from spsim.lazy import lazy
+from spsim.engine.trace import Summary
+from spsim.lazy import Deferred, lazy
 from spsim.step.abreast import Abreast
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
@@ -47,23 +50,34 @@ class Step:
     slowdown: float
     abreast: Mapping[str, Abreast] = field(default_factory=dict)
     """Segments that are prepared for all ranks at once."""
+    rows: Rows | None = None
+    """The itinerary, where what is known of it whatever the numbers is kept."""
 
 
 class Walked(NamedTuple):
     """A step as it ran."""
 
-    nodes: list[Node]
+    nodes: Sequence[Node]
     events: int
     """Tasks that were run, not written again."""
     overlapping: bool
     """Whether memory has to be read from the whole: pieces overlap, and their own records do not know how."""
+    summary: Summary | None = None
 
 
 def fold_step(step: Step) -> Walked:
-    """Run a step, what comes again once."""
-    walk = _Walk(step, {segment.name: segment for segment in segments_of(step.itinerary)})
-    nodes = walk.items(step.itinerary)
-    return Walked(nodes, walk.events, walk.overlapping)
+    """Run a step, what comes again once.
+
+    Where no segment leaves anything undone, its time is the sum of theirs, and it is written when it is read.
+    """
+    rows = step.rows or Rows([step.itinerary])
+    walk = _Walk(step, rows.segments)
+    times = walk.times(rows)
+    if times is None:
+        nodes = walk.items(step.itinerary)
+        return Walked(nodes, walk.events, walk.overlapping)
+    summary = Summary(times[0], lambda: rows.levels.of(walk.ran, step.sizes)[0][0])
+    return Walked(Deferred(partial(walk.row, step.itinerary)), walk.events + rows.tail_tasks, False, summary)
 
 
 class Rows:
@@ -72,13 +86,25 @@ class Rows:
     def __init__(self, items: Sequence[Sequence[Item]]) -> None:
         self.items = items
         self.segments = {segment.name: segment for own in items for segment in segments_of(own)}
-        self.visits = [_visits(own) for own in items]
-        """Of each, how often it runs each segment."""
+        self.tails = [[*_tail(own)] for own in items]
+        """Segments at the end of each whose tasks run one after another."""
+        self.visits = [_visits(own[: len(own) - len(tail)]) for own, tail in zip(items, self.tails, strict=True)]
+        """How often each runs other segments."""
+
+    @lazy
+    def tail_tasks(self) -> int:
+        """Tasks of all tails."""
+        return sum(len(segment.tasks) for own in self.tails for segment in own)
 
     @lazy
     def levels(self) -> Levels:
         """How full memory is in each, whatever the times and sizes."""
         return Levels(self.items, self.segments)
+
+
+def _tail(items: Sequence[Item]) -> Iterator[Segment]:
+    found = takewhile(lambda item: isinstance(item, Visit) and item.segment.one_by_one, reversed(items))
+    return (segment for item in found for segment in segments_of([item]))
 
 
 def _visits(items: Sequence[Item]) -> Counter[str]:
@@ -124,12 +150,11 @@ def fold_each(step: Step, rows: Rows) -> Apart:
     Where no segment leaves anything undone, the time of a row is the sum of theirs, and it is written when it is read.
     """
     walk = _Walk(step, rows.segments)
-    ends = walk.ends_alone(rows.segments.values())
-    if ends is None:
+    times = walk.times(rows)
+    if times is None:
         return Apart([walk.alone(own) for own in rows.items], walk.events)
-    times = [sum([runs * ends[name] for name, runs in own.items()]) for own in rows.visits]
     found = [Alone(at, CLEAN, partial(walk.row, own)) for at, own in zip(times, rows.items, strict=True)]
-    return Apart(found, walk.events, lambda: rows.levels.of(walk.ran, step.sizes))
+    return Apart(found, walk.events + rows.tail_tasks, lambda: rows.levels.of(walk.ran, step.sizes))
 
 
 CLEAN: State = ((0, IDLE),)
@@ -196,16 +221,20 @@ class _Walk:
         self.first_task = 0
         return self.items(items)
 
-    def ends_alone(self, segments: Iterable[Segment]) -> dict[str, int] | None:
-        """How long each of some segments takes, if each begins with all lanes free, and ends so."""
-        found: dict[str, int] = {}
-        for segment in segments:
-            moments = self.ran.get(segment.name)
-            end = None if moments is None else end_alone(segment, moments)
+    def times(self, rows: Rows) -> list[int] | None:
+        """How long each of some rows takes, where one rank runs them and no segment leaves anything undone."""
+        if len(self.ranks) > 1:
+            return None
+        ends: dict[str, int] = {}
+        for name in {name for own in rows.visits for name in own}:
+            end = end_alone(rows.segments[name], self.ran[name]) if name in self.ran else None
             if end is None:
                 return None
-            found[segment.name] = end
-        return found
+            ends[name] = end
+        durations = self.step.durations
+        tails = [sum([sum(*durations[tail.name].values()) for tail in own]) for own in rows.tails]
+        sums = [sum([runs * ends[name] for name, runs in own.items()]) for own in rows.visits]
+        return [*map(add, sums, tails)]
 
     def _state(self, ranks: Iterable[_Rank]) -> tuple[int, State]:
         """When the first of some ranks is free, and how they stand then."""

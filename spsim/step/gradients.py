@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from spsim.engine.recording import TaskInfo
@@ -12,10 +12,13 @@ from spsim.program.instructions import Program
 from spsim.program.mesh import Axis
 from spsim.program.placement import Collective, sent_bytes
 
-READERS = 4
-"""Of a gradient that stays a partial sum as a DTensor: clipping, and three kernels of AdamW (torch 2.13)."""
+OPTIMIZER_READERS = 3
+"""Kernels of AdamW that read a gradient, beside clipping (torch 2.13)."""
 GRADIENTS, PARAMETERS = "weight gradients", "parameters"
 """What collectives over weights are called."""
+STAGE_AXES: frozenset[Axis] = frozenset({"pp", "embedding"})
+NORM, OVERFLOW = "gradient norm", "overflow"
+"""What ranks agree on before they update weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Sync:
     elements: int = 0
     """Beside those of weights."""
     readers: int = 0
-    """That sum a gradient again, each weight and layer in a message of its own; 0: all in one message."""
+    """That sum a gradient, each weight and layer in a message of its own; 0: all in one message."""
 
     @property
     def message_bytes(self) -> int:
@@ -42,11 +45,17 @@ class Sync:
 
     def info(self, message: int) -> TaskInfo:
         """What its task is."""
+        part = "optimizer" if self.name in (NORM, OVERFLOW) else "weight_sync"
         return TaskInfo(
-            self.name, "communication", "weight_sync", purpose="weight", collective=self.collective,
+            self.name, "communication", part, purpose="weight", collective=self.collective,
             axis=" × ".join(self.axes), message_bytes=message,
             sent_bytes=sent_bytes(self.collective, message, self.ranks),
         )  # fmt: skip
+
+    @property
+    def meets(self) -> Axis | None:
+        """Along which axis it meets other stages of a pipeline: all of them, or the two ends."""
+        return next((axis for axis in self.axes if axis in STAGE_AXES), None)
 
     @property
     def lane(self) -> str:
@@ -54,10 +63,15 @@ class Sync:
         return "tp" if self.axes == ("tp",) else "shard" if "shard" in self.axes else "dp"
 
 
+def read_again(syncs: Iterable[Sync]) -> list[Sync]:
+    """Sums of gradients that the optimizer repeats, for they stay partial as DTensors."""
+    return [replace(sync, readers=OPTIMIZER_READERS) for sync in syncs if sync.readers]
+
+
 def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: int) -> Iterator[Sync]:
     """One coalesced message per group: first the data-like axes, then tp, unless each reader of a gradient sums what is
-    partial over tp. With sharded optimizer state a reduce-scatter, then the updated parameters gathered. Programs are
-    by block, bytes of an element of a gradient.
+    partial over tp: here for clipping, in `read_again` for the optimizer. With sharded optimizer state a
+    reduce-scatter, then the updated parameters gathered. Programs are by block, bytes of an element of a gradient.
     """
     members: dict[tuple[tuple[Axis, ...], int], list[tuple[str, int]]] = defaultdict(list)
     for block, program in programs.items():
@@ -66,7 +80,7 @@ def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: 
     for (axes, ranks), weights in sorted(members.items(), key=lambda item: "tp" in item[0][0]):
         all_reduce = Sync(axes, ranks, "all_reduce", gradient_bytes, tuple(weights))
         if plan.norm_gradients == "each_reader" and axes == ("tp",):
-            yield from (replace(all_reduce, weights=(weight,), readers=READERS) for weight in weights)
+            yield from (replace(all_reduce, weights=(weight,), readers=1) for weight in weights)
         elif plan.zero_stage and axes != ("tp",):
             yield replace(all_reduce, collective="reduce_scatter")
             yield replace(all_reduce, collective="all_gather", itemsize=None, name=PARAMETERS)

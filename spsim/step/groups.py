@@ -32,10 +32,11 @@ def replica_groups(plan: Plan) -> Groups:
         "replicate": ("dp",) if hybrid else (),
         "world": world.axes,
         "model": ("pp", "tp"),
+        "stages": ("pp",),
     }
     own = {group: tuple(axis for axis in names if axis in world.axes) for group, names in axes.items()}
     found = {group: Members(names, world.size(names)) for group, names in own.items()}
-    return found | {"embedding": Members(("pp",), 2)}
+    return found | {"embedding": Members(("embedding",), 2)}
 
 
 def sync_of(message: Message, groups: Groups) -> Sync:

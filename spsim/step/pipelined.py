@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,9 +12,10 @@ from spsim.engine.recording import Flight, Moments, Outline, Recording, TaskInfo
 from spsim.engine.trace import Wait
 from spsim.errors import InputError
 from spsim.lazy import lazy
+from spsim.program.mesh import Axis
 from spsim.step.closing import Closing
 from spsim.step.folding import Alone, Step, fold_each
-from spsim.step.gradients import GRADIENTS, PARAMETERS, Sync
+from spsim.step.gradients import PARAMETERS, Sync
 from spsim.step.lanes import IDLE, flights_of
 from spsim.step.levels import Level
 from spsim.step.pipeline.clock import Clock
@@ -34,14 +34,8 @@ SENT: Mapping[str, tuple[Pass, str]] = {
 
 Entry = tuple[Closing, Sync | str, int]
 """A task after the last micro-batch: its segment, what it is, and its picoseconds."""
-
-
-class Reduction(NamedTuple):
-    """The gradients of a chunk summed over replicas."""
-
-    ps: int
-    buckets: int = 1
-    """That it goes in: all but the last may run behind the pass itself, evenly spread."""
+Row = Sequence[Entry]
+"""Those of a stage."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +48,12 @@ class Closed:
     """and which kind each stage is."""
     messages: Sequence[Mapping[Sync, int]] = ()
     """Bytes of their collectives, of each kind."""
-    reductions: Sequence[Sequence[Reduction]] = ()
-    """Of each stage and chunk, where gradients are reduced behind later passes."""
-    gathers: Sequence[Sequence[int]] = ()
-    """Of each stage and chunk, picoseconds of the gather of its weights, where those run before the first passes."""
+    reductions: Sequence[Sequence[int]] = ()
+    """Of each kind, how many of its tasks, from the first on, sum gradients of each chunk, the last chunk first; where
+    they run behind passes.
+    """
+    gathers: Sequence[Sequence[Sequence[int]]] = ()
+    """Of each kind and chunk, picoseconds of the gathers of its weights, where those run before the first passes."""
     slowdown: float = 0.0
     """Of kernels beside them."""
 
@@ -68,11 +64,15 @@ class Closed:
 
     def ends_ps(self, finished_ps: Numbers) -> list[int]:
         """When each stage has ended that ran its last pass then, if nothing is reduced or gathered behind passes: what
-        meets all stages begins when the last has come to it.
+        meets both ends, and what meets all stages, begins when the last has come to it.
         """
         lengths = np.array([*map(_lengths, self.kinds)])[[*self.kind_of]].T
         ends = finished_ps + lengths[0]
-        for meeting, after in zip(lengths[1::2], lengths[2::2], strict=True):
+        tied = np.flatnonzero(lengths[1])
+        if tied.size:
+            ends[tied] = ends[tied].max() + lengths[1][tied]
+        ends = ends + lengths[2]
+        for meeting, after in zip(lengths[3::2], lengths[4::2], strict=True):
             ends = ends.max() + meeting + after
         found: list[int] = ends.tolist()
         return found
@@ -187,72 +187,96 @@ class Pipelined:
 
     @lazy
     def closing(self) -> list[list[tuple[Closing, list[Moments]]]]:
-        """Of each stage, when each task is posted, starts and ends; the gradient norm waits for all stages."""
+        """Of each stage, when each task is posted, starts and ends; a tied table waits for both ends, the gradient norm
+        for all stages.
+        """
         cursors: list[int] = self.timeline.finished_ps.tolist()
         found: list[list[tuple[Closing, list[Moments]]]] = [[] for _ in cursors]
-        rows = [[(made, step, ps) for made, times in own for step, ps in zip(made.steps, times, strict=True)]
-                for own in self.closed.segments]  # fmt: skip
-        places = [0] * len(rows)
+        rows: list[Row] = [
+            [(made, step, ps) for made, times in own for step, ps in zip(made.steps, times, strict=True)]
+            for own in self.closed.segments
+        ]
+        places = [self._reduce(found[stage], row, stage, cursors) for stage, row in enumerate(rows)]
         while any(place < len(row) for place, row in zip(places, rows, strict=True)):
             for stage, row in enumerate(rows):
-                while places[stage] < len(row) and not _meets_all(row[places[stage]][1]):
+                while places[stage] < len(row) and _meets(row[places[stage]]) is None:
                     cursors[stage] = self._close(found[stage], row[places[stage]], stage, cursors[stage])
                     places[stage] += 1
-            if all(place < len(row) for place, row in zip(places, rows, strict=True)):
-                start = max(cursors)
-                for stage, row in enumerate(rows):
-                    cursors[stage] = _append(found[stage], row[places[stage]], cursors[stage], start)
-                    places[stage] += 1
+            waiting = [stage for stage, row in enumerate(rows) if places[stage] < len(row)]
+            ends = [stage for stage in waiting if _meets(rows[stage][places[stage]]) == "embedding"]
+            together = ends or waiting
+            start = max([cursors[stage] for stage in together], default=0)
+            for stage in together:
+                cursors[stage] = _append(found[stage], rows[stage][places[stage]], cursors[stage], start)
+                places[stage] += 1
         return found
 
     def _close(self, found: list[tuple[Closing, list[Moments]]], entry: Entry, stage: int, cursor: int) -> int:
-        """The next task of a stage that does not wait for others; when the one after it may begin."""
-        made, step, _ = entry
-        if isinstance(step, Sync) and step.lane != "tp":
-            if step.name == GRADIENTS and self.closed.reductions:
-                start, end = self._reduced(stage)
-                hidden = sum(own.ps for own in self.closed.reductions[stage]) - max(0, end - cursor)
-                end = _append(found, (made, step, end - start), start, start)
-                return max(cursor, end) + self._lost(hidden)
-            if step.name == PARAMETERS and self.closed.gathers:
-                hidden = max(map(sum, self.closed.gathers)) - self.lead_ps
-                return _append(found, (made, step, self.lead_ps + self._lost(hidden)), cursor, cursor)
+        """The next task of a stage that does not wait for others; when the one after it may begin. What weights that
+        are gathered before the first passes cost is shared among their gathers.
+        """
+        made, step, ps = entry
+        if self.closed.gathers and isinstance(step, Sync) and step.name == PARAMETERS:
+            times = [sum(map(sum, own)) for own in self.closed.gathers]
+            cost = self.lead_ps + self._lost(max(times) - self.lead_ps)
+            entry = (made, step, cost * ps // times[self.closed.kind_of[stage]])
         return _append(found, entry, cursor, cursor)
 
     def _lost(self, hidden_ps: int) -> int:
         """What kernels lose beside collectives of replicas that they hide."""
         return round(self.closed.slowdown * max(0, hidden_ps))
 
-    def _reduced(self, stage: int) -> tuple[int, int]:
-        """When the gradients of a stage are summed behind its passes: chunk after chunk, each from the end of its last
-        backward pass on; of one that goes in buckets all but the last may run behind that pass.
+    def _reduce(self, found: list[tuple[Closing, list[Moments]]], row: Row, stage: int, cursors: list[int]) -> int:
+        """Sums the gradients of a stage that are summed behind its passes: chunk after chunk, each from the end of its
+        last backward pass on; of one that goes in buckets all but the last may run behind that pass, evenly spread. How
+        many tasks that were.
         """
-        passes = self.timeline.sections[-1].passes
-        own = (passes.ranks == stage) & np.isin(passes.kinds, [KINDS.index("B"), KINDS.index("W")])
-        begun, free = None, 0
-        columns = (column[own].tolist() for column in (passes.chunks, passes.starts_ps, passes.ends_ps))
-        last = {chunk: (end, start) for chunk, start, end in sorted(zip(*columns, strict=True), key=lambda row: row[2])}
-        for chunk, (end, start) in sorted(last.items(), key=lambda item: item[1]):
-            ps, buckets = self.closed.reductions[stage][chunk]
-            early = min(ps, end - start) * (buckets - 1) // buckets
-            free = max(free, end - early)
-            begun = free if begun is None else begun
-            free += ps
-        return begun or 0, free
+        if not self.closed.reductions:
+            return 0
+        counts, last = self.closed.reductions[self.closed.kind_of[stage]], self._last_backward[stage]
+        free, done = 0, 0
+        for chunk, buckets in zip(reversed(range(len(counts))), counts, strict=True):
+            own = row[done : done + buckets]
+            start, end = last[chunk]
+            total = sum(ps for _, _, ps in own)
+            free = max(free, end - min(total, end - start) * (buckets - 1) // max(1, buckets))
+            for entry in own:
+                free = _append(found, entry, free, free)
+            done += buckets
+        hidden = sum(ps for _, _, ps in row[:done]) - max(0, free - cursors[stage])
+        cursors[stage] = max(cursors[stage], free) + self._lost(hidden)
+        return done
+
+    @lazy
+    def _last_backward(self) -> list[list[list[int]]]:
+        """When the last backward pass of each stage and chunk starts and ends."""
+        return self._windows(-1, "BW", last=True)
+
+    def _windows(self, section: int, kinds: str, *, last: bool) -> list[list[list[int]]]:
+        """When the last or the first pass of some kinds of each stage and chunk starts and ends, in one of the sections
+        of the timeline.
+        """
+        passes = self.timeline.sections[section].passes
+        own = np.flatnonzero(np.isin(passes.kinds, [KINDS.index(kind) for kind in kinds]))
+        own = own[np.argsort(passes.starts_ps[own], kind="stable")][:: 1 if last else -1]
+        found = np.zeros((len(self.stages), len(self.stages[0]), 2), np.int64)
+        found[passes.ranks[own], passes.chunks[own]] = np.stack([passes.starts_ps[own], passes.ends_ps[own]], axis=1)
+        windows: list[list[list[int]]] = found.tolist()
+        return windows
 
     @lazy
     def lead_ps(self) -> int:
-        """By how much the step is later because weights are gathered before the first passes of their chunks: the
-        first chunk of all waits for its own, others are gathered meanwhile.
+        """By how much the step is later because weights are gathered before the first passes of their chunks, each
+        gather as soon as the one before it is done, each for an equal part of its pass: the first chunk of all waits
+        for its own, others are gathered meanwhile.
         """
-        passes = self.timeline.sections[0].passes
         late = 0
-        for stage, own in enumerate(self.closed.gathers):
+        for first, kind in zip(self._windows(0, "F", last=False), self.closed.kind_of, strict=True):
             ready = 0
-            for chunk, ps in enumerate(own):
-                ready += ps
-                first = (passes.ranks == stage) & (passes.kinds == KINDS.index("F")) & (passes.chunks == chunk)
-                late = max(late, ready - int(passes.starts_ps[first].min()))
+            for (begun, ended), gathers in zip(first, self.closed.gathers[kind], strict=True):
+                for place, ps in enumerate(gathers):
+                    ready += ps
+                    late = max(late, ready - begun - (ended - begun) * place // len(gathers))
         return late
 
     def closing_nodes(self, tasks: int) -> Iterator[Stretch]:
@@ -287,20 +311,26 @@ class Pipelined:
 
 
 def _lengths(closing: Sequence[tuple[Closing, Sequence[int]]]) -> list[int]:
-    """Picoseconds up to what meets all stages, of that, up to the next, and so on."""
-    found = [0]
+    """Picoseconds up to what meets the other end, and of that, if anything does; up to what meets all stages, of that,
+    up to the next, and so on.
+    """
+    found = [0, 0, 0]
     for made, times in closing:
         done = 0
-        for place in made.meetings_of_all:
+        for place, axis in made.meetings:
             found[-1] += sum(times[done:place])
-            found += [times[place], 0]
+            if axis == "embedding":
+                found = [*found[2:], times[place], 0]
+            else:
+                found += [times[place], 0]
             done = place + 1
         found[-1] += sum(times[done:])
     return found
 
 
-def _meets_all(step: Sync | str) -> bool:
-    return isinstance(step, Sync) and "pp" in step.axes
+def _meets(entry: Entry) -> Axis | None:
+    step = entry[1]
+    return step.meets if isinstance(step, Sync) else None
 
 
 def _append(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,18 @@ from spsim.engine.tasks import RankProgram
 from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import HALVED
 from spsim.inputs.workload import Workload
-from spsim.lazy import lazy
+from spsim.lazy import Cache, lazy
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.step.abreast import Abreast
-from spsim.step.closing import Closing, Optimizer, closings
+from spsim.step.closing import Closing, StageClosings, Update, closings
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import Ending, Times, syncs_of
+from spsim.step.folding import Rows
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
 from spsim.step.issue import block_passes, halved_passes
@@ -48,6 +48,8 @@ from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
 
 FEW = 4
 """Attention kernels."""
+KEPT_ITINERARIES = 16
+"""Of different chunks and numbers of micro-batches."""
 
 
 def has_halves(plan: Plan) -> bool:
@@ -66,7 +68,7 @@ class PreparedStep:
         *,
         fold: bool,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
-        optimizer: Optimizer | None = None,
+        optimizer: Update | None = None,
     ) -> None:
         """`programs_at` compiles the blocks for a workload. Bytes are of an element of a gradient."""
         self.template = template
@@ -75,8 +77,7 @@ class PreparedStep:
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
         self.optimizer = optimizer
         self._in_graphs = slots_in_graphs(plan.cuda_graphs, self.blocks, template.indices)
-        self._close = partial(closings, plan=plan, mesh=self.world, gradient_bytes=gradient_bytes, optimizer=optimizer)
-        self.closings = self._close(template.programs)
+        self.closings = closings(template.programs, plan, self.world, gradient_bytes, optimizer)
         self.syncs = syncs_of(self.closings)
         programs = template.programs.items() if has_halves(plan) else ()
         halves = {name: found for name, program in programs if (found := halved_passes(program, plan, name))}
@@ -98,8 +99,10 @@ class PreparedStep:
         self.ranks = Ranks(self.mesh, ("positions" if differ else "one") if fold else "each")
         self._nodes: dict[tuple[tuple[Axis, ...], int, int], int] = {}
         self._steps: dict[tuple[Run, ...], Loop] = {}
-        self._stage_closings: dict[frozenset[str], tuple[Closing, ...]] = {}
+        self._itineraries: Cache[Rows] = Cache(KEPT_ITINERARIES, lambda _: 1)
         self._endings: dict[tuple[Chunk, ...], Ending] = {}
+        self.of_stages: dict[Chunk, StageClosings] = {}
+        """By the blocks of a stage, where there are several."""
 
     @property
     def _passes(self) -> list[BlockPass]:
@@ -155,8 +158,9 @@ class PreparedStep:
 
     @property
     def every_closing(self) -> Iterator[Closing]:
-        """The segments after the last micro-batch, of each stage that was asked for."""
-        return (made for own in (self.closings, *self._stage_closings.values()) for made in own)
+        """The segments after the last micro-batch, of each stage."""
+        stages = (own.closings for own in self.of_stages.values())
+        return (made for own in (self.closings, *stages) for made in own)
 
     def itinerary(self, chunk: Chunk, micro_batches: Runs) -> tuple[Item, ...]:
         """A step of a chunk's blocks, and what follows the last micro-batch."""
@@ -164,6 +168,11 @@ class PreparedStep:
         if chunk not in self._steps:
             self._steps[chunk] = accumulation(self.blocks, chunk, 1)
         return replace(self._steps[chunk], runs=micro_batches), *(Visit(made.segment) for made in self.closings)
+
+    def rows(self, chunk: Chunk, micro_batches: int) -> Rows:
+        """The same, with what is known of it whatever the numbers."""
+        key = (tuple(chunk), micro_batches)
+        return self._itineraries.get(key, lambda: Rows([self.itinerary(chunk, micro_batches)]))
 
     @lazy
     def _slots(self) -> dict[str, dict[int, npt.NDArray[np.intp]]]:
@@ -203,7 +212,7 @@ class PreparedStep:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
         for step, index in self.communications:
-            position = index.messages[step.id]
+            position = self.template.pacing(step, index)
             sort = (
                 step.collective,
                 step.step_of,
@@ -229,18 +238,6 @@ class PreparedStep:
     def sizes(self, numbers: Numbers) -> dict[str, Integers]:
         """Bytes of the buffers of each segment."""
         return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
-
-    def stage_closings(self, chunk: Chunk) -> tuple[Closing, ...]:
-        """What follows the last micro-batch on a stage of some blocks."""
-        blocks = frozenset(run.block for run in chunk)
-        if blocks not in self._stage_closings:
-            own = {name: program for name, program in self.template.programs.items() if name in blocks}
-            self._stage_closings[blocks] = self._close(own)
-        return self._stage_closings[blocks]
-
-    def stage_syncs(self, chunk: Chunk) -> tuple[Sync, ...]:
-        """The collectives after the last micro-batch of a stage of some blocks."""
-        return syncs_of(self.stage_closings(chunk))
 
     def sync_messages(self, numbers: Numbers, chunk: Chunk, syncs: Sequence[Sync] | None = None) -> list[int]:
         """Bytes of the messages that synchronise the weight gradients of all blocks of a rank."""
@@ -355,8 +352,8 @@ class PreparedStep:
     def ending(self, chunks: tuple[Chunk, ...]) -> Ending:
         """What follows the last micro-batch on ranks that run some chunks."""
         if chunks not in self._endings:
-            same = self.world == self.mesh
-            ends = [(own, self.closings if same else self.stage_closings(own)) for own in chunks]
+            stages = self.of_stages
+            ends = [(own, stages[own].closings if stages else self.closings) for own in chunks]
             self._endings[chunks] = Ending(self.template, self.optimizer, ends)
         return self._endings[chunks]
 

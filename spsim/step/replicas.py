@@ -45,10 +45,11 @@ from spsim.step.buckets import (
     megatron_buckets,
     modules_reversed,
 )
+from spsim.step.gradients import GRADIENTS, NORM, OVERFLOW, PARAMETERS
 
-Group = Literal["shard", "replicate", "world", "model", "embedding"]
+Group = Literal["shard", "replicate", "world", "model", "stages", "embedding"]
 """Who takes part: the ranks that share one copy of what is sharded, those that hold the same shard, all, those of one
-replica, the first and the last stage.
+replica, those at the same place of all stages, of the first and the last stage.
 """
 When = Literal["every", "first", "last"]
 """Micro-batch."""
@@ -158,15 +159,19 @@ class _Weights:
             known = sum(p.elements * self.itemsize if p.bytes is None else p.bytes for p in own)
             itemsize = Fraction(known, sum(p.elements for p in own))
         size = itemsize.numerator if itemsize.denominator == 1 else itemsize
-        return Message("parameters", "all_gather", bucket.elements, size, parameters=own)
+        return Message(PARAMETERS, "all_gather", bucket.elements, size, parameters=own)
 
     def reduce(self, bucket: Bucket, collective: Collective, itemsize: int) -> Message:
         """Of gradients."""
-        return Message("weight gradients", collective, bucket.elements, itemsize, parameters=bucket.parameters)
+        return Message(GRADIENTS, collective, bucket.elements, itemsize, parameters=bucket.parameters)
 
     def scalar(self, what: str, itemsize: int = FP32_BYTES, group: Group = "shard") -> Message:
         """All-reduce of one number."""
         return Message(what, "all_reduce", 1, itemsize, group)
+
+    def norm_of_stages(self, group: Group = "stages") -> tuple[Message, ...]:
+        """The norm of a stage's gradients is summed over stages, where there are several."""
+        return (self.scalar(NORM, group=group),) if self.plan.pp > 1 else ()
 
 
 def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
@@ -197,58 +202,67 @@ def _megatron(weights: _Weights) -> Synchronisation:
         reductions=tuple((weights.reduce(bucket, collective, weights.gradient_itemsize),) for bucket in buckets),
         behind_backward=behind,
         before_update=(
-            *(_tied(parameter, weights) for parameter in weights.parameters if parameter.shared),
+            *(_tied(p, weights, weights.gradient_itemsize) for p in weights.parameters if p.shared),
             *_scaled(weights, "world" if sharded else "model"),
-            weights.scalar("gradient norm", group="world" if sharded else "model"),
+            weights.scalar(NORM, group="world" if sharded else "model"),
         ),
         after_update=() if prefetched else gathers,
     )
 
 
-def _tied(parameter: Parameter, weights: _Weights) -> Message:
+def _tied(parameter: Parameter, weights: _Weights, itemsize: int) -> Message:
     """The gradients of a weight that two stages hold are summed whole, although a rank needs its shard only."""
-    size = weights.gradient_itemsize
-    return Message("shared gradients", "all_reduce", parameter.elements, size, "embedding", (parameter,))
+    return Message("shared gradients", "all_reduce", parameter.elements, itemsize, "embedding", (parameter,))
 
 
 def _scaled(weights: _Weights, group: Group) -> tuple[Message, ...]:
     """With a scaled loss ranks agree on whether a gradient was infinite."""
-    return (weights.scalar("overflow", group=group),) if weights.precision == "fp16" else ()
+    return (weights.scalar(OVERFLOW, group=group),) if weights.precision == "fp16" else ()
 
 
 def _ddp(weights: _Weights) -> Synchronisation:
-    """Gradients are of the type of weights. With `no_sync` for all micro-batches but the last."""
+    """Gradients are of the type of weights. With `no_sync` for all micro-batches but the last, as torch's pipeline
+    stages do it, too.
+    """
     size, given = weights.itemsize, weights.plan.bucket_elements
     if given:
         buckets = ddp_buckets(weights.parameters, size, limit=given * size)
     else:
         buckets = ddp_buckets(weights.parameters, size, limit=DDP_BUCKET_BYTES, first=DDP_FIRST_BUCKET_BYTES)
-    return Synchronisation(reductions=tuple((weights.reduce(bucket, "all_reduce", size),) for bucket in buckets))
+    reductions = tuple((weights.reduce(bucket, "all_reduce", size),) for bucket in buckets)
+    return Synchronisation(reductions=reductions, before_update=weights.norm_of_stages())
 
 
 def _fsdp(weights: _Weights) -> Synchronisation:
     """A unit a block, and the root, which is gathered first, stays whole until the backward pass has ended, and is
     reduced last. Each micro-batch reduces, unless `set_requires_gradient_sync` says otherwise. Zero 2 keeps what is
     gathered for the backward pass (`reshard_after_forward` off).
+
+    Torch's pipeline stages keep weights gathered, and gradients whole, from the first micro-batch to the last, and
+    reduce them when all have passed, root first (`perform_reduce_grad` of `pipelining/stage.py`).
     """
     units = fsdp_units(weights.parameters, weights.root)
     first, own = (units[:1], units[1:]) if weights.root else ((), units)
-    gathers = tuple(map(weights.gather, own))
+    gathers, staged = tuple(map(weights.gather, own)), weights.plan.pp > 1
     return Synchronisation(
         forward=(*map(weights.gather, first), *gathers),
+        forward_in="first" if staged else "every",
         backward=gathers[::-1] if weights.plan.zero == 3 else (),
-        reductions=tuple(tuple(_hybrid(unit, weights)) for unit in (*own[::-1], *first)),
-        reductions_in="every",
-        before_update=(Message("gradient norm", "all_reduce", len(weights.parameters), FP32_BYTES),),
-        sharded=True,
-        gradient_bytes=weights.itemsize,
-    )
+        reductions=tuple(tuple(_hybrid(unit, weights)) for unit in (units if staged else (*own[::-1], *first))),
+        reductions_in="last" if staged else "every",
+        behind_backward=not staged,
+        before_update=(
+            Message(NORM, "all_reduce", len(weights.parameters), FP32_BYTES), *weights.norm_of_stages()
+        ),
+        sharded=not staged,
+        gradient_bytes=0 if staged else weights.itemsize,
+    )  # fmt: skip
 
 
 def _megatron_fsdp(weights: _Weights) -> Synchronisation:
     """Units as those of FSDP; of zero 2 (`optim_grads`) the weights stay whole and are gathered after the update."""
     units = _fsdp(weights)
-    norm = (*_scaled(weights, "world"), weights.scalar("gradient norm", group="world"))
+    norm = (*_scaled(weights, "world"), weights.scalar(NORM, group="world"))
     if weights.plan.zero == 3:
         return replace(units, before_update=norm)
     return replace(units, forward=(), before_update=norm, after_update=units.forward)
@@ -265,10 +279,11 @@ def _hybrid(unit: Bucket, weights: _Weights) -> Sequence[Message]:
 
 def _deepspeed(weights: _Weights) -> Synchronisation:
     """Stages 0 to 2 reduce whole buckets in the type of weights; of stages 1 and 2 each rank keeps its part, updates
-    it, and all gather. Without `overlap_comm` stages 0 and 1 reduce after the backward pass, as weights are registered.
+    it, and all gather. Without `overlap_comm`, which its pipeline switches off, stages 0 and 1 reduce after the
+    backward pass, as weights are registered. A tied table is summed over pipeline stages in the type of weights.
     """
     plan, stage = weights.plan, weights.plan.zero_stage
-    behind = stage == 2 or (stage == 1 and plan.dp_overlap in (True, "gradients"))
+    behind = stage == 2 or (stage == 1 and plan.dp_overlap in (True, "gradients") and plan.pp == 1)
     ordered = weights.parameters[::-1] if behind else weights.parameters
     buckets = deepspeed_buckets(ordered, plan.bucket_elements or DEEPSPEED_BUCKET_ELEMENTS)
     all_reduced = Synchronisation(
@@ -276,12 +291,14 @@ def _deepspeed(weights: _Weights) -> Synchronisation:
         reductions_in="every" if stage == 2 else "last",
         behind_backward=behind,
     )
+    tied = tuple(_tied(parameter, weights, weights.itemsize) for parameter in weights.parameters if parameter.shared)
     if stage == 0:
-        return all_reduced
+        return replace(all_reduced, before_update=(*tied, *weights.norm_of_stages("model")))
     whole = Bucket(weights.parameters, sum(parameter.elements for parameter in weights.parameters))
+    numbers = (weights.scalar(OVERFLOW, itemsize=1), weights.scalar(NORM))
     return replace(
         all_reduced,
-        before_update=(weights.scalar("overflow", itemsize=1), weights.scalar("gradient norm")),
+        before_update=(*tied, *numbers, *weights.norm_of_stages("model")),
         after_update=(weights.gather(whole),),
     )
 
@@ -303,7 +320,7 @@ def _deepspeed_3(weights: _Weights) -> Synchronisation:
         backward=() if kept else gathers[::-1],
         reductions=tuple((weights.reduce(bucket, "reduce_scatter", weights.itemsize),) for bucket in buckets),
         reductions_in="every",
-        before_update=(weights.scalar("gradient norm", itemsize=8),),
+        before_update=(weights.scalar(NORM, itemsize=8),),
         after_update=tuple(map(weights.gather, deepspeed_buckets(small, 0, unit=ranks))),
         sharded=True,
         gradient_bytes=weights.itemsize,

@@ -22,7 +22,7 @@ from spsim.program.instructions import Program
 from spsim.program.recipes import in_precision
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import step_template
-from spsim.step.closing import Closing, Optimizer, replica_closings
+from spsim.step.closing import Optimizer, replica_closings
 from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import syncs_of
 from spsim.step.gradients import Sync
@@ -133,10 +133,6 @@ class ReplicatedStep(PreparedStep):
         """A step of its own chunk."""
         closing = [Visit(made.segment) for made in self.closings]
         return *self.replicated.items(int(micro_batches)), *closing
-
-    def stage_closings(self, chunk: Chunk) -> tuple[Closing, ...]:
-        """Of its own chunk, too."""
-        return self.closings
 
     def sizes(self, numbers: Numbers) -> dict[str, Integers]:
         """Bytes of the buffers of each segment, of those of its messages too."""

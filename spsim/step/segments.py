@@ -77,6 +77,12 @@ class Segment:
         return Outline([task.lane for task in self.tasks], self.labels, self.buffers, own)
 
     @lazy
+    def one_by_one(self) -> bool:
+        """Whether its tasks, and what was issued before on their lanes, run one after another: none hides another."""
+        lanes = {task.lane for task in self.tasks} - {COMPUTE_LANE}
+        return lanes <= self.joins and all(task.needs == ((task.id - 1,) if task.id else ()) for task in self.tasks)
+
+    @lazy
     def last_calls(self) -> Mapping[str, int]:
         """Lane -> the last communication on it."""
         return {task.lane: task.id for task in self.tasks if task.lane != COMPUTE_LANE}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from spsim.engine.pieces import Pass
 from spsim.inputs.schedules import Schedule
 from spsim.lazy import Cache, lazy
+from spsim.program.assembly import HEAD
 from spsim.step.folding import Rows
 from spsim.step.halves import Halves
 from spsim.step.itinerary import Blocks, Chunk, Item, chunk_pass
@@ -55,13 +56,33 @@ class Passes:
 
     blocks: Blocks
     halves: Halves[Blocks]
+    freeing: Mapping[str, Blocks] = field(default_factory=dict)
+    """Where outputs are kept once they are sent, backward passes that free that of their chunk, by block."""
 
     def items(self, chunk: Chunk, work: Work, *, first: int = 0, micro_batch: int = 0) -> Sequence[Item]:
-        """One pass of a chunk whose layers are numbered from `first`."""
+        """One pass of a chunk whose layers are numbered from `first`. What it sends goes with the pass, or is kept to
+        the end of its backward pass, or of the half for weights: of all but the last chunk, of which nothing is sent.
+        """
         if work == "nothing":
             return ()
         found = {"input gradients": self.halves.inputs, "weight gradients": self.halves.weights}
-        return chunk_pass(found.get(work, self.blocks), chunk, PHASES[work], first=first, micro_batch=micro_batch)
+        blocks, phase = found.get(work, self.blocks), PHASES[work]
+        kept = bool(self.freeing) and all(run.block != HEAD for run in chunk)
+        if kept and work in self.freeing:
+            blocks, chunk = {**blocks, FREEING: self.freeing[work][chunk[0].block]}, _freeing(chunk)
+        loops = chunk_pass(blocks, chunk, phase, first=first, micro_batch=micro_batch)
+        return (*loops[:-1], replace(loops[-1], drops=())) if kept and work == "forward" else loops
+
+
+FREEING = "freeing"
+"""The block whose backward pass frees the output of its chunk."""
+
+
+def _freeing(chunk: Chunk) -> Chunk:
+    """A chunk of which the first block, the last to run backward, is that one."""
+    first, *rest = chunk
+    apart = [replace(first, count=first.count - 1)] if first.count > 1 else []
+    return [replace(first, block=FREEING, count=1), *apart, *rest]
 
 
 class Stages(Sequence[Sequence[PlacedChunk]]):

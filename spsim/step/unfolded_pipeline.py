@@ -16,6 +16,7 @@ from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Wait
 from spsim.inputs.schedules import Schedule
 from spsim.step.folding import Step
+from spsim.step.gradients import STAGE_AXES
 from spsim.step.itinerary import Visit, visits
 from spsim.step.pipeline.messages import Instruction, Message, Post, Run
 from spsim.step.pipeline.orders import Action
@@ -134,9 +135,9 @@ class _Program(Concatenation):
         self.durations.append(duration_ps)
 
     def meeting(self, communicator: Communicator, number: int, parties: int) -> Meeting:
-        """Of the ranks of all stages, or of those of this one."""
-        if "pp" in communicator:
-            return Meeting((communicator, number), parties * self.stages)
+        """Of the ranks of all stages, of the two at the ends, or of this one."""
+        if not STAGE_AXES.isdisjoint(communicator):
+            return Meeting((communicator, number), parties * (self.stages if "pp" in communicator else 2))
         return Meeting((self.stage, communicator, number), parties)
 
 

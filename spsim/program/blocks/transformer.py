@@ -24,7 +24,7 @@ Projections = Literal["fused", "separate", "gathered"]
 class _Layer(ModelBlock):
     """The operators of one layer."""
 
-    def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections) -> None:
+    def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections = "fused") -> None:
         super().__init__(model, workload, replicas)
         self.projections = projections
         self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}

@@ -68,6 +68,6 @@ def _addition(number: int, step: Instruction, buffer: Buffer) -> Compute:
     return Compute(number, step.operator, "elementwise", "accumulate", (work,), (buffer.id,), ())
 
 
-def gradient_bytes(steps: Sequence[Instruction]) -> int:
-    """Bytes of the gradients that some steps make."""
-    return sum(buffer.bytes for step in steps for buffer in step.writes if buffer.category == "gradients")
+def gradient_sizes(steps: Sequence[Instruction]) -> tuple[int, ...]:
+    """Bytes of each gradient that some steps make."""
+    return tuple(buffer.bytes for step in steps for buffer in step.writes if buffer.category == "gradients")

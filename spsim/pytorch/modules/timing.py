@@ -16,7 +16,8 @@ from spsim.program.instructions import LAYER, Compute, Program
 from spsim.program.sizes import Template
 from spsim.pytorch.modules.allocator import ERROR_PERCENT, reserved_bytes
 from spsim.pytorch.modules.costs import kernels
-from spsim.pytorch.modules.gradients import Gradients, added, gradient_bytes
+from spsim.pytorch.modules.gradients import Gradients, added, gradient_sizes
+from spsim.pytorch.modules.optimizers import MOMENTS, AdamW, OptimizerName
 from spsim.pytorch.modules.tape import Tape
 from spsim.results.derived import Amounts
 from spsim.results.result import Result
@@ -50,7 +51,7 @@ class TracedWorkload:
 
 @dataclass(frozen=True)
 class TracedScenario:
-    """Stands where a `Scenario` does if a module was traced: one pass of it, one micro-batch."""
+    """Stands where a `Scenario` does if a module was traced: one micro-batch of it."""
 
     hardware: HardwareProfile
     model: TracedShape
@@ -77,14 +78,16 @@ class TracedResult(Result):
 
     weights: tuple[int, ...] = ()
     """Bytes of each weight of one rank, or of those of each operator."""
+    states: tuple[int, ...] = ()
+    """Bytes of each state of the optimizer."""
 
     @lazy
     def peak_reserved_gib(self) -> float:
         """An estimate of what torch's caching allocator reserves for such steps, `reserved_error_percent` off: the
-        peak and what lies idle between its blocks, without an optimizer.
+        peak and what lies idle between its blocks.
         """
         kept = self.weights if self.static.gradients else ()
-        return reserved_bytes(self.program, (*self.weights, *kept)) / GIB
+        return reserved_bytes(self.program, (*self.weights, *kept), self.states) / GIB
 
     @property
     def reserved_error_percent(self) -> float:
@@ -112,25 +115,37 @@ class TracedResult(Result):
 
 
 def simulate_program(
-    program: Program, tape: Tape, hardware: HardwareProfile, plan: Plan, gradients: Gradients
+    program: Program,
+    tape: Tape,
+    hardware: HardwareProfile,
+    plan: Plan,
+    gradients: Gradients,
+    optimizer: OptimizerName,
 ) -> TracedResult:
-    """One forward and backward pass; weights and gradients in the module's dtype, and no optimizer.
+    """A step, or without an optimizer its passes; weights, gradients and states in the module's dtype.
 
     Raises `InputError` where the profile lacks the dtype, or a curve that the plan needs.
     """
     scenario = _scenario(tape, hardware, plan)
     itemsize = ELEMENT_BYTES[scenario.workload.precision]
-    static = _static(program, tape, plan, itemsize, gradients)
+    written = gradient_sizes(program.backward)
+    trained = optimizer != "none" and bool(written)
+    states = written * MOMENTS if trained else ()
+    update = AdamW(program.parameters, sum(written), scenario.workload.precision, gradients) if trained else None
+    held = tape.parameter_bytes if plan.gpus == 1 else itemsize * program.parameters
+    static = StaticMemory(held, sum(written) if gradients == "kept" else 0, sum(states))
     weights = _weights(program, tape, plan)
     if gradients == "kept":
         program = added(program)
     template = Template(program, 1)
     prepared = PreparedStep(
-        template, plan, lambda _: {LAYER: program}, fold=True, gradient_bytes=itemsize
+        template, plan, lambda _: {LAYER: program}, fold=True, gradient_bytes=itemsize, optimizer=update
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
-    result = assemble("module", scenario, prepared, [Run(LAYER)], numbers, _amounts(program, tape, plan), static)
-    return TracedResult(**{field.name: getattr(result, field.name) for field in fields(result)}, weights=weights)
+    scope, amounts = "module" if trained else "passes", _amounts(program, tape, plan)
+    result = assemble(scope, scenario, prepared, [Run(LAYER)], numbers, amounts, static)
+    found = {field.name: getattr(result, field.name) for field in fields(result)}
+    return TracedResult(**found, weights=weights, states=states)
 
 
 def _weights(program: Program, tape: Tape, plan: Plan) -> tuple[int, ...]:
@@ -160,9 +175,3 @@ def _scenario(tape: Tape, hardware: HardwareProfile, plan: Plan) -> TracedScenar
     scenario = TracedScenario(hardware, TracedShape(tape.name), plan, TracedWorkload(precision), inputs)
     check_nodes(hardware, plan)
     return scenario
-
-
-def _static(program: Program, tape: Tape, plan: Plan, itemsize: int, gradients: Gradients) -> StaticMemory:
-    """Weights of one rank, and gradients that are kept, in the dtype of the module; a module has no optimizer."""
-    weights = tape.parameter_bytes if plan.gpus == 1 else itemsize * program.parameters
-    return StaticMemory(weights, gradient_bytes(program.backward) if gradients == "kept" else 0, 0)

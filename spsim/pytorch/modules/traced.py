@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from spsim.pytorch.modules.costs import bytes_moved, operator_class
 from spsim.pytorch.modules.emission import operators_of
 from spsim.pytorch.modules.gradients import GRADIENTS, Gradients
 from spsim.pytorch.modules.graph import Graph
+from spsim.pytorch.modules.optimizers import OPTIMIZERS, OptimizerName
 from spsim.pytorch.modules.reading import read_graph
 from spsim.pytorch.modules.single import single_gpu_program
 from spsim.pytorch.modules.splitting import split_program
@@ -119,20 +121,32 @@ class TracedModule:
         return operators_of(self._graph)
 
     def simulate(
-        self, hardware: HardwareProfile | str | Path, plan: Plan | str = "", *, gradients: Gradients = "set_to_none"
+        self,
+        hardware: HardwareProfile | str | Path,
+        plan: Plan | str = "",
+        *,
+        gradients: Gradients = "set_to_none",
+        optimizer: OptimizerName = "adamw",
     ) -> TracedResult:
-        """One forward and backward pass of the module on a hardware profile under a plan.
+        """A training step of the module on a hardware profile under a plan: both passes, sums of gradients that ranks
+        share, and the optimizer.
 
         `gradients` of weights exist from when the backward pass writes them ("set_to_none", as after torch's
-        `zero_grad`), or are there all along and added to ("kept").
+        `zero_grad`), or are there all along, added to, and cleared by a kernel ("kept"). The `optimizer` is torch's
+        fused AdamW ("adamw"), its moments in the dtype of the parameters, or there is none: the passes alone ("none").
 
         Raises `InputError` as `program` does, and where the profile lacks the module's dtype or a curve.
         """
-        if gradients not in GRADIENTS:
-            raise InputError(f"gradients: {gradients!r} is not known; use one of {', '.join(GRADIENTS)}")
+        _check("gradients", gradients, GRADIENTS)
+        _check("optimizer", optimizer, OPTIMIZERS)
         plan = parse_plan(plan) if isinstance(plan, str) else plan
         profile = hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware)
-        return simulate_program(self.program(plan), self.tape, profile.eager, plan, gradients)
+        return simulate_program(self.program(plan), self.tape, profile.eager, plan, gradients, optimizer)
+
+
+def _check(option: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise InputError(f"{option}: {value!r} is not known; use one of {', '.join(known)}")
 
 
 def _row(call: Call, saved: int) -> dict[str, object]:

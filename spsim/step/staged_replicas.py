@@ -1,0 +1,148 @@
+"""What follows the last micro-batch on each of several pipeline stages, as a library synchronises their weights.
+
+To a library each chunk of a stage is a model, with buckets or units of its own. What is reduced behind passes, or
+gathered before them, is laid over the passes by `pipelined`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from spsim.engine.recording import BufferUse
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.step_rules import sends
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
+from spsim.lazy import Cache, lazy
+from spsim.program.assembly import EMBEDDING, HEAD, step_programs
+from spsim.program.blocks.embedding import TABLE
+from spsim.program.blocks.optimizer import parameter_state
+from spsim.program.instructions import Buffer
+from spsim.program.recipes import in_precision
+from spsim.program.sizes import Template
+from spsim.program.templates import step_template
+from spsim.step.closing import Optimizer, StageClosings, replica_closings
+from spsim.step.gradients import gradient_syncs
+from spsim.step.groups import Groups, meets, replica_groups
+from spsim.step.itinerary import Blocks, Chunk
+from spsim.step.preparation import PreparedStep
+from spsim.step.ranks import Groups as Communicators
+from spsim.step.ranks import groups_of
+from spsim.step.replicas import Message, Synchronisation, parameters_of, synchronisation
+from spsim.step.replicated import ProgramsAt, root_of
+from spsim.step.segments import BlockPass
+from spsim.step.stages import Passes, PlacedChunk, Stages
+from spsim.units import MIB
+
+
+class StagedStep(PreparedStep):
+    """The step of a plan of several stages."""
+
+    def __init__(
+        self, template: Template, plan: Plan, programs_at: ProgramsAt, optimizer: Optimizer, stages: Stages, *,
+        fold: bool,
+    ) -> None:  # fmt: skip
+        state = parameter_state(plan, ELEMENT_BYTES[optimizer.precision])
+        super().__init__(template, plan, programs_at, fold=fold, gradient_bytes=state.gradient, optimizer=optimizer)
+        self._plan, self._optimizer, self._gradient_bytes = plan, optimizer, state.gradient
+        self._groups: Groups = replica_groups(plan)
+        tied = HEAD in template.programs and any(w.name == TABLE for w in template.programs[HEAD].weights)
+        own = [{run.block for run in runs} for runs in stages.kinds]
+        self._shared = tied and not any({EMBEDDING, HEAD} <= blocks for blocks in own)
+        for kind, runs in enumerate(stages.kinds):
+            first = stages.kind_of.index(kind)
+            self.of_stages[runs] = self._stage(first, runs, stages[first])
+        if keeps_outputs(plan):
+            self._keep()
+
+    def _keep(self) -> None:
+        """What is sent stays: torch's stages have it in their cache (`fwd_cache` of `pipelining/stage.py`)."""
+        outputs = {name: own.outputs[0] for name, own in self.template.programs.items() if own.outputs}
+
+        def freeing(blocks: Blocks) -> Blocks:
+            return {name: {"backward": _freeing(own["backward"], outputs[name])}
+                    for name, own in blocks.items() if name in outputs}  # fmt: skip
+
+        made = {"backward": freeing(self.blocks), "weight gradients": freeing(self.halves.weights)}
+        self.chunk_passes = Passes(self.blocks, self.halves, made)
+        passes = [own["backward"] for blocks in made.values() for own in blocks.values()]
+        variants = [made.parts[-1].segment for made in passes]
+        self.segments = (*self.segments, *variants)
+        self.owners |= {segment.name: self.owners[segment.variant_of] for segment in variants}
+
+    @lazy
+    def groups(self) -> Communicators:
+        """Those of what closes the stages, too."""
+        return groups_of(self.world, (*self.segments, *(made.segment for made in self.every_closing)))
+
+    def _stage(self, number: int, runs: Chunk, chunks: Sequence[PlacedChunk]) -> StageClosings:
+        syncs = [self._synchronisation(number, place, chunk.runs) for place, chunk in enumerate(chunks)]
+        whole = self._synchronisation(number, 0, runs)
+        behind = any(sync.behind_backward for sync in syncs)
+        ahead = any(sync.forward for sync in syncs)
+        gathers = [sync.forward if ahead else sync.after_update for sync in syncs]
+        merged = Synchronisation(
+            reductions=tuple(row for sync in syncs[::-1] for row in sync.reductions),
+            behind_backward=False,
+            before_update=whole.before_update,
+            after_update=tuple(message for own in gathers for message in own),
+        )
+        programs = {run.block: self.template.programs[run.block] for run in runs}
+        others = [s for s in gradient_syncs(programs, self._plan, self._gradient_bytes) if s.axes == ("tp",)]
+        reductions = [[message for row in sync.reductions for message in row] for sync in syncs[::-1]]
+        return StageClosings(
+            replica_closings(merged, self._groups, programs, others, self._optimizer),
+            self._meeting(reductions) if behind else (),
+            self._meeting(gathers) if ahead else (),
+        )
+
+    def _meeting(self, messages: Sequence[Sequence[Message]]) -> tuple[int, ...]:
+        """How many of the messages of each chunk have ranks to meet; empty where none has."""
+        counts = [sum(meets(message, self._groups) for message in own) for own in messages]
+        return tuple(counts) if any(counts) else ()
+
+    def _synchronisation(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
+        own = parameters_of(self.template.programs[run.block] for run in runs for _ in range(run.count))
+        parameters = [p._replace(shared=self._shared and p.name == TABLE) for p in own]
+        return synchronisation(
+            parameters, self._plan, self._optimizer.precision, stage=stage, chunk=chunk, root=root_of(runs)
+        )
+
+
+def keeps_outputs(plan: Plan) -> bool:
+    """Whether a stage keeps what it has sent."""
+    return not plan.pp_deallocate or sends(plan) == "torch"
+
+
+def _freeing(own: BlockPass, output: Buffer) -> BlockPass:
+    """The pass with a buffer more, there before, that goes with its last kernel."""
+    *before, last = own.parts
+    segment = last.segment
+    freed = BufferUse(output.tensor, "activations", None, (segment.outline.last_kernel or 0,), outlives=False)
+    made = replace(
+        segment,
+        name=f"{segment.name}, output freed",
+        buffers=(*segment.buffers, freed),
+        buffer_ids=(*segment.buffer_ids, output.id),
+        variant_of=segment.name,
+    )
+    return replace(own, parts=(*before, replace(last, segment=made)))
+
+
+_steps: Cache[StagedStep] = Cache(64 * MIB, lambda step: step.nbytes)
+
+
+def staged_step(model: Model, plan: Plan, fold: bool, precision: Precision, stages: Stages) -> StagedStep:
+    """The whole of a model on several stages, which are its own and its plan's."""
+    return _steps.get(
+        (stages, fold, precision),
+        lambda: StagedStep(
+            step_template(model, plan, precision),
+            plan,
+            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
+            Optimizer(plan, precision),
+            stages,
+            fold=fold,
+        ),
+    )
