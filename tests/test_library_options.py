@@ -149,19 +149,31 @@ UNEVEN = {"hidden": 192, "heads": 6, "kv_heads": 3}
 )
 def test_groups_are_dealt_out_whole(heads, kv_heads, ulysses, most):
     """`uneven_heads_all2all` of DeepSpeed: of kv_heads = q u + r groups the first r ranks have one more. The rank that
-    has most receives so many heads from each other rank, and attends with them.
+    has most attends with them. Of Q, K and V it gives its part of the sequence of all heads, of the output all of the
+    sequence of its own; backward the other way round.
     """
     shape = {"hidden": 16 * heads, "heads": heads, "kv_heads": kv_heads, "seq_len": 240}
     plan = f"ulysses={ulysses},uneven_heads=by_group"
     head = 2 * 240 * 16
-    for own in sent(plan, "ulysses", **shape):
-        assert Counter(own) == Counter({("all_to_all", most[0] * head): 2}) + Counter(
-            {("all_to_all", most[1] * head): 2}
-        )
+    given, held = ([n * head // parts for n in own] for own, parts in (((heads, kv_heads), ulysses), (most, 1)))
+    forward, backward = ([size for _, size in found] for found in sent(plan, "ulysses", **shape))
+    assert forward == [given[0], given[1], given[1], held[0]]
+    assert sorted(backward) == sorted([given[0], held[0], held[1], held[1]])
     kernels = [s.work[0] for s in program(plan, **shape).forward if isinstance(s, Compute) and s.kind == "attention"]
     assert [(kernel.heads, kernel.kv_heads) for kernel in kernels] == [most]
-    (note,) = scenario(plan, **shape).notes
-    assert f"have {most[0]} heads, the others {most[0] - heads // kv_heads}" in note
+    told = f"have {most[0]} heads, the others {most[0] - heads // kv_heads}"
+    assert any(told in note for note in scenario(plan, **shape).notes)
+
+
+def test_an_exchange_takes_what_the_fullest_rank_gives_or_gets():
+    """Of 6 heads on two ranks the first gives its half of the sequence of all and gets 4 heads of the whole."""
+    found = result("ulysses=2,uneven_heads=by_group", seq_len=65536, hardware=H100, **UNEVEN)
+    times = {call.message_bytes: call.time_s for call in found.collectives if call.axis == "ulysses"}
+    cost, head = CommCost(found.scenario.hardware), 2 * 65536 * 32
+    longest = cost.duration("all_to_all", 4 * head, 2)
+    assert times[3 * head] == times[4 * head] == longest
+    spans = found.spans[(found.spans["collective"] == "all_to_all") & (found.spans["message_bytes"] >= 3 * head)]
+    assert spans["duration_us"].to_numpy() == pytest.approx(1e6 * longest, rel=1e-6)
 
 
 @pytest.mark.parametrize(

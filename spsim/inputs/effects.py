@@ -65,7 +65,7 @@ def of_heads(model: Model, plan: Plan) -> Iterator[str]:
         most, rest = -(-groups // plan.ulysses), groups % plan.ulysses
         yield (
             f"uneven_heads = 'by_group': {rest} of {plan.ulysses} ranks have {most * size} heads, the others "
-            f"{(most - 1) * size}; times and memory are of a rank with the most, messages as if all had as many"
+            f"{(most - 1) * size}; times, memory and messages are of a rank with the most"
         )
     elif 0 < groups < plan.ulysses:
         degree = plan.tp * plan.ulysses

@@ -108,8 +108,8 @@ class Plan(Configuration):
     ulysses_few_kv_heads: Literal["replicate", "refuse"] = "replicate"
     """With fewer KV heads than `ulysses`: replicated, one a rank, or refused."""
     ulysses_gradients: Literal["forward", "reverse"] = "forward"
-    """Whether those of Q, K and V go back in this order, as of one function of autograd (Transformer Engine), or the last
-    first, as of one for each exchange (DeepSpeed, yunchang).
+    """Whether those of Q, K and V go back in this order, as of one function of autograd (Transformer Engine), or the
+    last first, as of one for each exchange (DeepSpeed, yunchang).
     """
     gathers_position_ids: bool = False
     """Before the heads of `ulysses` are exchanged, in every layer (DeepSpeed's ALST)."""

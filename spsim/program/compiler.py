@@ -255,7 +255,7 @@ class _Compiler:
                     self._collect_gradient(operand.tensor)
 
     def _in_turn(self, op: PlacedOperator) -> tuple[PlacedOperand, ...]:
-        """The inputs of an operator as their gradients move: those of attention over ulysses last first, if so planned."""
+        """The inputs of an operator in the order in which their gradients move."""
         over_ulysses = self.plan.ulysses > 1 and op.operator.mixes_positions
         reverse = over_ulysses and self.plan.ulysses_gradients == "reverse"
         return op.differentiated[::-1] if reverse else op.differentiated

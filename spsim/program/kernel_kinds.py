@@ -7,11 +7,9 @@ from collections.abc import Set
 
 from spsim.lazy import lazy
 from spsim.program.kernels import Attention, Casting, Kernels, Lookup, Product
-from spsim.program.launches import Launch, Launches
+from spsim.program.launches import FP32_BYTES, Launch, Launches
 from spsim.program.placed import PlacedOperator
 from spsim.work import MemoryBound, Work
-
-FP32_BYTES = 4
 
 
 class Separate(Kernels):

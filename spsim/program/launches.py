@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from spsim.work import KernelName, MemoryBoundClass
 
+FP32_BYTES = 4
+
 
 class Launch(NamedTuple):
     """One kernel."""

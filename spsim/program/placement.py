@@ -164,9 +164,22 @@ def redistribute(source: Layout, target: Layout, *, backward: bool = False) -> l
 
 def message_bytes(step: Redistribution, tensor: Sized, mesh: Mesh) -> int:
     """Size of the message in the convention of nccl-tests: the whole array of the group for all-reduce,
-    all-gather and reduce-scatter, the buffer of one rank for all-to-all.
+    all-gather and reduce-scatter, the buffer of one rank for all-to-all. Where that has heads dealt out unevenly, it
+    gives another number of bytes than it gets.
     """
-    return max(local_bytes(tensor, step.source, mesh), local_bytes(tensor, step.target, mesh))
+    given, got = (local_bytes(tensor, layout, mesh) for layout in (step.source, step.target))
+    return given if step.collective == "all_to_all" and _dealt_unevenly(step, tensor, mesh) else max(given, got)
+
+
+def _dealt_unevenly(step: Redistribution, tensor: Sized, mesh: Mesh) -> bool:
+    """Whether ranks have different numbers of what is cut before or after; fewer than ranks, all have one."""
+    for layout in (step.source, step.target):
+        for dim, size in zip(tensor.dims, tensor.sizes, strict=True):
+            parts = math.prod(mesh.degree(axis) for axis, placement in layout if placement.dim == dim)
+            dealt = size.groups if isinstance(size, Heads) else size
+            if isinstance(size, int) and dealt > parts and dealt % parts:
+                return True
+    return False
 
 
 Size = TypeVar("Size", int, float, "npt.NDArray[Any]")

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.inputs.workload import Precision, Workload
-from spsim.program.instructions import LAYER, Compute, Program
+from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.units import KIB
 from spsim.work import Gemm, Work
 
@@ -111,6 +111,16 @@ class Template:
         for row, monomial in zip(found, _monomials(x, b), strict=True):
             row[:] = monomial
         return found
+
+    def pacing(self, step: Communication, index: Index) -> int:
+        """Position of the bytes that the time of a communication follows: of an all-to-all those that a rank gives or
+        gets, whichever are more.
+        """
+        message = index.messages[step.id]
+        if step.collective != "all_to_all":
+            return message
+        got = index.buffers[step.writes[0].id]
+        return max(message, got, key=lambda position: int(self.coefficients[position].sum()))
 
     @property
     def nbytes(self) -> int:

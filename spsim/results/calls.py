@@ -29,6 +29,8 @@ class Message(NamedTuple):
     message_bytes: int
     step_of: Collective | None = None
     sends_before: int = 0
+    timed_bytes: int = 0
+    """That its time follows, where they are not those of the message."""
 
     def time(self, costs: CommCost) -> float:
         """Seconds from a framework, once all ranks are there and nothing else moves."""
@@ -36,7 +38,8 @@ class Message(NamedTuple):
             before = self.sends_before
             return float(costs.batched_duration(self.message_bytes, self.ranks, self.nodes, before=before))
         duration = costs.step_duration if self.step_of else costs.duration
-        return float(duration(self.step_of or self.collective, self.message_bytes, self.ranks, self.nodes))
+        size = self.timed_bytes or self.message_bytes
+        return float(duration(self.step_of or self.collective, size, self.ranks, self.nodes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,9 @@ def calls(result: Result) -> tuple[Call, ...]:
     _, costs = cost_models(scenario.hardware, scenario.workload.precision)
     counted: defaultdict[Message, Counter[Message]] = defaultdict(Counter)
     for message, count in _messages(result):
-        counted[message._replace(sends_before=0)][message] += count
+        counted[message._replace(sends_before=0, timed_bytes=0)][message] += count
     found = []
-    for (collective, axis, ranks, nodes, size, step_of, _), own in counted.items():
+    for (collective, axis, ranks, nodes, size, step_of, *_), own in counted.items():
         timed_as = step_of or collective
         times = [message.time(costs) for message in own]
         time = times[0] if len(own) == 1 else float(np.average(times, weights=[*own.values()]))
@@ -94,9 +97,9 @@ def calls(result: Result) -> tuple[Call, ...]:
 def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     """Each communication of a step with how often it runs, then the synchronisation of gradients."""
     scenario, prepared, numbers = result.scenario, result.prepared, result.numbers
-    for step, size, runs in _communications(result):
+    for step, (size, timed), runs in _communications(result):
         nodes = prepared.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
-        yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of, step.sends_before), runs
+        yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of, step.sends_before, timed), runs
     for sync, runs in prepared.issued(scenario.num_micro_batches).items():
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sync.message_bytes), runs
@@ -109,15 +112,18 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, size), count
 
 
-def _communications(result: Result) -> Iterator[tuple[Communication, int, int]]:
-    """Each communication of the passes with the bytes of its message and how often it runs in a step."""
+def _communications(result: Result) -> Iterator[tuple[Communication, tuple[int, int], int]]:
+    """Each communication of the passes with the bytes of its message, those that its time follows, and how often it
+    runs in a step.
+    """
+    template, values = result.prepared.template, result.numbers.values
     for run in result.chunk:
-        messages = result.prepared.template.indices[run.block].messages
+        index = template.indices[run.block]
         for part in (part for own in result.prepared.blocks[run.block].values() for part in own.parts):
             runs = run.count * part.runs * result.scenario.num_micro_batches
             for step in part.segment.instructions:
                 if isinstance(step, Communication):
-                    yield step, int(result.numbers.values[messages[step.id]]), runs
+                    yield step, (int(values[index.messages[step.id]]), int(values[template.pacing(step, index)])), runs
 
 
 def remarks(result: Result) -> tuple[str, ...]:

@@ -212,7 +212,7 @@ class PreparedStep:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
         found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
         for step, index in self.communications:
-            position = index.messages[step.id]
+            position = self.template.pacing(step, index)
             sort = (
                 step.collective,
                 step.step_of,
