@@ -26,8 +26,8 @@ class Call:
     """A collective as this rank issued it.
 
     `message_bytes` is the whole array of the group for an all-gather, a reduce-scatter and an all-reduce, what one rank
-    gives or gets of an all-to-all, whichever is more, and what it gives of a send. A `permute` is an all-to-all that
-    gives all to one rank.
+    gives of an all-to-all, its own part included, and of a send. A `permute` is an all-to-all that gives all to one
+    rank.
     """
 
     phase: str
@@ -48,25 +48,25 @@ class Kept:
 
 
 RESULT = -1
-OPERATORS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "c10d::allreduce_": ("all_reduce", (0,)),
-    "c10d::allreduce_coalesced_": ("all_reduce", (0,)),
-    "c10d::broadcast_": ("broadcast", (0,)),
-    "c10d::allgather_": ("all_gather", (0,)),
-    "c10d::_allgather_base_": ("all_gather", (0,)),
-    "c10d::reduce_scatter_": ("reduce_scatter", (1,)),
-    "c10d::_reduce_scatter_base_": ("reduce_scatter", (1,)),
-    "c10d::alltoall_": ("all_to_all", (0, 1)),
-    "c10d::alltoall_base_": ("all_to_all", (0, 1)),
-    "c10d::send": ("send_receive", (0,)),
-    "_c10d_functional::all_reduce": ("all_reduce", (0,)),
-    "_c10d_functional::all_gather_into_tensor": ("all_gather", (RESULT,)),
-    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", (0,)),
-    "_c10d_functional::all_to_all_single": ("all_to_all", (0, RESULT)),
-    "deepspeed::dim_zero_all_to_all": ("all_to_all", (0,)),
+OPERATORS: dict[str, tuple[str, int]] = {
+    "c10d::allreduce_": ("all_reduce", 0),
+    "c10d::allreduce_coalesced_": ("all_reduce", 0),
+    "c10d::broadcast_": ("broadcast", 0),
+    "c10d::allgather_": ("all_gather", 0),
+    "c10d::_allgather_base_": ("all_gather", 0),
+    "c10d::reduce_scatter_": ("reduce_scatter", 1),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
+    "c10d::alltoall_": ("all_to_all", 1),
+    "c10d::alltoall_base_": ("all_to_all", 1),
+    "c10d::send": ("send_receive", 0),
+    "_c10d_functional::all_reduce": ("all_reduce", 0),
+    "_c10d_functional::all_gather_into_tensor": ("all_gather", RESULT),
+    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0),
+    "_c10d_functional::all_to_all_single": ("all_to_all", 0),
+    "deepspeed::dim_zero_all_to_all": ("all_to_all", 0),
 }
-"""Which arguments are the message, or the result; of several the larger. Of a message between two ranks the sender's
-side is noted. An operator of DeepSpeed's own hides what it calls.
+"""Which argument is the message, or the result. Of a message between two ranks the sender's side is noted. An operator
+of DeepSpeed's own hides what it calls.
 """
 SILENT = {"c10d::recv_", "c10d::barrier", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 """The other side of a send, and what moves no data."""
@@ -108,18 +108,18 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in OPERATORS or (func.namespace in ("c10d", "_c10d_functional") and name not in SILENT):
-            collective, places = OPERATORS[name]
+            collective, place = OPERATORS[name]
             if collective == "all_to_all" and _to_one_rank(name, args):
                 collective = "permute"
-            self._note(collective, [result if place == RESULT else args[place] for place in places])
+            self._note(collective, tree_leaves(result if place == RESULT else args[place]))
         return result
 
-    def _note(self, collective: str, sides: Sequence[Any]) -> None:
-        tensors = [[leaf for leaf in tree_leaves(side) if isinstance(leaf, Tensor)] for side in sides]
-        message = max(sum(tensor.numel() * tensor.element_size() for tensor in side) for side in tensors)
+    def _note(self, collective: str, leaves: Sequence[Any]) -> None:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        message = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         # A module that runs in the backward pass runs again what the forward pass has run.
         phase = "recompute" if self.phase == "backward" and self._running else self.phase
-        self.calls.append(Call(phase, collective, message, dtype_name(tensors[0][0].dtype)))
+        self.calls.append(Call(phase, collective, message, dtype_name(tensors[0].dtype)))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._running.append(module)

@@ -137,7 +137,7 @@ def _of_ulysses(model: Model, plan: Plan) -> dict[str, str]:
         "uneven_heads": alone or ("" if deals_out_groups(model, plan) else "with heads that ulysses divides"),
         "ulysses_few_kv_heads": alone
         or ("" if few else f"with {model.kv_heads} KV heads for ulysses = {plan.ulysses}"),
-        "ulysses_gradients": alone,
+        "ulysses_gradients": alone or ("with as many KV heads as heads" if model.kv_heads == model.heads else ""),
         "gathers_position_ids": alone,
     }
 
