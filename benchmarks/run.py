@@ -10,7 +10,8 @@
 5. Whole steps of several pipeline stages: the step time, and with memory and what ranks wait for.
 6. Commands as whole processes, against one that only imports pandas.
 7. With `--peer`, a checkout of Calculon (github.com/calculon-ai/calculon, which needs psutil): the same
-   configurations there, in the same process, what both predict for the layer of gpt-22b on A100, and its commands.
+   configurations there, in the same process, what both predict for the layer of gpt-22b on A100, the eight steps that
+   it is validated on (Korthikanti et al. 2022, Table 5), and its commands.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from spsim.engine.engine import run
 from spsim.engine.tasks import Meeting, Task
 from spsim.inputs.plan import parse_plan
 from spsim.studies.grids import tables_of_points
+from spsim.studies.measured_cases import load_cases
 from spsim.studies.points import Point
 from spsim.studies.rows import row
 
@@ -51,6 +53,7 @@ STEPS = (
     ("gpt-1t", "tp=8,pp=64", 512),
 )
 """Model, plan beside sequence parallelism and selective recomputation, sequences of a step."""
+PEER_MODELS = ("megatron-22B", "gpt3-175B", "turing-530B", "megatron-1T")
 COMMANDS = {
     "--help": "",
     "run": "--model gpt-22b --hardware dgx-a100-80gb --plan tp=8,sequence_parallel,recompute=selective "
@@ -308,6 +311,51 @@ def peer_table(calculon: Callable[[bool], tuple[float, float]]) -> Table:
     return made
 
 
+def peer_step_table(path: Path) -> Table:
+    """Both on the steps of Korthikanti et al. 2022, Table 5; plans, models and profile known, as in a search."""
+    from calculon.llm.llm import Llm
+    from calculon.system import System
+
+    system = System(json.loads((path / "systems" / "a100_80e.json").read_text()))
+    logger = logging.getLogger("peer")
+
+    def calculon(case: tuple[Any, Any]) -> float:
+        model = Llm(case[0], logger)
+        model.compile(system, case[1])
+        model.run(system)
+        return float(model.get_stats_json(False)["total_time"])
+
+    columns = ["step", "measured", "spsim", "Calculon", "CPU, step time", "and memory", "CPU, Calculon", "of spsim's"]
+    made = report.table("Steps of Table 5 on A100", columns, numbers=columns[1:])
+    own = [case for case in load_cases() if case.family == "kort22_t5"]
+    totals = [0.0, 0.0, 0.0]
+    for case, (model, recompute) in zip(own, product(PEER_MODELS, ("full", "seqsel")), strict=True):
+        execution = path / "validation" / "seqsel" / "tab5" / f"{model}_{recompute}.json"
+        peer = (
+            Llm.Application(json.loads((path / "models" / f"{model}.json").read_text())),
+            Llm.Execution.from_json(json.loads(execution.read_text())),
+        )
+        scenario = case.scenario()
+        times = [
+            cpu_seconds(lambda one=scenario: spsim.simulate(one).step_time_s),
+            cpu_seconds(lambda one=scenario: _time_and_memory(one)),
+            cpu_seconds(lambda one=peer: calculon(one)),
+        ]
+        totals = [total + time for total, time in zip(totals, times, strict=True)]
+        predicted = (spsim.simulate(scenario).step_time_s, calculon(peer))
+        made.add_row(
+            f"{model}, {recompute}", *(f"{time:.2f} s" for time in (case.measured, *predicted)),
+            *(f"{1e3 * time:.2f} ms" for time in times), f"{times[2] / times[0]:.1f} ×",
+        )  # fmt: skip
+    made.add_row("all", "", "", "", *(f"{1e3 * time:.2f} ms" for time in totals), f"{totals[2] / totals[0]:.1f} ×")
+    return made
+
+
+def _time_and_memory(scenario: spsim.Scenario) -> tuple[float, float]:
+    result = spsim.simulate(scenario)
+    return result.step_time_s, result.peak_memory_gib
+
+
 def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -320,6 +368,7 @@ def main() -> None:
         console.print(made)
     if calculon:
         console.print(peer_table(calculon))
+        console.print(peer_step_table(arguments.peer))
 
 
 if __name__ == "__main__":

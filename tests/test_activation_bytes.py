@@ -218,7 +218,9 @@ def grouped_shapes(draw):
     """A shape, its KV heads (a divisor of the heads that divides the degree or is divided by it), MLP width."""
     x = draw(SHAPES)
     fits = [k for k in range(1, x.a + 1) if x.a % k == 0 and (k % x.t == 0 or x.t % k == 0)]
-    return x, draw(st.sampled_from(fits)), x.t * draw(st.integers(1, 50))
+    kv_heads = draw(st.sampled_from(fits))
+    x = replace(x, d=x.t * x.d) if kv_heads < x.t else x  # Q, K and V are cut evenly
+    return x, kv_heads, x.t * draw(st.integers(1, 50))
 
 
 @random_shapes

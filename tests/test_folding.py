@@ -211,11 +211,11 @@ LONG = {"seq_len": 65536, "layers": 1, "hidden": 1024}
 def test_the_timeline_shows_the_imbalance():
     """At 64 Ki tokens kernels are long: the last of four ranks needs 7/4 of the mean time, the first 1/4.
 
-    Within 1 / (1 - 0.15): waiting messages hold part of a device.
+    Within 1 / (1 - 24 / 108): waiting messages hold so many of the SMs.
     """
     times = attention_time(result("ring=4,ring_cut=contiguous", **LONG))
     mean = sum(times) / 4
-    assert [time / mean for time in times] == pytest.approx([0.25, 0.75, 1.25, 1.75], rel=0.18)
+    assert [time / mean for time in times] == pytest.approx([0.25, 0.75, 1.25, 1.75], rel=0.286)
     assert len(set(attention_time(result("ring=4", **LONG)))) == 1
 
 

@@ -4,11 +4,9 @@ for by none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from spsim.engine.contention import Held, in_turn, rate_beside, work_through
 from spsim.engine.recording import Moments
-from spsim.engine.tasks import Durations, Need, RankProgram, Run, Start
+from spsim.engine.tasks import Durations, Need, RankProgram, Start
 
 
 def run_alone(program: RankProgram, durations: Durations, start: Start, slowdown: float) -> list[Moments]:
@@ -26,33 +24,22 @@ def run_alone(program: RankProgram, durations: Durations, start: Start, slowdown
     ordered = sorted if len(rates | {own for *_, own in holds}) < 2 else in_turn
     fresh = bool(holds)
     found: dict[int, Moments] = {}
-    for run in program.in_turn or ():
-        begin = free[run.lane]
-        for need in run.needs:
-            begin = max(begin, ends[need])
-        if run.meetings:
-            end = begin + durations[run.last]
-            found[run.last] = begin, begin, end
-            holds.append((begin, end, rate if run.rate is None else run.rate))
+    for lane, tasks, last, needs, _, own, meetings, _ in program.in_turn or ():
+        begin = free[lane]
+        for need in needs:
+            if ends[need] > begin:
+                begin = ends[need]
+        if meetings:
+            end = begin + durations[last]
+            found[last] = begin, begin, end
+            holds.append((begin, end, rate if own is None else own))
             fresh = True
         else:
             if fresh:
                 holds, fresh = ordered([hold for hold in holds if hold[1] > begin]), False
-            end = _kernels(run, begin, durations, holds, found)
-        free[run.lane] = ends[run.last] = end
+            end = begin
+            for task in tasks:
+                begin, end = end, work_through(end, durations[task], holds) if holds else end + durations[task]
+                found[task] = begin, begin, end
+        free[lane] = ends[last] = end
     return [found[task] for task in program.ids]
-
-
-def _kernels(
-    run: Run,
-    begin: int,
-    durations: Durations,
-    holds: Sequence[Held],
-    found: dict[int, Moments],
-) -> int:
-    """Kernels in a row; when the last ends."""
-    for task in run.tasks:
-        end = work_through(begin, durations[task], holds) if holds else begin + durations[task]
-        found[task] = begin, begin, end
-        begin = end
-    return begin

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, end_of, pieces_during, place_of
 from spsim.engine.recording import Flight, MemoryChange, Recording, Span, TaskInfo
-from spsim.lazy import lazy
+from spsim.lazy import Deferred, lazy
 from spsim.units import PS_PER_MS
 
 
@@ -128,6 +128,11 @@ class Trace:
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
     summary: Summary | None = None
     """If its pieces are written when they are read."""
+
+    @property
+    def unwritten(self) -> Summary | None:
+        """Its summary, as long as nobody has read its pieces, which say the same."""
+        return None if isinstance(self.nodes, Deferred) and self.nodes.is_made else self.summary
 
     def __repr__(self) -> str:
         ranks = sum(map(len, self.copies.values()))

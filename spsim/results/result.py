@@ -252,7 +252,7 @@ class Result(Derived):
     @lazy
     def peak_bytes(self) -> int:
         """See `Derived`."""
-        return known.peak_bytes(self.statics) if (known := self.staged or self.trace.summary) else self.peak.bytes
+        return known.peak_bytes(self.statics) if (known := self.staged or self.trace.unwritten) else self.peak.bytes
 
     @property
     def peak_operator(self) -> str:

@@ -103,7 +103,7 @@ class Rows:
 
 
 def _tail(items: Sequence[Item]) -> Iterator[Segment]:
-    found = takewhile(lambda item: isinstance(item, Visit) and item.segment.one_by_one, reversed(items))
+    found = takewhile(lambda item: isinstance(item, Visit) and item.segment.closes, reversed(items))
     return (segment for item in found for segment in segments_of([item]))
 
 

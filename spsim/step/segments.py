@@ -77,10 +77,11 @@ class Segment:
         return Outline([task.lane for task in self.tasks], self.labels, self.buffers, own)
 
     @lazy
-    def one_by_one(self) -> bool:
-        """Whether its tasks, and what was issued before on their lanes, run one after another: none hides another."""
+    def closes(self) -> bool:
+        """Whether its tasks, and all that was issued before on lanes, run one after another: none hides another."""
         lanes = {task.lane for task in self.tasks} - {COMPUTE_LANE}
-        return lanes <= self.joins and all(task.needs == ((task.id - 1,) if task.id else ()) for task in self.tasks)
+        in_a_row = all(task.needs == ((task.id - 1,) if task.id else ()) for task in self.tasks)
+        return bool(self.joins) and lanes <= self.joins and in_a_row
 
     @lazy
     def last_calls(self) -> Mapping[str, int]:
