@@ -13,7 +13,7 @@ import pytest
 from spsim import Model, Scenario, Workload
 from spsim.program.assembly import EMBEDDING, HEAD, step_programs
 from spsim.program.instructions import LAYER, Communication
-from spsim.step.gradients import gradient_syncs
+from spsim.step.gradients import gradient_syncs, read_again
 from tests.cases import H100
 from tests.test_docs import ROOT
 
@@ -123,7 +123,8 @@ def test_sums_of_gradients_are_those_of_the_library(key):
     """
     scenario, blocks = derived(key)
     found = Counter()
-    for sync in gradient_syncs(blocks, scenario.plan, 4):
+    syncs = list(gradient_syncs(blocks, scenario.plan, ITEMSIZE["fp32"]))
+    for sync in (*syncs, *read_again(syncs)):
         if sync.axes == ("tp",):
             elements = sum(blocks[block].weight_sync[index].elements for block, index in sync.weights)
             found[elements] += sync.readers or 1
