@@ -54,6 +54,7 @@ OTHER_OPTIONS = {
     "moment_dtype": "bf16",
     "precision_aware_optimizer": True,
     "loss_fusion": True,
+    "loss_parallel": False,
     "recompute_layers": 1,
     "recompute_method": "uniform",
     "recompute_modules": "mlp",

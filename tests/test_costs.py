@@ -19,7 +19,7 @@ from spsim.inputs.hardware import CollectiveCurve
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.program.instructions import Compute
-from spsim.program.lowerings.ring import ring_blocks
+from spsim.program.lowerings.ring_steps import ring_blocks
 from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import A100, H100, program, scenario
 

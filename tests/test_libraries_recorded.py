@@ -27,11 +27,8 @@ with (EXPERIMENTS / "data" / "libraries.csv").open() as file:
     for row in csv.DictReader(file):
         ROWS[row["library"], row["case"], int(row["ranks"])].append(row)
 
-GATHERED_LOGITS = "logits are gathered before the loss, which spsim computes in parallel"
 UNITS = "torchtitan shards embedding, and norm and output, as units of their own; spsim all but the layers as one"
 UNSIMULATED = {
-    ("torchtitan", "model loss gathered"): GATHERED_LOGITS,
-    ("transformers", "model tp"): GATHERED_LOGITS,
     ("torchtitan", "model fsdp"): UNITS,
     ("torchtitan", "model tp sp fsdp"): UNITS,
     ("torchtitan", "tp sp full"): "torch recomputes when the first kept tensor is asked for, which is after a gather",
@@ -181,6 +178,6 @@ def test_statistics_kept_are_those_of_the_library(key):
     assert derived_bytes(key, "log-sum-exp") == recorded_bytes(key, "log-sum-exp")
 
 
-@cases({key: GATHERED_LOGITS for key, reason in UNSIMULATED.items() if reason == GATHERED_LOGITS})
+@cases({})
 def test_probabilities_kept_are_those_of_the_library(key):
     assert derived_bytes(key, "probabilities") == recorded_bytes(key, "loss")

@@ -27,7 +27,7 @@ VALUES = {
     "input_gradients": ("summed", "each"), "few_kv_heads": ("gather", "replicate"),
     "norm_gradients": ("coalesced", "each_reader"), "batch_first": (False, True),
     "uneven_heads": ("refuse", "by_group"), "ulysses_few_kv_heads": ("replicate", "refuse"),
-    "ulysses_gradients": ("forward", "reverse"), "gathers_position_ids": (False, True),
+    "loss_parallel": (True, False), "ulysses_gradients": ("forward", "reverse"), "gathers_position_ids": (False, True),
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
     "ring_kind": ("p2p", "all_gather", "gather_permute"), "ring_gradients": ("model_dtype", "fp32"),
     "ring_messages": ("joint", "concatenated", "separate"), "ring_cut": ("zigzag", "contiguous"),

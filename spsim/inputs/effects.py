@@ -11,7 +11,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
 from spsim.inputs.workload import Workload
 
-OF_THE_STEP = ("loss_fusion",)
+OF_THE_STEP = ("loss_fusion", "loss_parallel")
 """Options that layers alone have nothing of."""
 
 
@@ -133,11 +133,12 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
 def _of_ulysses(model: Model, plan: Plan) -> dict[str, str]:
     alone = "with ulysses = 1" if plan.ulysses == 1 else ""
     few = model.kv_heads < plan.tp * plan.ulysses and model.kv_heads >= plan.tp
+    alike = model.kv_heads == model.heads and model.attention != "unfused" and plan.ring == 1
     return {
         "uneven_heads": alone or ("" if deals_out_groups(model, plan) else "with heads that ulysses divides"),
         "ulysses_few_kv_heads": alone
         or ("" if few else f"with {model.kv_heads} KV heads for ulysses = {plan.ulysses}"),
-        "ulysses_gradients": alone or ("with as many KV heads as heads" if model.kv_heads == model.heads else ""),
+        "ulysses_gradients": alone or ("with as many KV heads as heads" if alike else ""),
         "gathers_position_ids": alone,
     }
 
@@ -213,8 +214,10 @@ def _buckets(plan: Plan) -> str:
 
 
 def _of_memory(model: Model, plan: Plan) -> dict[str, str]:
+    without_head = "without a head" if model.head_rows == 0 else ""
     return {
-        "loss_fusion": "without a head" if model.head_rows == 0 else "",
+        "loss_fusion": without_head,
+        "loss_parallel": without_head or ("with tp = 1" if plan.tp == 1 else ""),
         "recompute_modules": "as core attention is recomputed anyhow"
         if plan.recomputed_modules == ("core_attn",)
         else "",

@@ -65,6 +65,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "projections": "separate",
             "input_gradients": "each",
             "tp_backward_overlap": False,
+            "loss_parallel": False,
             "few_kv_heads": "refuse",
         },
         _TRANSFORMERS_MODULES,

@@ -68,8 +68,10 @@ _GRADIENTS = {True: {"grad_dtype": "fp32"}, False: {"grad_dtype": "bf16"}}
 _GRAPHS = {True: {"cuda_graphs": "per_layer"}, False: {}}
 _FULLY_SHARDED = {True: {"zero": 3, "dp_library": "fsdp"}, False: {}}
 _WHOLE = {True: {"recompute": "full"}, False: {}}
+_OF_GATHERED = {True: {"loss_parallel": False}, False: {}}
 READINGS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
     "recompute_activations": {True: {"recompute": "selective"}, False: {}},
+    "disable_loss_parallel": _OF_GATHERED,
     "gradient_checkpointing": _WHOLE,
     "activation_checkpointing": _WHOLE,
     "pipeline_parallel_schedule": SCHEDULES,

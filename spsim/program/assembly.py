@@ -160,7 +160,7 @@ def head_key(model: Model, plan: Plan, *, loss_fusion: bool, beside_embedding: b
     """What of model and plan the program of the head depends on."""
     rows, shared = padded_vocab(model.head_rows, plan.tp), is_tied(model) and beside_embedding
     by_model = (head_traits(model), rows, is_tied(model))
-    return "head", by_model, loss_fusion, shared, _around_by(plan)
+    return "head", by_model, loss_fusion, plan.loss_parallel or plan.tp == 1, shared, _around_by(plan)
 
 
 def head_program(
@@ -181,7 +181,8 @@ def compile_head(
 ) -> Program:
     """The same, compiled; `head_program` keeps it."""
     vocab = padded_vocab(model.head_rows, plan.tp)
-    operators = head_block(model, workload, plan.dp, vocab=vocab, loss_fusion=loss_fusion)
+    options = {"loss_fusion": loss_fusion, "loss_parallel": plan.loss_parallel}
+    operators = head_block(model, workload, plan.dp, vocab=vocab, **options)
     elsewhere = {TABLE} if beside_embedding else frozenset()
     return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
 

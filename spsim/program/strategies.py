@@ -39,11 +39,14 @@ def split_rules(plan: Plan) -> dict[Axis, SplitRule]:
     }
 
 
-WHOLE_SEQUENCE = "whole sequence"
+WHOLE_SEQUENCE, WHOLE_VOCABULARY = "whole sequence", "whole vocabulary"
 
 
 def named_rules(plan: Plan) -> dict[str, Rules]:
     """Rules of operators that name theirs. On a whole sequence: Megatron adds learned positions before it scatters the
-    sequence over tp.
+    sequence over tp. On the whole vocabulary, too: a loss that reads gathered logits.
     """
-    return {WHOLE_SEQUENCE: split_rules(plan.model_copy(update={"sequence_parallel": False}))}
+    return {
+        WHOLE_SEQUENCE: split_rules(plan.model_copy(update={"sequence_parallel": False})),
+        WHOLE_VOCABULARY: {**split_rules(plan), "tp": SplitRule((), ())},
+    }

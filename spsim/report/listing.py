@@ -93,6 +93,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "grad_dtype": "in which gradients are accumulated and reduced",
     "moment_dtype": "of the two moments of Adam",
     "precision_aware_optimizer": "master weights as what 16 bits leave of them",
+    "loss_parallel": "cross-entropy of logits that stay split over tp, or of gathered ones",
     "loss_fusion": "cross-entropy in one kernel, without an fp32 copy of the logits",
     "recompute": "recompute core attention (selective) or the layer (full) in the backward pass",
     "recompute_layers": "layers of each chunk that are recomputed (block), or layers of a unit (uniform)",

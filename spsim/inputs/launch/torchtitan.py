@@ -146,12 +146,13 @@ def _read_parallelism(options: Options, draft: Draft) -> None:
     plan = draft.plan
     if options.flag("parallelism.enable_async_tensor_parallel"):
         plan["tp_overlap"] = True
+    plan["loss_parallel"] = not options.flag("parallelism.disable_loss_parallel")
     ring = options.number("parallelism.context_parallel_degree", 1)
     kind = options.choice("parallelism.context_parallel_rotate_method", ROTATES, ROTATES["allgather"])
     if ring != 1:
         plan |= {"ring": ring, "ring_kind": kind}
     for name, harmless in (
-        ("context_parallel_load_balancer", ("headtail",)), ("disable_loss_parallel", (False,)),
+        ("context_parallel_load_balancer", ("headtail",)),
         ("expert_parallel_degree", (1,)), ("expert_tensor_parallel_degree", (1,)),
     ):  # fmt: skip
         options.leave(f"parallelism.{name}", harmless)
@@ -358,6 +359,7 @@ def _degrees(plan: Plan) -> dict[str, Any]:
         "fsdp_reshard_after_forward": again,
         "tensor_parallel_degree": plan.tp,
         "enable_async_tensor_parallel": plan.tp_overlap or None,
+        "disable_loss_parallel": not plan.loss_parallel or None,
         "pipeline_parallel_degree": plan.pp,
         "context_parallel_degree": plan.ring,
         "context_parallel_rotate_method": rotate if plan.ring > 1 else None,

@@ -21,7 +21,7 @@ from spsim.work import AttentionKernel, FlashAttention, Gemm, MemoryBound, Work
 
 Seconds = npt.NDArray[np.float64]
 
-CONSTANT = frozenset({"kernel", "direction", "causal", "head_dim", "operator_class", "backward", "dtype"})
+CONSTANT = frozenset({"kernel", "direction", "causal", "head_dim", "operator_class", "backward", "dtype", "eager"})
 """Fields of a work that choose its coefficients; all others are numbers, and many kernels are one array."""
 HALF_PRECISION = ("bf16", "fp16")
 """Types of one rate, which training runs in."""

@@ -7,6 +7,7 @@ Transformer Engine's: 10 bytes a logit, which stays in 16 bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
 
 from spsim.inputs.model import Model
@@ -14,6 +15,7 @@ from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
 from spsim.program.blocks.embedding import TABLE, TOKEN_BYTES
 from spsim.program.operators import Operator, Tensor
+from spsim.program.strategies import WHOLE_VOCABULARY
 
 LOSS_BYTES = 4
 """The loss is computed in fp32."""
@@ -101,18 +103,29 @@ def is_tied(model: Model) -> bool:
 
 
 def head_block(
-    model: Model, workload: Workload, replicas: int = 1, *, vocab: int | None = None, loss_fusion: bool = False
+    model: Model,
+    workload: Workload,
+    replicas: int = 1,
+    *,
+    vocab: int | None = None,
+    loss_fusion: bool = False,
+    loss_parallel: bool = True,
 ) -> tuple[Operator, ...]:
     """From the output of the last layer [s b h] to the loss, in forward order.
 
     `vocab` are the rows of the output layer, those of the model and its padding. Products are of the type of the
     activations, whatever type those of the layers are of. A head of tied embeddings reads the table of the embedding.
+    Without `loss_parallel` the loss reads the logits of the whole vocabulary.
     """
     block = _Head(model, workload, replicas, v=vocab or model.head_rows)
     normed = block.norm("final_norm", block.tensor("last_hidden", "s b h"))
     logits = block.output_layer(normed)
+    before_loss = len(block.operators)
     if loss_fusion:
         block.fused_loss(logits)
     else:
         block.unfused_loss(block.in_fp32(logits))
-    return tuple(block.operators)
+    loss = block.operators[before_loss:]
+    if not loss_parallel:
+        loss = [replace(own, rules=WHOLE_VOCABULARY) for own in loss]
+    return (*block.operators[:before_loss], *loss)
