@@ -137,9 +137,15 @@ def _of_ulysses(model: Model, plan: Plan) -> dict[str, str]:
         "uneven_heads": alone or ("" if deals_out_groups(model, plan) else "with heads that ulysses divides"),
         "ulysses_few_kv_heads": alone
         or ("" if few else f"with {model.kv_heads} KV heads for ulysses = {plan.ulysses}"),
-        "ulysses_gradients": alone or ("with as many KV heads as heads" if model.kv_heads == model.heads else ""),
+        "ulysses_gradients": alone or ("with gradients that are all alike" if _exchanges_alike(model, plan) else ""),
         "gathers_position_ids": alone,
     }
+
+
+def _exchanges_alike(model: Model, plan: Plan) -> bool:
+    """Whether gradients of Q, K and V are made by one kernel, as large, and read by one."""
+    apart = model.attention == "unfused" or model.positions == "rope" or model.qk_norm
+    return model.kv_heads == model.heads and plan.ring == 1 and not apart
 
 
 def deals_out_groups(model: Model, plan: Plan) -> bool:
