@@ -133,14 +133,19 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
 def _of_ulysses(model: Model, plan: Plan) -> dict[str, str]:
     alone = "with ulysses = 1" if plan.ulysses == 1 else ""
     few = model.kv_heads < plan.tp * plan.ulysses and model.kv_heads >= plan.tp
-    alike = model.kv_heads == model.heads and model.attention != "unfused" and plan.ring == 1
     return {
         "uneven_heads": alone or ("" if deals_out_groups(model, plan) else "with heads that ulysses divides"),
         "ulysses_few_kv_heads": alone
         or ("" if few else f"with {model.kv_heads} KV heads for ulysses = {plan.ulysses}"),
-        "ulysses_gradients": alone or ("with as many KV heads as heads" if alike else ""),
+        "ulysses_gradients": alone or ("with gradients that are all alike" if _exchanges_alike(model, plan) else ""),
         "gathers_position_ids": alone,
     }
+
+
+def _exchanges_alike(model: Model, plan: Plan) -> bool:
+    """Whether gradients of Q, K and V are made by one kernel, as large, and read by one."""
+    apart = model.attention == "unfused" or model.positions == "rope" or model.qk_norm
+    return model.kv_heads == model.heads and plan.ring == 1 and not apart
 
 
 def deals_out_groups(model: Model, plan: Plan) -> bool:
