@@ -73,7 +73,7 @@ class Plan(Configuration):
     loss_fusion: bool = False
     """Cross-entropy in one kernel that keeps no fp32 copy of the logits (`cross_entropy_loss_fusion`)."""
     loss_parallel: bool = True
-    """Cross-entropy of logits that stay split over tp, else of gathered ones (`disable_loss_parallel` of torchtitan)."""
+    """Cross-entropy of logits split over tp, else of gathered ones (`disable_loss_parallel` of torchtitan)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute core attention (selective) or the whole layer (full) in the backward pass."""
     recompute_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None

@@ -93,6 +93,7 @@ class ReplicaPasses:
         self.sync, self.blocks, self.groups, self.name = sync, blocks, groups, name
         self._variants: dict[tuple[object, ...], BlockPass] = {}
         self._passes: dict[tuple[Pass, bool], StagePass] = {}
+        self._firsts: dict[tuple[Sync, Pass], Segment] = {}
 
     def forward(self, *, first: bool) -> StagePass:
         """Of the first micro-batch, or of any other."""
@@ -143,14 +144,16 @@ class ReplicaPasses:
         return f"{self.name} {phase} parameters".strip()
 
     def _first(self, message: Sync, phase: Pass) -> Segment:
-        """The segment that issues the first gather of a pass."""
-        name = f"{self._arrival(phase)} gathered"
-        additions = Additions(
-            [Issue(message, 0)],
-            exports={self._arrival(phase): Issued(0)},
-            held=list(self._gathered(message, Issued(0))),
-        )
-        return woven(Segment(name, phase, (), ()), name, additions)
+        """The segment that issues the first gather of a pass; the same for the same."""
+        if (message, phase) not in self._firsts:
+            name = f"{self._arrival(phase)} gathered"
+            additions = Additions(
+                [Issue(message, 0)],
+                exports={self._arrival(phase): Issued(0)},
+                held=list(self._gathered(message, Issued(0))),
+            )
+            self._firsts[message, phase] = woven(Segment(name, phase, (), ()), name, additions)
+        return self._firsts[message, phase]
 
     def _gathered(self, message: Sync, place: Issued) -> Iterator[Held]:
         """Memory of gathered weights that rest sharded; other libraries gather in place."""
