@@ -134,6 +134,7 @@ def test_every_key_that_is_not_read_is_listed(tmp_path):
         "activation_checkpoint.selective_ac_option", "parallelism.data_parallel_replicate_degree",
         "parallelism.data_parallel_shard_degree", "parallelism.fsdp_reshard_after_forward",
         "parallelism.tensor_parallel_degree", "parallelism.enable_async_tensor_parallel",
+        "parallelism.disable_loss_parallel",
         "parallelism.pipeline_parallel_degree", "parallelism.module_fqns_per_model_part",
         "parallelism.pipeline_parallel_first_stage_less_layers", "parallelism.pipeline_parallel_last_stage_less_layers",
         "parallelism.pipeline_parallel_layers_per_stage", "parallelism.pipeline_parallel_schedule",
