@@ -55,6 +55,7 @@ OTHER_OPTIONS = {
     "precision_aware_optimizer": True,
     "loss_fusion": True,
     "loss_parallel": False,
+    "recompute_early_stop": True,
     "recompute_layers": 1,
     "recompute_method": "uniform",
     "recompute_modules": "mlp",

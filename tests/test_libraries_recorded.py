@@ -32,7 +32,6 @@ UNSIMULATED = {
     ("torchtitan", "model fsdp"): UNITS,
     ("torchtitan", "model tp sp fsdp"): UNITS,
     ("torchtitan", "tp sp full"): "torch recomputes when the first kept tensor is asked for, which is after a gather",
-    ("transformers", "tp full"): "torch ends a recomputation at the last kept tensor, before the last all-reduce",
 }
 """(library, case) -> why its collectives are not those of the library. Who simulates it, takes it out."""
 

@@ -5,7 +5,10 @@ from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from spsim import Scenario, simulate
 from spsim.inputs.grid import Grid
@@ -23,7 +26,7 @@ from spsim.program.region import Region
 from spsim.program.sizes import Template, every_workload
 from spsim.program.strategies import split_rules
 from spsim.simulation import simulate_many
-from tests.cases import model, result, scenario
+from tests.cases import model, program, result, scenario
 from tests.test_activation_bytes import FLASH, GPT, LLAMA, SHAPES, few_shapes, random_shapes
 from tests.test_folding import assert_equal
 from tests.test_template import assert_equals_program
@@ -400,3 +403,36 @@ def test_what_lasts_does_not_depend_on_what_is_recomputed(how, precision):
     ]
     assert closing[0] == closing[1]
     assert closing[0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "last"),
+    [("recompute=full", {"fc2", "residual2"}), ("recompute=selective,recompute_modules=mlp", {"fc2"})],
+)
+def test_a_recomputation_may_stop_at_what_the_backward_pass_reads(plan, last):
+    """Nobody reads results of the last product of the MLP, and what is added to them."""
+    whole, early = (again(f"tp=2,{plan}{stop}") for stop in ("", ",recompute_early_stop"))
+    assert early == [name for name in whole if name not in last]
+    assert last <= {*whole}
+
+
+def again(plan):
+    steps = program(plan, hidden=128, heads=8, ffn_hidden=512).backward
+    return [step.operator for step in steps if step.part == "recompute" and isinstance(step, Compute)]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_torch_stops_at_what_the_backward_pass_reads(early):
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten.addmm.default
+            return func(*args, **(kwargs or {}))
+
+    mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+    with set_checkpoint_early_stop(early):
+        out = checkpoint(mlp, torch.zeros(2, 4, requires_grad=True), use_reentrant=False)
+    with Products() as products:
+        out.sum().backward()
+    assert products.count == 2 - early

@@ -218,9 +218,20 @@ def _buckets(plan: Plan) -> str:
     return "" if behind else "without dp_overlap of gradients"
 
 
+def _nothing_left(model: Model, plan: Plan) -> str:
+    """Where a recomputation ends with what the backward pass reads anyhow."""
+    modules, unfused = plan.recomputed_modules, model.attention == "unfused"
+    if plan.recompute == "none":
+        return "with recompute = 'none'"
+    if model.dropout if plan.recompute == "full" else not ("mlp" in modules or ("core_attn" in modules and unfused)):
+        return "as what is recomputed ends with what the backward pass reads"
+    return ""
+
+
 def _of_memory(model: Model, plan: Plan) -> dict[str, str]:
     without_head = "without a head" if model.head_rows == 0 else ""
     return {
+        "recompute_early_stop": _nothing_left(model, plan),
         "loss_fusion": without_head,
         "loss_parallel": without_head or ("with tp = 1" if plan.tp == 1 else ""),
         "recompute_modules": "as core attention is recomputed anyhow"

@@ -82,6 +82,8 @@ class Plan(Configuration):
     """The first layers of a chunk, or units of so many layers of which the first input is kept."""
     recompute_modules: str | None = None
     """Modules of a layer that `selective` recomputes, such as `core_attn+mlp`; core attention unless given."""
+    recompute_early_stop: bool = False
+    """Recompute up to the last tensor that the backward pass reads (`early_stop` of torch.utils.checkpoint)."""
     cpu_offload_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Layers of a rank whose activations wait in host memory between their passes."""
     cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"

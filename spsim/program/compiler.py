@@ -28,7 +28,7 @@ from spsim.program.kernels import Kernels, Product
 from spsim.program.operators import Tensor
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout, sent_bytes
-from spsim.program.recompute import LayerKind, Recomputed, recomputed, usual_kind
+from spsim.program.recompute import LayerKind, Recomputed, needed, recomputed, usual_kind
 from spsim.program.region import Move, Region
 from spsim.program.saving import Saving
 from spsim.work import KernelClass, MemoryBound, Work
@@ -272,7 +272,11 @@ class _Compiler:
         """Run operators again, with the communication on both their sides unless results are discarded: then the
         backward pass moves them.
         """
-        for op in (op for op in self.operators if op.name in own.operators):
+        again = [op for op in self.operators if op.name in own.operators]
+        if self.plan.recompute_early_stop and not own.discards:
+            again = again[: needed([op.operator for op in again])]
+        made = {output.name for op in again for output in op.outputs}
+        for op in again:
             for operand in op.handed_over:
                 if self.saving.inside.get(operand.name) is not own:
                     layout = self.region.produced[operand.name].layout
@@ -281,7 +285,7 @@ class _Compiler:
             self._run_forward(op, "recompute")
         for op in (op for op in self.operators if op.name not in own.operators and not own.discards):
             for operand in op.activations:
-                if self.saving.inside.get(operand.name) is own:
+                if self.saving.inside.get(operand.name) is own and operand.name in made:
                     self._fetch_input(op, operand, "recompute")
 
     def _run_backward(self, op: PlacedOperator) -> None:

@@ -127,3 +127,14 @@ def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
         index for index in range(place, len(operators)) if operators[index].passthrough and not operators[index].cast
     )
     return operators[next(added, len(operators)) - 1]
+
+
+def needed(operators: Sequence[Operator]) -> int:
+    """How many of some operators in a row have to run for all that their backward passes read: one that keeps only what
+    it reads itself need not.
+    """
+    for place in reversed(range(len(operators))):
+        saved = set(operators[place].saves)
+        if saved:
+            return place + (not saved.isdisjoint(output.tensor.name for output in operators[place].outputs))
+    return 0

@@ -97,6 +97,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "loss_fusion": "cross-entropy in one kernel, without an fp32 copy of the logits",
     "recompute": "recompute core attention (selective) or the layer (full) in the backward pass",
     "recompute_layers": "layers of each chunk that are recomputed (block), or layers of a unit (uniform)",
+    "recompute_early_stop": "recompute up to the last tensor that the backward pass reads, as torch does",
     "recompute_method": "the first layers of a chunk, or units of layers of which the input is kept",
     "recompute_modules": "modules that selective recomputes: core_attn, mlp, mlp_act, layernorm, as core_attn+mlp",
     "cpu_offload_layers": "layers whose activations wait in host memory",
