@@ -131,7 +131,8 @@ def test_every_key_that_is_not_read_is_listed(tmp_path):
     read = {
         "model.name", "model.flavor", "model.converters", "training.local_batch_size", "training.global_batch_size",
         "training.seq_len", "training.mixed_precision_param", "activation_checkpoint.mode",
-        "activation_checkpoint.selective_ac_option", "parallelism.data_parallel_replicate_degree",
+        "activation_checkpoint.selective_ac_option", "activation_checkpoint.early_stop",
+        "parallelism.data_parallel_replicate_degree",
         "parallelism.data_parallel_shard_degree", "parallelism.fsdp_reshard_after_forward",
         "parallelism.tensor_parallel_degree", "parallelism.enable_async_tensor_parallel",
         "parallelism.disable_loss_parallel",

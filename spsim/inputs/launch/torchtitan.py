@@ -269,7 +269,9 @@ def _read_recompute(options: Options, draft: Draft) -> None:
     modes = {name: name for name in ("none", "full", "selective", "memory_budget")}
     mode = options.choice("activation_checkpoint.mode", modes, "selective")
     every = str(options.take("activation_checkpoint.selective_ac_option", "2"))
-    for name in ("preserve_rng_state", "determinism_check", "debug", "early_stop", "visualize_memory_budget_pareto"):
+    if options.flag("activation_checkpoint.early_stop"):
+        draft.plan["recompute_early_stop"] = True
+    for name in ("preserve_rng_state", "determinism_check", "debug", "visualize_memory_budget_pareto"):
         options.leave(f"activation_checkpoint.{name}", (True, False, "default"))
     layers = _layers(draft)
     if mode == "full" or (mode == "selective" and every == "1"):
@@ -390,6 +392,10 @@ def _modules(counts: list[int]) -> list[list[str]]:
 
 
 def _recompute(plan: Plan, model: Model) -> dict[str, Any]:
+    return {**_recomputed(plan, model), "early_stop": plan.recompute_early_stop or None}
+
+
+def _recomputed(plan: Plan, model: Model) -> dict[str, Any]:
     if plan.recompute == "full" and plan.recompute_layers is None:
         return {"mode": "full"}
     layers = plan.recompute_layers
