@@ -407,17 +407,23 @@ def test_what_lasts_does_not_depend_on_what_is_recomputed(how, precision):
 
 @pytest.mark.parametrize(
     ("plan", "last"),
-    [("recompute=full", {"fc2", "residual2"}), ("recompute=selective,recompute_modules=mlp", {"fc2"})],
+    [
+        ("tp=2,recompute=full", {"fc2", "residual2"}),
+        ("tp=2,recompute=selective,recompute_modules=mlp", {"fc2"}),
+        ("ulysses=2,recompute=selective", {"av"}),
+    ],
 )
 def test_a_recomputation_may_stop_at_what_the_backward_pass_reads(plan, last):
-    """Nobody reads results of the last product of the MLP, and what is added to them."""
-    whole, early = (again(f"tp=2,{plan}{stop}") for stop in ("", ",recompute_early_stop"))
+    """Nobody reads results of the last product of a module, and what is added to them; what that product keeps of what
+    it reads is there again.
+    """
+    whole, early = (again(f"{plan}{stop}") for stop in ("", ",recompute_early_stop"))
     assert early == [name for name in whole if name not in last]
     assert last <= {*whole}
 
 
 def again(plan):
-    steps = program(plan, hidden=128, heads=8, ffn_hidden=512).backward
+    steps = program(plan, hidden=128, heads=8, ffn_hidden=512, attention="unfused").backward
     return [step.operator for step in steps if step.part == "recompute" and isinstance(step, Compute)]
 
 

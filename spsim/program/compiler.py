@@ -273,16 +273,20 @@ class _Compiler:
         backward pass moves them.
         """
         again = [op for op in self.operators if op.name in own.operators]
-        if self.plan.recompute_early_stop and not own.discards:
-            again = again[: needed([op.operator for op in again])]
-        made = {output.name for op in again for output in op.outputs}
-        for op in again:
+        stops = self.plan.recompute_early_stop and not own.discards
+        count = needed([op.operator for op in again]) if stops else len(again)
+        made = {output.name for op in again[:count] for output in op.outputs}
+        for place, op in enumerate(again[: count + 1]):
             for operand in op.handed_over:
                 if self.saving.inside.get(operand.name) is not own:
                     layout = self.region.produced[operand.name].layout
                     found = self.values[operand.name, layout, "forward"]
                     self.values.setdefault((operand.name, layout, "recompute"), found)
-            self._run_forward(op, "recompute")
+            if place < count:
+                self._run_forward(op, "recompute")
+            elif op.saved:
+                for operand in op.handed_over:
+                    self._fetch_input(op, operand, "recompute")
         for op in (op for op in self.operators if op.name not in own.operators and not own.discards):
             for operand in op.activations:
                 if self.saving.inside.get(operand.name) is own and operand.name in made:
