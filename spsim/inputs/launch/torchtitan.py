@@ -151,11 +151,9 @@ def _read_parallelism(options: Options, draft: Draft) -> None:
     kind = options.choice("parallelism.context_parallel_rotate_method", ROTATES, ROTATES["allgather"])
     if ring != 1:
         plan |= {"ring": ring, "ring_kind": kind}
-    for name, harmless in (
-        ("context_parallel_load_balancer", ("headtail",)),
-        ("expert_parallel_degree", (1,)), ("expert_tensor_parallel_degree", (1,)),
-    ):  # fmt: skip
-        options.leave(f"parallelism.{name}", harmless)
+    options.leave("parallelism.context_parallel_load_balancer", ("headtail",))
+    for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
+        options.leave(f"parallelism.{name}", (1,))
     options.leave("optimizer.name", ("AdamW",))
     options.leave("optimizer.implementation", ("fused",))
     options.leave("optimizer.early_step_in_backward", (False,))
@@ -269,8 +267,7 @@ def _read_recompute(options: Options, draft: Draft) -> None:
     modes = {name: name for name in ("none", "full", "selective", "memory_budget")}
     mode = options.choice("activation_checkpoint.mode", modes, "selective")
     every = str(options.take("activation_checkpoint.selective_ac_option", "2"))
-    if options.flag("activation_checkpoint.early_stop"):
-        draft.plan["recompute_early_stop"] = True
+    draft.plan["recompute_early_stop"] = options.flag("activation_checkpoint.early_stop")
     for name in ("preserve_rng_state", "determinism_check", "debug", "visualize_memory_budget_pareto"):
         options.leave(f"activation_checkpoint.{name}", (True, False, "default"))
     layers = _layers(draft)
@@ -310,7 +307,7 @@ def tables(scenario: Scenario) -> dict[str, dict[str, Any]]:
         "model": {"name": name, "flavor": flavor, **({"converters": [converter]} if converter else {})},
         "training": training,
         "parallelism": {**_degrees(plan), **(_stages(plan, model, workload.micro_batch) if pipeline else {})},
-        "activation_checkpoint": _recompute(plan, model),
+        "activation_checkpoint": {**_recompute(plan, model), "early_stop": plan.recompute_early_stop or None},
     }
     if model.kernels == "compiled":
         found["compile"] = {"enable": True, "components": ["model", "loss"]}
@@ -392,10 +389,6 @@ def _modules(counts: list[int]) -> list[list[str]]:
 
 
 def _recompute(plan: Plan, model: Model) -> dict[str, Any]:
-    return {**_recomputed(plan, model), "early_stop": plan.recompute_early_stop or None}
-
-
-def _recomputed(plan: Plan, model: Model) -> dict[str, Any]:
     if plan.recompute == "full" and plan.recompute_layers is None:
         return {"mode": "full"}
     layers = plan.recompute_layers
