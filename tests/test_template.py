@@ -117,7 +117,7 @@ def assert_equals_program(template, workload, program):
     assert index.buffers.keys() == {buffer.id for buffer in buffers}
     assert numbers.saved == [saved.bytes for saved in program.saved]
     assert [replace(s, bytes=0) for s in template.program.saved] == [replace(s, bytes=0) for s in program.saved]
-    assert numbers.weight_sync() == [sync.elements for sync in program.weight_sync]
+    assert numbers.at(numbers.template.indices[LAYER].weight_sync) == [sync.elements for sync in program.weight_sync]
     assert numbers.parameters() == program.parameters
 
 
@@ -286,7 +286,7 @@ def test_weight_gradients_of_all_layers_are_synchronised_together():
     """
     case = scenario("tp=2,sequence_parallel,ulysses=2,ring=2", layers=3)
     layer = prepared_layer(case.model, case.plan, True)
-    data, tp = layer.sync_messages(layer.template.at(case.workload), [Run(LAYER, case.model.layers)])
+    data, tp = layer.closing_messages(layer.template.at(case.workload), [Run(LAYER, case.model.layers)]).values()
     h, f = case.model.hidden, case.model.ffn_hidden
     split = (3 * h * h + 3 * h + h * h + h * f + f + f * h) // 2
     replicated = 2 * 2 * h + h + h

@@ -170,7 +170,7 @@ def _check_replicas_of_stages(model: Model, plan: Plan) -> None:
         )
     if library == "deepspeed" and (plan.virtual_pp > 1 or plan.pp_schedule != "1f1b"):
         raise _refused(f"dp_library = 'deepspeed' {given} runs 1f1b alone; leave out pp_schedule and virtual_pp")
-    if (library == "ddp" and plan.pp_schedule not in ("1f1b", "gpipe")) or (library == "ddp" and plan.virtual_pp > 1):
+    if library == "ddp" and (plan.pp_schedule not in ("1f1b", "gpipe") or plan.virtual_pp > 1):
         raise _refused(
             f"dp_library = 'ddp' {given}: torch's DDP loses its buckets where chunks or halves of passes take turns; "
             "use dp_library=fsdp, or 1f1b or gpipe without virtual_pp"

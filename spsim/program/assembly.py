@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from functools import lru_cache
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import gathers_qkv
 from spsim.inputs.stages import all_chunks
-from spsim.inputs.workload import Workload
+from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
 from spsim.program.blocks.head import head_block, head_traits, is_tied
@@ -25,7 +25,7 @@ from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
 from spsim.program.quantisation import quantised
-from spsim.program.recipes import RECIPES
+from spsim.program.recipes import RECIPES, in_precision
 from spsim.program.recompute import LayerKind, layer_kinds, usual_kind
 from spsim.program.region import Region
 from spsim.program.strategies import named_rules, split_rules
@@ -33,6 +33,8 @@ from spsim.units import KIB, MIB
 
 EMBEDDING, HEAD = "embedding", "head"
 """What stands around the layers of a step."""
+ProgramsAt = Callable[[Workload], Mapping[str, Program]]
+"""From a workload to the programs of its blocks."""
 
 _layers: Cache[tuple[Operator, ...]] = Cache(4 * MIB, lambda operators: 3 * KIB * len(operators))
 _regions: Cache[Region] = Cache(16 * MIB, lambda region: 5 * KIB * len(region.operators))
@@ -124,6 +126,11 @@ def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pro
     if model.head_rows:
         found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
     return found
+
+
+def programs_at(model: Model, plan: Plan, precision: Precision) -> ProgramsAt:
+    """The same for any workload, in a precision whatever it says."""
+    return lambda workload: step_programs(model, plan, in_precision(workload, precision))
 
 
 def compile_step(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:

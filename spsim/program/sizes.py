@@ -165,10 +165,6 @@ class Numbers:
         """Bytes of each entry of `Program.saved`."""
         return self.at(self.template.index.saved)
 
-    def weight_sync(self, block: str = LAYER) -> list[int]:
-        """Elements of each entry of `Program.weight_sync` of a block."""
-        return self.at(self.template.indices[block].weight_sync)
-
     def parameters(self, block: str = LAYER) -> int:
         """Parameters of one block on one rank."""
         return int(self.values[self.template.indices[block].parameters])

@@ -6,8 +6,7 @@ itinerary.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +21,9 @@ from spsim.engine.recording import Integers, Outline
 from spsim.engine.tasks import RankProgram
 from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import HALVED
-from spsim.inputs.workload import Workload
 from spsim.lazy import Cache, lazy
-from spsim.program.instructions import LAYER, Communication, Compute, HostCopy, Program
+from spsim.program.assembly import ProgramsAt
+from spsim.program.instructions import LAYER, Communication, Compute, HostCopy
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
@@ -33,7 +32,7 @@ from spsim.step.closing import Closing, StageClosings, Update, closings
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
-from spsim.step.ending import Ending, Times, syncs_of
+from spsim.step.ending import Ending, Times
 from spsim.step.folding import Rows
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
@@ -64,7 +63,7 @@ class PreparedStep:
         self,
         template: Template,
         plan: Plan,
-        programs_at: Callable[[Workload], Mapping[str, Program]],
+        programs_at: ProgramsAt,
         *,
         fold: bool,
         gradient_bytes: int = MAIN_GRADIENT_BYTES,
@@ -78,7 +77,6 @@ class PreparedStep:
         self.optimizer = optimizer
         self._in_graphs = slots_in_graphs(plan.cuda_graphs, self.blocks, template.indices)
         self.closings = closings(template.programs, plan, self.world, gradient_bytes, optimizer)
-        self.syncs = syncs_of(self.closings)
         programs = template.programs.items() if has_halves(plan) else ()
         halves = {name: found for name, program in programs if (found := halved_passes(program, plan, name))}
         self.halves: Halves[Blocks] = Halves(
@@ -238,24 +236,6 @@ class PreparedStep:
     def sizes(self, numbers: Numbers) -> dict[str, Integers]:
         """Bytes of the buffers of each segment."""
         return {name: numbers.values[where] for name, where in self._buffer_positions.items()}
-
-    def sync_messages(self, numbers: Numbers, chunk: Chunk, syncs: Sequence[Sync] | None = None) -> list[int]:
-        """Bytes of the messages that synchronise the weight gradients of all blocks of a rank."""
-        counts: Counter[str] = Counter()
-        for run in chunk:
-            counts[run.block] += run.count
-        elements = {block: numbers.weight_sync(block) for block in counts}
-
-        def size(itemsize: int | None, block: str, weight: int) -> int:
-            if itemsize is None:
-                return self.template.programs[block].weight_sync[weight].bytes
-            return itemsize * elements[block][weight]
-
-        return [
-            s.message_bytes
-            + (s.readers or 1) * sum(counts[b] * size(s.itemsize, b, w) for b, w in s.weights if b in counts)
-            for s in (self.syncs if syncs is None else syncs)
-        ]
 
     def issued(self, micro_batches: int) -> Mapping[Sync, int]:
         """Collectives over weights in the passes of a step, and how often each: none but of replicas that overlap."""

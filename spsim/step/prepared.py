@@ -7,7 +7,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache
-from spsim.program.assembly import kinds_of_layers, layer_key, layer_programs, step_key, step_programs
+from spsim.program.assembly import kinds_of_layers, layer_key, layer_programs, programs_at, step_key
 from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.recipes import in_precision
 from spsim.program.templates import layers_template, step_template
@@ -41,7 +41,7 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
         lambda: PreparedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
+            programs_at(model, plan, precision),
             fold=fold,
             gradient_bytes=parameter_state(plan, ELEMENT_BYTES[precision]).gradient,
             optimizer=Optimizer(plan, precision),

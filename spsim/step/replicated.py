@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -14,12 +14,10 @@ from spsim.engine.recording import Integers
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import step_key, step_programs
+from spsim.program.assembly import ProgramsAt, programs_at, step_key
 from spsim.program.blocks.optimizer import parameter_state
-from spsim.program.instructions import Program
-from spsim.program.recipes import in_precision
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, replica_closings
@@ -37,7 +35,6 @@ from spsim.units import MIB, picoseconds
 
 KEPT = 64
 """Numbers of micro-batches whose itinerary a chunk keeps."""
-ProgramsAt = Callable[[Workload], Mapping[str, Program]]
 
 
 class ReplicatedChunk:
@@ -115,10 +112,9 @@ class ReplicatedStep(PreparedStep):
         parameters = parameters_of(programs[run.block] for run in chunk for _ in range(run.count))
         sync = synchronisation(parameters, plan, optimizer.precision, root=root_of(chunk))
         self.replicated = ReplicatedChunk(sync, self.blocks, chunk, groups)
-        others = [found for found in self.syncs if found.axes == ("tp",)]
+        others = [found for found in syncs_of(self.closings) if found.axes == ("tp",)]
         passes = self.segments[: -len(self.closings)]
         self.closings = replica_closings(sync, groups, programs, others, optimizer)
-        self.syncs = syncs_of(self.closings)
         known = {*map(id, passes)}
         variants = [segment for segment in self.replicated.segments if id(segment) not in known]
         self.segments = (*passes, *variants, *(made.segment for made in self.closings))
@@ -192,7 +188,7 @@ def replicated_step(model: Model, plan: Plan, fold: bool, precision: Precision, 
         lambda: ReplicatedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
+            programs_at(model, plan, precision),
             Optimizer(plan, precision),
             chunk,
             fold=fold,

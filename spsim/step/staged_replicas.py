@@ -15,11 +15,10 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import sends
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import EMBEDDING, HEAD, step_programs
+from spsim.program.assembly import EMBEDDING, HEAD, ProgramsAt, programs_at
 from spsim.program.blocks.embedding import TABLE
 from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.instructions import Buffer
-from spsim.program.recipes import in_precision
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, StageClosings, replica_closings
@@ -30,7 +29,7 @@ from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Groups as Communicators
 from spsim.step.ranks import groups_of
 from spsim.step.replicas import Message, Synchronisation, parameters_of, synchronisation
-from spsim.step.replicated import ProgramsAt, root_of
+from spsim.step.replicated import root_of
 from spsim.step.segments import BlockPass
 from spsim.step.stages import Passes, PlacedChunk, Stages
 from spsim.units import MIB
@@ -140,7 +139,7 @@ def staged_step(model: Model, plan: Plan, fold: bool, precision: Precision, stag
         lambda: StagedStep(
             step_template(model, plan, precision),
             plan,
-            lambda workload: step_programs(model, plan, in_precision(workload, precision)),
+            programs_at(model, plan, precision),
             Optimizer(plan, precision),
             stages,
             fold=fold,
