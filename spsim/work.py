@@ -28,7 +28,8 @@ KernelName = Literal[
 """Memory-bound kernels that a profile may have rates of their own for; others are known by their class only. Those of
 the last line are casts, as Transformer Engine names them: `quantize` writes rows, `quantize_both` rows and columns for
 the products that need either, `swizzle_scales` puts scales in the order in which tensor cores read them."""
-MAIN_GRADIENT_BYTES = 4
+FP32_BYTES = 4
+MAIN_GRADIENT_BYTES = FP32_BYTES
 """Of an element: gradients of weights are accumulated and reduced in fp32."""
 CAST_TYPES = ("fp8", "mxfp8", "fp8_blockwise", "nvfp4")
 """Types that operands of products are cast to, tensors between products staying in 16 bits: 8 bits with a scale for the

@@ -221,45 +221,45 @@ def test_an_unknown_library_is_refused():
         emit(Scenario(**LLAMA), "jax")
 
 
+def said(capsys, *arguments):
+    """Exit status and both outputs of a command."""
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments])
+    return stop.value.code, *capsys.readouterr()
+
+
 @pytest.mark.parametrize("library", EMITTED)
 def test_the_command_prints_the_text_alone(library, capsys):
     line = "run --model llama-3-8b --hardware dgx-h100 --seq-len 8K --plan tp=8,sequence_parallel --emit"
-    with pytest.raises(SystemExit) as stop:
-        main([*line.split(), library])
-    captured = capsys.readouterr()
+    code, out, err = said(capsys, *line.split(), library)
     plan = Plan(tp=8, sequence_parallel=True)
     emission = emit(Scenario(hardware="dgx-h100", model="llama-3-8b", plan=plan, workload={"seq_len": 8192}), library)
-    assert (stop.value.code, captured.out) == (0, emission.text)
-    assert captured.err.splitlines() == [f"note: {line}" for line in emission.unsaid]
+    assert (code, out) == (0, emission.text)
+    assert err.splitlines() == [f"note: {line}" for line in emission.unsaid]
 
 
 def test_a_launch_file_is_translated(capsys):
     """From one library to another, over the scenario."""
     script = str(FILES / "train_llama3_8b.sh")
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "--from", script, "--hardware", "dgx-h100", "--emit", "torchtitan"])
-    captured = capsys.readouterr()
-    assert stop.value.code == 0
-    assert 'flavor = "8B"' in captured.out
-    assert "tensor_parallel_degree = 4" in captured.out
-    assert "--moe-router-fusion" in captured.err
-    assert "plan.library = 'megatron-core', but torchtitan is 'torchtitan'" in captured.err
+    code, out, err = said(capsys, "run", "--from", script, "--hardware", "dgx-h100", "--emit", "torchtitan")
+    assert code == 0
+    assert 'flavor = "8B"' in out
+    assert "tensor_parallel_degree = 4" in out
+    assert "--moe-router-fusion" in err
+    assert "plan.library = 'megatron-core', but torchtitan is 'torchtitan'" in err
 
 
 def test_the_emission_is_no_result(capsys):
     line = "run --model llama-3-8b --hardware dgx-h100 --seq-len 8K --emit megatron --json"
-    with pytest.raises(SystemExit) as stop:
-        main(line.split())
-    captured = capsys.readouterr()
-    assert (stop.value.code, captured.out) == (2, "")
-    assert "--emit prints a configuration, not a result" in captured.err
+    code, out, err = said(capsys, *line.split())
+    assert (code, out) == (2, "")
+    assert "--emit prints a configuration, not a result" in err
 
 
 def test_a_launch_file_is_compared_with_another_plan(capsys):
     script = str(FILES / "train_gpt_175b.slurm")
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", "--from", script, "--hardware", "dgx-a100-80gb", "--plan", "TP8 × PP8 × DP2"])
-    captured = capsys.readouterr()
-    assert stop.value.code == 0
-    assert "TP8+SP × PP8 × DP2" in captured.out
-    assert "--split" in captured.err
+    plan = "TP8 × PP8 × DP2"
+    code, out, err = said(capsys, "compare", "--from", script, "--hardware", "dgx-a100-80gb", "--plan", plan)
+    assert code == 0
+    assert "TP8+SP × PP8 × DP2" in out
+    assert "--split" in err

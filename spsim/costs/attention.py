@@ -21,9 +21,8 @@ from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import AttentionCoefficients, AttentionPass
 from spsim.inputs.quantities import Quantity
 from spsim.units import GB, US_PER_S
-from spsim.work import CAST_TYPES, AttentionKernel, Direction, FlashAttention, Framework, each, products_of
+from spsim.work import CAST_TYPES, FP32_BYTES, AttentionKernel, Direction, FlashAttention, Framework, each, products_of
 
-FP32_BYTES = 4
 FLOPS = 2
 """Of a multiplication: an addition comes with it."""
 KEPT = 128

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
-from spsim.program.blocks.optimizer import FP32_BYTES, parameter_state, shard_ranks
+from spsim.program.blocks.optimizer import parameter_state, shard_ranks
 from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
+from spsim.work import FP32_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Set
 
 from spsim.lazy import lazy
 from spsim.program.kernels import Attention, Casting, Kernels, Lookup, Product
-from spsim.program.launches import FP32_BYTES, Launch, Launches
+from spsim.program.launches import Launch, Launches
 from spsim.program.placed import PlacedOperator
-from spsim.work import MemoryBound, Work
+from spsim.work import FP32_BYTES, MemoryBound, Work
 
 
 class Separate(Kernels):

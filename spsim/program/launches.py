@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from spsim.work import KernelName, MemoryBoundClass
 
-FP32_BYTES = 4
-
 
 class Launch(NamedTuple):
     """One kernel."""

@@ -46,6 +46,7 @@ from spsim.step.buckets import (
     modules_reversed,
 )
 from spsim.step.gradients import GRADIENTS, NORM, OVERFLOW, PARAMETERS
+from spsim.work import FP32_BYTES
 
 Group = Literal["shard", "replicate", "world", "model", "stages", "embedding"]
 """Who takes part: the ranks that share one copy of what is sharded, those that hold the same shard, all, those of one
@@ -53,7 +54,6 @@ replica, those at the same place of all stages, of the first and the last stage.
 """
 When = Literal["every", "first", "last"]
 """Micro-batch."""
-FP32_BYTES = 4
 PREFETCH_ELEMENTS = 50_000_000
 PERSISTENT_ELEMENTS = 100_000
 REUSED_ELEMENTS = 1_000_000_000

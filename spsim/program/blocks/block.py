@@ -9,10 +9,10 @@ from fractions import Fraction
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.ways import Way, ways_of
-from spsim.program.launches import FP32_BYTES, Launches
+from spsim.program.launches import Launches
 from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
 from spsim.program.placement import Extent, Heads, factors
-from spsim.work import AttentionKernel, Framework, KernelClass, KernelName
+from spsim.work import FP32_BYTES, AttentionKernel, Framework, KernelClass, KernelName
 
 
 class Sizes(dict[str, Extent]):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spsim.inputs.plan import Plan
+from spsim.work import FP32_BYTES
 
-FP32_BYTES = 4
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 REMAINDER_BYTES = 2

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from spsim.inputs.model import Model
-from spsim.program.launches import FP32_BYTES, Launch, Launches
-from spsim.work import KernelName
+from spsim.program.launches import Launch, Launches
+from spsim.work import FP32_BYTES, KernelName
 
 
 class Kept(NamedTuple):

@@ -12,9 +12,7 @@ from dataclasses import replace
 
 from spsim.program.instructions import Buffer, Compute
 from spsim.program.lowerings.ring_steps import Message, RingSteps
-from spsim.work import Work
-
-FP32_BYTES = 4
+from spsim.work import FP32_BYTES, Work
 
 
 class RingGradients(ABC):
