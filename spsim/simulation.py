@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
+from spsim.inputs.schedules import Schedule
 from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import all_chunks, chunks_of
 from spsim.inputs.workload import Precision, Workload, Workloads
@@ -62,8 +64,8 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     prepared = _prepared(scenario, fold)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
-    amounts = _amounts(scenario, scenario.workload, scenario.scope)
-    static = _static(scenario, prepared, chunk, numbers)
+    amounts = amounts_of(scenario, scenario.workload, scenario.scope)
+    static = static_of(scenario, prepared, chunk, numbers)
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold)
 
 
@@ -89,20 +91,21 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         numbers = products(prepared.columns.coefficients, basis)
         step = prepared.columns.run(
             chunk,
-            _one_if_alike(grid.num_micro_batches),
+            one_if_alike(grid.num_micro_batches),
             prepared.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
             closing["weight_sync"],
             closing["optimizer"],
             basis,
             grid.hardware.coefficients.overlap_slowdown.value,
         )
-    static = _static(scenario, prepared, chunk, known)
+    static = static_of(scenario, prepared, chunk, known)
+    number = counted(grid.model, grid.workload, grid.num_micro_batches * grid.plan.dp)
     return ResultColumns(
-        scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid), scenario.scope), step, static
+        scenario.scope, grid, prepared, numbers, amounts_of(grid, number, scenario.scope), step, static
     )
 
 
-def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
+def one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
     """The micro-batches of all workloads, as most grids have them."""
     return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
@@ -110,7 +113,7 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
 def _simulate_stages(scenario: Scenario, fold: bool) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
-    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages)
+    prepared = staged_step(scenario.model, plan, fold, precision_of(scenario), stages)
     numbers = prepared.template.at(scenario.workload)
     costed = costed_pipeline(
         prepared, stages, numbers, scenario.hardware, plan,
@@ -129,14 +132,14 @@ def _simulate_stages(scenario: Scenario, fold: bool) -> Result:
         staged = None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
-    static = Deferred(lambda: [_static(scenario, prepared, own, numbers) for own in stages.kinds])
+    static = Deferred(lambda: [static_of(scenario, prepared, own, numbers) for own in stages.kinds])
     return Result(
         scope=scenario.scope,
         scenario=scenario,
         prepared=prepared,
         chunk=stages.runs[0],
         numbers=numbers,
-        amounts=_amounts(scenario, scenario.workload, scenario.scope),
+        amounts=amounts_of(scenario, scenario.workload, scenario.scope),
         trace=trace,
         statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
         events=events,
@@ -162,6 +165,12 @@ def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool) -> tuple
 def _stages(model: Model, plan: Plan) -> Stages:
     """What each stage runs, chunk by chunk."""
     return Stages([[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)])
+
+
+@lru_cache(maxsize=256)
+def stages_of(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout: str | None) -> Stages:
+    """The same of plans that differ in nothing that stages know of."""
+    return _stages(model, Plan(pp=pp, virtual_pp=virtual_pp, pp_schedule=schedule, pp_layout=layout))
 
 
 def _layer_runs(model: Model, plan: Plan, layers: int) -> list[Run]:
@@ -191,18 +200,18 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    precision = _precision(scenario)
+    precision = precision_of(scenario)
     if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
         return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario))
     return prepare(scenario.model, scenario.plan, fold, precision)
 
 
-def _precision(scenario: Scenario | Grid) -> Precision:
+def precision_of(scenario: Scenario | Grid) -> Precision:
     """Of its programs, on its hardware."""
     return program_precision(scenario.workload.precision, any_layout=scenario.hardware.fp8_any_layout)
 
 
-def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
+def static_of(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
     if scenario.scope == "layers" or plan.dp_library != "megatron":
@@ -211,13 +220,13 @@ def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: N
     return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
 
 
-def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
-    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
+def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str, replicas: Any = None) -> Amounts:
+    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens. Of `replicas`, or of the plan's."""
     model, layers = scenario.model, scenario.model.layers
     flops = layer_flops(model, workload)
     rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
     head = head_flops(model, workload, rows).training()
-    replicas = scenario.plan.dp
+    replicas = scenario.plan.dp if replicas is None else replicas
     return Amounts(
         model=replicas * (layers * flops.training() + head),
         causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
@@ -237,12 +246,13 @@ def _executed(scenario: Scenario | Grid, flops: LayerFlops) -> int:
     )
 
 
-def _counted(grid: Grid) -> Workloads:
-    """The workloads of a grid, in Python's integers where 64 bits do not hold the FLOPs of a step."""
-    found = grid.workload
+def counted(model: Model, found: Workloads, passes: npt.NDArray[np.int64]) -> Workloads:
+    """Workloads that run so many micro-batches in all replicas, in Python's integers where 64 bits do not hold the
+    FLOPs of a step.
+    """
     largest = Workloads(int(found.seq_len.max()), int(found.micro_batch.max()), found.precision)
-    flops = layer_flops(grid.model, largest).training() * grid.model.layers * int(grid.num_micro_batches.max())
-    return found if flops < 2**62 else replace(found, seq_len=found.seq_len.astype(object))
+    flops = layer_flops(model, largest).training() * model.layers * int(passes.max())
+    return found if flops < 2**60 else replace(found, seq_len=found.seq_len.astype(object))
 
 
 def assemble(

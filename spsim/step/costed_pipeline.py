@@ -149,8 +149,13 @@ def boundary_bytes(prepared: PreparedStep, numbers: Numbers) -> int:
     """What a stage sends of a micro-batch: [s / cp / (tp under sequence parallelism), b, h]; there is no scatter and
     gather, so that without sequence parallelism every rank of tp sends all of it (megatron-core 0.16.1).
     """
+    return int(numbers.values[boundary_position(prepared)])
+
+
+def boundary_position(prepared: PreparedStep) -> int:
+    """Where these bytes stand among the numbers of the template."""
     (hidden,) = prepared.template.programs[LAYER].inputs
-    return int(numbers.values[prepared.template.index.buffers[hidden.id]])
+    return prepared.template.index.buffers[hidden.id]
 
 
 def exchange_of(plan: Plan) -> Exchange:
@@ -164,13 +169,13 @@ def exchange_of(plan: Plan) -> Exchange:
 
 def _transfers(plan: Plan, message: int, comm: CommCost, stride: int, gpus_per_node: int) -> dict[tuple[int, int], int]:
     """Picoseconds of a message between any two neighbouring stages, of which the last and the first are, too."""
-    nodes = _nodes_between(plan.pp, stride, gpus_per_node)
+    nodes = nodes_between(plan.pp, stride, gpus_per_node)
     times = {n: picoseconds(comm.duration("send_receive", message, 2, n)) for n in set(nodes.values())}
     return {way: times[number] for way, number in nodes.items()}
 
 
 @lru_cache(maxsize=64)
-def _nodes_between(stages: int, stride: int, gpus_per_node: int) -> dict[tuple[int, int], int]:
+def nodes_between(stages: int, stride: int, gpus_per_node: int) -> dict[tuple[int, int], int]:
     """Nodes on which each two neighbouring stages lie, of so many ranks."""
     pairs = [(stage, (stage + 1) % stages) for stage in range(stages)]
     return {way: _nodes(*pair, stride, gpus_per_node) for pair in pairs for way in (pair, pair[::-1])}
