@@ -106,10 +106,10 @@ def test_utilisation_counts_more_flops_than_64_bits_hold():
 def steps(stages: int, chunks: int, number: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """Random durations: some near each other, so that their longest ways are the same."""
     rng = np.random.default_rng(number)
-    clock = Clock("1f1b", stages, chunks, 4 * stages, None, EXCHANGES[min(chunks, 2)])
+    clock = Clock("1f1b", stages, chunks, number * stages, None, EXCHANGES[min(chunks, 2)])
     found = []
-    for near in range(14):
-        if near in (0, 10):
+    for near in range(36):
+        if near in (0, 30):
             base = rng.integers(1000, 3000, 2), rng.integers(0, 400, 2), rng.integers(1, 300, 2)
         each = 1 + 0.001 * rng.random(3)
         whole = {kind: int(base[0][place] * each[place]) for place, kind in enumerate("FB")}
@@ -134,12 +134,12 @@ def test_waits_for_transfers_are_those_of_the_gaps(stages, chunks, rounds):
 
 
 def test_steps_that_wait_in_the_same_way_are_summed_up(monkeypatch):
-    clock = Clock("1f1b", 4, 1, 64)
-    many = steps(4, 1, 99)[:9]
-    for own in many:
-        clock.totals(*own)
+    clock = Clock("1f1b", 4, 1, 68)
+    passes, messages = steps(4, 1, 17)[0]
+    for times in range(1, 30):
+        clock.totals(times * passes, times * messages)
     monkeypatch.setattr(Clock, "_pieces", lambda *_: pytest.fail("gone through"))
-    clock.totals(*(2 * own for own in many[0]))
+    clock.totals(30 * passes, 30 * messages)
 
 
 def test_stages_close_a_step_when_those_that_they_meet_have_come():

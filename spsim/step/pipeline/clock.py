@@ -15,14 +15,15 @@ from spsim.step.pipeline.in_flight import Fullest, fullest
 from spsim.step.pipeline.messages import Lane
 from spsim.step.pipeline.orders import Numbers, Passes
 from spsim.step.pipeline.regions import MOST_DURATIONS, Learner, Region, Regions, alike
-from spsim.step.pipeline.steady import ROUNDS, Folded, Runs, folded
+from spsim.step.pipeline.steady import ROUNDS, Folded, Paced, Runs, folded
 from spsim.step.pipeline.timeline import Piece, Timeline
-from spsim.step.pipeline.waits import Layout, layout_of, transfers, written
+from spsim.step.pipeline.waits import Covered, Layout, covered, layout_of, written
 
 KEPT_GROUPINGS = 16
 """For each structure."""
 KEPT_TOTALS = 64
-PATIENCE = 8
+KEPT_PACED = 4
+PATIENCE = 24
 """Steps after which it pays to learn how long ranks wait for transfers."""
 
 
@@ -40,7 +41,11 @@ class Structure:
         self.totals: Cache[tuple[Numbers, Numbers]] = Cache(KEPT_TOTALS, lambda _: 1)
         """Of steps: plans whose optimizers differ have the same passes."""
         self.layouts: Cache[Layout] = Cache(KEPT_GROUPINGS, lambda _: 1)
-        """By the weights of the rounds that are written."""
+        """By the number of runs of each part that are written."""
+        self.covered: Cache[Covered] = Cache(KEPT_PACED, lambda _: 1)
+        """By the same, and durations: steps of more micro-batches leave more out."""
+        self.paced: Cache[Paced] = Cache(KEPT_PACED, lambda _: 1)
+        """By durations."""
         self.fullest: dict[tuple[int, ...], Fullest] = {}
         """By which ranks are alike."""
         self._alike: tuple[Numbers, Numbers] | None = None
@@ -171,18 +176,22 @@ class Clock:
 
     def _transfers(self, pieces: Sequence[Piece], durations_ps: Numbers) -> Numbers:
         """How long each rank waits while a message of its own is on its way."""
-        parts = [(piece.part, piece.runs) for piece in pieces]
-        left_out, weights = written(parts[len(parts) // 2][1])
-        counts = [[1], weights, [1]] if len(parts) == 3 else [weights]
-        later_ps = left_out * parts[len(parts) // 2][1].shift_ps
-        moments = [runs.of(np.arange(len(own))).ravel() for (_, runs), own in zip(parts, counts, strict=True)]
-        moments[-1] = moments[-1] - later_ps
-        key = (len(parts), tuple(weights))
-        layout = self._structure.layouts.get(key, lambda: self._layout(parts, counts))
-        return transfers(layout, np.concatenate(moments), durations_ps)
+        rounds = pieces[len(pieces) // 2].runs
+        left_out, weights = written(rounds)
+        every = np.array([1, *weights, 1] if len(pieces) > 1 else weights)
+        counts = (1, len(weights), 1) if len(pieces) > 1 else (len(weights),)
+        layout = self._structure.layouts.get(counts, lambda: self._layout(pieces, counts))
 
-    def _layout(self, parts: Sequence[tuple[Part, Runs]], counts: Sequence[Sequence[int]]) -> Layout:
-        own = [(part, weights) for (part, _), weights in zip(parts, counts, strict=True)]
+        def found() -> Covered:
+            moments = [own.runs.of(np.arange(count)).ravel() for own, count in zip(pieces, counts, strict=True)]
+            moments[-1] = moments[-1] - left_out * rounds.shift_ps
+            return covered(layout, np.concatenate(moments), durations_ps)
+
+        known = self._structure.covered.get((counts, durations_ps.tobytes()), found)
+        return known.totals(every[layout.runs], self.stages)
+
+    def _layout(self, pieces: Sequence[Piece], counts: Sequence[int]) -> Layout:
+        own = [(piece.part, count) for piece, count in zip(pieces, counts, strict=True)]
         return layout_of(self._graph, own, own[-1][0].number[self._graph.finished])
 
     def fullest(self, alike: tuple[int, ...]) -> Fullest:
@@ -226,7 +235,8 @@ class Clock:
         if folded is None:
             whole = self._structure.whole
             return (Piece(whole, Runs.once(whole.ends(np.zeros(1, np.int64), durations_ps)), 0),)
-        head, rounds, tail = folded.ends(durations_ps, self._rounds)
+        paced = self._structure.paced.get(durations_ps.tobytes(), lambda: Paced(folded, durations_ps))
+        head, rounds, tail = paced.ends(self._rounds)
         behind = (self._rounds - ROUNDS) * self._step
         return Piece(folded.head, head, 0), Piece(folded.round, rounds, 0), Piece(folded.tail, tail, behind)
 

@@ -38,29 +38,29 @@ class Layout(NamedTuple):
     """its end, where that stands by itself, else -1,"""
     ranks: Numbers
     """and its two ranks."""
-    weights: Numbers
-    """For how many each gap stands: those before each pass, and a last one, of each rank."""
+    runs: Numbers
+    """Which run each gap belongs to: those before each pass, and a last one, of each rank."""
 
 
-def layout_of(graph: Graph, parts: Sequence[tuple[Part, Sequence[int]]], finished: Numbers) -> Layout:
-    """Of parts with the weights of their runs; `finished` are places in the last part."""
+def layout_of(graph: Graph, parts: Sequence[tuple[Part, int]], finished: Numbers) -> Layout:
+    """Of parts with the number of their runs; `finished` are places in the last part."""
     found: list[tuple[Numbers, ...]] = []
     messages: list[tuple[Numbers, ...]] = []
-    begin = last = 0
-    for part, weights in parts:
+    begin = last = number_of_runs = 0
+    for part, runs in parts:
         nodes = graph.passes[part.number[graph.passes] >= len(part.inputs)]
         placed = part.number[graph.messages.posts]
         which = np.flatnonzero((placed >= 0).all(axis=0) & (placed >= len(part.inputs)).any(axis=0))
         own = graph.messages.nodes[which]
         size = len(part.inputs) + len(part.nodes)
-        for weight in weights:
+        for _ in range(runs):
             found.append(
-                (begin + part.number[nodes], graph.own[nodes], graph.ranks[nodes], np.full(len(nodes), weight))
+                (begin + part.number[nodes], graph.own[nodes], graph.ranks[nodes], np.full(len(nodes), number_of_runs))
             )
             ends = np.where(own > 0, begin + part.number[own], -1)
             messages.append((begin + placed[0, which], begin + placed[1, which], graph.messages.lanes[which], ends))
-            last, begin = begin, begin + size
-    passes, own, ranks, weights_of = (np.concatenate(column) for column in zip(*found, strict=True))
+            last, begin, number_of_runs = begin, begin + size, number_of_runs + 1
+    passes, own, ranks, runs_of = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(ranks, kind="stable")
     sent, received, lanes, ends = (np.concatenate(column) for column in zip(*messages, strict=True))
     number = np.arange(len(finished))
@@ -68,25 +68,35 @@ def layout_of(graph: Graph, parts: Sequence[tuple[Part, Sequence[int]]], finishe
     return Layout(
         passes[order], own[order], firsts, last + finished, np.stack([sent, received]),
         len(graph.classes.names) + lanes, ends, np.array([lane[:2] for lane in graph.lanes]).reshape(-1, 2)[lanes].T,
-        np.insert(weights_of[order], lasts, 1),
+        np.insert(runs_of[order], lasts, number_of_runs - 1),
     )  # fmt: skip
 
 
-def transfers(layout: Layout, moments_ps: Numbers, durations_ps: Numbers) -> Numbers:
-    """Picoseconds of each rank."""
+class Covered(NamedTuple):
+    """Gaps between passes, and how long a message of their rank is on its way in each."""
+
+    gaps: Numbers
+    ranks: Numbers
+    lengths_ps: Numbers
+
+    def totals(self, weights: Numbers, number: int) -> Numbers:
+        """Of each of so many ranks, where each gap stands for so many."""
+        found = np.zeros(number, np.int64)
+        np.add.at(found, self.ranks, self.lengths_ps * weights[self.gaps])
+        return found
+
+
+def covered(layout: Layout, moments_ps: Numbers, durations_ps: Numbers) -> Covered:
+    """Of a step as it is written."""
     starts, stops, most = _messages(layout, moments_ps, durations_ps)
     ends = moments_ps[layout.passes]
-    number = len(layout.firsts)
-    lasts = np.append(layout.firsts[1:], len(ends))
+    counts = np.diff(np.append(layout.firsts, len(ends)))
     begins_of_gaps = np.insert(ends, layout.firsts, 0)
-    ends_of_gaps = np.insert(ends - durations_ps[layout.own], lasts, moments_ps[layout.finished])
-    ranks = np.repeat(np.arange(number), np.diff(np.append(layout.firsts, len(ends))) + 1)
+    ends_of_gaps = np.insert(ends - durations_ps[layout.own], layout.firsts + counts, moments_ps[layout.finished])
     gaps = np.flatnonzero(ends_of_gaps > begins_of_gaps)
-    clock = ranks[gaps] * most
-    covered = _covered(starts, stops, begins_of_gaps[gaps] + clock, ends_of_gaps[gaps] + clock)
-    found = np.zeros(number, np.int64)
-    np.add.at(found, ranks[gaps], covered * layout.weights[gaps])
-    return found
+    ranks = np.repeat(np.arange(len(counts)), counts + 1)[gaps]
+    clock = ranks * most
+    return Covered(gaps, ranks, _covered(starts, stops, begins_of_gaps[gaps] + clock, ends_of_gaps[gaps] + clock))
 
 
 def _messages(layout: Layout, moments_ps: Numbers, durations_ps: Numbers) -> tuple[Numbers, Numbers, int]:
