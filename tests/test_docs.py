@@ -170,16 +170,45 @@ def assert_shown(shown: str, printed: str) -> None:
         end = found.end()
 
 
+BLOCK = re.compile(r"(?:^`(\S+)`:\n\n)?^```(\w+)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+"""A block of code, and the file that it is to be, if the line before names one."""
+
+
+def follow(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Write the files of a page, run its commands in order, and look for what it shows of each."""
+    printed = ""
+    for name, language, text in BLOCK.findall(page):
+        if name:
+            Path(name).write_text(text)
+        elif language == "sh":
+            for line in text.splitlines():
+                if "pip install" not in line:
+                    run_line(line)
+            printed = words(capsys.readouterr().out)
+        elif language == "text":
+            assert_shown(text, printed)
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.partition("\n")[0])
 def test_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)```", task, flags=re.DOTALL | re.MULTILINE):
-        Path(name).write_text(text)
-    (lines,) = re.findall(r"```sh\n(.*?)```", task, flags=re.DOTALL)
-    for line in lines.splitlines():
-        run_line(line)
-    (shown,) = re.findall(r"```text\n(.*?)```", task, flags=re.DOTALL)
-    assert_shown(shown, words(capsys.readouterr().out))
+    assert {"sh", "text"} <= {language for _, language, _ in BLOCK.findall(task)}
+    follow(task, capsys)
+
+
+PAGES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    follow(path.read_text(), capsys)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, path
 
 
 def test_there_are_thirteen_tasks() -> None:
