@@ -72,6 +72,7 @@ def test_every_module_has_its_place() -> None:
     assert {name for name, _ in modules()} == set(ORDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
 def test_a_module_imports_only_modules_above_it(name: str, path: Path) -> None:
     for imported, at_top in names_imported(path):
@@ -93,6 +94,7 @@ def test_heavy_packages_stay_behind_their_fence(name: str, path: Path) -> None:
             assert root in LAZY.get(name, ()), f"{name} imports {root}"
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """At the top level of modules, folders or not."""
     known = {_dotted(path) for _, path in modules()}
@@ -130,6 +132,7 @@ def test_the_package_reads_as_its_architecture() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
@@ -144,6 +147,7 @@ def test_imports_are_light(module: str, absent: tuple[str, ...]) -> None:
     assert not _loaded_by(f"import spsim.{module}") & {*absent}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [

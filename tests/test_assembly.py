@@ -105,6 +105,7 @@ def program(plan, layer):
     return program_in(region, plan, causal=layer.causal)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(random_plans(), st.sampled_from(sorted(OTHER_OPTIONS)))
 def test_plans_of_one_key_have_one_program(case, option):

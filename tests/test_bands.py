@@ -19,6 +19,8 @@ from spsim.results.sensitivity import scaled
 from spsim.studies.ranking import ranked, tie
 from tests.cases import A100, H100, published
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

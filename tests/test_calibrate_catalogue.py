@@ -244,6 +244,7 @@ def test_names_of_drivers_find_their_profile_and_no_other(device, profile):
     assert found == ([] if profile is None else [profile])
 
 
+@pytest.mark.slow
 def test_all_but_the_measuring_itself_does_without_torch():
     code = (
         "import sys; from spsim.measuring.calibrate import base, catalogue, launch, records, session, shapes, timing; "

@@ -402,6 +402,7 @@ def test_groups_over_two_thousand_nodes(name, collective):
             assert times[0] == times[2]
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.sampled_from(SEVERAL_LEVELS), st.sampled_from(COLLECTIVES), st.integers(0, 2**36), st.integers(0, 2**36),
@@ -480,6 +481,7 @@ def test_neighbours_of_a_group_take_their_part_of_its_nodes():
     assert [nodes_of(mesh, ("tp",), 8, ranks) for ranks in (2, 8, 16)] == [1, 1, 2]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(1, 7), min_size=len(AXES), max_size=len(AXES)),

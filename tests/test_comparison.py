@@ -291,6 +291,7 @@ def test_nodes_are_shown(capsys):
     assert "8 on 2 nodes" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_pictures_are_readable(name, monkeypatch, tmp_path):
     drawn = []
@@ -308,6 +309,7 @@ def test_bars_of_a_waterfall_lead_from_one_total_to_the_other():
     assert bars == [pytest.approx(pair) for pair in ((0, 15), (12, 15), (12, 17), (0, 17.001))]
 
 
+@pytest.mark.slow
 def test_a_waterfall_with_long_names_is_readable():
     parts = ({f"a part with a name of many words, number {i}": 100.0 + i for i in range(9)}, {"other": 905.0})
     fall = plots.Waterfall("Time", "ms", ("tp=8,sequence_parallel,recompute=selective,ring_cut=zigzag", "B"), parts)
@@ -323,6 +325,7 @@ def status_of(arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_json_is_one_document_whose_parts_add_up(capsys, tmp_path):
     plans = ["--plan", "tp=8", "--plan", "tp=8,sequence_parallel"]
     assert status_of([*ARGUMENTS, *plans, "--json", "--out", str(tmp_path / "out")]) == 0
@@ -413,6 +416,7 @@ def test_a_comparison_does_not_write_out_the_step():
         assert sum(account.step.values()) == account.result.trace.end_ps
 
 
+@pytest.mark.slow
 def test_neither_a_comparison_nor_an_explanation_needs_pandas():
     code = (
         "import sys, spsim\n"

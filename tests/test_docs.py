@@ -15,6 +15,8 @@ import spsim
 from spsim.cli import main
 from tests.cases import published
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 

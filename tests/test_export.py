@@ -24,6 +24,8 @@ from spsim.results.filling import curve
 from spsim.units import GIB
 from tests.cases import result
 
+pytestmark = pytest.mark.slow
+
 PLANS = [
     "",
     "tp=8",

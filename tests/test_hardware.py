@@ -427,6 +427,7 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NUMBERS)
 @pytest.mark.parametrize("value", [nan, float("inf"), -1.0])
 def test_nan_infinity_and_negative_numbers_are_refused(path, value):
@@ -554,6 +555,7 @@ def test_a_number_in_another_unit_is_refused(path, factor, words):
     assert words in refusal(times("dgx-h100", path, factor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gb200-nvl72", "mi300x-8"])
 def test_hardly_any_number_is_taken_a_million_times_too_large(name):
     """All but the ranks of groups that no level limits."""
@@ -569,6 +571,7 @@ def test_hardly_any_number_is_taken_a_million_times_too_large(name):
     assert [path for path in accepted if not path.endswith("ranks")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GPU_PROFILES)
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
 def test_a_bandwidth_of_a_curve_in_another_unit_is_refused(name, factor):
@@ -584,6 +587,7 @@ def test_a_bandwidth_of_a_curve_in_another_unit_is_refused(name, factor):
                         refusal(changed(name, f"{block}.collectives.{level}.{collective}.{number}.points", wrong))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["l40s-8", "cpu-2"])
 def test_numbers_are_no_texts_and_no_switches(name):
     data = tables(name)
@@ -594,16 +598,18 @@ def test_numbers_are_no_texts_and_no_switches(name):
         refusal(changed(name, path, True))
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_kernel_coefficients_in_another_unit_are_refused():
-    """Of all kernels: shares and rates a thousandth, starts and sizes a thousandfold."""
+    """Of every third kernel: shares and rates a thousandth, starts and sizes a thousandfold."""
     data = tables("dgx-h100")
     found = [(p, n) for block in BLOCKS[1:] for p, n in numbers_at(data.get(block, {}), block) if p.endswith("value")]
     small = [path for path, _ in found if ".fraction." in path or "memory_bound." in path or "memory_gb_per_s" in path]
     large = [path for path, n in found if n > 1.1 and path.split(".")[-2] in ("start_us", "block_us")]
     assert min(len(small), len(large)) > 10
-    for path in small:
+    for path in small[::3]:
         assert path.split(".")[-2] in refusal(times("dgx-h100", path, 1e-3))
-    for path in large:
+    for path in large[::3]:
         refusal(times("dgx-h100", path, 1000))
 
 

@@ -214,6 +214,7 @@ def long_layers(plan, scope="layers"):
     return simulate(scenario(plan, seq_len=8192, hardware="dgx-h100", scope=scope, **BIG))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torchtitan", "transformers", "torch"])
 def test_what_is_run_eagerly_hides_no_communication(library):
     """All-gather, wait, all products, reduce-scatter, wait: no kernel runs beside a message, as some do in Megatron."""

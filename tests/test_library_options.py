@@ -245,6 +245,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "changes", "scope"), PLANS)
 def test_folded_equals_unfolded(plan, changes, scope):
     settings = {"hardware": H100, "global_batch": 2, "scope": scope, "seq_len": 768, **changes}
@@ -259,6 +260,7 @@ def test_rows_of_many_workloads(plan, changes):
     assert_rows([Point({**settings, "workload": size}) for size in sizes])
 
 
+@pytest.mark.slow
 def test_ranks_of_a_pipeline_too():
     """Stages of rings as torch and ring-flash-attn run them."""
     for plan in (f"ring=2,{FP32},ring_messages=separate,pp=2", f"ring=2,{GATHERED},pp=2"):

@@ -65,6 +65,7 @@ PLANS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_folded_equals_unfolded(plan):
     """All ranks apart, every layer and micro-batch."""
@@ -109,6 +110,7 @@ def test_micro_batches_and_layers_are_folded(micro_batches):
     assert simulated.folded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["dp=2,distributed_optimizer,dp_overlap,bucket_elements=60000", PLANS[-2]])
 def test_what_others_see_of_a_step(plan, tmp_path):
     """Messages between kernels are in traces, tables and the list of what is assumed as any others."""

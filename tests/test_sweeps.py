@@ -284,6 +284,7 @@ def test_a_row_that_was_cut_short_is_computed_again(lost: int, file: RowFile, co
     assert list(on_disk(file)) == keys(GRID)
 
 
+@pytest.mark.slow
 def test_kill_of_a_parallel_sweep(tmp_path: Path) -> None:
     """Finished rows are there, and no worker stays behind: each holds the pipe, so it ends only when all have."""
     experiment = Path(__file__).parent.parent / "experiments" / "sweep.py"
@@ -406,6 +407,7 @@ def test_a_key_does_not_depend_on_how_the_same_settings_are_given() -> None:
     assert set(keys(same)) == set(keys([Point(settings)]))
 
 
+@pytest.mark.slow
 def test_keys_of_profiles_are_the_same_in_every_process() -> None:
     """Although sets, of which a profile has two, are in another order in each."""
     code = (

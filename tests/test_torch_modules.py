@@ -27,6 +27,8 @@ from spsim.results.held import held_at
 from spsim.work import FlashAttention, Gemm, MemoryBound
 from tests.cases import H100
 
+pytestmark = pytest.mark.slow
+
 few = settings(max_examples=5, deadline=None, derandomize=True)
 
 

@@ -161,6 +161,7 @@ def test_a_bucket_of_three_layers_is_a_loop(layers: int) -> None:
     assert_equal(walk.folded, walk.unfolded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [WEIGHTS // 3, 2 * WEIGHTS // 3, 5 * WEIGHTS // 2, 7 * WEIGHTS // 2])
 @pytest.mark.parametrize("message", [30, 400, 2500])
 def test_buckets_that_close_anywhere(elements: int, message: int) -> None:
