@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from spsim.engine.trace import Trace, Wait
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
+from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
@@ -28,6 +30,7 @@ from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.blocks.optimizer import shard_ranks
+from spsim.program.mesh import mesh_of, world_of
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
@@ -42,6 +45,7 @@ from spsim.step.folding import fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
+from spsim.step.perturbed import Latencies, Perturbed
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
@@ -50,21 +54,35 @@ from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
 
 
-def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
+def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) -> Result:
     """Simulate a scenario. `fold` simulates identical ranks and layers once; the result is the same without.
+    `perturbations` are slow ranks and links, whatever `Perturbations.of` takes.
 
     Raises `InputError` where it is given something else, and where the profile lacks a curve that the plan needs.
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
+    perturbed = _perturbed(scenario, Perturbations.of(perturbations))
     if scenario.plan.pp > 1:
-        return _simulate_stages(scenario, fold)
+        return _simulate_stages(scenario, fold, perturbed)
     prepared = _prepared(scenario, fold)
+    if perturbed:
+        prepared = prepared.marked(perturbed.marks)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
     amounts = _amounts(scenario, scenario.workload, scenario.scope)
     static = _static(scenario, prepared, chunk, numbers)
-    return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold)
+    return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
+
+
+def _perturbed(scenario: Scenario, perturbations: Perturbations) -> Perturbed | None:
+    """What perturbations do to a plan; None where they do nothing."""
+    plan, per_node = scenario.plan, scenario.gpus_per_node
+    perturbations.check(plan.gpus, per_node)
+    if perturbations.jitters:
+        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --perturb")
+    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), per_node)
+    return found if found.changes else None
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
@@ -107,20 +125,26 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
     return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
-def _simulate_stages(scenario: Scenario, fold: bool) -> Result:
+def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
     prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages)
+    if perturbed:
+        prepared = prepared.marked(perturbed.marks)
     numbers = prepared.template.at(scenario.workload)
-    costed = costed_pipeline(
-        prepared, stages, numbers, scenario.hardware, plan,
-        cost_models(scenario.hardware, scenario.workload.precision),
+    costs = cost_models(scenario.hardware, scenario.workload.precision)
+    priced = partial(
+        costed_pipeline, prepared, stages, numbers, scenario.hardware, plan,
         micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
     )  # fmt: skip
+    costed = priced(costs)
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
-    if len(prepared.ranks.copies) == 1 and fold:
+    if perturbed:
+        nodes, waits, events = costed.unfolded(perturbed, priced((costs[0], Latencies(scenario.hardware))))
+        staged = None
+    elif len(prepared.ranks.copies) == 1 and fold:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
@@ -141,15 +165,17 @@ def _simulate_stages(scenario: Scenario, fold: bool) -> Result:
         statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold),
+        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
     )
 
 
-def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool) -> tuple[str, ...]:
+def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool) -> tuple[str, ...]:
     if not fold:
         return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
+    if unlike:
+        return _rank_folding(simulated, ranks, fold, unlike=True), "layers are not folded: ranks end their passes apart"
     if simulated == stages:
         return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
     return (
@@ -255,19 +281,22 @@ def assemble(
     static: StaticMemory,
     *,
     fold: bool = True,
+    perturbed: Perturbed | None = None,
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
     hardware = scenario.hardware
-    step = costed_step(
-        prepared,
-        numbers,
-        hardware,
-        cost_models(hardware, scenario.workload.precision),
-        chunk=chunk,
-        micro_batches=scenario.num_micro_batches,
+    costs = cost_models(hardware, scenario.workload.precision)
+    priced = partial(
+        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
         gpus_per_node=scenario.gpus_per_node,
-    )
-    walked = fold_step(step) if fold else unfold_step(step)
+    )  # fmt: skip
+    step = priced(costs)
+    if perturbed:
+        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
+    if perturbed and perturbed.windows:
+        walked = unfold_step(step, perturbed.all_paces(prepared.ranks.copies, prepared.segments))
+    else:
+        walked = fold_step(step) if fold else unfold_step(step)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -288,19 +317,25 @@ def assemble(
         statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
-        reasons=tuple(filter(None, (_rank_folding(len(copies), gpus, fold), "" if fold else SWITCHED_OFF))),
+        reasons=tuple(
+            filter(
+                None,
+                (_rank_folding(len(copies), gpus, fold, unlike=perturbed is not None), "" if fold else SWITCHED_OFF),
+            )
+        ),
     )
 
 
 SWITCHED_OFF = "layers are not folded: it was switched off"
 
 
-def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
+def _rank_folding(simulated: int, ranks: int, fold: bool, *, unlike: bool = False) -> str:
     if not fold:
         return "ranks are not folded: it was switched off"
     if simulated == ranks:
         return "" if ranks == 1 else "ranks are not folded: each does different work"
-    differ = "all are identical" if simulated == 1 else "they differ by their position on the ring"
+    position = "by where they stand towards what is perturbed" if unlike else "by their position on the ring"
+    differ = "all are identical" if simulated == 1 else f"they differ {position}"
     return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 

@@ -21,13 +21,14 @@ from spsim.program.sizes import Numbers
 from spsim.step.closing import PARAMETER_GATHER
 from spsim.step.ending import Times
 from spsim.step.folding import Step
+from spsim.step.perturbed import Perturbed
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.messages import Stages as MessageStages
 from spsim.step.pipelined import Closed, Messages, Pipelined, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.step.stages import Stages
-from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
+from spsim.step.unfolded_pipeline import PerturbedStages, Unfolded, unfold_pipeline
 from spsim.units import picoseconds
 
 
@@ -48,19 +49,27 @@ class CostedPipeline(NamedTuple):
             self.prepared.chunk_passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride
         )
 
-    def unfolded(self) -> Unfolded:
-        """As one program of each simulated rank of each stage."""
+    def unfolded(self, perturbed: Perturbed | None = None, empty: CostedPipeline | None = None) -> Unfolded:
+        """As one program of each simulated rank of each stage; some may be perturbed, for which the step with `empty`
+        messages has to be known.
+        """
         if self.closed.reductions or self.closed.gathers:
             raise InputError(
                 "dp_overlap, DDP or FSDP with pp: collectives of replicas beside passes are simulated with folded "
                 "passes only; "
-                "use fold=True and ring_cut=zigzag, or leave it out"
+                "use fold=True, ring_cut=zigzag and no perturbations, or leave it out"
             )
         clock, ranks = self.clock, self.prepared.ranks
         whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
+        unlike = PerturbedStages(perturbed, self.prepared, empty.timed) if perturbed and empty else None
         return unfold_pipeline(
-            self.prepared.chunk_passes, self.stages, whole, self.step, self.messages, self.closed, ranks
+            self.prepared.chunk_passes, self.stages, whole, self.step, self.messages, self.closed, ranks, unlike
         )
+
+    @property
+    def timed(self) -> tuple[Step, Messages, Closed]:
+        """All that takes time."""
+        return self.step, self.messages, self.closed
 
     @property
     def sends(self) -> tuple[int, int]:
