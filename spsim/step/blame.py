@@ -80,8 +80,8 @@ class _Way:
             if not own.size:
                 continue
             label = segment.labels[turn.task]
-            np.add.at(self.beyond[Culprit(label.name, segment.phase)], self.ranks[own],
-                      extra[turn.task, self.ranks[own], own])  # fmt: skip
+            culprit = Culprit(" ".join(filter(None, [label.name, label.collective])), segment.phase)
+            np.add.at(self.beyond[culprit], self.ranks[own], extra[turn.task, self.ranks[own], own])
             call = segment.calls.get(turn.task)
             if call is not None:
                 self.ranks[own] = self._last_to_come(call, moments.posted[turn.task], own)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from spsim.step.blame import Blame, Culprit, blame
 from spsim.step.jitter import Draws
 from spsim.step.lockstep import Lockstep
 from spsim.units import MIB, MS_PER_S, seconds
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 AT_ONCE = 128 * MIB
 """Of arrays that a walk of many seeds keeps."""
@@ -56,6 +59,21 @@ class PerturbedSteps:
     """Of each seed; of one where nothing is drawn."""
     beyond: Counter[tuple[int, int, Culprit]]
     """First rank, how many are alike, operator -> picoseconds that it takes longer on the longest way, of all seeds."""
+
+    @property
+    def shown(self) -> list[int]:
+        """For a picture the rank that explains most, or else the first that is perturbed, and its neighbour."""
+        if self.after is None:
+            return [0]
+        marked = [rank for slow in self.perturbations.slow_ranks for rank in slow.ranks]
+        first = next((own.rank for own in self.by_rank if own.rank is not None), marked[0] if marked else 0)
+        mesh = self.before.prepared.mesh
+        inner = [axis for axis in mesh.axes if axis not in ("dp", "shard")]
+        return (
+            [first, mesh.neighbours(first % mesh.ranks, inner[-1])[0] + first // mesh.ranks * mesh.ranks]
+            if inner
+            else [first]
+        )
 
     @property
     def lost_s(self) -> float:
@@ -112,6 +130,12 @@ class PerturbedSteps:
             },
             "idle_ms": None if self.after is None else {k: MS_PER_S * v for k, v in self.after.idle_s.items()},
         }
+
+    def frame(self) -> pd.DataFrame:
+        """The step of each seed, counted from that of the jitter."""
+        import pandas as pd
+
+        return pd.DataFrame({"seed": range(len(self.step_s)), "step_ms": [MS_PER_S * time for time in self.step_s]})
 
     def plot(self, path: str | Path) -> None:
         """Draw the step before and after, and the spread over seeds; see `plots.plot_perturbed`."""
