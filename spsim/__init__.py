@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from spsim.studies.comparison import compare as compare
     from spsim.studies.experiment import Experiment as Experiment
     from spsim.studies.explanation import explain as explain
+    from spsim.studies.perturbation import perturb as perturb
     from spsim.studies.points import Point as Point
     from spsim.studies.sweeps import sweep as sweep
 
@@ -52,6 +53,7 @@ _HOMES = {
     "load_model": "inputs.model",
     "load_profile": "inputs.profiles",
     "measured_trace": "results.measured",
+    "perturb": "studies.perturbation",
     "read_launch": "inputs.launch.reading",
     "simulate": "simulation",
     "sweep": "studies.sweeps",

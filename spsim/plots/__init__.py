@@ -6,6 +6,7 @@ Every function returns a `matplotlib.figure.Figure` that no backend knows; `save
 from spsim.plots.calibration import plot_calibration
 from spsim.plots.figure import save
 from spsim.plots.memory import plot_memory, plot_memory_curves
+from spsim.plots.perturbed import plot_perturbed
 from spsim.plots.pipeline import plot_pipeline
 from spsim.plots.step import plot_steps
 from spsim.plots.sweep import plot_peak_memory, plot_step_times
@@ -19,6 +20,7 @@ __all__ = [
     "plot_memory",
     "plot_memory_curves",
     "plot_peak_memory",
+    "plot_perturbed",
     "plot_pipeline",
     "plot_step_times",
     "plot_steps",

@@ -109,6 +109,19 @@ def plot_timelines(
     return figure
 
 
+def plot_before_after(before: Result, after: Result, ranks: Sequence[int], *, title: str, note: str) -> Figure:
+    """The same ranks of two runs of a scenario during their first layer, on one time axis."""
+    runs = {"before": before, "after": after}
+    views = {name: layer_view(run.trace, 0, 0, None, ranks) for name, run in runs.items()}
+    first = views["before"]
+    figure = _draw(
+        [(f"{name}: layer 0 in {_time(own.length_ps)}{_difference(own, first, 'before')}", own)
+         for name, own in views.items()]
+    )  # fmt: skip
+    add_title(figure, title, " · ".join([describe_workload(before), note, *_cut(views.values())]))
+    return figure
+
+
 def _trace_of(run: Result | Trace) -> Trace:
     return run.trace if isinstance(run, Result) else run
 

@@ -54,6 +54,13 @@ EmitOption = Annotated[
     Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
     typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
 ]
+PerturbOption = Annotated[
+    Path | None,
+    typer.Option("--perturb", metavar="FILE", help="A TOML file of slow ranks, jitter, slow or failing links."),
+]
+SeedsOption = Annotated[
+    int | None, typer.Option("--seeds", help="Steps to draw where --perturb has jitter; p50, p95 and p99 are of them.")
+]
 
 
 def command(
@@ -76,10 +83,14 @@ def command(
     layers: LayersOption = None,
     trace_format: FormatOption = "perfetto",
     library: EmitOption = None,
+    perturb: PerturbOption = None,
+    seeds: SeedsOption = None,
 ) -> None:
     """Simulate one scenario."""
     if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
         raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
+    if seeds is not None and perturb is None:
+        raise InputError("run: --seeds are of --perturb; give it too")
     given = Given.of(
         "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
@@ -88,6 +99,9 @@ def command(
     if library is not None:
         _print_emission(given.scenario(), library, as_json or out is not None)
         return
+    if perturb is not None:
+        _run_perturbed(given.scenario(), perturb, 1 if seeds is None else seeds, out, as_json=as_json)
+        return
     result = simulate(given.scenario())
     selection = None if out is None else _selection(result, ranks, layers)
     written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
@@ -95,6 +109,31 @@ def command(
         print_json(result.to_json())
         return
     _print_result(result, out, written, selection)
+
+
+def _run_perturbed(scenario: Scenario, file: Path, seeds: int, out: Path | None, *, as_json: bool) -> None:
+    """The step with and without perturbations, and who is to blame."""
+    from spsim.report import perturbation
+    from spsim.studies.perturbation import perturb
+
+    found = perturb(scenario, file, seeds=seeds)
+    document = {**found.before.to_json(), "perturbed": found.to_json()}
+    written: list[str] = []
+    if out is not None:
+        with staging(out) as directory:
+            found.plot(directory / "perturbed.png")
+            found.frame().to_csv(directory / "seeds.csv", index=False)
+            (directory / "result.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+            written = file_names(directory)
+    if as_json:
+        print_json(document)
+        return
+    console = open_console()
+    for made in (perturbation.summary(found), *perturbation.blame_tables(found)):
+        console.print(made)
+    for line in perturbation.notes(found):
+        console.print(line, soft_wrap=True)
+    print_written(console, out, written)
 
 
 def _print_result(result: Result, out: Path | None, written: list[str], selection: Selection | None) -> None:
