@@ -20,6 +20,7 @@ COMMANDS = {
     "kernels": "Your own microbenchmarks of products or attention against a hardware profile.",
     "trace": "A run that torch.profiler recorded: its passes, time by class, collectives and exposed communication.",
     "list": "The shipped hardware profiles or models, the options of a plan, or the libraries that have their own.",
+    "schema": "JSON Schema of hardware profiles, cases or models, for editors.",
     "calibrate": "Measure this machine, alone or under torchrun, and fit a hardware profile to it.",
     "verify": "Run real PyTorch layers on the GPUs or CPU at hand, and compare them with the simulation.",
 }

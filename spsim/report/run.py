@@ -110,10 +110,10 @@ def _fit(result: Result) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """What a reader of the figures must know: notes, assumed inputs, errors of the calibration."""
+    """What a reader of the figures must know: notes, inputs that nobody measured, errors of the calibration."""
     lines = [f"note: {note}" for note in result.notes]
-    if result.assumed:
-        lines.append(_assumed(result))
+    unmeasured = {"assumed inputs": result.assumed, "inherited inputs (of another card)": result.inherited}
+    lines += [_unmeasured(what, names, result) for what, names in unmeasured.items() if names]
     lines += map(far_off, result.far_off)
     if result.flagged:
         lines.append(missed(result.flagged))
@@ -125,11 +125,11 @@ def notes(result: Result) -> list[str]:
     return lines
 
 
-def _assumed(result: Result) -> str:
+def _unmeasured(what: str, names: tuple[str, ...], result: Result) -> str:
     """Each coefficient with what a fifth of it does, largest first; those that do little together."""
-    names, effects = result.assumed, result.assumed_effects
-    if effects is None:
-        return f"assumed inputs used ({len(names)}; too many tasks to say what each does): {', '.join(names)}"
+    if result.assumed_effects is None:
+        return f"{what} used ({len(names)}; too many tasks to say what each does): {', '.join(names)}"
+    effects = {path: effect for path, effect in result.assumed_effects.items() if path in names}
     told, little = [], []
     for path, effect in effects.items():
         percent, room = _largest(effect) if effect else (0.0, 0.0)
@@ -141,8 +141,8 @@ def _assumed(result: Result) -> str:
     parts += [f"{len(little)} less than ±{LITTLE_PERCENT} % each (--json names them)"] if little else []
     choices = [path for path, effect in effects.items() if effect is None]
     parts += [f"choices: {', '.join(choices)}"] if choices else []
-    what = f"what ±{100 * SHARE:.0f} % of each does to the step"
-    return f"assumed inputs used ({len(names)}), and {what}: {'; '.join(parts)}"
+    does = f"what ±{100 * SHARE:.0f} % of each does to the step"
+    return f"{what} used ({len(names)}), and {does}: {'; '.join(parts)}"
 
 
 def _largest(effect: Effect) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from spsim.results.calls import Call, calls, remarks
 from spsim.results.derived import FITS_SCOPE, STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.figures import documented
 from spsim.results.selection import Selection, select
-from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects, effects_document
+from spsim.results.sensitivity import Effect, effects_document, known_effects, unmeasured_in_use
 from spsim.results.stage_peaks import stage_peaks
 from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
@@ -106,19 +106,18 @@ class Result(Derived):
 
     @lazy
     def assumed_effects(self) -> Mapping[str, Effect | None] | None:
-        """What each assumed coefficient does to the result, largest first, without those that do nothing, and None
-        for those that are no number; None for all where the step is too long to be walked again for each.
-        """
-        if self.events > MOST_TASKS or (self.scenario.plan.pp > 1 and self.staged is None):
-            return None
-        return effects(self, assumed_inputs(self))
+        """What coefficients that nobody measured on the device do to the result: see `results.sensitivity`."""
+        return known_effects(self)
 
     @property
     def assumed(self) -> tuple[str, ...]:
         """Assumed coefficients that the result hangs on; where their effects are unknown, those that it came from."""
-        if self.assumed_effects is None:
-            return assumed_inputs(self)
-        return tuple(sorted(self.assumed_effects))
+        return unmeasured_in_use(self, inherited=False)
+
+    @property
+    def inherited(self) -> tuple[str, ...]:
+        """The same of coefficients that were measured on, or assumed of, another card."""
+        return unmeasured_in_use(self, inherited=True)
 
     @lazy
     def notes(self) -> tuple[str, ...]:
@@ -391,6 +390,7 @@ class Result(Derived):
             "stage_peaks": [spot._asdict() for spot in self.stage_peaks],
             "collectives": [asdict(call) for call in self.collectives],
             "assumed": list(self.assumed),
+            "inherited": list(self.inherited),
             "assumed_effects": effects_document(self.assumed_effects),
             "flagged": list(self.flagged),
             "error_band": None if self.error_band is None else asdict(self.error_band),

@@ -125,7 +125,7 @@ class PlanAccount:
     def to_json(self) -> dict[str, Any]:
         """Figures of `run --json`, and the parts as whole picoseconds and bytes."""
         figures = self.result.to_json()
-        common = ("schema_version", "scope", "hardware", "model", "workload", "assumed", "notes")
+        common = ("schema_version", "scope", "hardware", "model", "workload", "assumed", "inherited", "notes")
         return {
             "name": self.name,
             "plan_text": self.text,
@@ -137,6 +137,7 @@ class PlanAccount:
             "step_ps": self.step,
             "peak_memory_bytes": self.memory,
             "assumed": figures["assumed"],
+            "inherited": figures["inherited"],
             "notes": figures["notes"],
         }
 
