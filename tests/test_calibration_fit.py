@@ -30,11 +30,12 @@ from spsim.measuring.calibrate.profile_file import profile_text, write_profile
 from spsim.measuring.calibrate.records import Measurement, append_measurements
 from spsim.measuring.calibrate.samples import Batch, attention_samples, gemm_samples, memory_samples
 from spsim.measuring.calibrate.solver import halves
-from spsim.plots.figure import COLOURS
+from spsim.plots.colours import COLOURS
 from spsim.report.calibration import calibration_lines, calibration_table, rates_table
 from spsim.report.comparison import comparison_lines, plans_table
 from spsim.report.run import notes
-from spsim.studies.comparison import PlanAccount, PlanComparison
+from spsim.studies.comparison import PlanComparison
+from spsim.studies.plan_accounts import PlanAccount
 from tests.cases import model
 from tests.test_calibrate_catalogue import CPU, machine
 

@@ -89,6 +89,18 @@ def print_written(console: Console, out: Path | None, names: Sequence[str]) -> N
         console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
 
 
+def check_report(path: Path | None) -> None:
+    """`InputError`, before anything is computed, for a report that is no page."""
+    if path is not None and path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--report {str(path)!r}: a report is a page; end its name in .html")
+
+
+def print_report(console: Console, path: Path | None) -> None:
+    """Say where the page is, if one was asked for."""
+    if path is not None:
+        console.print(f"report: {printable(str(path))}", soft_wrap=True)
+
+
 def make_directory(path: Path, option: str = "--out") -> None:
     """Make the directory of an option, that can be written; `InputError` where that fails."""
     if path == Path():

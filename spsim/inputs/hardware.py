@@ -286,6 +286,9 @@ class HardwareProfile(Table):
                     raise ValueError(f"source {source!r} is not in [sources]; add the citation there")
         return self
 
+    def __repr__(self) -> str:
+        return f"HardwareProfile({self.name!r})"
+
     def __hash__(self) -> int:
         """By identity: profiles are loaded once and never change."""
         return id(self)

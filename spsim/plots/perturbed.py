@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from spsim.plots.figure import GRID, MUTED, SERIES, TEXT_SIZE, WIDTH, add_legend, add_title, axes_at, describe
+from spsim.plots.colours import GRID, MUTED, SERIES
+from spsim.plots.figure import TEXT_SIZE, WIDTH, add_legend, add_title, axes_at, describe
 from spsim.plots.timeline import plot_before_after
 from spsim.studies.perturbation import PerturbedSteps
 from spsim.units import MS_PER_S

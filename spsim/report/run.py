@@ -27,6 +27,8 @@ LITTLE_PERCENT = 0.1
 SCOPE_NOTE = {
     "step": "embedding to loss and back, gradients summed, optimizer",
     "layers": "transformer layers only: no embedding, head, loss or optimizer step",
+    "module": "passes of the module, gradients summed, optimizer",
+    "passes": "passes of the module only",
 }
 
 
@@ -37,6 +39,11 @@ def summary(result: Result) -> Table:
         f"{scenario.model.name} on {scenario.hardware.name}: {scenario.plan.label}, {gpus(result)}, "
         f"sequence {scenario.workload.seq_len}, micro-batch {scenario.workload.micro_batch}"
     )
+    return figures_table(result, title)
+
+
+def figures_table(result: Result, title: str = "") -> Table:
+    """The same under another title."""
     made = table(title, ["quantity", "value", "of"], numbers=["value"])
     for row in _summary_rows(result):
         made.add_row(*row)
@@ -72,7 +79,7 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     )
     yield (
         "throughput",
-        f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU",
+        "" if result.unknown else f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU",
         f"{figure(result.tflops_per_gpu)} TFLOP/s/GPU",
     )
     yield "peak memory", size(result.peak_memory_gib * GIB), f"at {result.peak_operator}"

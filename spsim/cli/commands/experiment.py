@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from spsim.cli.outputs import make_directory, open_console
+from spsim.cli.options import ReportOption
+from spsim.cli.outputs import check_report, make_directory, open_console, print_report
 from spsim.measuring.processes.processes import end_with_parent
 from spsim.studies.experiment import Experiment
 from spsim.studies.experiments import load_experiment, run_experiment
@@ -25,14 +26,17 @@ def command(
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes; by default all cores for a large sweep.")
     ] = None,
+    page: ReportOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
 ) -> None:
     """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
+    check_report(page)
     loaded = _load(file)
     directory = out / loaded.name
     make_directory(directory)
     with _executor(jobs, len(loaded.selection(quick=quick))) as executor:
-        run_experiment(loaded, directory, executor, quick=quick, console=open_console())
+        run_experiment(loaded, directory, executor, quick=quick, console=open_console(), page=page)
+    print_report(open_console(), page)
 
 
 def _load(file: Path) -> Experiment:

@@ -23,11 +23,21 @@ from spsim.cli.options import (
     PhaseOption,
     PlanOption,
     PrecisionOption,
+    ReportOption,
     ScopeOption,
     SeqLenOption,
     SetOption,
 )
-from spsim.cli.outputs import file_names, open_console, print_json, print_notes, print_written, staging
+from spsim.cli.outputs import (
+    check_report,
+    file_names,
+    open_console,
+    print_json,
+    print_notes,
+    print_report,
+    print_written,
+    staging,
+)
 from spsim.cli.settings import Given
 from spsim.errors import InputError
 from spsim.export import chrome_trace, kineto
@@ -79,6 +89,7 @@ def command(
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
+    page: ReportOption = None,
     ranks: RanksOption = None,
     layers: LayersOption = None,
     trace_format: FormatOption = "perfetto",
@@ -91,13 +102,16 @@ def command(
         raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
     if seeds is not None and perturb is None:
         raise InputError("run: --seeds are of --perturb; give it too")
+    if perturb is not None and page is not None:
+        raise InputError("run: --report shows a step without perturbations; leave --perturb or --report out")
+    check_report(page)
     given = Given.of(
         "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     print_notes(given)
     if library is not None:
-        _print_emission(given.scenario(), library, as_json or out is not None)
+        _print_emission(given.scenario(), library, as_json or out is not None or page is not None)
         return
     if perturb is not None:
         _run_perturbed(given.scenario(), perturb, 1 if seeds is None else seeds, out, as_json=as_json)
@@ -105,10 +119,13 @@ def command(
     result = simulate(given.scenario())
     selection = None if out is None else _selection(result, ranks, layers)
     written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
+    if page is not None:
+        result.to_html(page)
     if as_json:
         print_json(result.to_json())
         return
     _print_result(result, out, written, selection)
+    print_report(open_console(), page)
 
 
 def _run_perturbed(scenario: Scenario, file: Path, seeds: int, out: Path | None, *, as_json: bool) -> None:
@@ -157,7 +174,7 @@ def _print_emission(scenario: Scenario, library: str, asked_more: bool) -> None:
     from spsim.inputs.launch.emission import emit
 
     if asked_more:
-        raise InputError("run: --emit prints a configuration, not a result; leave --json and --out out")
+        raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
     emission = emit(scenario, library)
     print(emission.text, end="")
     for line in emission.unsaid:
@@ -175,14 +192,12 @@ def _selection(result: Result, ranks: str | None, layers: str | None) -> Selecti
 
 def _write_outputs(result: Result, out: Path, selection: Selection, trace_format: str) -> list[str]:
     """Pictures, traces and tables of one run; the names of the files."""
-    from spsim import plots
-
     with staging(out) as directory:
         result.plot_timeline(directory / "timeline.png")
         result.plot_memory(directory / "memory.png")
         if result.staged:
-            plots.save(plots.plot_pipeline(result), directory / "pipeline.png")
-        plots.save(plots.plot_steps({result.scenario.plan.label: result}), directory / "step.png")
+            result.plot_pipeline(directory / "pipeline.png")
+        result.plot_step(directory / "step.png")
         if trace_format == "kineto":
             (directory / "kineto").mkdir()
             kineto.write_kineto_traces(result, directory / "kineto", selection)
