@@ -72,14 +72,14 @@ def _time(family: Family, blocks: Blocks, counts: Numbers) -> Numbers:
     return least
 
 
-def _memory(family: Family, blocks: Blocks, chunks: Numbers, rank: int) -> Numbers | int:
+def _memory(family: Family, blocks: Blocks, chunks: Numbers, rank: int) -> Numbers:
     """Bytes of tensors of a stage, whose chunks have so many of each block."""
     plan = family.plan
     every = chunks.sum(axis=0)
     parameters, weights = int(every @ blocks.parameters), int(every @ blocks.weight_bytes)
     static = static_memory(parameters, plan, family.scenario.workload.element_bytes, weights).total
     if not layers_are_alike(plan):
-        return static
+        return np.full(len(family.micro_batches), float(static))
     group = plan.pp_group or plan.pp
     sizes = [
         _held(plan.pp_schedule, plan.pp, plan.virtual_pp, group, rank % plan.pp, count)
