@@ -15,6 +15,7 @@ from spsim.cli.loading import loading
 COMMANDS = {
     "run": "Simulate one scenario.",
     "compare": "Two or more plans side by side: where time and memory differ, and why.",
+    "plan": "The plans with the shortest step that fit, of all there are for a model on some GPUs.",
     "explain": "Which operators does sequence parallelism apply to, and why?",
     "validate": "Predicted against measured, a row a case.",
     "kernels": "Your own microbenchmarks of products or attention against a hardware profile.",

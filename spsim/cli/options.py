@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -90,4 +90,8 @@ ReportOption = Annotated[
 ]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
+]
+EmitOption = Annotated[
+    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
+    typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
 ]

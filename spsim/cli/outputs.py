@@ -16,6 +16,7 @@ from rich.console import Console
 
 from spsim.cli.settings import Given
 from spsim.errors import InputError, printable
+from spsim.inputs.scenario import Scenario
 
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""
@@ -52,6 +53,16 @@ def print_notes(given: Given) -> None:
     """What of a launch file is not simulated, a line each, on stderr."""
     for line in given.launch.lines if given.launch is not None else ():
         print(f"note: {printable(line)}", file=sys.stderr)
+
+
+def print_emission(scenario: Scenario, library: str) -> None:
+    """A scenario as a library takes it: the text on stdout, what it does not say on stderr."""
+    from spsim.inputs.launch.emission import emit
+
+    emission = emit(scenario, library)
+    print(emission.text, end="")
+    for line in emission.unsaid:
+        print(f"note: {line}", file=sys.stderr)
 
 
 @contextmanager

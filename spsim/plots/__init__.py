@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spsim.plots.perturbed import plot_perturbed as plot_perturbed
     from spsim.plots.pipeline import plot_pipeline as plot_pipeline
     from spsim.plots.plans import plot_plans as plot_plans
+    from spsim.plots.search import plot_front as plot_front
     from spsim.plots.step import plot_steps as plot_steps
     from spsim.plots.sweep import plot_peak_memory as plot_peak_memory
     from spsim.plots.sweep import plot_step_times as plot_step_times
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Waterfall": "waterfall",
     "plot_calibration": "calibration",
+    "plot_front": "search",
     "plot_kernels": "kernels",
     "plot_memory": "memory",
     "plot_memory_curves": "memory",

@@ -167,7 +167,7 @@ def _time_line(pair: Difference) -> str:
     else:
         word = "faster" if change < 0 else "slower"
         head = f"{after.name} is {word} than {before.name}: {took}; band {measured(pair.band)})"
-    return f"{head}. {_reasons(grouped(pair.step), change, PS_PER_MS, 'ms')}"
+    return f"{head}. {reasons(grouped(pair.step), change, PS_PER_MS, 'ms')}"
 
 
 def _memory_line(pair: Difference) -> str:
@@ -180,11 +180,11 @@ def _memory_line(pair: Difference) -> str:
     return (
         f"{pair.after.name} needs {'less' if change < 0 else 'more'} memory: {texts[0]} instead of "
         f"{texts[1]} {name} at the peak ({signed(100 * change / was, 1)} %). "
-        f"{_reasons(pair.memory, change, unit, name)}"
+        f"{reasons(pair.memory, change, unit, name)}"
     )
 
 
-def _reasons(parts: dict[str, int], change: int, unit: int, name: str) -> str:
+def reasons(parts: dict[str, int], change: int, unit: int, name: str) -> str:
     """The largest parts, three quarters of what goes the way of the difference, and the largest against it."""
     ways = {part: amount * (1 if change > 0 else -1) for part, amount in parts.items()}
     along = sorted((part for part in ways if ways[part] > 0), key=lambda part: -ways[part])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import parse_plan
@@ -49,7 +49,8 @@ def cases(frame: pd.DataFrame, hardware: Mapping[str, HardwareProfile]) -> Itera
     tokens = (frame["tokens_per_s_per_gpu"] * frame["gpus"] * frame["step_time_ms"] / MS_PER_S).round(0)
     keys = ["model", "hardware", "seq_len", "gpus", "tokens", "inputs"]
     parts = step_parts(frame)
-    for (model, machine, seq_len, gpus, *_), group in frame.assign(tokens=tokens).groupby(keys, sort=False):
+    for key, group in frame.assign(tokens=tokens).groupby(keys, sort=False):
+        model, machine, seq_len, gpus = cast("tuple[str, str, int, int]", key[:4])
         rows: dict[str, Row] = {}
         places: dict[str, Any] = {}
         for place, record in zip(group.index, group.to_dict("records"), strict=True):

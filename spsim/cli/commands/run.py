@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ import typer
 from spsim.cli.numbers import numbers
 from spsim.cli.options import (
     CaseFile,
+    EmitOption,
     FromOption,
     GlobalBatchOption,
     HardwareOption,
@@ -32,6 +32,7 @@ from spsim.cli.outputs import (
     check_report,
     file_names,
     open_console,
+    print_emission,
     print_json,
     print_notes,
     print_report,
@@ -59,10 +60,6 @@ LayersOption = Annotated[
 FormatOption = Annotated[
     Literal["perfetto", "kineto"],
     typer.Option("--trace-format", help="One trace for Perfetto, or one a rank as torch.profiler writes them."),
-]
-EmitOption = Annotated[
-    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
-    typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
 ]
 PerturbOption = Annotated[
     Path | None,
@@ -111,7 +108,9 @@ def command(
     )  # fmt: skip
     print_notes(given)
     if library is not None:
-        _print_emission(given.scenario(), library, as_json or out is not None or page is not None)
+        if as_json or out is not None or page is not None:
+            raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
+        print_emission(given.scenario(), library)
         return
     if perturb is not None:
         _run_perturbed(given.scenario(), perturb, 1 if seeds is None else seeds, out, as_json=as_json)
@@ -167,18 +166,6 @@ def _print_result(result: Result, out: Path | None, written: list[str], selectio
         console.print(
             f"trace, spans and memory curve: {selection.words}; --ranks and --layers choose others", soft_wrap=True
         )
-
-
-def _print_emission(scenario: Scenario, library: str, asked_more: bool) -> None:
-    """The text on stdout, what it does not say on stderr."""
-    from spsim.inputs.launch.emission import emit
-
-    if asked_more:
-        raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
-    emission = emit(scenario, library)
-    print(emission.text, end="")
-    for line in emission.unsaid:
-        print(f"note: {line}", file=sys.stderr)
 
 
 def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:
