@@ -16,6 +16,7 @@ from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
+from spsim.engine.tasks import Paces
 from spsim.engine.trace import Trace, Wait
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
@@ -30,7 +31,6 @@ from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.blocks.optimizer import shard_ranks
-from spsim.program.mesh import mesh_of, world_of
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
@@ -41,12 +41,12 @@ from spsim.results.staged import OfStages, Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
-from spsim.step.folding import fold_step
+from spsim.step.folding import Walked, fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
 from spsim.step.lockstep import Lockstep
-from spsim.step.perturbed import Latencies, Perturbed
+from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
@@ -63,7 +63,7 @@ def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) 
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
-    perturbed = _perturbed(scenario, Perturbations.of(perturbations))
+    perturbed = perturbed_ranks(scenario.plan, Perturbations.of(perturbations), scenario.gpus_per_node)
     if scenario.plan.pp > 1:
         return _simulate_stages(scenario, fold, perturbed)
     prepared = _prepared(scenario, fold)
@@ -76,22 +76,12 @@ def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) 
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
-def _perturbed(scenario: Scenario, perturbations: Perturbations) -> Perturbed | None:
-    """What perturbations do to a plan; None where they do nothing."""
-    plan, per_node = scenario.plan, scenario.gpus_per_node
-    perturbations.check(plan.gpus, per_node)
-    if perturbations.jitters:
-        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --perturb")
-    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), per_node)
-    return found if found.changes else None
-
-
 def side_by_side(scenario: Scenario, perturbations: Perturbations, seeds: int) -> tuple[Lockstep, Lockstep]:
     """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
     is not simulated that way.
     """
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
-    perturbed = _perturbed(scenario, rest)
+    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
     windows = perturbed is not None and perturbed.windows
     if scenario.plan.pp > 1 or windows:
         what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s"
@@ -309,19 +299,7 @@ def assemble(
     perturbed: Perturbed | None = None,
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
-    hardware = scenario.hardware
-    costs = cost_models(hardware, scenario.workload.precision)
-    priced = partial(
-        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
-        gpus_per_node=scenario.gpus_per_node,
-    )  # fmt: skip
-    step = priced(costs)
-    if perturbed:
-        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
-    if perturbed and perturbed.windows:
-        walked = unfold_step(step, perturbed.all_paces(prepared.ranks.copies, prepared.segments))
-    else:
-        walked = fold_step(step) if fold else unfold_step(step)
+    walked = _walked(scenario, prepared, chunk, numbers, fold, perturbed)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -349,6 +327,24 @@ def assemble(
             )
         ),
     )
+
+
+def _walked(
+    scenario: Simulated, prepared: PreparedStep, chunk: Chunk, numbers: Numbers, fold: bool, perturbed: Perturbed | None
+) -> Walked:
+    """The step as it runs."""
+    hardware = scenario.hardware
+    costs = cost_models(hardware, scenario.workload.precision)
+    priced = partial(
+        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
+        gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    step = priced(costs)
+    paces: Mapping[int, Paces] = {}
+    if perturbed:
+        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
+        paces = perturbed.all_paces(prepared.ranks.copies, prepared.segments)
+    return fold_step(step) if fold and not paces else unfold_step(step, paces)
 
 
 SWITCHED_OFF = "layers are not folded: it was switched off"

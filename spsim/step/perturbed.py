@@ -15,9 +15,11 @@ from spsim.costs.collectives import CommCost, Number
 from spsim.engine.contention import PPM, Held
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.engine.tasks import Paces
+from spsim.errors import InputError
 from spsim.inputs.perturbations import Link, Perturbations, SlowLink, SlowRanks, Window
+from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
-from spsim.program.mesh import Axis, Mesh
+from spsim.program.mesh import Axis, Mesh, mesh_of, world_of
 from spsim.program.placement import Collective
 from spsim.step.folding import Step
 from spsim.step.ranks import Marks
@@ -188,6 +190,17 @@ class Perturbed:
                 yield latency + round((time - latency) * calls[segment.calls[task.id]])
             else:
                 yield round(time * kernels) if task.lane == COMPUTE_LANE else time
+
+
+def perturbed_ranks(plan: Plan, perturbations: Perturbations, gpus_per_node: int) -> Perturbed | None:
+    """What perturbations do to the ranks of a plan; None where they do nothing. Raises `InputError` where one is of no
+    rank or link of it, or is to be drawn.
+    """
+    perturbations.check(plan.gpus, gpus_per_node)
+    if perturbations.jitters:
+        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --perturb")
+    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
+    return found if found.changes else None
 
 
 def _held(window: Window, factor: float | None) -> Held:
