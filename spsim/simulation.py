@@ -6,7 +6,6 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,15 +54,14 @@ from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
 
 
-def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) -> Result:
+def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """Simulate a scenario. `fold` simulates identical ranks and layers once; the result is the same without.
-    `perturbations` are slow ranks and links, whatever `Perturbations.of` takes.
 
     Raises `InputError` where it is given something else, and where the profile lacks a curve that the plan needs.
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
-    perturbed = perturbed_ranks(scenario.plan, Perturbations.of(perturbations), scenario.gpus_per_node)
+    perturbed = perturbed_ranks(scenario.plan, scenario.perturbations, scenario.gpus_per_node)
     if scenario.plan.pp > 1:
         return _simulate_stages(scenario, fold, perturbed)
     prepared = _prepared(scenario, fold)
@@ -76,10 +74,11 @@ def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) 
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
-def side_by_side(scenario: Scenario, perturbations: Perturbations, seeds: int) -> tuple[Lockstep, Lockstep]:
+def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
     """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
     is not simulated that way.
     """
+    perturbations = scenario.perturbations
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
     perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
     windows = perturbed is not None and perturbed.windows
@@ -106,7 +105,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1:
+    if scenario.plan.pp > 1 or scenario.perturbations.changes:
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -183,6 +182,7 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
@@ -326,6 +326,7 @@ def assemble(
                 (_rank_folding(len(copies), gpus, fold, unlike=perturbed is not None), "" if fold else SWITCHED_OFF),
             )
         ),
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 

@@ -7,7 +7,7 @@ from statistics import mean, quantiles
 import numpy as np
 import pytest
 
-from spsim import InputError, perturb, simulate
+from spsim import InputError, Point, Scenario, perturb, simulate, sweep
 from spsim.cli.entry import main
 from spsim.costs.models import cost_models
 from spsim.engine.engine import run
@@ -18,6 +18,7 @@ from spsim.step.itinerary import visits
 from spsim.step.jitter import Draws, drawn
 from spsim.step.unfolded import Concatenation
 from spsim.studies import perturbation
+from spsim.studies.points import Register
 from spsim.units import PS_PER_S
 from tests.cases import H100, scenario
 
@@ -62,7 +63,7 @@ def figures(result):
 @pytest.mark.parametrize("plan", PLANS)
 def test_those_alike_towards_what_is_perturbed_are_simulated_once(plan, perturbations):
     own = step(plan)
-    folded, each = (simulate(own, perturbations=perturbations, fold=fold) for fold in (True, False))
+    folded, each = (simulate(own.perturbed(perturbations), fold=fold) for fold in (True, False))
     assert figures(folded) == figures(each)
     assert sum(map(len, folded.trace.copies.values())) == own.plan.gpus == len(each.trace.copies)
     assert folded.step_ps > simulate(own).step_ps
@@ -72,7 +73,8 @@ def test_those_alike_towards_what_is_perturbed_are_simulated_once(plan, perturba
 def test_a_factor_of_one_changes_nothing(plan):
     own = step(plan)
     same = [{"ranks": [0, 1], "factor": 1}, {"link": {"node": 0}, "factor": 1.0, "to_s": 1}]
-    assert simulate(own, perturbations=same).to_json() == simulate(own).to_json()
+    assert simulate(own.perturbed(same)).to_json() == simulate(own).to_json()
+    assert simulate(own.perturbed(SLOW)).to_json()["perturbations"] == ["rank 1 × 1.7"]
 
 
 def kernels_ps(result, rank):
@@ -84,7 +86,7 @@ def kernels_ps(result, rank):
 def test_a_slow_replica_takes_longer_by_what_its_kernels_do():
     """Replicas meet after their last pass: all wait for the kernels of the slow one, which overlap nothing."""
     own = step("dp=4")
-    before, after = simulate(own), simulate(own, perturbations={"ranks": 2, "factor": 1.5})
+    before, after = simulate(own), simulate(own.perturbed({"ranks": 2, "factor": 1.5}))
     kernels = kernels_ps(before, 0)
     assert after.step_ps - before.step_ps == pytest.approx(kernels / 2, rel=1e-6)
     assert kernels_ps(after, 2) == pytest.approx(1.5 * kernels, rel=1e-6)
@@ -94,7 +96,7 @@ def test_a_slow_replica_takes_longer_by_what_its_kernels_do():
 def test_a_slow_rank_slows_the_groups_that_it_is_in_and_no_others():
     """Ranks 2 and 3 are the other replica: their passes are as ever, though they end the step later."""
     own = step("tp=2,dp=2")
-    before, after = simulate(own, fold=False), simulate(own, perturbations=SLOW, fold=False)
+    before, after = simulate(own, fold=False), simulate(own.perturbed(SLOW), fold=False)
 
     def passes(result, rank):
         spans = [span for span in result.trace.spans if span.rank == rank]
@@ -110,11 +112,11 @@ def test_a_slow_rank_slows_the_groups_that_it_is_in_and_no_others():
 @pytest.mark.parametrize("plan", ["tp=4,dp=2", "ulysses=4,dp=2", "ring=4,dp=2"])
 def test_which_of_the_ranks_that_are_alike_is_slow_does_not_matter(plan):
     own = step(plan)
-    assert len({simulate(own, perturbations={"ranks": rank, "factor": 1.5}).step_ps for rank in range(8)}) == 1
+    assert len({simulate(own.perturbed({"ranks": rank, "factor": 1.5})).step_ps for rank in range(8)}) == 1
 
 
 def test_the_cost_does_not_depend_on_the_number_of_replicas():
-    few, many = (simulate(step(f"tp=4,dp={dp}"), perturbations=SLOW) for dp in (4, 4096))
+    few, many = (simulate(step(f"tp=4,dp={dp}").perturbed(SLOW)) for dp in (4, 4096))
     assert few.events == many.events
     assert len(few.trace.copies) == len(many.trace.copies) == 4
 
@@ -127,7 +129,7 @@ def test_a_link_at_half_speed_paces_a_ring():
     curve = comm.inner.fastest("all_gather", size, 4)
     assert curve.curve.algorithm == "ring"
     expected = comm.overhead + curve.latency(4) + 2 * curve.transfer(size * 3 / 4, 4)
-    after = simulate(own, perturbations={"link": {"node": 0, "gpu": 2}, "factor": 2})
+    after = simulate(own.perturbed({"link": {"node": 0, "gpu": 2}, "factor": 2}))
     spans = after.trace.spans
     gathers = [s for s in spans if after.trace.tasks[s.task].collective == "all_gather" and s.lane == "tp"]
     took = {s.end_ps - s.start_ps for s in gathers if after.trace.tasks[s.task].message_bytes == size}
@@ -137,9 +139,7 @@ def test_a_link_at_half_speed_paces_a_ring():
 def test_an_adapter_slows_what_leaves_its_node_and_a_port_what_does_not():
     own = step("tp=8,dp=4")
     before = simulate(own)
-    adapter, port = (
-        simulate(own, perturbations={"link": {"node": 1, key: 3}, "factor": 4}) for key in ("adapter", "gpu")
-    )
+    adapter, port = (simulate(own.perturbed({"link": {"node": 1, key: 3}, "factor": 4})) for key in ("adapter", "gpu"))
     assert adapter.pass_ps == before.pass_ps
     assert adapter.weight_sync_ps > before.weight_sync_ps
     assert port.pass_ps["forward"] > before.pass_ps["forward"]
@@ -152,7 +152,7 @@ def test_an_adapter_slows_what_leaves_its_node_and_a_port_what_does_not():
 def test_many_seeds_at_once_run_as_in_the_engine(plan):
     """Three seeds, each walked again as one program of each rank with the times that were drawn."""
     given = Perturbations.of([JITTER, {**JITTER, "each": "rank", "seed": 4}, SLOW, PORT])
-    walk, _ = side_by_side(step(plan), given, 3)
+    walk, _ = side_by_side(step(plan).perturbed(given), 3)
     draws = Draws(given.jitters, walk.shape, range(3))
     ended = walk.run(draws).reshape(-1, 3)
     every = list(visits(walk.step.itinerary))
@@ -272,13 +272,39 @@ def test_run_prints_the_steps_before_and_after(capsys, tmp_path):
     assert "lost time by operator" in out
 
 
+def test_a_case_file_has_perturbations_of_its_own(capsys, tmp_path):
+    case = tmp_path / "case.toml"
+    case.write_text(f'hardware = "{H100}"\nmodel = "llama-3-8b"\n[plan]\ntp = 8\n[workload]\nseq_len = 2048\n{FILE}')
+    with pytest.raises(SystemExit):
+        main(["run", str(case), "--seeds", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)["perturbed"]
+    assert (found["perturbations"], found["seeds"]) == (["gamma jitter of 10 % of each kernel"], 2)
+
+
+def test_rows_of_perturbed_points_are_their_own(tmp_path):
+    """Alone, not computed with their family; a file that changes makes another key."""
+    file = tmp_path / "slow.toml"
+    file.write_text("[[perturbations]]\nranks = [0]\nfactor = 1.5\n")
+    base = {"hardware": H100, "model": "llama-3-8b", "plan": "tp=8", "workload": {"seq_len": 2048}}
+    points = [base, {**base, "perturbations": [SLOW]}, {**base, "perturbations": str(file)}]
+    times = sweep(points)["step_time_ms"].tolist()
+    expected = [simulate(Scenario(**own)).step_time_s * 1e3 for own in points]
+    assert times == pytest.approx(expected)
+    assert times[0] < times[2] < times[1]
+    (first,) = Register().entries([Point(points[2])])
+    file.write_text("[[perturbations]]\nranks = [0]\nfactor = 1.6\n")
+    (second,) = Register().entries([Point(points[2])])
+    assert first[0] != second[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--seeds", "3"), "--perturb"),
+        (("--set", "perturbations.x=3"), "perturbations"),
         (("--plan", "tp=2,pp=2", "--perturb", "FILE"), "pp above 1"),
         (("--plan", "tp=8,tp_overlap,sequence_parallel", "--perturb", "FILE"), "tp_overlap"),
-        (("--perturb", "FILE", "--seeds", "0"), "seeds = 0"),
+        (("--perturb", "FILE", "--seeds", "0"), "--seeds 0"),
         (("--perturb", "nowhere.toml"), "no such file"),
     ],
 )
@@ -292,4 +318,4 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, arguments, word
 
 def test_simulate_draws_no_jitter():
     with pytest.raises(InputError, match=r"perturb\(\)"):
-        simulate(step("tp=2"), perturbations=JITTER)
+        simulate(step("tp=2").perturbed(JITTER))

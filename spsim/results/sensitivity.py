@@ -52,7 +52,7 @@ def known_effects(result: Result) -> dict[str, Effect | None] | None:
     """What each assumed or inherited coefficient does to a result, largest first, without those that do nothing, and
     None for those that are no number; None for all where the step is too long to be walked again for each.
     """
-    if result.events > MOST_TASKS or (result.scenario.plan.pp > 1 and result.staged is None):
+    if result.perturbations or result.events > MOST_TASKS or (result.scenario.plan.pp > 1 and result.staged is None):
         return None
     return effects(result, unmeasured_inputs(result))
 

@@ -58,17 +58,12 @@ class Perturbed:
     @lazy
     def slow_ranks(self) -> list[SlowRanks]:
         """Those that change anything."""
-        return [slow for slow in self.perturbations.slow_ranks if slow.factor != 1]
+        return [slow for slow in self.perturbations.slow_ranks if slow.changes]
 
     @lazy
     def slow_links(self) -> list[tuple[SlowLink, frozenset[int]]]:
         """Those that change anything, with the ranks whose links they are."""
-        return [(slow, self._users(slow.link)) for slow in self.perturbations.slow_links if slow.factor != 1]
-
-    @property
-    def changes(self) -> bool:
-        """Whether any rank or link does."""
-        return bool(self.slow_ranks or self.slow_links)
+        return [(slow, self._users(slow.link)) for slow in self.perturbations.slow_links if slow.changes]
 
     @property
     def windows(self) -> bool:
@@ -193,14 +188,12 @@ class Perturbed:
 
 
 def perturbed_ranks(plan: Plan, perturbations: Perturbations, gpus_per_node: int) -> Perturbed | None:
-    """What perturbations do to the ranks of a plan; None where they do nothing. Raises `InputError` where one is of no
-    rank or link of it, or is to be drawn.
-    """
-    perturbations.check(plan.gpus, gpus_per_node)
+    """What perturbations do to the ranks of a plan; None where they do nothing. `InputError` where some are drawn."""
     if perturbations.jitters:
-        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --perturb")
-    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
-    return found if found.changes else None
+        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --seeds")
+    if not perturbations.changes:
+        return None
+    return Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
 
 
 def _held(window: Window, factor: float | None) -> Held:

@@ -204,6 +204,7 @@ def compare(
     workload: Workload | Mapping[str, Any],
     nodes: int | None = None,
     scope: Literal["step", "layers"] = "step",
+    perturbations: Any = (),
 ) -> PlanComparison:
     """Simulate plans of one model, hardware and workload, and account for their differences; everything may be given
     as to a `Scenario`.
@@ -214,7 +215,7 @@ def compare(
     texts = [_text(plan) for plan in _listed(plans)]
     _check_plans(texts)
     common = Scenario(hardware=hardware, model=model, workload=workload, scope=scope)
-    scenarios = {text: _scenario(common, text, nodes) for text in texts}
+    scenarios = {text: _scenario(common, text, nodes, perturbations) for text in texts}
     names = _names({text: scenario.plan.label for text, scenario in scenarios.items()})
     return PlanComparison(tuple(PlanAccount(names[text], text, simulate(scenarios[text])) for text in scenarios))
 
@@ -237,12 +238,12 @@ def _text(plan: Plan | Mapping[str, Any] | str) -> str:
     return found.text
 
 
-def _scenario(common: Scenario, plan: str, nodes: int | None) -> Scenario:
+def _scenario(common: Scenario, plan: str, nodes: int | None, perturbations: Any) -> Scenario:
     """Under another plan; `InputError` says which."""
     try:
         return Scenario(
             hardware=common.hardware, model=common.model, plan=plan, workload=common.workload, nodes=nodes,
-            scope=common.scope,
+            scope=common.scope, perturbations=perturbations,
         )  # fmt: skip
     except InputError as error:
         raise InputError(f"--plan {plan!r}: {str(error).removeprefix('plan: ')}") from None
