@@ -103,12 +103,10 @@ def command(
         perturbations=perturb,
     )  # fmt: skip
     print_notes(given)
-    if library is not None:
-        if as_json or out is not None or page is not None:
-            raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
-        print_emission(given.scenario(), library)
-        return
     scenario = given.scenario()
+    if library is not None:
+        _emit(scenario, library, more=as_json or out is not None or page is not None)
+        return
     if _is_perturbed(scenario, seeds, page):
         _run_perturbed(scenario, seeds or 1, out, as_json=as_json)
         return
@@ -122,6 +120,13 @@ def command(
     else:
         _print_result(result, out, written, selection)
         print_report(open_console(), page)
+
+
+def _emit(scenario: Scenario, library: str, *, more: bool) -> None:
+    """Print it for a library; `InputError` where more is asked for."""
+    if more:
+        raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
+    print_emission(scenario, library)
 
 
 def _check_out(out: Path | None, ranks: str | None, layers: str | None, trace_format: str) -> None:
