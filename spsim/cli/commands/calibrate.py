@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,19 +54,14 @@ def command(
     """Measure this machine, alone or under torchrun, and fit a hardware profile to it."""
     if quick and full:
         raise InputError("calibrate: --quick and --full are both given; give one of them")
-    reads = "--fit" if fit is not None else "--nccl-tests" if nccl_tests else None
-    if reads and (quick or full or raw is not None):
-        raise InputError(f"calibrate: {reads} measures nothing; leave out --quick, --full and --raw")
-    if fit is not None and nccl_tests:
-        raise InputError("calibrate: --fit and --nccl-tests are both given; give one of them")
-    if further and not nccl_tests:
-        raise InputError(f"calibrate: {further[0]}: is given to no option; write --nccl-tests before logs")
+    logs = _logs(nccl_tests, further)
+    _check_reading({"--fit": fit is not None, "--nccl-tests": bool(logs)}, measures=quick or full or raw is not None)
     if base is not None:
         load_profile(base)
-    if nccl_tests:
+    if logs:
         check_installed("calibrate", "scipy")
         _check_profile_path(out)
-        _read_logs([*nccl_tests, *(further or ())], base, out)
+        _read_logs(logs, base, out)
         return
     if fit is not None:
         check_installed("calibrate", "scipy")
@@ -86,6 +81,22 @@ def command(
         with _progress_bar() as show:
             measure(settings, show)
     _fit(settings.file, base, out)
+
+
+def _logs(first: list[Path] | None, further: list[Path] | None) -> list[Path]:
+    """Those of the option, and those that follow it, as a shell writes them for a pattern."""
+    if further and not first:
+        raise InputError(f"calibrate: {further[0]}: is given to no option; write --nccl-tests before logs")
+    return [*(first or ()), *(further or ())]
+
+
+def _check_reading(given: Mapping[str, bool], *, measures: bool) -> None:
+    """`InputError` where options that read what was measured stand beside each other, or beside those that measure."""
+    reads = [option for option, there in given.items() if there]
+    if reads and measures:
+        raise InputError(f"calibrate: {reads[0]} measures nothing; leave out --quick, --full and --raw")
+    if len(reads) > 1:
+        raise InputError(f"calibrate: {' and '.join(reads)} are both given; give one of them")
 
 
 def _check_profile_path(out: Path) -> None:
