@@ -215,7 +215,7 @@ def test_every_profile_says_what_its_assumed_inputs_do(name, capsys):
     gpus = min(8, spsim.load_profile(name).gpus_per_node)
     settings = ("--model", "gpt-22b", "--set", "model.attention=flash", "--hardware", name, "--seq-len", "2K")
     document = json.loads(run(capsys, *settings, "--plan", f"ulysses={gpus}", "--json"))
-    assert set(document["assumed"]) == set(document["assumed_effects"])
+    assert {*document["assumed"], *document["inherited"]} == set(document["assumed_effects"])
     choices = {path for path, effect in document["assumed_effects"].items() if effect is None}
     assert all(path.startswith(("attention_picked", "gemm.tile")) for path in choices)
     text = run(capsys, *settings, "--plan", f"ulysses={gpus}")
@@ -301,7 +301,7 @@ def test_run_says_how_sure_it_is(capsys):
     band = bands.of_time(spsim.load_profile(H100))
     assert document["prior_band"] == {"percent": band.percent, "of": band.of, "rows": band.rows}
     assert f"how sure: 90 % of {band.rows} {band.of} are met within ±{band.percent:.1f} %" in run(capsys, *RING)
-    assert set(document["assumed"]) == set(document["assumed_effects"])
+    assert {*document["assumed"], *document["inherited"]} == set(document["assumed_effects"])
 
 
 def test_a_step_of_several_stages_has_the_band_of_a_calibrated_profile():

@@ -37,9 +37,9 @@ from spsim.cli.workers import workers
 from spsim.errors import InputError
 from spsim.inputs.configuration import read_value
 from spsim.report import plan as report
-from spsim.studies.csvfile import write_csv
 from spsim.studies.search.outcome import PlanSearch
 from spsim.studies.search.search import BEST, plan_search
+from spsim.studies.tablefile import write_csv
 
 SHORTEST = 4096
 """Tokens from which on the longest sequence is looked for, unless given."""
