@@ -66,7 +66,7 @@ def _counts(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout: 
 def _time(family: Family, blocks: Blocks, counts: Numbers) -> Numbers:
     """Picoseconds."""
     first = counts[:, 0]
-    before = 0.0 if family.plan.pp_schedule in HALVED else first.cumsum(axis=0) - first
+    before = 0.0 * first if family.plan.pp_schedule in HALVED else first.cumsum(axis=0) - first
     stages: Numbers = family.micro_batches * (counts.sum(axis=1) @ blocks.passes_ps) + before @ blocks.passes_ps
     least: Numbers = stages.max(axis=0)
     return least
