@@ -95,9 +95,10 @@ def _memory(family: Family, blocks: Blocks, chunks: Numbers, rank: int) -> Numbe
 @lru_cache(maxsize=4096)
 def _held(schedule: Schedule, pp: int, chunks: int, group: int, rank: int, micro_batches: int) -> tuple[int, ...]:
     """Of each chunk, micro-batches that a stage has run forward before its first backward pass, that of the last chunk;
-    of schedules other than these one at least, since a backward pass follows all chunks of its micro-batch.
+    of schedules other than these one at least, since a backward pass follows all chunks of its micro-batch. One stage
+    alone accumulates, whatever the schedule.
     """
-    if schedule == "gpipe":
+    if schedule == "gpipe" and pp > 1:
         return (micro_batches,)
     if schedule != "1f1b":
         return (1,) * chunks
