@@ -29,6 +29,8 @@ LEFT, TOP, BOTTOM, HEIGHT = 0.8, 0.75, 0.95, 5.0
 GAP = 0.35
 ROW = 0.1
 """Of the height of the axes, for a line of numbers."""
+BEYOND = 1.02
+"""Of the memory of a GPU, where the axis ends."""
 LINE = 0.21
 """Inches of a line of the list."""
 BEST, FRONT, OTHERS = COLOURS["gemm"], COLOURS["communication"], COLOURS["elementwise"]
@@ -68,7 +70,7 @@ def _scatter(axes: Axes, search: PlanSearch) -> None:
         f"capacity {room:.1f} GiB", (room, 1), (-4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
         size=SMALL_SIZE, ha="right", va="top",
     )  # fmt: skip
-    axes.set_xlim(0, 1.02 * room)
+    axes.set_xlim(0, BEYOND * room)
     axes.set_xlabel("memory of the fullest GPU (GiB)", size=SMALL_SIZE)
     axes.set_ylabel("time of a step (s)", size=SMALL_SIZE)
     axes.grid(color=GRID, linewidth=0.6)
@@ -81,9 +83,9 @@ def _number(axes: Axes, best: Sequence[Found]) -> None:
     order = sorted(range(len(best)), key=lambda place: best[place].memory_gib)
     room = float(best[0].row["capacity_gib"])
     width = float(axes.get_position().width * axes.get_figure().get_figwidth()) * POINTS  # type: ignore[union-attr]
-    wanted = [best[place].memory_gib / (1.02 * room) * width for place in order]
+    wanted = [best[place].memory_gib / (BEYOND * room) * width for place in order]
     texts = [str(place + 1) for place in order]
-    middles = side_by_side(wanted, [text_size(text, LABEL_SIZE)[0] for text in texts], width)
+    middles = side_by_side(wanted, [text_size(text, LABEL_SIZE)[0] for text in texts], width / BEYOND)
     for place, text, middle in zip(order, texts, middles, strict=True):
         axes.annotate(
             text, (best[place].memory_gib, best[place].step_s), (middle / width, 0.02), textcoords="axes fraction",
