@@ -15,6 +15,7 @@ from spsim.plots.figure import (
     POINTS,
     SMALL_SIZE,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     axes_at,

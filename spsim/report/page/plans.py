@@ -86,8 +86,8 @@ def _assumed(comparison: PlanComparison) -> str:
     hardware = comparison.accounts[0].result.scenario.hardware
     return (
         f"Coefficients of {hardware.name} that nobody measured on such a machine and that the times or the memory hang "
-        f"on, and by how much ±{100 * SHARE:.0f} % of each change the step, or else the free memory. All others are "
-        "measurements, with their sources in the profile."
+        f"on, assumed or inherited from another card, and by how much ±{100 * SHARE:.0f} % of each change the step, or "
+        "else the free memory. All others are measurements, with their sources in the profile."
     )
 
 
@@ -97,6 +97,6 @@ def _notes(comparison: PlanComparison) -> list[str]:
         line: account.name
         for account in comparison.accounts
         for line in of_run.notes(account.result)
-        if not line.startswith("assumed inputs used")
+        if not line.startswith(("assumed inputs", "inherited inputs"))
     }
     return [*lines]
