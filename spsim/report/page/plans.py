@@ -56,10 +56,11 @@ def _sections(comparison: PlanComparison) -> Iterator[Section]:
     )
     yield Section("Memory at the peak", "Of the fullest GPU, with what lies outside tensors.", [memory_chart(accounts)])
     chart, shown = timeline_chart(accounts)
+    hatched = " Hatched: recomputed." if any("pattern" in own["marker"] for own in chart["data"]) else ""
     yield Section(
         "Timeline",
         "Drag across to zoom, double-click to see all again; a bar says what it is when pointed at, and has its name "
-        f"once few are seen. Hatched: recomputed. Shown: {shown}.",
+        f"once few are seen.{hatched} Shown: {shown}.",
         [chart],
     )
     yield Section("Memory over a step", "Tensors of the fullest rank by what they are.", memory_charts(accounts))
