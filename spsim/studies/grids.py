@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from spsim.inputs.grid import Grid
 from spsim.inputs.rules import keeps_sizes
 from spsim.inputs.scenario import Scenario, scenario_from
-from spsim.inputs.workload import Precision, Workload
+from spsim.inputs.workload import Precision, Workload, tokens
 from spsim.results.columns import ResultColumns
 from spsim.simulation import simulate_many
 from spsim.studies.points import Labels, Point
@@ -98,7 +98,7 @@ class _Sorting:
                 phase, precision = size("phase", "training"), size("precision", "bf16")
                 family = self._family((hardware, model, plan, nodes, scope), phase, precision, point.labels)
             family.places.append(place)
-            family.sizes.append((size("seq_len"), size("micro_batch", 1), size("global_batch")))
+            family.sizes.append((tokens(size("seq_len")), size("micro_batch", 1), size("global_batch")))
 
     def _family(self, shared: tuple[Any, ...], phase: Any, precision: Any, labels: Labels) -> _Family:
         key = (*map(id, (*shared, phase, precision)), *labels)
