@@ -246,7 +246,7 @@ def _precision(scenario: Scenario | Grid) -> Precision:
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
-    if scenario.scope == "layers" or plan.dp_library != "megatron":
+    if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):
         return found
     own = [prepared.template.programs[run.block] for run in chunk]
     return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))

@@ -25,6 +25,8 @@ OTHER_OPTIONS = {
     "tp_overlap": True,
     "tp_scatter": "ring_exchange",
     "dp_overlap": True,
+    "fsdp_ends": "units",
+    "recompute_reentrant": False,
     "ring_kind": "all_gather",
     "ring_gradients": "fp32",
     "ring_messages": "separate",

@@ -36,6 +36,17 @@ def test_what_is_not_given_is_as_in_the_library(name, options):
     assert len(plan.text.split(",")) <= 1 + len(options)
 
 
+@pytest.mark.parametrize("name", ["torchtitan", "torch"])
+def test_stages_keep_what_is_gathered(name):
+    """Unless it is said."""
+    staged = Plan(library=name, pp=2, dp=2)
+    assert (staged.zero, Plan(library=name, dp=2).zero) == (2, 3)
+    assert staged.text == f"library={name},pp=2,dp=2"
+    assert parse_plan(staged.text) == staged
+    with pytest.raises(InputError, match="zero = 3 with pp = 2"):
+        scenario(f"{staged.text},zero=3", global_batch=4)
+
+
 def test_megatron_core_is_what_a_plan_is_without_a_library():
     assert Plan(library="megatron-core", tp=8) == Plan(tp=8)
     assert Plan(library="megatron-core", tp=8).text == "tp=8"

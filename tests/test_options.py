@@ -41,6 +41,7 @@ VALUES = {
     "dp_overlap": (False, True), "keep_gathered": (False, True), "pp_schedule": ("1f1b", "gpipe"),
     "pp_group": (None, 4), "pp_layout": (None, "Et/tL"), "pp_sends": (None, "torch"), "pp_overlap": (None, True),
     "pp_warmup_flush": (False, True), "pp_deallocate": (True, False), "dp_library": ("megatron", "fsdp"),
+    "fsdp_ends": ("root", "units"), "recompute_reentrant": (True, False),
     "shard_group": (None, 2), "bucket_elements": (None, 1000), "grad_dtype": ("fp32", "bf16"),
     "moment_dtype": ("fp32", "bf16"), "precision_aware_optimizer": (False, True), "loss_fusion": (False, True),
     "recompute_layers": (None, 1), "recompute_method": ("block", "uniform"), "recompute_modules": (None, "mlp"),

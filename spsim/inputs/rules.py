@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PENDING = frozenset({"phase"})
 """Options, or options at a value, that are not simulated yet."""
 OF_REPLICAS = frozenset({
-    "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+    "zero=2", "zero=3", "dp_library", "fsdp_ends", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
 })  # fmt: skip
 """Those of replicas: of no layers alone."""
 MAX_MICRO_BATCHES = 100_000
@@ -124,11 +124,6 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
     """What the products of a rank read is cast in whole blocks, along rows and columns."""
     unit = ROW_UNITS.get(workload.precision, 1)
-    if unit > 1 and plan.projections == "separate":
-        raise InputError(
-            f"workload: precision = {workload.precision!r} with projections = 'separate': not simulated yet; "
-            "use projections=fused or bf16"
-        )
     fused = {"(heads + 2 x kv_heads) x head_dim / tp": qkv_width(model) // plan.tp}
     own = {"kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim}
     widths = {

@@ -58,7 +58,7 @@ def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | 
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
     chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
-    again = plan.recompute_early_stop and plan.recompute != "none"
+    again = (plan.recompute_early_stop, plan.recompute_reentrant) if plan.recompute != "none" else ()
     moved = again, plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first
     exchanged = (plan.gathers_position_ids, plan.ulysses_gradients) if plan.ulysses > 1 else ()
     return *placed_by(plan), kind or usual_kind(plan), *moved, *exchanged, *ring

@@ -246,7 +246,7 @@ class _Compiler:
         for exit_ in self.region.exits:
             self._collect_gradient(exit_)
         for op in reversed(self.operators):
-            self._recompute_for(op.name)
+            self._recompute_for(op.name, discarded=not (self.plan.recompute_reentrant or op.saved))
             self._run_backward(op)
             for operand in self._in_turn(op):
                 if self.plan.input_gradients == "each":
@@ -260,9 +260,9 @@ class _Compiler:
         reverse = over_ulysses and self.plan.ulysses_gradients == "reverse"
         return op.differentiated[::-1] if reverse else op.differentiated
 
-    def _recompute_for(self, operator: str) -> None:
-        """What has to run again before an operator gets the gradient of its output."""
-        for own in [own for own in self.to_recompute if operator in own.before]:
+    def _recompute_for(self, operator: str, *, discarded: bool = False) -> None:
+        """What has to run again before an operator gets the gradient of its output; or of it what was discarded."""
+        for own in [own for own in self.to_recompute if operator in own.before and own.discards >= discarded]:
             self.to_recompute = tuple([other for other in self.to_recompute if other is not own])
             self.part = "recompute"
             self._recompute(own)
@@ -365,7 +365,7 @@ class _Compiler:
 
     def _collect_gradient(self, tensor: Tensor) -> None:
         """The gradient of a tensor as its producer needs it."""
-        self._recompute_for(self.region.producers[tensor.name])
+        self._recompute_for(self.region.producers[tensor.name], discarded=not self.plan.recompute_reentrant)
         self._move_gradient(tensor)
         ((_, self.collected[tensor.name]),) = self.gradients.pop(tensor.name)
 
