@@ -124,7 +124,8 @@ class Plan(Configuration):
     gathers_position_ids: bool = False
     """Before the heads of `ulysses` are exchanged, in every layer (DeepSpeed's ALST)."""
     batch_first: bool = False
-    """Activations [b, s, h], as torchtitan has them, not [s, b, h]: copied before each reduce-scatter of a sequence."""
+    """Activations [b, s, h], as torchtitan has them, not [s, b, h]: copied before each reduce-scatter of a sequence and
+    behind each gather of several."""
 
     @model_validator(mode="before")
     @classmethod

@@ -154,6 +154,13 @@ def sequence_unit(model: Model, plan: Plan) -> int:
     return _sequence_shards(plan) * zigzag * pieces
 
 
+def is_single(plan: Plan, micro_batch: Any) -> Any:
+    """Whether a program is that of a single sequence where that of several is another: gathered parts of several
+    sequences [b s h] are put together, those of one follow each other.
+    """
+    return (plan.batch_first and plan.tp > 1 and plan.sequence_parallel) & (micro_batch == 1)
+
+
 def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: Any) -> Any:
     """Which of many workloads keep the rules for their sizes, where others of their kind keep all others."""
     unit = workloads.micro_batch * plan.dp

@@ -123,7 +123,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ulysses_few_kv_heads": "with fewer KV heads than ulysses: K and V replicated, a head on each rank, or refused",
     "ulysses_gradients": "order in which gradients of q, k and v go back over ulysses: q first, or v first (DeepSpeed)",
     "gathers_position_ids": "position ids gathered over ulysses in every layer, as DeepSpeed's ALST does",
-    "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
+    "batch_first": "activations [b, s, h], as torchtitan has them: copied around collectives",
 }
 """What each option of a plan means."""
 

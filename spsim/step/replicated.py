@@ -183,18 +183,20 @@ def _issued(items: Sequence[Item]) -> Counter[Sync]:
 _steps: Cache[ReplicatedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def replicated_step(model: Model, plan: Plan, fold: bool, precision: Precision, chunk: Chunk) -> ReplicatedStep:
+def replicated_step(
+    model: Model, plan: Plan, fold: bool, precision: Precision, chunk: Chunk, *, single: bool = False
+) -> ReplicatedStep:
     """The whole of a model, of which a rank runs a `chunk`, under a plan without pipeline stages."""
     options = (
         plan.dp_library, plan.zero, plan.zero_stage, plan.bucket_elements, plan.dp_overlap, plan.grad_dtype,
         plan.moment_dtype, plan.precision_aware_optimizer, plan.tp_backward_overlap, plan.cuda_graphs,
         plan.norm_gradients, plan.fsdp_ends,
     )  # fmt: skip
-    key = (*step_key(model, plan), sequence_unit(model, plan), precision, fold, tuple(chunk), options)
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, single, fold, tuple(chunk), options)
     return _steps.get(
         key,
         lambda: ReplicatedStep(
-            step_template(model, one_replica(plan), precision),
+            step_template(model, one_replica(plan), precision, single=single),
             plan,
             programs_at(model, plan, precision),
             Optimizer(plan, precision),

@@ -134,12 +134,14 @@ def _freeing(own: BlockPass, output: Buffer) -> BlockPass:
 _steps: Cache[StagedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def staged_step(model: Model, plan: Plan, fold: bool, precision: Precision, stages: Stages) -> StagedStep:
+def staged_step(
+    model: Model, plan: Plan, fold: bool, precision: Precision, stages: Stages, *, single: bool = False
+) -> StagedStep:
     """The whole of a model on several stages, which are its own and its plan's."""
     return _steps.get(
-        (stages, fold, precision),
+        (stages, fold, precision, single),
         lambda: StagedStep(
-            step_template(model, one_replica(plan), precision),
+            step_template(model, one_replica(plan), precision, single=single),
             plan,
             programs_at(model, plan, precision),
             Optimizer(plan, precision),
