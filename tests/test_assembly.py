@@ -30,6 +30,7 @@ OTHER_OPTIONS = {
     "ring_kind": "all_gather",
     "ring_gradients": "fp32",
     "ring_messages": "separate",
+    "heads_k_stride": 1,
     "ring_cut": "contiguous",
     "uneven_heads": "by_group",
     "ulysses_few_kv_heads": "refuse",

@@ -51,7 +51,8 @@ def of_no_library(model: Model, plan: Plan) -> Iterator[str]:
 
 def of_ring(plan: Plan) -> Iterator[str]:
     """Where K and V that are sent apart are gathered, as after Llama 3 in ring-flash-attn."""
-    if plan.ring > 1 and plan.ring_kind == "all_gather" and plan.ring_messages == "separate":
+    gathered = plan.ring > 1 and plan.ring_kind == "all_gather" and plan.ring_messages == "separate"
+    if gathered and plan.heads_k_stride is None:
         yield (
             "K and V of all heads are gathered before attention: ring-flash-attn's llama3_flash_attn_varlen_func with "
             "heads_k_stride = KV heads; a smaller stride sends the same bytes in more messages, behind attention"
@@ -122,6 +123,7 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "sequence_parallel": one_rank,
         "ring_kind": "without ring" if plan.ring == 1 else "",
         **_of_ring_messages(plan),
+        "heads_k_stride": _of_head_slices(model, plan),
         "ring_cut": ring_cut,
         "tp_backward_overlap": one_rank or _nothing_hidden(model, plan),
         "tp_overlap": one_rank,
@@ -165,6 +167,17 @@ def _of_ring_messages(plan: Plan) -> dict[str, str]:
         whole = "with ring_kind = 'all_gather', which gathers and scatters each of K and V"
     fp32 = "with ring_kind = 'gather_permute', which sends fp32 anyhow" if plan.ring_kind == "gather_permute" else ""
     return {"ring_gradients": whole or fp32, "ring_messages": whole}
+
+
+def _of_head_slices(model: Model, plan: Plan) -> str:
+    if plan.ring == 1 or plan.ring_kind != "all_gather":
+        return "without ring" if plan.ring == 1 else "without ring_kind = 'all_gather'"
+    return "as these are all" if plan.heads_k_stride == own_kv_heads(model, plan) else ""
+
+
+def own_kv_heads(model: Model, plan: Plan) -> int:
+    """KV heads of a rank in core attention."""
+    return max(1, -(-model.kv_heads // (plan.tp * plan.ulysses)))
 
 
 def _nothing_hidden(model: Model, plan: Plan) -> str:

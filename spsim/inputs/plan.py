@@ -37,6 +37,9 @@ class Plan(Configuration):
     ring_messages: Literal["joint", "concatenated", "separate"] = "joint"
     """K and V in one buffer (Transformer Engine), copied into one for each message (torch), or two sends in a batch."""
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
+    heads_k_stride: Degree | None = None
+    """KV heads of a rank that `ring_kind = "all_gather"` gathers at once, behind attention of those before; all unless
+    given (ring-flash-attn's form of Llama 3)."""
     pp: Degree = 1
     virtual_pp: Degree = 1
     """Chunks of each pipeline stage: above 1 the schedule is interleaved."""

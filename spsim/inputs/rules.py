@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
-from spsim.inputs.effects import deals_out_groups, reasons, setting
+from spsim.inputs.effects import deals_out_groups, own_kv_heads, reasons, setting
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import check_step, refused_count
@@ -54,6 +54,20 @@ def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
         raise InputError(
             f"plan: ring_kind = {plan.ring_kind!r} needs attention = 'flash', since an unfused softmax mixes all keys; "
             "use flash attention or ring_kind = 'all_gather'"
+        )
+
+
+def _check_head_slices(model: Model, plan: Plan, workload: Workload) -> None:
+    stride, own = plan.heads_k_stride, own_kv_heads(model, plan)
+    if stride is None or reasons(model, plan)["heads_k_stride"]:
+        return
+    if own % stride or deals_out_groups(model, plan):
+        raise InputError(
+            f"plan: heads_k_stride = {stride} does not divide the KV heads of each rank, {own}; use a divisor of them"
+        )
+    if model.attention == "unfused":
+        raise InputError(
+            f"plan: heads_k_stride = {stride} needs attention = 'flash'; use flash attention or leave it out"
         )
 
 
@@ -231,8 +245,8 @@ def check_scope(model: Model, plan: Plan, scope: str) -> None:
 
 
 _CHECKS = (
-    _check_phase, _check_heads, _check_kv_heads, _check_widths, _check_rows, _check_window, _check_sequence,
-    _check_batch, check_step, _check_pending,
+    _check_phase, _check_heads, _check_head_slices, _check_kv_heads, _check_widths, _check_rows, _check_window,
+    _check_sequence, _check_batch, check_step, _check_pending,
 )  # fmt: skip
 
 

@@ -81,6 +81,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ring_gradients": "dK and dV go round in the model's dtype, P - 1 trips, or in fp32, P trips",
     "ring_messages": "K and V in one buffer, copied into one for each message, or two sends in a batch",
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
+    "heads_k_stride": "KV heads that ring_kind=all_gather gathers at once, behind attention of those before",
     "pp": "pipeline stages",
     "virtual_pp": "chunks of layers that each stage holds: above 1 the schedule is interleaved",
     "pp_schedule": "order of passes on the stages, as torch.distributed.pipelining calls them",
