@@ -155,6 +155,14 @@ def test_sums_of_gradients_are_those_of_the_library(key):
     assert found == Counter({elements: count for elements, count in seen.items() if elements >= scenario.model.hidden})
 
 
+@pytest.mark.parametrize("key", [key for key, case in CASES.items() if "dp=" in case.plan], ids=str)
+def test_norms_are_those_of_fsdp(key):
+    """What clipping sums: a number of each weight, along each axis of the mesh. Without FSDP spsim has one in all."""
+    scenario, blocks = derived(key)
+    messages = synchronised(scenario, blocks).before_update
+    assert [(m.collective, m.message_bytes) for m in messages] == [call[:2] for call in recorded_calls(key, "step")]
+
+
 # ------------------------------------------------------------ what is kept
 
 

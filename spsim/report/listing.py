@@ -62,11 +62,15 @@ def model_table() -> Table:
     return made
 
 
+def _settings(options: Mapping[str, Any]) -> str:
+    return ", ".join(setting(option, value) for option, value in options.items())
+
+
 def library_table() -> Table:
     """The libraries whose implementation a plan may be, with what they do otherwise than Megatron-Core."""
     made = table("Libraries: library=NAME in a plan", ["library", "version", "options of a plan, unless given"])
     for name, record in LIBRARIES.items():
-        options = ", ".join(setting(option, value) for option, value in record.options.items())
+        options = _settings(record.options) + (f"; with pp {_settings(record.staged)}" if record.staged else "")
         made.add_row(name, record.version, options or "the defaults of spsim list plans")
     return made
 
