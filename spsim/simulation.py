@@ -187,7 +187,7 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         numbers=numbers,
         amounts=_amounts(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
+        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
         reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None),

@@ -11,7 +11,7 @@ from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
-from spsim.inputs.effects import notes_of, unfused_softmax
+from spsim.inputs.effects import notes_of, on_nodes, unfused_softmax
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.libraries import module_defaults
 from spsim.inputs.model import Model, load_model, model_of
@@ -152,7 +152,11 @@ class Scenario(Shapes):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Parts of the model that are left out, and settings without effect, said once."""
-        return (*notes_of(self.model, self.plan, self.scope), *unfused_softmax(self.model, self.plan, self.workload))
+        return (
+            *notes_of(self.model, self.plan, self.scope),
+            *on_nodes(self.plan, self.plan.gpus // self.gpus_per_node),
+            *unfused_softmax(self.model, self.plan, self.workload),
+        )
 
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:

@@ -77,9 +77,10 @@ class Perturbed:
     @property
     def marks(self) -> Marks:
         """The ranks of a stage that are unlike others, and by what."""
-        ranks = self.mesh.ranks
+        world, stride = self.world, self.mesh.strides["pp"]
         every = [slow.ranks for slow in self.slow_ranks] + [tuple(sorted(users)) for _, users in self.slow_links]
-        return tuple([(rank % ranks, (rank // ranks, place)) for place, own in enumerate(every) for rank in own])
+        found = [(rank, world.coordinate(rank, "pp"), place) for place, own in enumerate(every) for rank in own]
+        return tuple([(rank - stage * stride, (stage, place)) for rank, stage, place in found])
 
     def _users(self, link: Link) -> frozenset[int]:
         number = link.adapter if link.gpu is None else link.gpu
@@ -156,7 +157,7 @@ class Perturbed:
 
     def step(self, step: Step, empty: Step, segments: Iterable[Segment], stage: int = 0) -> Step:
         """The step of a stage; `empty` is the same with empty messages, whose durations are latencies."""
-        first = stage * self.mesh.ranks
+        first = stage * self.mesh.strides["pp"]
         durations = {**step.durations}
         for segment in segments:
             if segment.name in durations:

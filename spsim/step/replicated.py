@@ -180,7 +180,7 @@ def replicated_step(model: Model, plan: Plan, fold: bool, precision: Precision, 
     options = (
         plan.dp_library, plan.zero, plan.zero_stage, plan.bucket_elements, plan.dp_overlap, plan.grad_dtype,
         plan.moment_dtype, plan.precision_aware_optimizer, plan.tp_backward_overlap, plan.cuda_graphs,
-        plan.norm_gradients,
+        plan.norm_gradients, plan.mesh_order,
     )  # fmt: skip
     key = (*step_key(model, plan), sequence_unit(model, plan), precision, fold, tuple(chunk), options)
     return _steps.get(

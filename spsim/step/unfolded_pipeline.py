@@ -73,7 +73,7 @@ def unfold_pipeline(
         for rank in ranks.copies:
             transfer_ps = messages.transfer_ps if perturbed is None else perturbed.transfer_ps(rank, messages)
             made = _Program(stage, rank, len(written), transfer_ps)
-            number = stage.number * ranks.mesh.ranks + rank
+            number = ranks.on_stage(stage.number, rank)
             programs[number], durations[number] = RankProgram(made.chain.tasks), made.durations
     paces = {} if perturbed is None else perturbed.paces(programs)
     moments = run(programs, slowdown=step.slowdown, durations=durations, paces=paces)
@@ -129,9 +129,9 @@ class PerturbedStages(NamedTuple):
 
     def transfer_ps(self, rank: int, messages: Messages) -> Mapping[tuple[int, int], int]:
         """Picoseconds of a message of a rank of a stage and its counterpart on another."""
-        ranks, latencies = self.prepared.mesh.ranks, self.empty[1].transfer_ps
+        on_stage, latencies = self.prepared.ranks.on_stage, self.empty[1].transfer_ps
         return {
-            (one, other): self.perturbed.message_ps(one * ranks + rank, other * ranks + rank, ps, latencies[one, other])
+            (one, other): self.perturbed.message_ps(on_stage(one, rank), on_stage(other, rank), ps, latencies[one, other])
             for (one, other), ps in messages.transfer_ps.items()
         }
 
@@ -210,7 +210,7 @@ class _Reading:
 
     def read(self, stage: _Stage) -> None:
         """All that a stage does."""
-        ranks = [stage.number * self.ranks.mesh.ranks + rank for rank in self.ranks.copies]
+        ranks = [self.ranks.on_stage(stage.number, rank) for rank in self.ranks.copies]
         for instruction in stage.row:
             if isinstance(instruction, Run):
                 begin = min(self._resume(rank) for rank in ranks)
