@@ -50,6 +50,7 @@ from spsim.step.perturbed import Latencies, Perturbed
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
@@ -116,7 +117,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1:
+    if scenario.plan.pp > 1 or scenario.network == "flows":
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -166,15 +167,18 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
-    if perturbed:
-        nodes, waits, events = costed.unfolded(perturbed, priced((costs[0], Latencies(scenario.hardware))))
+    shared = _sharing(scenario, prepared, numbers, stages.kinds, perturbed)
+    unlike, of_kernels = perturbed is not None, _of_kernels(perturbed, shared)
+    if of_kernels:
+        empty = priced((costs[0], Latencies(scenario.hardware)))
+        nodes, waits, events = costed.unfolded(of_kernels, empty, shared)
         staged = None
-    elif len(prepared.ranks.copies) == 1 and fold:
+    elif len(prepared.ranks.copies) == 1 and fold and shared is None:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
     else:
-        nodes, waits, events = costed.unfolded()
+        nodes, waits, events = costed.unfolded(sharing=shared)
         staged = None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
@@ -190,17 +194,21 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None),
+        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
     )
 
 
-def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool) -> tuple[str, ...]:
+def _stage_folding(
+    stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool, shared: bool
+) -> tuple[str, ...]:
     if not fold:
         return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
     if unlike:
         return _rank_folding(simulated, ranks, fold, unlike=True), "layers are not folded: ranks end their passes apart"
+    if shared:
+        return f"{simulated} of {ranks} ranks simulated: all others share links as they do", SHARED
     if simulated == stages:
         return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
     return (
@@ -316,12 +324,12 @@ def assemble(
         gpus_per_node=scenario.gpus_per_node,
     )  # fmt: skip
     step = priced(costs)
-    if perturbed:
-        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
-    if perturbed and perturbed.windows:
-        walked = unfold_step(step, perturbed.all_paces(prepared.ranks.copies, prepared.segments))
-    else:
-        walked = fold_step(step) if fold else unfold_step(step)
+    shared = _sharing(scenario, prepared, numbers, (tuple(chunk),), perturbed)
+    of_kernels, paces = _of_kernels(perturbed, shared), {}
+    if of_kernels:
+        step = of_kernels.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
+        paces = of_kernels.all_paces(prepared.ranks.copies, prepared.segments) if of_kernels.windows else {}
+    walked = fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -342,16 +350,40 @@ def assemble(
         statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
-        reasons=tuple(
-            filter(
-                None,
-                (_rank_folding(len(copies), gpus, fold, unlike=perturbed is not None), "" if fold else SWITCHED_OFF),
-            )
-        ),
+        reasons=_folding(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
     )
 
 
 SWITCHED_OFF = "layers are not folded: it was switched off"
+SHARED = "layers are not folded: what is under way on links outlasts them"
+
+
+def _sharing(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    numbers: Numbers,
+    chunks: tuple[Chunk, ...],
+    perturbed: Perturbed | None,
+) -> Sharing | None:
+    """What the transfers of a step put on links, where they share them, with those that are slow."""
+    if scenario.network == "closed_form":
+        return None
+    comm = cost_models(scenario.hardware, scenario.workload.precision)[1]
+    sharing = Sharing(prepared, numbers, comm, chunks, gpus_per_node=scenario.gpus_per_node)
+    for slow, users in perturbed.slow_links if perturbed else ():
+        sharing.slow(slow, users)
+    return sharing
+
+
+def _of_kernels(perturbed: Perturbed | None, shared: Sharing | None) -> Perturbed | None:
+    """What perturbs the tasks of ranks: on a network slow links are its own."""
+    found = perturbed.without_links if perturbed and shared else perturbed
+    return found if found and found.changes else None
+
+
+def _folding(simulated: int, ranks: int, fold: bool, *, unlike: bool, shared: bool) -> tuple[str, ...]:
+    layers = SWITCHED_OFF if not fold else SHARED if shared else ""
+    return tuple(filter(None, (_rank_folding(simulated, ranks, fold, unlike=unlike), layers)))
 
 
 def _rank_folding(simulated: int, ranks: int, fold: bool, *, unlike: bool = False) -> str:

@@ -82,7 +82,7 @@ def test_within_a_node_no_order_matters_and_that_is_said():
     usual, other = (scenario(f"tp=2,ring=2{more}") for more in ("", ",mesh_order=ring-tp-ulysses-dp-pp"))
     but = {"plan": 0, "notes": 0}
     assert simulate(other).to_json() | but == simulate(usual).to_json() | but
-    assert [note for note in other.notes if "mesh_order" in note and "within one node" in note]
+    assert [note for note in other.notes if "mesh_order" in note and "nothing but the numbers of ranks" in note]
     alike = scenario("tp=2,dp=2,mesh_order=tp-ring-ulysses-dp-pp")
     assert [note for note in alike.notes if "as ranks are numbered alike" in note]
 

@@ -33,7 +33,7 @@ def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = 
 def on_nodes(plan: Plan, nodes: int) -> Iterator[str]:
     """An order of axes whose links are all alike."""
     if nodes == 1 and plan.mesh_order != MESH_ORDER and not _numbered_alike(plan):
-        yield f"{setting('mesh_order', plan.mesh_order)} has no effect within one node"
+        yield f"within one node {setting('mesh_order', plan.mesh_order)} changes nothing but the numbers of ranks"
 
 
 def of_library(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:

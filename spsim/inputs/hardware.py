@@ -46,6 +46,17 @@ CAST_PEAKS = {"fp8": 2, "mxfp8": 2, "fp8_blockwise": 2, "nvfp4": 6}
 """Times the 16-bit peak that a dense one is at most; 4 of B200 and 6 of GB300 in 4 bits."""
 
 
+class Uplinks(Table):
+    """What joins the switches of a level, where each has some of its GPUs or nodes only."""
+
+    joins: Annotated[int, Field(ge=1)]
+    """GPUs of a node under one switch; between nodes, nodes under one leaf."""
+    oversubscription: Quantity
+    """What the links below a switch carry over what its uplinks carry: 1 never blocks."""
+    rails: bool = False
+    """Between nodes a leaf for each place in a node, of one adapter of each of its nodes."""
+
+
 class Level(Table):
     """One level of the topology, inner to outer."""
 
@@ -57,6 +68,8 @@ class Level(Table):
     link_gb_per_s: Bandwidth
     """Per link and direction."""
     in_network_reduction: Annotated[tuple[CollectiveName, ...], Field(strict=False)] = ()
+    uplinks: Uplinks | None = None
+    """Between its switches; none where one joins all, or where they never block. `network = "flows"` reads them."""
 
     @property
     def bandwidth(self) -> float:

@@ -75,6 +75,10 @@ class Shapes(Configuration):
         return self
 
 
+Network = Literal["closed_form", "flows"]
+"""Whether each transfer has its links alone, or flows share them."""
+
+
 class Scenario(Shapes):
     """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
 
@@ -83,6 +87,8 @@ class Scenario(Shapes):
     """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
     scope: Literal["step", "layers"] = "step"
     """The whole training step, or the layers of one stage alone: no embedding, head, loss, optimizer."""
+    network: Network = "closed_form"
+    """Each transfer has its links alone, or flows share them."""
 
     if TYPE_CHECKING:
 
@@ -95,6 +101,7 @@ class Scenario(Shapes):
             workload: Workload | Mapping[str, Any],
             nodes: int | None = None,
             scope: Literal["step", "layers"] = "step",
+            network: Network = "closed_form",
         ) -> None:
             """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
 

@@ -28,6 +28,7 @@ from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.messages import Stages as MessageStages
 from spsim.step.pipelined import Closed, Messages, Pipelined, run_pipeline
 from spsim.step.preparation import PreparedStep
+from spsim.step.sharing import Sharing
 from spsim.step.stages import Stages
 from spsim.step.unfolded_pipeline import PerturbedStages, Unfolded, unfold_pipeline
 from spsim.units import picoseconds
@@ -50,10 +51,17 @@ class CostedPipeline(NamedTuple):
             self.prepared.chunk_passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride
         )
 
-    def unfolded(self, perturbed: Perturbed | None = None, empty: CostedPipeline | None = None) -> Unfolded:
+    def unfolded(
+        self, perturbed: Perturbed | None = None, empty: CostedPipeline | None = None, sharing: Sharing | None = None
+    ) -> Unfolded:
         """As one program of each simulated rank of each stage; some may be perturbed, for which the step with `empty`
-        messages has to be known.
+        messages has to be known, and transfers share links, if their `sharing` is given.
         """
+        if (self.closed.reductions or self.closed.gathers) and sharing is not None:
+            raise InputError(
+                "network = 'flows' with pp and dp_overlap, DDP or FSDP: collectives of replicas beside passes of "
+                "several stages share no links; use network = 'closed_form', pp = 1, or leave it out"
+            )
         if self.closed.reductions or self.closed.gathers:
             raise InputError(
                 "dp_overlap, DDP or FSDP with pp: collectives of replicas beside passes are simulated with folded "
@@ -64,7 +72,15 @@ class CostedPipeline(NamedTuple):
         whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
         unlike = PerturbedStages(perturbed, self.prepared, empty.timed) if perturbed and empty else None
         return unfold_pipeline(
-            self.prepared.chunk_passes, self.stages, whole, self.step, self.messages, self.closed, ranks, unlike
+            self.prepared.chunk_passes,
+            self.stages,
+            whole,
+            self.step,
+            self.messages,
+            self.closed,
+            ranks,
+            unlike,
+            sharing,
         )
 
     @property

@@ -64,6 +64,11 @@ class Perturbed:
         return [(slow, self._users(slow.link)) for slow in self.perturbations.slow_links if slow.factor != 1]
 
     @property
+    def without_links(self) -> Perturbed:
+        """Slow ranks alone."""
+        return replace(self, perturbations=Perturbations.of(self.perturbations.slow_ranks))
+
+    @property
     def changes(self) -> bool:
         """Whether any rank or link does."""
         return bool(self.slow_ranks or self.slow_links)

@@ -18,6 +18,7 @@ from spsim.cli.options import (
     JsonOption,
     MicroBatchOption,
     ModelOption,
+    NetworkOption,
     NodesOption,
     OutOption,
     PhaseOption,
@@ -83,6 +84,7 @@ def command(
     phase: PhaseOption = None,
     nodes: NodesOption = None,
     scope: ScopeOption = None,
+    network: NetworkOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
@@ -104,6 +106,7 @@ def command(
     check_report(page)
     given = Given.of(
         "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
+        network=network,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     print_notes(given)
