@@ -5,7 +5,7 @@ network adapter, or a part of one. Where switches of a level join only some of i
 other goes by uplinks. Rings pass bytes on from rank to rank, and between nodes from each adapter to one of the next
 node, so that all ranks of a group send alike; pairwise exchanges go everywhere.
 
-A link is busy for the bytes on it over the highest rate that the level's curves reach, protocol and all: that is what
+A link is busy for the bytes on it over the highest rate that curves of its level reach, protocol and all: that is what
 two transfers on it can share.
 """
 
@@ -216,11 +216,9 @@ class Wiring:
 
 
 def _reached(profile: HardwareProfile, level: Level) -> float:
-    """The highest rate of a GPU's links that a curve or law of the level reaches; of the links, where there is none."""
+    """The highest rate of a GPU's links that a curve of the level reaches; of the links, where it has none."""
     curves = profile.coefficients.collectives.get(level.name, {})
     rates = [rate for own in curves.values() for c in own if c.algorithm != "nvls" for _, rate in c.points]
-    sends = profile.coefficients.sends.get(level.name)
-    rates += [sends.link_gb_per_s.value] if sends else []
     return max(rates) * GB if rates else level.bandwidth
 
 
