@@ -34,6 +34,7 @@ from spsim.program.mesh import mesh_of, world_of
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
+from spsim.results import folded
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -94,8 +95,9 @@ def side_by_side(scenario: Scenario, perturbations: Perturbations, seeds: int) -
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
     perturbed = _perturbed(scenario, rest)
     windows = perturbed is not None and perturbed.windows
-    if scenario.plan.pp > 1 or windows:
-        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s"
+    shared = scenario.network == "flows"
+    if scenario.plan.pp > 1 or windows or shared:
+        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s" if windows else "network = 'flows'"
         raise InputError(f"perturbations: jitter with {what} is not simulated; leave one of them out")
     prepared = _prepared(scenario, not jitters)
     prepared = prepared.marked(perturbed.marks) if perturbed else prepared
@@ -194,26 +196,9 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
+        reasons=folded.of_stages(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
-    )
-
-
-def _stage_folding(
-    stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool, shared: bool
-) -> tuple[str, ...]:
-    if not fold:
-        return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
-    if unlike:
-        return _rank_folding(simulated, ranks, fold, unlike=True), "layers are not folded: ranks end their passes apart"
-    if shared:
-        return f"{simulated} of {ranks} ranks simulated: all others share links as they do", SHARED
-    if simulated == stages:
-        return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
-    return (
-        f"{simulated} of {ranks} ranks simulated: those of a pipeline stage differ by their position on the ring",
-        "layers are not folded: ranks of a stage end their passes apart",
     )
 
 
@@ -350,12 +335,8 @@ def assemble(
         statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
-        reasons=_folding(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
+        reasons=folded.of_step(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
     )
-
-
-SWITCHED_OFF = "layers are not folded: it was switched off"
-SHARED = "layers are not folded: what is under way on links outlasts them"
 
 
 def _sharing(
@@ -379,21 +360,6 @@ def _of_kernels(perturbed: Perturbed | None, shared: Sharing | None) -> Perturbe
     """What perturbs the tasks of ranks: on a network slow links are its own."""
     found = perturbed.without_links if perturbed and shared else perturbed
     return found if found and found.changes else None
-
-
-def _folding(simulated: int, ranks: int, fold: bool, *, unlike: bool, shared: bool) -> tuple[str, ...]:
-    layers = SWITCHED_OFF if not fold else SHARED if shared else ""
-    return tuple(filter(None, (_rank_folding(simulated, ranks, fold, unlike=unlike), layers)))
-
-
-def _rank_folding(simulated: int, ranks: int, fold: bool, *, unlike: bool = False) -> str:
-    if not fold:
-        return "ranks are not folded: it was switched off"
-    if simulated == ranks:
-        return "" if ranks == 1 else "ranks are not folded: each does different work"
-    position = "by where they stand towards what is perturbed" if unlike else "by their position on the ring"
-    differ = "all are identical" if simulated == 1 else f"they differ {position}"
-    return f"{simulated} of {ranks} ranks simulated: {differ}"
 
 
 def _describe_stages(

@@ -3,10 +3,13 @@
 from itertools import permutations, product
 
 import pytest
+from matplotlib.colors import to_hex
 
 from spsim import InputError, Plan, Scenario, simulate
 from spsim.inputs.launch.megatron.writing import arguments
 from spsim.inputs.plan import MESH_ORDER
+from spsim.plots.colours import OTHER
+from spsim.plots.mapping import Mapping, plot_mapping
 from spsim.program.mesh import mesh_of, nodes_of, places_in_node, world_of
 
 SMALL = {"layers": 4, "hidden": 1024, "heads": 16, "kv_heads": 8, "vocab": 32000, "ffn_hidden": 4096}
@@ -115,3 +118,38 @@ def test_uneven_groups_are_refused():
     """Three stages inside of two GPUs of tp: blocks of 3 ranks on nodes of 2."""
     with pytest.raises(InputError, match="pp = 3 makes blocks of 3 ranks, which nodes of 2 GPUs cut unevenly"):
         scenario("tp=2,pp=3,mesh_order=pp-tp-ulysses-ring-dp", nodes=3, workload={"global_batch": 3})
+
+
+# ------------------------------------------------------------ the picture
+
+
+def mapping(plan, **settings):
+    return Mapping(scenario(plan, **settings))
+
+
+def test_which_axes_share_a_link():
+    """Tp over all of a node, Ulysses and replicas across; then Ulysses in the node, tp over two. Of a ring neighbours
+    count, so that ranks in the middle of a node send from no adapter.
+    """
+    usual = mapping("tp=8,ulysses=2,dp=2")
+    assert usual.on_port(3) == [("tp",)]
+    assert usual.on_adapter(3) == [("ulysses",), ("dp",), ("dp", "ulysses")]
+    assert usual.words(("dp", "ulysses")) == "4 ranks on 4 nodes: infiniband"
+    turned = mapping("tp=8,ulysses=2,mesh_order=ulysses-tp-ring-dp-pp")
+    assert turned.on_port(3) == [("ulysses",), ("tp",)]
+    assert turned.on_adapter(3) == [("tp",)]
+    assert turned.words(("tp",)) == "8 ranks on 2 nodes: nvlink and infiniband"
+    ring = mapping("ring=4,tp=2", nodes=2)
+    assert [ring.on_adapter(rank) for rank in range(4)] == [[("ring",)]] * 4
+    assert [mapping("ring=8", nodes=2).on_adapter(rank) for rank in range(4)] == [[("ring",)], [], [], [("ring",)]]
+
+
+def test_the_picture_has_a_row_for_each_axis_and_each_kind_of_link():
+    """Cells of groups for every rank that is shown, and the groups of node 0 alone in colour."""
+    figure = plot_mapping(scenario("tp=8,ulysses=2,dp=2,pp=4", workload={"global_batch": 4}))
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert {"tp", "ulysses", "dp", "pp", "dp × ulysses", "nvlink", "infiniband"} <= {*words}
+    assert [f"node {n}" for n in range(8)] == [word for word in words if word.startswith("node")]
+    assert any("8 more nodes are alike" in text.get_text() for text in figure.texts)
+    colours = [to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches]
+    assert colours.count(OTHER.lower()) == 8 * (7 + 6 + 6 + 6 + 4)

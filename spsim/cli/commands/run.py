@@ -188,6 +188,8 @@ def _write_outputs(result: Result, out: Path, selection: Selection, trace_format
         if result.staged:
             result.plot_pipeline(directory / "pipeline.png")
         result.plot_step(directory / "step.png")
+        if result.scenario.plan.gpus > 1:
+            result.plot_mapping(directory / "mapping.png")
         if trace_format == "kineto":
             (directory / "kineto").mkdir()
             kineto.write_kineto_traces(result, directory / "kineto", selection)
