@@ -23,7 +23,7 @@ from spsim.plots.figure import (
     add_title,
     text_size,
 )
-from spsim.program.mesh import Axis, Mesh, world_of
+from spsim.program.mesh import Axis, Mesh, nodes_of, world_of
 from spsim.step.groups import replica_groups
 
 # "Muted" of Paul Tol's schemes, so that axes do not look like groups.
@@ -82,33 +82,37 @@ class Mapping:
 
     def place(self, rank: int, axes: Axes_) -> int:
         """Where in its group a rank is."""
-        return self.world.group(rank, axes).index(rank)
+        place = 0
+        for axis in sorted(axes, key=lambda axis: -self.world.strides[axis]):
+            place = place * self.world.degree(axis) + self.world.coordinate(rank, axis)
+        return place
 
-    def sends_to(self, rank: int, axes: Axes_) -> set[int]:
-        """Ranks that one sends to, or gets from: of a ring and a pipeline the neighbours, of all others the group."""
+    def spans(self, axes: Axes_) -> int:
+        """Nodes of a group, each of which has as many of its ranks."""
+        return nodes_of(self.world, axes, self.scenario.gpus_per_node)
+
+    def sends(self, rank: int, axes: Axes_, *, inside: bool) -> bool:
+        """Whether a rank sends to others of its node, or of other nodes: of a ring and a pipeline to its neighbours."""
         if axes in (("ring",), ("pp",)):
-            return {*self.world.neighbours(rank, axes[0])} - {rank}
-        return {*self.world.group(rank, axes)} - {rank}
+            node, others = self.wiring.node, {*self.world.neighbours(rank, axes[0])} - {rank}
+            return any((node(other) == node(rank)) == inside for other in others)
+        return self.world.size(axes) > self.spans(axes) if inside else self.spans(axes) > 1
 
     def on_port(self, rank: int) -> list[Axes_]:
         """Axes whose groups use the port of a rank in its node."""
-        node = self.wiring.node
-        return [axes for axes in self.axes if any(node(r) == node(rank) for r in self.sends_to(rank, axes))]
+        return [axes for axes in self.axes if self.sends(rank, axes, inside=True)]
 
     def on_adapter(self, rank: int) -> list[Axes_]:
-        """Axes whose groups use the adapter of a rank."""
-        node = self.wiring.node
-        sharing = [r for r in range(rank, min(rank + self.sharing, self.world.ranks)) if node(r) == node(rank)]
-        apart = ((axes, own, r) for axes in self.axes for own in sharing for r in self.sends_to(own, axes))
-        return [*dict.fromkeys(axes for axes, own, r in apart if node(r) != node(own))]
+        """Axes whose groups use the adapter of a rank, the first of those that do."""
+        last = self.wiring.node(rank) * self.scenario.gpus_per_node + self.scenario.gpus_per_node
+        sharing = range(rank, min(rank + self.sharing, last))
+        return [axes for axes in self.axes if any(self.sends(own, axes, inside=False) for own in sharing)]
 
     def words(self, axes: Axes_) -> str:
         """How many ranks, on what links."""
-        degree, per_node = self.world.size(axes), self.scenario.gpus_per_node
-        spans = len({rank // per_node for rank in self.world.group(0, axes)})
+        degree, spans = self.world.size(axes), self.spans(axes)
         levels = [level.name for level in (self.wiring.inner, self.wiring.outer) if level is not None]
-        inside = degree > spans
-        names = [*levels[:1] * inside, *(levels[1:] if spans > 1 else [])]
+        names = [*(levels[:1] if degree > spans else []), *(levels[1:] if spans > 1 else [])]
         return f"{degree} ranks on {spans} node{'s' if spans > 1 else ''}: {' and '.join(names)}"
 
 
