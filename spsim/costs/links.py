@@ -48,17 +48,20 @@ class Sent(NamedTuple):
     """To all others alike, not around."""
 
 
+Amount = int | Fraction
+
+
 class Part(NamedTuple):
     """Of a link, in bytes that one rank sends over its level."""
 
-    own: Fraction
+    own: Amount
     """Of one group."""
-    total: Fraction
+    total: Amount
     """Of all groups that do the same."""
 
 
-NOTHING = Part(Fraction(0), Fraction(0))
-Parts = dict[Port, Fraction]
+NOTHING = Part(0, 0)
+Parts = dict[Port, Amount]
 Ports = Mapping[Port, Part]
 Edge = tuple[int, int]
 """From one rank to another."""
@@ -151,7 +154,7 @@ class Wiring:
         """Of bytes that each rank sends over a level, those on each link: around the ranks of a node, and from each
         adapter to one of the next node; on a full mesh by all links of a node alike.
         """
-        found: Parts = defaultdict(Fraction)
+        found: Parts = defaultdict(int)
         nodes = self._by_node(group)
         for own in nodes:
             if self.inner.kind == "full_mesh":
@@ -166,7 +169,7 @@ class Wiring:
 
     def pairwise(self, group: Sequence[int]) -> Parts:
         """The same where each rank sends to all others alike."""
-        found: Parts = defaultdict(Fraction)
+        found: Parts = defaultdict(int)
         for own in self._by_node(group):
             self._everywhere(found, own, own)
             self._everywhere(found, own, [rank for rank in group if self.node(rank) != self.node(own[0])])
@@ -174,11 +177,11 @@ class Wiring:
 
     def one_way(self, source: int, target: int) -> Parts:
         """Of bytes that go from one rank to another, those on each link."""
-        found: Parts = defaultdict(Fraction)
+        found: Parts = defaultdict(int)
         self._send(found, source, target)
         return found
 
-    def _send(self, found: Parts, source: int, target: int, part: Fraction = Fraction(1)) -> None:
+    def _send(self, found: Parts, source: int, target: int, part: Amount = 1) -> None:
         for port in self.edge(source, target):
             found[port] += part
 
@@ -280,7 +283,7 @@ class Routes:
             size = sent.inside if port.level == inner else sent.across
             if size:
                 own = self.wiring.busy_ps(port, size * float(part.own))
-                wire, loads[port] = max(wire, own), round(own * part.total / part.own)
+                wire, loads[port] = max(wire, own), round(own * Fraction(part.total) / part.own)
         return Use(wire, loads)
 
     def _merged(self, every: Iterable[tuple[Hashable, Parts]]) -> Mapping[Hashable, Ports]:
@@ -288,13 +291,15 @@ class Routes:
         whole: dict[Hashable, dict[Port, Part]] = defaultdict(dict)
         for name, parts in every:
             for port, part in parts.items():
-                known = whole[name].get(port, NOTHING)
-                whole[name][port] = Part(max(known.own, part), known.total + part)
+                most, total = whole[name].get(port, NOTHING)
+                whole[name][port] = Part(max(most, part), total + part)
         found: dict[Hashable, dict[Port, Part]] = defaultdict(dict)
         for name, ports in whole.items():
             for port, own in ports.items():
                 alike = self._alike(port)
-                found[name][alike] = Part(*map(max, own, found[name].get(alike, NOTHING)))
+                known = found[name].get(alike, NOTHING)
+                if known != own:
+                    found[name][alike] = Part(max(own.own, known.own), max(own.total, known.total))
         return found
 
     def _alike(self, port: Port) -> Port:

@@ -7,12 +7,14 @@ way. Each of them stands for all its like, whose transfers go over the same link
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.links import Edge, Routes, Sent, Wiring, sent
 from spsim.engine.flows import RateChange, Use, flow_network
 from spsim.engine.network import MakeNetwork, Transfer
+from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.perturbations import SlowLink
 from spsim.program.instructions import Communication
 from spsim.program.mesh import Axis
@@ -36,6 +38,15 @@ class Traffic(NamedTuple):
     """With its neighbours, not with all of its group."""
 
 
+@lru_cache(maxsize=8)
+def _routes(prepared: PreparedStep, profile: HardwareProfile, gpus_per_node: int) -> Routes:
+    """Of a plan, kept since finding them takes longer than a step of few micro-batches."""
+    ranks, world, wiring = prepared.ranks, prepared.world, Wiring(profile, gpus_per_node)
+    if ranks.number == prepared.mesh.ranks:
+        return Routes(wiring, world)
+    return Routes(wiring, world, lambda rank: ranks.on_stage(world.coordinate(rank, "pp"), ranks.representative(rank)))
+
+
 class Sharing:
     """The links of a step of one workload, and what its tasks put on them."""
 
@@ -46,8 +57,7 @@ class Sharing:
         self.prepared, self.numbers, self.comm = prepared, numbers, comm
         self.gpus_per_node = gpus_per_node
         self.stride = prepared.mesh.strides["pp"]
-        alike = None if prepared.ranks.number == prepared.mesh.ranks else self.representative
-        self.routes = Routes(Wiring(comm.profile, gpus_per_node), prepared.world, alike)
+        self.routes = _routes(prepared, comm.profile, gpus_per_node)
         self._segments: dict[int, Sequence[Traffic | None]] = {}
         """By the identity of their outlines."""
         stages, calls = prepared.of_stages, prepared.ending(chunks).calls(numbers)
@@ -59,11 +69,6 @@ class Sharing:
         self._uses: dict[tuple[Traffic, Hashable], Use] = {}
 
         self._changes: list[RateChange] = []
-
-    def representative(self, rank: int) -> int:
-        """The rank that is simulated for one of the whole mesh: one of its stage."""
-        ranks = self.prepared.ranks
-        return ranks.on_stage(self.prepared.world.coordinate(rank, "pp"), ranks.representative(rank))
 
     def slow(self, slow: SlowLink, users: Iterable[int]) -> None:
         """A link of some ranks is slow or down: their ports in the node, or their adapters."""
