@@ -6,6 +6,7 @@ import pytest
 
 from spsim import InputError, Scenario, compare, simulate
 from spsim.cli import main
+from spsim.costs.collectives import CommCost
 from spsim.costs.links import Port, Routes, Wiring, sent
 from spsim.costs.models import cost_models
 from spsim.inputs.hardware import Uplinks
@@ -191,3 +192,35 @@ def test_links_are_as_fast_as_their_best_curve():
             own = sent(comm, collective, 2**30, 8, 1)
             use = routes.use(routes.group(("tp",), frozenset({0}), pairwise=own.pairwise), own)
             assert use.wire_ps <= 1.02 * 10**12 * comm.duration(collective, 2**30, 8), (hardware, collective)
+
+
+@pytest.mark.parametrize(
+    ("collective", "ranks", "size", "seen_ns"),
+    [
+        ("all_gather", 2, 2**20, 4155), ("all_gather", 16, 2**26, 404115), ("all_gather", 64, 2**30, 6619158),
+        ("all_reduce", 4, 2**20, 15162), ("all_reduce", 8, 2**28, 2929262), ("all_reduce", 64, 2**26, 933660),
+    ],
+)  # fmt: skip
+def test_closed_forms_of_rings_are_those_of_astra_sim(collective, ranks, size, seen_ns):
+    """Times of its congestion-aware analytical network (astra-network-analytical at 599a047) on rings of 150 GiB/s and
+    900 ns, against a curve of two points of such a ring of eight at its law, carried to other sizes and ranks.
+    """
+    rounds = 2 if collective == "all_reduce" else 1
+
+    def point(message):
+        ns = rounds * 7 * (900 + message / 8 / (150 * 2**30) * 10**9)
+        return float(message), rounds * 7 / 8 * message / ns
+
+    profile = load_profile("dgx-a100-80gb")
+    curves = profile.coefficients.collectives
+    (measured,) = curves["nvlink"][collective][:1]
+    ring = measured.model_copy(
+        update={
+            "algorithm": "ring", "ranks": 8, "latency_us": rounds * 7 * 0.9, "step_latency_us": 0.9,
+            "points": (point(2**20), point(2**33)),
+        }
+    )  # fmt: skip
+    own = {**curves, "nvlink": {**curves["nvlink"], collective: (ring,)}}
+    coefficients = profile.coefficients.model_copy(update={"collectives": own})
+    comm = CommCost(profile.model_copy(update={"coefficients": coefficients}))
+    assert 10**9 * comm.inner.time(collective, size, ranks) == pytest.approx(seen_ns, rel=0.001)

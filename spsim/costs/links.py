@@ -82,10 +82,9 @@ def sent(comm: CommCost, collective: Collective, message: float, ranks: int, nod
     algorithm = comm.algorithm(collective, int(message), ranks, nodes)
     if nodes == 1:
         return Sent(message * (1 + 1 / ranks) if algorithm == "nvls" else wire, 0.0)
-    if algorithm == "ring":
+    if collective != "all_reduce" or algorithm == "ring":
         return Sent(wire * (per_node - 1) / per_node, wire / per_node)
-    reduced = "all_reduce" in comm.profile.datasheet.topology[0].in_network_reduction
-    inside = message * (1 + 1 / per_node) if reduced else 2 * message * (per_node - 1) / per_node
+    inside = message * (1 + 1 / per_node) if algorithm == "nvls_tree" else 2 * message * (per_node - 1) / per_node
     return Sent(inside if per_node > 1 else 0.0, (1 if nodes == 2 else 2) * message / per_node)
 
 
