@@ -9,10 +9,10 @@ from spsim.cli import main
 from spsim.costs.collectives import CommCost
 from spsim.costs.links import Port, Routes, Wiring, sent
 from spsim.costs.models import cost_models
-from spsim.inputs.hardware import Uplinks
 from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.quantities import Quantity
+from spsim.inputs.uplinks import Uplinks
 from spsim.program.mesh import world_of
 from spsim.program.placement import sent_bytes
 

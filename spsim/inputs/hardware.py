@@ -34,6 +34,7 @@ from spsim.inputs.kernel_coefficients import (
 )
 from spsim.inputs.plausible import check_profile
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
+from spsim.inputs.uplinks import Uplinks
 from spsim.work import AttentionKernel, Framework
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
@@ -44,17 +45,6 @@ PEAK_IDENTITY_TOLERANCE = 0.01
 
 CAST_PEAKS = {"fp8": 2, "mxfp8": 2, "fp8_blockwise": 2, "nvfp4": 6}
 """Times the 16-bit peak that a dense one is at most; 4 of B200 and 6 of GB300 in 4 bits."""
-
-
-class Uplinks(Table):
-    """What joins the switches of a level, where each has some of its GPUs or nodes only."""
-
-    joins: Annotated[int, Field(ge=1)]
-    """GPUs of a node under one switch; between nodes, nodes under one leaf."""
-    oversubscription: Quantity
-    """What the links below a switch carry over what its uplinks carry: 1 never blocks."""
-    rails: bool = False
-    """Between nodes a leaf for each place in a node, of one adapter of each of its nodes."""
 
 
 class Level(Table):

@@ -163,6 +163,7 @@ class Scenario(Shapes):
             *notes_of(self.model, self.plan, self.scope),
             *on_nodes(self.plan, self.plan.gpus // self.gpus_per_node),
             *unfused_softmax(self.model, self.plan, self.workload),
+            *(("network = 'flows': transfers that are under way at once share links",) * (self.network == "flows")),
         )
 
 

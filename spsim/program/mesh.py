@@ -115,17 +115,18 @@ def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | 
     only `ranks` neighbours of a group take part (replicated KV heads), their part of its nodes.
     """
     # Where a group lies in its first node is all that tells one from another.
-    starts = places_in_node(mesh, {*axes, *(("pp",) if "embedding" in axes else ())}, gpus_per_node)
+    along = {*axes, *(("pp",) if "embedding" in axes else ())}
+    starts = places_in_node([(mesh.strides[a], mesh.degree(a)) for a in mesh.axes if a not in along], gpus_per_node)
     spanned = max(_nodes(start, tuple(mesh.steps(axes)), gpus_per_node) for start in starts)
     return spanned if ranks is None else -(-spanned * ranks // mesh.size(axes))
 
 
-def places_in_node(mesh: Mesh, axes: Collection[Axis], gpus_per_node: int) -> set[int]:
-    """Where in their node the ranks are that have the first place along some axes."""
+def places_in_node(lattice: Collection[tuple[int, int]], gpus_per_node: int) -> set[int]:
+    """Where in their node the ranks of a lattice of (stride, count) are."""
     starts = {0}
-    for axis in set(mesh.axes) - {*axes}:
-        places = range(min(mesh.degree(axis), gpus_per_node))
-        starts = {(start + place * mesh.strides[axis]) % gpus_per_node for start in starts for place in places}
+    for stride, count in lattice:
+        places = range(min(count, gpus_per_node))
+        starts = {(start + place * stride) % gpus_per_node for start in starts for place in places}
     return starts
 
 

@@ -17,7 +17,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import HALVED
 from spsim.lazy import Deferred
 from spsim.program.instructions import LAYER
-from spsim.program.mesh import Axis, Mesh, places_in_node
+from spsim.program.mesh import Mesh, places_in_node
 from spsim.program.sizes import Numbers
 from spsim.step.closing import PARAMETER_GATHER
 from spsim.step.ending import Times
@@ -190,15 +190,17 @@ def exchange_of(plan: Plan) -> Exchange:
 
 def _transfers(world: Mesh, message: int, comm: CommCost, gpus_per_node: int) -> dict[tuple[int, int], int]:
     """Picoseconds of a message between any two neighbouring stages, of which the last and the first are, too."""
-    own = frozenset(places_in_node(world, frozenset[Axis]({"pp"}), gpus_per_node))
-    nodes = _nodes_between(world.degree("pp"), world.strides["pp"], own, gpus_per_node)
+    nodes = _nodes_between(world.degree("pp"), world.strides["pp"], tuple(world.steps(world.axes)), gpus_per_node)
     times = {n: picoseconds(comm.duration("send_receive", message, 2, n)) for n in set(nodes.values())}
     return {way: times[number] for way, number in nodes.items()}
 
 
 @lru_cache(maxsize=64)
-def _nodes_between(stages: int, stride: int, places: frozenset[int], per_node: int) -> dict[tuple[int, int], int]:
-    """Nodes on which each two neighbouring stages lie: of the pair of ranks that is farthest apart."""
+def _nodes_between(
+    stages: int, stride: int, lattice: tuple[tuple[int, int], ...], per_node: int
+) -> dict[tuple[int, int], int]:
+    """Nodes on which each two neighbouring stages of a mesh lie: of the pair of ranks that is farthest apart."""
+    places = places_in_node([(step, count) for step, count in lattice if step != stride], per_node)
     pairs = [(stage, (stage + 1) % stages) for stage in range(stages)]
 
     def nodes(one: int, other: int) -> int:
