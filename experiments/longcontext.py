@@ -24,7 +24,8 @@ from rich.table import Table
 
 import spsim
 from spsim import report
-from spsim.inputs.hardware import CollectiveCurve, Datasheet, HardwareProfile
+from spsim.inputs.collective_curves import CollectiveCurve
+from spsim.inputs.hardware import Datasheet, HardwareProfile
 from spsim.inputs.kernel_coefficients import SendCoefficients
 from spsim.inputs.plan import parse_plan
 

@@ -6,7 +6,6 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
+from spsim.engine.tasks import Paces
 from spsim.engine.trace import Trace, Wait
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
@@ -30,7 +30,6 @@ from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.blocks.optimizer import shard_ranks
-from spsim.program.mesh import mesh_of, world_of
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
@@ -42,12 +41,12 @@ from spsim.results.staged import OfStages, Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
-from spsim.step.folding import fold_step
+from spsim.step.folding import Walked, fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
 from spsim.step.lockstep import Lockstep
-from spsim.step.perturbed import Latencies, Perturbed
+from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
@@ -57,15 +56,14 @@ from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
 
 
-def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) -> Result:
+def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """Simulate a scenario. `fold` simulates identical ranks and layers once; the result is the same without.
-    `perturbations` are slow ranks and links, whatever `Perturbations.of` takes.
 
     Raises `InputError` where it is given something else, and where the profile lacks a curve that the plan needs.
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
-    perturbed = _perturbed(scenario, Perturbations.of(perturbations))
+    perturbed = perturbed_ranks(scenario.plan, scenario.perturbations, scenario.gpus_per_node)
     if scenario.plan.pp > 1:
         return _simulate_stages(scenario, fold, perturbed)
     prepared = _prepared(scenario, fold)
@@ -78,22 +76,13 @@ def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) 
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
-def _perturbed(scenario: Scenario, perturbations: Perturbations) -> Perturbed | None:
-    """What perturbations do to a plan; None where they do nothing."""
-    plan, per_node = scenario.plan, scenario.gpus_per_node
-    perturbations.check(plan.gpus, per_node)
-    if perturbations.jitters:
-        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --perturb")
-    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), per_node)
-    return found if found.changes else None
-
-
-def side_by_side(scenario: Scenario, perturbations: Perturbations, seeds: int) -> tuple[Lockstep, Lockstep]:
+def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
     """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
     is not simulated that way.
     """
+    perturbations = scenario.perturbations
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
-    perturbed = _perturbed(scenario, rest)
+    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
     windows = perturbed is not None and perturbed.windows
     shared = scenario.network == "flows"
     if scenario.plan.pp > 1 or windows or shared:
@@ -119,7 +108,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1 or scenario.network == "flows":
+    if scenario.plan.pp > 1 or scenario.perturbations.changes or scenario.network == "flows":
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -199,6 +188,7 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         reasons=folded.of_stages(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
@@ -302,19 +292,8 @@ def assemble(
     perturbed: Perturbed | None = None,
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
-    hardware = scenario.hardware
-    costs = cost_models(hardware, scenario.workload.precision)
-    priced = partial(
-        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
-        gpus_per_node=scenario.gpus_per_node,
-    )  # fmt: skip
-    step = priced(costs)
     shared = _sharing(scenario, prepared, numbers, (tuple(chunk),), perturbed)
-    of_kernels, paces = _of_kernels(perturbed, shared), {}
-    if of_kernels:
-        step = of_kernels.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
-        paces = of_kernels.all_paces(prepared.ranks.copies, prepared.segments) if of_kernels.windows else {}
-    walked = fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
+    walked = _walked(scenario, prepared, chunk, numbers, fold, _of_kernels(perturbed, shared), shared)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -336,7 +315,32 @@ def assemble(
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
         reasons=folded.of_step(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
+
+
+def _walked(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    chunk: Chunk,
+    numbers: Numbers,
+    fold: bool,
+    perturbed: Perturbed | None,
+    shared: Sharing | None,
+) -> Walked:
+    """The step as it runs."""
+    hardware = scenario.hardware
+    costs = cost_models(hardware, scenario.workload.precision)
+    priced = partial(
+        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
+        gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    step = priced(costs)
+    paces: Mapping[int, Paces] = {}
+    if perturbed:
+        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
+        paces = perturbed.all_paces(prepared.ranks.copies, prepared.segments)
+    return fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
 
 
 def _sharing(
@@ -358,8 +362,7 @@ def _sharing(
 
 def _of_kernels(perturbed: Perturbed | None, shared: Sharing | None) -> Perturbed | None:
     """What perturbs the tasks of ranks: on a network slow links are its own."""
-    found = perturbed.without_links if perturbed and shared else perturbed
-    return found if found and found.changes else None
+    return perturbed.without_links if perturbed and shared else perturbed
 
 
 def _describe_stages(

@@ -54,13 +54,13 @@ PREDICTED = {
     ("mi300x-2", "all_reduce"): (7, 7),
     # Several nodes, one to four GPUs of each.
     ("h100-10x1", "all_reduce"): (2, 6),
-    ("h100-10x2", "all_reduce"): (3, 8),
-    ("h100-10x2", "all_gather"): (5, 13),
-    ("h100-10x2", "reduce_scatter"): (4, 10),
+    ("h100-10x2", "all_reduce"): (2, 3),
+    ("h100-10x2", "all_gather"): (1, 4),
+    ("h100-10x2", "reduce_scatter"): (2, 7),
     ("h100-10x2", "all_to_all"): (2, 4),
-    ("h100-10x4", "all_reduce"): (4, 11),
-    ("h100-10x4", "all_gather"): (5, 9),
-    ("h100-10x4", "reduce_scatter"): (5, 9),
+    ("h100-10x4", "all_reduce"): (4, 10),
+    ("h100-10x4", "all_gather"): (3, 8),
+    ("h100-10x4", "reduce_scatter"): (2, 3),
     ("h100-10x4", "all_to_all"): (4, 11),
     ("h100-2x1-lambda", "all_reduce"): (6, 38),
     ("h100-2x1-pairs", "all_to_all"): (14, 14),
@@ -69,38 +69,28 @@ PREDICTED = {
     ("h100-2x2-pairs", "send_receive"): (10, 10),
     ("h100-2x4-pairs", "all_to_all"): (7, 7),
     ("h100-2x4-pairs", "send_receive"): (17, 18),
-    ("h100-2x2-dgx", "all_reduce"): (8, 27),
-    ("h100-2x4-dgx", "all_reduce"): (25, 62),  # above 128 MiB within 10 %
-    ("h100-2x2-lambda", "all_reduce"): (22, 77),  # above 8 MiB within 17 %, but for one row
-    ("h100-2x4-lambda", "all_reduce"): (38, 85),  # virtual machines, whose adapters do not add up
     # Eight GPUs of each node.
     ("a100-2x8", "all_reduce"): (4, 4),
-    ("h100-10x8", "all_reduce"): (13, 28),
-    ("h100-10x8", "all_gather"): (15, 35),
-    ("h100-10x8", "reduce_scatter"): (18, 40),
+    ("h100-10x8", "all_reduce"): (6, 20),
+    ("h100-10x8", "all_gather"): (4, 9),
+    ("h100-10x8", "reduce_scatter"): (6, 15),
     ("h100-10x8", "all_to_all"): (5, 10),
     ("h100-2x8-pairs", "all_to_all"): (10, 10),
     ("h100-2x8-pairs", "send_receive"): (6, 6),
-    ("h100-2x8-aws", "all_reduce"): (12, 27),
-    ("h100-2x8-dgx", "all_reduce"): (14, 30),
-    ("h100-2x8-lambda", "all_reduce"): (68, 85),  # virtual machines, as above
-    ("h100-8x8", "all_reduce"): (5, 14),
-    ("h100-32x8", "all_reduce"): (7, 7),
-    ("h100-32x8", "all_gather"): (31, 31),
-    ("b200-4x8-aws", "all_reduce"): (23, 55),  # from 512 MiB on within 8 %
+    ("h100-2x8-aws", "all_reduce"): (14, 38),  # EFA and NCCL 2.20: twice the time from 16 to 32 MiB
+    ("h100-8x8", "all_reduce"): (5, 7),
+    ("h100-32x8", "all_reduce"): (6, 6),
+    ("h100-32x8", "all_gather"): (16, 16),
+    ("b200-4x8-aws", "all_reduce"): (18, 55),  # from 256 MiB on within 8 %; 380 us at 1 MiB
     ("gb200-2x72", "all_reduce"): (5, 11),
     ("gb200-20x72", "all_reduce"): (56, 61),  # a ring alone would err 24 %
 }
 
 
-# Pairs of machines that fall short of their own adapters; why is in the notes of the experiment.
-FAULTY = ["h100-2x4-lambda", "h100-2x8-lambda"]
-
-
 def test_every_measured_table_has_a_limit():
     predicted = ERRORS[ERRORS["use"] == "prediction"]
     assert set(zip(predicted["table"], predicted["collective"], strict=True)) == set(PREDICTED)
-    assert len(COMPARED) == 834 - 80
+    assert len(COMPARED) == 834 - 160
     assert set(COMPARED["hardware"]) <= set(profile_names())
 
 
@@ -114,13 +104,13 @@ def test_predicted_tables_stay_within_their_errors(table, collective):
 
 
 def test_errors_within_nodes_and_across():
-    """Of 1 GiB and more, the mean error of predictions; without the faulty pairs."""
-    rows = COMPARED[(COMPARED["use"] == "prediction") & ~COMPARED["table"].isin(FAULTY)]
+    """Of 1 GiB and more, the mean error of predictions."""
+    rows = COMPARED[COMPARED["use"] == "prediction"]
     size = rows["error_percent"].abs()
     large = rows["message_bytes"] >= 2**30 - 2**20
     assert size[large & (rows["nodes"] == 1)].mean() < 3
     assert size[large & (rows["nodes"] > 1) & (rows["gpus"] <= 4 * rows["nodes"])].mean() < 4
-    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] == 8 * rows["nodes"])].mean() < 9
+    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] == 8 * rows["nodes"])].mean() < 5
 
 
 def test_rows_that_made_a_curve_come_back():
@@ -216,7 +206,7 @@ def round_numbers(tables):
     An adapter passes on 1 MB at a time.
     """
     tables["assumed"]["adapter_chunk_mib"]["value"] = 1e6 / 2**20
-    del tables["calibrated"]["sends"]
+    del tables["calibrated"]["sends"], tables["calibrated"]["between_nodes"]
     numbers = {"nvlink": (4, 10.0, 1.0, 100.0), "infiniband": (2, 20.0, 2.0, 10.0)}
     for level, (ranks, latency, step, rate) in numbers.items():
         for collective in COLLECTIVES:
@@ -307,20 +297,20 @@ def test_a_long_block_is_passed_on_in_chunks():
 
 def test_all_reduce_over_nodes_sums_in_their_switches():
     """H100, 16 GiB. Two nodes: a part crosses once, and the 482 GB/s of NVLS pace; 487 and 472 were measured. From
-    three nodes on it crosses up and down: 8 adapters of 49.4 GB/s, 387 measured on 8 nodes. All-gather: 8 adapters.
+    three nodes on it crosses up and down: 8 adapters, 387 measured on 8 nodes. All-gather: 8 adapters.
     """
     cost = CommCost(load_profile(H100))
     message = 2**34
-    one, two, eight = (cost.time("all_reduce", message, 8 * nodes, nodes) for nodes in (1, 2, 8))
-    assert one < two < 1.01 * one
-    assert message * 2 * 63 / 64 / eight / 1e9 == pytest.approx(387, rel=0.01)
+    two, eight = (cost.forms("all_reduce", 8 * nodes, nodes, "nvls_tree")(message) for nodes in (2, 8))
+    assert message * 2 * 15 / 16 / two / 1e9 == pytest.approx(487, rel=0.04)
+    assert message * 2 * 63 / 64 / eight / 1e9 == pytest.approx(387, rel=0.04)
     assert message * 15 / 16 / cost.time("all_gather", message, 16, 2) / 1e9 < 8 * 48.2
 
 
 def test_four_gpus_on_two_nodes_all_reduce_by_the_tree():
     """H100, 8 GiB: 146.4 and 148.0 GB/s were measured, more than the 98 that a ring could get of two adapters."""
-    bus = 2**33 * 1.5 / CommCost(load_profile(H100)).time("all_reduce", 2**33, 4, 2) / 1e9
-    assert bus == pytest.approx(147, rel=0.02)
+    tree = CommCost(load_profile(H100)).forms("all_reduce", 4, 2, "tree")
+    assert 2**33 * 1.5 / tree(2**33) / 1e9 == pytest.approx(147, rel=0.02)
 
 
 # ------------------------------------------------------------ properties
@@ -449,7 +439,7 @@ def test_coefficients_name_both_levels():
     assert cost.coefficients_of("all_to_all") == ("collectives.nvlink.all_to_all", "collective_overhead_us")
     assert set(cost.coefficients_of("all_reduce", 2)) == {
         "collective_overhead_us", "collectives.infiniband.all_reduce", "collectives.nvlink.all_reduce",
-        "adapter_chunk_mib",
+        "adapter_chunk_mib", "between_nodes.infiniband",
     }  # fmt: skip
     assert "adapter_chunk_mib" not in cost.coefficients_of("all_to_all", 2)
 

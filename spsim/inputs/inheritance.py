@@ -21,7 +21,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from spsim.errors import InputError, first_problem
-from spsim.inputs.hardware import CollectiveCurve, CollectiveName, HardwareProfile, Leaf, Level, leaves
+from spsim.inputs.collective_curves import CollectiveCurve, CollectiveName
+from spsim.inputs.hardware import HardwareProfile, Leaf, Level, leaves
 from spsim.inputs.kernel_coefficients import SendCoefficients
 from spsim.inputs.quantities import Number, Provenance
 

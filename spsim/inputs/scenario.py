@@ -15,6 +15,7 @@ from spsim.inputs.effects import notes_of, on_nodes, unfused_softmax
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.libraries import module_defaults
 from spsim.inputs.model import Model, load_model, model_of
+from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.rules import check_nodes, check_scope, check_shapes, gpus_per_node
@@ -89,6 +90,8 @@ class Scenario(Shapes):
     """The whole training step, or the layers of one stage alone: no embedding, head, loss, optimizer."""
     network: Network = "closed_form"
     """Each transfer has its links alone, or flows share them."""
+    perturbations: InstanceOf[Perturbations] = Perturbations()
+    """Slow ranks, jitter, slow or failing links; whatever `Perturbations.of` takes."""
 
     if TYPE_CHECKING:
 
@@ -102,6 +105,7 @@ class Scenario(Shapes):
             nodes: int | None = None,
             scope: Literal["step", "layers"] = "step",
             network: Network = "closed_form",
+            perturbations: Any = (),
         ) -> None:
             """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
 
@@ -114,6 +118,11 @@ class Scenario(Shapes):
     @classmethod
     def _load_hardware(cls, value: Any) -> Any:
         return load_profile(value) if isinstance(value, str | Path) else value
+
+    @field_validator("perturbations", mode="before")
+    @classmethod
+    def _load_perturbations(cls, value: Any) -> Any:
+        return Perturbations.of(value)
 
     @model_validator(mode="after")
     def _check_scope(self) -> Self:
@@ -132,7 +141,13 @@ class Scenario(Shapes):
             _ = self.hardware.graph_overhead_us
         if kernel := self.model.attention_kernel:
             self.hardware.attention_kernel(kernel)
+        self.perturbations.check(self.plan.gpus, self.gpus_per_node)
         return self
+
+    def perturbed(self, perturbations: Any) -> Scenario:
+        """The same under other perturbations, whatever `Perturbations.of` takes; of none it is unperturbed."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        return Scenario(**{**own, "perturbations": perturbations})
 
     @property
     def global_batch(self) -> int:

@@ -24,7 +24,7 @@ STYLES: Mapping[int, Literal["-", "--", ":"]] = {50: "-", 95: "--", 99: ":"}
 
 def plot_perturbed(found: PerturbedSteps) -> Figure:
     """Where nothing is drawn, the rank that explains most and one that waits for it, before and after."""
-    what = ", ".join(own.label for own in found.perturbations.perturbations)
+    what = ", ".join(found.scenario.perturbations.labels)
     title = f"{describe(found.before)}: {what}"
     if found.after is None:
         return _spread(found, title)

@@ -63,6 +63,8 @@ class Result(Derived):
     """Where the step has several pipeline stages."""
     sends: Sequence[int] = (0, 0)
     """Messages of the first of them to others in a step, and bytes of each."""
+    perturbations: Sequence[str] = ()
+    """What perturbs the step, in words."""
 
     @property
     def unknown(self) -> frozenset[str]:

@@ -205,6 +205,7 @@ def compare(
     nodes: int | None = None,
     scope: Literal["step", "layers"] = "step",
     network: Network = "closed_form",
+    perturbations: Any = (),
 ) -> PlanComparison:
     """Simulate plans of one model, hardware and workload, and account for their differences; everything may be given
     as to a `Scenario`.
@@ -215,7 +216,7 @@ def compare(
     texts = [_text(plan) for plan in _listed(plans)]
     _check_plans(texts)
     common = Scenario(hardware=hardware, model=model, workload=workload, scope=scope, network=network)
-    scenarios = {text: _scenario(common, text, nodes) for text in texts}
+    scenarios = {text: _scenario(common, text, nodes, perturbations) for text in texts}
     names = _names({text: scenario.plan.label for text, scenario in scenarios.items()})
     return PlanComparison(tuple(PlanAccount(names[text], text, simulate(scenarios[text])) for text in scenarios))
 
@@ -238,12 +239,12 @@ def _text(plan: Plan | Mapping[str, Any] | str) -> str:
     return found.text
 
 
-def _scenario(common: Scenario, plan: str, nodes: int | None) -> Scenario:
+def _scenario(common: Scenario, plan: str, nodes: int | None, perturbations: Any) -> Scenario:
     """Under another plan; `InputError` says which."""
     try:
         return Scenario(
             hardware=common.hardware, model=common.model, plan=plan, workload=common.workload, nodes=nodes,
-            scope=common.scope, network=common.network,
+            scope=common.scope, network=common.network, perturbations=perturbations,
         )  # fmt: skip
     except InputError as error:
         raise InputError(f"--plan {plan!r}: {str(error).removeprefix('plan: ')}") from None

@@ -37,9 +37,9 @@ from spsim.cli.workers import workers
 from spsim.errors import InputError
 from spsim.inputs.configuration import read_value
 from spsim.report import plan as report
-from spsim.studies.csvfile import write_csv
 from spsim.studies.search.outcome import PlanSearch
 from spsim.studies.search.search import BEST, plan_search
+from spsim.studies.tablefile import write_csv
 
 SHORTEST = 4096
 """Tokens from which on the longest sequence is looked for, unless given."""
@@ -55,39 +55,44 @@ def read_count(text: str) -> int:
     return count
 
 
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, max=2**20, help="GPUs of the plan.")]
+ValuesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--values", metavar="OPTION=A,B,…", autocompletion=plan_options,
+        help="Search an option of plans, or micro_batch, among these values; once for each.",
+    ),
+]  # fmt: skip
+MaxOption = Annotated[
+    Literal["seq_len"] | None, typer.Option("--max", help="seq_len: the longest sequence that fits, and its plans.")
+]
+BudgetOption = Annotated[
+    int | None,
+    typer.Option("--budget", metavar="TOKENS", parser=read_count, help="GPU-hours for so many tokens, as 15T."),
+]
+BestOption = Annotated[int, typer.Option("--best", min=1, max=1000, help="Plans that are shown.")]
+JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; all cores by default.")]
+FilesOption = Annotated[Path | None, typer.Option("--out", help="Directory for plans.csv, front.png and search.json.")]
+
+
 def command(
     model: ModelOption = None,
     hardware: HardwareOption = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, max=2**20, help="GPUs of the plan.")] = None,
+    gpus: GpusOption = None,
     plan: PlanOption = None,
-    values: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--values",
-            metavar="OPTION=A,B,…",
-            autocompletion=plan_options,
-            help="Search an option of plans, or micro_batch, among these values; once for each.",
-        ),
-    ] = None,
+    values: ValuesOption = None,
     seq_len: SeqLenOption = None,
     micro_batch: MicroBatchOption = None,
     global_batch: GlobalBatchOption = None,
     precision: PrecisionOption = None,
     changes: SetOption = None,
-    longest: Annotated[
-        Literal["seq_len"] | None, typer.Option("--max", help="seq_len: the longest sequence that fits.")
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option("--budget", metavar="TOKENS", parser=read_count, help="GPU-hours for so many tokens, as 15T."),
-    ] = None,
-    best: Annotated[int, typer.Option("--best", min=1, max=1000, help="Plans that are shown.")] = BEST,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; all cores by default.")] = None,
+    longest: MaxOption = None,
+    tokens: BudgetOption = None,
+    best: BestOption = BEST,
+    jobs: JobsOption = None,
     library: EmitOption = None,
     as_json: JsonOption = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Directory for plans.csv, front.png and search.json.")
-    ] = None,
+    out: FilesOption = None,
 ) -> None:
     """The plans with the shortest step that fit, of all there are for a model on some GPUs.
 

@@ -91,13 +91,14 @@ def blocks_of(hardware: HardwareProfile, model: Model, plan: Plan, workloads: Wo
     compute, comm = cost_models(hardware, workloads.precision)
     times = prepared.durations_of_many(numbers, compute, comm, gpus_per_node=gpus_per_node(hardware, plan))
     slowdown = 0.0 if plan.dp_overlap else hardware.coefficients.overlap_slowdown.value
+    chains = _chains(prepared, workloads, times, slowdown)
     passes, saved, beyond = (np.zeros((len(BLOCKS), len(every))) for _ in range(3))
     found = Blocks(passes, saved, beyond, np.zeros(len(BLOCKS)), np.zeros(len(BLOCKS)))
     for row, name in enumerate(BLOCKS):
         if name not in prepared.blocks:
             continue
-        chain, highest = _chain(prepared, name, workloads, times, slowdown)
-        found.passes_ps[row] = np.where(chain > 0, chain, _kernels(prepared, name, times))
+        chain, highest = chains.get(name, (0.0, 0.0))
+        found.passes_ps[row] = np.where(np.greater(chain, 0), chain, _kernels(prepared, name, times))
         found.saved_bytes[row] = numbers[template.indices[name].saved].sum(axis=0)
         if not plan.dp_overlap:
             found.beyond_bytes[row] = np.maximum(highest - found.saved_bytes[row], 0.0)
@@ -111,17 +112,23 @@ def _each(workloads: Workloads) -> list[Workload]:
     return [Workload(seq_len=length, micro_batch=batch, precision=workloads.precision) for length, batch in sizes]
 
 
-def _chain(
-    prepared: PreparedStep, name: str, workloads: Workloads, times: npt.NDArray[np.int64], slowdown: float
-) -> tuple[Numbers, Numbers]:
-    """Picoseconds of both passes of a block, and its bytes at the fullest; 0 where they do not hold for a workload."""
+def _chains(
+    prepared: PreparedStep, workloads: Workloads, times: npt.NDArray[np.int64], slowdown: float
+) -> Mapping[str, tuple[Numbers, Numbers]]:
+    """Picoseconds of both passes of each block, and its bytes at the fullest; 0 where they do not hold for a workload,
+    none of ranks that differ.
+    """
     columns = prepared.columns
     if columns is None:
-        return np.zeros(times.shape[1]), np.zeros(times.shape[1])
+        return {}
     basis = prepared.template.basis(workloads.seq_len, workloads.micro_batch)
-    own = columns.run((Run(name),), 1, times, 0, 0, basis, slowdown)
-    length: Any = sum(length for (block, _), length in own.lengths.items() if block == name)
-    return np.where(own.holds, length, 0.0), np.where(own.holds, own.memory.highest, 0.0)
+    ran = columns.ran(times, basis, slowdown)
+    found = {}
+    for name in prepared.blocks:
+        length: Any = sum(own for (block, _), own in ran.lengths.items() if block == name)
+        highest = columns.memory((Run(name),), 1, ran, basis).highest
+        found[name] = np.where(ran.holds, length, 0.0), np.where(ran.holds, highest, 0.0)
+    return found
 
 
 def _kernels(prepared: PreparedStep, name: str, times: npt.NDArray[np.int64]) -> Numbers:
