@@ -101,9 +101,8 @@ def command(
     check_report(page)
     given = Given.of(
         "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
-        network=network,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
-        perturbations=perturb,
+        network=network, perturbations=perturb,
     )  # fmt: skip
     print_notes(given)
     scenario = given.scenario()
@@ -114,8 +113,7 @@ def command(
         _run_perturbed(scenario, seeds or 1, out, as_json=as_json)
         return
     result = simulate(scenario)
-    selection = None if out is None else _selection(result, ranks, layers)
-    written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
+    selection, written = _written(result, out, ranks, layers, trace_format)
     if page is not None:
         result.to_html(page)
     if as_json:
@@ -189,6 +187,16 @@ def _print_result(result: Result, out: Path | None, written: list[str], selectio
         console.print(
             f"trace, spans and memory curve: {selection.words}; --ranks and --layers choose others", soft_wrap=True
         )
+
+
+def _written(
+    result: Result, out: Path | None, ranks: str | None, layers: str | None, trace_format: str
+) -> tuple[Selection | None, list[str]]:
+    """What outputs are of, and the names of their files."""
+    if out is None:
+        return None, []
+    selection = _selection(result, ranks, layers)
+    return selection, _write_outputs(result, out, selection, trace_format)
 
 
 def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:
