@@ -34,6 +34,7 @@ from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
+from spsim.results import folded
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -50,6 +51,7 @@ from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
@@ -83,8 +85,9 @@ def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
     perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
     windows = perturbed is not None and perturbed.windows
-    if scenario.plan.pp > 1 or windows:
-        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s"
+    shared = scenario.network == "flows"
+    if scenario.plan.pp > 1 or windows or shared:
+        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s" if windows else "network = 'flows'"
         raise InputError(f"perturbations: jitter with {what} is not simulated; leave one of them out")
     prepared = _prepared(scenario, not jitters)
     prepared = prepared.marked(perturbed.marks) if perturbed else prepared
@@ -106,7 +109,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1 or scenario.perturbations.changes:
+    if scenario.plan.pp > 1 or scenario.perturbations.changes or scenario.network == "flows":
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -156,15 +159,18 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
-    if perturbed:
-        nodes, waits, events = costed.unfolded(perturbed, priced((costs[0], Latencies(scenario.hardware))))
+    shared = _sharing(scenario, prepared, numbers, stages.kinds, perturbed)
+    unlike, of_kernels = perturbed is not None, _of_kernels(perturbed, shared)
+    if of_kernels:
+        empty = priced((costs[0], Latencies(scenario.hardware)))
+        nodes, waits, events = costed.unfolded(of_kernels, empty, shared)
         staged = None
-    elif len(prepared.ranks.copies) == 1 and fold:
+    elif len(prepared.ranks.copies) == 1 and fold and shared is None:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
     else:
-        nodes, waits, events = costed.unfolded()
+        nodes, waits, events = costed.unfolded(sharing=shared)
         staged = None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
@@ -177,26 +183,13 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         numbers=numbers,
         amounts=_amounts(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
+        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None),
+        reasons=folded.of_stages(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
         perturbations=perturbed.perturbations.labels if perturbed else (),
-    )
-
-
-def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool) -> tuple[str, ...]:
-    if not fold:
-        return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
-    if unlike:
-        return _rank_folding(simulated, ranks, fold, unlike=True), "layers are not folded: ranks end their passes apart"
-    if simulated == stages:
-        return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
-    return (
-        f"{simulated} of {ranks} ranks simulated: those of a pipeline stage differ by their position on the ring",
-        "layers are not folded: ranks of a stage end their passes apart",
     )
 
 
@@ -305,7 +298,8 @@ def assemble(
     perturbed: Perturbed | None = None,
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
-    walked = _walked(scenario, prepared, chunk, numbers, fold, perturbed)
+    shared = _sharing(scenario, prepared, numbers, (tuple(chunk),), perturbed)
+    walked = _walked(scenario, prepared, chunk, numbers, fold, _of_kernels(perturbed, shared), shared)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -326,18 +320,19 @@ def assemble(
         statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
-        reasons=tuple(
-            filter(
-                None,
-                (_rank_folding(len(copies), gpus, fold, unlike=perturbed is not None), "" if fold else SWITCHED_OFF),
-            )
-        ),
+        reasons=folded.of_step(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
         perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
 def _walked(
-    scenario: Simulated, prepared: PreparedStep, chunk: Chunk, numbers: Numbers, fold: bool, perturbed: Perturbed | None
+    scenario: Simulated,
+    prepared: PreparedStep,
+    chunk: Chunk,
+    numbers: Numbers,
+    fold: bool,
+    perturbed: Perturbed | None,
+    shared: Sharing | None,
 ) -> Walked:
     """The step as it runs."""
     hardware = scenario.hardware
@@ -351,20 +346,29 @@ def _walked(
     if perturbed:
         step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
         paces = perturbed.all_paces(prepared.ranks.copies, prepared.segments)
-    return fold_step(step) if fold and not paces else unfold_step(step, paces)
+    return fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
 
 
-SWITCHED_OFF = "layers are not folded: it was switched off"
+def _sharing(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    numbers: Numbers,
+    chunks: tuple[Chunk, ...],
+    perturbed: Perturbed | None,
+) -> Sharing | None:
+    """What the transfers of a step put on links, where they share them, with those that are slow."""
+    if scenario.network == "closed_form":
+        return None
+    comm = cost_models(scenario.hardware, scenario.workload.precision)[1]
+    sharing = Sharing(prepared, numbers, comm, chunks, gpus_per_node=scenario.gpus_per_node)
+    for slow, users in perturbed.slow_links if perturbed else ():
+        sharing.slow(slow, users)
+    return sharing
 
 
-def _rank_folding(simulated: int, ranks: int, fold: bool, *, unlike: bool = False) -> str:
-    if not fold:
-        return "ranks are not folded: it was switched off"
-    if simulated == ranks:
-        return "" if ranks == 1 else "ranks are not folded: each does different work"
-    position = "by where they stand towards what is perturbed" if unlike else "by their position on the ring"
-    differ = "all are identical" if simulated == 1 else f"they differ {position}"
-    return f"{simulated} of {ranks} ranks simulated: {differ}"
+def _of_kernels(perturbed: Perturbed | None, shared: Sharing | None) -> Perturbed | None:
+    """What perturbs the tasks of ranks: on a network slow links are its own."""
+    return perturbed.without_links if perturbed and shared else perturbed
 
 
 def _describe_stages(

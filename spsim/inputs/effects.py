@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from spsim.inputs.libraries import CHOICES, LIBRARIES, library_defaults, some_library_has
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import MESH_ORDER, Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
 from spsim.inputs.workload import Workload
 
@@ -28,6 +28,12 @@ def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = 
     for name, reason in {**reasons(model, plan), **of_step}.items():
         if reason and name in differing:
             yield f"{setting(name, differing[name])} has no effect {reason}"
+
+
+def on_nodes(plan: Plan, nodes: int) -> Iterator[str]:
+    """An order of axes whose links are all alike."""
+    if nodes == 1 and plan.mesh_order != MESH_ORDER and not _numbered_alike(plan):
+        yield f"within one node {setting('mesh_order', plan.mesh_order)} changes nothing but the numbers of ranks"
 
 
 def of_library(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
@@ -110,7 +116,13 @@ def setting(name: str, value: Any) -> str:
 
 def reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why an option would change nothing under a plan; empty where it does."""
-    return {**_of_layers(model, plan), **_of_pipeline(plan), **_of_replicas(model, plan), **_of_memory(model, plan)}
+    own = {"mesh_order": _numbered_alike(plan)}
+    return {**own, **_of_layers(model, plan), **_of_pipeline(plan), **_of_replicas(model, plan), **_of_memory(model, plan)}
+
+
+def _numbered_alike(plan: Plan) -> str:
+    order = [word for word in plan.mesh_order.split("-") if getattr(plan, word) > 1]
+    return "as ranks are numbered alike" if order == sorted(order, key=MESH_ORDER.split("-").index) else ""
 
 
 def _of_layers(model: Model, plan: Plan) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration, read_value
@@ -14,6 +14,8 @@ from spsim.inputs.plan_words import label_options, plan_options
 from spsim.inputs.schedules import Library, Schedule
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
+MESH_ORDER = "tp-ulysses-ring-dp-pp"
+"""Megatron's, whose cp is ulysses and ring."""
 
 
 class Plan(Configuration):
@@ -58,6 +60,10 @@ class Plan(Configuration):
     pp_deallocate: bool = True
     """Free the output of a stage once it is sent (`deallocate_pipeline_outputs`)."""
     dp: Degree = 1
+    mesh_order: str = MESH_ORDER
+    """Axes by how their ranks are numbered, neighbours first: those that come first share nodes, the last lie across
+    nodes. Megatron's order unless given.
+    """
     distributed_optimizer: bool = False
     """Shard the optimizer state over dp x ulysses x ring, as Megatron does: ZeRO stage 1."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0
@@ -137,6 +143,13 @@ class Plan(Configuration):
         if not isinstance(settings, Mapping):
             return settings
         return {**library_defaults(settings.get("library"), settings.get("pp", 1)), **settings}
+
+    @field_validator("mesh_order")
+    @classmethod
+    def _names_each_axis(cls, value: str) -> str:
+        if sorted(value.split("-")) != sorted(MESH_ORDER.split("-")):
+            raise ValueError(f"{value!r} does not name each axis once; write the axes of {MESH_ORDER} in another order")
+        return value
 
     @classmethod
     def example(cls) -> str:

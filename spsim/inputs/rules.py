@@ -291,7 +291,7 @@ def _check_levels(hardware: HardwareProfile, plan: Plan) -> None:
 def _check_groups(plan: Plan, per_node: int) -> None:
     """Every group has as many ranks on each of its nodes as on the others."""
     degree = 1
-    for name in ("tp", "ulysses", "ring", "dp"):
+    for name in plan.mesh_order.split("-"):
         degree *= getattr(plan, name)
         if degree % per_node and per_node % degree:
             raise InputError(

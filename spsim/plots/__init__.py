@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spsim.plots.figure import save as save
     from spsim.plots.figure import saved as saved
     from spsim.plots.kernels import plot_kernels as plot_kernels
+    from spsim.plots.mapping import plot_mapping as plot_mapping
     from spsim.plots.memory import plot_memory as plot_memory
     from spsim.plots.memory import plot_memory_curves as plot_memory_curves
     from spsim.plots.perturbed import plot_perturbed as plot_perturbed
@@ -36,6 +37,7 @@ _HOMES = {
     "plot_calibration": "calibration",
     "plot_front": "search",
     "plot_kernels": "kernels",
+    "plot_mapping": "mapping",
     "plot_memory": "memory",
     "plot_memory_curves": "memory",
     "plot_peak_memory": "sweep",

@@ -95,6 +95,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "pp_overlap": "messages between stages behind passes; where virtual_pp is above 1 unless given",
     "pp_warmup_flush": "and those of warm-up and cool-down, too",
     "pp_deallocate": "free the output of a stage once it is sent",
+    "mesh_order": "axes in the order in which ranks are numbered, those that share nodes first",
     "dp": "replicas",
     "distributed_optimizer": "optimizer state sharded over dp x ulysses x ring: ZeRO stage 1",
     "zero": "ZeRO stage: sharded are the optimizer (1), gradients too (2), parameters too (3)",

@@ -56,4 +56,4 @@ def prepared_step(
 def _issued_by(plan: Plan) -> tuple[bool | int | str, ...]:
     """What of a plan says in which order its program is issued, and by what; among how many ranks, with the stages."""
     overlap, sharded = plan.tp_backward_overlap, plan.zero_stage > 0
-    return plan.norm_gradients, overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp
+    return plan.norm_gradients, overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp, plan.mesh_order

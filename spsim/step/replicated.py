@@ -190,7 +190,7 @@ def replicated_step(
     options = (
         plan.dp_library, plan.zero, plan.zero_stage, plan.bucket_elements, plan.dp_overlap, plan.grad_dtype,
         plan.moment_dtype, plan.precision_aware_optimizer, plan.tp_backward_overlap, plan.cuda_graphs,
-        plan.norm_gradients, plan.fsdp_ends,
+        plan.norm_gradients, plan.fsdp_ends, plan.mesh_order,
     )  # fmt: skip
     key = (*step_key(model, plan), sequence_unit(model, plan), precision, single, fold, tuple(chunk), options)
     return _steps.get(

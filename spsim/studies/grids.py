@@ -115,7 +115,7 @@ class _Sorting:
         return self._values[id(value)][1]
 
 
-_SETTINGS = frozenset(Scenario.model_fields) - {"perturbations"}
+_SETTINGS = frozenset(Scenario.model_fields) - {"network", "perturbations"}
 _WORKLOAD = frozenset(Workload.model_fields)
 _PRECISIONS = get_args(Precision)
 _NOT_GIVEN = object()
