@@ -330,9 +330,9 @@ def test_one_node_is_never_slower_than_several(name, collective):
 @pytest.mark.parametrize("name", [name for name in NVSWITCH if not load_profile(name).inherited])
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_more_nodes_are_never_faster(name, collective):
-    """Of measured curves, from 16 MiB on; below, the start of a kernel inside the node may cost more than one more node does. Within 3 %,
-    for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left out: two GPUs of a node
-    share one link, slower than their adapters.
+    """Of measured curves, from 16 MiB on; below, the start of a kernel inside the node may cost more than one more
+    node does. Within 3 %, for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left
+    out: two GPUs of a node share one link, slower than their adapters.
     """
     cost = CommCost(load_profile(name))
     for ranks in (8, 16, 64):

@@ -117,7 +117,8 @@ def setting(name: str, value: Any) -> str:
 def reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why an option would change nothing under a plan; empty where it does."""
     own = {"mesh_order": _numbered_alike(plan)}
-    return {**own, **_of_layers(model, plan), **_of_pipeline(plan), **_of_replicas(model, plan), **_of_memory(model, plan)}
+    of_step = {**_of_pipeline(plan), **_of_replicas(model, plan), **_of_memory(model, plan)}
+    return {**own, **_of_layers(model, plan), **of_step}
 
 
 def _numbered_alike(plan: Plan) -> str:
