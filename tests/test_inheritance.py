@@ -147,6 +147,26 @@ def test_sends_over_half_the_links_reach_half_of_them(tmp_path):
     assert rates[0] == pytest.approx(rates[1] / 2, rel=0.01)
 
 
+def test_slower_adapters_scale_what_is_known_of_rings_over_nodes(tmp_path):
+    slow = TOPOLOGY.replace("value = 50", "value = 25").replace("value = 9", "value = 18")
+    half = profile(tmp_path, HEAD, slow, HALF.replace('"nvlink"', '"infiniband"'))
+    ours, theirs = (p.coefficients.between_nodes["infiniband"] for p in (half, load_profile("dgx-h100")))
+    assert ours.adapter_gb_per_s.simple.value == theirs.adapter_gb_per_s.simple.value / 2
+    assert (ours.step_us.simple.value, ours.channel_gb_per_s) == (theirs.step_us.simple.value, theirs.channel_gb_per_s)
+    times = [CommCost(p).time("all_gather", 16 * GIB, 16, 2) for p in (half, load_profile("dgx-h100"))]
+    assert times[0] > 1.5 * times[1]  # of eight adapters; of the base nearly as fast as the links of the node
+
+
+def test_shared_adapters_need_no_scale(tmp_path):
+    """Curves between nodes are of a GPU with an adapter of its own, which is as fast."""
+    shared = TOPOLOGY.replace("value = 9", "value = 18").replace(
+        "links_per_gpu = { value = 1,", "links_per_gpu = { value = 0.5,"
+    )
+    mine = profile(tmp_path, HEAD, shared)
+    assert mine.datasheet.topology[1].share == 0.5
+    assert mine.inherited == frozenset()
+
+
 def test_what_is_said_of_one_collective_goes_before_what_is_said_of_all(tmp_path):
     one = HALF.replace('level = "nvlink"\nscale = 0.5', 'level = "nvlink"\ncollective = "all_gather"\nscale = 0.25')
     both = profile(tmp_path, HEAD, TOPOLOGY, HALF, one)
