@@ -214,7 +214,7 @@ def test_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     follow(task, capsys)
 
 
-PAGES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+PAGES = [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "hardware.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
