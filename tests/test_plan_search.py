@@ -14,6 +14,7 @@ import spsim
 from spsim import InputError, Plan, Scenario, Workload, emit, load_profile, plan_search, plots, simulate
 from spsim.cli import main
 from spsim.inputs.model import model_of
+from spsim.report.page.search import front_chart
 from spsim.results import bands
 from spsim.studies.search.blocks import Blocks
 from spsim.studies.search.bounds import _counts, _held, _time
@@ -271,6 +272,17 @@ def test_all_plans_are_rows():
 
 def test_the_front_is_drawn():
     assert_readable(plots.plot_front(found()))
+
+
+def test_the_page_draws_what_was_found(tmp_path):
+    own = found()
+    own.to_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert all(best.name in text for best in own.best)
+    data = {trace["name"]: trace for trace in front_chart(own)["data"]}
+    assert data["front"]["y"] == [best.step_s for best in own.front]
+    assert data["shortest steps"]["x"] == [best.memory_gib for best in own.best]
+    assert sum(len(trace["x"]) for trace in data.values()) >= len(own.found)
 
 
 # ------------------------------------------------------------ the command
