@@ -57,9 +57,8 @@ def lines(search: PlanSearch) -> Iterable[str]:
     simulated = len(search.rows)
     yield (
         f"{count_of(len(search.candidates))}: {count[CANNOT_FIT]} cannot fit and {count[CANNOT_WIN]} can be neither "
-        f"among the best nor on the front, by their bounds; {simulated} simulated, of which {count[TOO_LARGE]} do not fit"
-        + (f" and {count[FAILED]} cannot be simulated" if count[FAILED] else "")
-        + "."
+        f"among the best nor on the front, by their bounds; {simulated} simulated, of which {count[TOO_LARGE]} do not "
+        "fit" + (f" and {count[FAILED]} cannot be simulated" if count[FAILED] else "") + "."
     )
     if search.refused:
         rule = max(search.refused, key=lambda own: search.refused[own])
