@@ -176,6 +176,10 @@ class Tuner:
         """Channels of long messages on rings and trees."""
         return min(MOST_CHANNELS, 2 * self.search(per_node, nodes).count)
 
+    def pool(self, per_node: int, nodes: int) -> int:
+        """Channels of all sends of a GPU, as all-to-all uses them: a power of two."""
+        return 1 << (self.blocks(per_node, nodes) - 1).bit_length()
+
     def chunk_steps(self, heads: int) -> tuple[float, ...]:
         """Messages from which on NVLS on one node moves chunks of 32, 64 and 128 KiB a head instead of half of it."""
         each = self._generation.nvls_channels[0] * heads

@@ -21,7 +21,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from spsim.errors import InputError, first_problem
-from spsim.inputs.hardware import CollectiveCurve, CollectiveName, HardwareProfile, Leaf, Level, leaves
+from spsim.inputs.collective_curves import CollectiveCurve, CollectiveName
+from spsim.inputs.hardware import HardwareProfile, Leaf, Level, leaves
 from spsim.inputs.kernel_coefficients import SendCoefficients
 from spsim.inputs.quantities import Number, Provenance
 
@@ -158,7 +159,7 @@ class _Heir:
     def _inherit(self, found: dict[str, Any], path: str, leaf: Leaf) -> None:
         """Put what the base says at a path into the block where it belongs."""
         table, _, rest = path.partition(".")
-        level = rest.partition(".")[0] if table in ("collectives", "sends") else None
+        level = rest.partition(".")[0] if table in ("collectives", "sends", "between_nodes") else None
         if level is not None and level not in self.levels:
             return
         if level is not None and self._differs(level):
@@ -189,8 +190,10 @@ class _Heir:
     def _differs(self, level: str) -> bool:
         """Whether the level is not as in the base, or its curves are scaled."""
         ours, theirs = self.levels[level], self._theirs(level)
-        same = ours is None or (ours.kind, ours.gpus, ours.bandwidth) == (theirs.kind, theirs.gpus, theirs.bandwidth)
-        return not same or any(name == level for name, _ in self.scaled)
+        if ours is None:
+            return any(name == level for name, _ in self.scaled)
+        alike = [(one.kind, one.gpus, one.adapter_bandwidth) for one in (ours, theirs)]
+        return alike[0] != alike[1] or any(name == level for name, _ in self.scaled)
 
     def _theirs(self, level: str) -> Level:
         return next(found for found in self.base.datasheet.topology if found.name == level)
@@ -198,20 +201,24 @@ class _Heir:
     def _carried(self, path: str, level: str, leaf: Leaf) -> Leaf:
         """Curves, or coefficients of sends, as the links of the profile let them be."""
         table, _, rest = path.partition(".")
-        collective = rest.partition(".")[2] if table == "collectives" else "send_receive"
+        name = rest.partition(".")[2]
+        collective = {"sends": "send_receive", "between_nodes": "all_gather"}.get(table, name)
         scale = self.scaled.get((level, collective)) or self.scaled.get((level, None))
         ours, theirs = self.levels[level], self._theirs(level)
-        if scale is None and ours is not None and ours.bandwidth != theirs.bandwidth:
+        if scale is None and ours is not None and ours.adapter_bandwidth != theirs.adapter_bandwidth:
+            rate, measured = ours.adapter_bandwidth / 1e9, theirs.adapter_bandwidth / 1e9
             raise InputError(
-                f"{self.where}: level {level!r} has {ours.bandwidth / 1e9:g} GB/s a GPU and {self.base.name} "
-                f"{theirs.bandwidth / 1e9:g}, whose {collective} was measured there; give it, or [[scaled]] with "
-                f"level = {level!r} and, for instance, scale = {ours.bandwidth / theirs.bandwidth:.3g}"
+                f"{self.where}: level {level!r} has {rate:g} GB/s a GPU and {self.base.name} {measured:g}, whose "
+                f"{collective} was measured there; give it, or [[scaled]] with level = {level!r} and, for instance, "
+                f"scale = {rate / measured:.3g}"
             )
         if scale is None:
             return leaf
         if isinstance(leaf, tuple):
             return tuple(self._scaled_curve(curve, collective, scale) for curve in leaf)
-        return self._scaled_send(rest.partition(".")[2], level, leaf, scale)
+        if table == "between_nodes":
+            return self._scaled_adapter(name, leaf, scale)
+        return self._scaled_send(name, level, leaf, scale)
 
     def _scaled_curve(self, curve: Any, collective: str, scale: ScaledCurves) -> CollectiveCurve:
         """Of each message, latency + (time - latency) / scale."""
@@ -233,6 +240,13 @@ class _Heir:
         if rates.get(name, leaf.value) == leaf.value:
             return leaf  # type: ignore[no-any-return]
         update = {"value": round(rates[name], 4), "source": self._product(leaf.source, scale)}
+        return leaf.model_copy(update=update)  # type: ignore[no-any-return]
+
+    def _scaled_adapter(self, name: str, leaf: Any, scale: ScaledCurves) -> Provenance:
+        """Of rings over nodes the rate of an adapter; steps and channels are as on the base."""
+        if not name.startswith("adapter_gb_per_s.") or scale.scale == 1:
+            return leaf  # type: ignore[no-any-return]
+        update = {"value": round(leaf.value * scale.scale, 4), "source": self._product(leaf.source, scale)}
         return leaf.model_copy(update=update)  # type: ignore[no-any-return]
 
     def _product(self, source: str, scale: ScaledCurves) -> str:

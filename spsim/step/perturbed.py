@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from spsim.costs.collectives import CommCost, Number
+from spsim.costs.collectives import CommCost
+from spsim.costs.curves import Number
 from spsim.engine.contention import PPM, Held
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.engine.tasks import Paces
