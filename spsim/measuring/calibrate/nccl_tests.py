@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spsim.errors import InputError
-from spsim.inputs.hardware import CollectiveName, HardwareProfile
+from spsim.inputs.collective_curves import CollectiveName
+from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.inheritance import bus_factor
 from spsim.inputs.resources import read_text
 from spsim.measuring.calibrate.records import Measurement
