@@ -28,7 +28,8 @@ NVSWITCH = [name for name in SEVERAL_LEVELS if load_profile(name).datasheet.topo
 
 # ------------------------------------------------------------ measured tables
 
-# (mean, largest) error in percent of the rows that no curve was made from: what the closed forms reach, rounded up.
+# (mean, largest) error in percent of the rows that no curve was made from, but for some a law: what the forms reach,
+# rounded up.
 PREDICTED = {
     # One node: other group sizes, other machines, other software.
     ("a100-other", "all_reduce"): (12, 51),  # 2 x the other machine's time at 1 MiB
@@ -42,8 +43,8 @@ PREDICTED = {
     ("h100-8-orcd", "all_reduce"): (2, 5),
     ("h100-2", "all_reduce"): (2, 3),
     ("h100-2-lambda", "all_reduce"): (43, 162),  # twice as fast as the other machine from 256 KiB to 1 MiB
-    ("h200-azure", "all_reduce"): (12, 38),
-    ("h200-aws", "all_reduce"): (9, 35),
+    ("h200-azure", "all_reduce"): (2, 7),
+    ("h200-aws", "all_reduce"): (4, 13),
     ("h200-counts", "all_reduce"): (7, 14),
     ("h200-sweep", "all_gather"): (6, 10),
     ("h200-sweep", "all_to_all"): (2, 5.1),
@@ -88,7 +89,7 @@ PREDICTED = {
 
 
 def test_every_measured_table_has_a_limit():
-    predicted = ERRORS[ERRORS["use"] == "prediction"]
+    predicted = ERRORS[ERRORS["use"] != "curve"]
     assert set(zip(predicted["table"], predicted["collective"], strict=True)) == set(PREDICTED)
     assert len(COMPARED) == 834 - 160
     assert set(COMPARED["hardware"]) <= set(profile_names())
@@ -97,7 +98,7 @@ def test_every_measured_table_has_a_limit():
 @pytest.mark.parametrize(("table", "collective"), list(PREDICTED))
 def test_predicted_tables_stay_within_their_errors(table, collective):
     mean, largest = PREDICTED[table, collective]
-    row = ERRORS[(ERRORS["table"] == table) & (ERRORS["collective"] == collective) & (ERRORS["use"] == "prediction")]
+    row = ERRORS[(ERRORS["table"] == table) & (ERRORS["collective"] == collective) & (ERRORS["use"] != "curve")]
     assert row["mean"].item() <= mean
     assert row["largest"].item() <= largest
     assert row["mean"].item() > 0
@@ -105,7 +106,7 @@ def test_predicted_tables_stay_within_their_errors(table, collective):
 
 def test_errors_within_nodes_and_across():
     """Of 1 GiB and more, the mean error of predictions."""
-    rows = COMPARED[COMPARED["use"] == "prediction"]
+    rows = COMPARED[COMPARED["use"] != "curve"]
     size = rows["error_percent"].abs()
     large = rows["message_bytes"] >= 2**30 - 2**20
     assert size[large & (rows["nodes"] == 1)].mean() < 3
