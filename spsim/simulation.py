@@ -22,6 +22,7 @@ from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
 from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan
+from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import all_chunks, chunks_of
@@ -145,7 +146,7 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
 def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
-    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages)
+    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages, single=_single(scenario))
     if perturbed:
         prepared = prepared.marked(perturbed.marks)
     numbers = prepared.template.at(scenario.workload)
@@ -225,10 +226,15 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    precision = _precision(scenario)
+    precision, single = _precision(scenario), _single(scenario)
     if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
-        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario))
-    return prepare(scenario.model, scenario.plan, fold, precision)
+        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario), single=single)
+    return prepare(scenario.model, scenario.plan, fold, precision, single=single)
+
+
+def _single(scenario: Scenario) -> bool:
+    """Whether its programs are those of a single sequence."""
+    return bool(is_single(scenario.plan, scenario.workload.micro_batch))
 
 
 def _precision(scenario: Scenario | Grid) -> Precision:
@@ -239,7 +245,7 @@ def _precision(scenario: Scenario | Grid) -> Precision:
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
-    if scenario.scope == "layers" or plan.dp_library != "megatron":
+    if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):
         return found
     own = [prepared.template.programs[run.block] for run in chunk]
     return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))

@@ -14,14 +14,17 @@ import spsim
 from spsim import InputError, Plan, Scenario, Workload, emit, load_profile, plan_search, plots, simulate
 from spsim.cli import main
 from spsim.inputs.model import model_of
+from spsim.inputs.plan import parse_plan
+from spsim.inputs.workload import Workloads
 from spsim.results import bands
-from spsim.studies.search.blocks import Blocks
+from spsim.studies.search.blocks import Blocks, blocks_of, of_blocks
 from spsim.studies.search.bounds import _counts, _held, _time
 from spsim.studies.search.candidates import candidates
 from spsim.studies.search.outcome import CANNOT_FIT, CANNOT_WIN
 from spsim.studies.search.rounds import fits, rows_of
 from spsim.studies.search.space import Family, Space
 from spsim.units import GIB
+from tests.cases import model
 from tests.test_plots import assert_readable
 
 H100 = "dgx-h100"
@@ -351,3 +354,15 @@ def test_commands_refuse_in_one_line(capsys):
     for arguments in (["plan"], [*COMMAND, "--values", "tp"], [*COMMAND, "--emit", "megatron", "--json"]):
         run(arguments, 2)
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_blocks_of_one_sequence_and_of_several():
+    """Their programs differ where sequences that are gathered are put together: each workload as if it were alone."""
+    plan, hardware = of_blocks(parse_plan("library=torchtitan,tp=2")), load_profile("dgx-h100")
+    length, batch = np.array([512, 1024, 512, 512]), np.array([1, 2, 2, 1])
+    found = blocks_of(hardware, model(), plan, Workloads(length, batch, "bf16"))
+    for place in range(4):
+        own = slice(place, place + 1)
+        alone = blocks_of(hardware, model(), plan, Workloads(length[own], batch[own], "bf16"))
+        for name in ("passes_ps", "saved_bytes", "beyond_bytes"):
+            assert (getattr(found, name)[:, own] == getattr(alone, name)).all()

@@ -9,6 +9,7 @@ import pytest
 import spsim
 from spsim import InputError
 from spsim.cli import main
+from spsim.report.page.assumptions import assumption_tables
 from spsim.report.page.stacks import memory_chart, time_chart
 from spsim.report.page.timeline import timeline_chart
 from spsim.report.verdict import verdict
@@ -187,6 +188,16 @@ def test_assumptions_are_all_of_the_result(page, three):
     cells = Elements(page).texts["td"]
     for account in three.accounts:
         assert {*account.result.assumed} <= {*cells}
+    profile = spsim.load_profile(H100)
+    moved = {"inherited": profile.assumed & {"power_share"}, "assumed": profile.assumed - {"power_share"}}
+    inherited = compared("tp=8", "tp=8,sequence_parallel", hardware=profile.model_copy(update=moved))
+    assert inherited.accounts[0].result.inherited == ("power_share",)
+    assumed, sources = assumption_tables(inherited.accounts)
+    paths, kinds = ([*column.cells] for column in assumed.columns[:2])
+    for account in inherited.accounts:
+        for kind in ("assumed", "inherited"):
+            assert all(kinds[paths.index(path)] == kind for path in getattr(account.result, kind))
+    assert all(sources.columns[1].cells)
 
 
 def test_what_a_user_states_is_text(tmp_path):

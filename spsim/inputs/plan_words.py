@@ -239,7 +239,14 @@ def _sharded(options: dict[str, Any], *, copies: bool) -> dict[str, Any]:
             raise InputError(f"plan: {word} = {shards!r}: {_SHARDED}, and shard_group=M for groups of M")
         if shards > 1:
             group = {"shard_group": shards} if options.get("dp", 1) != 1 else {}
-            options = {"zero": 3, "dp_library": "fsdp", **options, "dp": options.get("dp", 1) * shards, **group}
+            again = options.get("pp", 1) == 1
+            options = {
+                "zero": 3 if again else 2,
+                "dp_library": "fsdp",
+                **options,
+                "dp": options.get("dp", 1) * shards,
+                **group,
+            }
     return options
 
 

@@ -87,8 +87,8 @@ def calls(result: Result) -> tuple[Call, ...]:
         found.append(
             Call(
                 collective, axis, ranks, nodes, size, own.total(), costs.algorithm(timed_as, size, ranks, nodes),
-                None if step_of else costs.channels(timed_as, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
-                step_of,
+                None if step_of else costs.channels(timed_as, size, ranks, nodes), time,
+                sent_bytes(collective, size, ranks) / time / GB, step_of,
             )
         )  # fmt: skip
     return tuple(found)
