@@ -74,12 +74,15 @@ SHARED = [
     ("tp=2,dp=8,zero=3,dp_library=fsdp", {}),
     ("tp=2,ring=2,dp=2,dp_library=ddp,mesh_order=tp-dp-ring-ulysses-pp", {"nodes": 2}),
     ("tp=4,dp=2,sequence_parallel,dp_overlap,zero=1,mesh_order=dp-tp-ulysses-ring-pp", {"nodes": 2}),
+    ("tp=8,pp=2,virtual_pp=2", {"nodes": 4, "global_batch": 8}),
     ("tp=4,ring=2,dp_library=ddp", {"hardware": "mi300x-8"}),
     ("tp=4,dp=2,dp_library=ddp", {"hardware": "h100-pcie-8"}),
     ("tp=2,dp=4,dp_library=ddp", {"hardware": OVER_TWO, "nodes": 4}),
     ("tp=2,pp=2,mesh_order=pp-tp-ulysses-ring-dp", {"hardware": OVER_TWO, "nodes": 2, "global_batch": 4}),
 ]
-"""Collectives of replicas beside those of layers, on adapters, switches, a mesh, PCIe; and GPUs with one adapter."""
+"""Collectives of replicas and messages of stages beside collectives of layers, on adapters, switches, a mesh, PCIe; and
+GPUs with one adapter.
+"""
 
 
 @pytest.mark.parametrize(("plan", "settings"), SHARED)
