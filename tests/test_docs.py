@@ -229,8 +229,8 @@ def test_every_page_is_in_the_navigation() -> None:
         assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, path
 
 
-def test_there_are_thirteen_tasks() -> None:
-    assert len(TASKS) == 13
+def test_there_are_fourteen_tasks() -> None:
+    assert len(TASKS) == 14
 
 
 EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def build(" in path.read_text()]

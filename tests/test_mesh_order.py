@@ -5,6 +5,7 @@ from itertools import permutations, product
 import pytest
 from matplotlib.colors import to_hex
 
+import spsim
 from spsim import InputError, Plan, Scenario, simulate
 from spsim.inputs.launch.megatron.writing import arguments
 from spsim.inputs.plan import MESH_ORDER
@@ -108,7 +109,15 @@ def test_words_of_megatron(words, order):
     assert scenario(f"tp=2,{words}").plan.mesh_order == order
 
 
-def test_megatron_has_one_other_order():
+def test_megatron_has_one_other_order(tmp_path):
+    """Written and read back; others are listed as what has no counterpart."""
+    given = scenario("tp=2,pp=2,dp=2,mesh_order=tp-ulysses-ring-pp-dp", workload={"global_batch": 4})
+    script = tmp_path / "launch.sh"
+    script.write_text(spsim.emit(given, "megatron").text)
+    assert "--use-tp-pp-dp-mapping" in script.read_text()
+    assert spsim.read_launch(script).settings["plan"]["mesh_order"] == given.plan.mesh_order
+    other = spsim.emit(scenario("tp=2,dp=2,mesh_order=dp-tp-ulysses-ring-pp"), "megatron")
+    assert any("mesh_order" in line for line in other.unsaid)
     assert arguments(scenario("pp=2,mesh_order=tp-ulysses-ring-pp-dp"))["use_tp_pp_dp_mapping"] is True
     assert "use_tp_pp_dp_mapping" not in arguments(scenario("pp=2"))
 

@@ -21,9 +21,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def scenario(plan, *, hardware="dgx-h100", nodes=None, network="flows", **workload):
-    work = {"seq_len": 4096, **workload}
-    return Scenario(hardware=hardware, model=SMALL, plan=plan, workload=work, nodes=nodes, network=network)
+def scenario(plan, *, hardware="dgx-h100", nodes=None, network="flows", perturbations=(), **workload):
+    return Scenario(
+        hardware=hardware, model=SMALL, plan=plan, workload={"seq_len": 4096, **workload}, nodes=nodes,
+        network=network, perturbations=perturbations,
+    )  # fmt: skip
 
 
 def step_ps(*given, fold=True, **settings):
@@ -72,12 +74,15 @@ SHARED = [
     ("tp=2,dp=8,zero=3,dp_library=fsdp", {}),
     ("tp=2,ring=2,dp=2,dp_library=ddp,mesh_order=tp-dp-ring-ulysses-pp", {"nodes": 2}),
     ("tp=4,dp=2,sequence_parallel,dp_overlap,zero=1,mesh_order=dp-tp-ulysses-ring-pp", {"nodes": 2}),
+    ("tp=8,pp=2,virtual_pp=2", {"nodes": 4, "global_batch": 8}),
     ("tp=4,ring=2,dp_library=ddp", {"hardware": "mi300x-8"}),
     ("tp=4,dp=2,dp_library=ddp", {"hardware": "h100-pcie-8"}),
     ("tp=2,dp=4,dp_library=ddp", {"hardware": OVER_TWO, "nodes": 4}),
     ("tp=2,pp=2,mesh_order=pp-tp-ulysses-ring-dp", {"hardware": OVER_TWO, "nodes": 2, "global_batch": 4}),
 ]
-"""Collectives of replicas beside those of layers, on adapters, switches, a mesh, PCIe; and GPUs with one adapter."""
+"""Collectives of replicas and messages of stages beside collectives of layers, on adapters, switches, a mesh, PCIe; and
+GPUs with one adapter.
+"""
 
 
 @pytest.mark.parametrize(("plan", "settings"), SHARED)
@@ -138,6 +143,29 @@ def test_comparisons_and_the_command_line_take_it(capsys):
     assert ended.value.code == 0
     shown = json.loads(capsys.readouterr().out)
     assert "what is under way on links" in shown["engine"]["reasons"][1]
+
+
+ADAPTER = {"link": {"node": 1, "adapter": 2}}
+
+
+@pytest.mark.parametrize(("plan", "nodes"), [("tp=4,dp=4,zero=1", 4), ("tp=4,ring=2,dp=2", 4), ("tp=4,pp=2", 2)])
+def test_slow_and_failing_links_are_rates_of_the_network(plan, nodes):
+    """Ranks whose groups have them are simulated by themselves, exactly as all; the closed form, which makes all bytes
+    of a transfer longer, says about the same. Factor 1 changes nothing.
+    """
+
+    def perturbed(*changes, fold=True, **settings):
+        return simulate(scenario(plan, nodes=nodes, perturbations=list(changes), **settings), fold=fold).step_ps
+
+    usual = step_ps(plan, nodes=nodes)
+    assert perturbed({**ADAPTER, "factor": 1.0}) == usual
+    down = {"link": {"node": 0, "gpu": 1}, "outage": True, "from_s": 0.004, "to_s": 0.02}
+    for change in ({**ADAPTER, "factor": 3.0}, down):
+        slow = perturbed(change)
+        assert slow == perturbed(change, fold=False) > usual
+        assert slow == pytest.approx(perturbed(change, network="closed_form"), rel=0.03)
+    both = perturbed({**ADAPTER, "factor": 3.0}, {"ranks": [0], "factor": 1.5})
+    assert both > perturbed({**ADAPTER, "factor": 3.0})
 
 
 # ------------------------------------------------------------ links

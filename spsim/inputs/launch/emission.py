@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spsim.errors import InputError
-from spsim.inputs.effects import reasons
+from spsim.inputs.effects import numbered, reasons
 from spsim.inputs.launch import deepspeed, megatron, torchtitan, transformers
 from spsim.inputs.launch.draft import WAYS, Draft
 from spsim.inputs.launch.options import Options
@@ -132,6 +132,7 @@ def effective(model: Model, plan: Plan) -> dict[str, Any]:
     if plan.dp_overlap is True and plan.zero_stage == 0:
         found["dp_overlap"] = "gradients"
     found["shard_group"] = plan.shard_group or plan.dp
+    found["mesh_order"] = numbered(plan)
     if plan.pp > 1:
         layers = tuple(len(chunk.layers) for chunk in all_chunks(model, plan))
         found |= {"pp_layout": layers, "pp_sends": sends(plan), "pp_overlap": overlaps_messages(plan)}
