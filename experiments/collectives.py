@@ -2,8 +2,8 @@
 
 674 published times of collectives on A100, H100, H200, B200, GB200 and MI300X, on one node and on up to 32, against
 `spsim.costs.collectives`. Rows that a curve was made from are marked, and those that the law of rings and trees over
-nodes was fitted to; the others are predictions: other machines, group sizes, and what else crosses nodes. Then a step of
-two layers of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
+nodes was fitted to; the others are predictions: other machines, group sizes, and what else crosses nodes. Then a step
+of two layers of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
 
 From 1 GiB on expect 2 % within a node and 3 % over nodes. What errs more:
 
@@ -11,8 +11,8 @@ From 1 GiB on expect 2 % within a node and 3 % over nodes. What errs more:
   1.3 times the prediction at 32 MiB, four of B200 twice at 1 to 4 MiB.
 - All-gather and reduce-scatter of 64 and 128 MiB on ten nodes of eight differ by a fifth, and no form has both.
 - On 32 nodes of eight an all-gather of 2 GiB takes 1.18 times the prediction (a single iteration).
-- Eight nodes elsewhere all-reduce 387 GB/s up to 8 GiB, more than a ring through NVLink has, where the present NCCL goes
-  back to the ring: the table is held against the tree that ran.
+- Eight nodes elsewhere all-reduce 387 GB/s up to 8 GiB, more than a ring through NVLink has, where the present NCCL
+  goes back to the ring: the table is held against the tree that ran.
 - 160 rows are spoilt by their launch, and stand in no error: Open MPI binds a process to one core when two are started,
   and the log of such a run on two B200 nodes (mit-orcd/orcd-benchmarks, b200-nodes at bca7147) shows the network
   threads of all eight GPUs of a node on it. 1 MiB gathers in 585 and 262 us there. The virtual machines of Lambda and
