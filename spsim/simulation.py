@@ -6,33 +6,35 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import LayerFlops, head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
+from spsim.engine.tasks import Paces
 from spsim.engine.trace import Trace, Wait
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
+from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan
+from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.schedules import Schedule
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import all_chunks, chunks_of
-from spsim.inputs.workload import Precision, Workload, Workloads
+from spsim.inputs.stages import chunks_of
+from spsim.inputs.workload import Precision
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
-from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
+from spsim.results import folded
+from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -40,13 +42,16 @@ from spsim.results.staged import OfStages, Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
-from spsim.step.folding import fold_step
+from spsim.step.folding import Walked, fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
+from spsim.step.lockstep import Lockstep
+from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
@@ -59,14 +64,43 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
+    perturbed = perturbed_ranks(scenario.plan, scenario.perturbations, scenario.gpus_per_node)
     if scenario.plan.pp > 1:
-        return _simulate_stages(scenario, fold)
+        return _simulate_stages(scenario, fold, perturbed)
     prepared = _prepared(scenario, fold)
+    if perturbed:
+        prepared = prepared.marked(perturbed.marks)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
     amounts = amounts_of(scenario, scenario.workload, scenario.scope)
     static = static_of(scenario, prepared, chunk, numbers)
-    return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold)
+    return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
+
+
+def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
+    """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
+    is not simulated that way.
+    """
+    perturbations = scenario.perturbations
+    jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
+    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
+    windows = perturbed is not None and perturbed.windows
+    shared = scenario.network == "flows"
+    if scenario.plan.pp > 1 or windows or shared:
+        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s" if windows else "network = 'flows'"
+        raise InputError(f"perturbations: jitter with {what} is not simulated; leave one of them out")
+    prepared = _prepared(scenario, not jitters)
+    prepared = prepared.marked(perturbed.marks) if perturbed else prepared
+    costs = cost_models(scenario.hardware, scenario.workload.precision)
+    priced = partial(
+        costed_step, prepared, prepared.template.at(scenario.workload), scenario.hardware, chunk=_chunk(scenario),
+        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    step = alone = priced(costs)
+    if perturbed:
+        step = perturbed.step(step, priced((costs[0], Latencies(scenario.hardware))), prepared.segments)
+    walk, unperturbed = (Lockstep(own, prepared.ranks, prepared.segments, seeds) for own in (step, alone))
+    return walk, unperturbed
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
@@ -75,7 +109,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1:
+    if scenario.plan.pp > 1 or scenario.perturbations.changes or scenario.network == "flows":
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -110,25 +144,34 @@ def one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
     return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
-def _simulate_stages(scenario: Scenario, fold: bool) -> Result:
+def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
-    prepared = staged_step(scenario.model, plan, fold, precision_of(scenario), stages)
+    prepared = staged_step(scenario.model, plan, fold, precision_of(scenario), stages, single=is_one_sequence(scenario))
+    if perturbed:
+        prepared = prepared.marked(perturbed.marks)
     numbers = prepared.template.at(scenario.workload)
-    costed = costed_pipeline(
-        prepared, stages, numbers, scenario.hardware, plan,
-        cost_models(scenario.hardware, scenario.workload.precision),
+    costs = cost_models(scenario.hardware, scenario.workload.precision)
+    priced = partial(
+        costed_pipeline, prepared, stages, numbers, scenario.hardware, plan,
         micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
     )  # fmt: skip
+    costed = priced(costs)
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
-    if len(prepared.ranks.copies) == 1 and fold:
+    shared = _sharing(scenario, prepared, numbers, stages.kinds, perturbed)
+    unlike, of_kernels = perturbed is not None, _of_kernels(perturbed, shared)
+    if of_kernels:
+        empty = priced((costs[0], Latencies(scenario.hardware)))
+        nodes, waits, events = costed.unfolded(of_kernels, empty, shared)
+        staged = None
+    elif len(prepared.ranks.copies) == 1 and fold and shared is None:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
     else:
-        nodes, waits, events = costed.unfolded()
+        nodes, waits, events = costed.unfolded(sharing=shared)
         staged = None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
@@ -141,23 +184,13 @@ def _simulate_stages(scenario: Scenario, fold: bool) -> Result:
         numbers=numbers,
         amounts=amounts_of(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
+        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold),
+        reasons=folded.of_stages(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
-    )
-
-
-def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool) -> tuple[str, ...]:
-    if not fold:
-        return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
-    if simulated == stages:
-        return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
-    return (
-        f"{simulated} of {ranks} ranks simulated: those of a pipeline stage differ by their position on the ring",
-        "layers are not folded: ranks of a stage end their passes apart",
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
@@ -200,10 +233,15 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    precision = precision_of(scenario)
+    precision, single = precision_of(scenario), is_one_sequence(scenario)
     if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
-        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario))
-    return prepare(scenario.model, scenario.plan, fold, precision)
+        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario), single=single)
+    return prepare(scenario.model, scenario.plan, fold, precision, single=single)
+
+
+def is_one_sequence(scenario: Scenario) -> bool:
+    """Whether its programs are those of a single sequence."""
+    return bool(is_single(scenario.plan, scenario.workload.micro_batch))
 
 
 def precision_of(scenario: Scenario | Grid) -> Precision:
@@ -214,45 +252,10 @@ def precision_of(scenario: Scenario | Grid) -> Precision:
 def static_of(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
-    if scenario.scope == "layers" or plan.dp_library != "megatron":
+    if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):
         return found
     own = [prepared.template.programs[run.block] for run in chunk]
     return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
-
-
-def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str, replicas: Any = None) -> Amounts:
-    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens. Of `replicas`, or of the plan's."""
-    model, layers = scenario.model, scenario.model.layers
-    flops = layer_flops(model, workload)
-    rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
-    head = head_flops(model, workload, rows).training()
-    replicas = scenario.plan.dp if replicas is None else replicas
-    return Amounts(
-        model=replicas * (layers * flops.training() + head),
-        causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
-        executed=replicas * (_executed(scenario, flops) + head),
-        tokens=scenario.global_batch * scenario.workload.seq_len,
-    )
-
-
-def _executed(scenario: Scenario | Grid, flops: LayerFlops) -> int:
-    """FLOPs of all layers, with what is recomputed."""
-    model, plan = scenario.model, scenario.plan
-    chunks = [len(chunk.layers) for chunk in all_chunks(model, plan)] if plan.recompute_layers else [model.layers]
-    return sum(
-        count * kind.layers * flops.executed(kind.recomputed)
-        for size in chunks
-        for kind, count in layer_kinds(plan, size)
-    )
-
-
-def counted(model: Model, found: Workloads, passes: npt.NDArray[np.int64]) -> Workloads:
-    """Workloads that run so many micro-batches in all replicas, in Python's integers where 64 bits do not hold the
-    FLOPs of a step.
-    """
-    largest = Workloads(int(found.seq_len.max()), int(found.micro_batch.max()), found.precision)
-    flops = layer_flops(model, largest).training() * model.layers * int(passes.max())
-    return found if flops < 2**60 else replace(found, seq_len=found.seq_len.astype(object))
 
 
 def assemble(
@@ -265,19 +268,11 @@ def assemble(
     static: StaticMemory,
     *,
     fold: bool = True,
+    perturbed: Perturbed | None = None,
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
-    hardware = scenario.hardware
-    step = costed_step(
-        prepared,
-        numbers,
-        hardware,
-        cost_models(hardware, scenario.workload.precision),
-        chunk=chunk,
-        micro_batches=scenario.num_micro_batches,
-        gpus_per_node=scenario.gpus_per_node,
-    )
-    walked = fold_step(step) if fold else unfold_step(step)
+    shared = _sharing(scenario, prepared, numbers, (tuple(chunk),), perturbed)
+    walked = _walked(scenario, prepared, chunk, numbers, fold, _of_kernels(perturbed, shared), shared)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -298,20 +293,55 @@ def assemble(
         statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
-        reasons=tuple(filter(None, (_rank_folding(len(copies), gpus, fold), "" if fold else SWITCHED_OFF))),
+        reasons=folded.of_step(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
-SWITCHED_OFF = "layers are not folded: it was switched off"
+def _walked(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    chunk: Chunk,
+    numbers: Numbers,
+    fold: bool,
+    perturbed: Perturbed | None,
+    shared: Sharing | None,
+) -> Walked:
+    """The step as it runs."""
+    hardware = scenario.hardware
+    costs = cost_models(hardware, scenario.workload.precision)
+    priced = partial(
+        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
+        gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    step = priced(costs)
+    paces: Mapping[int, Paces] = {}
+    if perturbed:
+        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
+        paces = perturbed.all_paces(prepared.ranks.copies, prepared.segments)
+    return fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
 
 
-def _rank_folding(simulated: int, ranks: int, fold: bool) -> str:
-    if not fold:
-        return "ranks are not folded: it was switched off"
-    if simulated == ranks:
-        return "" if ranks == 1 else "ranks are not folded: each does different work"
-    differ = "all are identical" if simulated == 1 else "they differ by their position on the ring"
-    return f"{simulated} of {ranks} ranks simulated: {differ}"
+def _sharing(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    numbers: Numbers,
+    chunks: tuple[Chunk, ...],
+    perturbed: Perturbed | None,
+) -> Sharing | None:
+    """What the transfers of a step put on links, where they share them, with those that are slow."""
+    if scenario.network == "closed_form":
+        return None
+    comm = cost_models(scenario.hardware, scenario.workload.precision)[1]
+    sharing = Sharing(prepared, numbers, comm, chunks, gpus_per_node=scenario.gpus_per_node)
+    for slow, users in perturbed.slow_links if perturbed else ():
+        sharing.slow(slow, users)
+    return sharing
+
+
+def _of_kernels(perturbed: Perturbed | None, shared: Sharing | None) -> Perturbed | None:
+    """What perturbs the tasks of ranks: on a network slow links are its own."""
+    return perturbed.without_links if perturbed and shared else perturbed
 
 
 def _describe_stages(

@@ -36,6 +36,7 @@ def programs_of(own, ranks):
     return Ranks(mesh_of(parse_plan(f"ring={ranks}")), "each").programs(own)
 
 
+@pytest.mark.slow
 def test_ranks_at_once_run_as_in_the_engine():
     """Random durations, many of them 0, of ranks that begin apart."""
     rng, held = Random(5), 0

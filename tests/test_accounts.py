@@ -30,6 +30,8 @@ from spsim.results.held import held_at
 from spsim.units import GIB
 from tests.cases import random_scenarios, result
 
+pytestmark = pytest.mark.slow
+
 STAGED = result("tp=2,pp=2", hardware="dgx-h100", scope="step", layers=4, global_batch=8, seq_len=4096, hidden=2048)
 """Two stages, whose step has an optimizer."""
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from tests.cases import program, result
 
+pytestmark = pytest.mark.slow
+
 GPT = {"attention": "unfused", "dropout": 0.1}
 FLASH = {"attention": "flash", "dropout": 0.1}
 LLAMA = {"gated_mlp": True}

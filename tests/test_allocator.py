@@ -1,5 +1,6 @@
 """The caching allocator: by hand from its rules, as properties, and on the program of a traced module."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,6 +84,7 @@ def test_reserved_memory_of_a_module_holds_its_peak():
     assert trained == plain + 6 * 64 * MIB == result.peak_reserved_gib * GIB
 
 
+@pytest.mark.slow
 def test_a_split_module_reserves_its_own_share():
     with torch.device("meta"):
         layer = nn.TransformerEncoderLayer(1024, 16, 4096, norm_first=True, activation="gelu", dtype=torch.bfloat16)

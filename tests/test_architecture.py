@@ -24,13 +24,17 @@ FENCES = {
     "matplotlib": {"plots"},
     "rich": {"report", "studies", "cli"},
     "typer": {"cli"},
+    "jinja2": {"report"},
     "torch": {"pytorch", "measuring"},
     "scipy": {"measuring"},
     "pandas": {"studies", "plots", "pytorch", "measuring"},
 }
-HEAVY = ("matplotlib", "scipy", "torch")
+HEAVY = ("matplotlib", "jinja2", "scipy", "torch")
 """Never loaded with a module of the package, only by what needs them."""
-LAZY = {"results": {"plots", "export", "pandas"}, "studies": {"plots", "matplotlib", "pandas"}}
+LAZY = {
+    "results": {"plots", "export", "report", "matplotlib", "pandas"},
+    "studies": {"plots", "report", "matplotlib", "pandas"},
+}
 """What may be imported inside a function or for types only, so that `import spsim` stays light."""
 
 
@@ -72,6 +76,7 @@ def test_every_module_has_its_place() -> None:
     assert {name for name, _ in modules()} == set(ORDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
 def test_a_module_imports_only_modules_above_it(name: str, path: Path) -> None:
     for imported, at_top in names_imported(path):
@@ -93,6 +98,7 @@ def test_heavy_packages_stay_behind_their_fence(name: str, path: Path) -> None:
             assert root in LAZY.get(name, ()), f"{name} imports {root}"
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """At the top level of modules, folders or not."""
     known = {_dotted(path) for _, path in modules()}
@@ -130,6 +136,7 @@ def test_the_package_reads_as_its_architecture() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
@@ -144,6 +151,7 @@ def test_imports_are_light(module: str, absent: tuple[str, ...]) -> None:
     assert not _loaded_by(f"import spsim.{module}") & {*absent}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [

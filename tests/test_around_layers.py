@@ -267,6 +267,7 @@ def test_flops_of_a_whole_model():
 # ------------------------------------------------------------ templates
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(layers(), st.integers(1, 40), st.integers(1, 9), st.booleans(), st.booleans(), st.sampled_from(["bf16", "fp32"]))
 def test_templates_equal_compilation(layer, units, micro_batch, fused, beside, precision):

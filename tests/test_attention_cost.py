@@ -195,6 +195,7 @@ def test_the_shipped_h100_meets_its_measurements():
     assert np.percentile(errors, 90) < 0.06
 
 
+@pytest.mark.slow
 def test_half_of_the_rows_predict_the_other_half():
     """Of cuDNN forward, begun with another kernel's coefficients; the other passes alike, with more time."""
     rows = [row for row in measured_rows() if row.kernel == "cudnn" and row.name == "forward"]
@@ -394,6 +395,7 @@ def test_a_row_without_a_kernel_is_of_the_flash_kernel():
         assert sample.work.kernel == kernel
 
 
+@pytest.mark.slow
 def test_a_calibration_says_which_kernel_torch_picks():
     """And a kernel that the base does not have: begun with another's, whose facts are then assumed of it."""
     rows = [row for row in measured_rows() if row.kernel == "cudnn" and row.name == "forward"][::4]

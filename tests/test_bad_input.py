@@ -9,6 +9,8 @@ import pytest
 
 from spsim.cli import main
 
+pytestmark = pytest.mark.slow
+
 RUN = ["run", "--model", "gpt-22b", "--hardware", "dgx-a100-80gb", "--seq-len", "2048"]
 CASE = """
 hardware = "dgx-a100-80gb"

@@ -61,7 +61,7 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-pytestmark = pytest.mark.usefixtures("no_launcher")
+pytestmark = [pytest.mark.usefixtures("no_launcher"), pytest.mark.slow]
 
 
 def measured(settings):
@@ -76,6 +76,7 @@ def processes():
     return lambda: sorted(set(active_children()) - others, key=lambda process: process._identity)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_one_row_of_each_kind(tmp_path, processes):
     smallest = [f"{name} fp32 1024 bytes on 2 ranks by shared-memory" for name in catalogue.COLLECTIVES]
     beside = "gemm_beside_all_reduce fp32 33554432 bytes on 2 ranks by shared-memory"
@@ -107,6 +108,7 @@ def test_two_processes_measure_one_row_of_each_kind(tmp_path, processes):
     assert processes() == []
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_one_line_and_a_rerun_goes_on(tmp_path, processes):
     settings = prepare(tmp_path, named(FORWARD, ALL_REDUCE))
 
@@ -129,6 +131,7 @@ def test_a_process_that_is_killed_is_one_line_and_a_rerun_goes_on(tmp_path, proc
     assert ALL_REDUCE in measured(settings)
 
 
+@pytest.mark.slow
 def test_a_collective_that_hangs_ends_at_the_time_limit(tmp_path, processes):
     settings = prepare(tmp_path, named(FORWARD, ALL_REDUCE))
     settings = Settings(raw=settings.raw, quick=True, time_limit=6)
@@ -168,6 +171,7 @@ def start_rank(rank, port, *arguments):
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_launcher_measure_and_the_first_writes(tmp_path):
     (tmp_path / "p.raw").mkdir()
     settings = prepare(tmp_path / "p.raw", named(FORWARD, ALL_REDUCE))
@@ -263,6 +267,7 @@ def test_without_torch_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     assert line == 'calibrate: torch is not installed; pip install "spsim[calibrate]"'
 
 
+@pytest.mark.slow
 def test_a_torch_that_does_not_load_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open\\nshared object file')")
     path = os.pathsep.join([str(tmp_path), *sys.path])
@@ -337,6 +342,7 @@ def test_a_gpu_without_a_shipped_profile_needs_a_base():
     assert base_profile(None, "AMD EPYC", gpu=False).name == "cpu-2"
 
 
+@pytest.mark.slow
 def test_one_gpu_goes_through_its_catalogue(tmp_path, monkeypatch):
     """A device that says it is a GPU, and measurements that are made up: base, sections and facts follow from it."""
 

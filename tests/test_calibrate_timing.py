@@ -82,6 +82,7 @@ def test_percentiles_are_of_the_samples():
     assert (row.p10_us, row.time_us, row.p90_us, row.repeats) == (11, 51, 91, 101)
 
 
+@pytest.mark.slow
 def test_a_product_takes_its_time_on_the_cpu(cpu):
     """64 times the FLOPs take some 64 times as long, and as long as torch takes in a loop of our own."""
     small, large = (next(linear("fp32", size, size, size)) for size in (256, 1024))
@@ -355,6 +356,7 @@ def test_fp8_operands_have_the_contracted_dimension_innermost(cuda, row, monkeyp
     assert tuple(kernels._fp8_gemm(device, row)().shape) == (row.m, row.n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
 @pytest.mark.parametrize("dtype", ["fp8", "bf16"])
 def test_products_are_such_as_a_gpu_takes(dtype, quick):

@@ -128,6 +128,7 @@ def test_pieces_read_all_weights_and_their_rows():
     assert cut == 4 * [Gemm(256, 352, 256, 1, 2 * 256 * (256 + 352) + weights, pieces=4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traits", [TRAITS, GPT], ids=["llama", "gpt"])
 @pytest.mark.parametrize("plan", ["tp=4,sequence_parallel", "tp=2,sequence_parallel,recompute=full"])
 def test_memory_stays(plan, traits):
@@ -142,6 +143,7 @@ def test_memory_stays(plan, traits):
 # ------------------------------------------------------------ exactness
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.sampled_from(PLANS), st.booleans(), st.integers(1, 20), st.integers(1, 5), st.sampled_from(["bf16", "mxfp8"]))
 def test_a_template_equals_compilation(plan, gated, length, micro_batch, precision):
@@ -154,6 +156,7 @@ def test_a_template_equals_compilation(plan, gated, length, micro_batch, precisi
     assert_equals_program(template, workload, layer_program(case, parsed, workload))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_folded_equals_unfolded(plan):
     """Every rank meets its neighbours, chunk by chunk."""

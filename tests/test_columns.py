@@ -26,6 +26,8 @@ from spsim.step.segments import BlockPass, Call, Part, Segment
 from spsim.studies.rows import row
 from tests.cases import A100, DEGREES, H100, model
 
+pytestmark = pytest.mark.slow
+
 MANY = 12
 """Workloads of a synthetic block."""
 

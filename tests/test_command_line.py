@@ -58,6 +58,7 @@ def test_names_of_the_package():
         _ = spsim.nothing
 
 
+@pytest.mark.slow
 def test_threads_are_left_as_they_were_set():
     """What numpy is told while a command is imported does not reach what the command starts."""
     code = (
@@ -143,6 +144,7 @@ def test_names_of_compared_plans_show_their_further_options(capsys):
     assert [plan["name"] for plan in found["plans"]] == names
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_that_of_a_table(capsys, tmp_path):
     """Of presets, tables and files alike."""
     (tmp_path / "case.toml").write_text(CASE)
@@ -177,6 +179,7 @@ def test_paths_of_a_case_file_are_beside_it_too(capsys, tmp_path, monkeypatch):
     assert documents[0] == documents[1]
 
 
+@pytest.mark.slow
 def test_compare_and_explain_take_a_case_file(capsys, tmp_path):
     """The plan of the file is the first."""
     (tmp_path / "case.toml").write_text(CASE)
@@ -190,6 +193,7 @@ def test_compare_and_explain_take_a_case_file(capsys, tmp_path):
     assert json.loads((tmp_path / "out" / "explanation.json").read_text()) == alone
 
 
+@pytest.mark.slow
 def test_nodes_of_a_comparison(capsys):
     """Eight GPUs on two nodes are slower than on one, and as slow as a run says."""
     given = ["--model", "llama-3-8b", "--hardware", "dgx-h100", "--seq-len", "8K", "--nodes", "2"]
@@ -242,7 +246,7 @@ def test_a_plan_under_two_libraries_is_compared(capsys):
     ("typed", "completions"),
     [
         ("li", {"list"}),
-        ("run --see", set()),
+        ("run --see", {"--seeds"}),
         ("run --seq-le", {"--seq-len", "--seq-length"}),
         ("run --model gpt-2", {"gpt-22b"}),
         ("compare --hardware dgx-h", {"dgx-h100", "dgx-h200"}),

@@ -251,6 +251,7 @@ def cases(draw, tp=(1,), ulysses=(1,), ring=(1,)):
 DEGREES = (2, 4, 8)
 
 
+@pytest.mark.slow
 @random_shapes
 @given(cases(tp=DEGREES))
 def test_tensor_parallel(case):
@@ -261,6 +262,7 @@ def test_tensor_parallel(case):
     assert case.sent(",few_kv_heads=replicate") == (4 * one, 4 * one)
 
 
+@pytest.mark.slow
 @random_shapes
 @given(cases(tp=DEGREES))
 def test_tensor_and_sequence_parallel(case):
@@ -280,6 +282,7 @@ def test_ulysses(case):
     assert case.sent(",recompute=selective") == (one_way, 2 * one_way)
 
 
+@pytest.mark.slow
 @random_shapes
 @given(cases(ring=DEGREES), st.sampled_from(["zigzag", "contiguous"]))
 def test_ring(case, cut):
@@ -289,6 +292,7 @@ def test_ring(case, cut):
     assert case.sent(f",ring_cut={cut},ring_kind=all_gather") == expected
 
 
+@pytest.mark.slow
 @random_shapes
 @given(cases(ulysses=(2, 4), ring=(2, 4)), st.sampled_from(["p2p", "all_gather"]))
 def test_usp(case, kind):
@@ -299,6 +303,7 @@ def test_usp(case, kind):
     assert case.sent(f",ring_kind={kind}") == (first + second, first + 2 * second)
 
 
+@pytest.mark.slow
 @random_shapes
 @given(cases(tp=(2, 4), ring=(2, 4)))
 def test_tensor_and_sequence_parallel_with_ring(case):
@@ -309,6 +314,7 @@ def test_tensor_and_sequence_parallel_with_ring(case):
     assert case.sent() == (4 * one + few + ring, 4 * one + few + 2 * ring)
 
 
+@pytest.mark.slow
 @random_shapes
 @given(cases(tp=(2, 4), ulysses=(2, 4)))
 def test_tensor_and_sequence_parallel_with_ulysses(case):
@@ -370,6 +376,7 @@ ONE_RANK = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("plan", ONE_RANK)
 def test_degree_one_is_the_single_gpu(plan, recompute):

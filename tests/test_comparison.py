@@ -7,16 +7,19 @@ import sys
 from itertools import combinations
 
 import pytest
+from matplotlib.colors import to_hex
 
 import spsim
 from spsim import InputError, compare, plots
 from spsim.cli import main
 from spsim.costs.models import cost_models
+from spsim.plots.waterfall import TOTAL
 from spsim.program.instructions import Compute
 from spsim.report.comparison import comparison_lines
 from spsim.results.accounts import OTHER, PEERS, RECOMPUTATION, SLOWED, SYNC
 from spsim.results.metrics import compute_by_class
-from spsim.studies.comparison import EXPOSED, Difference, grouped
+from spsim.studies.comparison import Difference
+from spsim.studies.plan_accounts import EXPOSED, grouped
 from spsim.units import GIB, picoseconds
 from spsim.work import KERNEL_CLASSES, FlashAttention, Gemm, MemoryBound
 from tests.cases import A100, H100
@@ -291,13 +294,10 @@ def test_nodes_are_shown(capsys):
     assert "8 on 2 nodes" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
-def test_pictures_are_readable(name, monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    EVERY[name].plot_waterfalls(tmp_path / "all.png")
-    (figure,) = drawn
-    assert_readable(figure)
+def test_pictures_are_readable(name):
+    assert_readable(EVERY[name].plot_waterfalls())
 
 
 def test_bars_of_a_waterfall_lead_from_one_total_to_the_other():
@@ -306,6 +306,35 @@ def test_bars_of_a_waterfall_lead_from_one_total_to_the_other():
     (axes,) = plots.plot_waterfalls([fall], title="t", subtitle="s", columns=1).axes
     bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
     assert bars == [pytest.approx(pair) for pair in ((0, 15), (12, 15), (12, 17), (0, 17.001))]
+
+
+@pytest.mark.slow
+def test_a_waterfall_of_several_plans_leads_through_all_of_them():
+    """Each total is where the changes before it end; of many changes the largest, and all others as one."""
+    parts = ({"a": 10.0, "b": 4.0}, {"a": 7.0, "b": 5.0}, {f"c{i}": float(i) for i in range(1, 10)})
+    fall = plots.Waterfall("Time", "ms", ("A", "B", "C"), parts)
+    (axes,) = plots.plot_waterfalls([fall], title="t", subtitle="s", columns=1).axes
+    bars = [(round(bar.get_x(), 9), round(bar.get_x() + bar.get_width(), 9)) for bar in axes.patches]
+    assert bars[:4] == [(0, 14), (11, 14), (11, 12), (0, 12)]
+    assert bars[-1] == (0, 45)
+    assert len(bars) == 4 + 6 + 1
+    level = 12
+    for begin, end in bars[4:-1]:
+        assert level in (begin, end)
+        level = begin + end - level
+    assert level == 45
+
+
+def test_several_plans_are_one_waterfall():
+    """A panel for time and one for memory, whose totals are those of the plans."""
+    found = WHOLE["gpt step"]
+    time, memory = found.plot_waterfalls().axes
+    for axes, totals in (
+        (time, [account.result.step_time_s * 1e3 for account in found.accounts]),
+        (memory, [account.result.peak_memory_gib for account in found.accounts]),
+    ):
+        grey = [bar for bar in axes.patches if to_hex(bar.get_facecolor()).upper() == TOTAL]
+        assert [bar.get_x() + bar.get_width() for bar in grey] == pytest.approx(totals)
 
 
 def test_a_waterfall_with_long_names_is_readable():
@@ -323,6 +352,7 @@ def status_of(arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_json_is_one_document_whose_parts_add_up(capsys, tmp_path):
     plans = ["--plan", "tp=8", "--plan", "tp=8,sequence_parallel"]
     assert status_of([*ARGUMENTS, *plans, "--json", "--out", str(tmp_path / "out")]) == 0
@@ -413,6 +443,7 @@ def test_a_comparison_does_not_write_out_the_step():
         assert sum(account.step.values()) == account.result.trace.end_ps
 
 
+@pytest.mark.slow
 def test_neither_a_comparison_nor_an_explanation_needs_pandas():
     code = (
         "import sys, spsim\n"

@@ -13,53 +13,57 @@ import pytest
 
 import spsim
 from spsim.cli import main
+from spsim.studies.measured_cases import load_cases
 from tests.cases import published
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+USAGE = (ROOT / "docs" / "usage.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = USAGE) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-def readme_commands() -> list[str]:
-    """The spsim commands of the README; not those that install, nor those that measure for minutes."""
+def usage_commands() -> list[str]:
+    """The spsim commands of the examples; not those that install, nor those that measure for minutes."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [line.removeprefix("python -m spsim ") for line in lines if line.startswith("python -m spsim ")]
     return [command for command in commands if command.split()[0] not in ("calibrate", "verify")]
 
 
 def test_the_two_commands_stand_in_the_readme() -> None:
-    commands = [block.strip() for block in blocks("sh")]
+    commands = [block.strip() for block in blocks("sh", README)]
     assert commands[0] == "python -m pip install -e . && python -m spsim experiments/sweep.py"
     assert commands[1] == 'python -m pip install -e ".[test]" && python -m pytest'
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_readme_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", usage_commands())
+def test_example_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(shlex.split(line))
     assert stop.value.code == 0
 
 
-SIMULATED = [line for line in readme_commands() if line.split()[0] in ("run", "compare") and " --emit " not in line]
+SIMULATED = [line for line in usage_commands() if line.split()[0] in ("run", "compare") and " --emit " not in line]
 
 
 @pytest.mark.parametrize("line", SIMULATED)
-def test_what_the_readme_simulates_fits(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_examples_simulate_fits(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = shlex.split(line)
-    out = arguments.index("--out")
+    written = next(place for place, word in enumerate(arguments) if word in ("--out", "--report"))
     with pytest.raises(SystemExit):
-        main([*arguments[:out], *arguments[out + 2 :], "--json"])
+        main([*arguments[:written], *arguments[written + 2 :], "--json"])
     document = json.loads(capsys.readouterr().out)
     assert all(plan["fits"] for plan in document.get("plans", [document]))
 
 
 def test_the_first_picture_is_that_of_a_command() -> None:
     """The figures that its caption gives are those of the comparison in the README."""
-    line = next(line for line in readme_commands() if line.startswith("compare"))
+    line = next(line for line in usage_commands() if line.startswith("compare"))
     plans = [word for before, word in pairwise(shlex.split(line)) if before == "--plan"]
     model = {"preset": "gpt-22b", "attention": "flash"}
     found = spsim.compare(plans, hardware="dgx-a100-80gb", model=model, workload={"seq_len": "8K"})
@@ -73,15 +77,15 @@ def test_the_first_picture_is_that_of_a_command() -> None:
     assert round(100 * (sum(exposed[1].values()) / sum(exposed[0].values()) - 1)) == 12
 
 
-def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), {})
+    for code in (*blocks("python", README), *blocks("python")):
+        exec(compile(code, "example", "exec"), {})
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "trace.json").read_text())
 
 
-def test_readme_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_file_of_the_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, varied = blocks("toml")
     path = tmp_path / "case.toml"
     for text, name in (
@@ -95,20 +99,34 @@ def test_readme_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (document["model"], document["plan"]["recompute"], document["fits"]) == (name, "selective", True)
 
 
-def test_readme_errors_are_the_current_ones() -> None:
+def test_errors_in_the_examples_are_the_current_ones() -> None:
     families = published().families
     for family in ("kort22_t4", "fuser"):
         found = families[family]
         figures = f"| {found.n} | {found.mean_abs_error_percent:.1f} % | {found.max_abs_error_percent:.1f} % |"
-        assert figures in README
+        assert figures in USAGE
     for words, name in (
         ("the same, Table 5", "kort22_t5"), ("SimuMax", "simumax"), ("Megatron-Bridge", "bridge_dense"),
     ):  # fmt: skip
-        (row,) = (line for line in README.splitlines() if line.startswith("| ") and words in line)
+        (row,) = (line for line in USAGE.splitlines() if line.startswith("| ") and words in line)
         shown = [float(figure) for figure in re.findall(r"([\d.]+) %", row)]
         found = families[name]
         assert shown == pytest.approx([found.mean_abs_error_percent, found.max_abs_error_percent], rel=0.1)
         assert f"| {found.n} |" in row
+
+
+def test_errors_in_the_readme_are_the_current_ones() -> None:
+    found = published()
+    on_h100 = {case.case_id for case in load_cases() if case.hardware == "dgx-h100"}
+    h100 = [
+        abs(case.error_percent)
+        for case in found.cases
+        if case.family in ("dgxc", "mlperf") and case.case_id in on_h100 and case.error_percent and not case.fitted
+    ]
+    shown = [float(figure) for figure in re.findall(r"within ([\d.]+) %", README)]
+    expected = [found.families[name].mean_abs_error_percent for name in ("kort22_t4", "kort22_t5")]
+    assert shown[:2] == pytest.approx(expected, abs=0.06)
+    assert shown[2] == pytest.approx(sum(h100) / len(h100), abs=0.06)
 
 
 def test_links_of_the_readme_exist() -> None:
@@ -116,12 +134,12 @@ def test_links_of_the_readme_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_the_answer_of_the_readme_is_what_compare_says(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = shlex.split(next(line for line in readme_commands() if line.startswith("compare")))
+def test_the_answer_of_the_examples_is_what_compare_says(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = shlex.split(next(line for line in usage_commands() if line.startswith("compare")))
     with pytest.raises(SystemExit):
         main([*arguments[: arguments.index("--out")], "--json"])
     sentence = json.loads(capsys.readouterr().out)["words"][0]
-    assert sentence.partition("against it")[0] in " ".join(README.split())
+    assert sentence.partition("against it")[0] in " ".join(USAGE.split())
 
 
 def test_what_a_result_says_of_its_trust_is_documented() -> None:
@@ -170,20 +188,49 @@ def assert_shown(shown: str, printed: str) -> None:
         end = found.end()
 
 
+BLOCK = re.compile(r"(?:^`(\S+)`:\n\n)?^```(\w+)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+"""A block of code, and the file that it is to be, if the line before names one."""
+
+
+def follow(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Write the files of a page, run its commands in order, and look for what it shows of each."""
+    printed = ""
+    for name, language, text in BLOCK.findall(page):
+        if name:
+            Path(name).write_text(text)
+        elif language == "sh":
+            for line in text.splitlines():
+                if "pip install" not in line:
+                    run_line(line)
+            printed = words(capsys.readouterr().out)
+        elif language == "text":
+            assert_shown(text, printed)
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.partition("\n")[0])
 def test_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)```", task, flags=re.DOTALL | re.MULTILINE):
-        Path(name).write_text(text)
-    (lines,) = re.findall(r"```sh\n(.*?)```", task, flags=re.DOTALL)
-    for line in lines.splitlines():
-        run_line(line)
-    (shown,) = re.findall(r"```text\n(.*?)```", task, flags=re.DOTALL)
-    assert_shown(shown, words(capsys.readouterr().out))
+    assert {"sh", "text"} <= {language for _, language, _ in BLOCK.findall(task)}
+    follow(task, capsys)
 
 
-def test_there_are_thirteen_tasks() -> None:
-    assert len(TASKS) == 13
+PAGES = [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "hardware.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    follow(path.read_text(), capsys)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, path
+
+
+def test_there_are_fourteen_tasks() -> None:
+    assert len(TASKS) == 14
 
 
 EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def build(" in path.read_text()]
@@ -210,7 +257,7 @@ def test_the_first_command_answers_as_the_readme_says(tmp_path: Path, capsys: py
 
     with pytest.raises(SystemExit):
         main([str(ROOT / "experiments" / "sweep.py"), "--out", str(tmp_path)])
-    assert_shown(blocks("text")[0], words(capsys.readouterr().out))
+    assert_shown(blocks("text", README)[0], words(capsys.readouterr().out))
     frame = pd.read_csv(tmp_path / "sweep" / "sweep.csv", keep_default_na=False)
     promised = "model hardware strategy seq_len layer_time_ms exposed_comm_ms weight_sync_ms peak_memory_gib fits"
     assert set(promised.split()) <= set(frame.columns)

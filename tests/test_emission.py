@@ -96,6 +96,7 @@ def canonical(scenario):
     return scenario.model, found, sizes, scenario.global_batch, scenario.gpus_per_node, scenario.scope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", NAMES)
 def test_a_round_trip_gives_the_same_scenario(library, tmp_path):
     """200 random plans each, all of what the library can say."""
@@ -256,6 +257,7 @@ def test_the_emission_is_no_result(capsys):
     assert "--emit prints a configuration, not a result" in err
 
 
+@pytest.mark.slow
 def test_a_launch_file_is_compared_with_another_plan(capsys):
     script = str(FILES / "train_gpt_175b.slurm")
     plan = "TP8 × PP8 × DP2"

@@ -272,6 +272,7 @@ def test_a_peer_that_never_comes_is_a_deadlock():
 # ------------------------------------------------------------ the oracle
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS)
 def test_engine_equals_the_replay(programs, slowdown):
@@ -279,6 +280,7 @@ def test_engine_equals_the_replay(programs, slowdown):
     assert times(programs, slowdown) == Replay(programs, slowdown).times()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS, st.data())
 def test_durations_and_starts_equal_the_replay(programs, slowdown, data):
@@ -302,6 +304,7 @@ def later(start, by):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS, st.data(), st.integers(1, 1000))
 def test_a_later_start_shifts_everything(programs, slowdown, data, by):
@@ -326,6 +329,7 @@ def changed(programs, change):
     return {rank: [change(rank, task) for task in tasks] for rank, tasks in programs.items()}
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(slowdowns=st.just(0.0)), st.data())
 def test_a_shorter_task_delays_nothing(programs, data):
@@ -341,6 +345,7 @@ def test_a_shorter_task_delays_nothing(programs, data):
     assert all(after[key][2] <= before[key][2] for key in before)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(slowdowns=st.just(0.0)))
 def test_another_lane_delays_nothing(programs):
@@ -354,6 +359,7 @@ def test_another_lane_delays_nothing(programs):
     assert all(after[key][2] <= before[key][2] for key in before)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS)
 def test_the_order_in_which_ranks_are_given_does_not_matter(programs, slowdown):
@@ -362,6 +368,7 @@ def test_the_order_in_which_ranks_are_given_does_not_matter(programs, slowdown):
     assert times(turned, slowdown) == times(programs, slowdown)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS)
 def test_a_lane_apart_changes_nothing(programs, slowdown):
@@ -401,6 +408,7 @@ def left(tasks, found, rank, start):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(random_programs(), SLOWDOWNS, st.data(), st.integers(1, 11))
 def test_two_halves_one_after_the_other_are_the_whole(programs, slowdown, data, cut):
@@ -422,6 +430,7 @@ print(hashlib.sha256(repr((list(trace.spans), list(trace.memory))).encode()).hex
 """
 
 
+@pytest.mark.slow
 def test_same_input_same_bytes_in_two_processes():
     """Spans and memory changes, in their order, are equal in processes with different hash seeds."""
     found = [

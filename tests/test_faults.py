@@ -16,7 +16,7 @@ import pytest
 
 import spsim
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 EXPERIMENT = """
 import spsim
 

@@ -15,6 +15,8 @@ from spsim.program.instructions import Compute
 from spsim.work import FlashAttention
 from tests.cases import H100, program, random_scenarios, result
 
+pytestmark = pytest.mark.slow
+
 UNFUSED = {"attention": "unfused", "dropout": 0.1}
 GQA = {"gated_mlp": True, "ffn_hidden": 704, "kv_heads": 2}
 
@@ -115,7 +117,7 @@ def random_runs(draw):
     return run
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(random_runs())
 def test_folded_layers_equal_unfolded_ones(run):
     """Spans, memory and document of random plans, layers and micro-batches; the peak is the largest sum."""

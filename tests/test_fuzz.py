@@ -30,7 +30,7 @@ from tests.test_calibration_fit import H100, measurements
 from tests.test_huggingface import FAMILIES
 from tests.test_kineto import gpu_rank
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 EXAMPLES = settings.get_profile("fuzz")
 DEAR = settings(EXAMPLES, max_examples=-(-EXAMPLES.max_examples // 20))
 """For inputs that take a second each."""

@@ -11,6 +11,8 @@ import pytest
 
 from spsim.cli import main
 
+pytestmark = pytest.mark.slow
+
 LINE = "interrupted; finished rows are kept, run again to go on\n"
 SWEEP = str(Path(__file__).parent.parent / "experiments" / "sweep.py")
 

@@ -11,6 +11,8 @@ from spsim.results.metrics import exposed_communication
 from spsim.units import PS_PER_S
 from tests.cases import random_scenarios, result
 
+pytestmark = pytest.mark.slow
+
 LAYERS, MICRO_BATCHES = 2, 2
 
 

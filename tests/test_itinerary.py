@@ -21,6 +21,8 @@ from spsim.step.itinerary import Loop, Visit, segments_of
 from spsim.step.segments import Call, Segment
 from spsim.step.unfolded import unfold_step
 
+pytestmark = pytest.mark.slow
+
 RANKS = (0, 1)
 
 

@@ -38,6 +38,7 @@ def run(tmp_path, capsys, name, text, *options):
     return stop.value.code, captured.err.strip().rpartition("\n")[2], captured.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -159,6 +160,7 @@ def test_what_a_file_leaves_open_is_asked_and_can_be_given(name, text, words, an
     assert json.loads(out)["step_time_s"] > 0
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_read(tmp_path):
     """Whatever is taken out, put in or swapped: a launch, or one line."""
     source = random.Random(2)

@@ -161,6 +161,7 @@ def experts_at(seq_len, micro_batch, experts, chosen):
     return compiled(routed(Block(sizes, 2)), MAIN, MANY, named=EXPERTS)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 3000), st.integers(1, 9), st.sampled_from([(384, 8), (64, 6), (8, 2), (24, 5), (160, 6)]))
 def test_fractions_of_tokens(x, b, routing):
@@ -524,6 +525,7 @@ def test_experts_fold():
     assert set(folded.spans[folded.spans["collective"] == "all_to_all"]["lane"]) == {"dp"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     ["dp=2,ring=4", "dp=2,ring=8", "dp=2,ulysses=2,recompute=selective", "dp=2,tp=2,sequence_parallel,recompute=full"],

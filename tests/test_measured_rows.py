@@ -12,6 +12,8 @@ from spsim.measuring.calibrate.product_fit import fit_gemm
 from spsim.measuring.calibrate.records import read_measurements
 from spsim.measuring.calibrate.samples import Batch, gemm_samples
 
+pytestmark = pytest.mark.slow
+
 H100 = load_profile("dgx-h100")
 DATA = data_directory()
 ROWS = read_measurements(DATA / "dgx-h100.csv")

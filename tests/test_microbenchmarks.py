@@ -111,6 +111,7 @@ def test_bad_files_are_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes(tmp_path):
     path = file(tmp_path, "m,n,k,time_us\n4096,4096,4096,210\n1,4096,4096,16.6\n")
     command = [sys.executable, "-m", "spsim", "kernels", str(path), "--hardware", H100]

@@ -15,6 +15,8 @@ from spsim.costs.kernels import ComputeCost
 from spsim.errors import InputError
 from spsim.work import MemoryBound
 
+pytestmark = pytest.mark.slow
+
 H100 = "dgx-h100"
 MEASURED = Path(__file__).parents[1] / "experiments" / "data" / "h100_models.csv"
 SHAPES = {

@@ -11,6 +11,8 @@ from spsim.engine.network import Transfer
 from spsim.engine.tasks import DeadlockError, Hold, Start, Task
 from tests.replay import SLOWDOWNS, Replay, exchange, meeting, random_programs, random_starts, times
 
+pytestmark = pytest.mark.slow
+
 
 class SharedLink:
     """One link for all transfers: an equal part for each that is active, shared anew when one begins or ends."""

@@ -15,6 +15,8 @@ from spsim.program.sizes import Template, every_workload
 from tests.cases import model, result
 from tests.test_folding import assert_equal
 
+pytestmark = pytest.mark.slow
+
 STATE = ("activation", "mask", "norm statistics", "log-sum-exp")
 
 

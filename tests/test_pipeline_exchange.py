@@ -28,6 +28,7 @@ def recorded() -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded_as", sorted({row["recorded_as"] for row in recorded()}))
 def test_ranks_post_and_wait_as_recorded(recorded_as: str) -> None:
     """Every rank of 344 runs: the messages of each call, and where they are posted and waited for between passes."""
@@ -94,6 +95,7 @@ def runs(draw: st.DrawFn) -> tuple[str, int, int, int, int, Exchange]:
     return schedule, stages, chunks, micro_batches, group, draw(st.sampled_from(TORCH))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(runs())
 def test_what_a_pass_needs_has_arrived_and_each_message_is_posted_once_a_side(

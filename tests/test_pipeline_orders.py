@@ -98,6 +98,7 @@ def _peak(row: Row, chunks: int, until: str = "W") -> int:
     return max(map(sum, held(row, chunks, until)))
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(1, 40), st.data())
 def test_forwards_before_the_first_backward_and_peak_in_flight(p: int, v: int, m: int, data: st.DataObject) -> None:

@@ -12,6 +12,7 @@ from spsim.step.pipeline.regions import Region, alike
 from tests.test_pipeline_timing import long_runs
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(long_runs(), st.integers(0, 1 << 30))
 def test_sums_are_what_a_search_finds(run: tuple[str, int, int, int, int, Exchange], seed: int) -> None:

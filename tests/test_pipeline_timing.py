@@ -111,6 +111,7 @@ def _unit_times(
     return _times(schedule, stages, chunks, micro_batches, group, exchange, pass_ps, int(transfer * UNIT_PS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [*csv.DictReader(BUBBLES.open())], ids=lambda row: "-".join([*row.values()][1:8]))
 def test_bubbles_are_those_of_the_recorded_runs(row: dict[str, str]) -> None:
     """To the three decimals printed, with free transfers and with 0.1 of a forward; 1F1B is exactly the textbook's."""
@@ -155,6 +156,7 @@ def durations(draw: st.DrawFn, clock: Clock) -> tuple[list[int], list[int]]:
     return pass_ps, [links[lane[:2]] for lane in clock.lanes]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_folded_and_walked_are_the_same(data: st.DataObject) -> None:

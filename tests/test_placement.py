@@ -260,6 +260,7 @@ def test_sent_bytes_are_counted_on_the_algorithms(ranks):
 DEGREES = st.fixed_dictionaries({axis: st.integers(1, 3) for axis in AXES})
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(DEGREES, st.sets(st.sampled_from(AXES)))
 def test_groups_are_slices_of_the_grid(degrees, axes):

@@ -16,6 +16,8 @@ from spsim.engine.recording import COMPUTE_LANE
 from spsim.plots.figure import MARGIN, side_by_side
 from tests.cases import A100, H100
 
+pytestmark = pytest.mark.slow
+
 PLANS = {
     "tp": "tp=8",
     "tp_sp": "tp=8,sequence_parallel",

@@ -20,6 +20,8 @@ from spsim.studies.validation import Validation
 from spsim.units import GIB
 from tests.cases import published
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def validation() -> Validation:

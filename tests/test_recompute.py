@@ -31,6 +31,8 @@ from tests.test_activation_bytes import FLASH, GPT, LLAMA, SHAPES, few_shapes, r
 from tests.test_folding import assert_equal
 from tests.test_template import assert_equals_program
 
+pytestmark = pytest.mark.slow
+
 FULL, KEPT = LayerKind(("layer",)), LayerKind()
 
 

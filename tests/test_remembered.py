@@ -8,6 +8,8 @@ import pytest
 from spsim.lazy import Cache
 from tests.cases import result
 
+pytestmark = pytest.mark.slow
+
 PLANS = (
     "tp=2",
     "tp=2,pp=2",

@@ -85,6 +85,7 @@ def test_a_table_of_one_rank_is_summed_with_none():
     assert not [call for call in tied.collectives if call.axis == "embedding"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["pp=3,dp=2,distributed_optimizer", "pp=2,ring=2,ring_cut=contiguous"])
 def test_folded_steps_with_a_tied_table_equal_written_out_ones(plan):
     assert_equal(*both(staged(plan, 3, causal=True)))
@@ -214,6 +215,7 @@ def test_outputs_are_kept_once_they_are_sent(plan, kept):
     assert freed.step_ps == held.step_ps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [

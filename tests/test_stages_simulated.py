@@ -36,6 +36,8 @@ from spsim.step.unfolded_pipeline import unfold_pipeline
 from tests.cases import A100, H100, model
 from tests.test_pipeline_timing import by_hand
 
+pytestmark = pytest.mark.slow
+
 
 def staged(plan, micro_batches=4, *, hardware=H100, seq_len=256, **changes):
     """A small model's whole step under a plan."""

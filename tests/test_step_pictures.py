@@ -70,6 +70,7 @@ def test_plans_stand_side_by_side_on_one_scale():
 LONG = "tp=8,sequence_parallel,recompute=selective,ring_cut=zigzag,distributed_optimizer,dp_overlap,virtual_pp=2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("one",), ("one", "two"), (LONG, LONG + "2", "third")])
 def test_pictures_of_steps_are_readable(names):
     assert_readable(plots.plot_steps(dict(zip(names, (ONE, OTHER, ONE), strict=False))))
@@ -97,6 +98,7 @@ def rows_of(axes):
     return {look: {stage: sorted(bars) for stage, bars in rows.items()} for look, rows in found.items()}
 
 
+@pytest.mark.slow
 @each_pipe
 def test_pictures_of_pipelines_are_readable(name):
     assert_readable(plots.plot_pipeline(PIPES[name]))
@@ -161,6 +163,7 @@ def test_a_step_without_stages_has_no_such_picture():
         plots.plot_pipeline(OTHER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "drawn"), [("tp=2,pp=2", {"pipeline.png", "step.png"}), ("tp=2", {"step.png"})])
 def test_run_writes_the_pictures_of_the_step(plan, drawn, tmp_path, capsys):
     """And tells of the stages where there are some."""
@@ -168,7 +171,7 @@ def test_run_writes_the_pictures_of_the_step(plan, drawn, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", *arguments, "--plan", plan, "--out", str(tmp_path)])
     assert stop.value.code == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == drawn | {"memory.png", "timeline.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == drawn | {"mapping.png", "memory.png", "timeline.png"}
     printed = capsys.readouterr().out
     assert "From ideal FLOPs to the step" in printed
     assert ("Peak of memory by stage" in printed) == ("pipeline.png" in drawn)

@@ -23,6 +23,8 @@ from spsim.units import picoseconds
 from spsim.work import MemoryBound
 from tests.cases import A100, H100, random_plans, scenario
 
+pytestmark = pytest.mark.slow
+
 HUGE = Workload(seq_len=2**30, micro_batch=2**20)
 
 

@@ -28,6 +28,8 @@ from spsim.measuring.verify.ranks import StartedRanks
 from spsim.measuring.verify.records import Job
 from spsim.pytorch.layers import HostTime, collectives
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch")
 
 CPU = load_profile("cpu-2")

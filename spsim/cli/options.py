@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -63,6 +63,9 @@ NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to sprea
 ScopeOption = Annotated[
     str | None, typer.Option("--scope", help="step, the whole training step, or layers, those of one stage alone.")
 ]
+NetworkOption = Annotated[
+    str | None, typer.Option("--network", help="closed_form, transfers alone on their links, or flows that share.")
+]
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8, fp8_delayed, mxfp8, fp8_blockwise or nvfp4.")
 ]
@@ -82,6 +85,16 @@ FromOption = Annotated[
     ),
 ]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE.html", help="One page for a browser, which needs no network: charts and tables."
+    ),
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
+]
+EmitOption = Annotated[
+    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
+    typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
 ]

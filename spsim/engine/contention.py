@@ -6,6 +6,7 @@ Rates are millionths of the rate of kernels that are alone, so that all is integ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 PPM = 10**6
 
@@ -42,6 +43,20 @@ def in_turn(holds: Iterable[Held]) -> list[Held]:
     return found
 
 
+def together(holds: Sequence[Held], paces: Sequence[Held]) -> list[Held]:
+    """Holds, and the paces of a rank that is slow by itself for some time: both lose their share."""
+    edges = sorted({time for begin, end, _ in (*holds, *paces) for time in (begin, end)})
+    found: list[Held] = []
+    for begin, end in pairwise(edges):
+        rate = min([rate for since, until, rate in holds if since <= begin < until], default=PPM)
+        for since, until, pace in paces:
+            if since <= begin < until:
+                rate = rate * pace // PPM
+        if rate != PPM:
+            found.append((begin, end, rate))
+    return found
+
+
 def work_through(now: int, duration: int, holds: Sequence[Held]) -> int:
     """The first picosecond in which a kernel is done that begins `now`: at full rate outside holds, at theirs inside.
     Holds are in order of time, and of one rate where they overlap.
@@ -56,7 +71,7 @@ def work_through(now: int, duration: int, holds: Sequence[Held]) -> int:
             remaining -= (begin - now) * PPM
             now = begin
         if remaining <= (end - now) * rate:
-            return now - (-remaining // rate)
+            return now - (-remaining // rate) if remaining else now
         remaining -= (end - now) * rate
         now = end
     return now - (-remaining // PPM)

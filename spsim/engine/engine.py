@@ -20,22 +20,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import simpy
 
 from spsim.engine.alone import run_alone
-from spsim.engine.contention import Held, in_turn, rate_beside, work_through
+from spsim.engine.contention import Held, in_turn, rate_beside, together, work_through
 from spsim.engine.network import MakeNetwork, Network, Transfer
 from spsim.engine.recording import Moments
-from spsim.engine.tasks import DeadlockError, Durations, Key, Meeting, Need, RankProgram, Run, Start, Task
+from spsim.engine.tasks import DeadlockError, Durations, Key, Meeting, Need, Paces, RankProgram, Run, Start, Task
 
 
 class _Rank:
     """State of one rank: when its tasks run, as far as is known, and when communications hold the device."""
 
     __slots__ = (
-        "blocked", "communicators", "durations", "env", "holds", "open", "ordered", "program", "rate", "start",
+        "blocked", "communicators", "durations", "env", "holds", "open", "ordered", "paces", "program", "rate", "start",
         "times", "waiting",
     )  # fmt: skip
 
@@ -47,10 +48,12 @@ class _Rank:
         durations: Durations,
         start: Start,
         slowdown: float,
+        paces: Paces,
     ) -> None:
         self.env = env
         self.program = program
         self.start = start
+        self.paces = paces
         self.rate = rate_beside(slowdown)
         """Of kernels while communications are posted that have no slowdown of their own."""
         self.durations = durations
@@ -92,6 +95,12 @@ class _Rank:
             if moments[2] > time:
                 time = moments[2]
         return time
+
+    def transferred(self, run: Run, begin: int) -> int:
+        """When a communication ends that begins then and has its links alone."""
+        duration = self.durations[run.last]
+        paces = self.paces.lanes.get(run.lane)
+        return work_through(begin, duration, together((), paces)) if paces else begin + duration
 
     def settle(self, task: int, hold: Held, start: int) -> None:
         """It is known when a communication ends, and so does its hold."""
@@ -201,6 +210,8 @@ class _Simulation:
         after it. They end with one that another lane waits for, or before one that waits for what is not known.
         """
         durations = rank.durations
+        if rank.paces.kernels:
+            holds = together(holds, [pace for pace in rank.paces.kernels if pace[1] > free])
         found: dict[Need, Moments] = {}
         awaited = False
         while not awaited and index < len(runs):
@@ -231,8 +242,7 @@ class _Simulation:
                 rank.blocked.setdefault(rank.unknown(run.needs), []).append(communicator)
                 return
             rate = rank.rate if run.rate is None else run.rate
-            duration = rank.durations[run.last]
-            start, end = posted, posted + duration
+            start, end = posted, rank.transferred(run, posted)
             if run.parties > 1 or self.network is not None:
                 if communicator.posted is None:
                     communicator.posted = posted
@@ -242,7 +252,7 @@ class _Simulation:
                     return
                 end, start = max(communicator.over)
                 if self.network is None:
-                    end += duration
+                    end = rank.transferred(run, end)
                 rank.open.remove((posted, rate))
                 communicator.posted, communicator.over = None, []
             communicator.index += 1
@@ -289,6 +299,7 @@ def _over(communicators: Iterable[_Communicator], begin: int, end: int) -> None:
 
 
 _ORIGIN = Start()
+_STEADY = Paces()
 
 
 def _refuse_under_way(starts: Mapping[int, Start]) -> None:
@@ -310,15 +321,16 @@ def run(
     durations: Mapping[int, Sequence[int]] | None = None,
     starts: Mapping[int, Start] | None = None,
     network: MakeNetwork | None = None,
+    paces: Mapping[int, Paces] = MappingProxyType({}),
 ) -> dict[int, list[Moments]]:
     """Run the tasks of each rank to the end; `slowdown` is the share of their rate that kernels lose to communications
     that do not say their own.
 
     `durations` (by task, in picoseconds) and `starts` are given per rank. The times of each rank are in the order of
-    its tasks. A `network` decides when transfers end; without one a communication takes its duration from its last
-    meeting on; if its transfers share links, it raises `ValueError` where communications are under way at a start.
-    Raises `DeadlockError` when tasks wait for each other, for a peer that never comes, or for a transfer
-    that never ends.
+    its tasks. Ranks that have `paces` work at those rates. A `network` decides when transfers end; without one a
+    communication takes its duration from its last meeting on; if its transfers share links, it raises `ValueError`
+    where communications are under way at a start. Raises `DeadlockError` when tasks wait for each other, for a peer
+    that never comes, or for a transfer that never ends.
     """
     prepared = {n: own if isinstance(own, RankProgram) else RankProgram(own) for n, own in programs.items()}
     given: Mapping[int, Durations] = durations or {
@@ -328,11 +340,11 @@ def run(
     found = {
         number: run_alone(program, given[number], begins[number], slowdown)
         for number, program in prepared.items()
-        if network is None and program.alone and program.in_turn is not None
+        if network is None and program.alone and program.in_turn is not None and number not in paces
     }
     others = {number: program for number, program in prepared.items() if number not in found}
     if others:
-        found |= _run_together(others, given, begins, slowdown, network)
+        found |= _run_together(others, given, begins, slowdown, network, paces)
     return {number: found[number] for number in programs}
 
 
@@ -342,12 +354,15 @@ def _run_together(
     starts: Mapping[int, Start],
     slowdown: float,
     network: MakeNetwork | None,
+    paces: Mapping[int, Paces],
 ) -> dict[int, list[Moments]]:
     """Ranks that meet, or wait for each other for ever."""
     simulation = _Simulation(network)
     if simulation.network is not None and simulation.network.shares:
         _refuse_under_way(starts)
     for number, program in programs.items():
-        simulation.ranks[number] = _Rank(simulation.env, number, program, durations[number], starts[number], slowdown)
+        simulation.ranks[number] = _Rank(
+            simulation.env, number, program, durations[number], starts[number], slowdown, paces.get(number, _STEADY)
+        )
     simulation.run()
     return {number: [rank.times[task] for task in rank.program.ids] for number, rank in simulation.ranks.items()}

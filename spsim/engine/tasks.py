@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from spsim.engine.contention import rate_beside
+from spsim.engine.contention import Held, rate_beside
 
 Need = int | str
 """A task of the same rank, or the name of something that ended before the run."""
@@ -69,6 +69,14 @@ class Start:
     def free(self, lane: str) -> int:
         """When a lane is."""
         return max(self.time, self.lanes.get(lane, self.time))
+
+
+class Paces(NamedTuple):
+    """When a rank is slower, or faster, than its durations say: rates of its work from when to when."""
+
+    kernels: Sequence[Held] = ()
+    lanes: Mapping[str, Sequence[Held]] = {}
+    """Of transfers, by lane."""
 
 
 class DeadlockError(RuntimeError):

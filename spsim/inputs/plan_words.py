@@ -14,7 +14,7 @@ from spsim.errors import InputError
 from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.words import PRECISIONS, WORKLOAD, named, plain, renamed
 
-_SHARDS = ("data_parallel_shard_degree", "dp_shard", "dp_shard_size")
+SHARDS = ("data_parallel_shard_degree", "dp_shard", "dp_shard_size")
 _COPIES = ("data_parallel_replicate_degree", "dp_replicate", "dp_replicate_size")
 """Degrees of torchtitan and Accelerate: groups that share one set of parameters, and copies of such groups."""
 
@@ -40,6 +40,7 @@ PLAN = {
     "pp_overlap": ("overlap_p2p_comm", "overlap_p2p_communication"),
     "pp_warmup_flush": ("overlap_p2p_comm_warmup_flush", "overlap_p2p_communication_warmup_flush"),
     "pp_deallocate": ("deallocate_pipeline_outputs",),
+    "mesh_order": ("order", "rank_order"),
     "dp": ("data_parallel_size", "dp_size", "dp_degree", *_COPIES),
     "distributed_optimizer": ("use_distributed_optimizer",),
     "zero": ("zero_stage",),
@@ -83,6 +84,7 @@ READINGS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
         "no_shard": {"zero": 0}, "optim": {"zero": 1}, "optim_grads": {"zero": 2}, "optim_grads_params": {"zero": 3},
     },
     "fsdp_reshard_after_forward": {"default": {"zero": 3}, "always": {"zero": 3}, "never": {"zero": 2}},
+    "use_tp_pp_dp_mapping": {True: {"mesh_order": "tp-ulysses-ring-pp-dp"}, False: {}},
     "use_torch_fsdp2": _FULLY_SHARDED,
     "use_megatron_fsdp": _FULLY_SHARDED,
     "enable_cuda_graph": _GRAPHS,
@@ -90,7 +92,7 @@ READINGS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
 }  # fmt: skip
 """Option elsewhere -> its values -> options here."""
 
-_OVERLAPS = {"overlap_grad_reduce": "gradients", "overlap_param_gather": "parameters"}
+OVERLAPS = {"overlap_grad_reduce": "gradients", "overlap_param_gather": "parameters"}
 
 _SEVERAL = (
     "write sequence_parallel over tp (Megatron), ulysses=N (DeepSpeed, all-to-all) or ring=N (context parallelism)"
@@ -144,7 +146,7 @@ TEXTS = ("pp_layout",)
 """Options of a plan whose capitals and dashes say something."""
 
 _ALL_TO_ALL = ("a2a", "all_to_all", "alltoall")
-_COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
+COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
 """`cp_comm_type` of Megatron-LM, as it is spelled there and in other places."""
 ROTATES = {"allgather": "gather_permute", "alltoall": "p2p"}
 """`context_parallel_rotate_method` of torchtitan: gathers K and V, or hands them round with a permuting all-to-all."""
@@ -152,13 +154,13 @@ _ROTATED = {"ring_gradients": "fp32", "ring_messages": "concatenated"}
 """What torch's context parallelism does either way."""
 _TRANSLATED = {*PRECISIONS, *_ALL_TO_ALL, "allgather", *SCHEDULES} - {"1f1b", "gpipe", "dualpipev"}
 """Values that are called otherwise here."""
-_FURTHER = ("cp_comm_type", "context_parallel_rotate_method", *READINGS, *_SHARDS, *_OVERLAPS)
+_FURTHER = ("cp_comm_type", "context_parallel_rotate_method", *READINGS, *SHARDS, *OVERLAPS)
 
 
 def elsewhere(option: str) -> tuple[str, ...]:
     """What others call an option, or call what has to do with it."""
     read = [word for word, values in READINGS.items() if any(option in given for given in values.values())]
-    further = {"ring": ("cp", *PLAN["cp"]), "dp_overlap": (*_OVERLAPS,), "shard_group": _SHARDS}
+    further = {"ring": ("cp", *PLAN["cp"]), "dp_overlap": (*OVERLAPS,), "shard_group": SHARDS}
     return (*PLAN.get(option, ()), *further.get(option, ()), *read)
 
 
@@ -182,6 +184,8 @@ def plan_options(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
 def _is_own(name: str, value: Any) -> bool:
     if name == "library":
         return value in LIBRARIES if isinstance(value, str) else True
+    if name == "mesh_order":
+        return not isinstance(value, str) or value == _order(value)
     if isinstance(value, str):
         return name in TEXTS or (plain(value) == value and value not in _TRANSLATED)
     return isinstance(value, bool) if name == "sequence_parallel" else not isinstance(value, list)
@@ -191,12 +195,20 @@ def _value(name: str, value: Any) -> Any:
     """As options here have it: texts in small letters, lists joined."""
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return "+".join(map(plain, value))
+    if name == "mesh_order" and isinstance(value, str):
+        return _order(value)
     if not isinstance(value, str) or name in TEXTS:
         return value
     if name == "library":
         return named(value, LIBRARIES, "plan: library") or value
     word = plain(value).removeprefix("torch.")
     return PRECISIONS.get(word, word) if name in ("grad_dtype", "moment_dtype") else word
+
+
+def _order(value: str) -> str:
+    """Megatron's cp is ulysses and ring; experts are no axis of a plan."""
+    words = [word for word in value.lower().replace("_", "-").split("-") if word != "ep"]
+    return "-".join(words).replace("cp", "ulysses-ring")
 
 
 def _read(options: dict[str, Any]) -> dict[str, Any]:
@@ -213,21 +225,28 @@ def _read(options: dict[str, Any]) -> dict[str, Any]:
 
 def _overlapped(options: dict[str, Any]) -> dict[str, Any]:
     """Megatron's two switches, which are one option."""
-    switches = {part: options.pop(word, False) for word, part in _OVERLAPS.items()}
+    switches = {part: options.pop(word, False) for word, part in OVERLAPS.items()}
     chosen = [part for part, on in switches.items() if on is True]
     return _with(options, "dp_overlap", chosen[0] if len(chosen) == 1 else True) if chosen else options
 
 
 def _sharded(options: dict[str, Any], *, copies: bool) -> dict[str, Any]:
     """torchtitan's degrees: replicas are copies of groups that share one set of parameters (fully_shard)."""
-    given = [(word, options.pop(word)) for word in _SHARDS if word in options]
+    given = [(word, options.pop(word)) for word in SHARDS if word in options]
     for word, shards in given:
         counted = isinstance(shards, int) and not isinstance(shards, bool) and shards > 0
         if not counted or len(given) > 1 or ("dp" in options and not copies):
             raise InputError(f"plan: {word} = {shards!r}: {_SHARDED}, and shard_group=M for groups of M")
         if shards > 1:
             group = {"shard_group": shards} if options.get("dp", 1) != 1 else {}
-            options = {"zero": 3, "dp_library": "fsdp", **options, "dp": options.get("dp", 1) * shards, **group}
+            again = options.get("pp", 1) == 1
+            options = {
+                "zero": 3 if again else 2,
+                "dp_library": "fsdp",
+                **options,
+                "dp": options.get("dp", 1) * shards,
+                **group,
+            }
     return options
 
 
@@ -253,15 +272,15 @@ def _kind(options: dict[str, Any]) -> str | None:
     comm, rotate = options.pop("cp_comm_type", None), options.pop("context_parallel_rotate_method", None)
     if options.get("ring_kind") in _ALL_TO_ALL:
         comm = options.pop("ring_kind")
-    elif options.get("ring_kind") in _COMM:
-        options["ring_kind"] = _COMM[options["ring_kind"]]
+    elif options.get("ring_kind") in COMM:
+        options["ring_kind"] = COMM[options["ring_kind"]]
     if rotate is not None:
         for name, value in _ROTATED.items():
             options.setdefault(name, value)
         return str(_chosen("context_parallel_rotate_method", rotate, ROTATES))
     if comm == "a2a+p2p":
         raise InputError("plan: cp_comm_type = 'a2a+p2p': write ulysses=N,ring=M, whose product is cp")
-    return None if comm is None else str(_chosen("cp_comm_type", comm, _COMM))
+    return None if comm is None else str(_chosen("cp_comm_type", comm, COMM))
 
 
 def _chosen(key: str, value: Any, choices: Mapping[Any, Any]) -> Any:

@@ -14,7 +14,8 @@ from spsim.inputs.quantities import Bandwidth, Fraction, NonNegative, Provenance
 from spsim.units import GB, MIB, TERA
 
 if TYPE_CHECKING:
-    from spsim.inputs.hardware import CollectiveCurve, Datasheet, HardwareProfile, Level
+    from spsim.inputs.collective_curves import CollectiveCurve
+    from spsim.inputs.hardware import Datasheet, HardwareProfile, Level
 
 REPORTED_SHARE = (0.8, 1.2)
 """Of the label: A100 report 7 % more, since theirs is in GiB."""
@@ -60,8 +61,11 @@ def check_profile(profile: HardwareProfile) -> None:
     for name, table in profile.coefficients.collectives.items():
         level = next(level for level in sheet.topology if level.name == name)
         for collective, curves in table.items():
+            where = f"collectives.{name}.{collective}"
             for curve in curves:
-                _check_curve(f"collectives.{name}.{collective}", level, collective, curve, processor=processor)
+                if where not in profile.inherited:
+                    _check_ranks(where, level, curve)
+                _check_curve(where, level, collective, curve, processor=processor)
     _check_sends(profile)
     _check_range("adapter_chunk_mib", profile.coefficients.adapter_chunk_mib, CHUNK_MIB)
     _check_range("accesses_per_ns", profile.coefficients.accesses_per_ns, ACCESSES_PER_NS)
@@ -164,9 +168,10 @@ def _numbers(table: Any, path: str) -> Iterator[tuple[str, Fraction | NonNegativ
 def _check_curve(where: str, level: Level, collective: str, curve: CollectiveCurve, *, processor: bool) -> None:
     fastest = max(bandwidth for _, bandwidth in curve.points) * GB
     least = LEAST_SHARE / 10 if processor else LEAST_LINK
-    if not least * level.bandwidth <= fastest <= 2 * level.bandwidth:
+    adapter = level.adapter_bandwidth
+    if not least * adapter <= fastest <= 2 * adapter:
         raise ValueError(
-            f"{where}: bus bandwidth {fastest / GB:g} GB/s does not fit {level.bandwidth / GB:g} GB/s of the link; "
+            f"{where}: bus bandwidth {fastest / GB:g} GB/s does not fit {adapter / GB:g} GB/s of the link; "
             "check the units"
         )
     for (size, bandwidth), (larger, other) in pairwise(curve.points):
@@ -175,8 +180,6 @@ def _check_curve(where: str, level: Level, collective: str, curve: CollectiveCur
                 f"{where}: from {size:g} to {larger:g} bytes the bus bandwidth jumps from {bandwidth:g} to "
                 f"{other:g} GB/s; check both"
             )
-    if level.gpus is not None and max(curve.ranks, curve.min_ranks) > level.gpus:
-        raise ValueError(f"{where}: ranks or min_ranks are more than the {level.gpus} GPUs of the level; correct them")
     size, bandwidth = curve.points[0]
     factor = 2 if collective == "all_reduce" else 1
     if curve.latency_us > LATENCY * factor * size / bandwidth / 1e3:
@@ -194,8 +197,13 @@ def _check_curve(where: str, level: Level, collective: str, curve: CollectiveCur
         )
 
 
+def _check_ranks(where: str, level: Level, curve: CollectiveCurve) -> None:
+    if level.gpus is not None and max(curve.ranks, curve.min_ranks) > level.gpus:
+        raise ValueError(f"{where}: ranks or min_ranks are more than the {level.gpus} GPUs of the level; correct them")
+
+
 def _check_sends(profile: HardwareProfile) -> None:
-    bandwidths = {level.name: level.bandwidth / GB for level in profile.datasheet.topology}
+    bandwidths = {level.name: level.adapter_bandwidth / GB for level in profile.datasheet.topology}
     for name, sends in profile.coefficients.sends.items():
         link, channel = sends.link_gb_per_s.value, sends.channel_gb_per_s.value
         if not LEAST_LINK * bandwidths[name] <= link <= 1.1 * bandwidths[name]:

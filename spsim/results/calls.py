@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,7 +58,7 @@ class Call:
     algorithm: str
     """Of several nodes, between them."""
     channels: int | None
-    """Of NCCL, for one send; None for other collectives, and where the profile has a curve."""
+    """Of NCCL, an SM each, for the collective or one send; None where they are not known, and of a step of another."""
     time_s: float
     """From a framework, once all ranks are there and nothing else moves; of sends in one group call the mean."""
     gb_per_s: float
@@ -84,13 +84,10 @@ def calls(result: Result) -> tuple[Call, ...]:
         timed_as = step_of or collective
         times = [message.time(costs) for message in own]
         time = times[0] if len(own) == 1 else float(np.average(times, weights=[*own.values()]))
-        found.append(
-            Call(
-                collective, axis, ranks, nodes, size, own.total(), costs.algorithm(timed_as, size, ranks, nodes),
-                costs.channels(timed_as, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
-                step_of,
-            )
-        )  # fmt: skip
+        algorithm = costs.algorithm(timed_as, size, ranks, nodes)
+        channels = None if step_of else costs.channels(timed_as, size, ranks, nodes)
+        rate = sent_bytes(collective, size, ranks) / time / GB
+        found.append(Call(collective, axis, ranks, nodes, size, own.total(), algorithm, channels, time, rate, step_of))
     return tuple(found)
 
 
@@ -124,6 +121,27 @@ def _communications(result: Result) -> Iterator[tuple[Communication, tuple[int, 
             for step in part.segment.instructions:
                 if isinstance(step, Communication):
                     yield step, (int(values[index.messages[step.id]]), int(values[template.pacing(step, index)])), runs
+
+
+def per_layer(result: Result) -> dict[str, dict[str, int]]:
+    """Number of collectives of one layer and micro-batch, by pass and kind."""
+    found: dict[str, dict[str, int]] = {"forward": {}, "backward": {}}
+    for phase, own in result.prepared.passes.items():
+        counts: Counter[str] = Counter()
+        for part in own.parts:
+            steps = (step for step in part.segment.instructions if isinstance(step, Communication))
+            for step in steps:
+                counts[step.collective] += part.runs
+        found[phase] = dict(sorted(counts.items()))
+    return found
+
+
+def sent_by_kind(collectives: Iterable[Call]) -> dict[str, int]:
+    """Bytes that one GPU sends, by kind of collective."""
+    total: Counter[str] = Counter()
+    for call in collectives:
+        total[call.collective] += call.calls * sent_bytes(call.collective, call.message_bytes, call.ranks)
+    return dict(sorted(total.items()))
 
 
 def remarks(result: Result) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import MESH_ORDER, Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.schedules import HALVED
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
@@ -46,7 +46,7 @@ def runs_apart(plan: Plan) -> bool:
     sends_behind = plan.dp_library != "megatron" or plan.dp_overlap or plan.zero_stage > 1 or plan.shard_group
     of_layers = plan.recompute_layers or plan.cpu_offload_layers
     staged = plan.pp > 1 and (plan.pp_schedule in HALVED or keeps_outputs(plan))
-    return not (sends_behind or of_layers or staged)
+    return not (sends_behind or of_layers or staged) and plan.mesh_order == MESH_ORDER
 
 
 def one_stage(model: Model, plan: Plan) -> Plan:
@@ -58,14 +58,14 @@ def one_stage(model: Model, plan: Plan) -> Plan:
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_passes(model: Model, plan: Plan, precision: Precision) -> PreparedStep:
-    """The blocks of a plan of `one_stage`, among as many ranks."""
+def prepared_passes(model: Model, plan: Plan, precision: Precision, *, single: bool) -> PreparedStep:
+    """The blocks of a plan of `one_stage`, among as many ranks; `single` as of templates."""
     alone = one_replica(plan)
-    key = (*step_key(model, alone), sequence_unit(model, alone), precision, issued_by(plan), plan.gpus)
+    key = (*step_key(model, alone), sequence_unit(model, alone), precision, single, issued_by(plan), plan.gpus)
     return _steps.get(
         key,
         lambda: PreparedStep(
-            step_template(model, alone, precision),
+            step_template(model, alone, precision, single=single),
             plan,
             programs_at(model, plan, precision),
             fold=True,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from spsim.costs.collectives import CommCost
 from spsim.inputs.plan import Plan
+from spsim.program.mesh import world_of
 from spsim.step.columns.fill import Floats, Places
 from spsim.step.columns.stages import StagedColumns
 from spsim.step.columns.step import RanPasses
 from spsim.step.costed_pipeline import boundary_position, exchange_of, nodes_between
 from spsim.step.ending import Times
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.messages import Lane
 from spsim.step.pipeline.orders import Numbers
 from spsim.step.preparation import PreparedStep
 from spsim.step.stages import Stages
@@ -34,8 +33,7 @@ class Sends(NamedTuple):
 
     def times(self, plan: Plan) -> Numbers:
         """Picoseconds of a message of each different workload, within a node and between two."""
-        stride = plan.gpus // plan.pp
-        nodes = {*nodes_between(plan.pp, stride, self.gpus_per_node).values()}
+        nodes = {*nodes_between(world_of(plan), self.gpus_per_node).values()}
         found = np.zeros((2, self.numbers.shape[1]), np.int64)
         for row, message in enumerate(self.numbers[boundary_position(self.prepared)].tolist()):
             for number in nodes:
@@ -59,16 +57,9 @@ def staged_columns(
         Clock(plan.pp_schedule, plan.pp, plan.virtual_pp, number, plan.pp_group, exchange)
         for number in micro_batches.tolist()
     ]
-    times, stride = sends.times(plan), plan.gpus // plan.pp
+    times, nodes = sends.times(plan), nodes_between(world_of(plan), sends.gpus_per_node)
     message_ps = [
-        times[_nodes_of_lanes(clock.lanes, plan.pp, stride, sends.gpus_per_node), column]
+        times[[nodes[sender, receiver] - 1 for sender, receiver, _ in clock.lanes], column]
         for clock, column in zip(clocks, columns.tolist(), strict=True)
     ]
     return StagedColumns(ran, columns, stages, clocks, message_ps, micro_batches, closings, statics)
-
-
-@lru_cache(maxsize=256)
-def _nodes_of_lanes(lanes: tuple[Lane, ...], pp: int, stride: int, gpus_per_node: int) -> Numbers:
-    """For each lane 0 within a node, 1 between two."""
-    nodes = nodes_between(pp, stride, gpus_per_node)
-    return np.array([nodes[sender, receiver] - 1 for sender, receiver, _ in lanes], dtype=np.int64)

@@ -33,6 +33,7 @@ from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
 from spsim.step.lanes import IDLE, Busy, State, end_alone, record, start
 from spsim.step.levels import Level, Levels
+from spsim.step.meeting import meeting
 from spsim.step.segments import Segment
 
 
@@ -52,6 +53,8 @@ class Step:
     """Segments that are prepared for all ranks at once."""
     rows: Rows | None = None
     """The itinerary, where what is known of it whatever the numbers is kept."""
+    apart: bool = False
+    """Whether ranks that do not meet in an item of the itinerary may come to its end far apart, as slow ranks do."""
 
 
 class Walked(NamedTuple):
@@ -74,7 +77,7 @@ def fold_step(step: Step) -> Walked:
     walk = _Walk(step, rows.segments)
     times = walk.times(rows)
     if times is None:
-        nodes = walk.items(step.itinerary)
+        nodes = walk.apart(step.itinerary) if step.apart else walk.items(step.itinerary)
         return Walked(nodes, walk.events, walk.overlapping)
     summary = Summary(times[0], lambda: rows.levels.of(walk.ran, step.sizes)[0][0])
     return Walked(Deferred(partial(walk.row, step.itinerary)), walk.events + rows.tail_tasks, False, summary)
@@ -190,7 +193,7 @@ class _Walk:
         self.first_task = 0
         self.layers = self.micro_batches = 0
         """What the loops around the current visit add to its own."""
-        self.known: dict[tuple[str, State], tuple[Recording, State]] = {}
+        self.known: dict[tuple[str, Sequence[int], State], tuple[Recording, State]] = {}
         self.drifted = False
         self.ran = self._run_side_by_side(segments) if len(self.ranks) == 1 else {}
         """Of segments that begin with all lanes free."""
@@ -206,6 +209,18 @@ class _Walk:
         nodes: list[Node] = []
         for item in items:
             nodes += [self._visit(item)] if isinstance(item, Visit) else self._loop(item)
+        return nodes
+
+    def apart(self, items: Sequence[Item]) -> list[Node]:
+        """The nodes of some items; passes are walked by those who meet in them, whatever others do meanwhile."""
+        every, nodes = self.ranks, list[Node]()
+        for item in items:
+            segments = [*segments_of([item])]
+            passes = all(segment.phase in ("forward", "backward") for segment in segments)
+            for own in meeting(self.step.programs[segment.name] for segment in segments) if passes else [[*every]]:
+                self.ranks = {rank: every[rank] for rank in own}
+                nodes += self.items([item])
+        self.ranks = every
         return nodes
 
     def alone(self, items: Sequence[Item]) -> Alone:
@@ -246,12 +261,13 @@ class _Walk:
 
     def _visit(self, visit: Visit) -> Stretch:
         segment = visit.segment
-        numbers = self.step.programs[segment.name]
+        numbers = tuple([number for number in self.step.programs[segment.name] if number in self.ranks])
         ranks = [self.ranks[number] for number in numbers]
         shift, state = self._state(ranks)
-        found = self.known.get((segment.name, state))
+        key = segment.name, numbers, state
+        found = self.known.get(key)
         if found is None:
-            found = self.known[segment.name, state] = self._run(segment, state)
+            found = self.known[key] = self._run(segment, numbers, state)
         recording, left = found
         for rank, (time, busy) in zip(ranks, left, strict=True):
             rank.time, rank.busy = shift + time, busy
@@ -267,13 +283,13 @@ class _Walk:
             drops=visit.drops,
         )
 
-    def _run(self, segment: Segment, state: State) -> tuple[Recording, State]:
-        programs = self.step.programs[segment.name]
+    def _run(self, segment: Segment, ranks: Sequence[int], state: State) -> tuple[Recording, State]:
+        programs = {rank: self.step.programs[segment.name][rank] for rank in ranks}
         known = self.ran.get(segment.name) if state == CLEAN else None
         if known is not None:
             (rank,) = programs
             return record(segment, {rank: known}, self.step.sizes[segment.name], state)
-        moments: Mapping[int, Ran] = self._run_abreast(segment, state) or run(
+        moments: Mapping[int, Ran] = self._run_abreast(segment, ranks, state) or run(
             programs,
             slowdown=self.step.slowdown,
             durations=self.step.durations[segment.name],
@@ -282,10 +298,11 @@ class _Walk:
         self.events += sum(map(len, moments.values()))
         return record(segment, moments, self.step.sizes[segment.name], state)
 
-    def _run_abreast(self, segment: Segment, state: State) -> Mapping[int, Ran] | None:
+    def _run_abreast(self, segment: Segment, ranks: Sequence[int], state: State) -> Mapping[int, Ran] | None:
         """All ranks at once, where that is covered and nothing is under way."""
         abreast = self.step.abreast.get(segment.name)
-        if abreast is None or any(busy is not IDLE for _, busy in state):
+        some = len(ranks) < len(self.step.programs[segment.name])
+        if abreast is None or some or any(busy is not IDLE for _, busy in state):
             return None
         return abreast.run(self.step.durations[segment.name], [time for time, _ in state], self.step.slowdown)
 

@@ -7,8 +7,9 @@ itinerary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from spsim.program.instructions import LAYER, Communication, Compute, HostCopy
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
 from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
-from spsim.step.abreast import Abreast
+from spsim.step.abreast import FEWEST, Abreast
 from spsim.step.closing import Closing, StageClosings, Update, closings
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
@@ -38,7 +39,7 @@ from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
 from spsim.step.issue import block_passes, halved_passes
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, accumulation
-from spsim.step.ranks import Groups, Ranks, groups_of
+from spsim.step.ranks import Groups, Marks, Ranks, groups_of
 from spsim.step.segments import BlockPass, Segment
 from spsim.step.slots import runs_of, slots_in_graphs
 from spsim.step.stages import Passes
@@ -117,6 +118,19 @@ class PreparedStep:
         """About the memory that it takes, and will take once it has been simulated."""
         return KIB * sum(len(segment.tasks) for segment in self.segments) * (24 + self.ranks.number) // 4
 
+    def marked(self, marks: Marks) -> Self:
+        """The same where some ranks are unlike others, if there are any."""
+        if not marks:
+            return self
+        found = copy(self)
+        calls = (call for segment in self.segments for call in segment.calls.values() if call.exchange)
+        found.ranks = replace(
+            self.ranks, marks=marks, exchanging=frozenset(axis for call in calls for axis in call.axes)
+        )
+        for name in ("programs", "abreast", "columns", "_slots"):
+            found.__dict__.pop(name, None)
+        return found
+
     @lazy
     def programs(self) -> dict[str, Mapping[int, RankProgram]]:
         """Segment -> simulated rank -> its tasks."""
@@ -125,7 +139,7 @@ class PreparedStep:
     @lazy
     def abreast(self) -> dict[str, Abreast]:
         """Segments prepared for all ranks at once, where they are folded."""
-        if self.ranks.simulated != "positions":
+        if self.ranks.simulated == "each" or self.ranks.number < FEWEST:
             return {}
         return {segment.name: Abreast(segment, self.programs[segment.name]) for segment in self.segments}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import product
+from math import prod
+from typing import Literal, NamedTuple
 
 from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.lazy import lazy
@@ -16,45 +18,110 @@ Communicator = tuple[object, ...]
 """Axes and ranks."""
 
 
+Marks = tuple[tuple[int, Hashable], ...]
+"""Ranks, each with what makes it unlike others."""
+
+
+class _Places(NamedTuple):
+    """Places on an axis, and which of them are simulated."""
+
+    degree: int
+    told: Mapping[int, int]
+    """Place that bears marks, or that meets its neighbours -> the one that is simulated for it."""
+    rest: int | None
+    """The one for all others, if there are any."""
+
+    @property
+    def simulated(self) -> list[int]:
+        """In order."""
+        return sorted({*self.told.values(), *([] if self.rest is None else [self.rest])})
+
+    def of(self, place: int) -> int:
+        """The one that is simulated for a place."""
+        return self.told.get(place, self.rest or 0)
+
+    def alike(self, stride: int) -> dict[int, list[int]]:
+        """Of each that is simulated those that it stands for, as distances of ranks."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for place in range(self.degree):
+            found[self.of(place) * stride].append(place * stride)
+        return found
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of a mesh of which some are simulated: all, one for all, or one for each position on the ring."""
+    """Ranks of a mesh of which some are simulated: all, one for all, or one for each position on the ring.
+
+    Where ranks are marked, one for all that stand alike towards them: places on an axis whose ranks bear the same
+    marks may change places, and nobody would know, unless they meet their neighbours there.
+    """
 
     mesh: Mesh
     simulated: Literal["each", "one", "positions"]
+    marks: Marks = ()
+    exchanging: frozenset[Axis] = frozenset({"ring"})
+    """Axes on which ranks meet their neighbours."""
 
     @lazy
     def copies(self) -> Mapping[int, Sequence[int]]:
         """Simulated rank -> the ranks that it stands for, itself included."""
-        ranks = range(self.mesh.ranks)
-        if self.simulated == "one":
+        ranks = self.mesh.numbers
+        if self.number == 1:
             return {0: ranks}
-        if self.simulated == "each":
+        if self.number == len(ranks):
             return {rank: range(rank, rank + 1) for rank in ranks}
-        found: dict[int, list[int]] = defaultdict(list)
-        for rank in ranks:
-            found[self.mesh.coordinate(rank, "ring")].append(rank)
-        return {copies[0]: tuple(copies) for copies in found.values()}
+        axes = self.mesh.axes
+        alike = [self._places[axis].alike(self.mesh.strides[axis]) for axis in axes]
+        return {
+            sum(own for own, _ in places): [*map(sum, product(*(others for _, others in places)))]
+            for places in product(*(found.items() for found in alike))
+        }
 
     def copies_on(self, stages: int) -> Mapping[int, Sequence[int]]:
-        """The same on so many stages of a pipeline, whose ranks follow each other."""
+        """The same on so many stages of a pipeline."""
         if stages not in self._on_stages:
-            firsts = range(0, stages * self.mesh.ranks, self.mesh.ranks)
             self._on_stages[stages] = {
-                first + rank: [first + copy for copy in copies]
-                for first in firsts
+                self.on_stage(stage, rank): [self.on_stage(stage, copy) for copy in copies]
+                for stage in range(stages)
                 for rank, copies in self.copies.items()
             }
         return self._on_stages[stages]
+
+    def on_stage(self, stage: int, rank: int) -> int:
+        """The number, among the ranks of all stages, of the one that is on a stage what `rank` is on the first."""
+        return stage * self.mesh.strides["pp"] + rank
 
     @lazy
     def _on_stages(self) -> dict[int, Mapping[int, Sequence[int]]]:
         return {}
 
-    @property
+    @lazy
+    def _places(self) -> Mapping[Axis, _Places]:
+        return {axis: self._places_on(axis) for axis in self.mesh.axes}
+
+    def _places_on(self, axis: Axis) -> _Places:
+        degree, stride = self.mesh.degree(axis), self.mesh.strides[axis]
+        marked: dict[int, set[tuple[int, Hashable]]] = defaultdict(set)
+        for rank, mark in self.marks:
+            place = self.mesh.coordinate(rank, axis)
+            marked[place].add((rank - place * stride, mark))
+        first: dict[frozenset[tuple[int, Hashable]], int] = {}
+        found = {place: first.setdefault(frozenset(marked[place]), place) for place in sorted(marked)}
+        rest = next((place for place in range(degree) if place not in found), None)
+        differ = len(first) + (rest is not None) > 1
+        positions = axis == "ring" and self.simulated == "positions"
+        if self.simulated == "each" or positions or (axis in self.exchanging and differ):
+            return _Places(degree, {place: place for place in range(degree)}, None)
+        return _Places(degree, found, rest)
+
+    @lazy
     def number(self) -> int:
         """Of those that are simulated."""
-        return {"one": 1, "positions": self.mesh.degree("ring"), "each": self.mesh.ranks}[self.simulated]
+        return prod(len(own.simulated) for own in self._places.values())
+
+    def simulated_on(self, axis: Axis) -> int:
+        """How many places on an axis are simulated: ranks that are, are all with such places."""
+        return len(self._places[axis].simulated)
 
     @lazy
     def positions(self) -> Mapping[int, int]:
@@ -63,13 +130,8 @@ class Ranks:
 
     def representative(self, rank: int) -> int:
         """The rank that is simulated for it."""
-        if self.simulated == "positions":
-            return self._of_position[self.mesh.coordinate(rank, "ring")]
-        return 0 if self.simulated == "one" else rank
-
-    @lazy
-    def _of_position(self) -> Mapping[int, int]:
-        return {position: rank for rank, position in self.positions.items()}
+        mesh = self.mesh
+        return sum(own.of(mesh.coordinate(rank, axis)) * mesh.strides[axis] for axis, own in self._places.items())
 
     def programs(self, segment: Segment) -> dict[int, RankProgram]:
         """The tasks of each simulated rank, with its meetings."""
@@ -109,10 +171,12 @@ class Ranks:
         return [((*call.axes, *edge), len(set(edge))) for edge in edges]
 
     def _group(self, rank: int, axes: tuple[Axis, ...]) -> tuple[int, ...]:
-        """Ranks of the group, each replaced by the one that is simulated for it, in order of the axis."""
-        if self.simulated == "one":
-            return (0,)
-        return tuple(self.representative(member) for member in self.mesh.group(rank, axes))
+        """Ranks that are simulated for the group of one that is, in order of the axis."""
+        mesh = self.mesh
+        own = [axis for axis in mesh.axes if axis in axes]
+        places = ([mesh.strides[axis] * place for place in self._places[axis].simulated] for axis in own)
+        first = mesh.first(rank, own)
+        return tuple([first + sum(offsets) for offsets in product(*places)])
 
 
 @dataclass(frozen=True)

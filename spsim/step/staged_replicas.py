@@ -18,11 +18,11 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import EMBEDDING, HEAD, ProgramsAt, one_replica, programs_at
 from spsim.program.blocks.embedding import TABLE
 from spsim.program.blocks.optimizer import parameter_state, shard_ranks
-from spsim.program.instructions import Buffer, Weights
+from spsim.program.instructions import Buffer, Program
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, StageClosings, replica_closings
-from spsim.step.gradients import gradient_syncs
+from spsim.step.gradients import gradient_syncs, sums_beside
 from spsim.step.groups import Groups, meets, replica_groups
 from spsim.step.itinerary import Blocks, Chunk
 from spsim.step.preparation import PreparedStep
@@ -98,14 +98,15 @@ class _StageSync:
         ahead = any(sync.forward for sync in syncs)
         gathers = [sync.forward if ahead else sync.after_update for sync in syncs]
         merged = Synchronisation(
-            reductions=tuple(row for sync in syncs[::-1] for row in sync.reductions),
+            reductions=tuple(own for sync in syncs[::-1] for own in sync.reductions),
             behind_backward=False,
             before_update=whole.before_update,
             after_update=tuple(message for own in gathers for message in own),
         )
         programs = {run.block: self._template.programs[run.block] for run in runs}
-        others = [s for s in gradient_syncs(programs, self._plan, self._gradient_bytes) if s.axes == ("tp",)]
-        reductions = [[message for row in sync.reductions for message in row] for sync in syncs[::-1]]
+        syncs_of_tp = gradient_syncs(programs, self._plan, self._gradient_bytes)
+        others = sums_beside(syncs_of_tp, whole.summed_over_tp, programs)
+        reductions = [[message for own in sync.reductions for message in own.messages] for sync in syncs[::-1]]
         return StageClosings(
             replica_closings(merged, self._groups, programs, others, self._optimizer),
             self._meeting(reductions) if behind else (),
@@ -120,7 +121,7 @@ class _StageSync:
     def _synchronisation(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
         """Of the blocks of a chunk, kept: many plans have the same weights."""
         programs = self._template.programs
-        weights = tuple([(_number(programs[run.block].weights), run.count, run.numbered) for run in runs])
+        weights = tuple([(_number(programs[run.block]), run.count, run.numbered) for run in runs])
         key = weights, self._options, self._shared, (stage, chunk) == (0, 0)
         return _known.get(key, lambda: self._found(stage, chunk, runs))
 
@@ -130,7 +131,8 @@ class _StageSync:
         plan = self._plan
         return (
             plan.dp_library, plan.zero, plan.zero_stage, plan.dp_overlap, plan.bucket_elements, plan.grad_dtype,
-            shard_ranks(plan), plan.shard_group in (None, plan.dp), plan.pp > 1, self._optimizer.precision,
+            plan.norm_gradients, plan.fsdp_ends, plan.tp > 1, plan.pp > 1, shard_ranks(plan),
+            plan.shard_group in (None, plan.dp), self._optimizer.precision,
         )  # fmt: skip
 
     def _found(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
@@ -141,13 +143,13 @@ class _StageSync:
         )
 
 
-_known: Cache[Synchronisation] = Cache(16 * MIB, lambda made: KIB * sum(map(len, made.reductions)))
+_known: Cache[Synchronisation] = Cache(16 * MIB, lambda made: KIB * len(made.reductions))
 _numbers: Cache[object] = Cache(1024, lambda _: 1)
 
 
-def _number(weights: tuple[Weights, ...]) -> object:
+def _number(program: Program) -> object:
     """What stands for the weights of a block, the same for equal ones: a key of all of them takes long to compare."""
-    return _numbers.get(weights, object)
+    return _numbers.get((program.weights, program.weight_sync), object)
 
 
 def keeps_outputs(plan: Plan) -> bool:
@@ -173,12 +175,14 @@ def _freeing(own: BlockPass, output: Buffer) -> BlockPass:
 _steps: Cache[StagedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def staged_step(model: Model, plan: Plan, fold: bool, precision: Precision, stages: Stages) -> StagedStep:
+def staged_step(
+    model: Model, plan: Plan, fold: bool, precision: Precision, stages: Stages, *, single: bool = False
+) -> StagedStep:
     """The whole of a model on several stages, which are its own and its plan's."""
     return _steps.get(
-        (stages, fold, precision),
+        (stages, fold, precision, single),
         lambda: StagedStep(
-            step_template(model, one_replica(plan), precision),
+            step_template(model, one_replica(plan), precision, single=single),
             plan,
             programs_at(model, plan, precision),
             Optimizer(plan, precision),

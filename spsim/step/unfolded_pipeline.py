@@ -5,24 +5,29 @@ folded one of `pipelined` is held against, and how stages run whose ranks differ
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Node, Stretch
 from spsim.engine.recording import ENDED, Flight, Moments, Recording, columns
-from spsim.engine.tasks import Meeting, RankProgram, Task
+from spsim.engine.tasks import Meeting, Paces, RankProgram, Task
 from spsim.engine.trace import Wait
 from spsim.inputs.schedules import Schedule
+from spsim.step.closing import Closing
 from spsim.step.folding import Step
 from spsim.step.gradients import STAGE_AXES
 from spsim.step.itinerary import Visit, visits
+from spsim.step.perturbed import Perturbed
 from spsim.step.pipeline.messages import Instruction, Message, Post, Run
 from spsim.step.pipeline.orders import Action
 from spsim.step.pipeline.tape import Score
 from spsim.step.pipelined import SENT, Closed, Messages
+from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Communicator, Ranks
+from spsim.step.segments import Segment
+from spsim.step.sharing import Sharing, Traffic
 from spsim.step.stages import Passes, Stages, work_of
 from spsim.step.unfolded import Concatenation, Taken
 
@@ -54,20 +59,32 @@ def unfold_pipeline(
     messages: Messages,
     closed: Closed,
     ranks: Ranks,
+    perturbed: PerturbedStages | None = None,
+    sharing: Sharing | None = None,
 ) -> Unfolded:
-    """All `ranks` of each stage, with what each stage runs, posts and waits for; the others as of `run_pipeline`."""
+    """All `ranks` of each stage, with what each stage runs, posts and waits for; the others as of `run_pipeline`.
+    Transfers share links, if their `sharing` is given.
+    """
+    steps = [_with_closing(step, own, ranks) for own in closed.segments]
+    if perturbed is not None:
+        steps = [perturbed.step(stage, own) for stage, own in enumerate(steps)]
     written = [
-        _written(passes, stages, stage, row, score.stages.schedule, step, closed, ranks)
+        _written(passes, stages, stage, row, score.stages.schedule, steps[stage], closed)
         for stage, row in enumerate(score.rows())
     ]
     programs: dict[int, RankProgram] = {}
     durations: dict[int, list[int]] = {}
+    traffic: dict[int, Sequence[Traffic | None]] = {}
     for stage in written:
         for rank in ranks.copies:
-            made = _Program(stage, rank, len(written), messages)
-            number = stage.number * ranks.mesh.ranks + rank
+            transfer_ps = messages.transfer_ps if perturbed is None else perturbed.transfer_ps(rank, messages)
+            made = _Program(stage, rank, len(written), transfer_ps)
+            number = ranks.on_stage(stage.number, rank)
             programs[number], durations[number] = RankProgram(made.chain.tasks), made.durations
-    moments = run(programs, slowdown=step.slowdown, durations=durations)
+            traffic[number] = made.traffic(sharing, messages.bytes) if sharing else ()
+    paces = {} if perturbed is None else perturbed.paces(programs)
+    network = None if sharing is None else sharing.network(traffic)
+    moments = run(programs, slowdown=step.slowdown, durations=durations, paces=paces, network=network)
     reading = _Reading(ranks, messages, moments)
     for stage in written:
         reading.read(stage)
@@ -82,22 +99,57 @@ def _written(
     schedule: Schedule,
     step: Step,
     closed: Closed,
-    ranks: Ranks,
 ) -> _Stage:
     found = {}
     for action in (instruction.action for instruction in row if isinstance(instruction, Run)):
         runs, first = stages[stage][action.chunk]
         work = work_of(schedule, len(stages), stage, action)
         found[action] = [*visits(passes.items(runs, work, first=first, micro_batch=action.micro_batch))]
-    own = [(made.segment, ps) for made, ps in closed.segments[stage]]
-    with_closing = Step(
+    return _Stage(stage, row, found, [Visit(made.segment) for made, _ in closed.segments[stage]], step)
+
+
+def _with_closing(step: Step, closing: Sequence[tuple[Closing, Sequence[int]]], ranks: Ranks) -> Step:
+    """With what follows the last micro-batch on a stage."""
+    own = [(made.segment, ps) for made, ps in closing]
+    return Step(
         (),
         {**step.programs, **{segment.name: ranks.programs(segment) for segment, _ in own}},
         {**step.durations, **{segment.name: dict.fromkeys(ranks.copies, ps) for segment, ps in own}},
         {**step.sizes, **{segment.name: () for segment, _ in own}},
         step.slowdown,
     )
-    return _Stage(stage, row, found, [Visit(segment) for segment, _ in own], with_closing)
+
+
+class PerturbedStages(NamedTuple):
+    """What perturbations do to the ranks of each stage."""
+
+    perturbed: Perturbed
+    prepared: PreparedStep
+    empty: tuple[Step, Messages, Closed]
+    """The step with empty messages: what it takes are latencies."""
+
+    def step(self, stage: int, step: Step) -> Step:
+        """That of a stage, with its closing."""
+        own, _, closed = self.empty
+        closing = closed.segments[stage]
+        segments = {s.name: s for s in (*self.prepared.segments, *(made.segment for made, _ in closing))}
+        return self.perturbed.step(step, _with_closing(own, closing, self.prepared.ranks), segments.values(), stage)
+
+    def transfer_ps(self, rank: int, messages: Messages) -> Mapping[tuple[int, int], int]:
+        """Picoseconds of a message of a rank of a stage and its counterpart on another."""
+        on_stage, latencies = self.prepared.ranks.on_stage, self.empty[1].transfer_ps
+        return {
+            (one, other): self.perturbed.message_ps(
+                on_stage(one, rank), on_stage(other, rank), ps, latencies[one, other]
+            )
+            for (one, other), ps in messages.transfer_ps.items()
+        }
+
+    def paces(self, ranks: Iterable[int]) -> dict[int, Paces]:
+        """Of those that have some."""
+        closings = [made.segment for made in self.prepared.every_closing]
+        segments = [*self.prepared.segments, *closings]
+        return self.perturbed.all_paces(ranks, segments)
 
 
 class _Program(Concatenation):
@@ -105,8 +157,10 @@ class _Program(Concatenation):
     message is between ranks at the same place.
     """
 
-    def __init__(self, stage: _Stage, rank: int, stages: int, messages: Messages) -> None:
+    def __init__(self, stage: _Stage, rank: int, stages: int, transfer_ps: Mapping[tuple[int, int], int]) -> None:
         super().__init__(stage.step, rank)
+        self.ran: list[Segment | None] = []
+        """None for a message."""
         self.stage = stage.number
         self.stages = stages
         self.durations: list[int] = []
@@ -116,7 +170,7 @@ class _Program(Concatenation):
                 self._visits(stage.passes[instruction.action])
             elif isinstance(instruction, Post):
                 for message in instruction.messages:
-                    self._post(message, messages.transfer_ps[message.sender, message.receiver])
+                    self._post(message, transfer_ps[message.sender, message.receiver])
             else:
                 self.chain.wait(self.posted[message] for message in instruction.messages)
         self._visits(stage.closing)
@@ -125,6 +179,7 @@ class _Program(Concatenation):
         for visit in every:
             self.visit(visit)
             self.durations += self.step.durations[visit.segment.name][self.rank]
+            self.ran.append(visit.segment)
 
     def _post(self, message: Message, duration_ps: int) -> None:
         """Kernels lose nothing to it."""
@@ -133,6 +188,12 @@ class _Program(Concatenation):
             Task(0, lane, meetings=(Meeting((message, self.rank), 2),), slowdown=0.0)
         )
         self.durations.append(duration_ps)
+        self.ran.append(None)
+
+    def traffic(self, sharing: Sharing, message_bytes: int) -> Sequence[Traffic | None]:
+        """What each task sends."""
+        own = ([sharing.message(message_bytes)] if segment is None else sharing.of(segment) for segment in self.ran)
+        return [traffic for tasks in own for traffic in tasks]
 
     def meeting(self, communicator: Communicator, number: int, parties: int) -> Meeting:
         """Of the ranks of all stages, of the two at the ends, or of this one."""
@@ -168,7 +229,7 @@ class _Reading:
 
     def read(self, stage: _Stage) -> None:
         """All that a stage does."""
-        ranks = [stage.number * self.ranks.mesh.ranks + rank for rank in self.ranks.copies]
+        ranks = [self.ranks.on_stage(stage.number, rank) for rank in self.ranks.copies]
         for instruction in stage.row:
             if isinstance(instruction, Run):
                 begin = min(self._resume(rank) for rank in ranks)

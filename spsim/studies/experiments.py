@@ -6,7 +6,7 @@ import importlib.util
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,15 @@ from rich.progress import (
 from rich.text import Text
 
 from spsim.errors import InputError, printable
+from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import read_text
-from spsim.studies.csvfile import write_csv
+from spsim.studies.cases import cases
 from spsim.studies.experiment import Experiment
 from spsim.studies.manifest import Manifest
 from spsim.studies.points import Point
 from spsim.studies.rowfile import RowFile
 from spsim.studies.sweeps import run_points
+from spsim.studies.tablefile import TableFormat, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,9 +80,10 @@ def _users_code(where: Path) -> Iterator[None]:
 
 
 def run_experiment(
-    experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console
-) -> pd.DataFrame:
-    """Compute the rows, then write the CSV, the manifest and the figures, and print the tables."""
+    experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console,
+    page: Path | None = None, rows: TableFormat = "csv",
+) -> pd.DataFrame:  # fmt: skip
+    """Compute the rows, then write their table, the manifest, the figures and the page, and print the tables."""
     manifest = Manifest(experiment, experiment.selection(quick=quick))
     points = manifest.points
     console.print(f"{experiment.title}: {len(points)} configurations", soft_wrap=True)
@@ -92,12 +95,20 @@ def run_experiment(
             "a worker process was ended from outside, as the system does where memory runs out; finished rows are "
             "kept, run again to go on, with fewer --jobs if it was memory"
         ) from None
-    _write(frame, directory / f"{experiment.name}.csv", manifest, directory / "manifest.json")
-    written = [f"{experiment.name}.csv", "manifest.json", "rows.jsonl"]
+    except CancelledError:
+        raise InputError("the scheduler of the workers was lost; finished rows are kept, run again to go on") from None
+    whole = directory / f"{experiment.name}.{rows}"
+    _write(frame, whole, manifest, directory / "manifest.json")
+    written = [whole.name, "manifest.json", "rows.jsonl"]
     failed = frame[frame["error"] != ""]
     if len(failed) < len(frame):
         good = frame if failed.empty else frame[frame["error"] == ""]
-        written += _draw(experiment, good, directory, console)
+        figures, tables = _drawn(experiment, good, directory)
+        written += _saved(figures, directory)
+        for table in tables:
+            console.print(table, soft_wrap=isinstance(table, str))
+        if page is not None:
+            _write_page(experiment, points, good, tables, page)
     for reason, count in failed["error"].value_counts().items():
         console.print(f"{count} configurations failed: {printable(str(reason))}", soft_wrap=True)
     if file.others:
@@ -114,23 +125,40 @@ def _write(frame: pd.DataFrame, table: Path, manifest: Manifest, path: Path) -> 
     """
     untouched = table.is_file() and path.is_file() and table.stat().st_mtime_ns <= path.stat().st_mtime_ns
     if not (untouched and manifest.describes(path)):
-        write_csv(frame.drop(columns="key"), table)
+        write_table(frame.drop(columns="key"), table)
         manifest.write(path)
 
 
-def _draw(experiment: Experiment, rows: pd.DataFrame, directory: Path, console: Console) -> Iterable[str]:
-    """Write the figures, whose names it returns, and print the tables."""
-    with _users_code(directory):
+def _drawn(experiment: Experiment, rows: pd.DataFrame, where: Path) -> tuple[Mapping[str, Any], Sequence[Any]]:
+    """Figures by file name, and tables."""
+    with _users_code(where):
         figures, tables = experiment.figures(rows), list(experiment.tables(rows))
         _check_figures(figures)
+    return figures, tables
+
+
+def _saved(figures: Mapping[str, Any], directory: Path) -> Iterable[str]:
+    """The names of the figures, which are written."""
     if figures:
         from spsim import plots
 
         for name, figure in figures.items():
             plots.save(figure, directory / name)
-    for table in tables:
-        console.print(table, soft_wrap=isinstance(table, str))
     return figures
+
+
+def _write_page(
+    experiment: Experiment, points: Sequence[Point], rows: pd.DataFrame, tables: Sequence[Any], page: Path
+) -> None:
+    """The page of the rows, with the tables of the experiment."""
+    from spsim.report.page import write_sweep
+
+    used = [points[int(place)].settings for place in rows.index]
+    named = {own: load_profile(own) for own in {s["hardware"] for s in used} if isinstance(own, str | Path)}
+    profiles = [named.get(settings["hardware"], settings["hardware"]) for settings in used]
+    inputs = [f"{id(profile)} {settings['model']!r}" for profile, settings in zip(profiles, used, strict=True)]
+    hardware = {profile.name: profile for profile in profiles}
+    write_sweep(experiment.title, [*cases(rows.assign(inputs=inputs), hardware)], tables, page)
 
 
 def _check_figures(figures: Any) -> None:

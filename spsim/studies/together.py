@@ -15,12 +15,19 @@ from spsim.costs.models import cost_models
 from spsim.inputs.grid import Grid
 from spsim.inputs.workload import Workloads
 from spsim.program.sizes import Numbers, products
+from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts
 from spsim.results.joined import JoinedColumns
 from spsim.results.staged_columns import StagedResultColumns
 from spsim.results.uncertainty import has_flags, is_calibrated
-from spsim.simulation import amounts_of, counted, one_if_alike, precision_of, stages_of, static_of
+from spsim.simulation import (
+    is_one_sequence,
+    one_if_alike,
+    precision_of,
+    stages_of,
+    static_of,
+)
 from spsim.step.apart import Costs, closing_times, one_stage, prepared_passes, runs_apart
 from spsim.step.columns.step import RanPasses, StepColumns
 from spsim.step.costed_columns import Sends, staged_columns
@@ -31,7 +38,8 @@ def alike(grid: Grid) -> Hashable | None:
     """Equal of grids whose passes are the same, so that `simulate_together` takes them; None where it does not."""
     scenario = grid.scenario
     plan = scenario.plan
-    if scenario.scope != "step" or not runs_apart(plan) or is_calibrated(grid.hardware) or has_flags(grid.hardware):
+    alone = scenario.perturbations.changes or scenario.network == "flows" or scenario.scope != "step"
+    if alone or not runs_apart(plan) or is_calibrated(grid.hardware) or has_flags(grid.hardware):
         return None
     return (
         id(grid.hardware),
@@ -47,7 +55,7 @@ def simulate_together(grids: Sequence[Grid]) -> JoinedColumns | None:
     out once for each different workload. None, and `exact`, as of `simulate_many`.
     """
     first, model = grids[0].scenario, grids[0].model
-    prepared = prepared_passes(model, one_stage(model, first.plan), precision_of(first))
+    prepared = prepared_passes(model, one_stage(model, first.plan), precision_of(first), single=is_one_sequence(first))
     if prepared.columns is None:
         return None
     sizes = np.concatenate([np.stack([grid.workload.seq_len, grid.workload.micro_batch]) for grid in grids], axis=1)

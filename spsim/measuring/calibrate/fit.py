@@ -14,20 +14,23 @@ import numpy as np
 
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
+from spsim.inputs.inheritance import tables_of
 from spsim.inputs.kernel_coefficients import PickedKernel
 from spsim.inputs.profiles import parse_profile
 from spsim.inputs.quantities import Provenance
 from spsim.measuring.calibrate.attention_fit import fit_attention
-from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, without_unknown
+from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves, without_unknown
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
 from spsim.measuring.calibrate.kernel_fit import Fit
+from spsim.measuring.calibrate.nccl_tests import Logs
 from spsim.measuring.calibrate.outcome import ClassFit, FittedProfile
 from spsim.measuring.calibrate.product_fit import fit_gemm
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import timed
 from spsim.measuring.calibrate.solver import rounded
 from spsim.measuring.calibrate.traffic_fit import fit_memory_bound
+from spsim.measuring.processes.matching import is_same_device
 from spsim.units import MIB
 
 CLASSES: Mapping[str, Callable[[Sequence[Measurement], HardwareProfile], Fit]] = {
@@ -50,11 +53,12 @@ class _Draft:
     sources: dict[str, str] = field(default_factory=dict)
     measured: set[str] = field(default_factory=set)
     """Dotted paths that no longer come from the base."""
+    by: str = "Measured by spsim calibrate"
 
     def cite(self, topic: str, text: str) -> str:
         """The key of a source."""
         key = f"calibrate-{topic}"
-        self.sources[key] = f"Measured by spsim calibrate on {self.date}: {text}"
+        self.sources[key] = f"{self.by} on {self.date}: {text}"
         return key
 
     def take(self, fit: Fit, topic: str) -> None:
@@ -119,6 +123,29 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     )
 
 
+def fit_logs(logs: Logs, base: HardwareProfile, name: str, date: str) -> FittedProfile:
+    """The base with the curves of nccl-tests in the place of its own, where they are of its device; `date` is when they
+    were read. The time is the library's alone, so what a framework adds stays that of the base.
+    """
+    if not is_same_device(logs.device, base.datasheet.device):
+        raise InputError(
+            f"calibrate: the logs are of {logs.device}, but {base.name} is of {base.datasheet.device}; give as "
+            "--base a profile of that device, which may have another as its own base"
+        )
+    rows = logs.on(base)
+    start, _ = datasheet_for(rows, base)
+    draft = _Draft(start, date, by="Out-of-place times of nccl-tests, read by spsim calibrate")
+    fit = fit_collectives(rows, start)
+    draft.take(fit, "nccl-tests")
+    composed = check_over_nodes(rows, draft.profile)
+    kept = tuple(path for path, _ in leaves(draft.profile.coefficients) if path not in draft.measured)
+    environment = {**base.provenance, "device": logs.device, "nccl": logs.nccl}
+    profile = _finished(draft, base, name, {key: text for key, text in environment.items() if text}, kept)
+    curves = tuple(path for path in kept if path.startswith(("collectives.", "sends.")))
+    note = f"all but collectives is as in {base.name}"
+    return FittedProfile(profile, base.name, (*fit.classes, *([composed] if composed else [])), curves, (note,))
+
+
 def _start_of_a_kernel(rows: Sequence[Measurement], draft: _Draft) -> None:
     """What every kernel takes at least: the fastest of those too small to take time; more is its own start."""
     times = {row.name: row.time_us for row in timed(rows, "launch") if row.time_us}
@@ -174,9 +201,10 @@ def _finished(
             "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}", **_from_base(kept)},
             "sources": {**draft.profile.sources, **draft.sources},
             "assumed": frozenset(path for path in kept if _is_assumed(_in_base(path), base)),
+            "inherited": frozenset(path for path in kept if _in_base(path) in base.inherited),
         }
     )
-    tables = document(profile)
+    tables = tables_of(profile)
     cited = set(_cited(tables))
     tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
     return parse_profile(tables, name)

@@ -64,18 +64,18 @@ class BlockColumns:
         holds = self.monomials @ basis < EXACT
         holds &= durations.min(axis=0) > 0
         holds &= durations.sum(axis=0) < 2**62 // rate.whole
-        phases: dict[Key, Floats] = {}
-        compute: dict[Key, Floats] = {}
+        lengths: dict[Key, Floats] = {}
+        kernels: dict[Key, Floats] = {}
         fills: list[Fill] = []
         first = 0
         for key, own in self.passes.items():
             run = replay(own.order, durations[first : first + len(own.order.tasks)], rate)
             first += len(own.order.tasks)
             holds &= own.holds(run)
-            phases[key] = own.length(run)
-            compute[key] = own.compute(run)
+            lengths[key] = own.length(run)
+            kernels[key] = own.compute(run)
             fills += own.fills.of(run, basis)
-        return RanPasses(self, holds, phases, compute, fills, basis)
+        return RanPasses(self, holds, lengths, kernels, fills, basis)
 
     def run(
         self,
