@@ -24,7 +24,7 @@ from spsim.simulation import simulate_many
 from spsim.studies.points import Labels, Point
 from spsim.studies.rows import Row, failed, measures, row
 from spsim.studies.tables import Table, tables_of_rows
-from spsim.studies.together import alike, simulate_together
+from spsim.studies.together import alike, come_again, simulate_together
 
 MANY = 256
 """Workloads that are computed at once: their numbers stay in a cache."""
@@ -38,7 +38,7 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
     sorting = _Sorting(points)
     tables: list[Table] = []
     alone = sorting.alone.places
-    together: dict[Hashable, list[_Placed]] = defaultdict(list)
+    together: dict[tuple[Hashable, tuple[str, ...]], list[_Placed]] = defaultdict(list)
     for family in sorting.families.values():
         placed = _checked(points, family, alone, tables)
         if placed is None:
@@ -48,9 +48,12 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
             tables += _apart(points, placed, alone)
         else:
             together[key, tuple(points[family.places[0]].labels)].append(placed)
-    for own in together.values():
-        for some in _parts(own):
-            tables += _together(points, some, alone)
+    for (key, _), own in together.items():
+        if come_again(key) or len(own) > 1 or len(own[0].places) > 1:
+            for some in _parts(own):
+                tables += _together(points, some, alone)
+        else:
+            alone += own[0].places.tolist()
     return tables + tables_of_rows([row(points[place]) for place in alone], alone)
 
 
@@ -207,9 +210,6 @@ def _parts(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:
 def _together(points: Sequence[Point], placed: Sequence[_Placed], alone: list[int]) -> Iterator[Table]:
     """The rows of plans whose passes are the same."""
     places = np.concatenate([own.places for own in placed])
-    if len(places) == 1:
-        alone += places.tolist()
-        return
     yield from _at_once(points, places, partial(simulate_together, [own.grid for own in placed]), alone)
 
 

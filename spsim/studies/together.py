@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from spsim.costs.models import cost_models
 from spsim.inputs.grid import Grid
 from spsim.inputs.workload import Workloads
+from spsim.lazy import Cache
 from spsim.program.sizes import Numbers, products
 from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
@@ -48,6 +49,14 @@ def alike(grid: Grid) -> Hashable | None:
         precision_of(scenario),
         grid.gpus_per_node,
     )
+
+
+def come_again(key: Hashable) -> bool:
+    """Whether plans that are `alike` were asked for before, so that it pays to prepare their passes for one of them."""
+    return next(_asked.get(key, count)) > 0
+
+
+_asked: Cache[Iterator[int]] = Cache(4096, lambda _: 1)
 
 
 def simulate_together(grids: Sequence[Grid]) -> JoinedColumns | None:
