@@ -93,7 +93,7 @@ def closing_times(numbers: Numbers, plan: Plan, precision: Precision, stages: St
     return _times.get(key, lambda: _closing_times(numbers, plan, precision, stages, costs))
 
 
-_times: Cache[list[Times]] = Cache(4096, lambda _: 1)
+_times: Cache[list[Times]] = Cache(1024, lambda _: 1)
 
 
 def world_key(plan: Plan) -> tuple[int, ...]:
