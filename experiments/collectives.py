@@ -1,30 +1,29 @@
-"""How well do the closed forms of collectives hold, and what does it cost a layer to cross nodes?
+"""How well do the forms of collectives hold, and what does it cost a layer to cross nodes?
 
-754 published times of collectives on A100, H100, H200, B200, GB200 and MI300X, on one node and on up to 32,
-against the closed forms of `spsim.costs.collectives`. Rows that a curve was made from are marked; the others are
-predictions: other machines, group sizes, and everything that crosses nodes with several GPUs each. Then a
-step of two layers of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
+674 published times of collectives on A100, H100, H200, B200, GB200 and MI300X, on one node and on up to 32, against
+`spsim.costs.collectives`. Rows that a curve was made from are marked, and those that the law of rings and trees over
+nodes was fitted to; the others are predictions: other machines, group sizes, and what else crosses nodes. Then a step
+of two layers of llama-3-8b on eight H100 spread over one, two and four nodes. A few seconds.
 
-From 1 GiB on expect 2 % within a node, 4 % with up to four GPUs of each node and 8 % with eight. What errs more:
+From 1 GiB on expect 2 % within a node and 3 % over nodes. What errs more:
 
-- Two tables are of AWS, whose fabric (EFA) takes 20 us a hop where InfiniBand takes 4.2; that is put in. The
-  smallest all-reduce on two nodes of eight H100 is then 66 us against 63-66 measured, and on InfiniBand 34
-  against 39. Four B200 nodes still take 1.3 times as long at 64-256 MiB and 2.2 times at 1 MiB.
-- All-gather and reduce-scatter on ten nodes of eight H100 take 1.1 to 1.6 times the prediction from 32 to 512
-  MiB, and on 32 nodes 1.4 times at 2 GiB (a single iteration). Beyond the time on the wire each of the 79 steps
-  costs 6-9 us up to 128 MiB, and 13-16 us above: probably NCCL's change to its Simple protocol, for which its
-  own tables have 14 us a step between nodes. Steps on one node, from which the prediction is made, cost 3-7 us.
-- That cluster of ten also stays 17 % below its adapters at 16 GiB, which eight nodes elsewhere do not.
-- The two pairs of B200 nodes are spoilt by their launch, and stand in no error: Open MPI binds a process to one core
-  when two are started, and the log of such a run (mit-orcd/orcd-benchmarks, b200-nodes at bca7147) shows the network
-  threads of all eight GPUs of a node on it. 1 MiB gathers in 585 and 262 us there. Four nodes at AWS, a process for
-  each GPU, reach 382 GB/s, as predicted. The virtual machines of the next point were started in the same way.
-- The nodes of `h100-2x4-lambda` and `h100-2x8-lambda` all-reduce 134 GB/s with four adapters each and 117 with
-  eight, though one and two reach 49 and 98: these virtual machines do not add up their adapters.
-- The pair of DGX H100 is noisy between 8 KiB and 128 MiB: 16 KiB on all GPUs take 967 us out of place, 50 in place.
+- Two tables are of AWS, whose fabric (EFA) takes 20 us a hop where InfiniBand takes 4.2; that is put in. Two nodes take
+  1.3 times the prediction at 32 MiB, four of B200 twice at 1 to 4 MiB.
+- All-gather and reduce-scatter of 64 and 128 MiB on ten nodes of eight differ by a fifth, and no form has both.
+- On 32 nodes of eight an all-gather of 2 GiB takes 1.18 times the prediction (a single iteration).
+- Eight nodes elsewhere all-reduce 387 GB/s up to 8 GiB, more than a ring through NVLink has, where the present NCCL
+  goes back to the ring: the table is held against the tree that ran.
+- 160 rows are spoilt by their launch, and stand in no error: Open MPI binds a process to one core when two are started,
+  and the log of such a run on two B200 nodes (mit-orcd/orcd-benchmarks, b200-nodes at bca7147) shows the network
+  threads of all eight GPUs of a node on it. 1 MiB gathers in 585 and 262 us there. The virtual machines of Lambda and
+  the pair of DGX H100 with two, four and eight GPUs a node were started in the same way; that their threads shared a
+  core is likely, not logged: 16 KiB on all GPUs take 967 us out of place and 50 in place, and eight adapters add up to
+  less than four. With one GPU a node nothing is shared.
+- The pairs of nodes of the cluster of ten send at 40 to 46 GB/s, other adapters at 48.7.
+- H200 sends up to 1.8 times as fast in the one sweep found, as from registered buffers.
 - 20 racks of GB200 take 2.1 to 2.5 times the prediction, two racks do not. The measured times are 4.6 ms + M / 215
-  GB/s, and the 2878 steps of a ring at the 1.5 us measured on one node are 4.4 ms, so the library may have taken
-  the ring, which alone would err 24 %; the scripts of these runs say to try NCCL_ALGO=NVLSTREE too.
+  GB/s, and the 2878 steps of a ring at the 1.5 us measured on one node are 4.4 ms, so the library (2.26) may have taken
+  the ring, which alone would err 24 %.
 
     python -m spsim experiments/collectives.py [--out results] [--quick]
 """

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spsim.results.measured import measured_trace as measured_trace
     from spsim.results.result import Result as Result
     from spsim.simulation import simulate as simulate
+    from spsim.studies.collectives import collective as collective
     from spsim.studies.comparison import compare as compare
     from spsim.studies.experiment import Experiment as Experiment
     from spsim.studies.explanation import explain as explain
@@ -48,6 +49,7 @@ _HOMES = {
     "Result": "results.result",
     "Scenario": "inputs.scenario",
     "Workload": "inputs.workload",
+    "collective": "studies.collectives",
     "compare": "studies.comparison",
     "emit": "inputs.launch.emission",
     "explain": "studies.explanation",

@@ -52,6 +52,7 @@ def test_a_notebook_is_stored_with_its_outputs(path):
     assert path.stat().st_size < MOST_BYTES
 
 
+@pytest.mark.slow
 def test_what_a_notebook_simulates_is_what_it_shows():
     """Texts and tables are those of the stored outputs, and pictures are there."""
     found, stored = executed(SIMULATED), read(SIMULATED)
@@ -61,6 +62,7 @@ def test_what_a_notebook_simulates_is_what_it_shows():
     assert sum("text/html" in kind for kind in kinds) == 3
 
 
+@pytest.mark.slow
 def test_what_a_notebook_measures_runs():
     """Calibration and verification of this machine: bytes and collectives are as simulated, as its cells assert."""
     said = " ".join(words(executed(MEASURED)))

@@ -16,6 +16,7 @@ from spsim.cli import main
 from spsim.inputs.model import model_of
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workloads
+from spsim.report.page.search import front_chart
 from spsim.results import bands
 from spsim.studies.search.blocks import Blocks, blocks_of, of_blocks
 from spsim.studies.search.bounds import _counts, _held, _time
@@ -30,7 +31,7 @@ from tests.test_plots import assert_readable
 H100 = "dgx-h100"
 SMALL = {"preset": "llama-3-8b", "layers": 8}
 WORK = {"seq_len": 16384, "global_batch": 16}
-VALUES = {"tp": [2, 4], "ulysses": [1, 2], "ring": [1], "pp": [1, 2], "micro_batch": [1, 2]}
+VALUES = {"tp": [2, 4], "ulysses": [1, 2], "ring": [1], "pp": [1, 2], "micro_batch": [1, 2], "virtual_pp": [1, 2]}
 
 
 def space(gpus=8, *, model=SMALL, workload=WORK, plan=None, values=None, hardware=H100):
@@ -212,7 +213,7 @@ RANDOM = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "model", "seq_len", "plan"), RANDOM)
 def test_best_and_front_of_other_spaces(gpus, model, seq_len, plan):
-    values = {"tp": [1, 2, 4], "ulysses": [1, 2], "ring": [1, 2], "pp": [1, 2], "micro_batch": [1, 2]}
+    values = {"tp": [2, 4], "ulysses": [1, 2], "ring": [1, 2], "pp": [1, 2], "micro_batch": [1]}
     workload = {"seq_len": seq_len, "global_batch": 16}
     _, _, steps = exhaustive(space(gpus, model=model, workload=workload, plan=plan, values=values))
     own = plan_search(hardware=H100, model=model, gpus=gpus, workload=workload, plan=plan, values=values, best=3)
@@ -274,6 +275,17 @@ def test_all_plans_are_rows():
 
 def test_the_front_is_drawn():
     assert_readable(plots.plot_front(found()))
+
+
+def test_the_page_draws_what_was_found(tmp_path):
+    own = found()
+    own.to_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert all(best.name in text for best in own.best)
+    data = {trace["name"]: trace for trace in front_chart(own)["data"]}
+    assert data["front"]["y"] == [best.step_s for best in own.front]
+    assert data["shortest steps"]["x"] == [best.memory_gib for best in own.best]
+    assert sum(len(trace["x"]) for trace in data.values()) >= len(own.found)
 
 
 # ------------------------------------------------------------ the command

@@ -146,6 +146,7 @@ def test_bars_add_up_to_steps_and_memory(three):
     assert line["x0"] == line["x1"] == results[0].capacity_gib
 
 
+@pytest.mark.slow
 def test_the_timeline_has_every_kernel_and_collective():
     """Of one rank and a step short enough to be shown whole: the bars are its spans."""
     model = {"preset": "llama-3-8b", "layers": 2}
@@ -220,6 +221,7 @@ def test_names_of_plans_are_text_for_plotly():
     assert note["text"].startswith("<b>&lt;i&gt;TP&lt;/i&gt;</b>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "further"),
     [
@@ -247,6 +249,7 @@ def status_of(arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_commands_write_pages(tmp_path, capsys):
     path = tmp_path / "run.html"
     assert status_of(["run", *ARGUMENTS, "--report", str(path)]) == 0
@@ -291,6 +294,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_page(tmp_path, monkeypatch):
     """Its cases are models and lengths; the answer counts the winners that the rows have."""
     import pandas as pd
@@ -318,6 +322,7 @@ def test_a_sweep_has_a_page(tmp_path, monkeypatch):
     assert set(drawn) <= {round(size, 4) for size in frame["device_memory_gib"]}
 
 
+@pytest.mark.slow
 def test_a_page_of_many_fits_its_size(tmp_path):
     """A step of 96 layers under several plans."""
     plans = ("tp=8", "tp=8,sequence_parallel", "tp=8,recompute=full", "ulysses=8,zero=3")

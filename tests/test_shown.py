@@ -82,6 +82,7 @@ def test_a_fragment_has_the_answer_and_the_figures(compared):
         assert "<script" not in fragment
 
 
+@pytest.mark.slow
 def test_figures_need_no_path(compared, staged, tmp_path):
     """And where one is given, they are written and returned."""
     result = compared.accounts[0].result
@@ -108,6 +109,7 @@ def test_a_sweep_is_drawn_as_it_is():
         assert draw(frame).axes
 
 
+@pytest.mark.slow
 def test_pictures_are_public_and_load_when_asked_for():
     code = """
 import sys, spsim

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spsim.plots.calibration import plot_calibration as plot_calibration
+    from spsim.plots.collective import plot_collective as plot_collective
     from spsim.plots.figure import save as save
     from spsim.plots.figure import saved as saved
     from spsim.plots.kernels import plot_kernels as plot_kernels
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Waterfall": "waterfall",
     "plot_calibration": "calibration",
+    "plot_collective": "collective",
     "plot_front": "search",
     "plot_kernels": "kernels",
     "plot_mapping": "mapping",

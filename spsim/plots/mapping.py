@@ -19,6 +19,7 @@ from spsim.plots.figure import (
     SMALL_SIZE,
     TEXT_SIZE,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     text_size,
@@ -124,7 +125,7 @@ def plot_mapping(scenario: Scenario) -> Figure:
     links = [*_links(mapping)]
     rows = len(mapping.axes) + len(links) + (1 if links else 0)
     height = TOP + rows * (ROW + GAP) + BOTTOM
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Picture(figsize=(WIDTH, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, WIDTH)
     axes.set_ylim(height, 0)
