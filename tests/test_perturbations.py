@@ -2,6 +2,7 @@
 
 import json
 from math import sqrt
+from pathlib import Path
 from statistics import mean, quantiles
 
 import numpy as np
@@ -18,10 +19,12 @@ from spsim.step.itinerary import visits
 from spsim.step.jitter import Draws, drawn
 from spsim.step.unfolded import Concatenation
 from spsim.studies import perturbation
+from spsim.studies.experiments import load_experiment
 from spsim.studies.points import Register
 from spsim.units import PS_PER_S
 from tests.cases import H100, scenario
 
+STRAGGLERS = Path(__file__).parent.parent / "experiments" / "stragglers.py"
 SLOW = {"ranks": [1], "factor": 1.7}
 PORT = {"link": {"node": 0, "gpu": 1}, "factor": 3}
 JITTER = {"distribution": "lognormal", "spread": 0.2}
@@ -252,6 +255,7 @@ def answer(capsys, *arguments):
     return ended.value.code, found.out, found.err
 
 
+@pytest.mark.slow
 def test_run_prints_the_steps_before_and_after(capsys, tmp_path):
     file = tmp_path / "slow.toml"
     file.write_text(FILE)
@@ -319,3 +323,17 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, arguments, word
 def test_simulate_draws_no_jitter():
     with pytest.raises(InputError, match=r"perturb\(\)"):
         simulate(step("tp=2").perturbed(JITTER))
+
+
+def test_the_experiment_says_where_a_slow_adapter_costs_more_than_a_slow_gpu():
+    """On two nodes a ring waits for it in every layer; with replicas on a node each only their gradients do."""
+    experiment = load_experiment(STRAGGLERS)
+    wanted = (("TP", 1), ("ring", 2), ("ring, 2 nodes", 1))
+    points = [p for p in experiment.points if (p.labels["strategy"], p.settings["plan"]["dp"]) in wanted]
+    frame = sweep(points)
+    costs = frame.pivot_table(index=["strategy", "gpus"], columns="perturbation", values="step_time_ms")
+    costs = costs.div(costs["none"], axis=0) - 1
+    assert (costs["slow GPU"] < 0.2).all()
+    assert costs["slow adapter"]["TP", 8] == 0
+    assert (costs["slow adapter"]["ring, 2 nodes"] > costs["slow GPU"]["ring, 2 nodes"]).all()
+    assert costs["slow adapter"]["ring", 16] < costs["slow GPU"]["ring", 16]
