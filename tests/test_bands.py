@@ -265,7 +265,12 @@ def test_run_names_nodes_algorithms_and_what_fits(capsys):
     assert (send["algorithm"], send["ranks"], send["nodes"]) == ("send_receive", 8, 2)
     assert send["channels"] == 4
     assert send["gb_per_s"] == pytest.approx(send["message_bytes"] / send["time_s"] / 1e9)
-    assert (sync["collective"], sync["algorithm"], sync["channels"], sync["calls"]) == ("all_reduce", "nvls_tree", 16, 1)
+    assert (sync["collective"], sync["algorithm"], sync["channels"], sync["calls"]) == (
+        "all_reduce",
+        "nvls_tree",
+        16,
+        1,
+    )
     assert sync["gb_per_s"] == pytest.approx(2 * 7 / 8 * sync["message_bytes"] / sync["time_s"] / 1e9)
     text = run(capsys, *layers)
     assert "8 GPUs on 2 nodes" in text
