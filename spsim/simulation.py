@@ -43,8 +43,9 @@ from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
 from spsim.step.folding import Walked, fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
-from spsim.step.itinerary import Chunk, Run
+from spsim.step.itinerary import Chunk, Run, visits
 from spsim.step.lockstep import Lockstep
+from spsim.step.lockstep_stages import StagedLockstep
 from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
@@ -52,6 +53,7 @@ from spsim.step.replicated import replicated_step
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
+from spsim.step.written_stages import PerturbedStages
 
 
 def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
@@ -74,17 +76,16 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
-def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
-    """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
-    is not simulated that way.
+def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep] | StagedLockstep:
+    """A step of many seeds, whose kernels are still to be drawn; with one pipeline stage the same unperturbed, too.
+    Raises `InputError` for what is not simulated that way.
     """
     perturbations = scenario.perturbations
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
-    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
-    windows = perturbed is not None and perturbed.windows
-    if scenario.plan.pp > 1 or windows:
-        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s"
-        raise InputError(f"perturbations: jitter with {what} is not simulated; leave one of them out")
+    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node, windows=False)
+    if scenario.plan.pp > 1:
+        costed, unlike = _costed_stages(scenario, not jitters, perturbed)
+        return costed.lockstep(unlike, seeds)
     prepared = _prepared(scenario, not jitters)
     prepared = prepared.marked(perturbed.marks) if perturbed else prepared
     costs = cost_models(scenario.hardware, scenario.workload.precision)
@@ -95,8 +96,8 @@ def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
     step = alone = priced(costs)
     if perturbed:
         step = perturbed.step(step, priced((costs[0], Latencies(scenario.hardware))), prepared.segments)
-    walk, unperturbed = (Lockstep(own, prepared.ranks, prepared.segments, seeds) for own in (step, alone))
-    return walk, unperturbed
+    order = [visit.segment for visit in visits(step.itinerary)]
+    return Lockstep(step, prepared.ranks, order, seeds), Lockstep(alone, prepared.ranks, order, seeds)
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
@@ -142,29 +143,19 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
 def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
-    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages)
-    if perturbed:
-        prepared = prepared.marked(perturbed.marks)
-    numbers = prepared.template.at(scenario.workload)
-    costs = cost_models(scenario.hardware, scenario.workload.precision)
-    priced = partial(
-        costed_pipeline, prepared, stages, numbers, scenario.hardware, plan,
-        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
-    )  # fmt: skip
-    costed = priced(costs)
+    costed, unlike = _costed_stages(scenario, fold, perturbed)
+    prepared, numbers = costed.prepared, costed.prepared.template.at(scenario.workload)
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
     if perturbed:
-        nodes, waits, events = costed.unfolded(perturbed, priced((costs[0], Latencies(scenario.hardware))))
-        staged = None
+        (nodes, waits, events), staged = costed.unfolded(unlike), None
     elif len(prepared.ranks.copies) == 1 and fold:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
     else:
-        nodes, waits, events = costed.unfolded()
-        staged = None
+        (nodes, waits, events), staged = costed.unfolded(), None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
     static = Deferred(lambda: [_static(scenario, prepared, own, numbers) for own in stages.kinds])
@@ -184,6 +175,24 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         sends=Deferred(lambda: costed.sends),
         perturbations=perturbed.perturbations.labels if perturbed else (),
     )
+
+
+def _costed_stages(
+    scenario: Scenario, fold: bool, perturbed: Perturbed | None
+) -> tuple[CostedPipeline, PerturbedStages | None]:
+    """A step of several stages with its times, and what perturbations do to them."""
+    stages = _stages(scenario.model, scenario.plan)
+    prepared = staged_step(scenario.model, scenario.plan, fold, _precision(scenario), stages)
+    prepared = prepared.marked(perturbed.marks) if perturbed else prepared
+    costs = cost_models(scenario.hardware, scenario.workload.precision)
+    priced = partial(
+        costed_pipeline, prepared, stages, prepared.template.at(scenario.workload), scenario.hardware, scenario.plan,
+        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    if not perturbed:
+        return priced(costs), None
+    empty = priced((costs[0], Latencies(scenario.hardware)))
+    return priced(costs), PerturbedStages(perturbed, prepared, empty.timed)
 
 
 def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool) -> tuple[str, ...]:

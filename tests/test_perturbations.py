@@ -17,6 +17,7 @@ from spsim.inputs.perturbations import Jitter, Perturbations
 from spsim.simulation import side_by_side
 from spsim.step.itinerary import visits
 from spsim.step.jitter import Draws, drawn
+from spsim.step.lockstep import VISITS
 from spsim.step.unfolded import Concatenation
 from spsim.studies import perturbation
 from spsim.studies.experiments import load_experiment
@@ -175,6 +176,31 @@ def test_many_seeds_at_once_run_as_in_the_engine(plan):
         assert ended[:, seed].tolist() == [max(end for _, _, end in own) for own in moments.values()]
 
 
+@pytest.mark.parametrize("plan", ["tp=2,pp=2,dp=2", "pp=2,ring=2,ring_cut=contiguous,dp=2", "tp=2,pp=2"])
+def test_stages_in_lockstep_run_as_in_the_engine(plan):
+    """Ranks of other stages are drawn apart; to the engine each is a slow rank of its own."""
+    own = step(plan, layers=4)
+    given = Perturbations.of([{**JITTER, "each": "rank"}, SLOW, PORT])
+    walk = side_by_side(own.perturbed(given), 2)
+    draws = Draws(given.jitters, walk.shape, range(2))
+    ended = walk.run(draws).reshape(own.plan.gpus, 2)
+    of_kernel = next(plan for plan in walk.walks[0].plans.values() if plan.kernels)
+    drawn_of = [draws(stage * VISITS, of_kernel)[0].reshape(-1, 2) for stage in range(2)]
+    factors = np.concatenate(drawn_of)
+    assert len({*factors.ravel().tolist()}) == factors.size
+    for seed in range(2):
+        slow = [{"ranks": rank, "factor": float(factor)} for rank, factor in enumerate(factors[:, seed])]
+        slow[1]["factor"] *= SLOW["factor"]
+        after = simulate(own.perturbed([*slow, PORT]), fold=False)
+        assert after.step_ps == pytest.approx(ended[:, seed].max(), abs=500)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" in plan])
+def test_stages_in_lockstep_end_as_those_written_out(plan):
+    own = step(plan).perturbed([SLOW, PORT, {"link": {"node": 0, "gpu": 4}, "factor": 2}])
+    assert side_by_side(own, 1).run().max() == simulate(own).step_ps
+
+
 def test_a_seed_is_drawn_alike_whatever_else_is(monkeypatch):
     own = step("tp=2,dp=2")
     whole = perturb(own, JITTER, seeds=6)
@@ -306,7 +332,7 @@ def test_rows_of_perturbed_points_are_their_own(tmp_path):
     [
         (("--seeds", "3"), "--perturb"),
         (("--set", "perturbations.x=3"), "perturbations"),
-        (("--plan", "tp=2,pp=2", "--perturb", "FILE"), "pp above 1"),
+        (("--plan", "tp=2,pp=2,dp=2,dp_overlap", "--perturb", "FILE"), "leave it out"),
         (("--plan", "tp=8,tp_overlap,sequence_parallel", "--perturb", "FILE"), "tp_overlap"),
         (("--perturb", "FILE", "--seeds", "0"), "--seeds 0"),
         (("--perturb", "nowhere.toml"), "no such file"),

@@ -188,13 +188,20 @@ class Perturbed:
                 yield round(time * kernels) if task.lane == COMPUTE_LANE else time
 
 
-def perturbed_ranks(plan: Plan, perturbations: Perturbations, gpus_per_node: int) -> Perturbed | None:
-    """What perturbations do to the ranks of a plan; None where they do nothing. `InputError` where some are drawn."""
+def perturbed_ranks(
+    plan: Plan, perturbations: Perturbations, gpus_per_node: int, *, windows: bool = True
+) -> Perturbed | None:
+    """What perturbations do to the ranks of a plan; None where they do nothing. `InputError` where some are drawn, or
+    last for a part of the step that may not be.
+    """
     if perturbations.jitters:
         raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --seeds")
     if not perturbations.changes:
         return None
-    return Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
+    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
+    if found.windows and not windows:
+        raise InputError("perturbations: jitter with from_s and to_s is not simulated; leave one of them out")
+    return found
 
 
 def _held(window: Window, factor: float | None) -> Held:

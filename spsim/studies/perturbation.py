@@ -18,6 +18,7 @@ from spsim.simulation import side_by_side, simulate
 from spsim.step.blame import Blame, Culprit, blame
 from spsim.step.jitter import Draws
 from spsim.step.lockstep import Lockstep
+from spsim.step.lockstep_stages import StagedLockstep
 from spsim.units import MIB, MS_PER_S, seconds
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ MOST_SEEDS = 100_000
 PERCENTILES = (50, 95, 99)
 MOST_ROWS = 20
 """Of blame, in a document."""
+
+
+Beyond = Counter[tuple[int, int, Culprit]]
 
 
 class Share(NamedTuple):
@@ -56,7 +60,7 @@ class PerturbedSteps:
     """Perturbed; None where jitter makes each seed another step."""
     step_s: Sequence[float]
     """Of each seed; of one where nothing is drawn."""
-    beyond: Counter[tuple[int, int, Culprit]]
+    beyond: Beyond
     """First rank, how many are alike, operator -> picoseconds that it takes longer on the longest way, of all seeds."""
 
     @property
@@ -166,32 +170,37 @@ def perturb(scenario: Scenario, perturbations: Any = None, *, seeds: int = 1) ->
     return PerturbedSteps(own, before, None, [*map(seconds, step_ps)], beyond)
 
 
-def _certain(scenario: Scenario) -> Counter[tuple[int, int, Culprit]]:
+def _certain(scenario: Scenario) -> Beyond:
     """The blame where nothing is drawn; none where it cannot be told."""
     try:
-        walk, unperturbed = side_by_side(scenario, 1)
+        walks = side_by_side(scenario, 1)
     except InputError:
         return Counter()
-    return _counted(walk, blame(walk, unperturbed, None))
+    return Counter() if isinstance(walks, StagedLockstep) else _counted(walks[0], blame(*walks, None))
 
 
-def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Counter[tuple[int, int, Culprit]]]:
+def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Beyond]:
     """The step of each seed, as many at once as fit."""
-    walk, unperturbed = side_by_side(scenario, 1)
-    most = max(plan.lengths.nbytes for plan in walk.plans.values())
-    at_once = max(1, AT_ONCE // (8 * most + 2 * len(walk.visits) * walk.start.free.nbytes))
+    walks = side_by_side(scenario, 1)
+    walk = walks if isinstance(walks, StagedLockstep) else walks[0]
     step_ps: list[int] = []
-    beyond: Counter[tuple[int, int, Culprit]] = Counter()
+    beyond: Beyond = Counter()
+    at_once = max(1, AT_ONCE // walk.nbytes)
     for first in range(0, seeds, at_once):
         own = range(first, min(first + at_once, seeds))
         walk.seeds = len(own)
-        found = blame(walk, unperturbed, Draws(scenario.perturbations.jitters, walk.shape, own))
-        step_ps += found.ended.reshape(-1, len(own)).max(axis=0).tolist()
-        beyond.update(_counted(walk, found))
+        draws = Draws(scenario.perturbations.jitters, walk.shape, own)
+        if isinstance(walks, StagedLockstep):
+            ended = walks.run(draws)
+        else:
+            found = blame(*walks, draws)
+            ended = found.ended
+            beyond.update(_counted(walks[0], found))
+        step_ps += ended.reshape(-1, len(own)).max(axis=0).tolist()
     return step_ps, beyond
 
 
-def _counted(walk: Lockstep, found: Blame) -> Counter[tuple[int, int, Culprit]]:
+def _counted(walk: Lockstep, found: Blame) -> Beyond:
     copies = [(rank, len(alike)) for rank, alike in walk.ranks.copies.items()]
     return Counter(
         {
