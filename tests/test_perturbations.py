@@ -195,6 +195,12 @@ def test_stages_in_lockstep_run_as_in_the_engine(plan):
         assert after.step_ps == pytest.approx(ended[:, seed].max(), abs=500)
 
 
+@pytest.mark.parametrize("plan", ["tp=4,dp=2", "tp=4,sequence_parallel,tp_overlap", "tp=2,pp=2,dp=2"])
+def test_the_step_after_is_that_of_the_perturbed_scenario(plan):
+    found = perturb(step(plan), SLOW)
+    assert [*found.step_s] == [found.after.step_time_s] == [simulate(step(plan).perturbed(SLOW)).step_time_s]
+
+
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" in plan])
 def test_stages_in_lockstep_end_as_those_written_out(plan):
     own = step(plan).perturbed([SLOW, PORT, {"link": {"node": 0, "gpu": 4}, "factor": 2}])

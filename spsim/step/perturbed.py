@@ -67,12 +67,6 @@ class Perturbed:
         return [(slow, self._users(slow.link)) for slow in self.perturbations.slow_links if slow.changes]
 
     @property
-    def windows(self) -> bool:
-        """Whether anything lasts for a part of the step only."""
-        own: list[Window] = [*self.slow_ranks, *(slow for slow, _ in self.slow_links)]
-        return not all(window.is_whole for window in own)
-
-    @property
     def marks(self) -> Marks:
         """The ranks of a stage that are unlike others, and by what."""
         ranks = self.mesh.ranks
@@ -198,10 +192,9 @@ def perturbed_ranks(
         raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --seeds")
     if not perturbations.changes:
         return None
-    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
-    if found.windows and not windows:
+    if perturbations.windows and not windows:
         raise InputError("perturbations: jitter with from_s and to_s is not simulated; leave one of them out")
-    return found
+    return Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
 
 
 def _held(window: Window, factor: float | None) -> Held:

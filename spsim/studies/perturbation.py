@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,12 +57,15 @@ class PerturbedSteps:
     """With its perturbations."""
     before: Result
     """Unperturbed."""
-    after: Result | None
-    """Perturbed; None where jitter makes each seed another step."""
     step_s: Sequence[float]
     """Of each seed; of one where nothing is drawn."""
     beyond: Beyond
     """First rank, how many are alike, operator -> picoseconds that it takes longer on the longest way, of all seeds."""
+
+    @lazy
+    def after(self) -> Result | None:
+        """Perturbed, simulated when somebody asks; None where jitter makes each seed another step."""
+        return None if self.scenario.perturbations.jitters else simulate(self.scenario)
 
     @property
     def shown(self) -> list[int]:
@@ -131,7 +135,6 @@ class PerturbedSteps:
                 "by_operator": [*_rows(self.by_operator)],
                 "by_rank_and_operator": [*_rows(self.by_both)],
             },
-            "idle_ms": None if self.after is None else {k: MS_PER_S * v for k, v in self.after.idle_s.items()},
         }
 
     def frame(self) -> pd.DataFrame:
@@ -163,20 +166,15 @@ def perturb(scenario: Scenario, perturbations: Any = None, *, seeds: int = 1) ->
     before = simulate(scenario.perturbed(()))
     if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
         raise InputError(f"perturb: seeds = {seeds!r} is no number from 1 to {MOST_SEEDS:,}")
-    if not own.perturbations.jitters:
-        after = simulate(own)
-        return PerturbedSteps(own, before, after, (after.step_time_s,), _certain(own))
-    step_ps, beyond = _of_seeds(own, seeds)
-    return PerturbedSteps(own, before, None, [*map(seconds, step_ps)], beyond)
+    step_ps, beyond = _of_seeds(own, seeds) if own.perturbations.jitters else _certain(own)
+    return PerturbedSteps(own, before, [*map(seconds, step_ps)], beyond)
 
 
-def _certain(scenario: Scenario) -> Beyond:
-    """The blame where nothing is drawn; none where it cannot be told."""
-    try:
-        walks = side_by_side(scenario, 1)
-    except InputError:
-        return Counter()
-    return Counter() if isinstance(walks, StagedLockstep) else _counted(walks[0], blame(*walks, None))
+def _certain(scenario: Scenario) -> tuple[list[int], Beyond]:
+    """The step where nothing is drawn, and the blame if it can be told."""
+    with suppress(InputError):
+        return _of_seeds(scenario, 1)
+    return [simulate(scenario).step_ps], Counter()
 
 
 def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Beyond]:
