@@ -76,16 +76,16 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
-def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep] | StagedLockstep:
-    """A step of many seeds, whose kernels are still to be drawn; with one pipeline stage the same unperturbed, too.
-    Raises `InputError` for what is not simulated that way.
+def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep] | tuple[StagedLockstep, StagedLockstep]:
+    """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
+    is not simulated that way.
     """
     perturbations = scenario.perturbations
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
     perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node, windows=False)
     if scenario.plan.pp > 1:
         costed, unlike = _costed_stages(scenario, not jitters, perturbed)
-        return costed.lockstep(unlike, seeds)
+        return costed.lockstep(unlike, seeds), costed.lockstep(None, seeds)
     prepared = _prepared(scenario, not jitters)
     prepared = prepared.marked(perturbed.marks) if perturbed else prepared
     costs = cost_models(scenario.hardware, scenario.workload.precision)

@@ -181,7 +181,7 @@ def test_stages_in_lockstep_run_as_in_the_engine(plan):
     """Ranks of other stages are drawn apart; to the engine each is a slow rank of its own."""
     own = step(plan, layers=4)
     given = Perturbations.of([{**JITTER, "each": "rank"}, SLOW, PORT])
-    walk = side_by_side(own.perturbed(given), 2)
+    walk, _ = side_by_side(own.perturbed(given), 2)
     draws = Draws(given.jitters, walk.shape, range(2))
     ended = walk.run(draws).reshape(own.plan.gpus, 2)
     of_kernel = next(plan for plan in walk.walks[0].plans.values() if plan.kernels)
@@ -204,7 +204,9 @@ def test_the_step_after_is_that_of_the_perturbed_scenario(plan):
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" in plan])
 def test_stages_in_lockstep_end_as_those_written_out(plan):
     own = step(plan).perturbed([SLOW, PORT, {"link": {"node": 0, "gpu": 4}, "factor": 2}])
-    assert side_by_side(own, 1).run().max() == simulate(own).step_ps
+    walk, unperturbed = side_by_side(own, 1)
+    assert walk.run().max() == simulate(own).step_ps
+    assert unperturbed.run().max() == simulate(own.perturbed(())).step_ps
 
 
 def test_a_seed_is_drawn_alike_whatever_else_is(monkeypatch):
@@ -267,6 +269,18 @@ def test_blame_names_what_takes_longer():
     (fc1,) = [share for share in found.by_operator if (share.operator, share.phase) == ("fc1", "forward")]
     assert fc1.lost_s * PS_PER_S == pytest.approx(took / 2, rel=1e-6)
     assert sum(share.share for share in found.by_operator) == pytest.approx(1)
+
+
+def test_blame_goes_on_from_stage_to_stage():
+    """A slow stage paces all; what is on the longest way is hers, and what is lost is no more than that."""
+    own = step("tp=2,pp=2,dp=2")
+    found = perturb(own, {"ranks": [4, 5], "factor": 2})
+    assert [share.rank for share in found.by_rank] == [4]
+    assert found.by_rank[0].ranks == 2
+    assert sum(found.beyond.values()) >= found.lost_s * PS_PER_S - 1
+    message = perturb(step("pp=2"), {"link": {"node": 0, "gpu": 1}, "factor": 50})
+    assert {share.operator for share in message.by_operator} <= {"activation send_receive", "gradient send_receive"}
+    assert sum(message.beyond.values()) >= message.lost_s * PS_PER_S - 1
 
 
 def test_a_slow_link_is_blamed_on_its_collectives():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,31 +24,98 @@ Transfers = Mapping[tuple[int, int], Times]
 """Picoseconds of a message by sender and receiver, of each rank."""
 
 
-@dataclass
-class _Between:
-    """What stages know of each other."""
+class Visited(NamedTuple):
+    """A stage has run a segment."""
 
-    posts: dict[Message, Times] = field(default_factory=dict)
-    """Of messages that one side has posted, when."""
+    stage: int
+    number: int
+    plan: Plan
+    before: Standing
+
+
+class Posted(NamedTuple):
+    """A stage has posted a message."""
+
+    stage: int
+    message: Message
+
+
+class Waited(NamedTuple):
+    """A stage has waited for messages."""
+
+    stage: int
+    messages: Sequence[Message]
+    before: Times
+
+
+class Ran(NamedTuple):
+    """A stage has run one task after the last micro-batch; it met others of its stage, if anybody, in a call."""
+
+    stage: int
+    number: int
+    plan: Plan
+    task: int
+    posted: Times
+
+
+class Came(NamedTuple):
+    """A stage has come to a call of several stages,"""
+
+    stage: int
+    key: Key
+    posted: Times
+
+
+class Left(NamedTuple):
+    """and all have come."""
+
+    stage: int
+    key: Key
+    number: int
+    plan: Plan
+    task: int
+
+
+Key = tuple[Call, int]
+"""A call and its number."""
+Event = Visited | Posted | Waited | Ran | Came | Left
+
+
+@dataclass
+class Between:
+    """What stages know of each other, and what they have done in order."""
+
+    events: list[Event] | None = None
+    """If somebody wants to know."""
+    posts: dict[Message, dict[int, Times]] = field(default_factory=dict)
+    """Of messages when each side has posted it."""
+    begins: dict[Message, Times] = field(default_factory=dict)
+    ahead: dict[Message, Message | None] = field(default_factory=dict)
+    """The message before it on its lane."""
     ends: dict[Message, Times] = field(default_factory=dict)
-    lanes: dict[Lane, Times] = field(default_factory=dict)
-    """When they are free."""
-    meetings: dict[tuple[Call, int], list[Times]] = field(default_factory=dict)
-    """Call and its number -> when each stage has come to it."""
+    lanes: dict[Lane, Message] = field(default_factory=dict)
+    """The last message of each."""
+    meetings: dict[Key, dict[int, Times]] = field(default_factory=dict)
+    """When each stage has come to a call."""
     called: Counter[tuple[int, Call]] = field(default_factory=Counter)
     """How often each stage has come to each call."""
 
     @property
     def steps(self) -> int:
         """That stages have taken."""
-        return len(self.posts) + len(self.ends) + self.called.total()
+        return sum(map(len, self.posts.values())) + self.called.total()
 
-    def come(self, stage: int, call: Call, posted: Times) -> list[Times]:
-        """A stage comes to its next call of a communicator; those who have, now and later."""
-        there = self.meetings.setdefault((call, self.called[stage, call]), [])
+    def come(self, stage: int, call: Call, posted: Times) -> Key:
+        """A stage comes to its next call of a communicator."""
+        key = call, self.called[stage, call]
+        self.meetings.setdefault(key, {})[stage] = posted
         self.called[stage, call] += 1
-        there.append(posted)
-        return there
+        return key
+
+    def note(self, event: Event) -> None:
+        """What a stage has done."""
+        if self.events is not None:
+            self.events.append(event)
 
 
 class StagedLockstep:
@@ -71,8 +139,7 @@ class StagedLockstep:
     def nbytes(self) -> int:
         """About what arrays take that are kept while one seed is walked."""
         messages = sum(len(own.messages) for stage in self.stages for own in stage.row if isinstance(own, Post))
-        most = max(plan.lengths.nbytes for walk in self.walks for plan in walk.plans.values())
-        return 8 * most + messages * self.walks[0].start.free.nbytes // self.seeds
+        return sum(walk.nbytes for walk in self.walks) + 4 * messages * self.walks[0].start.free.nbytes // self.seeds
 
     @property
     def seeds(self) -> int:
@@ -84,9 +151,9 @@ class StagedLockstep:
         for walk in self.walks:
             walk.seeds = seeds
 
-    def run(self, draw: Draw | None = None) -> Times:
+    def run(self, draw: Draw | None = None, between: Between | None = None) -> Times:
         """When each rank of each stage has ended, for each seed."""
-        between = _Between()
+        between = between or Between()
         standings = [walk.start for walk in self.walks]
         waiting = {stage: self._stage(stage, standings[stage], between, draw) for stage in range(len(self.stages))}
         while waiting:
@@ -97,50 +164,59 @@ class StagedLockstep:
                 raise DeadlockError([*waiting])
         return np.stack([standing.free for standing in standings])
 
-    def _stage(self, number: int, standing: Standing, between: _Between, draw: Draw | None) -> Iterator[bool]:
+    def _stage(self, number: int, standing: Standing, between: Between, draw: Draw | None) -> Iterator[bool]:
         """All that a stage does; yields where it waits for another."""
         stage, walk, visit = self.stages[number], self.walks[number], number * VISITS
         for instruction in stage.row:
             if isinstance(instruction, Run):
                 for own in stage.passes[instruction.action]:
-                    walk.visit(visit, walk.plans[own.segment.name], standing, draw)
+                    plan = walk.plans[own.segment.name]
+                    between.note(Visited(number, visit, plan, replace(standing)))
+                    walk.visit(visit, plan, standing, draw)
                     visit += 1
             elif isinstance(instruction, Post):
                 for message in instruction.messages:
-                    self._post(message, standing.free, between)
+                    self._post(number, message, standing.free, between)
             else:
                 while any(message not in between.ends for message in instruction.messages):
                     yield True
+                between.note(Waited(number, instruction.messages, standing.free))
                 ended = [between.ends[message] for message in instruction.messages]
                 standing.free = np.maximum.reduce([standing.free, *ended])
         for own in stage.closing:
             yield from self._close(number, visit, walk.plans[own.segment.name], standing, between, draw)
             visit += 1
 
-    def _post(self, message: Message, posted: Times, between: _Between) -> None:
+    def _post(self, stage: int, message: Message, posted: Times, between: Between) -> None:
         """One side has come to it; if the other has, too, it goes when its lane is free."""
-        if message not in between.posts:
-            between.posts[message] = posted
+        between.note(Posted(stage, message))
+        sides = between.posts.setdefault(message, {})
+        sides[stage] = posted
+        if len(sides) < len({message.sender, message.receiver}):
             return
         lane = (message.sender, message.receiver, message.kind)
-        begins = [posted, between.posts[message], *([between.lanes[lane]] if lane in between.lanes else [])]
-        ended = np.maximum.reduce(begins) + self.transfers[message.sender, message.receiver]
-        between.ends[message] = between.lanes[lane] = ended
+        ahead = between.ahead[message] = between.lanes.get(lane)
+        begins = [*sides.values(), *([] if ahead is None else [between.ends[ahead]])]
+        between.lanes[lane], between.begins[message] = message, np.maximum.reduce(begins)
+        between.ends[message] = between.begins[message] + self.transfers[message.sender, message.receiver]
 
     def _close(
-        self, number: int, visit: int, plan: Plan, standing: Standing, between: _Between, draw: Draw | None
+        self, number: int, visit: int, plan: Plan, standing: Standing, between: Between, draw: Draw | None
     ) -> Iterator[bool]:
         """A segment after the last micro-batch, whose tasks run one after another."""
         walk, segment = self.walks[number], plan.segment
         lengths = walk.lengths(visit, plan, draw)
         standing.free = Beginnings(segment, standing).time
         for task in segment.tasks:
-            call = segment.calls.get(task.id)
-            if call is not None:
-                standing.free = walk.met(call, standing.free)
-                if not STAGE_AXES.isdisjoint(call.axes):
-                    there = between.come(number, call, standing.free)
-                    while len(there) < (len(self.stages) if "pp" in call.axes else 2):
-                        yield True
-                    standing.free = np.maximum.reduce(there)
-            standing.free = standing.free + lengths[task.id]
+            call, posted = segment.calls.get(task.id), standing.free
+            met = posted if call is None else walk.met(call, posted)
+            if call is None or STAGE_AXES.isdisjoint(call.axes):
+                between.note(Ran(number, visit, plan, task.id, posted))
+            else:
+                key = between.come(number, call, met)
+                between.note(Came(number, key, posted))
+                while len(between.meetings[key]) < (len(self.stages) if "pp" in call.axes else 2):
+                    yield True
+                met = np.maximum.reduce([*between.meetings[key].values()])
+                between.note(Left(number, key, visit, plan, task.id))
+            standing.free = met + lengths[task.id]

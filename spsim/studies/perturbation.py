@@ -17,9 +17,11 @@ from spsim.lazy import lazy
 from spsim.results.result import Result
 from spsim.simulation import side_by_side, simulate
 from spsim.step.blame import Blame, Culprit, blame
+from spsim.step.blame_stages import blame_stages
 from spsim.step.jitter import Draws
 from spsim.step.lockstep import Lockstep
 from spsim.step.lockstep_stages import StagedLockstep
+from spsim.step.ranks import Ranks
 from spsim.units import MIB, MS_PER_S, seconds
 
 if TYPE_CHECKING:
@@ -179,8 +181,7 @@ def _certain(scenario: Scenario) -> tuple[list[int], Beyond]:
 
 def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Beyond]:
     """The step of each seed, as many at once as fit."""
-    walks = side_by_side(scenario, 1)
-    walk = walks if isinstance(walks, StagedLockstep) else walks[0]
+    walk, unperturbed = side_by_side(scenario, 1)
     step_ps: list[int] = []
     beyond: Beyond = Counter()
     at_once = max(1, AT_ONCE // walk.nbytes)
@@ -188,18 +189,18 @@ def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Beyond]:
         own = range(first, min(first + at_once, seeds))
         walk.seeds = len(own)
         draws = Draws(scenario.perturbations.jitters, walk.shape, own)
-        if isinstance(walks, StagedLockstep):
-            ended = walks.run(draws)
-        else:
-            found = blame(*walks, draws)
-            ended = found.ended
-            beyond.update(_counted(walks[0], found))
-        step_ps += ended.reshape(-1, len(own)).max(axis=0).tolist()
+        if isinstance(walk, StagedLockstep) and isinstance(unperturbed, StagedLockstep):
+            found = blame_stages(walk, unperturbed, draws)
+        elif isinstance(walk, Lockstep) and isinstance(unperturbed, Lockstep):
+            found = blame(walk, unperturbed, draws)
+        beyond.update(_counted(walk.ranks, found))
+        step_ps += found.ended.reshape(-1, len(own)).max(axis=0).tolist()
     return step_ps, beyond
 
 
-def _counted(walk: Lockstep, found: Blame) -> Beyond:
-    copies = [(rank, len(alike)) for rank, alike in walk.ranks.copies.items()]
+def _counted(ranks: Ranks, found: Blame) -> Beyond:
+    stages = next((len(own) for own in found.beyond.values()), 0) // ranks.number
+    copies = [(rank, len(alike)) for rank, alike in ranks.copies_on(stages).items()]
     return Counter(
         {
             (*own, culprit): int(ps)
