@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import LayerFlops, head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Node, Piece
@@ -22,17 +21,19 @@ from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
 from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan
+from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import all_chunks, chunks_of
-from spsim.inputs.workload import Precision, Workload, Workloads
+from spsim.inputs.stages import chunks_of
+from spsim.inputs.workload import Precision
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
-from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
+from spsim.results import folded
+from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -50,6 +51,7 @@ from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
@@ -71,7 +73,7 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
         prepared = prepared.marked(perturbed.marks)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
-    amounts = _amounts(scenario, scenario.workload, scenario.scope)
+    amounts = amounts_of(scenario, scenario.workload, scenario.scope)
     static = _static(scenario, prepared, chunk, numbers)
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
@@ -83,9 +85,11 @@ def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep] | 
     perturbations = scenario.perturbations
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
     perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node, windows=False)
+    if scenario.network == "flows":
+        raise InputError("perturbations: jitter with network = 'flows' is not simulated; leave one of them out")
     if scenario.plan.pp > 1:
         costed, unlike = _costed_stages(scenario, not jitters, perturbed)
-        return costed.lockstep(unlike, seeds), costed.lockstep(None, seeds)
+        return costed.lockstep(unlike(perturbed), seeds), costed.lockstep(None, seeds)
     prepared = _prepared(scenario, not jitters)
     prepared = prepared.marked(perturbed.marks) if perturbed else prepared
     costs = cost_models(scenario.hardware, scenario.workload.precision)
@@ -106,7 +110,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1 or scenario.perturbations.changes:
+    if scenario.plan.pp > 1 or scenario.perturbations.changes or scenario.network == "flows":
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -131,7 +135,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         )
     static = _static(scenario, prepared, chunk, known)
     return ResultColumns(
-        scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid), scenario.scope), step, static
+        scenario.scope, grid, prepared, numbers, amounts_of(grid, counted(grid), scenario.scope), step, static
     )
 
 
@@ -148,14 +152,14 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
-    if perturbed:
-        (nodes, waits, events), staged = costed.unfolded(unlike), None
-    elif len(prepared.ranks.copies) == 1 and fold:
+    shared = _sharing(scenario, prepared, numbers, stages.kinds, perturbed)
+    of_kernels = unlike(_of_kernels(perturbed, shared))
+    if len(copies) == plan.pp and fold and of_kernels is None and shared is None:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
     else:
-        (nodes, waits, events), staged = costed.unfolded(), None
+        (nodes, waits, events), staged = costed.unfolded(of_kernels, shared), None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
     static = Deferred(lambda: [_static(scenario, prepared, own, numbers) for own in stages.kinds])
@@ -165,12 +169,14 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         prepared=prepared,
         chunk=stages.runs[0],
         numbers=numbers,
-        amounts=_amounts(scenario, scenario.workload, scenario.scope),
+        amounts=amounts_of(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
+        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None),
+        reasons=folded.of_stages(
+            plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None, shared=shared is not None
+        ),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
         perturbations=perturbed.perturbations.labels if perturbed else (),
@@ -179,33 +185,23 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
 
 def _costed_stages(
     scenario: Scenario, fold: bool, perturbed: Perturbed | None
-) -> tuple[CostedPipeline, PerturbedStages | None]:
-    """A step of several stages with its times, and what perturbations do to them."""
+) -> tuple[CostedPipeline, Callable[[Perturbed | None], PerturbedStages | None]]:
+    """A step of several stages with its times, and how perturbations are those of its stages."""
     stages = _stages(scenario.model, scenario.plan)
-    prepared = staged_step(scenario.model, scenario.plan, fold, _precision(scenario), stages)
-    prepared = prepared.marked(perturbed.marks) if perturbed else prepared
-    costs = cost_models(scenario.hardware, scenario.workload.precision)
+    prepared = staged_step(
+        scenario.model, scenario.plan, fold, _precision(scenario), stages, single=_single(scenario)
+    ).marked(perturbed.marks if perturbed else ())
+    compute, comm = cost_models(scenario.hardware, scenario.workload.precision)
     priced = partial(
         costed_pipeline, prepared, stages, prepared.template.at(scenario.workload), scenario.hardware, scenario.plan,
         micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
     )  # fmt: skip
-    if not perturbed:
-        return priced(costs), None
-    empty = priced((costs[0], Latencies(scenario.hardware)))
-    return priced(costs), PerturbedStages(perturbed, prepared, empty.timed)
 
+    def of_stages(own: Perturbed | None) -> PerturbedStages | None:
+        latencies = (compute, Latencies(scenario.hardware))
+        return PerturbedStages(own, prepared, priced(latencies).timed) if own else None
 
-def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool) -> tuple[str, ...]:
-    if not fold:
-        return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
-    if unlike:
-        return _rank_folding(simulated, ranks, fold, unlike=True), "layers are not folded: ranks end their passes apart"
-    if simulated == stages:
-        return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
-    return (
-        f"{simulated} of {ranks} ranks simulated: those of a pipeline stage differ by their position on the ring",
-        "layers are not folded: ranks of a stage end their passes apart",
-    )
+    return priced((compute, comm)), of_stages
 
 
 @lru_cache(maxsize=256)
@@ -241,10 +237,15 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    precision = _precision(scenario)
+    precision, single = _precision(scenario), _single(scenario)
     if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
-        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario))
-    return prepare(scenario.model, scenario.plan, fold, precision)
+        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario), single=single)
+    return prepare(scenario.model, scenario.plan, fold, precision, single=single)
+
+
+def _single(scenario: Scenario) -> bool:
+    """Whether its programs are those of a single sequence."""
+    return bool(is_single(scenario.plan, scenario.workload.micro_batch))
 
 
 def _precision(scenario: Scenario | Grid) -> Precision:
@@ -255,44 +256,10 @@ def _precision(scenario: Scenario | Grid) -> Precision:
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
-    if scenario.scope == "layers" or plan.dp_library != "megatron":
+    if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):
         return found
     own = [prepared.template.programs[run.block] for run in chunk]
     return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
-
-
-def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
-    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
-    model, layers = scenario.model, scenario.model.layers
-    flops = layer_flops(model, workload)
-    rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
-    head = head_flops(model, workload, rows).training()
-    replicas = scenario.plan.dp
-    return Amounts(
-        model=replicas * (layers * flops.training() + head),
-        causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
-        executed=replicas * (_executed(scenario, flops) + head),
-        tokens=scenario.global_batch * scenario.workload.seq_len,
-    )
-
-
-def _executed(scenario: Scenario | Grid, flops: LayerFlops) -> int:
-    """FLOPs of all layers, with what is recomputed."""
-    model, plan = scenario.model, scenario.plan
-    chunks = [len(chunk.layers) for chunk in all_chunks(model, plan)] if plan.recompute_layers else [model.layers]
-    return sum(
-        count * kind.layers * flops.executed(kind.recomputed)
-        for size in chunks
-        for kind, count in layer_kinds(plan, size)
-    )
-
-
-def _counted(grid: Grid) -> Workloads:
-    """The workloads of a grid, in Python's integers where 64 bits do not hold the FLOPs of a step."""
-    found = grid.workload
-    largest = Workloads(int(found.seq_len.max()), int(found.micro_batch.max()), found.precision)
-    flops = layer_flops(grid.model, largest).training() * grid.model.layers * int(grid.num_micro_batches.max())
-    return found if flops < 2**62 else replace(found, seq_len=found.seq_len.astype(object))
 
 
 def assemble(
@@ -308,7 +275,8 @@ def assemble(
     perturbed: Perturbed | None = None,
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
-    walked = _walked(scenario, prepared, chunk, numbers, fold, perturbed)
+    shared = _sharing(scenario, prepared, numbers, (tuple(chunk),), perturbed)
+    walked = _walked(scenario, prepared, chunk, numbers, fold, _of_kernels(perturbed, shared), shared)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -329,18 +297,19 @@ def assemble(
         statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
-        reasons=tuple(
-            filter(
-                None,
-                (_rank_folding(len(copies), gpus, fold, unlike=perturbed is not None), "" if fold else SWITCHED_OFF),
-            )
-        ),
+        reasons=folded.of_step(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
         perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
 def _walked(
-    scenario: Simulated, prepared: PreparedStep, chunk: Chunk, numbers: Numbers, fold: bool, perturbed: Perturbed | None
+    scenario: Simulated,
+    prepared: PreparedStep,
+    chunk: Chunk,
+    numbers: Numbers,
+    fold: bool,
+    perturbed: Perturbed | None,
+    shared: Sharing | None,
 ) -> Walked:
     """The step as it runs."""
     hardware = scenario.hardware
@@ -354,20 +323,29 @@ def _walked(
     if perturbed:
         step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
         paces = perturbed.all_paces(prepared.ranks.copies, prepared.segments)
-    return fold_step(step) if fold and not paces else unfold_step(step, paces)
+    return fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
 
 
-SWITCHED_OFF = "layers are not folded: it was switched off"
+def _sharing(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    numbers: Numbers,
+    chunks: tuple[Chunk, ...],
+    perturbed: Perturbed | None,
+) -> Sharing | None:
+    """What the transfers of a step put on links, where they share them, with those that are slow."""
+    if scenario.network == "closed_form":
+        return None
+    comm = cost_models(scenario.hardware, scenario.workload.precision)[1]
+    sharing = Sharing(prepared, numbers, comm, chunks, gpus_per_node=scenario.gpus_per_node)
+    for slow, users in perturbed.slow_links if perturbed else ():
+        sharing.slow(slow, users)
+    return sharing
 
 
-def _rank_folding(simulated: int, ranks: int, fold: bool, *, unlike: bool = False) -> str:
-    if not fold:
-        return "ranks are not folded: it was switched off"
-    if simulated == ranks:
-        return "" if ranks == 1 else "ranks are not folded: each does different work"
-    position = "by where they stand towards what is perturbed" if unlike else "by their position on the ring"
-    differ = "all are identical" if simulated == 1 else f"they differ {position}"
-    return f"{simulated} of {ranks} ranks simulated: {differ}"
+def _of_kernels(perturbed: Perturbed | None, shared: Sharing | None) -> Perturbed | None:
+    """What perturbs the tasks of ranks: on a network slow links are its own."""
+    return perturbed.without_links if perturbed and shared else perturbed
 
 
 def _describe_stages(

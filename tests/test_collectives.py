@@ -28,7 +28,8 @@ NVSWITCH = [name for name in SEVERAL_LEVELS if load_profile(name).datasheet.topo
 
 # ------------------------------------------------------------ measured tables
 
-# (mean, largest) error in percent of the rows that no curve was made from: what the closed forms reach, rounded up.
+# (mean, largest) error in percent of the rows that no curve was made from, but for some a law: what the forms reach,
+# rounded up.
 PREDICTED = {
     # One node: other group sizes, other machines, other software.
     ("a100-other", "all_reduce"): (12, 51),  # 2 x the other machine's time at 1 MiB
@@ -42,8 +43,8 @@ PREDICTED = {
     ("h100-8-orcd", "all_reduce"): (2, 5),
     ("h100-2", "all_reduce"): (2, 3),
     ("h100-2-lambda", "all_reduce"): (43, 162),  # twice as fast as the other machine from 256 KiB to 1 MiB
-    ("h200-azure", "all_reduce"): (12, 38),
-    ("h200-aws", "all_reduce"): (9, 35),
+    ("h200-azure", "all_reduce"): (2, 7),
+    ("h200-aws", "all_reduce"): (4, 13),
     ("h200-counts", "all_reduce"): (7, 14),
     ("h200-sweep", "all_gather"): (6, 10),
     ("h200-sweep", "all_to_all"): (2, 5.1),
@@ -77,18 +78,18 @@ PREDICTED = {
     ("h100-10x8", "all_to_all"): (5, 10),
     ("h100-2x8-pairs", "all_to_all"): (10, 10),
     ("h100-2x8-pairs", "send_receive"): (6, 6),
-    ("h100-2x8-aws", "all_reduce"): (14, 38),  # EFA and NCCL 2.20: twice the time from 16 to 32 MiB
+    ("h100-2x8-aws", "all_reduce"): (13, 38),  # EFA and NCCL 2.20: twice the time from 16 to 32 MiB
     ("h100-8x8", "all_reduce"): (5, 7),
     ("h100-32x8", "all_reduce"): (6, 6),
     ("h100-32x8", "all_gather"): (16, 16),
-    ("b200-4x8-aws", "all_reduce"): (18, 55),  # from 256 MiB on within 8 %; 380 us at 1 MiB
+    ("b200-4x8-aws", "all_reduce"): (18, 52),  # from 256 MiB on within 8 %; 380 us at 1 MiB
     ("gb200-2x72", "all_reduce"): (5, 11),
     ("gb200-20x72", "all_reduce"): (56, 61),  # a ring alone would err 24 %
 }
 
 
 def test_every_measured_table_has_a_limit():
-    predicted = ERRORS[ERRORS["use"] == "prediction"]
+    predicted = ERRORS[ERRORS["use"] != "curve"]
     assert set(zip(predicted["table"], predicted["collective"], strict=True)) == set(PREDICTED)
     assert len(COMPARED) == 834 - 160
     assert set(COMPARED["hardware"]) <= set(profile_names())
@@ -97,7 +98,7 @@ def test_every_measured_table_has_a_limit():
 @pytest.mark.parametrize(("table", "collective"), list(PREDICTED))
 def test_predicted_tables_stay_within_their_errors(table, collective):
     mean, largest = PREDICTED[table, collective]
-    row = ERRORS[(ERRORS["table"] == table) & (ERRORS["collective"] == collective) & (ERRORS["use"] == "prediction")]
+    row = ERRORS[(ERRORS["table"] == table) & (ERRORS["collective"] == collective) & (ERRORS["use"] != "curve")]
     assert row["mean"].item() <= mean
     assert row["largest"].item() <= largest
     assert row["mean"].item() > 0
@@ -105,7 +106,7 @@ def test_predicted_tables_stay_within_their_errors(table, collective):
 
 def test_errors_within_nodes_and_across():
     """Of 1 GiB and more, the mean error of predictions."""
-    rows = COMPARED[COMPARED["use"] == "prediction"]
+    rows = COMPARED[COMPARED["use"] != "curve"]
     size = rows["error_percent"].abs()
     large = rows["message_bytes"] >= 2**30 - 2**20
     assert size[large & (rows["nodes"] == 1)].mean() < 3
@@ -125,13 +126,14 @@ def test_rows_that_made_a_curve_come_back():
 
 
 def test_the_fabric_sets_the_smallest_all_reduce_over_nodes():
-    """8 bytes on two nodes with two, four and eight H100: 15.7, 24.5 and 39 us over InfiniBand (DGX H100, in place),
-    and with eight over EFA, whose hop takes 20 us, 63 to 66 (AWS p5).
+    """8 bytes on two nodes with two, four and eight H100: 15.7, 24.5 and 39 us over InfiniBand (DGX H100, in place;
+    47.6 on H20, NVIDIA/nccl issue 1244), and with eight over EFA, whose hop takes 20 us, 63 to 66 (AWS p5).
     """
     infiniband = CommCost(load_profile(H100))
     times = [infiniband.time("all_reduce", 8, 2 * per_node, 2) / US for per_node in (2, 4, 8)]
-    assert times == pytest.approx([15.7, 24.5, 39], rel=0.13)
-    assert EXPERIMENT["cost"](H100, "efa").time("all_reduce", 8, 16, 2) / US == pytest.approx(64.5, rel=0.04)
+    assert times == pytest.approx([15.7, 24.5, 39], rel=0.07)
+    assert times[-1] == pytest.approx(47.6, rel=0.17)
+    assert EXPERIMENT["cost"](H100, "efa").time("all_reduce", 8, 16, 2) / US == pytest.approx(64.5, rel=0.12)
 
 
 def test_measured_rows_are_consistent():
@@ -327,12 +329,12 @@ def test_one_node_is_never_slower_than_several(name, collective):
                 assert cost.time(collective, message, ranks, nodes) >= inside
 
 
-@pytest.mark.parametrize("name", NVSWITCH)
+@pytest.mark.parametrize("name", [name for name in NVSWITCH if not load_profile(name).inherited])
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_more_nodes_are_never_faster(name, collective):
-    """From 16 MiB on; below, the start of a kernel inside the node may cost more than one more node does. Within 3 %,
-    for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left out: two GPUs of a node
-    share one link, slower than their adapters.
+    """Of measured curves, from 16 MiB on; below, the start of a kernel inside the node may cost more than one more
+    node does. Within 3 %, for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left
+    out: two GPUs of a node share one link, slower than their adapters.
     """
     cost = CommCost(load_profile(name))
     for ranks in (8, 16, 64):
@@ -527,3 +529,12 @@ def test_refused_spreads(plan, hardware, nodes, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_the_picture_says_how_far_predictions_of_large_messages_are_off():
+    (figure,) = EXPERIMENT["figures"](COMPARED).values()
+    large = COMPARED[(COMPARED["use"] == "prediction") & (COMPARED["message_bytes"] >= 2**30)]
+    one, two = (large.loc[large["nodes"] == nodes, "error_percent"].abs().mean() for nodes in (1, 2))
+    assert f"{one:.0f} % on one node, {two:.0f} % on two nodes" in figure.texts[0].get_text()
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    assert sum(len(dots.get_offsets()) for axes in figure.axes for dots in axes.collections) == len(COMPARED)

@@ -123,6 +123,7 @@ def test_channels_of_calls():
     assert cost.channels("all_gather", GIB, 16, 2) == 16
     assert cost.channels("all_gather", 1024, 8) == 1
     assert cost.channels("send_receive", 64 * MIB, 8) == 4
+    assert [cost.channels("all_to_all", GIB, 8 * nodes, nodes) for nodes in (1, 2)] == [32, 16]
     assert CommCost(load_profile("mi300x-8")).channels("all_gather", GIB, 8) is None
 
 

@@ -14,20 +14,24 @@ import spsim
 from spsim import InputError, Plan, Scenario, Workload, emit, load_profile, plan_search, plots, simulate
 from spsim.cli import main
 from spsim.inputs.model import model_of
+from spsim.inputs.plan import parse_plan
+from spsim.inputs.workload import Workloads
+from spsim.report.page.search import front_chart
 from spsim.results import bands
-from spsim.studies.search.blocks import Blocks
+from spsim.studies.search.blocks import Blocks, blocks_of, of_blocks
 from spsim.studies.search.bounds import _counts, _held, _time
 from spsim.studies.search.candidates import candidates
 from spsim.studies.search.outcome import CANNOT_FIT, CANNOT_WIN
 from spsim.studies.search.rounds import fits, rows_of
 from spsim.studies.search.space import Family, Space
 from spsim.units import GIB
+from tests.cases import model
 from tests.test_plots import assert_readable
 
 H100 = "dgx-h100"
 SMALL = {"preset": "llama-3-8b", "layers": 8}
 WORK = {"seq_len": 16384, "global_batch": 16}
-VALUES = {"tp": [2, 4], "ulysses": [1, 2], "ring": [1], "pp": [1, 2], "micro_batch": [1, 2]}
+VALUES = {"tp": [2, 4], "ulysses": [1, 2], "ring": [1], "pp": [1, 2], "micro_batch": [1, 2], "virtual_pp": [1, 2]}
 
 
 def space(gpus=8, *, model=SMALL, workload=WORK, plan=None, values=None, hardware=H100):
@@ -209,7 +213,7 @@ RANDOM = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "model", "seq_len", "plan"), RANDOM)
 def test_best_and_front_of_other_spaces(gpus, model, seq_len, plan):
-    values = {"tp": [1, 2, 4], "ulysses": [1, 2], "ring": [1, 2], "pp": [1, 2], "micro_batch": [1, 2]}
+    values = {"tp": [2, 4], "ulysses": [1, 2], "ring": [1, 2], "pp": [1, 2], "micro_batch": [1]}
     workload = {"seq_len": seq_len, "global_batch": 16}
     _, _, steps = exhaustive(space(gpus, model=model, workload=workload, plan=plan, values=values))
     own = plan_search(hardware=H100, model=model, gpus=gpus, workload=workload, plan=plan, values=values, best=3)
@@ -271,6 +275,17 @@ def test_all_plans_are_rows():
 
 def test_the_front_is_drawn():
     assert_readable(plots.plot_front(found()))
+
+
+def test_the_page_draws_what_was_found(tmp_path):
+    own = found()
+    own.to_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert all(best.name in text for best in own.best)
+    data = {trace["name"]: trace for trace in front_chart(own)["data"]}
+    assert data["front"]["y"] == [best.step_s for best in own.front]
+    assert data["shortest steps"]["x"] == [best.memory_gib for best in own.best]
+    assert sum(len(trace["x"]) for trace in data.values()) >= len(own.found)
 
 
 # ------------------------------------------------------------ the command
@@ -351,3 +366,15 @@ def test_commands_refuse_in_one_line(capsys):
     for arguments in (["plan"], [*COMMAND, "--values", "tp"], [*COMMAND, "--emit", "megatron", "--json"]):
         run(arguments, 2)
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_blocks_of_one_sequence_and_of_several():
+    """Their programs differ where sequences that are gathered are put together: each workload as if it were alone."""
+    plan, hardware = of_blocks(parse_plan("library=torchtitan,tp=2")), load_profile("dgx-h100")
+    length, batch = np.array([512, 1024, 512, 512]), np.array([1, 2, 2, 1])
+    found = blocks_of(hardware, model(), plan, Workloads(length, batch, "bf16"))
+    for place in range(4):
+        own = slice(place, place + 1)
+        alone = blocks_of(hardware, model(), plan, Workloads(length[own], batch[own], "bf16"))
+        for name in ("passes_ps", "saved_bytes", "beyond_bytes"):
+            assert (getattr(found, name)[:, own] == getattr(alone, name)).all()

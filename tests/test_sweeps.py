@@ -211,6 +211,15 @@ def test_control_characters_of_labels_are_written_out() -> None:
     assert found["a\\x1b"][0] == "b\\x1b[31m\\udc80"
 
 
+def test_lengths_may_be_written_as_texts() -> None:
+    """Several of one plan, which are computed at once."""
+    grids = [
+        [{**point(256).settings, "workload": {"seq_len": length}} for length in lengths]
+        for lengths in (("1K", "2K", 3072), (1024, 2048, 3072))
+    ]
+    pd.testing.assert_frame_equal(*map(sweep, grids))
+
+
 def test_settings_without_labels_are_accepted() -> None:
     frame = sweep([dict(GRID[0].settings)])
     assert frame["seq_len"][0] == 256

@@ -54,10 +54,9 @@ def check_algorithm(name: str, collective: Collective, ranks: int, nodes: int) -
         raise InputError(f"algorithm {name!r} is none of {', '.join(ALGORITHMS)}; give one of them, or auto")
     found = ALGORITHMS[name]
     if collective not in found.serves:
-        fits = [other for other, own in ALGORITHMS.items() if collective in own.serves]
+        fits = next(other for other, own in ALGORITHMS.items() if collective in own.serves)
         raise InputError(
-            f"algorithm {name} {found.does}, which serves {', '.join(found.serves)}, not {collective}; "
-            f"use {' or '.join(fits)}"
+            f"algorithm {name} {found.does}, which serves {', '.join(found.serves)}, not {collective}; use {fits}"
         )
     if not found.nodes[0] <= nodes <= found.nodes[1]:
         needs = "one node" if nodes > 1 else "several nodes"

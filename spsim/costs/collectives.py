@@ -152,6 +152,8 @@ class CommCost:
         level = self.inner if nodes == 1 else self._levels().outer
         if collective == "send_receive":
             return int(level.sends.channels(message, ranks, nodes)) if level.sends else None
+        if collective == "all_to_all":
+            return self.tuner.pool(ranks // nodes, nodes) if self.tuner else None
         algorithm, protocol = self.choice(collective, message, ranks, nodes)
         if self.tuner is None or protocol is None:
             return None

@@ -119,7 +119,7 @@ class Candidate:
 
     def line(self, size: float) -> tuple[float, float]:
         """Latency in us and us a byte, at messages of this size and up to twice as large."""
-        place = int(log2(size / SMALLEST)) if size >= SMALLEST else -1
+        place = (int(size) // SMALLEST).bit_length() - 1
         share = self.correction[place] if 0 <= place < len(self.correction) else 1.0
         latency = self.latency_us * (PLATEAU if size >= self.plateau_from else 1.0)
         return latency, 1e6 / (self.gb_per_s * share * GB)
@@ -175,6 +175,10 @@ class Tuner:
     def blocks(self, per_node: int, nodes: int) -> int:
         """Channels of long messages on rings and trees."""
         return min(MOST_CHANNELS, 2 * self.search(per_node, nodes).count)
+
+    def pool(self, per_node: int, nodes: int) -> int:
+        """Channels of all sends of a GPU, as all-to-all uses them: a power of two."""
+        return 1 << (self.blocks(per_node, nodes) - 1).bit_length()
 
     def chunk_steps(self, heads: int) -> tuple[float, ...]:
         """Messages from which on NVLS on one node moves chunks of 32, 64 and 128 KiB a head instead of half of it."""
@@ -279,27 +283,33 @@ def _searched(total: float, speeds: tuple[float, ...]) -> Channels:
 
 def _envelope(candidates: list[Candidate]) -> tuple[list[float], list[Choice]]:
     """The shortest by rising message. From one power of two, or begin of a plateau, to the next all times are lines."""
-    plateaus = {one.plateau_from for one in candidates if one.plateau_from < inf}
-    powers = {float(SMALLEST << place) for place in range(len(CORRECTION["LL"]) + 1)}
-    edges = sorted({0.0, *powers, *plateaus})
+    edges = {0.0, *(one.plateau_from for one in candidates if one.plateau_from < inf)}
+    if any(one.correction for one in candidates):
+        edges |= {float(SMALLEST << place) for place in range(len(CORRECTION["LL"]) + 1)}
+    ordered = sorted(edges)
+    bent = [one for one in candidates if one.correction or one.plateau_from < inf]
+    straight = [(*one.line(0), one.choice) for one in candidates if one not in bent]
     bounds: list[float] = []
     choices: list[Choice] = []
-    for begin, end in zip(edges, [*edges[1:], inf], strict=True):
-        for start, choice in _lowest(candidates, begin, end):
+    for begin, end in zip(ordered, [*ordered[1:], inf], strict=True):
+        for start, choice in _lowest([*straight, *((*one.line(begin), one.choice) for one in bent)], begin, end):
             if not choices or choices[-1] != choice:
                 bounds += [start] if choices else []
                 choices.append(choice)
     return bounds, choices
 
 
-def _lowest(candidates: list[Candidate], begin: float, end: float) -> Iterator[tuple[float, Choice]]:
+def _lowest(lines: list[tuple[float, float, Choice]], begin: float, end: float) -> Iterator[tuple[float, Choice]]:
     """Where each of some lines becomes the lowest, from one size to another."""
-    lines = [(*one.line(begin), one.choice) for one in candidates]
     size = begin
-    latency, slope, choice = min(lines, key=lambda line: (line[0] + line[1] * size, line[1]))
+    latency, slope, choice = min(lines, key=lambda line: (line[0] + line[1] * begin, line[1]))
     while True:
         yield size, choice
-        crossings = [((other[0] - latency) / (slope - other[1]), other) for other in lines if other[1] < slope]
-        size, (latency, slope, choice) = min(crossings, default=(inf, (latency, slope, choice)), key=lambda one: one[0])
+        flatter = [line for line in lines if line[1] < slope]
+        if not flatter or min(line[0] + line[1] * end for line in flatter) >= latency + slope * end < inf:
+            return
+        crossings = [(line[0] - latency) / (slope - line[1]) for line in flatter]
+        size = min(crossings)
+        latency, slope, choice = flatter[crossings.index(size)]
         if size >= end:
             return

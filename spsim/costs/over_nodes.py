@@ -14,12 +14,18 @@ from spsim.costs.curves import algorithm_steps
 from spsim.costs.forms import Fastest, Form, Forms, Picked
 from spsim.costs.seconds import larger
 from spsim.errors import InputError
+from spsim.units import US_PER_S
 
 if TYPE_CHECKING:
     from spsim.costs.levels import LevelCost
     from spsim.costs.nccl import Choice, Tuner
     from spsim.inputs.kernel_coefficients import NodeCoefficients
     from spsim.program.placement import Collective
+
+
+NODE_STEP_US = 0.4
+"""What a step with LL inside a node takes longer where the group goes on to other nodes: the network's overhead of 1 us
+instead of 0.6 (NCCL `src/graph/tuning.cc`)."""
 
 
 class OverNodes:
@@ -95,26 +101,38 @@ class PickedOverNodes(OverNodes):
         if collective in CHUNKED:
             bounds, choices = self._tuner.picks(collective, ranks, nodes, algorithm)
             if choices:
-                return Picked(bounds, [self._picked(choice, collective, ranks, nodes) for choice in choices])
+                by_ring = algorithm == "ring"
+                forms = [self._picked(choice, collective, ranks, nodes, by_ring=by_ring) for choice in choices]
+                return Picked(bounds, forms)
         return super()._made(collective, ranks, nodes, algorithm)
 
-    def _picked(self, choice: Choice, collective: Collective, ranks: int, nodes: int) -> Form:
-        """By the laws of rings and trees of switches; trees of small messages, and one rank a node, by curves."""
+    def _picked(self, choice: Choice, collective: Collective, ranks: int, nodes: int, *, by_ring: bool) -> Form:
+        """By the laws of rings and trees of switches; trees of small messages, and one rank a node, by curves. Unless
+        only rings are asked for, the smallest messages take what is faster, for NCCL's latencies are short of theirs.
+        """
         per_node = ranks // nodes
         adapters = per_node * self.outer.level.share
         if choice.algorithm == "ring":
-            seconds = self._ring(choice, collective, ranks, nodes, adapters)
+            seconds = self._ring(choice, collective, ranks, nodes, adapters, by_ring=by_ring)
             return Form("ring", algorithm_steps("ring", collective, ranks), seconds, choice.protocol)
         if choice.algorithm == "nvls_tree" and self.inner.switch:
             time = TreeTime(self._coefficients, self.inner.switch, nodes=nodes, per_node=per_node, adapters=adapters)
             return Form("nvls_tree", time.steps, time, choice.protocol)
         if per_node > 1:
-            return replace(self._tree(ranks, nodes, None), protocol=choice.protocol)
+            return self._chains(choice, ranks, nodes)
         hops = self._composed.tree_hops(nodes)
         steps = hops // 2 if choice.algorithm == "pat" else hops
         return Form(choice.algorithm, steps, partial(self.outer.time, collective, ranks=nodes), choice.protocol)
 
-    def _ring(self, choice: Choice, collective: Collective, ranks: int, nodes: int, adapters: float) -> Any:
+    def _chains(self, choice: Choice, ranks: int, nodes: int) -> Form:
+        """A tree over the nodes, in each along a chain of GPUs, whose steps are longer than on one node by itself."""
+        chain = self._tree(ranks, nodes, "ring")
+        longer = 2 * (ranks // nodes - 1) * NODE_STEP_US / US_PER_S
+        return replace(chain, seconds=lambda message: longer + chain.seconds(message), protocol=choice.protocol)
+
+    def _ring(
+        self, choice: Choice, collective: Collective, ranks: int, nodes: int, adapters: float, *, by_ring: bool
+    ) -> Any:
         """By the law; of one rank a node by the curve between nodes, up to as many as it was measured on."""
         per_node = ranks // nodes
         known = [*self._known(collective, ranks, nodes)]
@@ -125,6 +143,6 @@ class PickedOverNodes(OverNodes):
             self._coefficients, collective, choice.protocol, ranks=ranks, adapters=adapters,
             channels=self._tuner.blocks(per_node, nodes),
             inside_gb_per_s=max((one.curve.points[-1][1] for one in rings), default=None),
-            latency=min(float(form.seconds(0)) for form in known),
+            latency=min(float(form.seconds(0)) for form in (known[:1] if by_ring else known)),
         )  # fmt: skip
         return law if per_node > 1 else lambda message: larger(law(message), known[0].seconds(message))

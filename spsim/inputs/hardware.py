@@ -35,6 +35,7 @@ from spsim.inputs.kernel_coefficients import (
 )
 from spsim.inputs.plausible import check_profile
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
+from spsim.inputs.uplinks import Uplinks
 from spsim.work import AttentionKernel, Framework
 
 PEAK_IDENTITY_TOLERANCE = 0.01
@@ -56,6 +57,8 @@ class Level(Table):
     link_gb_per_s: Bandwidth
     """Per link and direction."""
     in_network_reduction: Annotated[tuple[CollectiveName, ...], Field(strict=False)] = ()
+    uplinks: Uplinks | None = None
+    """Between its switches; none where one joins all, or where they never block. `network = "flows"` reads them."""
 
     @property
     def bandwidth(self) -> float:

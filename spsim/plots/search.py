@@ -15,6 +15,7 @@ from spsim.plots.figure import (
     POINTS,
     SMALL_SIZE,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     axes_at,
@@ -42,7 +43,7 @@ def plot_front(search: PlanSearch) -> Figure:
     """
     names = [f"{number}  {own.name}" for number, own in enumerate(search.best, 1)]
     listed = max(text_size(name, LABEL_SIZE)[0] for name in names) / POINTS + GAP
-    figure = Figure(figsize=(WIDTH, TOP + HEIGHT + BOTTOM))
+    figure = Picture(figsize=(WIDTH, TOP + HEIGHT + BOTTOM))
     axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - GAP - listed, HEIGHT)
     _scatter(axes, search)
     across, up = figure.get_size_inches()

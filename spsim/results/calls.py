@@ -84,13 +84,10 @@ def calls(result: Result) -> tuple[Call, ...]:
         timed_as = step_of or collective
         times = [message.time(costs) for message in own]
         time = times[0] if len(own) == 1 else float(np.average(times, weights=[*own.values()]))
-        found.append(
-            Call(
-                collective, axis, ranks, nodes, size, own.total(), costs.algorithm(timed_as, size, ranks, nodes),
-                None if step_of else costs.channels(timed_as, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
-                step_of,
-            )
-        )  # fmt: skip
+        algorithm = costs.algorithm(timed_as, size, ranks, nodes)
+        channels = None if step_of else costs.channels(timed_as, size, ranks, nodes)
+        rate = sent_bytes(collective, size, ranks) / time / GB
+        found.append(Call(collective, axis, ranks, nodes, size, own.total(), algorithm, channels, time, rate, step_of))
     return tuple(found)
 
 

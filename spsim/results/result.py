@@ -348,6 +348,12 @@ class Result(Derived):
 
         return plots.saved(plots.plot_steps({self.scenario.plan.label: self}), path)
 
+    def plot_mapping(self, path: str | Path | None = None) -> Figure:
+        """Which ranks share which links, written where a path is given; see `plots.plot_mapping`. Of a `Scenario`."""
+        from spsim import plots
+
+        return plots.saved(plots.plot_mapping(self.scenario), path)  # type: ignore[arg-type]
+
     def plot_pipeline(self, path: str | Path | None = None) -> Figure:
         """Passes of the stages, written where a path is given; see `plots.plot_pipeline`."""
         from spsim import plots

@@ -51,9 +51,12 @@ class Effect:
 
 def known_effects(result: Result) -> dict[str, Effect | None] | None:
     """What each assumed or inherited coefficient does to a result, largest first, without those that do nothing, and
-    None for those that are no number; None for all where the step is too long to be walked again for each.
+    None for those that are no number; None for all where the step is not walked again for each: it is long, or not
+    folded, as on a network and with ranks of stages that differ.
     """
-    if result.perturbations or result.events > MOST_TASKS or (result.scenario.plan.pp > 1 and result.staged is None):
+    own = result.scenario
+    folded = own.network == "closed_form" and (own.plan.pp == 1 or result.staged is not None)
+    if result.perturbations or result.events > MOST_TASKS or not folded:
         return None
     return effects(result, unmeasured_inputs(result))
 

@@ -178,7 +178,7 @@ def replica_closings(
     def syncs(messages: Iterable[Message]) -> list[Sync]:
         return [sync_of(message, groups) for message in messages if meets(message, groups)]
 
-    reductions = () if sync.behind_backward else syncs(message for row in sync.reductions for message in row)
+    reductions = () if sync.behind_backward else syncs(m for own in sync.reductions for m in own.messages)
     shared = syncs(message for message in sync.before_update if message.group == "embedding")
     sums = (*reductions, *others, *shared)
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []

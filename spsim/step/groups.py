@@ -32,6 +32,7 @@ def replica_groups(plan: Plan) -> Groups:
         "replicate": ("dp",) if hybrid else (),
         "world": world.axes,
         "model": ("pp", "tp"),
+        "tp": ("tp",),
         "stages": ("pp",),
     }
     own = {group: tuple(axis for axis in names if axis in world.axes) for group, names in axes.items()}
@@ -42,7 +43,8 @@ def replica_groups(plan: Plan) -> Groups:
 def sync_of(message: Message, groups: Groups) -> Sync:
     """A message as a collective over bytes, which no longer knows the weights."""
     members, size = groups[message.group], message.message_bytes
-    return Sync(members.axes, members.ranks, message.collective, 1, (), message.what, size)
+    ranks = members.ranks if message.ranks is None else message.ranks
+    return Sync(members.axes, ranks, message.collective, 1, (), message.what, size)
 
 
 def meets(message: Message, groups: Groups) -> bool:

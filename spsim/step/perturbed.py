@@ -67,11 +67,18 @@ class Perturbed:
         return [(slow, self._users(slow.link)) for slow in self.perturbations.slow_links if slow.changes]
 
     @property
+    def without_links(self) -> Perturbed | None:
+        """Slow ranks alone; None where there are none."""
+        own = replace(self, perturbations=Perturbations.of(self.perturbations.slow_ranks))
+        return own if own.slow_ranks else None
+
+    @property
     def marks(self) -> Marks:
         """The ranks of a stage that are unlike others, and by what."""
-        ranks = self.mesh.ranks
+        world, stride = self.world, self.mesh.strides["pp"]
         every = [slow.ranks for slow in self.slow_ranks] + [tuple(sorted(users)) for _, users in self.slow_links]
-        return tuple([(rank % ranks, (rank // ranks, place)) for place, own in enumerate(every) for rank in own])
+        found = [(rank, world.coordinate(rank, "pp"), place) for place, own in enumerate(every) for rank in own]
+        return tuple([(rank - stage * stride, (stage, place)) for rank, stage, place in found])
 
     def _users(self, link: Link) -> frozenset[int]:
         number = link.adapter if link.gpu is None else link.gpu
@@ -148,7 +155,7 @@ class Perturbed:
 
     def step(self, step: Step, empty: Step, segments: Iterable[Segment], stage: int = 0) -> Step:
         """The step of a stage; `empty` is the same with empty messages, whose durations are latencies."""
-        first = stage * self.mesh.ranks
+        first = stage * self.mesh.strides["pp"]
         durations = {**step.durations}
         for segment in segments:
             if segment.name in durations:

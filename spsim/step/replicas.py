@@ -21,7 +21,7 @@ the first; sources as of `buckets`, but for megatron 2 and 3: Megatron-FSDP as i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -48,9 +48,9 @@ from spsim.step.buckets import (
 from spsim.step.gradients import GRADIENTS, NORM, OVERFLOW, PARAMETERS
 from spsim.work import FP32_BYTES
 
-Group = Literal["shard", "replicate", "world", "model", "stages", "embedding"]
+Group = Literal["shard", "replicate", "world", "model", "tp", "stages", "embedding"]
 """Who takes part: the ranks that share one copy of what is sharded, those that hold the same shard, all, those of one
-replica, those at the same place of all stages, of the first and the last stage.
+replica, of it those of one stage, those at the same place of all stages, of the first and the last stage.
 """
 When = Literal["every", "first", "last"]
 """Micro-batch."""
@@ -73,11 +73,27 @@ class Message(NamedTuple):
     group: Group = "shard"
     parameters: tuple[Parameter, ...] = ()
     """Whose gradients or values it moves."""
+    ranks: int | None = None
+    """Neighbours of the group, where it is not all of it."""
 
     @property
     def message_bytes(self) -> int:
         """Of all-gathers the result, of reduce-scatters the input."""
         return math.ceil(self.elements * self.itemsize)
+
+
+class Reduction(NamedTuple):
+    """Of the gradients of a bucket, with what stands before and behind it on its ranks."""
+
+    bucket: Message
+    before: tuple[Message, ...] = ()
+    """Sums of single gradients, for which the kernels that follow wait."""
+    after: tuple[Message, ...] = ()
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """In order of issue."""
+        return *self.before, self.bucket, *self.after
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +104,13 @@ class Synchronisation:
     """Weights gathered for the forward pass. The first is issued before it, each other one when the one before it is
     waited for, which is at the first use of one of its weights.
     """
+    by_module: bool = False
+    """Whether that is where the pass of their block begins, by hooks of the module."""
     forward_in: When = "every"
     backward: tuple[Message, ...] = ()
     """Weights gathered again for the backward pass of each micro-batch, in the same way."""
-    reductions: tuple[tuple[Message, ...], ...] = ()
-    """Of gradients, each with what follows it at once."""
+    reductions: tuple[Reduction, ...] = ()
+    """Of gradients, in order of issue."""
     reductions_in: When = "last"
     behind_backward: bool = True
     """Whether a reduction is issued once its last gradient is there, and those before it are; else after the pass."""
@@ -103,6 +121,11 @@ class Synchronisation:
     gradient_bytes: int = 0
     """Of an element of a gradient that is freed once it is reduced; 0 where gradients have a buffer for the step."""
 
+    @property
+    def summed_over_tp(self) -> frozenset[str]:
+        """Weights whose gradients are summed over tp before they are reduced."""
+        return frozenset(p.name for own in self.reductions for message in own.before for p in message.parameters)
+
 
 def synchronisation(
     parameters: Sequence[Parameter],
@@ -112,9 +135,11 @@ def synchronisation(
     stage: int = 0,
     chunk: int = 0,
     root: frozenset[int] = frozenset(),
+    tied: bool = False,
 ) -> Synchronisation:
     """Of the weights of a rank in one chunk of a stage, in order of registration. `root` are the blocks that FSDP does
-    not shard by themselves. Raises `InputError` for stages of ZeRO that the library does not have.
+    not shard by themselves unless the plan says so, and they share no weights, as `tied` ones do. Raises `InputError`
+    for stages of ZeRO that the library does not have.
     """
     builders = _STAGES[plan.dp_library]
     if plan.zero_stage not in builders:
@@ -123,7 +148,7 @@ def synchronisation(
             f"plan: zero = {plan.zero_stage} with dp_library = {plan.dp_library!r}: that library has "
             f"zero = {known} only; use one of them or another dp_library"
         )
-    return builders[plan.zero_stage](_Weights(tuple(parameters), plan, precision, stage, chunk, root))
+    return builders[plan.zero_stage](_Weights(tuple(parameters), plan, precision, stage, chunk, root, tied))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +161,7 @@ class _Weights:
     stage: int
     chunk: int
     root: frozenset[int]
+    tied: bool
 
     @property
     def itemsize(self) -> int:
@@ -165,6 +191,11 @@ class _Weights:
         """Of gradients."""
         return Message(GRADIENTS, collective, bucket.elements, itemsize, parameters=bucket.parameters)
 
+    def sum_over_tp(self, parameter: Parameter) -> Message:
+        """Of the summands of a gradient."""
+        size, own = self.itemsize, (parameter,)
+        return Message(GRADIENTS, "all_reduce", parameter.elements, size, "tp", own, parameter.summed_over)
+
     def scalar(self, what: str, itemsize: int = FP32_BYTES, group: Group = "shard") -> Message:
         """All-reduce of one number."""
         return Message(what, "all_reduce", 1, itemsize, group)
@@ -176,11 +207,14 @@ class _Weights:
 
 def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
     """The weights of the blocks of a stage, in the order of the forward pass."""
-    return tuple([
-        Parameter(weights.name, weights.elements, weights.operator, block, bytes=weights.bytes)
-        for block, program in enumerate(programs)
-        for weights in program.weights
-    ])  # fmt: skip
+    return tuple([own for block, program in enumerate(programs) for own in _of_block(program, block)])
+
+
+def _of_block(program: Program, block: int) -> Iterator[Parameter]:
+    over_tp = {sync.weight: sync.ranks for sync in program.weight_sync if sync.axes == ("tp",)}
+    for own in program.weights:
+        summed_over = over_tp.get(own.name, 0)
+        yield Parameter(own.name, own.elements, own.operator, block, bytes=own.bytes, summed_over=summed_over)
 
 
 def _megatron(weights: _Weights) -> Synchronisation:
@@ -199,7 +233,7 @@ def _megatron(weights: _Weights) -> Synchronisation:
     return Synchronisation(
         forward=gathers[::-1] if prefetched else (),
         forward_in="first",
-        reductions=tuple((weights.reduce(bucket, collective, weights.gradient_itemsize),) for bucket in buckets),
+        reductions=tuple(Reduction(weights.reduce(b, collective, weights.gradient_itemsize)) for b in buckets),
         behind_backward=behind,
         before_update=(
             *(_tied(p, weights, weights.gradient_itemsize) for p in weights.parameters if p.shared),
@@ -229,34 +263,42 @@ def _ddp(weights: _Weights) -> Synchronisation:
         buckets = ddp_buckets(weights.parameters, size, limit=given * size)
     else:
         buckets = ddp_buckets(weights.parameters, size, limit=DDP_BUCKET_BYTES, first=DDP_FIRST_BUCKET_BYTES)
-    reductions = tuple((weights.reduce(bucket, "all_reduce", size),) for bucket in buckets)
+    reductions = tuple(Reduction(weights.reduce(bucket, "all_reduce", size)) for bucket in buckets)
     return Synchronisation(reductions=reductions, before_update=weights.norm_of_stages())
 
 
 def _fsdp(weights: _Weights) -> Synchronisation:
     """A unit a block, and the root, which is gathered first, stays whole until the backward pass has ended, and is
-    reduced last. Each micro-batch reduces, unless `set_requires_gradient_sync` says otherwise. Zero 2 keeps what is
-    gathered for the backward pass (`reshard_after_forward` off).
+    reduced last. Where the ends of the model are units, too, the last stays whole from its forward to its backward
+    pass, which follows at once (torchtitan). Each micro-batch reduces, unless `set_requires_gradient_sync` says
+    otherwise. Zero 2 keeps what is gathered for the backward pass (`reshard_after_forward` off).
 
     Torch's pipeline stages keep weights gathered, and gradients whole, from the first micro-batch to the last, and
     reduce them when all have passed, root first (`perform_reduce_grad` of `pipelining/stage.py`).
     """
-    units = fsdp_units(weights.parameters, weights.root)
-    first, own = (units[:1], units[1:]) if weights.root else ((), units)
+    apart = weights.plan.fsdp_ends == "units" and not weights.tied
+    units = fsdp_units(weights.parameters, frozenset() if apart else weights.root)
+    first, own = (units[:1], units[1:]) if weights.root and not apart else ((), units)
     gathers, staged = tuple(map(weights.gather, own)), weights.plan.pp > 1
+    again = gathers[:-1] if apart and units[-1].parameters[0].block in weights.root else gathers
     return Synchronisation(
         forward=(*map(weights.gather, first), *gathers),
         forward_in="first" if staged else "every",
-        backward=gathers[::-1] if weights.plan.zero == 3 else (),
-        reductions=tuple(tuple(_hybrid(unit, weights)) for unit in (units if staged else (*own[::-1], *first))),
+        by_module=True,
+        backward=again[::-1] if weights.plan.zero == 3 else (),
+        reductions=tuple(_of_unit(unit, weights) for unit in (units if staged else (*own[::-1], *first))),
         reductions_in="last" if staged else "every",
         behind_backward=not staged,
-        before_update=(
-            Message(NORM, "all_reduce", len(weights.parameters), FP32_BYTES), *weights.norm_of_stages()
-        ),
+        before_update=(*_norms(weights), *weights.norm_of_stages()),
         sharded=not staged,
         gradient_bytes=0 if staged else weights.itemsize,
     )  # fmt: skip
+
+
+def _norms(weights: _Weights) -> Iterator[Message]:
+    """Of each weight, summed over its shards: along each axis of a mesh of DTensors."""
+    groups: tuple[Group, ...] = ("shard", "tp") if weights.plan.tp > 1 else ("shard",)
+    return (Message(NORM, "all_reduce", len(weights.parameters), FP32_BYTES, group) for group in groups)
 
 
 def _megatron_fsdp(weights: _Weights) -> Synchronisation:
@@ -268,13 +310,17 @@ def _megatron_fsdp(weights: _Weights) -> Synchronisation:
     return replace(units, forward=(), before_update=norm, after_update=units.forward)
 
 
-def _hybrid(unit: Bucket, weights: _Weights) -> Sequence[Message]:
-    """Of a unit: reduced over the ranks that share a copy, then its shards over the copies (HSDP)."""
+def _of_unit(unit: Bucket, weights: _Weights) -> Reduction:
+    """Reduced over the ranks that share a copy, then its shards over the copies (HSDP). Before, what each reader of a
+    gradient would sum over tp, FSDP2 being the first, each in the type of weights (`_get_grad_inner_tensor`).
+    """
     scattered = weights.reduce(unit, "reduce_scatter", weights.gradient_itemsize)
+    partial = [p for p in unit.parameters if p.summed_over and weights.plan.norm_gradients == "each_reader"]
+    sums = tuple([weights.sum_over_tp(parameter) for parameter in partial])
     if weights.plan.shard_group in (None, weights.plan.dp):
-        return (scattered,)
+        return Reduction(scattered, sums)
     shard = -(-unit.elements // weights.ranks)
-    return scattered, scattered._replace(collective="all_reduce", elements=shard, group="replicate")
+    return Reduction(scattered, sums, (scattered._replace(collective="all_reduce", elements=shard, group="replicate"),))
 
 
 def _deepspeed(weights: _Weights) -> Synchronisation:
@@ -287,7 +333,7 @@ def _deepspeed(weights: _Weights) -> Synchronisation:
     ordered = weights.parameters[::-1] if behind else weights.parameters
     buckets = deepspeed_buckets(ordered, plan.bucket_elements or DEEPSPEED_BUCKET_ELEMENTS)
     all_reduced = Synchronisation(
-        reductions=tuple((weights.reduce(bucket, "all_reduce", weights.itemsize),) for bucket in buckets),
+        reductions=tuple(Reduction(weights.reduce(bucket, "all_reduce", weights.itemsize)) for bucket in buckets),
         reductions_in="every" if stage == 2 else "last",
         behind_backward=behind,
     )
@@ -318,7 +364,7 @@ def _deepspeed_3(weights: _Weights) -> Synchronisation:
     return Synchronisation(
         forward=gathers,
         backward=() if kept else gathers[::-1],
-        reductions=tuple((weights.reduce(bucket, "reduce_scatter", weights.itemsize),) for bucket in buckets),
+        reductions=tuple(Reduction(weights.reduce(bucket, "reduce_scatter", weights.itemsize)) for bucket in buckets),
         reductions_in="every",
         before_update=(weights.scalar(NORM, itemsize=8),),
         after_update=tuple(map(weights.gather, deepspeed_buckets(small, 0, unit=ranks))),

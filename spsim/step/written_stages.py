@@ -97,9 +97,11 @@ class PerturbedStages(NamedTuple):
 
     def transfer_ps(self, rank: int, messages: Messages) -> Mapping[tuple[int, int], int]:
         """Picoseconds of a message of a rank of a stage and its counterpart on another."""
-        ranks, latencies = self.prepared.mesh.ranks, self.empty[1].transfer_ps
+        on_stage, latencies = self.prepared.ranks.on_stage, self.empty[1].transfer_ps
         return {
-            (one, other): self.perturbed.message_ps(one * ranks + rank, other * ranks + rank, ps, latencies[one, other])
+            (one, other): self.perturbed.message_ps(
+                on_stage(one, rank), on_stage(other, rank), ps, latencies[one, other]
+            )
             for (one, other), ps in messages.transfer_ps.items()
         }
 

@@ -76,13 +76,9 @@ class PerturbedSteps:
             return [0]
         marked = [rank for slow in self.scenario.perturbations.slow_ranks for rank in slow.ranks]
         first = next((own.rank for own in self.by_rank if own.rank is not None), marked[0] if marked else 0)
-        mesh = self.before.prepared.mesh
-        inner = [axis for axis in mesh.axes if axis not in ("dp", "shard")]
-        return (
-            [first, mesh.neighbours(first % mesh.ranks, inner[-1])[0] + first // mesh.ranks * mesh.ranks]
-            if inner
-            else [first]
-        )
+        world = self.before.prepared.world
+        inner = [axis for axis in world.axes if axis not in ("pp", "dp", "shard")]
+        return [first, world.neighbours(first, inner[-1])[0]] if inner else [first]
 
     @property
     def lost_s(self) -> float:

@@ -21,14 +21,17 @@ from spsim.cli.options import (
     ModelOption,
     PlanOption,
     PrecisionOption,
+    ReportOption,
     SeqLenOption,
     SetOption,
 )
 from spsim.cli.outputs import (
+    check_report,
     file_names,
     open_console,
     print_emission,
     print_json,
+    print_report,
     print_written,
     staging,
 )
@@ -93,13 +96,15 @@ def command(
     library: EmitOption = None,
     as_json: JsonOption = False,
     out: FilesOption = None,
+    page: ReportOption = None,
 ) -> None:
     """The plans with the shortest step that fit, of all there are for a model on some GPUs.
 
     What --plan says is fixed. tp and ulysses stay within a node unless --plan or --values name one of them.
     """
-    if library is not None and (as_json or out is not None):
-        raise InputError("plan: --emit prints the configuration of the best plan alone; leave --json and --out out")
+    check_report(page)
+    if library is not None and (as_json or out is not None or page is not None):
+        raise InputError("plan: --emit prints a configuration alone; leave --json, --out and --report out")
     if seq_len is None and longest is not None:
         seq_len = SHORTEST
     given = Given.of(
@@ -117,7 +122,7 @@ def command(
     if library is not None:
         print_emission(search.best[0].scenario, library)
         return
-    _show(search, out, as_json=as_json)
+    _show(search, out, page, as_json=as_json)
 
 
 def _values(text: str) -> tuple[str, Sequence[Any]]:
@@ -128,8 +133,10 @@ def _values(text: str) -> tuple[str, Sequence[Any]]:
     return name, found
 
 
-def _show(search: PlanSearch, out: Path | None, *, as_json: bool) -> None:
+def _show(search: PlanSearch, out: Path | None, page: Path | None, *, as_json: bool) -> None:
     written = [] if out is None else _write(search, out)
+    if page is not None:
+        search.to_html(page)
     if as_json:
         print_json(search.to_json())
         return
@@ -138,6 +145,7 @@ def _show(search: PlanSearch, out: Path | None, *, as_json: bool) -> None:
     for line in report.lines(search):
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
+    print_report(console, page)
 
 
 def _write(search: PlanSearch, out: Path) -> list[str]:

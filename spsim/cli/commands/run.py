@@ -18,6 +18,7 @@ from spsim.cli.options import (
     JsonOption,
     MicroBatchOption,
     ModelOption,
+    NetworkOption,
     NodesOption,
     OutOption,
     PhaseOption,
@@ -83,6 +84,7 @@ def command(
     phase: PhaseOption = None,
     nodes: NodesOption = None,
     scope: ScopeOption = None,
+    network: NetworkOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
@@ -100,7 +102,7 @@ def command(
     given = Given.of(
         "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
-        perturbations=perturb,
+        network=network, perturbations=perturb,
     )  # fmt: skip
     print_notes(given)
     scenario = given.scenario()
@@ -111,8 +113,7 @@ def command(
         _run_perturbed(scenario, seeds or 1, out, as_json=as_json)
         return
     result = simulate(scenario)
-    selection = None if out is None else _selection(result, ranks, layers)
-    written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
+    selection, written = _written(result, out, ranks, layers, trace_format)
     if page is not None:
         result.to_html(page)
     if as_json:
@@ -188,6 +189,16 @@ def _print_result(result: Result, out: Path | None, written: list[str], selectio
         )
 
 
+def _written(
+    result: Result, out: Path | None, ranks: str | None, layers: str | None, trace_format: str
+) -> tuple[Selection | None, list[str]]:
+    """What outputs are of, and the names of their files."""
+    if out is None:
+        return None, []
+    selection = _selection(result, ranks, layers)
+    return selection, _write_outputs(result, out, selection, trace_format)
+
+
 def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:
     """What trace and tables are of."""
     gpus, total = result.scenario.plan.gpus, result.scenario.model.layers
@@ -205,6 +216,8 @@ def _write_outputs(result: Result, out: Path, selection: Selection, trace_format
         if result.staged:
             result.plot_pipeline(directory / "pipeline.png")
         result.plot_step(directory / "step.png")
+        if result.scenario.plan.gpus > 1:
+            result.plot_mapping(directory / "mapping.png")
         if trace_format == "kineto":
             (directory / "kineto").mkdir()
             kineto.write_kineto_traces(result, directory / "kineto", selection)

@@ -11,7 +11,7 @@ differ, its kernels alone count.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from spsim.engine.recording import COMPUTE_LANE
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import gpus_per_node
+from spsim.inputs.rules import gpus_per_node, is_single
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.instructions import LAYER
@@ -82,9 +82,28 @@ def layers_are_alike(plan: Plan) -> bool:
 
 
 def blocks_of(hardware: HardwareProfile, model: Model, plan: Plan, workloads: Workloads) -> Blocks:
-    """The blocks of a plan that `of_blocks` has made, for some workloads."""
+    """The blocks of a plan that `of_blocks` has made, for some workloads, those of a single sequence apart where their
+    programs are.
+    """
+    batches = workloads.micro_batch
+    single = np.broadcast_to(is_single(plan, batches), batches.shape)
+    if single.all() or not single.any():
+        return _alike(hardware, model, plan, workloads, single=bool(single.all()))
+    order = np.argsort(single, kind="stable")
+    own = Workloads(workloads.seq_len[order], batches[order], workloads.precision)
+    several = len(order) - int(single.sum())
+    parts = [Workloads(own.seq_len[at], own.micro_batch[at], own.precision)
+             for at in (slice(several), slice(several, None))]  # fmt: skip
+    first, last = (_alike(hardware, model, plan, part, single=place == 1) for place, part in enumerate(parts))
+    rows = ("passes_ps", "saved_bytes", "beyond_bytes")
+    joined = {name: np.hstack([getattr(first, name), getattr(last, name)]) for name in rows}
+    return replace(first, **joined).at(np.argsort(order).tolist())
+
+
+def _alike(hardware: HardwareProfile, model: Model, plan: Plan, workloads: Workloads, *, single: bool) -> Blocks:
+    """The same of workloads of one structure."""
     precision = program_precision(workloads.precision, any_layout=hardware.fp8_any_layout)
-    prepared = prepared_step(model, plan, True, precision)
+    prepared = prepared_step(model, plan, True, precision, single=single)
     template = prepared.template
     every = [template.at(workload) for workload in _each(workloads)]
     numbers = np.array([own.values for own in every], dtype=np.float64).T
