@@ -24,7 +24,6 @@ from rich.progress import (
 from rich.text import Text
 
 from spsim.errors import InputError, printable
-from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import read_text
 from spsim.studies.cases import cases
