@@ -77,11 +77,11 @@ def cases() -> list[Case]:
 
 
 def measured(settings: dict[str, Any]) -> dict[str, float]:
-    """Seconds of CPU time of a step that is new and of the next one, and MiB, best of three processes."""
+    """Seconds of CPU time of a step that is new and of the next one, and MiB, the better of two processes."""
     runs = [
         json.loads(subprocess.run([sys.executable, "-c", ONE, json.dumps(settings)], env=os.environ, check=True,
                                   capture_output=True, text=True).stdout)
-        for _ in range(3)
+        for _ in range(2)
     ]  # fmt: skip
     return {name: min(run[name] for run in runs) for name in runs[0]}
 

@@ -80,7 +80,8 @@ def test_plans_that_send_behind_passes_are_not_joined(monkeypatch):
     own = [
         {"hardware": "dgx-h100", "model": model(layers=4), "plan": f"tp=2,dp=4,pp=2,{more}",
          "workload": {"seq_len": 2048, "global_batch": batch}}
-        for more in ("dp_overlap,distributed_optimizer", "pp_deallocate=false", "pp_schedule=gpipe")
+        for more in ("dp_overlap,distributed_optimizer", "pp_deallocate=false", "pp_schedule=gpipe",
+                     "mesh_order=tp-ulysses-ring-pp-dp")
         for batch in (16, 32)
     ]  # fmt: skip
     assert (sweep(own)["error"] == "").all()
