@@ -10,7 +10,7 @@ not there is left out. What a peer refuses, as too large for memory, counts as e
 
 - Calculon (github.com/calculon-ai/calculon): closed formulas of one stage.
 - SimuMax (github.com/MooreThreads/SimuMax): every layer as an object; without contexts of its own for each evaluation
-  it slows down, so that it gets new ones.
+  it slows down, so that it gets new ones; without recomputation, which it tells apart in another way.
 - llm-analysis (PyPI): FLOPs and bytes at an efficiency that is given.
 """
 

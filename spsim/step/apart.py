@@ -29,7 +29,7 @@ from spsim.step.ending import Ending, Times
 from spsim.step.itinerary import Chunk
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import issued_by
-from spsim.step.staged_replicas import closings_of_stages, keeps_outputs
+from spsim.step.staged_replicas import closings_of_stages, keeps_outputs, weight_numbers
 from spsim.step.stages import Stages
 from spsim.units import MIB
 
@@ -86,8 +86,7 @@ def closing_times(numbers: Numbers, plan: Plan, precision: Precision, stages: St
     """Picoseconds of what closes a step on the different stages of a plan; kept for plans that differ in their passes
     only.
     """
-    programs = numbers.template.programs.values()
-    weights = tuple([(own.weights, own.weight_sync, own.weight_casts) for own in programs])
+    weights = tuple(weight_numbers(numbers.template).values())
     options = plan.norm_gradients, plan.grad_dtype, plan.moment_dtype, plan.precision_aware_optimizer, plan.zero_stage
     key = weights, stages, world_key(plan), options, precision, costs
     return _times.get(key, lambda: _closing_times(numbers, plan, precision, stages, costs))

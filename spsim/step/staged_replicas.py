@@ -6,8 +6,9 @@ gathered before them, is laid over the passes by `pipelined`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from spsim.engine.recording import BufferUse
 from spsim.inputs.model import Model
@@ -18,7 +19,7 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import EMBEDDING, HEAD, ProgramsAt, one_replica, programs_at
 from spsim.program.blocks.embedding import TABLE
 from spsim.program.blocks.optimizer import parameter_state, shard_ranks
-from spsim.program.instructions import Buffer, Program
+from spsim.program.instructions import Buffer
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, StageClosings, replica_closings
@@ -120,8 +121,8 @@ class _StageSync:
 
     def _synchronisation(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
         """Of the blocks of a chunk, kept: many plans have the same weights."""
-        programs = self._template.programs
-        weights = tuple([(_number(programs[run.block]), run.count, run.numbered) for run in runs])
+        numbers = weight_numbers(self._template)
+        weights = tuple([(numbers[run.block], run.count, run.numbered) for run in runs])
         key = weights, self._options, self._shared, (stage, chunk) == (0, 0)
         return _known.get(key, lambda: self._found(stage, chunk, runs))
 
@@ -147,9 +148,13 @@ _known: Cache[Synchronisation] = Cache(16 * MIB, lambda made: KIB * len(made.red
 _numbers: Cache[object] = Cache(1024, lambda _: 1)
 
 
-def _number(program: Program) -> object:
-    """What stands for the weights of a block, the same for equal ones: a key of all of them takes long to compare."""
-    return _numbers.get((program.weights, program.weight_sync), object)
+@lru_cache(maxsize=256)
+def weight_numbers(template: Template) -> Mapping[str, object]:
+    """What stands for the weights of each block, the same for equal ones: a key of them all takes long to compare."""
+    return {
+        name: _numbers.get((own.weights, own.weight_sync, own.weight_casts), object)
+        for name, own in template.programs.items()
+    }
 
 
 def keeps_outputs(plan: Plan) -> bool:
