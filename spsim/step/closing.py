@@ -193,9 +193,9 @@ def replica_closings(
 
 
 def _norm(programs: Mapping[str, Program], plan: Plan, mesh: Mesh) -> Sync:
-    """That of all gradients, summed over all ranks; of DTensors that of each weight."""
+    """That of all gradients, summed over all ranks; of DTensors, some of them partial, that of each weight."""
     norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name=NORM, elements=1)
-    if plan.norm_gradients != "each_reader":
+    if plan.norm_gradients != "each_reader" or not plan.sequence_parallel:
         return norm
     return replace(norm, elements=0, of_each=tuple((block, len(own.weights)) for block, own in programs.items()))
 
