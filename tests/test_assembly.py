@@ -27,6 +27,7 @@ OTHER_OPTIONS = {
     "tp_scatter": "ring_exchange",
     "dp_overlap": True,
     "fsdp_ends": "units",
+    "mesh_order": "dp-tp-ulysses-ring-pp",
     "recompute_reentrant": False,
     "ring_kind": "all_gather",
     "ring_gradients": "fp32",
@@ -100,6 +101,7 @@ OTHER_TRAITS = {
     "kernels": "eager",
     "composite_norm": True,
     "glu_offset": False,
+    "repeat_kv": True,
 }
 
 
