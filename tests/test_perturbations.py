@@ -201,6 +201,18 @@ def test_the_step_after_is_that_of_the_perturbed_scenario(plan):
     assert [*found.step_s] == [found.after.step_time_s] == [simulate(step(plan).perturbed(SLOW)).step_time_s]
 
 
+ORDERS = ("tp=2,pp=2,dp=2,mesh_order=pp-dp-ring-ulysses-tp", "ulysses=2,tp=2,dp=2,mesh_order=dp-ulysses-ring-tp-pp")
+
+
+@pytest.mark.parametrize("plan", ORDERS)
+def test_ranks_may_be_numbered_in_any_order(plan):
+    own = step(plan).perturbed([SLOW, PORT])
+    folded, each = (simulate(own, fold=fold) for fold in (True, False))
+    assert figures(folded) == figures(each)
+    assert side_by_side(own, 1)[0].run().max() == folded.step_ps
+    assert {share.rank for share in perturb(step(plan), SLOW).by_rank} == {1}
+
+
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" in plan])
 def test_stages_in_lockstep_end_as_those_written_out(plan):
     own = step(plan).perturbed([SLOW, PORT, {"link": {"node": 0, "gpu": 4}, "factor": 2}])

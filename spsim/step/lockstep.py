@@ -78,7 +78,7 @@ class Lockstep:
         """`visits` are of the segments that run, in order."""
         self.step, self.ranks, self.visits, self.seeds = step, ranks, visits, seeds
         self.axes: tuple[Axis, ...] = ranks.mesh.axes
-        self.shape = tuple([ranks.simulated_on(axis) for axis in self.axes])
+        self.shape = ranks.shape
         self.plans = {name: self._plan(segment) for name, segment in {own.name: own for own in visits}.items()}
         common = gcd(rate_beside(step.slowdown), PPM)
         self.whole, self.slow = PPM // common, rate_beside(step.slowdown) // common
@@ -89,7 +89,7 @@ class Lockstep:
                 "perturbations: jitter beside messages that hold a share of the device of their own is not simulated; "
                 "use tp_overlap = false"
             )
-        durations = [self.step.durations[segment.name][rank] for rank in self.ranks.copies]
+        durations = [self.step.durations[segment.name][rank] for rank in self.ranks.in_rows]
         lengths = np.array(durations, dtype=np.int64).T.reshape(len(segment.tasks), *self.shape, 1)
         kernels = [task.id for task in segment.tasks if task.lane == COMPUTE_LANE]
         return Plan(segment, turns_of(segment), kernels, lengths)
