@@ -14,6 +14,7 @@ from spsim.costs.models import cost_models
 from spsim.engine.engine import run
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.inputs.perturbations import Jitter, Perturbations
+from spsim.plots import plot_perturbed
 from spsim.simulation import side_by_side
 from spsim.step.itinerary import visits
 from spsim.step.jitter import Draws, drawn
@@ -359,6 +360,16 @@ def test_rows_of_perturbed_points_are_their_own(tmp_path):
     file.write_text("[[perturbations]]\nranks = [0]\nfactor = 1.6\n")
     (second,) = Register().entries([Point(points[2])])
     assert first[0] != second[0]
+
+
+@pytest.mark.parametrize("plan", ["tp=2,pp=2", "dp=2"])
+def test_the_picture_has_the_slow_rank_before_and_after(plan):
+    """Of a later stage, whose first layer is not that of the model; and of a rank that has no neighbour."""
+    figure = plot_perturbed(perturb(step(plan), {"ranks": step(plan).plan.gpus - 1, "factor": 2}))
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    layer = 1 if "pp" in plan else 0
+    assert [text for text in texts if text.startswith(f"before: layer {layer} in")]
+    assert [text for text in texts if text.startswith(f"after: layer {layer} in")]
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,10 @@ def busiest_view(trace: Trace, layer: int, micro_batch: int, phases: Sequence[st
     """The view of the rank that computes longest; the others wait for it."""
     busy = {rank: sum(compute_by_class(trace, rank).values()) for rank in trace.copies}
     return layer_view(trace, layer, micro_batch, phases, [max(busy, key=busy.__getitem__)])
+
+
+def first_layer(trace: Trace, rank: int) -> int:
+    """The first layer that a rank runs, of the stage that it is on."""
+    (source,) = simulated_for(trace, [rank]).values()
+    own = (leaf.stretch for leaf in trace.leaves if source in leaf.stretch.recording.times)
+    return min((stretch.layer for stretch in own if stretch.layer is not None), default=0)
