@@ -107,7 +107,7 @@ def plot_before_after(before: Result, after: Result, ranks: Sequence[int], *, ti
     """The same ranks of two runs of a scenario during the first layer of theirs, on one time axis."""
     runs = {"before": before, "after": after}
     layer = first_layer(before.trace, ranks[0])
-    views = {name: layer_view(run.trace, layer, 0, None, ranks) for name, run in runs.items()}
+    views = {name: layer_view(run.trace, layer, 0, None, ranks, alone=True) for name, run in runs.items()}
     first = views["before"]
     headers = {name: f"{name}: layer {layer} in {_time(own.length_ps)}" for name, own in views.items()}
     figure = _draw([(headers[name] + _difference(own, first, "before"), own) for name, own in views.items()])
