@@ -98,6 +98,13 @@ def test_a_slow_replica_takes_longer_by_what_its_kernels_do():
     assert kernels_ps(after, 0) == kernels
 
 
+def test_a_window_costs_the_part_of_it_in_which_nothing_is_done():
+    """For 0.2 ms at two thirds of its rate a third is lost, whichever kernels run then."""
+    own = step("dp=2")
+    before, after = (simulate(own.perturbed(by)) for by in ((), {**SLOW, "factor": 1.5, "from_s": 1e-4, "to_s": 3e-4}))
+    assert after.step_ps - before.step_ps == pytest.approx(2e-4 * PS_PER_S / 3, rel=1e-5)
+
+
 def test_a_slow_rank_slows_the_groups_that_it_is_in_and_no_others():
     """Ranks 2 and 3 are the other replica: their passes are as ever, though they end the step later."""
     own = step("tp=2,dp=2")
