@@ -160,7 +160,7 @@ def test_an_adapter_slows_what_leaves_its_node_and_a_port_what_does_not():
 # ------------------------------------------------------------ many seeds
 
 
-@pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" not in plan and "tp_overlap" not in plan])
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" not in plan])
 def test_many_seeds_at_once_run_as_in_the_engine(plan):
     """Three seeds, each walked again as one program of each rank with the times that were drawn."""
     given = Perturbations.of([JITTER, {**JITTER, "each": "rank", "seed": 4}, SLOW, PORT])
@@ -385,7 +385,7 @@ def test_the_picture_has_the_slow_rank_before_and_after(plan):
         (("--seeds", "3"), "--perturb"),
         (("--set", "perturbations.x=3"), "perturbations"),
         (("--plan", "tp=2,pp=2,dp=2,dp_overlap", "--perturb", "FILE"), "leave it out"),
-        (("--plan", "tp=8,tp_overlap,sequence_parallel", "--perturb", "FILE"), "tp_overlap"),
+        (("--plan", "tp=8", "--set", "network=flows", "--perturb", "FILE"), "network = 'flows'"),
         (("--perturb", "FILE", "--seeds", "0"), "--seeds 0"),
         (("--perturb", "nowhere.toml"), "no such file"),
     ],
