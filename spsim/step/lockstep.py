@@ -7,7 +7,7 @@ alike; what a visit leaves undone is handed on. All in the integers of the engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import NamedTuple
