@@ -17,6 +17,7 @@ from tests.cases import model, random_plans
 
 WORKLOAD = Workload(seq_len=512, micro_batch=2)
 OTHER_OPTIONS = {
+    "mesh_order": "ulysses-tp-ring-dp-pp",
     "pp": 2,
     "virtual_pp": 2,
     "distributed_optimizer": True,
@@ -99,6 +100,7 @@ OTHER_TRAITS = {
     "kernels": "eager",
     "composite_norm": True,
     "glu_offset": False,
+    "repeat_kv": True,
 }
 
 
