@@ -145,7 +145,7 @@ def _chains(
     found = {}
     for name in prepared.blocks:
         length: Any = sum(own for (block, _), own in ran.lengths.items() if block == name)
-        highest = columns.memory((Run(name),), 1, ran, basis).highest
+        highest = ran.memory((Run(name),), 1).highest
         found[name] = np.where(ran.holds, length, 0.0), np.where(ran.holds, highest, 0.0)
     return found
 
