@@ -100,6 +100,7 @@ OTHER_TRAITS = {
     "kernels": "eager",
     "composite_norm": True,
     "glu_offset": False,
+    "repeat_kv": True,
 }
 
 
