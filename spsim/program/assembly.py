@@ -47,6 +47,13 @@ def placed_by(plan: Plan) -> tuple[int, ...]:
     return *replicas, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
 
 
+def one_replica(plan: Plan) -> Plan:
+    """As the programs of a step see a plan whose replicas are synchronised apart: a micro-batch of one replica is
+    passed alike however many there are.
+    """
+    return plan if plan.dp == 1 else plan.model_copy(update={"dp": 1, "shard_group": None})
+
+
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
@@ -134,12 +141,12 @@ def programs_at(model: Model, plan: Plan, precision: Precision) -> ProgramsAt:
 
 
 def compile_step(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
-    """The same, compiled; `step_programs` keeps them."""
+    """The same, the layers compiled; what stands around them is kept, for plans differ more often in their layers."""
     kinds = kinds_of_layers(model, plan)
     found = {name: compile_layer(model, plan, workload, kind) for kind, name in kinds.items()}
-    found[EMBEDDING] = compile_embedding(model, plan, workload)
+    found[EMBEDDING] = embedding_program(model, plan, workload)
     if model.head_rows:
-        found[HEAD] = compile_head(model, plan, workload, **_head_options(plan))
+        found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
     return found
 
 

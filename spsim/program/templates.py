@@ -16,6 +16,7 @@ from spsim.program.assembly import (
     head_key,
     kinds_of_layers,
     layer_key,
+    step_key,
 )
 from spsim.program.instructions import LAYER
 from spsim.program.recompute import LayerKind, usual_kind
@@ -47,8 +48,12 @@ def layers_template(model: Model, plan: Plan, precision: Precision = "bf16") -> 
 def step_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
     """The programs of embedding, layer and head for every workload of a precision."""
     unit = sequence_unit(model, plan)
-    programs = compile_step(model, plan, every_workload(unit, precision))
-    return Template(programs.pop(LAYER), unit, others=programs)
+
+    def compiled() -> Template:
+        programs = compile_step(model, plan, every_workload(unit, precision))
+        return Template(programs.pop(LAYER), unit, others=programs)
+
+    return _templates.get((*step_key(model, plan), unit, precision), compiled)
 
 
 def embedding_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:

@@ -16,7 +16,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import ProgramsAt, programs_at, step_key
+from spsim.program.assembly import ProgramsAt, one_replica, programs_at, step_key
 from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import step_template
@@ -186,7 +186,7 @@ def replicated_step(model: Model, plan: Plan, fold: bool, precision: Precision, 
     return _steps.get(
         key,
         lambda: ReplicatedStep(
-            step_template(model, plan, precision),
+            step_template(model, one_replica(plan), precision),
             plan,
             programs_at(model, plan, precision),
             Optimizer(plan, precision),

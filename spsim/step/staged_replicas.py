@@ -15,7 +15,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import sends
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import EMBEDDING, HEAD, ProgramsAt, programs_at
+from spsim.program.assembly import EMBEDDING, HEAD, ProgramsAt, one_replica, programs_at
 from spsim.program.blocks.embedding import TABLE
 from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.instructions import Buffer
@@ -44,6 +44,7 @@ class StagedStep(PreparedStep):
     ) -> None:  # fmt: skip
         state = parameter_state(plan, ELEMENT_BYTES[optimizer.precision])
         super().__init__(template, plan, programs_at, fold=fold, gradient_bytes=state.gradient, optimizer=optimizer)
+        self.segments, self.closings = self.segments[: -len(self.closings)], ()  # each stage has its own
         self._plan, self._optimizer, self._gradient_bytes = plan, optimizer, state.gradient
         self._groups: Groups = replica_groups(plan)
         tied = HEAD in template.programs and any(w.name == TABLE for w in template.programs[HEAD].weights)
@@ -137,7 +138,7 @@ def staged_step(model: Model, plan: Plan, fold: bool, precision: Precision, stag
     return _steps.get(
         (stages, fold, precision),
         lambda: StagedStep(
-            step_template(model, plan, precision),
+            step_template(model, one_replica(plan), precision),
             plan,
             programs_at(model, plan, precision),
             Optimizer(plan, precision),
