@@ -230,7 +230,8 @@ def _precision(scenario: Scenario | Grid) -> Precision:
 
 def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
-    found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
+    parameters, spread = prepared.parameters(numbers, chunk), prepared.spread_parameters(chunk)
+    found = static_memory(parameters, plan, element_bytes, prepared.weight_bytes(chunk), spread)
     if scenario.scope == "layers" or plan.dp_library != "megatron":
         return found
     own = [prepared.template.programs[run.block] for run in chunk]

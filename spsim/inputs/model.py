@@ -30,7 +30,7 @@ _DERIVED: Any = Field(default=None)
 
 
 class Model(Configuration):
-    """A decoder-only transformer; every layer is the same."""
+    """A decoder-only transformer; every layer is the same, but that the first may have a dense MLP and others experts."""
 
     words: ClassVar[Mapping[str, Iterable[str]]] = words.MODEL
 
@@ -39,6 +39,15 @@ class Model(Configuration):
     hidden: Size
     ffn_hidden: Size = _DERIVED
     """Width of the MLP; 4 x hidden unless given, and required for a gated MLP."""
+    experts: Annotated[int, Field(ge=2, le=2**16)] | None = None
+    """MLPs of a layer, of which a router picks `experts_per_token` for each token; one dense MLP unless given."""
+    experts_per_token: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    expert_ffn_hidden: Size | None = _DERIVED
+    """Width of an expert; as `ffn_hidden` unless given."""
+    shared_ffn_hidden: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """Width of the MLP of a layer of experts that every token goes through beside them."""
+    dense_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """First layers whose MLP is dense."""
     heads: Annotated[int, Field(ge=1, le=2**16)]
     kv_heads: Annotated[int, Field(ge=1, le=2**16)] = _DERIVED
     head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
@@ -111,6 +120,8 @@ class Model(Configuration):
                 filled.setdefault(name, filled[source])
         if isinstance(hidden, int) and not gated:
             filled.setdefault("ffn_hidden", 4 * hidden)
+        if filled.get("experts") is not None and "ffn_hidden" in filled:
+            filled.setdefault("expert_ffn_hidden", filled["ffn_hidden"])
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
             filled.setdefault("head_dim", hidden // heads)
         return filled
@@ -119,6 +130,24 @@ class Model(Configuration):
     def _heads_fit(self) -> Self:
         if self.kv_heads > self.heads or self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}; change one")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.experts is None:
+            given = {"experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden", "dense_layers"} & self.model_fields_set
+            if given and any(getattr(self, name) for name in given):
+                raise ValueError(f"{min(given)} = {getattr(self, min(given))} needs experts; give how many, or leave it out")
+            return self
+        if self.experts_per_token is None or self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} with experts = {self.experts}; give 1 to {self.experts}"
+            )
+        if self.dense_layers >= self.layers:
+            raise ValueError(
+                f"dense_layers = {self.dense_layers} leaves none of layers = {self.layers} with experts; "
+                "use fewer, or a model without experts"
+            )
         return self
 
     @model_validator(mode="after")
@@ -153,13 +182,28 @@ class Model(Configuration):
         """What a reader of a result must know of the model."""
         return (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
 
+    @property
+    def as_dense(self) -> Self:
+        """The model whose layers are all as the first, where their MLP is dense."""
+        none = {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}
+        return self.model_copy(update={**none, "dense_layers": 0})
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of a layer."""
+        if self.experts is None or self.expert_ffn_hidden is None:
+            return 0
+        return self.experts * self.hidden * self.expert_ffn_hidden * (3 if self.gated_mlp else 2)
+
     @cached_property
     def layer_parameters(self) -> int:
-        """Parameters of one transformer layer."""
+        """Parameters of one transformer layer, of experts if the model has any."""
         norms = 2 * self.hidden * (2 if self.norm == "layernorm" else 1)
         qkv_width = (self.heads + 2 * self.kv_heads) * self.head_dim
         attention = self.hidden * qkv_width + self.heads * self.head_dim * self.hidden
-        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2)
+        width = self.ffn_hidden if self.experts is None else self.shared_ffn_hidden
+        mlp = self.hidden * width * (3 if self.gated_mlp else 2)
+        mlp += self.expert_parameters + (self.experts or 0) * self.hidden
         fc1_width = self.ffn_hidden * (2 if self.gated_mlp else 1)
         biases = self.hidden + fc1_width + self.hidden if self.bias else 0
         biases += qkv_width if self.qkv_bias else 0
@@ -174,7 +218,10 @@ class Model(Configuration):
         head = (0 if shared else self.head_rows * self.hidden) + (self.head_rows if self.head_bias else 0)
         positions = self.max_positions * self.hidden if self.positions == "learned" else 0
         final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        return embeddings + positions + self.layers * self.layer_parameters + final_norm + head
+        layers = (self.layers - self.dense_layers) * self.layer_parameters
+        if self.dense_layers:
+            layers += self.dense_layers * self.as_dense.layer_parameters
+        return embeddings + positions + layers + final_norm + head
 
 
 def _gpt(name: str, layers: int, hidden: int, heads: int) -> Model:

@@ -37,6 +37,10 @@ class Plan(Configuration):
     ring_messages: Literal["joint", "concatenated", "separate"] = "joint"
     """K and V in one buffer (Transformer Engine), copied into one for each message (torch), or two sends in a batch."""
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
+    ep: Degree = 1
+    """Ranks over which the experts of a layer are spread: those of tp, ulysses and ring, and replicas."""
+    expert_tp: Degree | None = None
+    """Ranks that share an expert (`expert_tensor_parallel_size`): `tp`, or 1; as many as tp unless given."""
     pp: Degree = 1
     virtual_pp: Degree = 1
     """Chunks of each pipeline stage: above 1 the schedule is interleaved."""
@@ -144,6 +148,19 @@ class Plan(Configuration):
         return self.tp * self.ulysses * self.ring * self.pp * self.dp
 
     @property
+    def expert_axes(self) -> tuple[Literal["ring", "ulysses", "tp"], ...]:
+        """Axes besides replicas over which experts are spread, if they are."""
+        if self.ep == 1:
+            return ()
+        return ("ring", "ulysses") if self.expert_tp in (None, self.tp) else ("ring", "ulysses", "tp")
+
+    @property
+    def expert_replicas(self) -> int:
+        """Of all replicas, those over which experts are spread."""
+        within = self.ulysses * self.ring * (self.tp if "tp" in self.expert_axes else 1)
+        return max(1, self.ep // within) if self.ep > 1 else 1
+
+    @property
     def sends_fp32_gradients(self) -> bool:
         """Whether dK and dV go round in fp32."""
         return self.ring_gradients == "fp32" or self.ring_kind == "gather_permute"
@@ -181,6 +198,7 @@ class Plan(Configuration):
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []
         parts += [f"Ulysses {self.ulysses}"] if self.ulysses > 1 else []
         parts += [f"Ring {self.ring}"] if self.ring > 1 else []
+        parts += [f"EP{self.ep}"] if self.ep > 1 else []
         parts += [f"PP{self.pp}" + (f"×VP{self.virtual_pp}" if self.virtual_pp > 1 else "")] if self.pp > 1 else []
         sharded = [f"ZeRO-{self.zero_stage}"] if self.zero_stage > (self.dp == 1) else []
         alone = [stage for stage in sharded if "zero" in self.differing]

@@ -44,14 +44,15 @@ _programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * next_ids(progr
 def placed_by(plan: Plan) -> tuple[int, ...]:
     """What of a plan says where tensors lie."""
     replicas = plan.dp, plan.shard_group or plan.dp
-    return *replicas, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
+    experts = (plan.ep, plan.expert_axes)
+    return *replicas, *experts, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
 
 
 def one_replica(plan: Plan) -> Plan:
     """As the programs of a step see a plan whose replicas are synchronised apart: a micro-batch of one replica is
     passed alike however many there are.
     """
-    return plan if plan.dp == 1 else plan.model_copy(update={"dp": 1, "shard_group": None})
+    return plan.model_copy(update={"dp": plan.expert_replicas, "shard_group": None}) if plan.dp > 1 else plan
 
 
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
@@ -86,7 +87,7 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     joined = projections(model, plan)
     key = (layer_traits(model), joined, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
     operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined))
-    region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
+    region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan))
     kind = kind or usual_kind(plan)
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind.leaves or kind.fetches:
@@ -94,6 +95,10 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     if kind.layers == 1:
         return program
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
+
+
+def _region(operators: Sequence[Operator], plan: Plan, elsewhere: Set[str] = frozenset()) -> Region:
+    return Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
 
 
 def layer_operators(
@@ -216,8 +221,7 @@ def around_layers(plan: Plan) -> Plan:
 def _program_around(
     operators: Sequence[Operator], plan: Plan, *, causal: bool, elsewhere: Set[str] = frozenset()
 ) -> Program:
-    region = Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
-    return program_in(region, around_layers(plan), causal=causal)
+    return program_in(_region(operators, plan, elsewhere), around_layers(plan), causal=causal)
 
 
 def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:

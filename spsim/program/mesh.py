@@ -11,12 +11,12 @@ from typing import Literal, get_args
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
-Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding"]
-AXES: tuple[Axis, ...] = get_args(Axis)[:-1]
+Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding", "experts"]
+AXES: tuple[Axis, ...] = get_args(Axis)[:-2]
 """Mesh axes, outer to inner: consecutive ranks differ in tp, and stages of a pipeline follow each other. Inside dp have
 axes of their own, where they are not all replicas: those that share one copy of what is sharded (shard), and those over
-which experts are spread (ep). The last is no axis of the grid: `embedding` are the two ends of pp, which hold tied
-embeddings.
+which experts are spread (ep). The last two are no axes of the grid: `embedding` are the two ends of pp, which hold
+tied embeddings, `experts` all ranks over which experts are spread, where these lie along several axes.
 """
 
 
@@ -29,6 +29,8 @@ class Mesh:
     """
 
     degrees: Mapping[Axis, int]
+    expert_axes: tuple[Axis, ...] = ()
+    """Along which experts are spread, beside ep."""
     axes: tuple[Axis, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,7 +38,19 @@ class Mesh:
 
     def degree(self, axis: Axis) -> int:
         """Ranks along an axis."""
+        if axis == "experts":
+            return self.size(self.of_experts)
         return min(2, self.degree("pp")) if axis == "embedding" else self.degrees.get(axis, 1)
+
+    @lazy
+    def of_experts(self) -> tuple[Axis, ...]:
+        """The axes of the group `experts`."""
+        return tuple([axis for axis in self.axes if axis == "ep" or axis in self.expert_axes])
+
+    def own(self, axes: Sequence[Axis]) -> list[Axis]:
+        """Axes of the grid that some axes stand for."""
+        found = [own for axis in axes for own in (self.of_experts if axis == "experts" else (axis,))]
+        return ["pp" if axis == "embedding" else axis for axis in found]
 
     @lazy
     def strides(self) -> dict[Axis, int]:
@@ -59,8 +73,7 @@ class Mesh:
 
     def first(self, rank: int, axes: Sequence[Axis]) -> int:
         """The first rank of the group of `rank` along `axes`, which tells it from the other groups."""
-        own: list[Axis] = ["pp" if axis == "embedding" else axis for axis in axes]
-        return rank - sum(self.coordinate(rank, axis) * self.strides[axis] for axis in own)
+        return rank - sum(self.coordinate(rank, axis) * self.strides[axis] for axis in self.own(axes))
 
     def neighbours(self, rank: int, axis: Axis) -> tuple[int, int]:
         """The previous and the next rank along an axis, which is a ring."""
@@ -75,7 +88,8 @@ class Mesh:
 
     def groups(self, axes: Sequence[Axis]) -> Iterator[tuple[int, ...]]:
         """Every group along some axes, by first rank; there may be many."""
-        others = tuple(axis for axis in self.axes if axis not in axes)
+        own = self.own(axes)
+        others = tuple(axis for axis in self.axes if axis not in own)
         return (self.group(first, axes) for first in self._lattice(others))
 
     def _lattice(self, axes: Sequence[Axis]) -> Iterator[int]:
@@ -84,7 +98,8 @@ class Mesh:
 
     def steps(self, axes: Sequence[Axis]) -> list[tuple[int, int]]:
         """Distance and number of the ranks of a group along each of some axes, outer to inner."""
-        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in axes]
+        names = [axis for name in axes for axis in (self.of_experts if name == "experts" else (name,))]
+        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in names]
         ends = self.strides["pp"] * (self.degree("pp") - 1), self.degree("embedding")
         return [ends, *own] if "embedding" in axes else own
 
@@ -97,7 +112,7 @@ def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | 
     """
     # Where a group lies in its first node is all that tells one from another.
     starts = {0}
-    for axis in set(mesh.axes) - set(axes) - ({"pp"} if "embedding" in axes else set()):
+    for axis in set(mesh.axes) - set(mesh.own(axes)):
         places = range(min(mesh.degree(axis), gpus_per_node))
         starts = {(start + place * mesh.strides[axis]) % gpus_per_node for start in starts for place in places}
     spanned = max(_nodes(start, tuple(mesh.steps(axes)), gpus_per_node) for start in starts)
@@ -128,6 +143,9 @@ def _nodes(start: int, lattice: tuple[tuple[int, int], ...], per_node: int) -> i
 def mesh_of(plan: Plan) -> Mesh:
     """The mesh of one pipeline stage of a plan."""
     inner: dict[Axis, int] = {"ring": plan.ring, "ulysses": plan.ulysses, "tp": plan.tp}
+    if plan.ep > 1:
+        own = plan.expert_replicas
+        return Mesh({"dp": plan.dp // own, "ep": own, **inner}, plan.expert_axes)
     if plan.shard_group is None or plan.shard_group == plan.dp:
         return Mesh({"dp": plan.dp, **inner})
     return Mesh({"dp": plan.dp // plan.shard_group, "shard": plan.shard_group, **inner})
@@ -135,4 +153,5 @@ def mesh_of(plan: Plan) -> Mesh:
 
 def world_of(plan: Plan) -> Mesh:
     """All ranks of a plan: stage after stage."""
-    return Mesh({"pp": plan.pp, **mesh_of(plan).degrees})
+    stage = mesh_of(plan)
+    return Mesh({"pp": plan.pp, **stage.degrees}, stage.expert_axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from spsim.lazy import lazy
@@ -111,9 +111,19 @@ class Region:
             return ()
         key = (tensor.name, source, target, backward)
         if key not in self._moves:
-            steps = redistribute(source, target, backward=backward)
+            steps = self._of_experts(redistribute(source, target, backward=backward))
             self._moves[key] = tuple([self._move(tensor, step) for step in steps])
         return self._moves[key]
+
+    def _of_experts(self, steps: list[Redistribution]) -> list[Redistribution]:
+        """Exchanges along all axes over which experts are spread are one among all their ranks."""
+        spread = self.mesh.of_experts
+        own = [step for step in steps if step.collective == "all_to_all" and step.axis in spread]
+        if len(own) < 2 or len(own) < len(spread):
+            return steps
+        at = steps.index(own[0])
+        joined = replace(own[0], axis="experts", target=own[-1].target)
+        return [*steps[:at], joined, *steps[at + len(own) :]]
 
     def _move(self, tensor: Tensor, step: Redistribution) -> Move:
         ranks, message = self.mesh.degree(step.axis), message_bytes(step, tensor, self.mesh)

@@ -27,12 +27,14 @@ def replica_groups(plan: Plan) -> Groups:
     """
     world = world_of(plan)
     hybrid = "shard" in world.axes
+    inner: tuple[Axis, ...] = ("ring", "ulysses")
     axes: dict[Group, tuple[Axis, ...]] = {
-        "shard": ("shard" if hybrid else "dp", "ring", "ulysses"),
+        "shard": ("shard",) + inner if hybrid else ("dp", "ep") + inner,
         "replicate": ("dp",) if hybrid else (),
         "world": world.axes,
         "model": ("pp", "tp"),
         "stages": ("pp",),
+        "experts": ("dp",),
     }
     own = {group: tuple(axis for axis in names if axis in world.axes) for group, names in axes.items()}
     found = {group: Members(names, world.size(names)) for group, names in own.items()}

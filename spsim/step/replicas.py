@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
-from spsim.program.blocks.optimizer import shard_ranks
+from spsim.program.blocks.optimizer import expert_shard_ranks, shard_ranks
 from spsim.program.instructions import Program
 from spsim.program.placement import Collective, Extent
 from spsim.step.buckets import (
@@ -48,9 +48,9 @@ from spsim.step.buckets import (
 from spsim.step.gradients import GRADIENTS, NORM, OVERFLOW, PARAMETERS
 from spsim.work import FP32_BYTES
 
-Group = Literal["shard", "replicate", "world", "model", "stages", "embedding"]
+Group = Literal["shard", "replicate", "world", "model", "stages", "embedding", "experts"]
 """Who takes part: the ranks that share one copy of what is sharded, those that hold the same shard, all, those of one
-replica, those at the same place of all stages, of the first and the last stage.
+replica, those at the same place of all stages, of the first and the last stage, those that hold the same experts.
 """
 When = Literal["every", "first", "last"]
 """Micro-batch."""
@@ -123,7 +123,34 @@ def synchronisation(
             f"plan: zero = {plan.zero_stage} with dp_library = {plan.dp_library!r}: that library has "
             f"zero = {known} only; use one of them or another dp_library"
         )
-    return builders[plan.zero_stage](_Weights(tuple(parameters), plan, precision, stage, chunk, root))
+    build, spread = builders[plan.zero_stage], tuple(p for p in parameters if p.spread)
+    if not spread:
+        return build(_Weights(tuple(parameters), plan, precision, stage, chunk, root))
+    shared = tuple(p for p in parameters if not p.spread)
+    usual = build(_Weights(shared, plan, precision, stage, chunk, root))
+    return _beside(usual, build(_Weights(spread, plan, precision, stage, chunk, root, spread=True)), parameters)
+
+
+def _beside(usual: Synchronisation, of_experts: Synchronisation, parameters: Sequence[Parameter]) -> Synchronisation:
+    """Buckets of experts that are spread are apart from all others (`expert_parallel_buffers`), each moved as its
+    weights come; what ranks agree on they agree on once.
+    """
+    place = {parameter: at for at, parameter in enumerate(parameters)}
+
+    def among(messages: Iterable[Message]) -> list[Message]:
+        return [message._replace(group="experts") for message in messages]
+
+    def first(message: Message) -> int:
+        return min(place[parameter] for parameter in message.parameters)
+
+    rows = [tuple(among(row)) for row in of_experts.reductions]
+    return replace(
+        usual,
+        forward=tuple(sorted([*usual.forward, *among(of_experts.forward)], key=first)),
+        backward=tuple(sorted([*usual.backward, *among(of_experts.backward)], key=first, reverse=True)),
+        reductions=tuple(sorted([*usual.reductions, *rows], key=lambda row: first(row[0]), reverse=True)),
+        after_update=(*usual.after_update, *among(of_experts.after_update)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +163,8 @@ class _Weights:
     stage: int
     chunk: int
     root: frozenset[int]
+    spread: bool = False
+    """Whether they are of experts that are spread over ranks."""
 
     @property
     def itemsize(self) -> int:
@@ -150,7 +179,7 @@ class _Weights:
     @property
     def ranks(self) -> int:
         """That share one copy of what is sharded."""
-        return shard_ranks(self.plan)
+        return expert_shard_ranks(self.plan) if self.spread else shard_ranks(self.plan)
 
     def gather(self, bucket: Bucket) -> Message:
         """Of weights: of 8 bits and fewer as they rest in Megatron, padded as the others of a bucket."""
@@ -177,7 +206,7 @@ class _Weights:
 def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
     """The weights of the blocks of a stage, in the order of the forward pass."""
     return tuple([
-        Parameter(weights.name, weights.elements, weights.operator, block, bytes=weights.bytes)
+        Parameter(weights.name, weights.elements, weights.operator, block, bytes=weights.bytes, spread=weights.spread)
         for block, program in enumerate(programs)
         for weights in program.weights
     ])  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Literal
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
+from spsim.program.blocks.experts import expert_sizes, routed_experts
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.placement import Extent
 from spsim.work import AttentionKernel, Framework, KernelClass
@@ -25,7 +26,7 @@ class _Layer(ModelBlock):
     """The operators of one layer."""
 
     def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections = "fused") -> None:
-        super().__init__(model, workload, replicas)
+        super().__init__(model, workload, replicas, **expert_sizes(model))
         self.projections = projections
         self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
 
@@ -173,6 +174,19 @@ class _Layer(ModelBlock):
         )  # fmt: skip
         return out, normed
 
+    def experts(self, x: Tensor) -> Tensor:
+        """The experts that a router picks, and those that all tokens go through, if there are any."""
+        routed = routed_experts(self, x)
+        if not self.model.shared_ffn_hidden:
+            return routed
+        out = self.tensor("experts_out", "s b h")
+        shared = self.mlp(x)
+        self.add(
+            "add_shared", "elementwise", "s b h, s b h -> s b h", [routed, shared], [out],
+            passthrough=[routed, shared], kernel="add",
+        )  # fmt: skip
+        return out
+
     def mlp(self, x: Tensor) -> Tensor:
         """fc1, or gate and up, activation and fc2; the bias is fused into the activation, which keeps its input."""
         names = ["gate", "up"] if self.model.gated_mlp and self.projections == "separate" else ["fc1"]
@@ -208,6 +222,7 @@ LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax"
 layer_traits = attrgetter(
     "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
     "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as",
+    "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
 )  # fmt: skip
 """What of a model one layer depends on."""
 
@@ -227,5 +242,5 @@ def transformer_layer(
     else:
         attended = layer.residual("residual1", out, x)
         normed = layer.norm("norm2", x if model.parallel_residual else attended)
-    layer.residual("residual2", layer.mlp(normed), attended)
+    layer.residual("residual2", layer.experts(normed) if model.experts else layer.mlp(normed), attended)
     return tuple(layer.operators)
