@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import LayerFlops, head_flops, layer_flops
+from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Node, Piece
@@ -24,7 +24,7 @@ from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import all_chunks, chunks_of
+from spsim.inputs.stages import all_chunks, chunks_of, dense_in
 from spsim.inputs.workload import Precision, Workload, Workloads
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
@@ -190,13 +190,14 @@ def _stages(model: Model, plan: Plan) -> Stages:
     return Stages([[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)])
 
 
-def _layer_runs(model: Model, plan: Plan, layers: int) -> list[Run]:
+def _layer_runs(model: Model, plan: Plan, layers: range) -> list[Run]:
     """Some layers of a chunk, by kind."""
     names = kinds_of_layers(model, plan)
-    return [Run(names[kind], count, layers=kind.layers) for kind, count in layer_kinds(plan, layers)]
+    kinds = layer_kinds(plan, len(layers), dense_in(model, layers))
+    return [Run(names[kind], count, layers=kind.layers) for kind, count in kinds]
 
 
-def _runs(model: Model, plan: Plan, layers: int, *, embedding: bool, loss: bool) -> tuple[Run, ...]:
+def _runs(model: Model, plan: Plan, layers: range, *, embedding: bool, loss: bool) -> tuple[Run, ...]:
     """Some layers with what stands before and behind them."""
     runs = [Run(EMBEDDING, numbered=False)] if embedding else []
     runs += _layer_runs(model, plan, layers)
@@ -205,14 +206,14 @@ def _runs(model: Model, plan: Plan, layers: int, *, embedding: bool, loss: bool)
 
 
 def _placed(model: Model, plan: Plan, chunk: StageChunk) -> PlacedChunk:
-    runs = _runs(model, plan, len(chunk.layers), embedding=chunk.embedding, loss=chunk.loss)
+    runs = _runs(model, plan, chunk.layers, embedding=chunk.embedding, loss=chunk.loss)
     return PlacedChunk(runs, chunk.layers.start)
 
 
 def _chunk(scenario: Scenario) -> Chunk:
     """What a rank runs of a micro-batch."""
     whole = scenario.scope == "step"
-    return _runs(scenario.model, scenario.plan, scenario.model.layers, embedding=whole, loss=whole)
+    return _runs(scenario.model, scenario.plan, range(scenario.model.layers), embedding=whole, loss=whole)
 
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
@@ -240,27 +241,29 @@ def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: N
 
 def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
     """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
-    model, layers = scenario.model, scenario.model.layers
-    flops = layer_flops(model, workload)
+    model = scenario.model
+    kinds = [(model, model.layers - model.dense_layers)]
+    kinds += [(model.as_dense, model.dense_layers)] if model.dense_layers else []
     rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
     head = head_flops(model, workload, rows).training()
     replicas = scenario.plan.dp
     return Amounts(
-        model=replicas * (layers * flops.training() + head),
-        causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
-        executed=replicas * (_executed(scenario, flops) + head),
+        model=replicas * (sum(n * layer_flops(own, workload).training() for own, n in kinds) + head),
+        causal=replicas * (sum(n * layer_flops(own, workload, causal=True).training() for own, n in kinds) + head),
+        executed=replicas * (_executed(scenario, workload) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 
 
-def _executed(scenario: Scenario | Grid, flops: LayerFlops) -> int:
+def _executed(scenario: Scenario | Grid, workload: Workload | Workloads) -> int:
     """FLOPs of all layers, with what is recomputed."""
     model, plan = scenario.model, scenario.plan
-    chunks = [len(chunk.layers) for chunk in all_chunks(model, plan)] if plan.recompute_layers else [model.layers]
+    flops = {False: layer_flops(model, workload), True: layer_flops(model.as_dense, workload)}
+    chunks = [chunk.layers for chunk in all_chunks(model, plan)] if plan.recompute_layers else [range(model.layers)]
     return sum(
-        count * kind.layers * flops.executed(kind.recomputed)
-        for size in chunks
-        for kind, count in layer_kinds(plan, size)
+        count * kind.layers * flops[kind.dense].executed(kind.recomputed)
+        for layers in chunks
+        for kind, count in layer_kinds(plan, len(layers), dense_in(model, layers))
     )
 
 

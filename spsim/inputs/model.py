@@ -135,9 +135,16 @@ class Model(Configuration):
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:
         if self.experts is None:
-            given = {"experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden", "dense_layers"} & self.model_fields_set
+            given = {
+                "experts_per_token",
+                "expert_ffn_hidden",
+                "shared_ffn_hidden",
+                "dense_layers",
+            } & self.model_fields_set
             if given and any(getattr(self, name) for name in given):
-                raise ValueError(f"{min(given)} = {getattr(self, min(given))} needs experts; give how many, or leave it out")
+                raise ValueError(
+                    f"{min(given)} = {getattr(self, min(given))} needs experts; give how many, or leave it out"
+                )
             return self
         if self.experts_per_token is None or self.experts_per_token > self.experts:
             raise ValueError(
@@ -182,7 +189,7 @@ class Model(Configuration):
         """What a reader of a result must know of the model."""
         return (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
 
-    @property
+    @cached_property
     def as_dense(self) -> Self:
         """The model whose layers are all as the first, where their MLP is dense."""
         none = {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}

@@ -8,7 +8,7 @@ from functools import lru_cache
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import gathers_qkv
-from spsim.inputs.stages import all_chunks
+from spsim.inputs.stages import all_chunks, dense_in
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
@@ -41,7 +41,7 @@ _regions: Cache[Region] = Cache(16 * MIB, lambda region: 5 * KIB * len(region.op
 _programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * next_ids(program)[0])
 
 
-def placed_by(plan: Plan) -> tuple[int, ...]:
+def placed_by(plan: Plan) -> tuple[int | tuple[str, ...], ...]:
     """What of a plan says where tensors lie."""
     replicas = plan.dp, plan.shard_group or plan.dp
     experts = (plan.ep, plan.expert_axes)
@@ -55,7 +55,7 @@ def one_replica(plan: Plan) -> Plan:
     return plan.model_copy(update={"dp": plan.expert_replicas, "shard_group": None}) if plan.dp > 1 else plan
 
 
-def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
+def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
     chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
@@ -84,11 +84,12 @@ def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
 
 def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
+    kind = kind or usual_kind(plan)
+    model = model.as_dense if kind.dense else model
     joined = projections(model, plan)
     key = (layer_traits(model), joined, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
     operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined))
     region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan))
-    kind = kind or usual_kind(plan)
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind.leaves or kind.fetches:
         return offload(program, leaves=kind.leaves, fetches=kind.fetches)
@@ -111,11 +112,14 @@ def layer_operators(
 
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
-    """The kinds of layers in a step, and the names of their blocks: that of the first is `LAYER`."""
-    if plan.recompute_layers is None and not plan.cpu_offload_layers:
+    """The kinds of layers in a step, and the names of their blocks: that of the first is `LAYER`, of experts if the model
+    has any.
+    """
+    if plan.recompute_layers is None and not plan.cpu_offload_layers and not model.dense_layers:
         return {usual_kind(plan): LAYER}
-    sizes = dict.fromkeys([len(chunk.layers) for chunk in all_chunks(model, plan)])
-    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, size)])
+    sizes = dict.fromkeys([(len(chunk.layers), dense_in(model, chunk.layers)) for chunk in all_chunks(model, plan)])
+    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, *size)])
+    kinds = dict.fromkeys(sorted(kinds, key=lambda kind: kind.dense))
     return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}
 
 
@@ -207,7 +211,7 @@ def compile_head(
     return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
 
 
-def _around_by(plan: Plan) -> tuple[int, ...]:
+def _around_by(plan: Plan) -> tuple[int | tuple[str, ...], ...]:
     """What of a plan the programs around the layers depend on: neither rings nor recomputation, which are of layers."""
     return *placed_by(plan), plan.keep_gathered, plan.batch_first
 

@@ -29,7 +29,7 @@ def replica_groups(plan: Plan) -> Groups:
     hybrid = "shard" in world.axes
     inner: tuple[Axis, ...] = ("ring", "ulysses")
     axes: dict[Group, tuple[Axis, ...]] = {
-        "shard": ("shard",) + inner if hybrid else ("dp", "ep") + inner,
+        "shard": ("shard", *inner) if hybrid else ("dp", "ep", *inner),
         "replicate": ("dp",) if hybrid else (),
         "world": world.axes,
         "model": ("pp", "tp"),

@@ -29,7 +29,10 @@ def expert_sizes(model: Model) -> dict[str, int]:
 def routed_experts(block: ModelBlock, x: Tensor) -> Tensor:
     """Router, dispatch, experts and combination: `s b h` of every token, summed over its experts."""
     t, model = TOKENS, block.model
-    scores, picked = block.tensor("router_scores", "s b e"), block.tensor("router_probabilities", "s b k", itemsize=FP32_BYTES)
+    scores, picked = (
+        block.tensor("router_scores", "s b e"),
+        block.tensor("router_probabilities", "s b k", itemsize=FP32_BYTES),
+    )
     weights = block.tensor("expert_probabilities", f"e {t}", itemsize=FP32_BYTES)
     dealt, made = (block.tensor(name, f"e {t} h") for name in ("expert_input", "expert_out"))
     width = "g m" if model.gated_mlp else "m"
