@@ -23,7 +23,7 @@ import spsim
 from spsim import report
 from spsim.errors import InputError
 from spsim.inputs.profiles import load_profile
-from spsim.plots.figure import SERIES
+from spsim.plots.colours import SERIES
 from spsim.studies.measured_cases import MeasuredCase, load_cases
 
 COLUMNS = {

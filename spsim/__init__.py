@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from spsim.studies.comparison import compare as compare
     from spsim.studies.experiment import Experiment as Experiment
     from spsim.studies.explanation import explain as explain
+    from spsim.studies.perturbation import perturb as perturb
     from spsim.studies.points import Point as Point
+    from spsim.studies.search.search import plan_search as plan_search
     from spsim.studies.sweeps import sweep as sweep
 
     __version__: str
@@ -52,6 +54,8 @@ _HOMES = {
     "load_model": "inputs.model",
     "load_profile": "inputs.profiles",
     "measured_trace": "results.measured",
+    "perturb": "studies.perturbation",
+    "plan_search": "studies.search.search",
     "read_launch": "inputs.launch.reading",
     "simulate": "simulation",
     "sweep": "studies.sweeps",

@@ -45,6 +45,7 @@ from spsim.step.folding import fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
+from spsim.step.lockstep import Lockstep
 from spsim.step.perturbed import Latencies, Perturbed
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
@@ -83,6 +84,30 @@ def _perturbed(scenario: Scenario, perturbations: Perturbations) -> Perturbed | 
         raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --perturb")
     found = Perturbed(perturbations, world_of(plan), mesh_of(plan), per_node)
     return found if found.changes else None
+
+
+def side_by_side(scenario: Scenario, perturbations: Perturbations, seeds: int) -> tuple[Lockstep, Lockstep]:
+    """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
+    is not simulated that way.
+    """
+    jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
+    perturbed = _perturbed(scenario, rest)
+    windows = perturbed is not None and perturbed.windows
+    if scenario.plan.pp > 1 or windows:
+        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s"
+        raise InputError(f"perturbations: jitter with {what} is not simulated; leave one of them out")
+    prepared = _prepared(scenario, not jitters)
+    prepared = prepared.marked(perturbed.marks) if perturbed else prepared
+    costs = cost_models(scenario.hardware, scenario.workload.precision)
+    priced = partial(
+        costed_step, prepared, prepared.template.at(scenario.workload), scenario.hardware, chunk=_chunk(scenario),
+        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    step = alone = priced(costs)
+    if perturbed:
+        step = perturbed.step(step, priced((costs[0], Latencies(scenario.hardware))), prepared.segments)
+    walk, unperturbed = (Lockstep(own, prepared.ranks, prepared.segments, seeds) for own in (step, alone))
+    return walk, unperturbed
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:

@@ -49,10 +49,12 @@ Framework = Literal["transformer_engine", "torch"]
 """What picks a kernel where none is asked for: Megatron-Core through Transformer Engine, or torch by itself."""
 
 
+KERNEL_PASSES = [f"{kernel}_{direction}" for kernel in get_args(KernelName) for direction in get_args(Direction)]
+
+
 def known_kernel_pass(name: str) -> str:
     """A kernel and its direction, such as gelu_backward; `ValueError` for any other name."""
-    kernel, _, direction = name.rpartition("_")
-    if kernel not in get_args(KernelName) or direction not in ("forward", "backward"):
+    if name not in KERNEL_PASSES:
         known = ", ".join(get_args(KernelName))
         raise ValueError(f"no such kernel; use one of {known}, ending in _forward or _backward")
     return name

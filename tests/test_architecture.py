@@ -24,13 +24,17 @@ FENCES = {
     "matplotlib": {"plots"},
     "rich": {"report", "studies", "cli"},
     "typer": {"cli"},
+    "jinja2": {"report"},
     "torch": {"pytorch", "measuring"},
     "scipy": {"measuring"},
     "pandas": {"studies", "plots", "pytorch", "measuring"},
 }
-HEAVY = ("matplotlib", "scipy", "torch")
+HEAVY = ("matplotlib", "jinja2", "scipy", "torch")
 """Never loaded with a module of the package, only by what needs them."""
-LAZY = {"results": {"plots", "export", "pandas"}, "studies": {"plots", "matplotlib", "pandas"}}
+LAZY = {
+    "results": {"plots", "export", "report", "matplotlib", "pandas"},
+    "studies": {"plots", "report", "matplotlib", "pandas"},
+}
 """What may be imported inside a function or for types only, so that `import spsim` stays light."""
 
 

@@ -17,11 +17,12 @@ from spsim.cli import main
 from spsim.costs.collectives import CommCost
 from spsim.errors import InputError
 from spsim.inputs.hardware import leaves
+from spsim.inputs.inheritance import tables_of
 from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.quantities import Bandwidth, NonNegative, Provenance
 from spsim.measuring.calibrate.catalogue import collective_rows, compute_rows
-from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, with_values
+from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves, with_values
 from spsim.measuring.calibrate.collective_fit import measured_series
 from spsim.measuring.calibrate.fit import fit_profile
 from spsim.measuring.calibrate.outcome import LIMIT_PERCENT
@@ -29,11 +30,12 @@ from spsim.measuring.calibrate.profile_file import profile_text, write_profile
 from spsim.measuring.calibrate.records import Measurement, append_measurements
 from spsim.measuring.calibrate.samples import Batch, attention_samples, gemm_samples, memory_samples
 from spsim.measuring.calibrate.solver import halves
-from spsim.plots.figure import COLOURS
+from spsim.plots.colours import COLOURS
 from spsim.report.calibration import calibration_lines, calibration_table, rates_table
 from spsim.report.comparison import comparison_lines, plans_table
 from spsim.report.run import notes
-from spsim.studies.comparison import PlanAccount, PlanComparison
+from spsim.studies.comparison import PlanComparison
+from spsim.studies.plan_accounts import PlanAccount
 from tests.cases import model
 from tests.test_calibrate_catalogue import CPU, machine
 
@@ -357,7 +359,7 @@ def test_a_faster_cpu_replaces_the_peaks():
     assert sheet.peak_tflops["bf16"].value > 3 * base.datasheet.peak_tflops["bf16"].value
     assert sheet.peak_tflops["bf16"].source == "calibrate-highest-rate"
     assert any("put in its place" in note for note in found.notes)
-    assert found.profile == parse_profile(document(found.profile), "fast")
+    assert found.profile == parse_profile(tables_of(found.profile), "fast")
 
 
 GEMM = {"kind": "gemm", "name": "forward", "dtype": "bf16", "m": 64, "n": 64, "k": 64, "time_us": 1}
@@ -509,7 +511,7 @@ def test_nothing_measured_is_an_error():
 @pytest.mark.parametrize("name", profile_names())
 def test_every_profile_survives_the_way_through_its_document(name):
     profile = load_profile(name)
-    assert parse_profile(document(profile), name) == profile
+    assert parse_profile(tables_of(profile), name) == profile
 
 
 def test_a_written_profile_loads_back_equal(fitted, tmp_path):

@@ -6,17 +6,19 @@ from math import nan
 import pytest
 
 from spsim.errors import InputError
+from spsim.inputs.inheritance import with_base
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 
 GPU_PROFILES = [name for name in profile_names() if name != "cpu-2"]
-NVSWITCH_WITH_NVLS = {"dgx-h100", "dgx-h200", "dgx-b200", "dgx-b300", "gb200-nvl72", "gb300-nvl72"}
-BLOCKS = ("datasheet", "calibrated", "assumed")
+NVSWITCH_WITH_NVLS = {"dgx-h100", "dgx-h200", "dgx-b200", "dgx-b300", "gb200-nvl72", "gb300-nvl72", "h800-8", "h20-8"}
+BLOCKS = ("datasheet", "calibrated", "assumed", "inherited")
 
 
 def tables(name):
-    """A fresh copy of a shipped profile's TOML tables."""
-    return read_toml(profiles_directory() / f"{name}.toml")
+    """A fresh copy of a shipped profile's TOML tables, with those of its base."""
+    data = read_toml(profiles_directory() / f"{name}.toml")
+    return with_base(data, load_profile(data["base"]), name) if "base" in data else data
 
 
 def changed(name, path, value):
@@ -78,7 +80,7 @@ def wire_factor(operation, ranks):
 def test_shipped_names():
     assert {
         "cpu-2", "dgx-a100-40gb", "dgx-a100-80gb", "dgx-h100", "dgx-h200", "dgx-b200", "dgx-b300", "gb200-nvl72",
-        "gb300-nvl72", "a100-pcie-8", "h100-pcie-8", "l40s-8", "mi300x-8",
+        "gb300-nvl72", "a100-pcie-8", "h100-pcie-8", "l40s-8", "mi300x-8", "h800-8", "h20-8", "a800-8", "rtx4090-8",
     } <= set(profile_names())  # fmt: skip
 
 
@@ -121,7 +123,8 @@ def test_two_coefficients_are_fitted_on_training_cases(name):
     """The spread of H100s, and products in 8 bits of a whole rack of GB200."""
     profile = load_profile(name)
     coefficients = profile.coefficients
-    own = {"dgx-h100": coefficients.straggler, "gb200-nvl72": coefficients.gemm.sustained_limit.get("fp8")}.get(name)
+    straggler = coefficients.straggler if name in ("dgx-h100", "h800-8", "h20-8") else None
+    own = {"gb200-nvl72": coefficients.gemm.sustained_limit.get("fp8")}.get(name, straggler)
     assert profile.fitted_on == frozenset(own.fitted_on if own else ())
 
 
@@ -141,7 +144,7 @@ def test_tf32_is_half_of_bf16(name):
     assert profile.peak("tf32") == pytest.approx(profile.peak("bf16") / 2, rel=0.001)
 
 
-WITHOUT_FP8 = {"dgx-a100-40gb", "dgx-a100-80gb", "a100-pcie-8"}
+WITHOUT_FP8 = {"dgx-a100-40gb", "dgx-a100-80gb", "a100-pcie-8", "a800-8"}
 
 
 @pytest.mark.parametrize("name", GPU_PROFILES)
@@ -176,6 +179,7 @@ def test_reported_memory_is_not_the_label(name):
 REPORTED_MIB = [
     ("dgx-a100-40gb", 40960), ("dgx-a100-80gb", 81920), ("dgx-h100", 81559), ("dgx-h200", 143771),
     ("dgx-b200", 183359), ("dgx-b300", 275038), ("gb200-nvl72", 189471), ("gb300-nvl72", 284206), ("l40s-8", 46068),
+    ("h20-8", 97871), ("rtx4090-8", 24564),
 ]  # fmt: skip
 
 
@@ -197,6 +201,10 @@ LINK_RATES = [
     ("a100-pcie-8", "pcie", 8, 31, None),
     ("l40s-8", "pcie", 8, 31, None),
     ("h100-pcie-8", "pcie", 8, 63, None),
+    ("h800-8", "nvlink", 8, 200, 50),
+    ("h20-8", "nvlink", 8, 450, 50),
+    ("a800-8", "nvlink", 8, 200, 25),
+    ("rtx4090-8", "pcie", 8, 31, None),
 ]
 """Profile, inner level, its GPUs, GB/s of one GPU inside and of one adapter, per direction."""
 
@@ -213,7 +221,7 @@ def test_link_rates_per_direction(name, level, gpus, inside, outside):
 MEMORY_BANDWIDTHS = {
     "dgx-a100-40gb": 1555, "dgx-a100-80gb": 2039, "a100-pcie-8": 1935, "dgx-h100": 3350, "dgx-h200": 4800,
     "h100-pcie-8": 2000, "dgx-b200": 7672, "dgx-b300": 8000, "gb200-nvl72": 7928, "gb300-nvl72": 8000,
-    "l40s-8": 864, "mi300x-8": 5300,
+    "l40s-8": 864, "mi300x-8": 5300, "h800-8": 3350, "h20-8": 4000, "a800-8": 2039, "rtx4090-8": 1008,
 }  # fmt: skip
 
 

@@ -15,11 +15,13 @@ from spsim.cli.loading import loading
 COMMANDS = {
     "run": "Simulate one scenario.",
     "compare": "Two or more plans side by side: where time and memory differ, and why.",
+    "plan": "The plans with the shortest step that fit, of all there are for a model on some GPUs.",
     "explain": "Which operators does sequence parallelism apply to, and why?",
     "validate": "Predicted against measured, a row a case.",
     "kernels": "Your own microbenchmarks of products or attention against a hardware profile.",
     "trace": "A run that torch.profiler recorded: its passes, time by class, collectives and exposed communication.",
     "list": "The shipped hardware profiles or models, the options of a plan, or the libraries that have their own.",
+    "schema": "JSON Schema of hardware profiles, cases or models, for editors.",
     "calibrate": "Measure this machine, alone or under torchrun, and fit a hardware profile to it.",
     "verify": "Run real PyTorch layers on the GPUs or CPU at hand, and compare them with the simulation.",
 }

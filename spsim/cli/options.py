@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -82,6 +82,16 @@ FromOption = Annotated[
     ),
 ]  # fmt: skip
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE.html", help="One page for a browser, which needs no network: charts and tables."
+    ),
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
+]
+EmitOption = Annotated[
+    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
+    typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
 ]

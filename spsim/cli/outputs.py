@@ -16,6 +16,7 @@ from rich.console import Console
 
 from spsim.cli.settings import Given
 from spsim.errors import InputError, printable
+from spsim.inputs.scenario import Scenario
 
 MIN_WIDTH = 160
 """Columns of a table where output is not a terminal: wide enough for the operator table."""
@@ -54,6 +55,16 @@ def print_notes(given: Given) -> None:
         print(f"note: {printable(line)}", file=sys.stderr)
 
 
+def print_emission(scenario: Scenario, library: str) -> None:
+    """A scenario as a library takes it: the text on stdout, what it does not say on stderr."""
+    from spsim.inputs.launch.emission import emit
+
+    emission = emit(scenario, library)
+    print(emission.text, end="")
+    for line in emission.unsaid:
+        print(f"note: {line}", file=sys.stderr)
+
+
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
     """A directory whose files move to `out` at the end: all of them, or none. Folders in it move too, and of the traces
@@ -87,6 +98,18 @@ def print_written(console: Console, out: Path | None, names: Sequence[str]) -> N
     """Say which files were written."""
     if names:
         console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
+
+
+def check_report(path: Path | None) -> None:
+    """`InputError`, before anything is computed, for a report that is no page."""
+    if path is not None and path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--report {str(path)!r}: a report is a page; end its name in .html")
+
+
+def print_report(console: Console, path: Path | None) -> None:
+    """Say where the page is, if one was asked for."""
+    if path is not None:
+        console.print(f"report: {printable(str(path))}", soft_wrap=True)
 
 
 def make_directory(path: Path, option: str = "--out") -> None:

@@ -65,6 +65,10 @@ class Configuration(BaseModel):
         values = ((name, getattr(self, name)) for name in fields if name in given)
         return {name: value for name, value in values if value != usual.get(name, fields[name].default)}
 
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        """What `repr` shows: what is not a default."""
+        return self.differing.items()
+
     @classmethod
     def own_words(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """The settings under the names of spsim; `InputError` where one is not known."""

@@ -1,9 +1,9 @@
 """Hardware profiles: what a GPU, its node and its fabric can do, each number with its source.
 
 A profile is a TOML file of three blocks. `datasheet` holds the vendor's figures (dense peaks, reported
-memory, links). `calibrated` and `assumed` hold coefficients of one schema, `Coefficients`: a coefficient
-stands in exactly one of them, so that a result can list which assumed values it used. Units are in the
-names. A GB is 1e9 bytes, a GiB 2**30; peaks are dense.
+memory, links). `calibrated`, `assumed` and `inherited` (from the profile of another card) hold coefficients
+of one schema, `Coefficients`: a coefficient stands in exactly one of them, so that a result can list which
+assumed and inherited values it used. Units are in the names. A GB is 1e9 bytes, a GiB 2**30; peaks are dense.
 
 Collective curves store what was measured, in the convention of nccl-tests: the message is the whole array
 (the per-rank buffer for all-to-all and send-receive), the bus bandwidth is the bytes one rank sends over
@@ -247,6 +247,9 @@ class HardwareProfile(Table):
     coefficients: Coefficients
     assumed: frozenset[str] = frozenset()
     """Dotted paths of the coefficients that come from the `assumed` block."""
+    inherited: frozenset[str] = frozenset()
+    """Dotted paths of the coefficients that were measured on, or assumed of, another card; and, from `datasheet.` on,
+    of figures of its data sheet."""
     fitted_on: frozenset[str] = frozenset()
     """Ids of the measured cases that any coefficient was fitted on."""
 
@@ -282,6 +285,9 @@ class HardwareProfile(Table):
                 if source not in self.sources:
                     raise ValueError(f"source {source!r} is not in [sources]; add the citation there")
         return self
+
+    def __repr__(self) -> str:
+        return f"HardwareProfile({self.name!r})"
 
     def __hash__(self) -> int:
         """By identity: profiles are loaded once and never change."""
@@ -320,8 +326,9 @@ class HardwareProfile(Table):
         if not self.coefficients.fused_rates:
             return self
         coefficients = self.coefficients.model_copy(update={"fused_rates": {}})
-        assumed = frozenset(path for path in self.assumed if not path.startswith("fused_rates."))
-        return self.model_copy(update={"coefficients": coefficients, "assumed": assumed})
+        sets = {"assumed": self.assumed, "inherited": self.inherited}
+        kept = {name: frozenset(p for p in paths if not p.startswith("fused_rates.")) for name, paths in sets.items()}
+        return self.model_copy(update={"coefficients": coefficients, **kept})
 
     def attention_kernel(self, wanted: AttentionKernel | Framework) -> AttentionKernel:
         """A fused attention kernel by its name, or by that of the framework that picks it; `InputError` when the

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Sides, Table
-from spsim.work import AttentionKernel, known_data_type, known_kernel_pass
+from spsim.work import DATA_TYPES, KERNEL_PASSES, AttentionKernel, known_data_type, known_kernel_pass
 
-KernelPass = Annotated[str, AfterValidator(known_kernel_pass)]
+KernelPass = Annotated[
+    str, AfterValidator(known_kernel_pass), WithJsonSchema({"type": "string", "enum": KERNEL_PASSES})
+]
 """Such as gelu_backward."""
-DataType = Annotated[str, AfterValidator(known_data_type)]
+DataType = Annotated[str, AfterValidator(known_data_type), WithJsonSchema({"type": "string", "enum": [*DATA_TYPES]})]
 HeadSize = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 RowLength = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 

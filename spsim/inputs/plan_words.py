@@ -14,7 +14,7 @@ from spsim.errors import InputError
 from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.words import PRECISIONS, WORKLOAD, named, plain, renamed
 
-_SHARDS = ("data_parallel_shard_degree", "dp_shard", "dp_shard_size")
+SHARDS = ("data_parallel_shard_degree", "dp_shard", "dp_shard_size")
 _COPIES = ("data_parallel_replicate_degree", "dp_replicate", "dp_replicate_size")
 """Degrees of torchtitan and Accelerate: groups that share one set of parameters, and copies of such groups."""
 
@@ -90,7 +90,7 @@ READINGS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
 }  # fmt: skip
 """Option elsewhere -> its values -> options here."""
 
-_OVERLAPS = {"overlap_grad_reduce": "gradients", "overlap_param_gather": "parameters"}
+OVERLAPS = {"overlap_grad_reduce": "gradients", "overlap_param_gather": "parameters"}
 
 _SEVERAL = (
     "write sequence_parallel over tp (Megatron), ulysses=N (DeepSpeed, all-to-all) or ring=N (context parallelism)"
@@ -144,7 +144,7 @@ TEXTS = ("pp_layout",)
 """Options of a plan whose capitals and dashes say something."""
 
 _ALL_TO_ALL = ("a2a", "all_to_all", "alltoall")
-_COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
+COMM = {"p2p": "p2p", "all_gather": "all_gather", "allgather": "all_gather", **dict.fromkeys(_ALL_TO_ALL, "ulysses")}
 """`cp_comm_type` of Megatron-LM, as it is spelled there and in other places."""
 ROTATES = {"allgather": "gather_permute", "alltoall": "p2p"}
 """`context_parallel_rotate_method` of torchtitan: gathers K and V, or hands them round with a permuting all-to-all."""
@@ -152,13 +152,13 @@ _ROTATED = {"ring_gradients": "fp32", "ring_messages": "concatenated"}
 """What torch's context parallelism does either way."""
 _TRANSLATED = {*PRECISIONS, *_ALL_TO_ALL, "allgather", *SCHEDULES} - {"1f1b", "gpipe", "dualpipev"}
 """Values that are called otherwise here."""
-_FURTHER = ("cp_comm_type", "context_parallel_rotate_method", *READINGS, *_SHARDS, *_OVERLAPS)
+_FURTHER = ("cp_comm_type", "context_parallel_rotate_method", *READINGS, *SHARDS, *OVERLAPS)
 
 
 def elsewhere(option: str) -> tuple[str, ...]:
     """What others call an option, or call what has to do with it."""
     read = [word for word, values in READINGS.items() if any(option in given for given in values.values())]
-    further = {"ring": ("cp", *PLAN["cp"]), "dp_overlap": (*_OVERLAPS,), "shard_group": _SHARDS}
+    further = {"ring": ("cp", *PLAN["cp"]), "dp_overlap": (*OVERLAPS,), "shard_group": SHARDS}
     return (*PLAN.get(option, ()), *further.get(option, ()), *read)
 
 
@@ -213,14 +213,14 @@ def _read(options: dict[str, Any]) -> dict[str, Any]:
 
 def _overlapped(options: dict[str, Any]) -> dict[str, Any]:
     """Megatron's two switches, which are one option."""
-    switches = {part: options.pop(word, False) for word, part in _OVERLAPS.items()}
+    switches = {part: options.pop(word, False) for word, part in OVERLAPS.items()}
     chosen = [part for part, on in switches.items() if on is True]
     return _with(options, "dp_overlap", chosen[0] if len(chosen) == 1 else True) if chosen else options
 
 
 def _sharded(options: dict[str, Any], *, copies: bool) -> dict[str, Any]:
     """torchtitan's degrees: replicas are copies of groups that share one set of parameters (fully_shard)."""
-    given = [(word, options.pop(word)) for word in _SHARDS if word in options]
+    given = [(word, options.pop(word)) for word in SHARDS if word in options]
     for word, shards in given:
         counted = isinstance(shards, int) and not isinstance(shards, bool) and shards > 0
         if not counted or len(given) > 1 or ("dp" in options and not copies):
@@ -253,15 +253,15 @@ def _kind(options: dict[str, Any]) -> str | None:
     comm, rotate = options.pop("cp_comm_type", None), options.pop("context_parallel_rotate_method", None)
     if options.get("ring_kind") in _ALL_TO_ALL:
         comm = options.pop("ring_kind")
-    elif options.get("ring_kind") in _COMM:
-        options["ring_kind"] = _COMM[options["ring_kind"]]
+    elif options.get("ring_kind") in COMM:
+        options["ring_kind"] = COMM[options["ring_kind"]]
     if rotate is not None:
         for name, value in _ROTATED.items():
             options.setdefault(name, value)
         return str(_chosen("context_parallel_rotate_method", rotate, ROTATES))
     if comm == "a2a+p2p":
         raise InputError("plan: cp_comm_type = 'a2a+p2p': write ulysses=N,ring=M, whose product is cp")
-    return None if comm is None else str(_chosen("cp_comm_type", comm, _COMM))
+    return None if comm is None else str(_chosen("cp_comm_type", comm, COMM))
 
 
 def _chosen(key: str, value: Any, choices: Mapping[Any, Any]) -> Any:

@@ -60,8 +60,11 @@ def check_profile(profile: HardwareProfile) -> None:
     for name, table in profile.coefficients.collectives.items():
         level = next(level for level in sheet.topology if level.name == name)
         for collective, curves in table.items():
+            where = f"collectives.{name}.{collective}"
             for curve in curves:
-                _check_curve(f"collectives.{name}.{collective}", level, collective, curve, processor=processor)
+                if where not in profile.inherited:
+                    _check_ranks(where, level, curve)
+                _check_curve(where, level, collective, curve, processor=processor)
     _check_sends(profile)
     _check_range("adapter_chunk_mib", profile.coefficients.adapter_chunk_mib, CHUNK_MIB)
     _check_range("accesses_per_ns", profile.coefficients.accesses_per_ns, ACCESSES_PER_NS)
@@ -175,8 +178,6 @@ def _check_curve(where: str, level: Level, collective: str, curve: CollectiveCur
                 f"{where}: from {size:g} to {larger:g} bytes the bus bandwidth jumps from {bandwidth:g} to "
                 f"{other:g} GB/s; check both"
             )
-    if level.gpus is not None and max(curve.ranks, curve.min_ranks) > level.gpus:
-        raise ValueError(f"{where}: ranks or min_ranks are more than the {level.gpus} GPUs of the level; correct them")
     size, bandwidth = curve.points[0]
     factor = 2 if collective == "all_reduce" else 1
     if curve.latency_us > LATENCY * factor * size / bandwidth / 1e3:
@@ -192,6 +193,11 @@ def _check_curve(where: str, level: Level, collective: str, curve: CollectiveCur
             f"{where}: latency_us {curve.latency_us:g} at {curve.ranks} ranks is less than {max(steps, 1)} steps of "
             f"step_latency_us {curve.step_latency_us:g}; nothing would be left for fewer ranks"
         )
+
+
+def _check_ranks(where: str, level: Level, curve: CollectiveCurve) -> None:
+    if level.gpus is not None and max(curve.ranks, curve.min_ranks) > level.gpus:
+        raise ValueError(f"{where}: ranks or min_ranks are more than the {level.gpus} GPUs of the level; correct them")
 
 
 def _check_sends(profile: HardwareProfile) -> None:

@@ -15,19 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from spsim.plots.figure import (
-    COLOURS,
-    GRID,
-    LABEL_SIZE,
-    MUTED,
-    POINTS,
-    SMALL_SIZE,
-    WIDTH,
-    add_legend,
-    add_title,
-    axes_at,
-    text_size,
-)
+from spsim.plots.colours import COLOURS, GRID, MUTED
+from spsim.plots.figure import LABEL_SIZE, POINTS, SMALL_SIZE, WIDTH, Picture, add_legend, add_title, axes_at, text_size
 
 COLUMNS = 5
 LEFT, RIGHT, TOP, BOTTOM = 0.75, 0.15, 0.95, 0.85
@@ -56,7 +45,7 @@ def plot_calibration(frame: pd.DataFrame, *, limit_percent: float, note: str = "
     columns = min(COLUMNS, len(groups))
     rows = -(-len(groups) // columns)
     side = min((WIDTH - LEFT - RIGHT - (columns - 1) * GAP_ACROSS) / columns, LARGEST)
-    figure = Figure(figsize=(WIDTH, TOP + BOTTOM + rows * side + (rows - 1) * GAP_UP))
+    figure = Picture(figsize=(WIDTH, TOP + BOTTOM + rows * side + (rows - 1) * GAP_UP))
     for index, (name, group) in enumerate(groups):
         row, column = divmod(index, columns)
         bottom = float(figure.get_figheight()) - TOP - (row + 1) * side - row * GAP_UP

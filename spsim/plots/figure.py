@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
@@ -17,6 +17,7 @@ from matplotlib.textpath import TextToPath
 
 from spsim.errors import InputError
 from spsim.files import whole_file
+from spsim.plots.colours import MUTED
 from spsim.results.result import Result
 
 WIDTH = 13.33
@@ -29,32 +30,19 @@ MARGIN = 5.0
 """Points left free before and after a text in a box; hinted letters are wider than their outlines."""
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE, LABEL_SIZE = 14.0, 10.0, 9.0, 7.5
 
-# "Bright" of Paul Tol's schemes (SRON/EPS/TN/09-002, 2021), then some of "muted": distinct under any colour blindness.
-COLOURS = {
-    "gemm": "#4477AA",
-    "attention": "#AA3377",
-    "norm": "#228833",
-    "softmax": "#CCBB44",
-    "dropout": "#66CCEE",
-    "elementwise": "#BBBBBB",
-    "cast": "#332288",
-    "embedding": "#999933",
-    "cross_entropy": "#882255",
-    "optimizer": "#44AA99",
-    "communication": "#EE6677",
-    "copy": "#DDAA33",
-    "other": "#777777",
-}
-"""By operator class; `other` is a measured kernel whose name says nothing."""
 LEGEND_KEY = 36.0
 """Points of a legend entry beside its text."""
-WAITING = "#FADADD"
-OTHER = "#F0F0F0"
-GRID = "#E5E5E5"
-MUTED = "#666666"
-SERIES = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#333333", "#BBBBBB")
 
 FORMATS = (".png", ".svg")
+
+
+class Picture(Figure):
+    """A figure that a notebook shows, although no backend knows it."""
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.savefig(content, format="png", dpi=80)
+        return content.getvalue()
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -68,6 +56,13 @@ def save(figure: Figure, path: str | Path) -> None:
     undated = {"Date": None} if suffix == ".svg" else None
     with whole_file(path) as temporary, mpl.rc_context({"svg.hashsalt": "spsim"}):
         figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=undated)
+
+
+def saved(figure: Figure, path: str | Path | None) -> Figure:
+    """The figure, which is written where a path is given."""
+    if path is not None:
+        save(figure, path)
+    return figure
 
 
 def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -159,9 +154,3 @@ def add_legend(figure: Figure, entries: Sequence[Artist]) -> None:
         frameon=False, handlelength=1.4, columnspacing=1.6, borderaxespad=0.4,
     )  # fmt: skip
     _show_dollars(figure)
-
-
-def ink_on(colour: str) -> str:
-    """Black or white, whichever reads better on a colour (relative luminance of BT.709)."""
-    red, green, blue = to_rgb(colour)
-    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5 else "black"

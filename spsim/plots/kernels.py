@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from spsim.plots.figure import GRID, MUTED, SERIES, TEXT_SIZE, add_title, axes_at
+from spsim.plots.colours import GRID, MUTED, SERIES
+from spsim.plots.figure import TEXT_SIZE, Picture, add_title, axes_at
 from spsim.studies.microbenchmarks import MeasuredKernel
 
 BAND = 0.1
@@ -19,7 +20,7 @@ SIDE, LEFT, RIGHT, TOP, BOTTOM = 5.0, 0.9, 3.5, 1.1, 0.7
 def plot_kernels(rows: Sequence[MeasuredKernel], *, title: str, subtitle: str = "") -> Figure:
     """A point a row, a colour for each kind, kernel and direction, with the line of equality and a band of 10 %."""
     predicted = [row for row in rows if row.predicted_us is not None]
-    figure = Figure(figsize=(LEFT + SIDE + RIGHT, TOP + SIDE + BOTTOM))
+    figure = Picture(figsize=(LEFT + SIDE + RIGHT, TOP + SIDE + BOTTOM))
     axes = axes_at(figure, LEFT, BOTTOM, SIDE, SIDE)
     times = [time for row in predicted for time in (row.measured_us, row.predicted_us or 0.0)] or [1.0, 10.0]
     ends = np.array([min(times) / 1.3, max(times) * 1.3])

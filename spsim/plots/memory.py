@@ -11,33 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from spsim.errors import InputError
+from spsim.plots.colours import CATEGORIES, GRID, MUTED, SERIES
 from spsim.plots.figure import (
-    GRID,
-    MUTED,
     POINTS,
-    SERIES,
     SMALL_SIZE,
     TEXT_SIZE,
     WIDTH,
+    Picture,
     add_title,
     axes_at,
     describe,
     describe_workload,
     text_size,
 )
-from spsim.results import held
-from spsim.results.filling import curve
+from spsim.results.filling import over_time
 from spsim.results.result import Result
 from spsim.units import GIB, MS_PER_S, PS_PER_MS
 
-CATEGORIES = {
-    "weights": "#4477AA",
-    "gradients": "#66CCEE",
-    "optimizer": "#BBBBBB",
-    "activations": "#CCBB44",
-    "communication buffers": "#EE6677",
-    "temporary": "#AA3377",
-}
 HEIGHT = 5.6
 LEFT, BOTTOM, TOP = 0.85, 0.65, 0.95
 """Inches around the axes."""
@@ -108,13 +98,11 @@ def _settled(result: Result) -> pd.DataFrame:
     """Memory of the only simulated rank over the step, a row each time that it changes, or for each point that can be
     told from the next.
     """
-    trace, peak = result.trace, result.peak
-    moments = curve(trace, peak.rank, [(peak.time_ps, peak.time_ps)], trace.end_ps // POINTS_ACROSS)
-    static = result.statics[peak.rank].by_category()
-    frame = pd.DataFrame({"time_ms": [moment.time_ps / PS_PER_MS for moment in moments]})
-    for category in dict.fromkeys((*static, *held.CATEGORIES)):
-        always = static.get(category, 0)
-        frame[_column(category)] = [(always + moment.sizes[category]) / GIB for moment in moments]
+    peak = result.peak
+    times, sizes = over_time(result.trace, peak, result.statics[peak.rank].by_category(), POINTS_ACROSS)
+    frame = pd.DataFrame({"time_ms": [time / PS_PER_MS for time in times]})
+    for category, held in sizes.items():
+        frame[_column(category)] = [size / GIB for size in held]
     return frame.assign(total_gib=frame.filter(like="_gib").sum(axis=1))
 
 
@@ -142,7 +130,7 @@ def _subtitle(result: Result) -> str:
 
 def _figure(end_ms: float, names: Sequence[str]) -> tuple[Figure, Axes]:
     """Axes over the step, with room on the right for a legend of the given names."""
-    figure = Figure(figsize=(WIDTH, HEIGHT))
+    figure = Picture(figsize=(WIDTH, HEIGHT))
     right = max(RIGHT, max(text_size(name, SMALL_SIZE)[0] for name in names) / POINTS + KEY)
     axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - right, HEIGHT - BOTTOM - TOP)
     axes.set_xlim(0, end_ms)

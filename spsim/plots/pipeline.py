@@ -12,23 +12,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from spsim.errors import InputError
+from spsim.plots.colours import COLOURS, MUTED, WAITS, ink_on
 from spsim.plots.figure import (
-    COLOURS,
     LABEL_SIZE,
-    MUTED,
     POINTS,
     SMALL_SIZE,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     axes_at,
     describe,
     describe_workload,
     fitting,
-    ink_on,
     text_size,
 )
-from spsim.plots.timeline import WAITS
 from spsim.results.accounts import STAGES, SYNC
 from spsim.results.result import Result
 from spsim.step.pipeline.timing import PassSpan
@@ -70,7 +68,7 @@ def plot_pipeline(result: Result) -> Figure:
         raise InputError("plot_pipeline: the step has no stages whose passes are known one by one; use plot_timeline")
     ran = result.staged.ran
     row = min(ROW, MOST / len(ran.stages))
-    figure = Figure(figsize=(WIDTH, TOP + BOTTOM + row * len(ran.stages)))
+    figure = Picture(figsize=(WIDTH, TOP + BOTTOM + row * len(ran.stages)))
     axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - RIGHT, row * len(ran.stages))
     scale, unit = (PS_PER_S, "s") if result.step_ps >= LONG_PS else (PS_PER_MS, "ms")
     axes.set_xlim(0, result.step_ps / scale)

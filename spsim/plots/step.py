@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from spsim.plots.figure import COLOURS, MUTED, add_legend, add_title, describe, describe_workload
+from spsim.plots.colours import COLOURS, MUTED
+from spsim.plots.figure import add_legend, add_title, describe, describe_workload
 from spsim.plots.waterfall import TOTAL, Panel, Row, draw_panels
 from spsim.results.accounts import IDLE, PEERS, SLOWED, STAGES, SYNC, is_exposed
 from spsim.results.result import Result

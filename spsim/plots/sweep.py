@@ -17,32 +17,24 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from spsim.inputs.plan import parse_plan
+from spsim.plots.colours import COLOURS, GRID, MUTED, SERIES, WAITING
 from spsim.plots.figure import (
-    COLOURS,
-    GRID,
     LABEL_SIZE,
     MARGIN,
-    MUTED,
     POINTS,
-    SERIES,
     SMALL_SIZE,
     TEXT_SIZE,
-    WAITING,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     axes_at,
     text_size,
 )
 from spsim.program.blocks.transformer import LAYER_CLASSES
-from spsim.units import KIB, MS_PER_S
+from spsim.studies.cases import END, EXPOSED, REST, step_parts
+from spsim.units import KIB
 
-EXPOSED = "exposed communication"
-END = "weight synchronisation, optimizer"
-REST = "embedding, waiting"
-NOTICEABLE = 1e-3
-"""Share of a step below which the rest is rounding."""
 STACK = {name: COLOURS[name] for name in LAYER_CLASSES} | {
     EXPOSED: COLOURS["communication"],
     END: COLOURS["other"],
@@ -72,7 +64,7 @@ def plot_step_times(frame: pd.DataFrame, *, note: str = "") -> Figure:
     width = max(WIDTH, LEFT + RIGHT + BAR_INCHES * bars)
     upright = longest + MARGIN / POINTS <= (width - LEFT - RIGHT) / (bars + 1)
     under = (LABEL_SIZE / POINTS if upright else longest) + 0.3
-    figure = Figure(figsize=(width, TOP + BOTTOM + len(panels) * (PANEL + under + GAP)))
+    figure = Picture(figsize=(width, TOP + BOTTOM + len(panels) * (PANEL + under + GAP)))
     top = float(figure.get_figheight()) - TOP
     for name, group in panels:
         top -= GAP + PANEL
@@ -94,7 +86,7 @@ def plot_peak_memory(frame: pd.DataFrame, *, note: str = "") -> Figure:
     columns = min(2, len(panels))
     legend = max(text_size(name, SMALL_SIZE)[0] for name in [*strategies, HOLLOW]) / POINTS + 0.75
     across, down = (WIDTH - legend) / columns, SQUARE + GAP
-    figure = Figure(figsize=(WIDTH, TOP + -(-len(panels) // columns) * down + 0.1))
+    figure = Picture(figsize=(WIDTH, TOP + -(-len(panels) // columns) * down + 0.1))
     for index, (name, group) in enumerate(panels):
         bottom = float(figure.get_figheight()) - TOP - (index // columns + 1) * down + GAP
         axes = axes_at(figure, LEFT + index % columns * across, bottom, across - LEFT, SQUARE - GAP)
@@ -134,7 +126,7 @@ def _bars(axes: Axes, group: pd.DataFrame, strategies: list[str], under: float) 
         x=group["seq_len"].map(lengths.index) * pitch + group["strategy"].map(strategies.index),
     )
     bottom = np.zeros(len(bars))
-    for name, sizes in _stack(bars).items():
+    for name, sizes in step_parts(bars).items():
         heights = sizes.to_numpy()
         axes.bar(bars["x"], heights, 0.86, bottom, color=STACK[name], label=name, edgecolor="white", linewidth=0.3)
         bottom += heights
@@ -151,20 +143,6 @@ def _bars(axes: Axes, group: pd.DataFrame, strategies: list[str], under: float) 
             xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", size=SMALL_SIZE, weight="bold",
             annotation_clip=False,
         )  # fmt: skip
-
-
-def _stack(bars: pd.DataFrame) -> dict[str, pd.Series]:
-    """Milliseconds per 1K tokens of each part of a bar, whose sum is that of the step."""
-    whole = KIB * MS_PER_S / (bars["tokens_per_s_per_gpu"] * bars["gpus"])
-    of_step = whole / bars["step_time_ms"]
-    replicas = bars["plan"].where(whole.notna(), "").map(lambda plan: parse_plan(plan).dp)
-    of_layers = KIB * bars["layers"] / (bars["seq_len"] * bars["micro_batch"] * replicas)
-    parts = {name: bars[f"{name}_ms"] * of_layers for name in STACK if f"{name}_ms" in bars}
-    parts[EXPOSED] = bars["exposed_comm_ms"] * of_layers
-    parts[END] = (bars["weight_sync_ms"] + bars["optimizer_ms"]) * of_step
-    rest = whole - sum(part.fillna(0) for part in parts.values())
-    parts[REST] = rest.where(rest > NOTICEABLE * whole, 0.0)
-    return {name: part.fillna(0) for name, part in parts.items() if part.max() > 0}
 
 
 def _name_bars(axes: Axes, bars: pd.DataFrame) -> None:

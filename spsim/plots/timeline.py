@@ -15,30 +15,26 @@ from matplotlib.patches import Patch
 
 from spsim.engine.recording import COMPUTE_LANE, Span, TaskInfo
 from spsim.engine.trace import Trace
+from spsim.plots.colours import COLOURS, GRID, MUTED, OTHER, WAITS, ink_on
 from spsim.plots.figure import (
-    COLOURS,
-    GRID,
     LABEL_SIZE,
-    MUTED,
-    OTHER,
     POINTS,
     SMALL_SIZE,
     TEXT_SIZE,
-    WAITING,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     axes_at,
     describe,
     describe_workload,
     fitting,
-    ink_on,
     side_by_side,
     text_size,
 )
 from spsim.plots.view import View, Window, busiest_view, layer_view
 from spsim.program.placement import COLLECTIVE_SHORT
-from spsim.results.accounts import PEERS, STAGES, waits_on
+from spsim.results.accounts import waits_on
 from spsim.results.result import Result
 from spsim.results.selection import distinct_ranks
 from spsim.units import PS_PER_MS, PS_PER_US
@@ -52,8 +48,6 @@ ONE_LINE = 0.3
 RANK_GAP = 0.3
 BAR = 0.84
 HATCH = "////"
-WAITS = {PEERS: WAITING, STAGES: "#FBEBC8"}
-"""Colours of what is waited for."""
 SHORT = {"projection": "proj"}
 """Names of operators that narrow bars abbreviate."""
 
@@ -106,6 +100,19 @@ def plot_timelines(
         title or _title(simulated, len(views), layer),
         " · ".join([*settings, "one rank of each", *_cut(views.values()), *([note] if note else [])]),
     )
+    return figure
+
+
+def plot_before_after(before: Result, after: Result, ranks: Sequence[int], *, title: str, note: str) -> Figure:
+    """The same ranks of two runs of a scenario during their first layer, on one time axis."""
+    runs = {"before": before, "after": after}
+    views = {name: layer_view(run.trace, 0, 0, None, ranks) for name, run in runs.items()}
+    first = views["before"]
+    figure = _draw(
+        [(f"{name}: layer 0 in {_time(own.length_ps)}{_difference(own, first, 'before')}", own)
+         for name, own in views.items()]
+    )  # fmt: skip
+    add_title(figure, title, " · ".join([describe_workload(before), note, *_cut(views.values())]))
     return figure
 
 
@@ -309,7 +316,7 @@ def _draw(panels: Sequence[tuple[str, View]]) -> Figure:
     row = 0.68 if sum(len(view.rows) for _, view in panels) <= 6 else 0.4
     heights = [_height(view.rows) * row for _, view in panels]
     above = HEADER if panels[0][0] else ONE_LINE
-    figure = Figure(figsize=(WIDTH, BOTTOM + TOP + sum(heights) + above * len(panels)))
+    figure = Picture(figsize=(WIDTH, BOTTOM + TOP + sum(heights) + above * len(panels)))
     limit = max(view.length_ps for _, view in panels)
     scale, unit = (PS_PER_MS, "ms") if limit >= PS_PER_MS else (PS_PER_US, "µs")
     labels = [name for _, view in panels for name in _lane_names(view)]

@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from spsim.plots.figure import GRID, MUTED, SERIES, SMALL_SIZE, TEXT_SIZE, WIDTH, add_legend, add_title, axes_at
+from spsim.plots.colours import GRID, MUTED, SERIES
+from spsim.plots.figure import SMALL_SIZE, TEXT_SIZE, WIDTH, Picture, add_legend, add_title, axes_at
 
 BAND = 0.2
 """Share by which a prediction may be off inside the band."""
@@ -34,7 +35,7 @@ def plot_verification(frame: pd.DataFrame, *, title: str, subtitle: str = "") ->
     times = frame[frame["name"].str.endswith("_ms") & (frame["measured"] > 0) & (frame["predicted"] > 0)]
     kind = np.select([times["name"].str.contains(part) for part in ("compute", "communication")], [0, 1], 2)
     strategies = list(dict.fromkeys(times["strategy"]))
-    figure = Figure(figsize=(WIDTH, TOP + SIDE + BOTTOM))
+    figure = Picture(figsize=(WIDTH, TOP + SIDE + BOTTOM))
     for place, name in enumerate(("compute", "communication", "whole pass")):
         axes = axes_at(figure, LEFT + place * (SIDE + BETWEEN), BOTTOM, SIDE, SIDE)
         _panel(axes, times[kind == place], strategies, name, _limits(times))

@@ -99,7 +99,9 @@ def layer_view(
     scenes: list[Scene] = []
     for phase in wanted:
         drawn = sum(scene.window.length_ps for scene in scenes)
-        scenes.append(_scene(trace, _pieces(trace, phase, layer, micro_batch), shown, drawn))
+        pieces = _pieces(trace, phase, layer, micro_batch)
+        own = [piece for piece in pieces if not piece.recording.times.keys().isdisjoint(shown.values())]
+        scenes.append(_scene(trace, own or pieces, shown, drawn))
     used = {(rank, span.lane) for scene in scenes for rank, span, _ in scene.own}
     rows = [(rank, lane) for rank in shown for lane in lane_order(trace) if (rank, lane) in used]
     return View(trace, scenes, rows)

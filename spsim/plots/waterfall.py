@@ -1,23 +1,25 @@
-"""Waterfalls: from the total of one plan to that of another, a bar for what each part adds or takes away."""
+"""Waterfalls: from the total of one plan to that of the next, a bar for what each part adds or takes away."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise, zip_longest
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from spsim.plots.colours import GRID, MUTED
 from spsim.plots.figure import (
-    GRID,
     MARGIN,
-    MUTED,
     POINTS,
     SMALL_SIZE,
     TEXT_SIZE,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     axes_at,
@@ -33,6 +35,8 @@ TOP, HEADING, BELOW, LEGEND, EDGE = 0.75, 0.4, 0.6, 0.4, 0.3
 """Inches of the title, the heading of a panel, its axis, the legend, and the margin between panels."""
 NOTICEABLE = 0.01
 """Share of the largest change below which changes are drawn as one bar."""
+MOST = 5
+"""Changes that are drawn from one plan to the next where there are more than two plans."""
 REST = "all other parts"
 DIGITS = 2
 """Of labels."""
@@ -46,30 +50,37 @@ CUT = 0.8
 
 @dataclass(frozen=True)
 class Waterfall:
-    """Two totals and their parts."""
+    """Totals of plans and their parts, of two or more, each reached from the one before it."""
 
     heading: str
     unit: str
-    plans: tuple[str, str]
-    parts: tuple[Mapping[str, float], Mapping[str, float]]
-    details: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Part -> what its change consists of, by kind of collective; stands below its name."""
+    plans: tuple[str, ...]
+    parts: tuple[Mapping[str, float], ...]
+    """Of each plan."""
+    details: tuple[Mapping[str, Mapping[str, float]], ...] = ()
+    """Of each plan but the first: part -> what its change consists of, by kind of collective; stands below its name."""
 
     @property
-    def totals(self) -> tuple[float, float]:
+    def totals(self) -> tuple[float, ...]:
         """Sum of the parts under each plan."""
-        return sum(self.parts[0].values()), sum(self.parts[1].values())
+        return tuple(sum(own.values()) for own in self.parts)
 
     @cached_property
-    def changes(self) -> dict[str, float]:
-        """What each part adds; parts that hardly change as one."""
-        before, after = self.parts
-        every = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
-        limit = NOTICEABLE * max(map(abs, every.values()), default=0.0)
-        small = {name for name, change in every.items() if abs(change) < limit}
-        shown = {name: change for name, change in every.items() if change and name not in small}
-        rest = sum(every[name] for name in small)
-        return {**shown, REST: rest} if round(rest, DIGITS) else shown
+    def changes(self) -> tuple[dict[str, float], ...]:
+        """What each part adds from one plan to the next; parts that hardly change as one, and of more than two plans
+        all but the largest.
+        """
+        most = MOST if len(self.plans) > 2 else sys.maxsize
+        return tuple(_changes(before, after, most) for before, after in pairwise(self.parts))
+
+
+def _changes(before: Mapping[str, float], after: Mapping[str, float], most: int) -> dict[str, float]:
+    every = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
+    limit = NOTICEABLE * max(map(abs, every.values()), default=0.0)
+    largest = sorted(every, key=lambda name: -abs(every[name]))[:most]
+    shown = {name: every[name] for name in every if name in largest and every[name] and abs(every[name]) >= limit}
+    rest = sum(change for name, change in every.items() if name not in shown)
+    return {**shown, REST: rest} if round(rest, DIGITS) else shown
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,9 @@ class Row:
 
 
 def plot_waterfalls(falls: Sequence[Waterfall], *, title: str, subtitle: str, columns: int = 2) -> Figure:
-    """Panels in rows of `columns`, each from the total of its first plan down to that of its second."""
+    """Panels in rows of `columns`, each from the total of its first plan down to that of its last; percents are against
+    the first.
+    """
     panels = [Panel(fall.heading, fall.unit, [*_rows(fall)]) for fall in falls]
     figure = draw_panels(panels, columns)
     add_legend(figure, [Patch(facecolor=LESS, label="takes less"), Patch(facecolor=MORE, label="takes more")])
@@ -123,7 +136,7 @@ def draw_panels(panels: Sequence[Panel], columns: int, *, together: bool = False
     rows = [panel.rows for panel in panels]
     lines = [range(at, min(at + columns, len(panels))) for at in range(0, len(panels), columns)]
     heights = [max(len(rows[index]) for index in line) * ROW for line in lines]
-    figure = Figure(figsize=(WIDTH, TOP + LEGEND + sum(heights) + len(lines) * (HEADING + BELOW)))
+    figure = Picture(figsize=(WIDTH, TOP + LEGEND + sum(heights) + len(lines) * (HEADING + BELOW)))
     names = [_name_width([rows[at] for at in range(column, len(panels), columns)]) for column in range(columns)]
     top = float(figure.get_figheight()) - TOP
     for line, height in zip(lines, heights, strict=True):
@@ -140,22 +153,23 @@ def draw_panels(panels: Sequence[Panel], columns: int, *, together: bool = False
 
 
 def _rows(fall: Waterfall) -> Iterator[Row]:
-    """The first total, the changes from there on, the second total."""
-    before, after = fall.totals
-    yield Row(fall.plans[0], 0.0, before, TOTAL, f"{before:.{DIGITS}f} {fall.unit}")
-    level = before
-    for name, change in fall.changes.items():
-        colour = LESS if change < 0 else MORE
-        detail = ", ".join(f"{_short(kind)} {signed(size)}" for kind, size in _kinds(fall, name).items())
-        yield Row(name, level, level + change, colour, signed(change), detail)
-        level += change
-    percent = f" ({signed(100 * (after / before - 1), 1)} %)" if before else ""
-    yield Row(fall.plans[1], 0.0, after, TOTAL, f"{after:.{DIGITS}f} {fall.unit}{percent}")
+    """The first total, and then for each further plan the changes from there on and its total."""
+    first = level = fall.totals[0]
+    yield Row(fall.plans[0], 0.0, first, TOTAL, f"{first:.{DIGITS}f} {fall.unit}")
+    for plan, changes, details, total in zip_longest(fall.plans[1:], fall.changes, fall.details, fall.totals[1:]):
+        for name, change in changes.items():
+            kinds = _kinds((details or {}).get(name, {}))
+            detail = ", ".join(f"{_short(kind)} {signed(size)}" for kind, size in kinds.items())
+            yield Row(name, level, level + change, LESS if change < 0 else MORE, signed(change), detail)
+            level += change
+        percent = f" ({signed(100 * (total / first - 1), 1)} %)" if first else ""
+        yield Row(plan, 0.0, total, TOTAL, f"{total:.{DIGITS}f} {fall.unit}{percent}")
+        level = total
 
 
-def _kinds(fall: Waterfall, part: str) -> dict[str, float]:
+def _kinds(sizes: Mapping[str, float]) -> dict[str, float]:
     """What the change of a part consists of, if of several kinds; the smallest of many as one."""
-    kinds = {kind: size for kind, size in fall.details.get(part, {}).items() if round(size, DIGITS)}
+    kinds = {kind: size for kind, size in sizes.items() if round(size, DIGITS)}
     if len(kinds) <= 3:
         return kinds if len(kinds) > 1 else {}
     largest = sorted(kinds, key=lambda kind: -abs(kinds[kind]))[:2]
@@ -170,7 +184,8 @@ def _short(kind: str) -> str:
 
 def _abbreviations(falls: Iterable[Waterfall]) -> str:
     """What the short names in the details stand for."""
-    kinds = {kind: None for fall in falls for part in fall.details for kind in _kinds(fall, part)}
+    sizes = (own for fall in falls for details in fall.details for own in details.values())
+    kinds = {kind: None for own in sizes for kind in _kinds(own)}
     return ", ".join(f"{_short(kind)} {kind}" for kind in kinds if _short(kind) != kind)
 
 

@@ -13,6 +13,7 @@ from spsim.report.words import (
     far_off,
     figure,
     gpus,
+    listed,
     measured,
     memory_unit,
     missed,
@@ -21,7 +22,8 @@ from spsim.report.words import (
     time,
 )
 from spsim.results.bands import Band
-from spsim.studies.comparison import HELD_OUT, Difference, PlanAccount, PlanComparison, grouped
+from spsim.studies.comparison import HELD_OUT, Difference, PlanComparison
+from spsim.studies.plan_accounts import PlanAccount, grouped
 from spsim.units import GIB, MIB, PS_PER_MS
 
 
@@ -119,8 +121,8 @@ def comparison_lines(comparison: PlanComparison) -> list[str]:
     lines += [f"{a.name}: {a.result.overlap}." for a in accounts if a.result.overlap]
     if len(accounts) > 2:
         first, *tied = comparison.fastest
-        tie = f", a tie with {_listed(tied)}" if tied else ""
-        lines.append(f"Shortest step: {first}{tie}. Lowest peak of memory: {_listed(_smallest(accounts))}.")
+        tie = f", a tie with {listed(tied)}" if tied else ""
+        lines.append(f"Shortest step: {first}{tie}. Lowest peak of memory: {listed(_smallest(accounts))}.")
     return [*lines, *_trust_lines(comparison)]
 
 
@@ -128,11 +130,6 @@ def _smallest(accounts: Sequence[PlanAccount]) -> list[str]:
     """The plan with the lowest peak of memory, and those that differ by less than is shown."""
     peaks = {account.name: account.result.peak_memory_gib * GIB for account in accounts}
     return [name for name, peak in peaks.items() if size(peak) == size(min(peaks.values()))]
-
-
-def _listed(names: Sequence[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _trust_lines(comparison: PlanComparison) -> Iterable[str]:
@@ -148,12 +145,12 @@ def _trust_lines(comparison: PlanComparison) -> Iterable[str]:
     for account in comparison.accounts:
         for part in account.result.far_off:
             parts.setdefault(part, []).append(account.name)
-    yield from (f"{_listed(names)}: {far_off(part)}" for part, names in parts.items())
+    yield from (f"{listed(names)}: {far_off(part)}" for part, names in parts.items())
     flags: dict[tuple[str, ...], list[str]] = {}
     for account in comparison.accounts:
         if account.result.flagged:
             flags.setdefault(account.result.flagged, []).append(account.name)
-    yield from (f"{_listed(names)}: {missed(flagged)}" for flagged, names in flags.items())
+    yield from (f"{listed(names)}: {missed(flagged)}" for flagged, names in flags.items())
 
 
 def _time_line(pair: Difference) -> str:
@@ -170,7 +167,7 @@ def _time_line(pair: Difference) -> str:
     else:
         word = "faster" if change < 0 else "slower"
         head = f"{after.name} is {word} than {before.name}: {took}; band {measured(pair.band)})"
-    return f"{head}. {_reasons(grouped(pair.step), change, PS_PER_MS, 'ms')}"
+    return f"{head}. {reasons(grouped(pair.step), change, PS_PER_MS, 'ms')}"
 
 
 def _memory_line(pair: Difference) -> str:
@@ -183,11 +180,11 @@ def _memory_line(pair: Difference) -> str:
     return (
         f"{pair.after.name} needs {'less' if change < 0 else 'more'} memory: {texts[0]} instead of "
         f"{texts[1]} {name} at the peak ({signed(100 * change / was, 1)} %). "
-        f"{_reasons(pair.memory, change, unit, name)}"
+        f"{reasons(pair.memory, change, unit, name)}"
     )
 
 
-def _reasons(parts: dict[str, int], change: int, unit: int, name: str) -> str:
+def reasons(parts: dict[str, int], change: int, unit: int, name: str) -> str:
     """The largest parts, three quarters of what goes the way of the difference, and the largest against it."""
     ways = {part: amount * (1 if change > 0 else -1) for part, amount in parts.items()}
     along = sorted((part for part in ways if ways[part] > 0), key=lambda part: -ways[part])

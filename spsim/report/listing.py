@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from rich.table import Table
 
 from spsim.inputs.effects import setting
+from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.libraries import LIBRARIES
 from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import Plan
@@ -21,7 +22,7 @@ from spsim.units import GIB, MIB
 
 def hardware_table() -> Table:
     """The shipped profiles."""
-    columns = ["profile", "device", "16-bit TFLOP/s", "memory GiB", "GB/s", "node", "assumed"]
+    columns = ["profile", "device", "16-bit TFLOP/s", "memory GiB", "GB/s", "node", "not measured on it"]
     made = table("Hardware profiles", columns, numbers=columns[2:5])
     for name in profile_names():
         profile = load_profile(name)
@@ -31,9 +32,14 @@ def hardware_table() -> Table:
             name, sheet.device, f"{peak.value:g}", f"{sheet.memory.reported_mib.value * MIB / GIB:.1f}",
             f"{sheet.memory.bandwidth_gb_per_s.value:g}",
             ", ".join(f"{level.name} × {level.gpus or 'any'}" for level in sheet.topology),
-            f"{len(profile.assumed)} coefficients",
+            _unmeasured(profile),
         )  # fmt: skip
     return made
+
+
+def _unmeasured(profile: HardwareProfile) -> str:
+    counts = {"assumed": len(profile.assumed), "inherited": len(profile.inherited)}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
 
 
 def model_table() -> Table:

@@ -27,6 +27,8 @@ LITTLE_PERCENT = 0.1
 SCOPE_NOTE = {
     "step": "embedding to loss and back, gradients summed, optimizer",
     "layers": "transformer layers only: no embedding, head, loss or optimizer step",
+    "module": "passes of the module, gradients summed, optimizer",
+    "passes": "passes of the module only",
 }
 
 
@@ -37,6 +39,11 @@ def summary(result: Result) -> Table:
         f"{scenario.model.name} on {scenario.hardware.name}: {scenario.plan.label}, {gpus(result)}, "
         f"sequence {scenario.workload.seq_len}, micro-batch {scenario.workload.micro_batch}"
     )
+    return figures_table(result, title)
+
+
+def figures_table(result: Result, title: str = "") -> Table:
+    """The same under another title."""
     made = table(title, ["quantity", "value", "of"], numbers=["value"])
     for row in _summary_rows(result):
         made.add_row(*row)
@@ -72,7 +79,7 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     )
     yield (
         "throughput",
-        f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU",
+        "" if result.unknown else f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU",
         f"{figure(result.tflops_per_gpu)} TFLOP/s/GPU",
     )
     yield "peak memory", size(result.peak_memory_gib * GIB), f"at {result.peak_operator}"
@@ -110,10 +117,10 @@ def _fit(result: Result) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """What a reader of the figures must know: notes, assumed inputs, errors of the calibration."""
+    """What a reader of the figures must know: notes, inputs that nobody measured, errors of the calibration."""
     lines = [f"note: {note}" for note in result.notes]
-    if result.assumed:
-        lines.append(_assumed(result))
+    unmeasured = {"assumed inputs": result.assumed, "inherited inputs (of another card)": result.inherited}
+    lines += [_unmeasured(what, names, result) for what, names in unmeasured.items() if names]
     lines += map(far_off, result.far_off)
     if result.flagged:
         lines.append(missed(result.flagged))
@@ -125,11 +132,11 @@ def notes(result: Result) -> list[str]:
     return lines
 
 
-def _assumed(result: Result) -> str:
+def _unmeasured(what: str, names: tuple[str, ...], result: Result) -> str:
     """Each coefficient with what a fifth of it does, largest first; those that do little together."""
-    names, effects = result.assumed, result.assumed_effects
-    if effects is None:
-        return f"assumed inputs used ({len(names)}; too many tasks to say what each does): {', '.join(names)}"
+    if result.assumed_effects is None:
+        return f"{what} used ({len(names)}; too many tasks to say what each does): {', '.join(names)}"
+    effects = {path: effect for path, effect in result.assumed_effects.items() if path in names}
     told, little = [], []
     for path, effect in effects.items():
         percent, room = _largest(effect) if effect else (0.0, 0.0)
@@ -141,8 +148,8 @@ def _assumed(result: Result) -> str:
     parts += [f"{len(little)} less than ±{LITTLE_PERCENT} % each (--json names them)"] if little else []
     choices = [path for path, effect in effects.items() if effect is None]
     parts += [f"choices: {', '.join(choices)}"] if choices else []
-    what = f"what ±{100 * SHARE:.0f} % of each does to the step"
-    return f"assumed inputs used ({len(names)}), and {what}: {'; '.join(parts)}"
+    does = f"what ±{100 * SHARE:.0f} % of each does to the step"
+    return f"{what} used ({len(names)}), and {does}: {'; '.join(parts)}"
 
 
 def _largest(effect: Effect) -> tuple[float, float]:

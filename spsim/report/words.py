@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spsim.program.placement import COLLECTIVE_SHORT
@@ -40,6 +40,12 @@ def size(count: float) -> str:
     """Bytes in the largest unit that they reach."""
     unit, name = memory_unit(count)
     return f"{count / unit:.2f} {name}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Such as `a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def collective_counts(collectives: Mapping[str, int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,6 +124,27 @@ def _communications(result: Result) -> Iterator[tuple[Communication, tuple[int, 
             for step in part.segment.instructions:
                 if isinstance(step, Communication):
                     yield step, (int(values[index.messages[step.id]]), int(values[template.pacing(step, index)])), runs
+
+
+def per_layer(result: Result) -> dict[str, dict[str, int]]:
+    """Number of collectives of one layer and micro-batch, by pass and kind."""
+    found: dict[str, dict[str, int]] = {"forward": {}, "backward": {}}
+    for phase, own in result.prepared.passes.items():
+        counts: Counter[str] = Counter()
+        for part in own.parts:
+            steps = (step for step in part.segment.instructions if isinstance(step, Communication))
+            for step in steps:
+                counts[step.collective] += part.runs
+        found[phase] = dict(sorted(counts.items()))
+    return found
+
+
+def sent_by_kind(collectives: Iterable[Call]) -> dict[str, int]:
+    """Bytes that one GPU sends, by kind of collective."""
+    total: Counter[str] = Counter()
+    for call in collectives:
+        total[call.collective] += call.calls * sent_bytes(call.collective, call.message_bytes, call.ranks)
+    return dict(sorted(total.items()))
 
 
 def remarks(result: Result) -> tuple[str, ...]:

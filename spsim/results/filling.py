@@ -7,14 +7,14 @@ seen the fullest moment says all; it is known from one of them, as the peak of t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from spsim.engine.pieces import STAY, Move, Node, Repeat
 from spsim.engine.recording import MemoryChange
 from spsim.engine.trace import Trace
 from spsim.results.held import CATEGORIES, Holding, left_by_run
-from spsim.results.metrics import profile_of_run
+from spsim.results.metrics import Peak, profile_of_run
 
 SEEN = 8
 """Multiples of the resolution that a run must last to be seen change by change."""
@@ -40,6 +40,20 @@ def curve(trace: Trace, rank: int, windows: Sequence[Window], resolution_ps: int
     seen = () if whole else _moments(holding, holding.nodes, resolution_ps, STAY)
     coarse = [moment for moment in seen if not any(start <= moment.time_ps <= end for start, end in windows)]
     return sorted(exact + coarse, key=lambda moment: moment.time_ps)
+
+
+def over_time(
+    trace: Trace, peak: Peak, static: Mapping[str, int], points: int
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Moments in picoseconds, about so many as can be told apart and that of the peak among them, and from each on the
+    bytes that the rank of the peak holds by category, with the `static` ones.
+    """
+    moments = curve(trace, peak.rank, [(peak.time_ps, peak.time_ps)], trace.end_ps // points)
+    sizes = {
+        category: [static.get(category, 0) + moment.sizes[category] for moment in moments]
+        for category in dict.fromkeys((*static, *CATEGORIES))
+    }
+    return [moment.time_ps for moment in moments], sizes
 
 
 def settled(holding: Holding, window: Window) -> Iterator[Moment]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +12,16 @@ from spsim.costs.static_memory import StaticMemory
 from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.lazy import lazy
-from spsim.program.instructions import LAYER, Communication, Compute, Instruction, Program
+from spsim.program.instructions import LAYER, Compute, Instruction, Program
 from spsim.program.operators import TensorKind
-from spsim.program.placement import sent_bytes
 from spsim.program.sizes import Numbers
 from spsim.results import accounts, bands, metrics, tables
 from spsim.results.bands import Band
-from spsim.results.calls import Call, calls, remarks
-from spsim.results.derived import FITS_SCOPE, STATIC, Amounts, Derived, Simulated, operator_name
-from spsim.results.figures import documented
+from spsim.results.calls import Call, calls, per_layer, remarks, sent_by_kind
+from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
+from spsim.results.document import brief, document
 from spsim.results.selection import Selection, select
-from spsim.results.sensitivity import MOST_TASKS, Effect, assumed_inputs, effects, effects_document
+from spsim.results.sensitivity import Effect, known_effects, unmeasured_in_use
 from spsim.results.stage_peaks import stage_peaks
 from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
@@ -36,15 +34,13 @@ from spsim.work import FlashAttention
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SCHEMA_VERSION = 2
-"""Of the documents of `run --json` and `compare --json`; 1 had no number."""
+    from matplotlib.figure import Figure
 
 OVERLAPPING = 0.001
 """Share of the step from which on layers that overlap are spoken of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result(Derived):
     """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
 
@@ -106,19 +102,18 @@ class Result(Derived):
 
     @lazy
     def assumed_effects(self) -> Mapping[str, Effect | None] | None:
-        """What each assumed coefficient does to the result, largest first, without those that do nothing, and None
-        for those that are no number; None for all where the step is too long to be walked again for each.
-        """
-        if self.events > MOST_TASKS or (self.scenario.plan.pp > 1 and self.staged is None):
-            return None
-        return effects(self, assumed_inputs(self))
+        """What coefficients that nobody measured on the device do to the result: see `results.sensitivity`."""
+        return known_effects(self)
 
     @property
     def assumed(self) -> tuple[str, ...]:
         """Assumed coefficients that the result hangs on; where their effects are unknown, those that it came from."""
-        if self.assumed_effects is None:
-            return assumed_inputs(self)
-        return tuple(sorted(self.assumed_effects))
+        return unmeasured_in_use(self, inherited=False)
+
+    @property
+    def inherited(self) -> tuple[str, ...]:
+        """The same of coefficients that were measured on, or assumed of, another card."""
+        return unmeasured_in_use(self, inherited=True)
 
     @lazy
     def notes(self) -> tuple[str, ...]:
@@ -287,23 +282,12 @@ class Result(Derived):
     @lazy
     def collectives_per_layer(self) -> dict[str, dict[str, int]]:
         """Number of collectives of one layer and micro-batch, by pass and kind."""
-        found: dict[str, dict[str, int]] = {"forward": {}, "backward": {}}
-        for phase, own in self.prepared.passes.items():
-            counts: Counter[str] = Counter()
-            for part in own.parts:
-                steps = (step for step in part.segment.instructions if isinstance(step, Communication))
-                for step in steps:
-                    counts[step.collective] += part.runs
-            found[phase] = dict(sorted(counts.items()))
-        return found
+        return per_layer(self)
 
     @lazy
     def comm_bytes_per_gpu_by_op(self) -> dict[str, int]:
         """Bytes that one GPU sends in a step, by kind of collective."""
-        total: Counter[str] = Counter()
-        for call in self.collectives:
-            total[call.collective] += call.calls * sent_bytes(call.collective, call.message_bytes, call.ranks)
-        return dict(sorted(total.items()))
+        return sent_by_kind(self.collectives)
 
     @lazy
     def collectives(self) -> tuple[Call, ...]:
@@ -336,17 +320,43 @@ class Result(Derived):
     def _calls(self) -> Mapping[tuple[str, str, int], Call]:
         return {(call.collective, call.axis, call.message_bytes): call for call in self.collectives}
 
-    def plot_timeline(self, path: str | Path, **options: Any) -> None:
-        """Draw the lanes of the ranks; see `plots.plot_timeline`."""
+    def __repr__(self) -> str:
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        from spsim.report.page import result_fragment
+
+        return result_fragment(self)
+
+    def plot_timeline(self, path: str | Path | None = None, **options: Any) -> Figure:
+        """The lanes of the ranks, written where a path is given; see `plots.plot_timeline`."""
         from spsim import plots
 
-        plots.save(plots.plot_timeline(self, **options), Path(path))
+        return plots.saved(plots.plot_timeline(self, **options), path)
 
-    def plot_memory(self, path: str | Path, **options: Any) -> None:
-        """Draw memory by category over time; see `plots.plot_memory`."""
+    def plot_memory(self, path: str | Path | None = None, **options: Any) -> Figure:
+        """Memory by category over time, written where a path is given; see `plots.plot_memory`."""
         from spsim import plots
 
-        plots.save(plots.plot_memory(self, **options), Path(path))
+        return plots.saved(plots.plot_memory(self, **options), path)
+
+    def plot_step(self, path: str | Path | None = None) -> Figure:
+        """From the ideal time of its FLOPs to the step, written where a path is given; see `plots.plot_steps`."""
+        from spsim import plots
+
+        return plots.saved(plots.plot_steps({self.scenario.plan.label: self}), path)
+
+    def plot_pipeline(self, path: str | Path | None = None) -> Figure:
+        """Passes of the stages, written where a path is given; see `plots.plot_pipeline`."""
+        from spsim import plots
+
+        return plots.saved(plots.plot_pipeline(self), path)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that a browser opens without a network: times, memory, timeline, assumptions."""
+        from spsim.report.page import write_result
+
+        write_result(self, Path(path))
 
     def select(self, *, ranks: Sequence[int] | None = None, layers: Sequence[int] | None = None) -> Selection:
         """What is written out, the ranks and layers named or what says all; see `results.selection`."""
@@ -373,28 +383,4 @@ class Result(Derived):
 
     def to_json(self) -> dict[str, Any]:
         """The document of `run --json`."""
-        scenario = self.scenario
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "scope": self.scope,
-            "hardware": scenario.hardware.name,
-            "model": scenario.model.name,
-            "plan": scenario.plan.model_dump(),
-            "workload": scenario.workload.model_dump(),
-            "gpus": scenario.plan.gpus,
-            "nodes": self.nodes,
-            "attention": self.attention,
-            **dict(documented(self)),
-            "engine": {"events": self.events, "folded": self.folded, "reasons": list(self.reasons)},
-            "fits_scope": FITS_SCOPE[self.scope],
-            "waterfall": self.waterfall,
-            "stage_peaks": [spot._asdict() for spot in self.stage_peaks],
-            "collectives": [asdict(call) for call in self.collectives],
-            "assumed": list(self.assumed),
-            "assumed_effects": effects_document(self.assumed_effects),
-            "flagged": list(self.flagged),
-            "error_band": None if self.error_band is None else asdict(self.error_band),
-            "prior_band": None if self.prior_band is None else asdict(self.prior_band),
-            "far_off": [asdict(part) for part in self.far_off],
-            "notes": list(self.notes),
-        }
+        return document(self)

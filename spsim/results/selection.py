@@ -82,9 +82,11 @@ def select(
     *,
     ranks: Sequence[int] | None = None,
     of_layers: Sequence[int] | None = None,
+    large: int = LARGE,
 ) -> Selection:
     """The ranks and layers that are named, of a step of so many layers and micro-batches. Else one rank of each class,
-    and all layers; of a large step the first micro-batches, then the first layers, then fewer classes.
+    and all layers; of a step of more than `large` spans the first micro-batches, then the first layers, then fewer
+    classes.
 
     `InputError` for a rank or layer that there is not, and where more is named than can be written.
     """
@@ -94,12 +96,12 @@ def select(
             raise InputError(f"layers: {layer} is not a layer of the model; use 0 to {layers - 1}")
     wanted = range(layers) if of_layers is None else sorted(set(of_layers))
     one = max(1, _spans(trace.pieces_in(wanted[:1], [0]), chosen))
-    most = LARGE if of_layers is None else LARGEST
+    most = large if of_layers is None else LARGEST
     batches = range(min(micro_batches, max(1, most // (one * len(wanted)))))
     if of_layers is None:
-        wanted = wanted[: max(1, LARGE // one)]
+        wanted = wanted[: max(1, large // one)]
     if ranks is None:
-        chosen = simulated_for(trace, spread([*chosen], max(1, OF_CLASSES * LARGE * len(chosen) // one)))
+        chosen = simulated_for(trace, spread([*chosen], max(1, OF_CLASSES * large * len(chosen) // one)))
     found = Selection(trace, chosen, wanted, batches, (layers, micro_batches))
     if one * len(wanted) * len(batches) > LARGEST and found.num_spans > LARGEST:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What an assumed coefficient does to a result: the same programs with the coefficient a fifth lower and higher.
+"""What an assumed or inherited coefficient does to a result: the same programs with it a fifth lower and higher.
 
 A measured curve is one coefficient: all its times. Only the durations are worked out again, and the step walked; sizes
 and programs stay.
@@ -46,6 +46,15 @@ class Effect:
 
     def __bool__(self) -> bool:
         return any((*self.step_time_percent, *self.free_memory_gib))
+
+
+def known_effects(result: Result) -> dict[str, Effect | None] | None:
+    """What each assumed or inherited coefficient does to a result, largest first, without those that do nothing, and
+    None for those that are no number; None for all where the step is too long to be walked again for each.
+    """
+    if result.events > MOST_TASKS or (result.scenario.plan.pp > 1 and result.staged is None):
+        return None
+    return effects(result, unmeasured_inputs(result))
 
 
 def effects(result: Result, paths: tuple[str, ...]) -> dict[str, Effect | None]:
@@ -134,8 +143,8 @@ def effects_document(found: Mapping[str, Effect | None] | None) -> dict[str, Any
     return None if found is None else {path: effect and asdict(effect) for path, effect in found.items()}
 
 
-def assumed_inputs(result: Result) -> tuple[str, ...]:
-    """Assumed coefficients behind the durations of a result, and its memory."""
+def unmeasured_inputs(result: Result) -> tuple[str, ...]:
+    """Assumed and inherited coefficients behind the durations of a result, and its memory."""
     scenario, prepared = result.scenario, result.prepared
     hardware = scenario.hardware
     compute, comm = cost_models(hardware, scenario.workload.precision)
@@ -150,7 +159,15 @@ def assumed_inputs(result: Result) -> tuple[str, ...]:
         for sync in segment.added.values():
             nodes = nodes_of(prepared.mesh, sync.axes, scenario.gpus_per_node, sync.ranks)
             used |= {*comm.coefficients_of(sync.collective, nodes), "overlap_slowdown"}
-    return tuple(sorted(p for p in hardware.assumed if any(p == u or p.startswith(f"{u}.") for u in used)))
+    unmeasured = hardware.assumed | hardware.inherited
+    return tuple(sorted(p for p in unmeasured if any(p == u or p.startswith(f"{u}.") for u in used)))
+
+
+def unmeasured_in_use(result: Result, *, inherited: bool) -> tuple[str, ...]:
+    """Those of them that change the result, as far as that is known: the inherited ones, or the assumed ones."""
+    known = result.assumed_effects
+    paths = sorted(unmeasured_inputs(result) if known is None else known)
+    return tuple(path for path in paths if (path in result.scenario.hardware.inherited) == inherited)
 
 
 def scaled(hardware: HardwareProfile, path: str, factor: float) -> HardwareProfile:

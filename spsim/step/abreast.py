@@ -25,34 +25,41 @@ FEWEST = 4
 Times = npt.NDArray[np.int64]
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
     """A task, what it waits for, and the communications that may be posted while a kernel runs."""
 
     task: int
     waits: tuple[int, ...]
     holds: tuple[int, ...]
-    peers: npt.NDArray[np.intp] | None
-    """Of a communication: a column for each rank, with the places of those that it meets."""
+
+
+def turns_of(segment: Segment) -> list[Turn]:
+    """The tasks of a segment in an order in which the times of all that each waits for are known, and of all that slows
+    it.
+    """
+    order = Order([(segment, 1)])
+    kernels = sum(1 << task for task in order.kernels)
+    turns = [((b & kernels).bit_count(), kernels >> task & 1, task) for task, b in enumerate(order.before)]
+    found: list[Turn] = []
+    posted: list[int] = []
+    for _, is_kernel, task in sorted(turns):
+        if not is_kernel:
+            posted.append(task)
+        holds = [other for other in posted if not order.before[task] >> other & 1] if is_kernel else []
+        found.append(Turn(task, order.waits[task], tuple(holds)))
+    return found
 
 
 class Abreast:
     """A segment prepared for all ranks at once."""
 
     def __init__(self, segment: Segment, programs: Mapping[int, RankProgram]) -> None:
-        self.turns: list[_Turn] = []
-        """In order; none where the segment has to go through the engine."""
-        peers = _peers(segment, programs) if _covered(segment, programs) else None
-        if peers is None:
-            return
-        order = Order([(segment, 1)])
-        kernels = sum(1 << task for task in order.kernels)
-        turns = [((b & kernels).bit_count(), kernels >> task & 1, task) for task, b in enumerate(order.before)]
-        posted: list[int] = []
-        for _, is_kernel, task in sorted(turns):
-            if not is_kernel:
-                posted.append(task)
-            holds = [other for other in posted if not order.before[task] >> other & 1] if is_kernel else []
-            self.turns.append(_Turn(task, order.waits[task], tuple(holds), peers.get(task)))
+        self.turns: list[Turn] = []
+        """None where the segment has to go through the engine."""
+        self.peers = _peers(segment, programs) if _covered(segment, programs) else None
+        """Of a communication: a column for each rank, with the places of those that it meets."""
+        if self.peers is not None:
+            self.turns = turns_of(segment)
 
     def run(
         self, durations: Mapping[int, Sequence[int]], starts: Sequence[int], slowdown: float
@@ -63,23 +70,24 @@ class Abreast:
         common = gcd(rate_beside(slowdown), PPM)
         whole, slow = PPM // common, rate_beside(slowdown) // common
         longest = max(starts) + sum(map(max, zip(*durations.values(), strict=True)))
-        if not self.turns or longest * whole * whole >= slow * 2**62:
+        if self.peers is None or longest * whole * whole >= slow * 2**62:
             return None
         lengths = np.array([*durations.values()], dtype=np.int64).T.copy()
         posted, started, ended = moments = np.empty((3, *lengths.shape), dtype=np.int64)
         free = np.array(starts, dtype=np.int64)
-        for task, waits, holds, peers in self.turns:
+        for task, waits, holds in self.turns:
+            peers = self.peers.get(task)
             begin = np.maximum.reduce([free, *(ended[other] for other in waits)])
             posted[task] = begin
             started[task] = begin if peers is None else begin[peers].max(axis=0)
             if holds and slow < whole:
-                ended[task] = _slowed(begin, lengths[task], posted[[*holds]], ended[[*holds]], whole, slow)
+                ended[task] = slowed(begin, lengths[task], posted[[*holds]], ended[[*holds]], whole, slow)
             else:
                 ended[task] = started[task] + lengths[task]
         return dict(zip(durations, moments.transpose(2, 1, 0).copy(), strict=True))
 
 
-def _slowed(begin: Times, length: Times, posted: Times, ended: Times, whole: int, slow: int) -> Times:
+def slowed(begin: Times, length: Times, posted: Times, ended: Times, whole: int, slow: int) -> Times:
     """The first picosecond in which kernels are done that do `whole` parts of their work in each, `slow` ones while a
     communication holds the device.
     """

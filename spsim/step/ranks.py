@@ -116,6 +116,10 @@ class Ranks:
         """Of those that are simulated."""
         return prod(len(own.simulated) for own in self._places.values())
 
+    def simulated_on(self, axis: Axis) -> int:
+        """How many places on an axis are simulated: ranks that are, are all with such places."""
+        return len(self._places[axis].simulated)
+
     @lazy
     def positions(self) -> Mapping[int, int]:
         """Simulated rank -> its position on the ring, which says which entry of a kernel's work is its own."""

@@ -1,11 +1,6 @@
 """Two or more plans for one model, hardware and workload: where their time and their memory differ, and why.
 
-**Time.** A window is the forward or backward pass of the first layer and micro-batch, or the whole step: from the first
-task to the last end over all ranks. It is read on the rank that ends last, of several the one that computes longest.
-Every picosecond of the window belongs to one part (`results.accounts`), so that parts add up to the window and their
-differences to its difference.
-
-**Memory.** The categories of the memory curve at the peak of the fullest rank.
+Parts of time and memory are those of `plan_accounts`, so that their differences add up to the difference.
 """
 
 from __future__ import annotations
@@ -15,130 +10,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
-from spsim.engine.pieces import Pass
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_options, plan_text
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.workload import Workload
-from spsim.results import accounts, bands
-from spsim.results.accounts import IDLE, OTHER, PEERS, RECOMPUTATION, SLOWED, STAGES, SYNC, Account, is_exposed
+from spsim.results import bands
 from spsim.results.bands import Band
-from spsim.results.held import held_at
-from spsim.results.result import SCHEMA_VERSION, Result
+from spsim.results.document import SCHEMA_VERSION
+from spsim.results.result import Result
 from spsim.simulation import simulate
-from spsim.units import GIB, MIB, PS_PER_MS, PS_PER_S, PS_PER_US
-from spsim.work import KERNEL_CLASSES
+from spsim.studies.plan_accounts import Parts, PlanAccount, ordered
+from spsim.units import MS_PER_S
 
 if TYPE_CHECKING:
-    from spsim.plots import Waterfall
-
-Parts = dict[str, int]
-"""Picoseconds or bytes by part, in the order in which they are shown; parts of nothing are left out."""
-
-EXPOSED = "exposed communication"
-_LAST = (SYNC, PEERS, STAGES, IDLE, OTHER)
+    from matplotlib.figure import Figure
 
 HELD_OUT = "held-out errors of the calibration"
 """Where a band comes from that both plans share in part, so that it is wide for a difference."""
 
+LONGEST_REPR = 480
+"""Characters that `repr` shows of many plans."""
 LABELLED = ("library", "tp", "sequence_parallel", "ulysses", "ring", "pp", "virtual_pp", "dp")
 """Options of a plan that its label shows."""
 SHARDED = ("zero", "distributed_optimizer")
 """Those that it shows as ZeRO, of replicas."""
-
-# ------------------------------------------------------------ parts of one result
-
-
-def pass_time(result: Result, phase: Pass, *, layer: int = 0, micro_batch: int = 0) -> Parts:
-    """Picoseconds of the `forward` or `backward` pass of one layer and micro-batch, by part."""
-    return _charged(result, accounts.of_pass(result.trace, phase, layer, micro_batch))
-
-
-def step_time(result: Result) -> Parts:
-    """Picoseconds of the step by part."""
-    return _charged(result, result.account)
-
-
-def peak_memory(result: Result) -> Parts:
-    """Bytes of the fullest rank at its peak, by category."""
-    return held_at(result.peak, result.trace, result.static.by_category())
-
-
-def _charged(result: Result, account: Account) -> Parts:
-    return _ordered(account.charged(result.scenario.hardware.coefficients.overlap_slowdown.value))
-
-
-def _ordered(parts: Mapping[str, int]) -> Parts:
-    """Kernels, what communication adds, and the rest; parts of nothing are left out."""
-    exposed = sorted(filter(is_exposed, parts))
-    known = [*KERNEL_CLASSES, RECOMPUTATION, SLOWED, *exposed, *_LAST]
-    names = [*(name for name in parts if name not in known), *known]
-    return {name: parts[name] for name in names if parts.get(name)}
-
-
-def grouped(parts: Mapping[str, int]) -> Parts:
-    """The same with the kinds of exposed communication as one part."""
-    groups: Parts = {}
-    for name, amount in parts.items():
-        group = EXPOSED if is_exposed(name) else name
-        groups[group] = groups.get(group, 0) + amount
-    return groups
-
-
-# ------------------------------------------------------------ plans side by side
-
-
-@dataclass(frozen=True)
-class PlanAccount:
-    """One plan: its result, and where its time and memory go."""
-
-    name: str
-    text: str
-    """The plan as it was given."""
-    result: Result
-
-    @cached_property
-    def passes(self) -> dict[str, Parts]:
-        """Picoseconds of the passes of one layer, by part."""
-        phases: tuple[Pass, ...] = ("forward", "backward")
-        return {phase: pass_time(self.result, phase) for phase in phases}
-
-    @cached_property
-    def layer(self) -> Parts:
-        """Forward and backward together."""
-        return _ordered(Counter(self.passes["forward"]) + Counter(self.passes["backward"]))
-
-    @cached_property
-    def step(self) -> Parts:
-        """Picoseconds of the step, by part."""
-        return step_time(self.result)
-
-    @cached_property
-    def memory(self) -> Parts:
-        """Bytes at the peak, by category."""
-        return peak_memory(self.result)
-
-    def to_json(self) -> dict[str, Any]:
-        """Figures of `run --json`, and the parts as whole picoseconds and bytes."""
-        figures = self.result.to_json()
-        common = ("schema_version", "scope", "hardware", "model", "workload", "assumed", "notes")
-        return {
-            "name": self.name,
-            "plan_text": self.text,
-            **{key: value for key, value in figures.items() if key not in common},
-            "layer_time_s": sum(self.layer.values()) / PS_PER_S,
-            "layer_forward_ps": self.passes["forward"],
-            "layer_backward_ps": self.passes["backward"],
-            "layer_ps": self.layer,
-            "step_ps": self.step,
-            "peak_memory_bytes": self.memory,
-            "assumed": figures["assumed"],
-            "notes": figures["notes"],
-        }
 
 
 @dataclass(frozen=True)
@@ -147,6 +47,9 @@ class Difference:
 
     before: PlanAccount
     after: PlanAccount
+
+    def __repr__(self) -> str:
+        return f"Difference({self.before.name} → {self.after.name}: step {self.step_percent:+.1f} %)"
 
     @property
     def names(self) -> tuple[str, str]:
@@ -213,7 +116,7 @@ class Difference:
 
 
 def _change(before: Parts, after: Parts) -> Parts:
-    names = _ordered(dict.fromkeys([*before, *after], 1))
+    names = ordered(dict.fromkeys([*before, *after], 1))
     return {name: after.get(name, 0) - before.get(name, 0) for name in names}
 
 
@@ -222,6 +125,15 @@ class PlanComparison:
     """Plans beside each other; each of the others is compared with the first."""
 
     accounts: tuple[PlanAccount, ...]
+
+    def __repr__(self) -> str:
+        steps = ", ".join(f"{own.name} {own.result.step_time_s * MS_PER_S:.3f} ms" for own in self.accounts)
+        return shorten(f"PlanComparison({steps})", LONGEST_REPR, placeholder=" …)")
+
+    def _repr_html_(self) -> str:
+        from spsim.report.page import comparison_fragment
+
+        return comparison_fragment(self)
 
     @property
     def results(self) -> dict[str, Result]:
@@ -253,17 +165,35 @@ class PlanComparison:
             "differences": [difference.to_json() for difference in self.differences],
         }
 
-    def plot_waterfalls(self, path: str | Path) -> None:
-        """Draw time and memory from the first plan to each of the others; see `plots.plot_waterfalls`."""
+    def plot_waterfalls(self, path: str | Path | None = None) -> Figure:
+        """Time and memory from each plan to the next, written where a path is given; see `plots.plot_plans`."""
         from spsim import plots
 
-        first = self.accounts[0].result
-        others = " and ".join(account.name for account in self.accounts[1:])
-        title = f"{first.scenario.model.name}, {first.scenario.hardware.name}: {self.accounts[0].name} → {others}"
-        falls = [fall for pair in self.differences for fall in (_time_fall(pair), _memory_fall(pair))]
-        workload = first.scenario.workload
-        subtitle = f"sequence {workload.seq_len:,} · micro-batch {workload.micro_batch}"
-        plots.save(plots.plot_waterfalls(falls, title=title, subtitle=subtitle), path)
+        return plots.saved(plots.plot_plans(self.accounts), path)
+
+    def plot_steps(self, path: str | Path | None = None) -> Figure:
+        """From the ideal time of its FLOPs to the step of each plan, written where a path is given."""
+        from spsim import plots
+
+        return plots.saved(plots.plot_steps(self.results), path)
+
+    def plot_timelines(self, path: str | Path | None = None, **options: Any) -> Figure:
+        """One layer under each plan on one axis, written where a path is given; see `plots.plot_timelines`."""
+        from spsim import plots
+
+        return plots.saved(plots.plot_timelines(self.results, **options), path)
+
+    def plot_memory_curves(self, path: str | Path | None = None) -> Figure:
+        """Memory of each plan over time, written where a path is given."""
+        from spsim import plots
+
+        return plots.saved(plots.plot_memory_curves(self.results), path)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that a browser opens without a network: times, memory, timelines, assumptions."""
+        from spsim.report.page import write_comparison
+
+        write_comparison(self, Path(path))
 
 
 def compare(
@@ -349,38 +279,3 @@ def _names(labels: Mapping[str, str]) -> dict[str, str]:
         names[text] = ", ".join([label, *filter(None, plan_text(further).split(","))])
     shared = Counter(names.values())
     return {text: text if text and shared[name] > 1 else name for text, name in names.items()}
-
-
-# ------------------------------------------------------------ pictures
-
-
-def _time_fall(pair: Difference) -> Waterfall:
-    """Of the whole step, or of one layer where layers are all there is, exposed communication as one bar."""
-    from spsim.plots import Waterfall
-
-    whole = pair.before.result.scope == "step"
-    title = "Time of the step" if whole else "Time of one layer, forward and backward"
-    sides = [account.step if whole else account.layer for account in (pair.before, pair.after)]
-    changes = pair.step if whole else pair.layer
-    scale, unit = _time_unit(max(sum(parts.values()) for parts in sides))
-    before, after = (_scaled(grouped(dict.fromkeys(changes, 0) | parts), scale) for parts in sides)
-    kinds = {part.removeprefix("exposed "): change / scale for part, change in changes.items() if is_exposed(part)}
-    return Waterfall(title, unit, pair.names, (before, after), {EXPOSED: kinds})
-
-
-def _time_unit(longest: int) -> tuple[int, str]:
-    return (PS_PER_MS, "ms") if longest >= PS_PER_MS else (PS_PER_US, "µs")
-
-
-def _memory_fall(pair: Difference) -> Waterfall:
-    """At the peak, by category."""
-    from spsim.plots import Waterfall
-
-    totals = [sum(account.memory.values()) for account in (pair.before, pair.after)]
-    scale, unit = (GIB, "GiB") if max(totals) >= GIB else (MIB, "MiB")
-    before, after = (_scaled(account.memory, scale) for account in (pair.before, pair.after))
-    return Waterfall("Memory at the peak of the fullest rank", unit, pair.names, (before, after))
-
-
-def _scaled(parts: Mapping[str, int], unit: int) -> dict[str, float]:
-    return {name: amount / unit for name, amount in parts.items()}

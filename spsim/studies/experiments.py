@@ -24,7 +24,9 @@ from rich.progress import (
 from rich.text import Text
 
 from spsim.errors import InputError, printable
+from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import read_text
+from spsim.studies.cases import cases
 from spsim.studies.csvfile import write_csv
 from spsim.studies.experiment import Experiment
 from spsim.studies.manifest import Manifest
@@ -78,9 +80,10 @@ def _users_code(where: Path) -> Iterator[None]:
 
 
 def run_experiment(
-    experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console
-) -> pd.DataFrame:
-    """Compute the rows, then write the CSV, the manifest and the figures, and print the tables."""
+    experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console,
+    page: Path | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Compute the rows, then write the CSV, the manifest, the figures and the page, and print the tables."""
     manifest = Manifest(experiment, experiment.selection(quick=quick))
     points = manifest.points
     console.print(f"{experiment.title}: {len(points)} configurations", soft_wrap=True)
@@ -97,7 +100,12 @@ def run_experiment(
     failed = frame[frame["error"] != ""]
     if len(failed) < len(frame):
         good = frame if failed.empty else frame[frame["error"] == ""]
-        written += _draw(experiment, good, directory, console)
+        figures, tables = _drawn(experiment, good, directory)
+        written += _saved(figures, directory)
+        for table in tables:
+            console.print(table, soft_wrap=isinstance(table, str))
+        if page is not None:
+            _write_page(experiment, points, good, tables, page)
     for reason, count in failed["error"].value_counts().items():
         console.print(f"{count} configurations failed: {printable(str(reason))}", soft_wrap=True)
     if file.others:
@@ -118,19 +126,35 @@ def _write(frame: pd.DataFrame, table: Path, manifest: Manifest, path: Path) -> 
         manifest.write(path)
 
 
-def _draw(experiment: Experiment, rows: pd.DataFrame, directory: Path, console: Console) -> Iterable[str]:
-    """Write the figures, whose names it returns, and print the tables."""
-    with _users_code(directory):
+def _drawn(experiment: Experiment, rows: pd.DataFrame, where: Path) -> tuple[Mapping[str, Any], Sequence[Any]]:
+    """Figures by file name, and tables."""
+    with _users_code(where):
         figures, tables = experiment.figures(rows), list(experiment.tables(rows))
         _check_figures(figures)
+    return figures, tables
+
+
+def _saved(figures: Mapping[str, Any], directory: Path) -> Iterable[str]:
+    """The names of the figures, which are written."""
     if figures:
         from spsim import plots
 
         for name, figure in figures.items():
             plots.save(figure, directory / name)
-    for table in tables:
-        console.print(table, soft_wrap=isinstance(table, str))
     return figures
+
+
+def _write_page(
+    experiment: Experiment, points: Sequence[Point], rows: pd.DataFrame, tables: Sequence[Any], page: Path
+) -> None:
+    """The page of the rows, with the tables of the experiment."""
+    from spsim.report.page import write_sweep
+
+    used = [points[int(place)].settings for place in rows.index]
+    profiles = [load_profile(own) if isinstance(own, str | Path) else own for own in (s["hardware"] for s in used)]
+    inputs = [f"{id(profile)} {settings['model']!r}" for profile, settings in zip(profiles, used, strict=True)]
+    hardware = {profile.name: profile for profile in profiles}
+    write_sweep(experiment.title, [*cases(rows.assign(inputs=inputs), hardware)], tables, page)
 
 
 def _check_figures(figures: Any) -> None:

@@ -20,11 +20,21 @@ from spsim.cli.options import (
     NodesOption,
     PhaseOption,
     PrecisionOption,
+    ReportOption,
     ScopeOption,
     SeqLenOption,
     SetOption,
 )
-from spsim.cli.outputs import file_names, open_console, print_json, print_notes, print_written, staging
+from spsim.cli.outputs import (
+    check_report,
+    file_names,
+    open_console,
+    print_json,
+    print_notes,
+    print_report,
+    print_written,
+    staging,
+)
 from spsim.cli.settings import Given
 from spsim.report import comparison as report
 from spsim.studies.comparison import PlanComparison, compare
@@ -51,8 +61,10 @@ def command(
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for pictures and comparison.json.")] = None,
+    page: ReportOption = None,
 ) -> None:
     """Two or more plans side by side: where time and memory differ, and why."""
+    check_report(page)
     given = Given.of(
         "compare", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
@@ -61,6 +73,8 @@ def command(
     comparison = compare(given.all_plans(), **given.settings())
     words = report.comparison_lines(comparison)
     written = [] if out is None else _write_comparison(comparison, words, out)
+    if page is not None:
+        comparison.to_html(page)
     if as_json:
         print_json(_document(comparison, words))
         return
@@ -72,6 +86,7 @@ def command(
     for line in words:
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
+    print_report(console, page)
 
 
 def _document(comparison: PlanComparison, words: list[str]) -> dict[str, Any]:
@@ -80,13 +95,11 @@ def _document(comparison: PlanComparison, words: list[str]) -> dict[str, Any]:
 
 def _write_comparison(comparison: PlanComparison, words: list[str], out: Path) -> list[str]:
     """Pictures and the document of a comparison; the names of the files."""
-    from spsim import plots
-
     with staging(out) as directory:
         comparison.plot_waterfalls(directory / "waterfall.png")
-        plots.save(plots.plot_steps(comparison.results), directory / "steps.png")
-        plots.save(plots.plot_timelines(comparison.results), directory / "timelines.png")
-        plots.save(plots.plot_memory_curves(comparison.results), directory / "memory_curves.png")
+        comparison.plot_steps(directory / "steps.png")
+        comparison.plot_timelines(directory / "timelines.png")
+        comparison.plot_memory_curves(directory / "memory_curves.png")
         text = json.dumps(_document(comparison, words), indent=2)
         (directory / "comparison.json").write_text(text, encoding="utf-8")
         return file_names(directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ import typer
 from spsim.cli.numbers import numbers
 from spsim.cli.options import (
     CaseFile,
+    EmitOption,
     FromOption,
     GlobalBatchOption,
     HardwareOption,
@@ -23,11 +23,22 @@ from spsim.cli.options import (
     PhaseOption,
     PlanOption,
     PrecisionOption,
+    ReportOption,
     ScopeOption,
     SeqLenOption,
     SetOption,
 )
-from spsim.cli.outputs import file_names, open_console, print_json, print_notes, print_written, staging
+from spsim.cli.outputs import (
+    check_report,
+    file_names,
+    open_console,
+    print_emission,
+    print_json,
+    print_notes,
+    print_report,
+    print_written,
+    staging,
+)
 from spsim.cli.settings import Given
 from spsim.errors import InputError
 from spsim.export import chrome_trace, kineto
@@ -50,9 +61,12 @@ FormatOption = Annotated[
     Literal["perfetto", "kineto"],
     typer.Option("--trace-format", help="One trace for Perfetto, or one a rank as torch.profiler writes them."),
 ]
-EmitOption = Annotated[
-    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
-    typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
+PerturbOption = Annotated[
+    Path | None,
+    typer.Option("--perturb", metavar="FILE", help="A TOML file of slow ranks, jitter, slow or failing links."),
+]
+SeedsOption = Annotated[
+    int | None, typer.Option("--seeds", help="Steps to draw where --perturb has jitter; p50, p95 and p99 are of them.")
 ]
 
 
@@ -72,29 +86,70 @@ def command(
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
+    page: ReportOption = None,
     ranks: RanksOption = None,
     layers: LayersOption = None,
     trace_format: FormatOption = "perfetto",
     library: EmitOption = None,
+    perturb: PerturbOption = None,
+    seeds: SeedsOption = None,
 ) -> None:
     """Simulate one scenario."""
     if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
         raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
+    if seeds is not None and perturb is None:
+        raise InputError("run: --seeds are of --perturb; give it too")
+    if perturb is not None and page is not None:
+        raise InputError("run: --report shows a step without perturbations; leave --perturb or --report out")
+    check_report(page)
     given = Given.of(
         "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
     )  # fmt: skip
     print_notes(given)
     if library is not None:
-        _print_emission(given.scenario(), library, as_json or out is not None)
+        if as_json or out is not None or page is not None:
+            raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
+        print_emission(given.scenario(), library)
+        return
+    if perturb is not None:
+        _run_perturbed(given.scenario(), perturb, 1 if seeds is None else seeds, out, as_json=as_json)
         return
     result = simulate(given.scenario())
     selection = None if out is None else _selection(result, ranks, layers)
     written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
+    if page is not None:
+        result.to_html(page)
     if as_json:
         print_json(result.to_json())
         return
     _print_result(result, out, written, selection)
+    print_report(open_console(), page)
+
+
+def _run_perturbed(scenario: Scenario, file: Path, seeds: int, out: Path | None, *, as_json: bool) -> None:
+    """The step with and without perturbations, and who is to blame."""
+    from spsim.report import perturbation
+    from spsim.studies.perturbation import perturb
+
+    found = perturb(scenario, file, seeds=seeds)
+    document = {**found.before.to_json(), "perturbed": found.to_json()}
+    written: list[str] = []
+    if out is not None:
+        with staging(out) as directory:
+            found.plot(directory / "perturbed.png")
+            found.frame().to_csv(directory / "seeds.csv", index=False)
+            (directory / "result.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+            written = file_names(directory)
+    if as_json:
+        print_json(document)
+        return
+    console = open_console()
+    for made in (perturbation.summary(found), *perturbation.blame_tables(found)):
+        console.print(made)
+    for line in perturbation.notes(found):
+        console.print(line, soft_wrap=True)
+    print_written(console, out, written)
 
 
 def _print_result(result: Result, out: Path | None, written: list[str], selection: Selection | None) -> None:
@@ -113,18 +168,6 @@ def _print_result(result: Result, out: Path | None, written: list[str], selectio
         )
 
 
-def _print_emission(scenario: Scenario, library: str, asked_more: bool) -> None:
-    """The text on stdout, what it does not say on stderr."""
-    from spsim.inputs.launch.emission import emit
-
-    if asked_more:
-        raise InputError("run: --emit prints a configuration, not a result; leave --json and --out out")
-    emission = emit(scenario, library)
-    print(emission.text, end="")
-    for line in emission.unsaid:
-        print(f"note: {line}", file=sys.stderr)
-
-
 def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:
     """What trace and tables are of."""
     gpus, total = result.scenario.plan.gpus, result.scenario.model.layers
@@ -136,14 +179,12 @@ def _selection(result: Result, ranks: str | None, layers: str | None) -> Selecti
 
 def _write_outputs(result: Result, out: Path, selection: Selection, trace_format: str) -> list[str]:
     """Pictures, traces and tables of one run; the names of the files."""
-    from spsim import plots
-
     with staging(out) as directory:
         result.plot_timeline(directory / "timeline.png")
         result.plot_memory(directory / "memory.png")
         if result.staged:
-            plots.save(plots.plot_pipeline(result), directory / "pipeline.png")
-        plots.save(plots.plot_steps({result.scenario.plan.label: result}), directory / "step.png")
+            result.plot_pipeline(directory / "pipeline.png")
+        result.plot_step(directory / "step.png")
         if trace_format == "kineto":
             (directory / "kineto").mkdir()
             kineto.write_kineto_traces(result, directory / "kineto", selection)

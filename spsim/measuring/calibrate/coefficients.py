@@ -1,6 +1,6 @@
-"""Coefficients of a profile by their dotted path, and the profile as the document that is read back.
+"""Coefficients of a profile by their dotted path.
 
-Replaced values are not validated one by one, since a fit tries many; `document` is parsed whole at the end.
+Replaced values are not validated one by one, since a fit tries many; the profile is read back whole at the end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
-from spsim.inputs.quantities import Provenance, Table
+from spsim.inputs.quantities import Table
 
 
 def leaf_at(profile: HardwareProfile, path: str) -> Any:
@@ -60,20 +60,3 @@ def with_values(profile: HardwareProfile, values: Mapping[str, float]) -> Hardwa
     """The profile with other numbers at paths that exist, unchecked."""
     found = ((path, leaf_at(profile, path), value) for path, value in values.items())
     return with_leaves(profile, {path: leaf.model_copy(update={"value": value}) for path, leaf, value in found})
-
-
-def document(profile: HardwareProfile) -> dict[str, Any]:
-    """The tables of a profile's file: `profiles.parse_profile` makes the same profile of them."""
-    tables = profile.model_dump(mode="json", exclude_defaults=True, exclude={"coefficients", "assumed", "fitted_on"})
-    for path, leaf in leaves(profile.coefficients):
-        here = tables.setdefault("assumed" if path in profile.assumed else "calibrated", {})
-        *outer, last = path.split(".")
-        for name in outer:
-            here = here.setdefault(name, {})
-        here[last] = [_plain(curve) for curve in leaf] if isinstance(leaf, tuple) else _plain(leaf)
-    return tables
-
-
-def _plain(leaf: Provenance) -> dict[str, Any]:
-    plain = leaf.model_dump(mode="json", exclude_defaults=True)
-    return {name: plain.pop(name) for name in ("algorithm", "source") if name in plain} | plain

@@ -14,11 +14,12 @@ import numpy as np
 
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
+from spsim.inputs.inheritance import tables_of
 from spsim.inputs.kernel_coefficients import PickedKernel
 from spsim.inputs.profiles import parse_profile
 from spsim.inputs.quantities import Provenance
 from spsim.measuring.calibrate.attention_fit import fit_attention
-from spsim.measuring.calibrate.coefficients import document, leaf_at, with_leaves, without_unknown
+from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves, without_unknown
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
 from spsim.measuring.calibrate.kernel_fit import Fit
@@ -174,9 +175,10 @@ def _finished(
             "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}", **_from_base(kept)},
             "sources": {**draft.profile.sources, **draft.sources},
             "assumed": frozenset(path for path in kept if _is_assumed(_in_base(path), base)),
+            "inherited": frozenset(path for path in kept if _in_base(path) in base.inherited),
         }
     )
-    tables = document(profile)
+    tables = tables_of(profile)
     cited = set(_cited(tables))
     tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
     return parse_profile(tables, name)

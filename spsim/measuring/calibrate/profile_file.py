@@ -11,7 +11,7 @@ import tomli_w
 
 from spsim.files import whole_file
 from spsim.inputs.hardware import HardwareProfile
-from spsim.measuring.calibrate.coefficients import document
+from spsim.inputs.inheritance import tables_of
 
 HEADER = """\
 # Written by spsim calibrate. What it measured names a source that begins with `calibrate-`; all else comes from
@@ -29,7 +29,7 @@ def write_profile(profile: HardwareProfile, path: Path) -> None:
 
 def profile_text(profile: HardwareProfile) -> str:
     """The TOML document of a profile; the same profile gives the same text."""
-    return HEADER + "\n".join(_table(document(profile), "")) + "\n"
+    return HEADER + "\n".join(_table(tables_of(profile), "")) + "\n"
 
 
 def _table(table: dict[str, Any], path: str) -> Iterator[str]:

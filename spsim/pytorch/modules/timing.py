@@ -24,7 +24,7 @@ from spsim.results.result import Result
 from spsim.simulation import assemble
 from spsim.step.itinerary import Run
 from spsim.step.preparation import PreparedStep
-from spsim.units import GIB, MS_PER_S
+from spsim.units import GIB
 
 PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """dtype of a module -> precision of a profile; torch computes fp32 products in fp32 unless told otherwise."""
@@ -93,10 +93,6 @@ class TracedResult(Result):
     def reserved_error_percent(self) -> float:
         """Half-width of the band of `peak_reserved_gib`."""
         return ERROR_PERCENT
-
-    def __repr__(self) -> str:
-        where = f"{self.scenario.hardware.name}, {self.scenario.plan.gpus} GPUs"
-        return f"TracedResult({self.scenario.model.name} on {where}: {self.step_time_s * MS_PER_S:.3f} ms)"
 
     def to_json(self) -> dict[str, Any]:
         """As of any result, and the estimate of reserved memory."""

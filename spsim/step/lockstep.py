@@ -1,0 +1,195 @@
+"""Steps of many seeds at once: each task of a segment for all ranks and seeds, as arrays.
+
+In what order the times of tasks can be found is the same on every rank (`columns.order`), and ranks that meet lie along
+axes of the array: a collective starts at the largest time along its axes. Visits are walked one by one, for no two are
+alike; what a visit leaves undone is handed on. All in the integers of the engine, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from spsim.engine.contention import PPM, rate_beside
+from spsim.engine.recording import COMPUTE_LANE
+from spsim.errors import InputError
+from spsim.program.mesh import Axis
+from spsim.step.abreast import Turn, slowed, turns_of
+from spsim.step.folding import Step
+from spsim.step.itinerary import visits
+from spsim.step.ranks import Ranks
+from spsim.step.segments import Call, Segment
+
+Times = npt.NDArray[np.int64]
+"""Picoseconds; the places of simulated ranks on each axis of the mesh, then seeds."""
+
+
+class Plan(NamedTuple):
+    """A segment, prepared for arrays."""
+
+    segment: Segment
+    turns: Sequence[Turn]
+    kernels: Sequence[int]
+    lengths: Times
+    """Of each task without what is drawn, with one seed."""
+
+
+@dataclass
+class Standing:
+    """Where all ranks stand between two visits."""
+
+    free: Times
+    """End of their kernels."""
+    lanes: dict[str, Times] = field(default_factory=dict)
+    """When lanes are free that may be busy beyond that."""
+    ends: dict[str, Times] = field(default_factory=dict)
+    """When exports arrive."""
+    holds: list[tuple[Times, Times]] = field(default_factory=list)
+    """Communications that may be under way: posted and ended."""
+
+
+class Moments(NamedTuple):
+    """A visit as it ran, a row for each task; kernels start when they are posted."""
+
+    posted: Times
+    started: Times
+    ended: Times
+    lengths: Times
+
+
+Draw = Callable[[int, Plan], npt.NDArray[np.float64]]
+"""Number of a visit and its segment -> factors of its kernels in order, by rank and seed."""
+
+
+class Lockstep:
+    """A step of the simulated ranks of a mesh, for so many seeds."""
+
+    def __init__(self, step: Step, ranks: Ranks, segments: Iterable[Segment], seeds: int) -> None:
+        self.step, self.ranks, self.seeds = step, ranks, seeds
+        self.axes: tuple[Axis, ...] = ranks.mesh.axes
+        self.shape = tuple([ranks.simulated_on(axis) for axis in self.axes])
+        self.visits = [visit.segment for visit in visits(step.itinerary)]
+        used = {segment.name for segment in self.visits}
+        self.plans = {segment.name: self._plan(segment) for segment in segments if segment.name in used}
+        common = gcd(rate_beside(step.slowdown), PPM)
+        self.whole, self.slow = PPM // common, rate_beside(step.slowdown) // common
+
+    def _plan(self, segment: Segment) -> Plan:
+        if any(task.slowdown for task in segment.tasks):
+            raise InputError(
+                "perturbations: jitter beside messages that hold a share of the device of their own is not simulated; "
+                "use tp_overlap = false"
+            )
+        durations = [self.step.durations[segment.name][rank] for rank in self.ranks.copies]
+        lengths = np.array(durations, dtype=np.int64).T.reshape(len(segment.tasks), *self.shape, 1)
+        kernels = [task.id for task in segment.tasks if task.lane == COMPUTE_LANE]
+        return Plan(segment, turns_of(segment), kernels, lengths)
+
+    @property
+    def start(self) -> Standing:
+        """Of all ranks at the beginning."""
+        return Standing(np.zeros((*self.shape, self.seeds), dtype=np.int64))
+
+    def run(self, draw: Draw | None = None) -> Times:
+        """When each rank has ended, for each seed."""
+        standing = self.start
+        for number, segment in enumerate(self.visits):
+            self.visit(number, self.plans[segment.name], standing, draw)
+        ended: Times = np.maximum.reduce([standing.free, *standing.lanes.values()])
+        return ended
+
+    def visit(self, number: int, plan: Plan, standing: Standing, draw: Draw | None) -> Moments:
+        """One segment, from where all ranks stand, which is changed to where they stand then."""
+        lengths = np.broadcast_to(plan.lengths, (*plan.lengths.shape[:-1], self.seeds))
+        if draw is not None and plan.kernels:
+            lengths = lengths.copy()
+            lengths[plan.kernels] = np.rint(lengths[plan.kernels] * draw(number, plan))
+        posted, started, ended = np.empty((3, *lengths.shape), dtype=np.int64)
+        moments = Moments(posted, started, ended, lengths)
+        begin_at = Beginnings(plan.segment, standing)
+        for turn in plan.turns:
+            self._task(plan.segment, turn, begin_at, standing, moments)
+        self._leave(plan.segment, standing, moments)
+        return moments
+
+    def _task(self, segment: Segment, turn: Turn, begin_at: Beginnings, standing: Standing, moments: Moments) -> None:
+        task, length = turn.task, moments.lengths[turn.task]
+        begin = np.maximum.reduce([*begin_at.of(task), *(moments.ended[other] for other in turn.waits)])
+        moments.posted[task] = begin
+        call = segment.calls.get(task)
+        if call is not None:
+            moments.started[task] = self.met(call, begin)
+            moments.ended[task] = moments.started[task] + length
+            return
+        moments.started[task] = begin
+        holds = [(moments.posted[other], moments.ended[other]) for other in turn.holds if _holds(segment, other)]
+        holds += standing.holds
+        if holds and self.slow < self.whole:
+            posted, ended = (np.stack([*times]) for times in zip(*holds, strict=True))
+            moments.ended[task] = slowed(begin, length, posted, ended, self.whole, self.slow)
+        else:
+            moments.ended[task] = begin + length
+
+    def met(self, call: Call, posted: Times) -> Times:
+        """When all have come whom each rank meets in a call."""
+        axes = self.along(call)
+        if call.exchange:
+            (axis,) = axes or (None,)
+            return posted if axis is None else np.maximum.reduce([posted, *(np.roll(posted, n, axis) for n in (1, -1))])
+        return np.broadcast_to(posted.max(axis=axes, keepdims=True), posted.shape) if axes else posted
+
+    def along(self, call: Call) -> tuple[int, ...]:
+        """The axes of the array along which a call goes."""
+        return tuple([place for place, axis in enumerate(self.axes) if axis in call.axes])
+
+    def _leave(self, segment: Segment, standing: Standing, moments: Moments) -> None:
+        last = segment.outline.last_kernel
+        if last is not None:
+            standing.free = moments.ended[last]
+        free = standing.free
+        lanes = standing.lanes | {lane: moments.ended[task] for lane, task in segment.last_calls.items()}
+        ends = standing.ends | {name: moments.ended[task] for name, task in segment.exports.items()}
+        own = [(moments.posted[task], moments.ended[task]) for task in segment.calls if _holds(segment, task)]
+        standing.lanes = {lane: end for lane, end in lanes.items() if (end > free).any()}
+        standing.ends = {name: end for name, end in ends.items() if (end > free).any()}
+        standing.holds = [(posted, end) for posted, end in (*standing.holds, *own) if (end > free).any()]
+
+
+class Beginnings:
+    """Before which moments of earlier visits no task of a segment begins."""
+
+    def __init__(self, segment: Segment, standing: Standing) -> None:
+        self.free, self.lanes, self.ends = standing.free, standing.lanes, standing.ends
+        self.joined = [lane for lane in sorted(segment.joins) if lane in self.lanes]
+        self.time = np.maximum.reduce([self.free, *(self.lanes[lane] for lane in self.joined)])
+        self._names: dict[int, list[str]] = {}
+        self._first: dict[int, str] = {}
+        seen: set[str] = set()
+        for task in segment.tasks:
+            self._names[task.id] = [need for need in task.needs if isinstance(need, str) and need in self.ends]
+            if task.lane not in seen and task.lane in self.lanes:
+                self._first[task.id] = task.lane
+            seen.add(task.lane)
+
+    def of(self, task: int) -> list[Times]:
+        """All of them for one task."""
+        return [self.time, *(times for _, times in self.named(task))]
+
+    def joins(self) -> list[tuple[str, Times]]:
+        """Lanes that the segment joins."""
+        return [(lane, self.lanes[lane]) for lane in self.joined]
+
+    def named(self, task: int) -> list[tuple[str, Times]]:
+        """Those that are no ends of kernels: lanes and exports by name."""
+        found = [(name, self.ends[name]) for name in self._names[task]]
+        return [*found, (self._first[task], self.lanes[self._first[task]])] if task in self._first else found
+
+
+def _holds(segment: Segment, task: int) -> bool:
+    """Whether a communication slows kernels: copies to the host do not."""
+    return segment.tasks[task].slowdown is None

@@ -1,0 +1,206 @@
+"""What perturbations cost: steps with and without them, how these spread over seeds, and who is to blame."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from spsim.errors import InputError
+from spsim.inputs.perturbations import Perturbations
+from spsim.inputs.scenario import Scenario
+from spsim.lazy import lazy
+from spsim.results.result import Result
+from spsim.simulation import side_by_side, simulate
+from spsim.step.blame import Blame, Culprit, blame
+from spsim.step.jitter import Draws
+from spsim.step.lockstep import Lockstep
+from spsim.units import MIB, MS_PER_S, seconds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AT_ONCE = 128 * MIB
+"""Of arrays that a walk of many seeds keeps."""
+MOST_SEEDS = 100_000
+PERCENTILES = (50, 95, 99)
+MOST_ROWS = 20
+"""Of blame, in a document."""
+
+
+class Share(NamedTuple):
+    """What one rank, operator or both explain of the time that is lost."""
+
+    lost_s: float
+    share: float
+    rank: int | None = None
+    """The first of those that it stands for; None for all."""
+    ranks: int | None = None
+    """How many it stands for."""
+    operator: str | None = None
+    phase: str | None = None
+
+
+@dataclass(frozen=True)
+class PerturbedSteps:
+    """Steps of a scenario under perturbations; times in seconds."""
+
+    scenario: Scenario
+    perturbations: Perturbations
+    before: Result
+    """Unperturbed."""
+    after: Result | None
+    """Perturbed; None where jitter makes each seed another step."""
+    step_s: Sequence[float]
+    """Of each seed; of one where nothing is drawn."""
+    beyond: Counter[tuple[int, int, Culprit]]
+    """First rank, how many are alike, operator -> picoseconds that it takes longer on the longest way, of all seeds."""
+
+    @property
+    def shown(self) -> list[int]:
+        """For a picture the rank that explains most, or else the first that is perturbed, and its neighbour."""
+        if self.after is None:
+            return [0]
+        marked = [rank for slow in self.perturbations.slow_ranks for rank in slow.ranks]
+        first = next((own.rank for own in self.by_rank if own.rank is not None), marked[0] if marked else 0)
+        mesh = self.before.prepared.mesh
+        inner = [axis for axis in mesh.axes if axis not in ("dp", "shard")]
+        return (
+            [first, mesh.neighbours(first % mesh.ranks, inner[-1])[0] + first // mesh.ranks * mesh.ranks]
+            if inner
+            else [first]
+        )
+
+    @property
+    def lost_s(self) -> float:
+        """By which the mean step is longer."""
+        return float(np.mean(self.step_s)) - self.before.step_time_s
+
+    @property
+    def percentiles_s(self) -> dict[int, float]:
+        """Step times that so many percent of the seeds do not exceed, between two in a straight line."""
+        found = np.percentile(self.step_s, PERCENTILES).tolist()
+        return dict(zip(PERCENTILES, found, strict=True))
+
+    @lazy
+    def by_rank(self) -> list[Share]:
+        """What each rank explains, the most first."""
+        return self._shares(lambda rank, ranks, _: {"rank": rank, "ranks": ranks})
+
+    @lazy
+    def by_operator(self) -> list[Share]:
+        """What each operator explains, of all ranks."""
+        return self._shares(lambda _, __, culprit: culprit._asdict())
+
+    @lazy
+    def by_both(self) -> list[Share]:
+        """What each operator of each rank explains."""
+        return self._shares(lambda rank, ranks, culprit: {"rank": rank, "ranks": ranks, **culprit._asdict()})
+
+    def _shares(self, key: Any) -> list[Share]:
+        total = self.beyond.total()
+        found: Counter[tuple[tuple[str, Any], ...]] = Counter()
+        for own, ps in self.beyond.items():
+            found[tuple(key(*own).items())] += ps
+        ordered = sorted(found.items(), key=lambda row: (-abs(row[1]), str(row[0])))
+        return [Share(self.lost_s * ps / total, ps / total, **dict(own)) for own, ps in ordered if ps]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `run --perturb --json`; without what shares of blame do not say."""
+        times = {f"p{percent}_ms": MS_PER_S * time for percent, time in self.percentiles_s.items()}
+        return {
+            "perturbations": [own.label for own in self.perturbations.perturbations],
+            "seeds": len(self.step_s),
+            "before_ms": MS_PER_S * self.before.step_time_s,
+            "after_ms": {
+                "mean_ms": MS_PER_S * float(np.mean(self.step_s)),
+                "min_ms": MS_PER_S * min(self.step_s),
+                "max_ms": MS_PER_S * max(self.step_s),
+                **times,
+            },
+            "lost_ms": MS_PER_S * self.lost_s,
+            "blame": {
+                "by_rank": [*_rows(self.by_rank)],
+                "by_operator": [*_rows(self.by_operator)],
+                "by_rank_and_operator": [*_rows(self.by_both)],
+            },
+            "idle_ms": None if self.after is None else {k: MS_PER_S * v for k, v in self.after.idle_s.items()},
+        }
+
+    def frame(self) -> pd.DataFrame:
+        """The step of each seed, counted from that of the jitter."""
+        import pandas as pd
+
+        return pd.DataFrame({"seed": range(len(self.step_s)), "step_ms": [MS_PER_S * time for time in self.step_s]})
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the step before and after, and the spread over seeds; see `plots.plot_perturbed`."""
+        from spsim import plots
+
+        plots.save(plots.plot_perturbed(self), Path(path))
+
+
+def _rows(shares: Sequence[Share]) -> Iterator[dict[str, Any]]:
+    for share in shares[:MOST_ROWS]:
+        own = {name: value for name, value in share._asdict().items() if value is not None}
+        yield {"lost_ms": MS_PER_S * own.pop("lost_s"), **own}
+
+
+def perturb(scenario: Scenario, perturbations: Any, *, seeds: int = 1) -> PerturbedSteps:
+    """Simulate a scenario with and without perturbations, which are whatever `Perturbations.of` takes: a TOML file,
+    tables or objects. Where they draw jitter, `seeds` steps are simulated, of seeds that count from that of the jitter.
+
+    Raises `InputError` where a perturbation is of no rank or link of the plan, or cannot be simulated.
+    """
+    given = Perturbations.of(perturbations)
+    before = simulate(scenario)
+    if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
+        raise InputError(f"perturb: seeds = {seeds!r} is no number from 1 to {MOST_SEEDS:,}")
+    if not given.jitters:
+        after = simulate(scenario, perturbations=given)
+        return PerturbedSteps(scenario, given, before, after, (after.step_time_s,), _certain(scenario, given))
+    step_ps, beyond = _of_seeds(scenario, given, seeds)
+    return PerturbedSteps(scenario, given, before, None, [*map(seconds, step_ps)], beyond)
+
+
+def _certain(scenario: Scenario, given: Perturbations) -> Counter[tuple[int, int, Culprit]]:
+    """The blame where nothing is drawn; none where it cannot be told."""
+    try:
+        walk, unperturbed = side_by_side(scenario, given, 1)
+    except InputError:
+        return Counter()
+    return _counted(walk, blame(walk, unperturbed, None))
+
+
+def _of_seeds(
+    scenario: Scenario, given: Perturbations, seeds: int
+) -> tuple[list[int], Counter[tuple[int, int, Culprit]]]:
+    """The step of each seed, as many at once as fit."""
+    walk, unperturbed = side_by_side(scenario, given, 1)
+    most = max(plan.lengths.nbytes for plan in walk.plans.values())
+    at_once = max(1, AT_ONCE // (8 * most + 2 * len(walk.visits) * walk.start.free.nbytes))
+    step_ps: list[int] = []
+    beyond: Counter[tuple[int, int, Culprit]] = Counter()
+    for first in range(0, seeds, at_once):
+        own = range(first, min(first + at_once, seeds))
+        walk.seeds = len(own)
+        found = blame(walk, unperturbed, Draws(given.jitters, walk.shape, own))
+        step_ps += found.ended.reshape(-1, len(own)).max(axis=0).tolist()
+        beyond.update(_counted(walk, found))
+    return step_ps, beyond
+
+
+def _counted(walk: Lockstep, found: Blame) -> Counter[tuple[int, int, Culprit]]:
+    copies = [(rank, len(alike)) for rank, alike in walk.ranks.copies.items()]
+    return Counter(
+        {
+            (*own, culprit): int(ps)
+            for culprit, by_rank in found.beyond.items()
+            for own, ps in zip(copies, by_rank, strict=True)
+            if ps
+        }
+    )
