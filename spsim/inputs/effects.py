@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from spsim.inputs.expert_rules import expert_reasons
 from spsim.inputs.libraries import CHOICES, LIBRARIES, library_defaults, some_library_has
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
@@ -104,7 +105,8 @@ def setting(name: str, value: Any) -> str:
 
 def reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why an option would change nothing under a plan; empty where it does."""
-    return {**_of_layers(model, plan), **_of_pipeline(plan), **_of_replicas(plan), **_of_memory(model, plan)}
+    of_layers = {**_of_layers(model, plan), **expert_reasons(model, plan)}
+    return {**of_layers, **_of_pipeline(plan), **_of_replicas(plan), **_of_memory(model, plan)}
 
 
 def _of_layers(model: Model, plan: Plan) -> dict[str, str]:

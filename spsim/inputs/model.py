@@ -30,7 +30,7 @@ _DERIVED: Any = Field(default=None)
 
 
 class Model(Configuration):
-    """A decoder-only transformer; every layer is the same, but that the first may have a dense MLP and others experts."""
+    """A decoder-only transformer; every layer is the same, but for a dense MLP in the first and experts in others."""
 
     words: ClassVar[Mapping[str, Iterable[str]]] = words.MODEL
 

@@ -112,9 +112,7 @@ def layer_operators(
 
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
-    """The kinds of layers in a step, and the names of their blocks: that of the first is `LAYER`, of experts if the model
-    has any.
-    """
+    """The kinds of layers in a step, and the names of their blocks: `LAYER` is the first, with experts if there are any."""
     if plan.recompute_layers is None and not plan.cpu_offload_layers and not model.dense_layers:
         return {usual_kind(plan): LAYER}
     sizes = dict.fromkeys([(len(chunk.layers), dense_in(model, chunk.layers)) for chunk in all_chunks(model, plan)])

@@ -135,7 +135,8 @@ class _Compiler:
         collective = move.collective
         if collective is None:
             return have
-        if collective == "reduce_scatter" and move.axis == "tp" and self.plan.batch_first and not self.plan.tp_overlap:
+        rows = collective == "reduce_scatter" and move.axis == "tp" and self.plan.batch_first
+        if (rows and not self.plan.tp_overlap) or move.sorts == "before":
             have = self._in_rows(have, tensor)
         in_place = have.id if collective == "all_reduce" else None
         buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
@@ -145,10 +146,10 @@ class _Compiler:
                 move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
             )
         )  # fmt: skip
-        return buffer
+        return self._in_rows(buffer, tensor) if move.sorts == "after" else buffer
 
     def _in_rows(self, have: Buffer, tensor: str) -> Buffer:
-        """A copy whose parts follow each other, as a reduce-scatter cuts them, where batch comes before sequence."""
+        """A copy whose parts follow each other as a reduce-scatter cuts them, or as the experts of a rank take them."""
         copy = self._buffer(have.tensor, have.bytes)
         work = MemoryBound("elementwise", 2 * have.bytes, "copy")
         self._compute(f"{tensor} copy", "elementwise", self.part, (work,), [have], [copy])

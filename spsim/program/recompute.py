@@ -14,17 +14,22 @@ from typing import NamedTuple
 from spsim.inputs.plan import Plan
 from spsim.program.operators import Operator
 
+SHARED_SUM = "add_shared"
+"""What experts of a token make and what shared ones do, added."""
 MODULES: Mapping[str, Callable[[Operator], bool]] = {
     "layer": lambda op: True,
     "core_attn": lambda op: op.mixes_positions,
     "mlp": lambda op: "f" in op.extents,
     "mlp_act": lambda op: "f" in op.extents and op.kind != "gemm",
+    "moe": lambda op: not {"e", "u"}.isdisjoint(op.extents) or op.name == SHARED_SUM,
+    "moe_act": lambda op: "m" in op.extents and op.kind != "gemm",
+    "shared_experts": lambda op: "u" in op.extents,
     "layernorm": lambda op: (op.kind == "norm" and "h" in op.mixes) or (op.cast is not None and op.cast.of_norm),
 }
 """Module, or all of a layer -> whether an operator is in it; those in a row are recomputed together. What is part of
 another one comes after it.
 """
-DISCARDED = ("mlp_act", "layernorm")
+DISCARDED = ("mlp_act", "moe_act", "layernorm")
 """Modules whose results nobody keeps."""
 
 
@@ -52,8 +57,7 @@ def usual_kind(plan: Plan) -> LayerKind:
 
 
 def layer_kinds(plan: Plan, layers: int, dense: int = 0) -> list[tuple[LayerKind, int]]:
-    """The kinds of the layers of a chunk in order, each with how many of it follow each other; the first `dense` have no
-    experts, whose number `recompute_layers` divides where layers are recomputed in units.
+    """The kinds of the layers of a chunk in order, each with how many of it follow each other; the first are `dense`.
 
     With `recompute_layers` = n the first n layers of a chunk are recomputed (block), or all in units of n layers, the
     last of which may be smaller (uniform), as Megatron-Core's `TransformerBlock` does. Where the first layers

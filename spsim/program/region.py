@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from spsim.lazy import lazy
 from spsim.program.casts import casting_weights
@@ -46,6 +47,15 @@ class Move:
     """By one rank."""
     bytes: int
     """Of the result on one rank."""
+
+    @property
+    def sorts(self) -> Literal["before", "after"] | None:
+        """On which side of an exchange with experts a rank puts tokens in the order of its experts, for they come from
+        each rank apart (`sort_chunks_by_idxs` of Megatron-Core).
+        """
+        if self.collective != "all_to_all" or self.axis not in ("ep", "experts"):
+            return None
+        return "after" if any(placement.dim == "e" for _, placement in self.target) else "before"
 
 
 class Region:

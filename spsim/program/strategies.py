@@ -29,7 +29,7 @@ def split_rules(plan: Plan) -> dict[Axis, SplitRule]:
     """The whole of the strategies: Megatron tp (Shoeybi et al. 2019, with sequence parallelism Korthikanti
     et al. 2022), Ulysses (Jacobs et al. 2023), ring or context parallelism (Liu et al. 2023), data parallel.
     """
-    tp = ("a", "f", "v", "s") if plan.sequence_parallel else ("a", "f", "v")
+    tp = ("a", "f", "u", "v", "s") if plan.sequence_parallel else ("a", "f", "u", "v")
     return {
         "dp": SplitRule(("b",), ("b",)),
         "shard": SplitRule(("b",), ("b",)),

@@ -29,9 +29,7 @@ _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 
 
 def dealt_among(model: Model) -> int:
-    """What the tokens of a sequence are divided by, whatever the plan: experts over those of a token, without what these
-    have in common.
-    """
+    """What divides the tokens of a sequence, whatever the plan: experts over those of a token, in lowest terms."""
     if model.experts is None or model.experts_per_token is None:
         return 1
     return model.experts // gcd(model.experts, model.experts_per_token)

@@ -18,11 +18,11 @@ TOKENS = "s*b*k/e"
 
 
 def expert_sizes(model: Model) -> dict[str, int]:
-    """Sizes of the dimensions that only a layer of experts has; f is the width of the shared ones."""
+    """Sizes of the dimensions that only a layer of experts has; u is the width of the shared ones."""
     if model.experts is None or model.experts_per_token is None or model.expert_ffn_hidden is None:
         return {}
     return {
-        "e": model.experts, "k": model.experts_per_token, "m": model.expert_ffn_hidden, "f": model.shared_ffn_hidden
+        "e": model.experts, "k": model.experts_per_token, "m": model.expert_ffn_hidden, "u": model.shared_ffn_hidden
     }  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def routed_experts(block: ModelBlock, x: Tensor) -> Tensor:
         mixes="g" if model.gated_mlp else "", saves=[inner, weights], kernel=model.activation, rules=EXPERTS,
     )  # fmt: skip
     block.add(
-        "expert_fc2", "gemm", f"e {t} m, e m h -> e {t} h", [active, block.weight("expert_fc2_weight", "e m h")], [made],
-        saves=[active], rules=EXPERTS,
+        "expert_fc2", "gemm", f"e {t} m, e m h -> e {t} h",
+        [active, block.weight("expert_fc2_weight", "e m h")], [made], saves=[active], rules=EXPERTS,
     )  # fmt: skip
     block.add("combine", "elementwise", f"e {t} h -> s b h", [made], [out])
     return out
