@@ -9,6 +9,7 @@ NVLink and last on PCIe, and rates too high where the host paces the launches.
     python -m spsim experiments/longcontext.py [--out results] [--quick]
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import combinations
@@ -19,14 +20,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 from rich.table import Table
 
 import spsim
 from spsim import report
-from spsim.inputs.hardware import CollectiveCurve, Datasheet, HardwareProfile
+from spsim.inputs.collective_curves import CollectiveCurve
+from spsim.inputs.hardware import Datasheet, HardwareProfile
 from spsim.inputs.kernel_coefficients import SendCoefficients
 from spsim.inputs.plan import parse_plan
+from spsim.plots.colours import GRID, MUTED, OTHER, SERIES
+from spsim.plots.figure import SMALL_SIZE, WIDTH, Picture, add_legend, add_title, axes_at
 
 DATA = Path(__file__).parent / "data" / "longcontext.csv"
 TIE = 0.03
@@ -56,13 +60,7 @@ REASONS = {
 }
 """One sentence a table: where the prediction agrees, where not, and why."""
 
-COLOURS = {
-    "Ulysses": "#4477aa",
-    "Ulysses × ring": "#228833",
-    "ring": "#ee6677",
-    "with TP": "#aa3377",
-    "ideal": "#888888",
-}
+COLOURS = dict(zip(("Ulysses", "ring", "Ulysses × ring", "with TP", "ideal"), SERIES[:3] + SERIES[5:7], strict=True))
 LENGTHS = tuple(32768 * 2**power for power in range(8))
 
 Row = Mapping[str, Any]
@@ -234,55 +232,75 @@ def points() -> Iterator[spsim.Point]:
 
 
 def figures(frame: pd.DataFrame) -> Mapping[str, Figure]:
-    """Predicted over measured, a panel a table."""
+    """Rates of all tables against each other, each as a share of its table's mean, and the order of its pairs."""
     rows = compared().loc[frame["row"]]
-    tables = [
-        (name, group)
-        for name, group in rows.groupby("table", sort=False)
-        if "longest_tokens" not in set(group["metric"])
-    ]
-    columns = min(5, len(tables))
-    lines = -(-len(tables) // columns)
-    figure = Figure(figsize=(2.7 * columns + 0.5, 2.7 * lines + 1), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, (name, group) in zip(panels, tables, strict=False):
-        draw(axes, group, str(name))
-    for axes in panels[len(tables) :]:
-        axes.set_axis_off()
-    figure.supxlabel("measured: iterations/s, or TFLOP/s a GPU of a 7B model")
-    figure.supylabel("predicted")
-    figure.legend(handles=key(), loc="outside upper center", ncols=len(COLOURS) + 1, fontsize=9, frameon=False)
+    rows = rows[rows["strategy"] != "ideal"]
+    groups = {str(name): group for name, group in rows.groupby("table", sort=False)}
+    counts = {name: agreement(group) for name, group in groups.items()}
+    agree, pairs = (sum(column) for column in zip(*counts.values(), strict=True))
+    side, gap, row = 5.2, 3.6, 0.26
+    figure = Picture(figsize=(WIDTH, 7.2))
+    draw_rates(axes_at(figure, 0.95, 1.15, side, side), groups)
+    draw_pairs(
+        axes_at(figure, side + gap, 6.35 - row * len(counts), WIDTH - side - gap - 0.8, row * len(counts)), counts
+    )
+    add_legend(figure, key())
+    add_title(
+        figure,
+        f"{agree} of {pairs} pairs of strategies come in the measured order",
+        f"sequence-parallel attention and layers, {len(groups)} published tables, pairs measured more than "
+        f"{100 * TIE:.0f} % apart",
+    )
     return {"longcontext.png": figure}
 
 
 def key() -> list[Line2D]:
     """A dot for each strategy, and a hollow one for contiguous rings."""
-    dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in COLOURS.items()]
-    hollow = Line2D(
-        [], [], marker="o", linestyle="", color="black", markerfacecolor="none", label="hollow: contiguous"
-    )  # fmt: skip
-    return [*dots, hollow]
+    marks = {"marker": "o", "linestyle": "", "markersize": 6}
+    dots = [Line2D([], [], color=colour, label=name, **marks) for name, colour in COLOURS.items() if name != "ideal"]
+    return [*dots, Line2D([], [], color="black", markerfacecolor="none", label="hollow: contiguous ring", **marks)]
 
 
-def draw(axes: Axes, rows: pd.DataFrame, title: str) -> None:
-    """One panel, the same scale on both axes, with the diagonal."""
-    for name, measured_, predicted_, text in rows[["strategy", "measured", "predicted", "label"]].itertuples(
-        index=False
-    ):
-        colour = COLOURS[name]
-        axes.scatter(measured_, predicted_, s=26, facecolors="none" if "r" in text else colour, edgecolors=colour)
-    values = rows[["measured", "predicted"]].to_numpy()
-    limits = (values.min() / 1.25, values.max() * 1.25)
-    axes.plot(limits, limits, color="black", linewidth=0.8)
-    for axis, bound in ((axes.xaxis, axes.set_xlim), (axes.yaxis, axes.set_ylim)):
-        bound(limits)
-        getattr(axes, f"set_{axis.axis_name}scale")("log")
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+def draw_rates(axes: Axes, groups: Mapping[str, pd.DataFrame]) -> None:
+    """A dot for each row: its rate over the geometric mean of its table, measured across, predicted up."""
+    rates = [group for group in groups.values() if "longest_tokens" not in set(group["metric"])]
+    shares = pd.concat([group[["measured", "predicted"]].transform(relative) for group in rates])
+    for group in rates:
+        for name, text, place in zip(group["strategy"], group["label"], group.index, strict=True):
+            across, up = shares.loc[place]
+            colour = COLOURS[name]
+            axes.plot(across, up, "o", markersize=5, markeredgecolor=colour, alpha=0.85,
+                      markerfacecolor="none" if "r" in text else colour)  # fmt: skip
+    limits = (shares.to_numpy().min() / 1.1, shares.to_numpy().max() * 1.1)
+    axes.plot(limits, limits, color=MUTED, linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=7)
-    axes.set_aspect("equal")
+    axes.set_xlabel("measured rate over the mean of its table", size=SMALL_SIZE)
+    axes.set_ylabel("predicted rate over the mean of its table", size=SMALL_SIZE)
+    axes.grid(color=GRID, linewidth=0.6)
+
+
+def relative(rates: "pd.Series[float]") -> "pd.Series[float]":
+    """Rates over their geometric mean."""
+    return rates / math.exp(rates.map(math.log).mean())
+
+
+def draw_pairs(axes: Axes, counts: Mapping[str, tuple[int, int]]) -> None:
+    """A bar for each table: the pairs in the measured order, and in grey the others."""
+    for place, (agree, pairs) in enumerate(counts.values()):
+        axes.barh(place, agree, 0.72, color=COLOURS["Ulysses"])
+        axes.barh(place, pairs - agree, 0.72, agree, color=OTHER)
+        axes.annotate(
+            f"{agree} of {pairs}", (pairs, place), (5, 0), textcoords="offset points", va="center", size=SMALL_SIZE
+        )
+    axes.set_yticks(range(len(counts)), [*counts], size=SMALL_SIZE)
+    axes.set_ylim(len(counts) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MultipleLocator(5))
+    axes.set_xlabel("pairs in the measured order, by table", size=SMALL_SIZE)
 
 
 def tables(frame: pd.DataFrame) -> Iterator[Table | str]:

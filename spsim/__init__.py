@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spsim import plots as plots
     from spsim.errors import InputError as InputError
     from spsim.inputs.hardware import HardwareProfile as HardwareProfile
     from spsim.inputs.launch.emission import emit as emit
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from spsim.results.measured import measured_trace as measured_trace
     from spsim.results.result import Result as Result
     from spsim.simulation import simulate as simulate
+    from spsim.studies.collectives import collective as collective
     from spsim.studies.comparison import compare as compare
     from spsim.studies.experiment import Experiment as Experiment
     from spsim.studies.explanation import explain as explain
@@ -47,6 +49,7 @@ _HOMES = {
     "Result": "results.result",
     "Scenario": "inputs.scenario",
     "Workload": "inputs.workload",
+    "collective": "studies.collectives",
     "compare": "studies.comparison",
     "emit": "inputs.launch.emission",
     "explain": "studies.explanation",
@@ -71,6 +74,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("spsim")
+    if name == "plots":  # a package whose functions are public; importing it binds its name here
+        return import_module("spsim.plots")
     if name not in _HOMES:
         raise AttributeError(f"module 'spsim' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"spsim.{_HOMES[name]}"), name)
@@ -78,4 +83,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "plots"})

@@ -6,7 +6,6 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,14 @@ from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
+from spsim.engine.tasks import Paces
 from spsim.engine.trace import Trace, Wait
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
 from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan
+from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import all_chunks, chunks_of, dense_in
@@ -30,10 +31,10 @@ from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.blocks.optimizer import shard_ranks
-from spsim.program.mesh import mesh_of, world_of
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
+from spsim.results import folded
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -41,29 +42,29 @@ from spsim.results.staged import OfStages, Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
-from spsim.step.folding import fold_step
+from spsim.step.folding import Walked, fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
 from spsim.step.itinerary import Chunk, Run
 from spsim.step.lockstep import Lockstep
-from spsim.step.perturbed import Latencies, Perturbed
+from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
 
 
-def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) -> Result:
+def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     """Simulate a scenario. `fold` simulates identical ranks and layers once; the result is the same without.
-    `perturbations` are slow ranks and links, whatever `Perturbations.of` takes.
 
     Raises `InputError` where it is given something else, and where the profile lacks a curve that the plan needs.
     """
     if not isinstance(scenario, Scenario):
         raise InputError(f"simulate: {reprlib.repr(scenario)} is no Scenario; write simulate({Scenario.example()})")
-    perturbed = _perturbed(scenario, Perturbations.of(perturbations))
+    perturbed = perturbed_ranks(scenario.plan, scenario.perturbations, scenario.gpus_per_node)
     if scenario.plan.pp > 1:
         return _simulate_stages(scenario, fold, perturbed)
     prepared = _prepared(scenario, fold)
@@ -76,25 +77,17 @@ def simulate(scenario: Scenario, *, fold: bool = True, perturbations: Any = ()) 
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
-def _perturbed(scenario: Scenario, perturbations: Perturbations) -> Perturbed | None:
-    """What perturbations do to a plan; None where they do nothing."""
-    plan, per_node = scenario.plan, scenario.gpus_per_node
-    perturbations.check(plan.gpus, per_node)
-    if perturbations.jitters:
-        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --perturb")
-    found = Perturbed(perturbations, world_of(plan), mesh_of(plan), per_node)
-    return found if found.changes else None
-
-
-def side_by_side(scenario: Scenario, perturbations: Perturbations, seeds: int) -> tuple[Lockstep, Lockstep]:
+def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
     """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
     is not simulated that way.
     """
+    perturbations = scenario.perturbations
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
-    perturbed = _perturbed(scenario, rest)
+    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
     windows = perturbed is not None and perturbed.windows
-    if scenario.plan.pp > 1 or windows:
-        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s"
+    shared = scenario.network == "flows"
+    if scenario.plan.pp > 1 or windows or shared:
+        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s" if windows else "network = 'flows'"
         raise InputError(f"perturbations: jitter with {what} is not simulated; leave one of them out")
     prepared = _prepared(scenario, not jitters)
     prepared = prepared.marked(perturbed.marks) if perturbed else prepared
@@ -116,7 +109,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1:
+    if scenario.plan.pp > 1 or scenario.perturbations.changes or scenario.network == "flows":
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -153,7 +146,7 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
 def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
-    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages)
+    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages, single=_single(scenario))
     if perturbed:
         prepared = prepared.marked(perturbed.marks)
     numbers = prepared.template.at(scenario.workload)
@@ -166,15 +159,18 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
-    if perturbed:
-        nodes, waits, events = costed.unfolded(perturbed, priced((costs[0], Latencies(scenario.hardware))))
+    shared = _sharing(scenario, prepared, numbers, stages.kinds, perturbed)
+    unlike, of_kernels = perturbed is not None, _of_kernels(perturbed, shared)
+    if of_kernels:
+        empty = priced((costs[0], Latencies(scenario.hardware)))
+        nodes, waits, events = costed.unfolded(of_kernels, empty, shared)
         staged = None
-    elif len(prepared.ranks.copies) == 1 and fold:
+    elif len(prepared.ranks.copies) == 1 and fold and shared is None:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
     else:
-        nodes, waits, events = costed.unfolded()
+        nodes, waits, events = costed.unfolded(sharing=shared)
         staged = None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
@@ -187,25 +183,13 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         numbers=numbers,
         amounts=_amounts(scenario, scenario.workload, scenario.scope),
         trace=trace,
-        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.ranks),
+        statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=_stage_folding(plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None),
+        reasons=folded.of_stages(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
-    )
-
-
-def _stage_folding(stages: int, simulated: int, ranks: int, fold: bool, *, unlike: bool) -> tuple[str, ...]:
-    if not fold:
-        return _rank_folding(simulated, ranks, fold), SWITCHED_OFF
-    if unlike:
-        return _rank_folding(simulated, ranks, fold, unlike=True), "layers are not folded: ranks end their passes apart"
-    if simulated == stages:
-        return (f"{simulated} of {ranks} ranks simulated: one of each pipeline stage",)
-    return (
-        f"{simulated} of {ranks} ranks simulated: those of a pipeline stage differ by their position on the ring",
-        "layers are not folded: ranks of a stage end their passes apart",
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
@@ -243,10 +227,15 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    precision = _precision(scenario)
+    precision, single = _precision(scenario), _single(scenario)
     if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
-        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario))
-    return prepare(scenario.model, scenario.plan, fold, precision)
+        return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario), single=single)
+    return prepare(scenario.model, scenario.plan, fold, precision, single=single)
+
+
+def _single(scenario: Scenario) -> bool:
+    """Whether its programs are those of a single sequence."""
+    return bool(is_single(scenario.plan, scenario.workload.micro_batch))
 
 
 def _precision(scenario: Scenario | Grid) -> Precision:
@@ -258,7 +247,7 @@ def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: N
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     parameters, spread = prepared.parameters(numbers, chunk), prepared.spread_parameters(chunk)
     found = static_memory(parameters, plan, element_bytes, prepared.weight_bytes(chunk), spread)
-    if scenario.scope == "layers" or plan.dp_library != "megatron":
+    if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):
         return found
     own = [prepared.template.programs[run.block] for run in chunk]
     return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
@@ -313,19 +302,8 @@ def assemble(
     perturbed: Perturbed | None = None,
 ) -> Result:
     """Simulate a step of blocks, of a model's or of a traced module, with the sizes of one workload."""
-    hardware = scenario.hardware
-    costs = cost_models(hardware, scenario.workload.precision)
-    priced = partial(
-        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
-        gpus_per_node=scenario.gpus_per_node,
-    )  # fmt: skip
-    step = priced(costs)
-    if perturbed:
-        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
-    if perturbed and perturbed.windows:
-        walked = unfold_step(step, perturbed.all_paces(prepared.ranks.copies, prepared.segments))
-    else:
-        walked = fold_step(step) if fold else unfold_step(step)
+    shared = _sharing(scenario, prepared, numbers, (tuple(chunk),), perturbed)
+    walked = _walked(scenario, prepared, chunk, numbers, fold, _of_kernels(perturbed, shared), shared)
     copies, gpus = prepared.ranks.copies, scenario.plan.gpus
     trace = Trace(
         walked.nodes,
@@ -346,26 +324,55 @@ def assemble(
         statics=dict.fromkeys(copies, static),
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
-        reasons=tuple(
-            filter(
-                None,
-                (_rank_folding(len(copies), gpus, fold, unlike=perturbed is not None), "" if fold else SWITCHED_OFF),
-            )
-        ),
+        reasons=folded.of_step(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
+        perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 
 
-SWITCHED_OFF = "layers are not folded: it was switched off"
+def _walked(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    chunk: Chunk,
+    numbers: Numbers,
+    fold: bool,
+    perturbed: Perturbed | None,
+    shared: Sharing | None,
+) -> Walked:
+    """The step as it runs."""
+    hardware = scenario.hardware
+    costs = cost_models(hardware, scenario.workload.precision)
+    priced = partial(
+        costed_step, prepared, numbers, hardware, chunk=chunk, micro_batches=scenario.num_micro_batches,
+        gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+    step = priced(costs)
+    paces: Mapping[int, Paces] = {}
+    if perturbed:
+        step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
+        paces = perturbed.all_paces(prepared.ranks.copies, prepared.segments)
+    return fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
 
 
-def _rank_folding(simulated: int, ranks: int, fold: bool, *, unlike: bool = False) -> str:
-    if not fold:
-        return "ranks are not folded: it was switched off"
-    if simulated == ranks:
-        return "" if ranks == 1 else "ranks are not folded: each does different work"
-    position = "by where they stand towards what is perturbed" if unlike else "by their position on the ring"
-    differ = "all are identical" if simulated == 1 else f"they differ {position}"
-    return f"{simulated} of {ranks} ranks simulated: {differ}"
+def _sharing(
+    scenario: Simulated,
+    prepared: PreparedStep,
+    numbers: Numbers,
+    chunks: tuple[Chunk, ...],
+    perturbed: Perturbed | None,
+) -> Sharing | None:
+    """What the transfers of a step put on links, where they share them, with those that are slow."""
+    if scenario.network == "closed_form":
+        return None
+    comm = cost_models(scenario.hardware, scenario.workload.precision)[1]
+    sharing = Sharing(prepared, numbers, comm, chunks, gpus_per_node=scenario.gpus_per_node)
+    for slow, users in perturbed.slow_links if perturbed else ():
+        sharing.slow(slow, users)
+    return sharing
+
+
+def _of_kernels(perturbed: Perturbed | None, shared: Sharing | None) -> Perturbed | None:
+    """What perturbs the tasks of ranks: on a network slow links are its own."""
+    return perturbed.without_links if perturbed and shared else perturbed
 
 
 def _describe_stages(

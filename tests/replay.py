@@ -2,12 +2,13 @@
 
 from collections import Counter, deque
 from fractions import Fraction
-from math import inf
+from math import inf, prod
 
 from hypothesis import strategies as st
 
+from spsim.engine.contention import PPM
 from spsim.engine.engine import run
-from spsim.engine.tasks import Hold, Meeting, Start, Task
+from spsim.engine.tasks import Hold, Meeting, Paces, Start, Task
 
 LANES = ("compute", "net", "link")
 NAMES = ("before", "long before")
@@ -43,7 +44,7 @@ class Replay:
     a lane is posted before its start.
     """
 
-    def __init__(self, programs, slowdown, durations=None, starts=None):
+    def __init__(self, programs, slowdown, durations=None, starts=None, paces=None):
         own = {rank: {task.id: task.duration_ps for task in tasks} for rank, tasks in programs.items()}
         self.durations = durations or own
         self.starts = starts or dict.fromkeys(programs, Start())
@@ -52,6 +53,7 @@ class Replay:
             for task in tasks:
                 self.queues[rank, task.lane].append(task)
         self.slowdown = slowdown
+        self.paces = paces or {}
         self.posted, self.start, self.done, self.arrived = {}, {}, {}, Counter()
         self.end = {(rank, name): 0 for rank in programs for name in NAMES}
         self.end |= {(rank, name): end for rank, start in self.starts.items() for name, end in start.ends.items()}
@@ -91,14 +93,19 @@ class Replay:
         return [(rank, task) for rank, task in heads if (rank, task.id) in self.done]
 
     def pace(self, rank, task, now):
-        """What a task does in a tick: a kernel loses the largest share that communications of its rank hold."""
+        """What a task does in a tick: a kernel loses the largest share that communications of its rank hold, and works
+        at the paces of its rank; a transfer at those of its lane.
+        """
+        own = self.paces.get(rank, Paces())
+        windows = own.lanes.get(task.lane, ()) if task.meetings else own.kernels
+        pace = prod(Fraction(rate, PPM) for begin, end, rate in windows if begin <= now < end)
         if task.meetings:
-            return 1
+            return pace
         heads = [queue[0] for (other, _), queue in self.queues.items() if other == rank and queue]
         posted = [head for head in heads if head.meetings and (rank, head.id) in self.posted]
         holds = [hold for hold in self.starts[rank].holds if hold.begin <= now < hold.end]
         shares = [self.slowdown if one.slowdown is None else one.slowdown for one in (*posted, *holds)]
-        return 1 - Fraction(str(max(shares, default=0)))
+        return pace * (1 - Fraction(str(max(shares, default=0))))
 
     def times(self):
         """{(rank, task): (posted, start, end)} at the end; at each instant move until nothing moves."""
@@ -159,3 +166,17 @@ def random_starts(draw, programs):
         st.dictionaries(st.sampled_from(NAMES), moments),
     )
     return {rank: draw(starts) for rank in programs}
+
+
+@st.composite
+def random_paces(draw, programs):
+    """Some ranks are slower, faster or stand still from when to when, and so are lanes of transfers."""
+    windows = st.lists(
+        st.builds(
+            lambda begin, length, rate: (begin, begin + length, round(rate * PPM)),
+            st.integers(0, 30), st.integers(1, 20), st.sampled_from([0, 0.25, 0.5, 1, 2]),
+        ),
+        max_size=2,
+    )  # fmt: skip
+    own = st.builds(Paces, windows, st.dictionaries(st.sampled_from(LANES[1:]), windows, max_size=2))
+    return {rank: draw(own) for rank in programs if draw(st.booleans())}

@@ -215,7 +215,7 @@ def test_every_profile_says_what_its_assumed_inputs_do(name, capsys):
     gpus = min(8, spsim.load_profile(name).gpus_per_node)
     settings = ("--model", "gpt-22b", "--set", "model.attention=flash", "--hardware", name, "--seq-len", "2K")
     document = json.loads(run(capsys, *settings, "--plan", f"ulysses={gpus}", "--json"))
-    assert set(document["assumed"]) == set(document["assumed_effects"])
+    assert {*document["assumed"], *document["inherited"]} == set(document["assumed_effects"])
     choices = {path for path, effect in document["assumed_effects"].items() if effect is None}
     assert all(path.startswith(("attention_picked", "gemm.tile")) for path in choices)
     text = run(capsys, *settings, "--plan", f"ulysses={gpus}")
@@ -265,7 +265,12 @@ def test_run_names_nodes_algorithms_and_what_fits(capsys):
     assert (send["algorithm"], send["ranks"], send["nodes"]) == ("send_receive", 8, 2)
     assert send["channels"] == 4
     assert send["gb_per_s"] == pytest.approx(send["message_bytes"] / send["time_s"] / 1e9)
-    assert (sync["collective"], sync["algorithm"], sync["channels"], sync["calls"]) == ("all_reduce", "tree", None, 1)
+    assert (sync["collective"], sync["algorithm"], sync["channels"], sync["calls"]) == (
+        "all_reduce",
+        "nvls_tree",
+        16,
+        1,
+    )
     assert sync["gb_per_s"] == pytest.approx(2 * 7 / 8 * sync["message_bytes"] / sync["time_s"] / 1e9)
     text = run(capsys, *layers)
     assert "8 GPUs on 2 nodes" in text
@@ -301,7 +306,7 @@ def test_run_says_how_sure_it_is(capsys):
     band = bands.of_time(spsim.load_profile(H100))
     assert document["prior_band"] == {"percent": band.percent, "of": band.of, "rows": band.rows}
     assert f"how sure: 90 % of {band.rows} {band.of} are met within ±{band.percent:.1f} %" in run(capsys, *RING)
-    assert set(document["assumed"]) == set(document["assumed_effects"])
+    assert {*document["assumed"], *document["inherited"]} == set(document["assumed_effects"])
 
 
 def test_a_step_of_several_stages_has_the_band_of_a_calibrated_profile():

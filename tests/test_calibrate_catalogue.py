@@ -231,12 +231,12 @@ def test_messages_go_from_a_kibibyte_to_a_gibibyte_for_every_group():
         ("NVIDIA A100-PCIE-40GB", None),
         ("NVIDIA A100-SXM-64GB", None),
         ("NVIDIA GH200 480GB", None),
-        ("NVIDIA H20", None),
+        ("NVIDIA H20", "h20-8"),
         ("NVIDIA L40", None),
         ("AMD Instinct MI325X", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-8"),
     ],
 )
 def test_names_of_drivers_find_their_profile_and_no_other(device, profile):

@@ -28,7 +28,8 @@ NVSWITCH = [name for name in SEVERAL_LEVELS if load_profile(name).datasheet.topo
 
 # ------------------------------------------------------------ measured tables
 
-# (mean, largest) error in percent of the rows that no curve was made from: what the closed forms reach, rounded up.
+# (mean, largest) error in percent of the rows that no curve was made from, but for some a law: what the forms reach,
+# rounded up.
 PREDICTED = {
     # One node: other group sizes, other machines, other software.
     ("a100-other", "all_reduce"): (12, 51),  # 2 x the other machine's time at 1 MiB
@@ -42,8 +43,8 @@ PREDICTED = {
     ("h100-8-orcd", "all_reduce"): (2, 5),
     ("h100-2", "all_reduce"): (2, 3),
     ("h100-2-lambda", "all_reduce"): (43, 162),  # twice as fast as the other machine from 256 KiB to 1 MiB
-    ("h200-azure", "all_reduce"): (12, 38),
-    ("h200-aws", "all_reduce"): (9, 35),
+    ("h200-azure", "all_reduce"): (2, 7),
+    ("h200-aws", "all_reduce"): (4, 13),
     ("h200-counts", "all_reduce"): (7, 14),
     ("h200-sweep", "all_gather"): (6, 10),
     ("h200-sweep", "all_to_all"): (2, 5.1),
@@ -54,13 +55,13 @@ PREDICTED = {
     ("mi300x-2", "all_reduce"): (7, 7),
     # Several nodes, one to four GPUs of each.
     ("h100-10x1", "all_reduce"): (2, 6),
-    ("h100-10x2", "all_reduce"): (3, 8),
-    ("h100-10x2", "all_gather"): (5, 13),
-    ("h100-10x2", "reduce_scatter"): (4, 10),
+    ("h100-10x2", "all_reduce"): (2, 3),
+    ("h100-10x2", "all_gather"): (1, 4),
+    ("h100-10x2", "reduce_scatter"): (2, 7),
     ("h100-10x2", "all_to_all"): (2, 4),
-    ("h100-10x4", "all_reduce"): (4, 11),
-    ("h100-10x4", "all_gather"): (5, 9),
-    ("h100-10x4", "reduce_scatter"): (5, 9),
+    ("h100-10x4", "all_reduce"): (4, 10),
+    ("h100-10x4", "all_gather"): (3, 8),
+    ("h100-10x4", "reduce_scatter"): (2, 3),
     ("h100-10x4", "all_to_all"): (4, 11),
     ("h100-2x1-lambda", "all_reduce"): (6, 38),
     ("h100-2x1-pairs", "all_to_all"): (14, 14),
@@ -69,58 +70,48 @@ PREDICTED = {
     ("h100-2x2-pairs", "send_receive"): (10, 10),
     ("h100-2x4-pairs", "all_to_all"): (7, 7),
     ("h100-2x4-pairs", "send_receive"): (17, 18),
-    ("h100-2x2-dgx", "all_reduce"): (8, 27),
-    ("h100-2x4-dgx", "all_reduce"): (25, 62),  # above 128 MiB within 10 %
-    ("h100-2x2-lambda", "all_reduce"): (22, 77),  # above 8 MiB within 17 %, but for one row
-    ("h100-2x4-lambda", "all_reduce"): (38, 85),  # virtual machines, whose adapters do not add up
     # Eight GPUs of each node.
     ("a100-2x8", "all_reduce"): (4, 4),
-    ("h100-10x8", "all_reduce"): (13, 28),
-    ("h100-10x8", "all_gather"): (15, 35),
-    ("h100-10x8", "reduce_scatter"): (18, 40),
+    ("h100-10x8", "all_reduce"): (6, 20),
+    ("h100-10x8", "all_gather"): (4, 9),
+    ("h100-10x8", "reduce_scatter"): (6, 15),
     ("h100-10x8", "all_to_all"): (5, 10),
     ("h100-2x8-pairs", "all_to_all"): (10, 10),
     ("h100-2x8-pairs", "send_receive"): (6, 6),
-    ("h100-2x8-aws", "all_reduce"): (12, 27),
-    ("h100-2x8-dgx", "all_reduce"): (14, 30),
-    ("h100-2x8-lambda", "all_reduce"): (68, 85),  # virtual machines, as above
-    ("h100-8x8", "all_reduce"): (5, 14),
-    ("h100-32x8", "all_reduce"): (7, 7),
-    ("h100-32x8", "all_gather"): (31, 31),
-    ("b200-4x8-aws", "all_reduce"): (23, 55),  # from 512 MiB on within 8 %
+    ("h100-2x8-aws", "all_reduce"): (13, 38),  # EFA and NCCL 2.20: twice the time from 16 to 32 MiB
+    ("h100-8x8", "all_reduce"): (5, 7),
+    ("h100-32x8", "all_reduce"): (6, 6),
+    ("h100-32x8", "all_gather"): (16, 16),
+    ("b200-4x8-aws", "all_reduce"): (18, 52),  # from 256 MiB on within 8 %; 380 us at 1 MiB
     ("gb200-2x72", "all_reduce"): (5, 11),
     ("gb200-20x72", "all_reduce"): (56, 61),  # a ring alone would err 24 %
 }
 
 
-# Pairs of machines that fall short of their own adapters; why is in the notes of the experiment.
-FAULTY = ["h100-2x4-lambda", "h100-2x8-lambda"]
-
-
 def test_every_measured_table_has_a_limit():
-    predicted = ERRORS[ERRORS["use"] == "prediction"]
+    predicted = ERRORS[ERRORS["use"] != "curve"]
     assert set(zip(predicted["table"], predicted["collective"], strict=True)) == set(PREDICTED)
-    assert len(COMPARED) == 834 - 80
+    assert len(COMPARED) == 834 - 160
     assert set(COMPARED["hardware"]) <= set(profile_names())
 
 
 @pytest.mark.parametrize(("table", "collective"), list(PREDICTED))
 def test_predicted_tables_stay_within_their_errors(table, collective):
     mean, largest = PREDICTED[table, collective]
-    row = ERRORS[(ERRORS["table"] == table) & (ERRORS["collective"] == collective) & (ERRORS["use"] == "prediction")]
+    row = ERRORS[(ERRORS["table"] == table) & (ERRORS["collective"] == collective) & (ERRORS["use"] != "curve")]
     assert row["mean"].item() <= mean
     assert row["largest"].item() <= largest
     assert row["mean"].item() > 0
 
 
 def test_errors_within_nodes_and_across():
-    """Of 1 GiB and more, the mean error of predictions; without the faulty pairs."""
-    rows = COMPARED[(COMPARED["use"] == "prediction") & ~COMPARED["table"].isin(FAULTY)]
+    """Of 1 GiB and more, the mean error of predictions."""
+    rows = COMPARED[COMPARED["use"] != "curve"]
     size = rows["error_percent"].abs()
     large = rows["message_bytes"] >= 2**30 - 2**20
     assert size[large & (rows["nodes"] == 1)].mean() < 3
     assert size[large & (rows["nodes"] > 1) & (rows["gpus"] <= 4 * rows["nodes"])].mean() < 4
-    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] == 8 * rows["nodes"])].mean() < 9
+    assert size[large & (rows["nodes"] > 1) & (rows["gpus"] == 8 * rows["nodes"])].mean() < 5
 
 
 def test_rows_that_made_a_curve_come_back():
@@ -135,13 +126,14 @@ def test_rows_that_made_a_curve_come_back():
 
 
 def test_the_fabric_sets_the_smallest_all_reduce_over_nodes():
-    """8 bytes on two nodes with two, four and eight H100: 15.7, 24.5 and 39 us over InfiniBand (DGX H100, in place),
-    and with eight over EFA, whose hop takes 20 us, 63 to 66 (AWS p5).
+    """8 bytes on two nodes with two, four and eight H100: 15.7, 24.5 and 39 us over InfiniBand (DGX H100, in place;
+    47.6 on H20, NVIDIA/nccl issue 1244), and with eight over EFA, whose hop takes 20 us, 63 to 66 (AWS p5).
     """
     infiniband = CommCost(load_profile(H100))
     times = [infiniband.time("all_reduce", 8, 2 * per_node, 2) / US for per_node in (2, 4, 8)]
-    assert times == pytest.approx([15.7, 24.5, 39], rel=0.13)
-    assert EXPERIMENT["cost"](H100, "efa").time("all_reduce", 8, 16, 2) / US == pytest.approx(64.5, rel=0.04)
+    assert times == pytest.approx([15.7, 24.5, 39], rel=0.07)
+    assert times[-1] == pytest.approx(47.6, rel=0.17)
+    assert EXPERIMENT["cost"](H100, "efa").time("all_reduce", 8, 16, 2) / US == pytest.approx(64.5, rel=0.12)
 
 
 def test_measured_rows_are_consistent():
@@ -216,7 +208,7 @@ def round_numbers(tables):
     An adapter passes on 1 MB at a time.
     """
     tables["assumed"]["adapter_chunk_mib"]["value"] = 1e6 / 2**20
-    del tables["calibrated"]["sends"]
+    del tables["calibrated"]["sends"], tables["calibrated"]["between_nodes"]
     numbers = {"nvlink": (4, 10.0, 1.0, 100.0), "infiniband": (2, 20.0, 2.0, 10.0)}
     for level, (ranks, latency, step, rate) in numbers.items():
         for collective in COLLECTIVES:
@@ -307,20 +299,20 @@ def test_a_long_block_is_passed_on_in_chunks():
 
 def test_all_reduce_over_nodes_sums_in_their_switches():
     """H100, 16 GiB. Two nodes: a part crosses once, and the 482 GB/s of NVLS pace; 487 and 472 were measured. From
-    three nodes on it crosses up and down: 8 adapters of 49.4 GB/s, 387 measured on 8 nodes. All-gather: 8 adapters.
+    three nodes on it crosses up and down: 8 adapters, 387 measured on 8 nodes. All-gather: 8 adapters.
     """
     cost = CommCost(load_profile(H100))
     message = 2**34
-    one, two, eight = (cost.time("all_reduce", message, 8 * nodes, nodes) for nodes in (1, 2, 8))
-    assert one < two < 1.01 * one
-    assert message * 2 * 63 / 64 / eight / 1e9 == pytest.approx(387, rel=0.01)
+    two, eight = (cost.forms("all_reduce", 8 * nodes, nodes, "nvls_tree")(message) for nodes in (2, 8))
+    assert message * 2 * 15 / 16 / two / 1e9 == pytest.approx(487, rel=0.04)
+    assert message * 2 * 63 / 64 / eight / 1e9 == pytest.approx(387, rel=0.04)
     assert message * 15 / 16 / cost.time("all_gather", message, 16, 2) / 1e9 < 8 * 48.2
 
 
 def test_four_gpus_on_two_nodes_all_reduce_by_the_tree():
     """H100, 8 GiB: 146.4 and 148.0 GB/s were measured, more than the 98 that a ring could get of two adapters."""
-    bus = 2**33 * 1.5 / CommCost(load_profile(H100)).time("all_reduce", 2**33, 4, 2) / 1e9
-    assert bus == pytest.approx(147, rel=0.02)
+    tree = CommCost(load_profile(H100)).forms("all_reduce", 4, 2, "tree")
+    assert 2**33 * 1.5 / tree(2**33) / 1e9 == pytest.approx(147, rel=0.02)
 
 
 # ------------------------------------------------------------ properties
@@ -337,12 +329,12 @@ def test_one_node_is_never_slower_than_several(name, collective):
                 assert cost.time(collective, message, ranks, nodes) >= inside
 
 
-@pytest.mark.parametrize("name", NVSWITCH)
+@pytest.mark.parametrize("name", [name for name in NVSWITCH if not load_profile(name).inherited])
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_more_nodes_are_never_faster(name, collective):
-    """From 16 MiB on; below, the start of a kernel inside the node may cost more than one more node does. Within 3 %,
-    for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left out: two GPUs of a node
-    share one link, slower than their adapters.
+    """Of measured curves, from 16 MiB on; below, the start of a kernel inside the node may cost more than one more
+    node does. Within 3 %, for a tree begins sooner in smaller nodes (GB300, whose adapters are fast). A mesh is left
+    out: two GPUs of a node share one link, slower than their adapters.
     """
     cost = CommCost(load_profile(name))
     for ranks in (8, 16, 64):
@@ -449,7 +441,7 @@ def test_coefficients_name_both_levels():
     assert cost.coefficients_of("all_to_all") == ("collectives.nvlink.all_to_all", "collective_overhead_us")
     assert set(cost.coefficients_of("all_reduce", 2)) == {
         "collective_overhead_us", "collectives.infiniband.all_reduce", "collectives.nvlink.all_reduce",
-        "adapter_chunk_mib",
+        "adapter_chunk_mib", "between_nodes.infiniband",
     }  # fmt: skip
     assert "adapter_chunk_mib" not in cost.coefficients_of("all_to_all", 2)
 
@@ -537,3 +529,12 @@ def test_refused_spreads(plan, hardware, nodes, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_the_picture_says_how_far_predictions_of_large_messages_are_off():
+    (figure,) = EXPERIMENT["figures"](COMPARED).values()
+    large = COMPARED[(COMPARED["use"] == "prediction") & (COMPARED["message_bytes"] >= 2**30)]
+    one, two = (large.loc[large["nodes"] == nodes, "error_percent"].abs().mean() for nodes in (1, 2))
+    assert f"{one:.0f} % on one node, {two:.0f} % on two nodes" in figure.texts[0].get_text()
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    assert sum(len(dots.get_offsets()) for axes in figure.axes for dots in axes.collections) == len(COMPARED)

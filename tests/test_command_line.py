@@ -246,7 +246,7 @@ def test_a_plan_under_two_libraries_is_compared(capsys):
     ("typed", "completions"),
     [
         ("li", {"list"}),
-        ("run --see", set()),
+        ("run --see", {"--seeds"}),
         ("run --seq-le", {"--seq-len", "--seq-length"}),
         ("run --model gpt-2", {"gpt-22b"}),
         ("compare --hardware dgx-h", {"dgx-h100", "dgx-h200"}),

@@ -7,11 +7,13 @@ import sys
 from itertools import combinations
 
 import pytest
+from matplotlib.colors import to_hex
 
 import spsim
 from spsim import InputError, compare, plots
 from spsim.cli import main
 from spsim.costs.models import cost_models
+from spsim.plots.waterfall import TOTAL
 from spsim.program.instructions import Compute
 from spsim.report.comparison import comparison_lines
 from spsim.results.accounts import OTHER, PEERS, RECOMPUTATION, SLOWED, SYNC
@@ -307,6 +309,34 @@ def test_bars_of_a_waterfall_lead_from_one_total_to_the_other():
 
 
 @pytest.mark.slow
+def test_a_waterfall_of_several_plans_leads_through_all_of_them():
+    """Each total is where the changes before it end; of many changes the largest, and all others as one."""
+    parts = ({"a": 10.0, "b": 4.0}, {"a": 7.0, "b": 5.0}, {f"c{i}": float(i) for i in range(1, 10)})
+    fall = plots.Waterfall("Time", "ms", ("A", "B", "C"), parts)
+    (axes,) = plots.plot_waterfalls([fall], title="t", subtitle="s", columns=1).axes
+    bars = [(round(bar.get_x(), 9), round(bar.get_x() + bar.get_width(), 9)) for bar in axes.patches]
+    assert bars[:4] == [(0, 14), (11, 14), (11, 12), (0, 12)]
+    assert bars[-1] == (0, 45)
+    assert len(bars) == 4 + 6 + 1
+    level = 12
+    for begin, end in bars[4:-1]:
+        assert level in (begin, end)
+        level = begin + end - level
+    assert level == 45
+
+
+def test_several_plans_are_one_waterfall():
+    """A panel for time and one for memory, whose totals are those of the plans."""
+    found = WHOLE["gpt step"]
+    time, memory = found.plot_waterfalls().axes
+    for axes, totals in (
+        (time, [account.result.step_time_s * 1e3 for account in found.accounts]),
+        (memory, [account.result.peak_memory_gib for account in found.accounts]),
+    ):
+        grey = [bar for bar in axes.patches if to_hex(bar.get_facecolor()).upper() == TOTAL]
+        assert [bar.get_x() + bar.get_width() for bar in grey] == pytest.approx(totals)
+
+
 def test_a_waterfall_with_long_names_is_readable():
     parts = ({f"a part with a name of many words, number {i}": 100.0 + i for i in range(9)}, {"other": 905.0})
     fall = plots.Waterfall("Time", "ms", ("tp=8,sequence_parallel,recompute=selective,ring_cut=zigzag", "B"), parts)

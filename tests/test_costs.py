@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spsim import simulate
-from spsim.costs.collectives import CommCost, CurveTime
+from spsim.costs.collectives import CommCost
+from spsim.costs.curves import CurveTime
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.traffic import TrafficCost
 from spsim.errors import InputError
-from spsim.inputs.hardware import CollectiveCurve
+from spsim.inputs.collective_curves import CollectiveCurve
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.program.instructions import Compute

@@ -54,9 +54,9 @@ SIMULATED = [line for line in usage_commands() if line.split()[0] in ("run", "co
 @pytest.mark.parametrize("line", SIMULATED)
 def test_what_the_examples_simulate_fits(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = shlex.split(line)
-    out = arguments.index("--out")
+    written = next(place for place, word in enumerate(arguments) if word in ("--out", "--report"))
     with pytest.raises(SystemExit):
-        main([*arguments[:out], *arguments[out + 2 :], "--json"])
+        main([*arguments[:written], *arguments[written + 2 :], "--json"])
     document = json.loads(capsys.readouterr().out)
     assert all(plan["fits"] for plan in document.get("plans", [document]))
 
@@ -214,7 +214,7 @@ def test_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     follow(task, capsys)
 
 
-PAGES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+PAGES = [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "hardware.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -229,8 +229,8 @@ def test_every_page_is_in_the_navigation() -> None:
         assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, path
 
 
-def test_there_are_thirteen_tasks() -> None:
-    assert len(TASKS) == 13
+def test_there_are_fourteen_tasks() -> None:
+    assert len(TASKS) == 14
 
 
 EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def build(" in path.read_text()]

@@ -63,6 +63,11 @@ def gated(activation, offset=None):
     return run
 
 
+def repeat_kv(x, times):
+    """As transformers has it."""
+    return x.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
+
+
 def attention_weights(scores, mask=None):
     scores = scores * 0.5 if mask is None else scores * 0.5 + mask
     return torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype)
@@ -103,6 +108,9 @@ CASES = {
     ),
     "softmax": Case(
         "softmax", Called(attention_weights), (SCORES,), {"attention": "unfused", "causal": False}
+    ),
+    "repeated heads": Case(
+        "repeat_k", Called(lambda x: repeat_kv(x, HEADS // 2)), ((B, S, 2, D),), {"attention": "unfused", "kv_heads": 2}
     ),
     "masked softmax": Case("softmax", Called(attention_weights), (SCORES, (S, S)), {"attention": "unfused"}),
 }  # fmt: skip

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import spsim
 from spsim.files import write_text
-from spsim.studies.csvfile import write_csv
 from spsim.studies.experiments import run_experiment
 from spsim.studies.points import Point
+from spsim.studies.tablefile import write_csv
 from tests.test_sweeps import GRID, point
 
 
@@ -39,7 +39,7 @@ def test_the_table_is_what_pandas_would_write(tmp_path: Path) -> None:
 
 def test_any_frame_is_written_as_pandas_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quotes, what is missing, numbers of all kinds, several parts."""
-    monkeypatch.setattr("spsim.studies.csvfile.PART", 2)
+    monkeypatch.setattr("spsim.studies.tablefile.PART", 2)
     rows: list[dict[str, Any]] = [
         {"text": 'say "a, b"', "number": 0.1 + 0.2, "whole": 3, "some": 1e300, "fits": True, "mixed": 1},
         {"text": "two\nlines", "number": -0.0, "whole": 2**60, "fits": False, "mixed": True},

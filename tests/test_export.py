@@ -362,7 +362,10 @@ def files_of(out, *arguments):
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in out.rglob("*") if path.is_file()}
 
 
-TABLES = {"memory.png", "memory_curve.csv", "operators.csv", "result.json", "spans.csv", "step.png", "timeline.png"}
+TABLES = {
+    "mapping.png", "memory.png", "memory_curve.csv", "operators.csv", "result.json", "spans.csv", "step.png",
+    "timeline.png",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

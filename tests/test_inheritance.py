@@ -147,6 +147,26 @@ def test_sends_over_half_the_links_reach_half_of_them(tmp_path):
     assert rates[0] == pytest.approx(rates[1] / 2, rel=0.01)
 
 
+def test_slower_adapters_scale_what_is_known_of_rings_over_nodes(tmp_path):
+    slow = TOPOLOGY.replace("value = 50", "value = 25").replace("value = 9", "value = 18")
+    half = profile(tmp_path, HEAD, slow, HALF.replace('"nvlink"', '"infiniband"'))
+    ours, theirs = (p.coefficients.between_nodes["infiniband"] for p in (half, load_profile("dgx-h100")))
+    assert ours.adapter_gb_per_s.simple.value == theirs.adapter_gb_per_s.simple.value / 2
+    assert (ours.step_us.simple.value, ours.channel_gb_per_s) == (theirs.step_us.simple.value, theirs.channel_gb_per_s)
+    times = [CommCost(p).time("all_gather", 16 * GIB, 16, 2) for p in (half, load_profile("dgx-h100"))]
+    assert times[0] > 1.5 * times[1]  # of eight adapters; of the base nearly as fast as the links of the node
+
+
+def test_shared_adapters_need_no_scale(tmp_path):
+    """Curves between nodes are of a GPU with an adapter of its own, which is as fast."""
+    shared = TOPOLOGY.replace("value = 9", "value = 18").replace(
+        "links_per_gpu = { value = 1,", "links_per_gpu = { value = 0.5,"
+    )
+    mine = profile(tmp_path, HEAD, shared)
+    assert mine.datasheet.topology[1].share == 0.5
+    assert mine.inherited == frozenset()
+
+
 def test_what_is_said_of_one_collective_goes_before_what_is_said_of_all(tmp_path):
     one = HALF.replace('level = "nvlink"\nscale = 0.5', 'level = "nvlink"\ncollective = "all_gather"\nscale = 0.25')
     both = profile(tmp_path, HEAD, TOPOLOGY, HALF, one)
@@ -266,10 +286,25 @@ H20_PRODUCTS = {1024: 95.12, 2048: 120.27, 4096: 133.41, 8192: 138.60, 10240: 14
 """TFLOP/s of square products in bf16 on one H20 (zzc0721/torch-performance-test-data issue 77); the last was used."""
 
 
+@pytest.fixture
+def made_by(tmp_path):
+    """A shipped profile by its name, or the one that the page on hardware makes, by the name of its file."""
+    page = (Path(__file__).parent.parent / "docs" / "hardware.md").read_text()
+
+    def made(name):
+        if not name.endswith(".toml"):
+            return load_profile(name)
+        text = page.partition(f"`{name}`:\n\n```toml\n")[2].partition("```")[0]
+        return profile(tmp_path, text, name=name)
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["h20-8", "h20.toml"])
 @pytest.mark.parametrize("side", H20_PRODUCTS)
-def test_products_of_h20(side):
+def test_products_of_h20(side, name, made_by):
     work = Gemm(side, side, side, 1, 3 * 2 * side**2, 0)
-    seconds = ComputeCost(load_profile("h20-8"), "bf16", burst=True).duration(work)
+    seconds = ComputeCost(made_by(name), "bf16", burst=True).duration(work)
     assert work.flops / seconds / 1e12 == pytest.approx(H20_PRODUCTS[side], rel=0.05 if side >= 4096 else 0.13)
 
 
@@ -290,12 +325,13 @@ RTX_4090 = [(1024, "ulysses=2,ring=2", 75.70), (1024, "ulysses=4", 55.57),
             (3600, "ulysses=2,ring=2", 248.63), (3600, "ulysses=4", 175.41)]  # fmt: skip
 
 
-def test_rtx_4090_orders_ulysses_before_a_ring_as_measured():
+@pytest.mark.parametrize("name", ["rtx4090-8", "rtx4090.toml"])
+def test_rtx_4090_orders_ulysses_before_a_ring_as_measured(name, made_by):
     model = LONGCONTEXT["attention_model"](40, 40, 128)
     found = {}
     for seq_len, plan, measured in RTX_4090:
         workload = {"seq_len": seq_len, "micro_batch": 40}
-        scenario = spsim.Scenario(hardware="rtx4090-8", model=model, plan=plan, workload=workload, scope="layers")
+        scenario = spsim.Scenario(hardware=made_by(name), model=model, plan=plan, workload=workload, scope="layers")
         predicted = 1e3 * LONGCONTEXT["attention_seconds"](spsim.simulate(scenario), "forward")
         found[seq_len, plan] = predicted
         assert predicted == pytest.approx(measured, rel=0.12)

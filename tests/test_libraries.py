@@ -8,9 +8,14 @@ from spsim import simulate
 from spsim.errors import InputError
 from spsim.inputs.libraries import LIBRARIES, LibraryName
 from spsim.inputs.plan import Plan, parse_plan
+from spsim.inputs.workload import Workload
+from spsim.program.assembly import head_program
 from spsim.program.instructions import Communication
 from spsim.program.placement import COLLECTIVE_SHORT
-from tests.cases import program, result, scenario
+from spsim.studies.points import Point
+from tests.cases import H100, model, program, result, scenario
+from tests.test_columns import assert_rows
+from tests.test_folding import assert_equal
 
 NAMES = get_args(LibraryName)
 
@@ -34,6 +39,17 @@ def test_what_is_not_given_is_as_in_the_library(name, options):
         assert getattr(plan, option) == usual
     assert parse_plan(plan.text) == plan
     assert len(plan.text.split(",")) <= 1 + len(options)
+
+
+@pytest.mark.parametrize("name", ["torchtitan", "torch"])
+def test_stages_keep_what_is_gathered(name):
+    """Unless it is said."""
+    staged = Plan(library=name, pp=2, dp=2)
+    assert (staged.zero, Plan(library=name, dp=2).zero) == (2, 3)
+    assert staged.text == f"library={name},pp=2,dp=2"
+    assert parse_plan(staged.text) == staged
+    with pytest.raises(InputError, match="zero = 3 with pp = 2"):
+        scenario(f"{staged.text},zero=3", global_batch=4)
 
 
 def test_megatron_core_is_what_a_plan_is_without_a_library():
@@ -263,12 +279,38 @@ def test_transformers_costs_what_its_further_all_reduces_take():
     assert transformers.step_time_s - megatron.step_time_s > 2 * 3 * one
 
 
-def test_batch_first_copies_before_each_reduce_scatter():
-    """torch cuts along the first dimension: the tensor is read and written once more, of each of four."""
-    plain, copied = (program(f"tp=2,sequence_parallel{own}", **LLAMA, **SIZES) for own in ("", ",batch_first"))
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_batch_first_copies_what_collectives_cut_and_join(micro_batch):
+    """torch does both along the first dimension: before a reduce-scatter along the sequence the tensor is read and
+    written once more, and behind a gather unless it is of one sequence, whose parts follow each other.
+    """
+    sizes = {"seq_len": 256, "micro_batch": micro_batch}
+    plain, copied = (program(f"tp=2,sequence_parallel{own}", **LLAMA, **sizes) for own in ("", ",batch_first"))
     for one, other in ((plain.forward, copied.forward), (plain.backward, copied.backward)):
-        more = [step for step in other if not isinstance(step, Communication) and step.operator.endswith(" copy")]
-        assert [work.bytes_moved for step in more for work in step.work] == [2 * E, 2 * E]
-        assert len(other) == len(one) + 2
-        for step in more:
-            assert other[other.index(step) + 1].collective == "reduce_scatter"
+        more = {place for place, step in enumerate(other) if getattr(step, "operator", "").endswith(" copy")}
+        assert [step for place, step in enumerate(other) if place not in more and isinstance(step, Communication)]
+        assert {work.bytes_moved for place in more for work in other[place].work} == {micro_batch * E}
+        assert len(other) == len(one) + len(more)
+        kinds = {place: step.collective for place, step in enumerate(other) if isinstance(step, Communication)}
+        before = {place - 1 for place, kind in kinds.items() if kind == "reduce_scatter"}
+        behind = {place + 1 for place, kind in kinds.items() if kind == "all_gather" and micro_batch > 1}
+        assert more == before | behind
+
+
+def test_gathered_logits_are_joined_along_the_vocabulary():
+    """Of one sequence, too."""
+    for batch_first in (False, True):
+        plan = parse_plan(f"tp=2,loss_parallel=false,batch_first={str(batch_first).lower()}")
+        head = head_program(model(), plan, Workload(seq_len=256))
+        copies = [step for step in head.forward if step.operator == "logits copy"]
+        assert [work.bytes_moved for step in copies for work in step.work] == [2 * 256 * 512 * 2] * batch_first
+
+
+def test_rows_of_one_sequence_and_of_several():
+    """Their programs differ."""
+    settings = {"hardware": H100, "model": dict(model(layers=2)), "plan": "library=torchtitan,tp=2"}
+    sizes = [{"seq_len": 256 * n, "micro_batch": b} for n in (1, 4) for b in (1, 2, 3)]
+    assert_rows([Point({**settings, "workload": size}) for size in sizes])
+    for micro_batch in (1, 2):
+        own = {"seq_len": 256, "micro_batch": micro_batch, "global_batch": 2 * micro_batch, "hardware": H100}
+        assert_equal(*(result("library=torchtitan,tp=2", fold=fold, **own) for fold in (True, False)))

@@ -13,7 +13,11 @@ import pytest
 from spsim import Model, Scenario, Workload
 from spsim.program.assembly import EMBEDDING, HEAD, step_programs
 from spsim.program.instructions import LAYER, Communication
-from spsim.step.gradients import gradient_syncs, read_again
+from spsim.step.gradients import gradient_syncs, read_again, sums_beside
+from spsim.step.groups import replica_groups
+from spsim.step.issue import block_passes
+from spsim.step.replicas import parameters_of, synchronisation
+from spsim.step.variants import ReplicaPasses
 from tests.cases import H100
 from tests.test_docs import ROOT
 
@@ -27,27 +31,7 @@ with (EXPERIMENTS / "data" / "libraries.csv").open() as file:
     for row in csv.DictReader(file):
         ROWS[row["library"], row["case"], int(row["ranks"])].append(row)
 
-UNITS = "torchtitan shards embedding, and norm and output, as units of their own; spsim all but the layers as one"
-UNSIMULATED = {
-    ("torchtitan", "model fsdp"): UNITS,
-    ("torchtitan", "model tp sp fsdp"): UNITS,
-    ("torchtitan", "tp sp full"): "torch recomputes when the first kept tensor is asked for, which is after a gather",
-}
-"""(library, case) -> why its collectives are not those of the library. Who simulates it, takes it out."""
-
-
-def cases(unsimulated):
-    """All of them, some as known not to agree."""
-    return pytest.mark.parametrize(
-        "key",
-        [
-            pytest.param(key, marks=pytest.mark.xfail(reason=unsimulated[key[:2]], strict=True))
-            if key[:2] in unsimulated
-            else key
-            for key in CASES
-        ],
-        ids=lambda key: " ".join(map(str, key)),
-    )
+CASE = pytest.mark.parametrize("key", CASES, ids=lambda key: " ".join(map(str, key)))
 
 
 def test_all_cases_are_recorded():
@@ -82,12 +66,59 @@ def recorded_calls(key, *passes):
     ]
 
 
-def derived_calls(programs, plan):
-    """The same of the instructions of programs, each of which runs one of its passes."""
-    steps = (step for steps in programs for step in steps if isinstance(step, Communication))
-    return [(step.collective, step.message_bytes, dtype_of(step, plan), step.part) for step in steps]
+def derived_calls(scenario, blocks, phase):
+    """The same of a pass of the blocks, with what replicas send within it."""
+    if scenario.plan.dp > 1:
+        return [*calls_of_replicas(scenario, blocks, phase)]
+    every = [getattr(program, phase) for program in blocks.values()]
+    steps = (step for steps in every[:: 1 if phase == "forward" else -1] for step in steps)
+    return [call_of(step, scenario.plan) for step in steps if isinstance(step, Communication)]
 
 
+def call_of(step, plan):
+    return step.collective, step.message_bytes, dtype_of(step, plan), step.part
+
+
+def synchronised(scenario, blocks):
+    """What replicas send for the weights of some blocks, the ends of the model first and last."""
+    parameters = parameters_of(blocks.values())
+    return synchronisation(parameters, scenario.plan, "bf16", root=frozenset({0, len(blocks) - 1}))
+
+
+def calls_of_replicas(scenario, blocks, phase):
+    """Of a pass of a micro-batch. A gather of the forward pass stands where it is waited for: torch's host issues it
+    there, ahead of the device, on which it may begin as soon as the one before has arrived. That of the backward pass
+    of a unit the host issues at the beginning of the unit before, as the device does.
+    """
+    sync = synchronised(scenario, blocks)
+    passes = [block_passes(program, scenario.plan, name) for name, program in blocks.items()]
+    woven = ReplicaPasses(sync, passes, replica_groups(scenario.plan))
+    own = woven.forward(first=True) if phase == "forward" else woven.backward(last=True)
+    segments = [own.before, *(part.segment for block in own.blocks for part in block.parts)]
+    messages = (*sync.forward, *(message for own in sync.reductions for message in own.messages))
+    types = {message.message_bytes: NAMES[message.itemsize] for message in messages}
+    gathers = []
+    for segment in segments:
+        of_program = iter(segment.instructions)
+        for task in segment.tasks:
+            awaited = [need for need in task.needs if isinstance(need, str) or need in segment.added]
+            if phase == "forward" and awaited and gathers:
+                yield gathers.pop(0)
+            if task.id not in segment.added:
+                step = next(of_program)
+                if isinstance(step, Communication):
+                    yield call_of(step, scenario.plan)
+                continue
+            added = segment.added[task.id]
+            call = (added.collective, added.message_bytes, types[added.message_bytes], phase)
+            if phase == "forward":
+                gathers.append(call)
+            else:
+                yield call
+
+
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+NAMES = {size: name for name, size in ITEMSIZE.items()}
 OF_LOSS = ("logits_max", "target_logit", "sum_exp")
 
 
@@ -99,36 +130,38 @@ def dtype_of(step, plan):
     return "fp32" if in_fp32 else "bf16"
 
 
-@cases(UNSIMULATED)
+@CASE
 def test_collectives_are_those_of_the_library(key):
     """In both passes, with what a recomputation issues within the backward pass, all in the order of issue."""
     scenario, blocks = derived(key)
-    forward, backward = ([getattr(b, name) for b in blocks.values()] for name in ("forward", "backward"))
-    assert derived_calls(forward, scenario.plan) == recorded_calls(key, "forward")
-    assert derived_calls(reversed(backward), scenario.plan) == recorded_calls(key, "backward", "recompute")
+    assert derived_calls(scenario, blocks, "forward") == recorded_calls(key, "forward")
+    assert derived_calls(scenario, blocks, "backward") == recorded_calls(key, "backward", "recompute")
 
 
-REDUCED_BY_FSDP = "FSDP2 sums partial gradients once, before it scatters them"
-
-
-@cases({("torchtitan", "model tp sp fsdp"): REDUCED_BY_FSDP})
+@CASE
 def test_sums_of_gradients_are_those_of_the_library(key):
     """Of weights whose gradients are partial over tp: how many messages of how many elements. Their dtype is that of
-    gradients, which Megatron-Core has in fp32 and torchtitan, here without FSDP, in bf16. Messages of the norm of all
-    gradients are no sums of weights: as many numbers as there are parameters.
+    gradients, which Megatron-Core has in fp32 and torchtitan without FSDP in bf16; with it they are summed before.
+    Messages of the norm of all gradients are no sums of weights: as many numbers as there are parameters.
     """
     scenario, blocks = derived(key)
     found = Counter()
-    syncs = list(gradient_syncs(blocks, scenario.plan, ITEMSIZE["fp32"]))
+    summed = synchronised(scenario, blocks).summed_over_tp if scenario.plan.dp > 1 else frozenset()
+    syncs = sums_beside(gradient_syncs(blocks, scenario.plan, ITEMSIZE["fp32"]), summed, blocks)
     for sync in (*syncs, *read_again(syncs)):
-        if sync.axes == ("tp",):
-            elements = sum(blocks[block].weight_sync[index].elements for block, index in sync.weights)
-            found[elements] += sync.readers or 1
+        elements = sum(blocks[block].weight_sync[index].elements for block, index in sync.weights)
+        found[elements] += sync.readers or 1
     seen = Counter(size // ITEMSIZE[dtype] for _, size, dtype, _ in recorded_calls(key, "step"))
     assert found == Counter({elements: count for elements, count in seen.items() if elements >= scenario.model.hidden})
 
 
-ITEMSIZE = {"bf16": 2, "fp32": 4}
+@pytest.mark.parametrize("key", [key for key, case in CASES.items() if "dp=" in case.plan], ids=str)
+def test_norms_are_those_of_fsdp(key):
+    """What clipping sums: a number of each weight, along each axis of the mesh. Without FSDP spsim has one in all."""
+    scenario, blocks = derived(key)
+    messages = synchronised(scenario, blocks).before_update
+    assert [(m.collective, m.message_bytes) for m in messages] == [call[:2] for call in recorded_calls(key, "step")]
+
 
 # ------------------------------------------------------------ what is kept
 
@@ -146,7 +179,7 @@ def derived_bytes(key, category):
     return sum(own.bytes for own in saved if CASES[key].part != "attention" or own.operator == "attention")
 
 
-@cases({})
+@CASE
 def test_activations_kept_are_those_of_the_library(key):
     """To the byte, once what only a CPU keeps is in the size that a GPU has: torch's RMSNorm has two fp32 copies there
     of the 16-bit input that its kernel keeps; a softmax that is a kernel of its own on a GPU has an fp32 output.
@@ -160,16 +193,16 @@ def test_activations_kept_are_those_of_the_library(key):
 
 def repeated_heads(key, scenario):
     """Bytes of K and V that Megatron's unfused attention repeats for the heads of Q that share them, and keeps beyond
-    what spsim says.
+    what spsim says of fused kernels.
     """
     model, workload, tp = scenario.model, scenario.workload, scenario.plan.tp
-    if model.attention != "unfused":
+    if model.attention != "unfused" or model.kernels == "eager":
         return 0
     more = model.heads // tp - max(1, model.kv_heads // tp)
     return 2 * workload.seq_len * workload.micro_batch * more * model.head_dim * workload.element_bytes
 
 
-@cases({})
+@CASE
 def test_statistics_kept_are_those_of_the_library(key):
     """Of norms, of a LayerNorm on the CPU in bf16 and on a GPU in fp32, and of fused attention."""
     of_norms = recorded_bytes(key, "norm statistics", "fp32") + 2 * recorded_bytes(key, "norm statistics", "bf16")
@@ -177,6 +210,6 @@ def test_statistics_kept_are_those_of_the_library(key):
     assert derived_bytes(key, "log-sum-exp") == recorded_bytes(key, "log-sum-exp")
 
 
-@cases({})
+@CASE
 def test_probabilities_kept_are_those_of_the_library(key):
     assert derived_bytes(key, "probabilities") == recorded_bytes(key, "loss")

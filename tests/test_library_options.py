@@ -44,6 +44,57 @@ def test_gradients_in_fp32_travel_home(degree, cut):
     assert sum(size for _, size in backward) == (3 * degree - 1) * unit
 
 
+SLICES = {"seq_len": 512, "heads": 8, "kv_heads": 4}
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_heads_are_gathered_in_slices(stride):
+    """ring-flash-attn's form of Llama 3: as many bytes and FLOPs as all at once, in 4 / stride pieces; in the backward
+    pass the next K and V are gathered before attention, and its gradients scattered at once. As much is kept.
+    """
+    plain = "ring=4,ring_kind=all_gather"
+    count, plan = 4 // stride, f"{plain},heads_k_stride={stride}"
+    forward, backward = sent(plan, **SLICES)
+    unit = 2 * 512 * 4 * 32 // count
+    assert forward == [("all_gather", unit)] * 2 * count
+    gather, scatter = [("all_gather", unit)] * 2, [("reduce_scatter", unit)] * 2
+    assert backward == gather + (gather + scatter) * (count - 1) + scatter
+    sliced, whole = program(plan, **SLICES), program(plain, **SLICES)
+    assert sliced.saved == whole.saved
+    flops = [
+        sum(s.work[0].flops for s in own.instructions if isinstance(s, Compute) and s.kind == "attention")
+        for own in (sliced, whole)
+    ]
+    assert flops[0] == flops[1]
+    if stride == 4:
+        assert sliced == whole
+
+
+def test_slices_hide_gathers_behind_attention():
+    """All but the first of a pass end before attention of the slice before, which takes longer."""
+    sizes = {"hardware": H100, "seq_len": 65536, "hidden": 4096, "heads": 32, "kv_heads": 8, "layers": 1}
+    spans = result("ring=8,ring_kind=all_gather,heads_k_stride=1", **sizes).spans
+    own = spans[(spans["rank"] == 0) & (spans["part"] == "forward") & (spans["name"] == "attention")]
+    gathers = own[own["collective"] == "all_gather"].sort_values("start_us")
+    kernels = own[own["operator_class"] == "attention"].sort_values("start_us")
+    assert (len(gathers), len(kernels)) == (2 * 8, 8)
+    for place in range(1, 8):
+        assert gathers["end_us"].iloc[2 * place + 1] < kernels["end_us"].iloc[place - 1]
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "words"),
+    [
+        ("ring=2,ring_kind=all_gather,heads_k_stride=3", {}, "does not divide the KV heads of each rank, 8"),
+        ("ring=2,tp=2,ring_kind=all_gather,heads_k_stride=8", {}, "each rank, 4"),
+        ("ring=2,ring_kind=all_gather,heads_k_stride=2", {"attention": "unfused"}, "needs attention = 'flash'"),
+    ],
+)
+def test_slices_that_are_refused(plan, changes, words):
+    with pytest.raises(InputError, match=words):
+        scenario(plan, **changes)
+
+
 def test_the_order_of_a_ring_in_fp32():
     """Keys of the next step, then the gradients of this one."""
     _, backward = sent(f"ring=4,{FP32}")
@@ -242,6 +293,8 @@ PLANS = [
     ("ring=4,ring_messages=separate,recompute=selective", {}, "step"),
     ("ulysses=2,uneven_heads=by_group,gathers_position_ids", UNEVEN, "step"),
     (f"ulysses=2,ring=2,uneven_heads=by_group,{FP32},recompute=full", UNEVEN, "layers"),
+    ("ulysses=2,ring=2,ring_kind=all_gather,heads_k_stride=1,recompute=full", {"kv_heads": 4}, "step"),
+    ("ring=4,ring_kind=all_gather,heads_k_stride=2,ring_cut=contiguous", {}, "layers"),
 ]
 
 

@@ -161,3 +161,19 @@ def test_which_strategy_runs_out_first():
     assert len(rows) == 2
     assert (rows["predicted"] / rows["measured"]).between(0.5, 2).all()
     assert rates("a100-8b-longest")["T4"] > rates("a100-8b-longest")["U4"]
+
+
+def test_the_picture_says_how_many_pairs_come_in_order():
+    """In its title, and a bar for each table."""
+    (figure,) = EXPERIMENT["figures"](COMPARED.assign(row=COMPARED.index)).values()
+    agree, pairs = (
+        sum(column)
+        for column in zip(*(EXPERIMENT["agreement"](rows) for _, rows in COMPARED.groupby("table")), strict=True)
+    )
+    assert figure.texts[0].get_text() == f"{agree} of {pairs} pairs of strategies come in the measured order"
+    rates, bars = figure.axes
+    assert sum(bar.get_width() for bar in bars.patches) == pairs
+    assert [label.get_text() for label in bars.get_yticklabels()] == [*COMPARED["table"].unique()]
+    diagonal = rates.lines[-1]
+    assert len(rates.lines) - 1 == ((COMPARED["strategy"] != "ideal") & (COMPARED["metric"] != "longest_tokens")).sum()
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())

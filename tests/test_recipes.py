@@ -57,6 +57,28 @@ def sent(steps):
 
 
 @pytest.mark.parametrize("precision", ITEMSIZE)
+def test_products_of_one_input_share_its_cast(precision):
+    """Q, K and V apart, gate and up apart: cast, gathered and kept once, as of one product of them all; products and
+    casts of gradients are as many bytes in more kernels.
+    """
+    fused, separate = (program(precision, f"{TP},projections={own}") for own in ("fused", "separate"))
+    assert sent(separate.instructions) == sent(fused.instructions)
+    assert separate.saved_bytes("activation") == fused.saved_bytes("activation")
+    assert separate.weight_bytes == fused.weight_bytes
+
+    def casts(found, ends):
+        return [size for (name, part, _), size in kernels(found.instructions).items() if name.endswith(ends)]
+
+    for ends in ("_cast", "_gradient_cast"):
+        assert sum(casts(separate, ends)) == sum(casts(fused, ends))
+    products = [
+        s for s in separate.instructions if isinstance(s, Compute) and s.operator in ("q", "k", "v", "gate", "up")
+    ]
+    dtype = "fp8" if precision == "fp8_delayed" else precision
+    assert {s.work[0].dtype for s in products if s.kind == "gemm"} == {dtype}
+
+
+@pytest.mark.parametrize("precision", ITEMSIZE)
 def test_linears_run_in_the_type_and_nothing_else_does(precision):
     dtype = "fp8" if precision == "fp8_delayed" else precision
     found = {(s.operator, s.part): s.work[0] for s in program(precision).instructions if isinstance(s, Compute)}

@@ -17,7 +17,8 @@ import pytest
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.step.buckets import Parameter, ddp_buckets, megatron_bucket_elements, megatron_buckets
-from spsim.step.replicas import Message, Synchronisation, synchronisation
+from spsim.step.messages import Message, Synchronisation
+from spsim.step.replicas import synchronisation
 
 BLOCKS, VOCABULARY, POSITIONS = 4, 512, 16
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "float64": 8}
@@ -121,8 +122,9 @@ def _backward(found: Synchronisation, reducing: bool) -> list[Message]:
     gathers = zip([BLOCKS + 2, *uses], found.backward, strict=False)
     timed = [((-block, 0), [message]) for block, message in gathers]
     if reducing:
-        ends = [min(parameter.block for parameter in messages[0].parameters) for messages in found.reductions]
-        timed += [((-end, 1), [*row]) for end, row in zip(accumulate(ends, min), found.reductions, strict=True)]
+        ends = [min(parameter.block for parameter in own.bucket.parameters) for own in found.reductions]
+        reduced = zip(accumulate(ends, min), found.reductions, strict=True)
+        timed += [((-end, 1), [*own.messages]) for end, own in reduced]
     return [message for _, messages in sorted(timed, key=lambda item: item[0]) for message in messages]
 
 
@@ -245,7 +247,7 @@ def assert_ready(case: str, found: Synchronisation) -> None:
         and row["collective"] in ("all_reduce", "reduce_scatter")
     ]
     assert len(rows) == len(found.reductions)
-    for row, (message,) in zip(rows, found.reductions, strict=True):
+    for row, (message, *_) in zip(rows, found.reductions, strict=True):
         block = min(parameter.block for parameter in message.parameters) if found.behind_backward else 0
         assert row["after"] == {0: "B0)", BLOCKS + 1: "F3)"}.get(block, f"B{block - 1}(")
 
@@ -278,7 +280,7 @@ def test_weights_of_8_bits_are_gathered_as_they_rest() -> None:
     weights = [Parameter("w1", 64, "op", 0, bytes=64), Parameter("w2", 64, "op", 0, bytes=128)]
     found = synchronisation(weights, Plan(dp=2, distributed_optimizer=True), "bf16")
     assert [message.message_bytes for message in found.after_update] == [192]
-    assert [row[0].message_bytes for row in found.reductions] == [512]
+    assert [own.bucket.message_bytes for own in found.reductions] == [512]
     units = synchronisation(weights, Plan(dp=2, zero=3, dp_library="fsdp"), "bf16")
     assert [message.message_bytes for message in units.forward] == [256]
 

@@ -61,7 +61,7 @@ def test_a_simulated_step_sends_what_was_recorded(case):
 PLANS = [
     "dp=2", "dp=2,distributed_optimizer,dp_overlap,bucket_elements=60000", "dp=4,tp=2,sequence_parallel,zero=3",
     "dp=2,ulysses=2,distributed_optimizer,dp_overlap", "dp=4,shard_group=2,dp_library=fsdp,zero=3",
-    "dp=2,ring=2,dp_library=fsdp,zero=2,recompute=full",
+    "dp=2,ring=2,dp_library=fsdp,zero=2,recompute=full", "library=torchtitan,dp=2,tp=2,recompute=full",
 ]  # fmt: skip
 
 
@@ -76,6 +76,32 @@ def test_folded_equals_unfolded(plan):
     assert [span for span in one.trace.spans if span.rank == 0] == [s for s in other.trace.spans if s.rank == 0]
     assert of_step(one.trace) == of_step(other.trace)
     assert one.comm_bytes_per_gpu_by_op == other.comm_bytes_per_gpu_by_op
+
+
+def test_sums_over_tp_are_waited_for():
+    """torchtitan's within the backward pass, before a unit is reduced: of a layer those of two norms with biases and of
+    the biases of projection and fc2. The next layer begins behind them, whatever runs beside the reduction.
+    """
+    trace = result("library=torchtitan,dp=2,tp=2", micro_batches=1).trace
+    found = [(span, trace.tasks[span.task]) for span in trace.spans if span.rank == 0]
+    sums = [span for span, info in found if info.collective == "all_reduce" and info.message_bytes == 2 * MODEL.hidden]
+    reduced = [span for span, info in found if info.collective == "reduce_scatter" and info.part == "weight_sync"]
+    assert (len(sums), len(reduced)) == (6 * MODEL.layers + 2, MODEL.layers + 2)
+    for message in sums:
+        assert message.end_ps <= max(span.start_ps for span in reduced)
+        beside = {
+            info.part
+            for span, info in found
+            if span.lane == "compute" and span.start_ps < message.end_ps and span.end_ps > message.start_ps
+        }
+        assert beside <= {"accumulate"}, "what ends a layer, not what begins the next"
+
+
+@pytest.mark.parametrize("plan", ["tp=2", "pp=2"])
+def test_a_rank_alone_shards_nothing(plan):
+    """In time and memory, whatever the library."""
+    alone, plain = (result(f"{plan}{own},pp_sends=torch") for own in (",dp_library=fsdp,zero=2", ""))
+    assert (alone.step_ps, alone.peak_bytes) == (plain.step_ps, plain.peak_bytes)
 
 
 def test_overlap_hides_what_it_can():

@@ -9,6 +9,7 @@ import pytest
 import spsim
 from spsim import InputError
 from spsim.cli import main
+from spsim.report.page.assumptions import assumption_tables
 from spsim.report.page.stacks import memory_chart, time_chart
 from spsim.report.page.timeline import timeline_chart
 from spsim.report.verdict import verdict
@@ -145,6 +146,7 @@ def test_bars_add_up_to_steps_and_memory(three):
     assert line["x0"] == line["x1"] == results[0].capacity_gib
 
 
+@pytest.mark.slow
 def test_the_timeline_has_every_kernel_and_collective():
     """Of one rank and a step short enough to be shown whole: the bars are its spans."""
     model = {"preset": "llama-3-8b", "layers": 2}
@@ -187,6 +189,16 @@ def test_assumptions_are_all_of_the_result(page, three):
     cells = Elements(page).texts["td"]
     for account in three.accounts:
         assert {*account.result.assumed} <= {*cells}
+    profile = spsim.load_profile(H100)
+    moved = {"inherited": profile.assumed & {"power_share"}, "assumed": profile.assumed - {"power_share"}}
+    inherited = compared("tp=8", "tp=8,sequence_parallel", hardware=profile.model_copy(update=moved))
+    assert inherited.accounts[0].result.inherited == ("power_share",)
+    assumed, sources = assumption_tables(inherited.accounts)
+    paths, kinds = ([*column.cells] for column in assumed.columns[:2])
+    for account in inherited.accounts:
+        for kind in ("assumed", "inherited"):
+            assert all(kinds[paths.index(path)] == kind for path in getattr(account.result, kind))
+    assert all(sources.columns[1].cells)
 
 
 def test_what_a_user_states_is_text(tmp_path):
@@ -209,6 +221,7 @@ def test_names_of_plans_are_text_for_plotly():
     assert note["text"].startswith("<b>&lt;i&gt;TP&lt;/i&gt;</b>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "further"),
     [
@@ -236,6 +249,7 @@ def status_of(arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_commands_write_pages(tmp_path, capsys):
     path = tmp_path / "run.html"
     assert status_of(["run", *ARGUMENTS, "--report", str(path)]) == 0
@@ -280,6 +294,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_page(tmp_path, monkeypatch):
     """Its cases are models and lengths; the answer counts the winners that the rows have."""
     import pandas as pd
@@ -307,6 +322,7 @@ def test_a_sweep_has_a_page(tmp_path, monkeypatch):
     assert set(drawn) <= {round(size, 4) for size in frame["device_memory_gib"]}
 
 
+@pytest.mark.slow
 def test_a_page_of_many_fits_its_size(tmp_path):
     """A step of 96 layers under several plans."""
     plans = ("tp=8", "tp=8,sequence_parallel", "tp=8,recompute=full", "ulysses=8,zero=3")

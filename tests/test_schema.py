@@ -15,7 +15,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.plan_words import PLAN
 from spsim.inputs.profiles import parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
-from spsim.inputs.scenario import scenario_from
+from spsim.inputs.scenario import Scenario, scenario_from
 from spsim.inputs.schema import SCHEMAS
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -74,10 +74,10 @@ def toml_blocks(page):
     return [part.partition("```")[0] for part in (ROOT / page).read_text().split("```toml\n")[1:]]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+@pytest.mark.parametrize("page", ["docs/usage.md", "docs/tasks.md"])
 def test_cases_of_the_pages_are_valid(page):
     cases = [data for data in map(tomllib.loads, toml_blocks(page)) if "hardware" in data]
-    assert cases or page != "README.md"
+    assert cases or page != "docs/usage.md"
     for data in cases:
         assert errors("case", data) == []
         assert is_read("case", data)
@@ -129,6 +129,24 @@ PLANS = [
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_plans_are_valid_as_they_are_read(plan):
     data = {**CASE, "plan": plan}
+    assert is_read("case", data)
+    assert errors("case", data) == []
+
+
+def test_a_case_has_what_a_scenario_has():
+    assert set(VALIDATORS["case"].schema["properties"]) == set(Scenario.model_fields)
+
+
+PERTURBED = [
+    {"ranks": 3, "factor": 1.5},
+    [{"ranks": [0, 7], "factor": 2}, {"distribution": "normal", "spread": 0.1, "each": "rank"}],
+    [{"link": {"node": 0, "adapter": 1}, "outage": True, "to_s": 0.5}, {"link": {"node": 0}, "factor": 2.0}],
+]
+
+
+@pytest.mark.parametrize("perturbations", PERTURBED, ids=str)
+def test_perturbations_are_valid_as_they_are_read(perturbations):
+    data = {**CASE, "perturbations": perturbations}
     assert is_read("case", data)
     assert errors("case", data) == []
 
@@ -244,6 +262,9 @@ CASES = {
     "an activation that is none": {**CASE, "model": {**CASE["model"], "activation": "relu6"}},
     "a scope that is none": {**CASE, "scope": "model"},
     "nodes of none": {**CASE, "nodes": 0},
+    "a slow rank without a factor": {**CASE, "perturbations": {"ranks": 3}},
+    "a distribution that is none": {**CASE, "perturbations": [{"distribution": "poisson", "spread": 0.1}]},
+    "a link of no node": {**CASE, "perturbations": [{"link": {"adapter": 1}, "factor": 2.0}]},
 }
 
 

@@ -171,7 +171,7 @@ def test_run_writes_the_pictures_of_the_step(plan, drawn, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", *arguments, "--plan", plan, "--out", str(tmp_path)])
     assert stop.value.code == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == drawn | {"memory.png", "timeline.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == drawn | {"mapping.png", "memory.png", "timeline.png"}
     printed = capsys.readouterr().out
     assert "From ideal FLOPs to the step" in printed
     assert ("Peak of memory by stage" in printed) == ("pipeline.png" in drawn)

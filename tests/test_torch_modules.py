@@ -924,6 +924,7 @@ def test_results_are_shown_in_one_line():
         assert len(shown) < 120, shown
         assert "\n" not in shown
     assert f"{found.step_time_s * 1e3:.3f} ms" in repr(found)
+    assert f"a step takes {found.step_time_s * 1e6:.1f} us" in found._repr_html_()
     assert repr(mlp(True).simulate(H100, "tp=4").trace).startswith("Trace(4 ranks, ")
 
 

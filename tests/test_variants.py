@@ -25,7 +25,8 @@ from spsim.step.closing import Optimizer, replica_closings
 from spsim.step.groups import replica_groups
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Blocks, Item, Loop, Run, Visit, accumulation, segments_of, visits
-from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
+from spsim.step.messages import Synchronisation
+from spsim.step.replicas import parameters_of, synchronisation
 from spsim.step.replicated import ReplicatedChunk, root_of
 from spsim.step.segments import Segment
 from tests.test_itinerary import assert_equal, both, step
@@ -171,7 +172,7 @@ def test_buckets_that_close_anywhere(elements: int, message: int) -> None:
     walk = of_layers(sync, plan, 24, message=message)
     assert_equal(walk.folded, walk.unfolded)
     sent = [size for _, collective, size in walk.calls() if collective == "reduce_scatter"]
-    assert sent == [4 * row[0].elements for row in sync.reductions]
+    assert sent == [4 * own.bucket.elements for own in sync.reductions]
     assert 24 * WEIGHTS <= sum(sent) / 4 < 24 * WEIGHTS + 128 * len(sent)
 
 
@@ -239,7 +240,7 @@ def test_a_unit_is_what_placement_derives_for_its_weights() -> None:
     for messages, steps in ((sync.forward, derived.forward), (sync.backward, derived.backward)):
         assert messages[0].message_bytes == sum(s.message_bytes for s in steps if named(s) == "all_gather")
     reduced = sum(step.message_bytes for step in derived.backward if named(step) == "reduce_scatter")
-    assert sync.reductions[0][0].message_bytes == reduced
+    assert sync.reductions[0].bucket.message_bytes == reduced
 
 
 def named(step: Instruction) -> str:

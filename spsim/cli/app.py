@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "The plans with the shortest step that fit, of all there are for a model on some GPUs.",
     "explain": "Which operators does sequence parallelism apply to, and why?",
     "validate": "Predicted against measured, a row a case.",
+    "collective": "The time of one collective by itself, as nccl-tests measure it.",
     "kernels": "Your own microbenchmarks of products or attention against a hardware profile.",
     "trace": "A run that torch.profiler recorded: its passes, time by class, collectives and exposed communication.",
     "list": "The shipped hardware profiles or models, the options of a plan, or the libraries that have their own.",

@@ -63,6 +63,9 @@ NodesOption = Annotated[int | None, typer.Option("--nodes", help="Nodes to sprea
 ScopeOption = Annotated[
     str | None, typer.Option("--scope", help="step, the whole training step, or layers, those of one stage alone.")
 ]
+NetworkOption = Annotated[
+    str | None, typer.Option("--network", help="closed_form, transfers alone on their links, or flows that share.")
+]
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8, fp8_delayed, mxfp8, fp8_blockwise or nvfp4.")
 ]

@@ -1,4 +1,4 @@
-"""The processes of a command that computes much."""
+"""What computes for a command that computes much: processes here, or the workers of a dask scheduler."""
 
 from __future__ import annotations
 
@@ -6,13 +6,37 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import Annotated, Literal
 
+import typer
+
+from spsim.errors import InputError
 from spsim.measuring.processes.processes import end_with_parent
+from spsim.studies.executors import dask_executor
+
+ExecutorOption = Annotated[
+    Literal["processes", "dask"], typer.Option("--executor", help="What computes: processes here, or dask's workers.")
+]
+SchedulerOption = Annotated[
+    str | None, typer.Option("--scheduler", metavar="ADDRESS", help="Of the dask scheduler, such as tcp://head:8786.")
+]
+
+
+def check_workers(executor: str, scheduler: str | None, jobs: int | None) -> None:
+    """`InputError` where options do not go together."""
+    if (executor == "dask") != (scheduler is not None):
+        raise InputError("--executor dask and --scheduler ADDRESS go together; give both or neither")
+    if scheduler is not None and jobs is not None:
+        raise InputError("--jobs are processes of this machine; leave it out with --executor dask")
 
 
 @contextmanager
-def workers(jobs: int) -> Iterator[Executor | None]:
-    """So many processes, which start when there is work; none for one job."""
+def workers(jobs: int, scheduler: str | None = None) -> Iterator[Executor | None]:
+    """So many processes, which start when there is work; none for one job. With a scheduler its workers instead."""
+    if scheduler is not None:
+        with dask_executor(scheduler) as executor:
+            yield executor
+        return
     if jobs == 1:
         yield None
         return

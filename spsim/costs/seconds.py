@@ -59,3 +59,13 @@ def some(flags: Flags) -> bool:
 def given(number: float | npt.NDArray[Any]) -> bool:
     """Whether a number is not 0, or may not be for some of many kernels: what it adds is worked out then."""
     return isinstance(number, np.ndarray) or bool(number)
+
+
+def root(number: Any) -> Any:
+    """The square root, of both kinds to the same last bit."""
+    return np.sqrt(number) if isinstance(number, np.ndarray) else math.sqrt(number)
+
+
+def power(number: Any, exponent: float) -> Any:
+    """Of both kinds by NumPy, as `exponential`."""
+    return np.power(number, exponent) if isinstance(number, np.ndarray) else float(np.power(number, exponent))

@@ -40,15 +40,19 @@ PEERS_PER_CHANNEL = 8
 class SendTime:
     """Seconds of a send and receive of one level as a function of the message, communicator and nodes."""
 
-    def __init__(self, coefficients: SendCoefficients, adapter_bandwidth: float) -> None:
-        """`adapter_bandwidth` in bytes per second: of one GPU's adapter, for communicators over several nodes."""
+    def __init__(self, coefficients: SendCoefficients, adapter_bandwidth: float, *, share: float = 1.0) -> None:
+        """`adapter_bandwidth` in bytes per second: of the adapter of a GPU, for communicators over several nodes;
+        `share`: what the GPU has of it, beside others.
+        """
         self._latency = coefficients.latency_us.value / US_PER_S
         self._start = coefficients.start_us.value / US_PER_S
         self._smallest = coefficients.from_mib.value * MIB
         self._adapter = adapter_bandwidth
-        channel, link = coefficients.channel_gb_per_s.value * GB, coefficients.link_gb_per_s.value * GB
+        channel, link = coefficients.channel_gb_per_s.value * GB, share * coefficients.link_gb_per_s.value * GB
         blend = coefficients.blend.value if coefficients.blend else None
-        self._rates = np.array([_blended(count * channel, link, blend) for count in range(1, CHANNELS + 1)])
+        lone = coefficients.lone_channel_gb_per_s.value * GB if coefficients.lone_channel_gb_per_s else channel
+        channels = [lone, *(count * channel for count in range(2, CHANNELS + 1))]
+        self._rates = np.array([_blended(moved, link, blend) for moved in channels])
 
     def __call__(self, message: Seconds, ranks: int, nodes: int = 1, sends: int = 1) -> Seconds:
         """start + message / bandwidth(channels); from the latency in a straight line up to the smallest message that

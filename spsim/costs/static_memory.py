@@ -48,9 +48,9 @@ def static_memory(
     FSDP2 shards fp32 weights, which need no copy, and gathers them in 16 bits; Megatron and DeepSpeed shard 16-bit
     weights and the fp32 copy apart. Torch's DDP has gradients beside the buckets in which it reduces them. Under
     ZeRO-2 and 3 gradients are reduced in every micro-batch, so that none wait whole; but for pipeline stages of torch,
-    on which weights stay gathered, and gradients whole, for the whole step.
+    on which weights stay gathered, and gradients whole, for the whole step. A rank alone has nothing to share.
     """
-    ranks, fsdp = shard_ranks(plan), plan.dp_library == "fsdp" and plan.zero_stage > 0
+    ranks, fsdp = shard_ranks(plan), plan.dp_library == "fsdp" and plan.zero_stage > 0 and plan.copies > 1
     at_rest = FP32_BYTES if fsdp else weight_bytes
     state = parameter_state(plan, at_rest)
     copies = 2 if plan.dp_library == "ddp" and plan.dp > 1 else 1

@@ -70,8 +70,8 @@ def work_through(now: int, duration: int, holds: Sequence[Held]) -> int:
                 break
             remaining -= (begin - now) * PPM
             now = begin
-        if rate and remaining <= (end - now) * rate:
-            return now - (-remaining // rate)
+        if remaining <= (end - now) * rate:
+            return now - (-remaining // rate) if remaining else now
         remaining -= (end - now) * rate
         now = end
     return now - (-remaining // PPM)

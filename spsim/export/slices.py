@@ -100,7 +100,7 @@ class Slices:
             return self._of_closing(made, infos)
         if outline not in prepared.by_outline:
             return [self._call("send_receive", ("pp",), info.message_bytes, 2) for info in infos]
-        position = prepared.ranks.positions[rank % prepared.mesh.ranks]
+        position = prepared.world.coordinate(rank, "ring")
         if (outline, position) not in self._facts:
             segment = prepared.by_outline[outline]
             self._facts[outline, position] = segment.woven(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from spsim.inputs.expert_rules import expert_reasons
 from spsim.inputs.libraries import CHOICES, LIBRARIES, library_defaults, some_library_has
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import MESH_ORDER, Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
 from spsim.inputs.workload import Workload
 
@@ -31,11 +31,17 @@ def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = 
             yield f"{setting(name, differing[name])} has no effect {reason}"
 
 
+def on_nodes(plan: Plan, nodes: int) -> Iterator[str]:
+    """An order of axes whose links are all alike."""
+    if nodes == 1 and plan.mesh_order != MESH_ORDER and not _numbered_alike(plan):
+        yield f"within one node {setting('mesh_order', plan.mesh_order)} changes nothing but the numbers of ranks"
+
+
 def of_library(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:
     """What a plan does because its library does, not Megatron-Core: options that nobody gave."""
-    if not (usual := library_defaults(plan.library)):
+    if not (usual := library_defaults(plan.library, plan.pp)):
         return
-    left_out = {*plan.differing, *(("zero", "dp_library") if scope == "layers" else ())}
+    left_out = {*plan.differing, *(("zero", "dp_library", "fsdp_ends") if scope == "layers" else ())}
     idle = reasons(model, plan)
     chosen = [setting(name, value) for name, value in usual.items() if name not in left_out and not idle.get(name)]
     yield f"as {plan.library} {LIBRARIES[plan.library].version} does it: {', '.join(chosen) or 'as Megatron-Core does'}"
@@ -52,7 +58,8 @@ def of_no_library(model: Model, plan: Plan) -> Iterator[str]:
 
 def of_ring(plan: Plan) -> Iterator[str]:
     """Where K and V that are sent apart are gathered, as after Llama 3 in ring-flash-attn."""
-    if plan.ring > 1 and plan.ring_kind == "all_gather" and plan.ring_messages == "separate":
+    gathered = plan.ring > 1 and plan.ring_kind == "all_gather" and plan.ring_messages == "separate"
+    if gathered and plan.heads_k_stride is None:
         yield (
             "K and V of all heads are gathered before attention: ring-flash-attn's llama3_flash_attn_varlen_func with "
             "heads_k_stride = KV heads; a smaller stride sends the same bytes in more messages, behind attention"
@@ -75,6 +82,11 @@ def of_heads(model: Model, plan: Plan) -> Iterator[str]:
 
 def of_modules(model: Model) -> Iterator[str]:
     """How modules run, where that is not as one kernel each."""
+    if model.attention == "unfused" and model.kernels in (None, "fused") and model.kv_heads < model.heads:
+        yield (
+            "unfused attention reads K and V as they are; Megatron-Core and transformers repeat them for the heads "
+            "of Q and keep them so, as with kernels = 'eager'"
+        )
     if model.kernels == "compiled":
         yield "kernels = 'compiled': what stands between products is one kernel, as torch.compile joins it"
     elif model.kernels == "eager":
@@ -105,8 +117,18 @@ def setting(name: str, value: Any) -> str:
 
 def reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why an option would change nothing under a plan; empty where it does."""
-    of_layers = {**_of_layers(model, plan), **expert_reasons(model, plan)}
-    return {**of_layers, **_of_pipeline(plan), **_of_replicas(plan), **_of_memory(model, plan)}
+    own = {"mesh_order": _numbered_alike(plan), **expert_reasons(model, plan)}
+    of_step = {**_of_pipeline(plan), **_of_replicas(model, plan), **_of_memory(model, plan)}
+    return {**own, **_of_layers(model, plan), **of_step}
+
+
+def numbered(plan: Plan, order: str | None = None) -> str:
+    """The order of the axes that have ranks, of all as the plan orders them unless given."""
+    return "-".join(word for word in (order or plan.mesh_order).split("-") if getattr(plan, word) > 1)
+
+
+def _numbered_alike(plan: Plan) -> str:
+    return "as ranks are numbered alike" if numbered(plan) == numbered(plan, MESH_ORDER) else ""
 
 
 def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
@@ -119,6 +141,7 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
         "sequence_parallel": one_rank,
         "ring_kind": "without ring" if plan.ring == 1 else "",
         **_of_ring_messages(plan),
+        "heads_k_stride": _of_head_slices(model, plan),
         "ring_cut": ring_cut,
         "tp_backward_overlap": one_rank or _nothing_hidden(model, plan),
         "tp_overlap": one_rank,
@@ -164,6 +187,17 @@ def _of_ring_messages(plan: Plan) -> dict[str, str]:
     return {"ring_gradients": whole or fp32, "ring_messages": whole}
 
 
+def _of_head_slices(model: Model, plan: Plan) -> str:
+    if plan.ring == 1 or plan.ring_kind != "all_gather":
+        return "without ring" if plan.ring == 1 else "without ring_kind = 'all_gather'"
+    return "as these are all" if plan.heads_k_stride == own_kv_heads(model, plan) else ""
+
+
+def own_kv_heads(model: Model, plan: Plan) -> int:
+    """KV heads of a rank in core attention."""
+    return max(1, -(-model.kv_heads // (plan.tp * plan.ulysses)))
+
+
 def _nothing_hidden(model: Model, plan: Plan) -> str:
     """Gradients that are summed over several products are complete when none is left to hide their communication."""
     regathers = plan.sequence_parallel and not plan.keep_gathered
@@ -189,13 +223,14 @@ def _of_pipeline(plan: Plan) -> dict[str, str]:
     }
 
 
-def _of_replicas(plan: Plan) -> dict[str, str]:
-    one_shard = "with one rank along dp x ulysses x ring" if plan.dp * plan.ulysses * plan.ring == 1 else ""
+def _of_replicas(model: Model, plan: Plan) -> dict[str, str]:
+    one_shard = "with one rank along dp x ulysses x ring" if plan.copies == 1 else ""
     return {
         "dp_overlap": one_shard or _overlap(plan),
         "zero": one_shard,
         "distributed_optimizer": one_shard or ("beside zero, which shards the optimizer too" if plan.zero else ""),
         "dp_library": one_shard,
+        "fsdp_ends": one_shard or _ends(model, plan),
         "shard_group": f"with dp = {plan.dp}" if plan.shard_group == plan.dp else "",
         "bucket_elements": one_shard or _buckets(plan),
     }
@@ -212,9 +247,20 @@ def _overlap(plan: Plan) -> str:
     return f"with zero = {plan.zero_stage} of dp_library = {plan.dp_library!r}, which overlaps in its own way"
 
 
+def _ends(model: Model, plan: Plan) -> str:
+    tied = model.tied_embeddings and model.head_rows == model.vocab
+    return (
+        "without units of FSDP" if not _has_units(plan) else "with tied embeddings, whose ends are one" if tied else ""
+    )
+
+
+def _has_units(plan: Plan) -> bool:
+    """Whether weights travel in units of FSDP."""
+    return plan.dp_library == "fsdp" or (plan.dp_library == "megatron" and plan.zero_stage > 1)
+
+
 def _buckets(plan: Plan) -> str:
-    units = plan.dp_library == "fsdp" or (plan.dp_library == "megatron" and plan.zero_stage > 1)
-    if units:
+    if _has_units(plan):
         return "where a layer is a unit"
     behind = plan.dp_library != "megatron" or plan.dp_overlap in (True, "gradients")
     return "" if behind else "without dp_overlap of gradients"
@@ -230,10 +276,24 @@ def _nothing_left(model: Model, plan: Plan) -> str:
     return ""
 
 
+def _nothing_earlier(model: Model, plan: Plan) -> str:
+    """Where nothing runs before the backward pass reads what was not kept. Sequence parallelism moves the gradient of
+    fc2, and a bias behind it gets one, unless dropout has kept a mask; ulysses moves that of core attention.
+    """
+    if plan.recompute == "none":
+        return "with recompute = 'none'"
+    over_tp = plan.tp > 1 and plan.sequence_parallel
+    of_layer = plan.recompute == "full" and not model.dropout and (over_tp or model.bias)
+    of_modules = {"mlp": over_tp, "core_attn": plan.ulysses > 1}
+    runs = of_layer or any(of_modules.get(name, False) for name in plan.recomputed_modules)
+    return "" if runs else "as nothing runs before what is recomputed is read"
+
+
 def _of_memory(model: Model, plan: Plan) -> dict[str, str]:
     without_head = "without a head" if model.head_rows == 0 else ""
     return {
         "recompute_early_stop": _nothing_left(model, plan),
+        "recompute_reentrant": _nothing_earlier(model, plan),
         "loss_fusion": without_head,
         "loss_parallel": without_head or ("with tp = 1" if plan.tp == 1 else ""),
         "recompute_modules": "as core attention is recomputed anyhow"

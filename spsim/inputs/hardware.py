@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from spsim.errors import InputError
+from spsim.inputs.collective_curves import CollectiveCurve, CollectiveName
 from spsim.inputs.configuration import Name
 from spsim.inputs.kernel_coefficients import (
     AttentionCoefficients,
@@ -28,15 +28,15 @@ from spsim.inputs.kernel_coefficients import (
     KernelPass,
     KernelRates,
     MemoryBoundFractions,
+    NodeCoefficients,
     PickedKernel,
     RowLength,
     SendCoefficients,
 )
 from spsim.inputs.plausible import check_profile
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
+from spsim.inputs.uplinks import Uplinks
 from spsim.work import AttentionKernel, Framework
-
-CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_receive"]
 
 PEAK_IDENTITY_TOLERANCE = 0.01
 """Largest relative gap between a 16-bit peak and units x FLOP per clock x clock; a sparse peak is off by 2."""
@@ -57,11 +57,23 @@ class Level(Table):
     link_gb_per_s: Bandwidth
     """Per link and direction."""
     in_network_reduction: Annotated[tuple[CollectiveName, ...], Field(strict=False)] = ()
+    uplinks: Uplinks | None = None
+    """Between its switches; none where one joins all, or where they never block. `network = "flows"` reads them."""
 
     @property
     def bandwidth(self) -> float:
         """Bytes per second and direction of one GPU at this level."""
         return self.links_per_gpu.value * self.link_gb_per_s.value * 1e9
+
+    @property
+    def share(self) -> float:
+        """Of a network adapter that one GPU has: 0.5 where two share one (`links_per_gpu = 0.5`)."""
+        return min(1.0, self.links_per_gpu.value)
+
+    @property
+    def adapter_bandwidth(self) -> float:
+        """The same of a GPU that has its adapter to itself, as benchmarks of one GPU per node do."""
+        return self.bandwidth / self.share
 
 
 class DeviceMemory(Table):
@@ -86,6 +98,8 @@ class Datasheet(Table):
     compute_units: Quantity
     flop_per_clock_per_unit: Quantity
     """16-bit dense matrix FLOP; for a CPU, of its widest type."""
+    compute_capability: Quantity | None = None
+    """By which NCCL picks algorithms; unless given, the fastest curve is taken."""
     clock_tensor_mhz: Quantity
     clock_vector_mhz: Quantity
     peak_tflops: dict[str, Quantity]
@@ -117,42 +131,6 @@ class Datasheet(Table):
                 f"compute units x FLOP per clock x clock = {product:.1f}; "
                 "give the dense peak and the clock it is stated for"
             )
-        return self
-
-
-MessageBytes = Annotated[float, Field(le=2.0**50)]
-BusBandwidth = Annotated[float, Field(le=1e5)]
-"""GB/s."""
-
-
-class CollectiveCurve(Provenance):
-    """Measured bus bandwidth of one collective and algorithm over the message size."""
-
-    algorithm: Literal["ring", "nvls", "pairwise", "send_receive"]
-    ranks: Annotated[int, Field(ge=2)]
-    """Ranks in the measurement; between nodes, one of each node."""
-    min_ranks: Annotated[int, Field(ge=2)] = 2
-    """The library picks the algorithm from this many ranks."""
-    max_ranks: Annotated[int, Field(ge=2)] | None = None
-    """Largest group that the measurement describes, such as the GPUs of one PCIe switch; none for any."""
-    latency_us: Annotated[float, Field(ge=1e-3, le=1e5)]
-    """Time of the smallest messages at `ranks` ranks: the small-message tier."""
-    step_latency_us: Annotated[float, Field(ge=0, le=1e5)]
-    """Change of that time per step of the algorithm."""
-    points: Annotated[
-        tuple[Annotated[tuple[MessageBytes, BusBandwidth], Field(strict=False)], ...], Field(min_length=1, strict=False)
-    ]
-    """(message bytes, bus bandwidth in GB/s), sizes increasing."""
-
-    @model_validator(mode="after")
-    def _ranks_and_points(self) -> Self:
-        if self.max_ranks is not None and self.max_ranks < self.ranks:
-            raise ValueError(f"max_ranks {self.max_ranks} is below the {self.ranks} ranks of the measurement; raise it")
-        sizes = [size for size, _ in self.points]
-        if any(b <= a for a, b in pairwise(sizes)) or sizes[0] <= 0:
-            raise ValueError("points: message sizes must be positive and increase; sort them")
-        if any(bandwidth <= 0 for _, bandwidth in self.points):
-            raise ValueError("points: every bus bandwidth must be above 0 GB/s; remove the others")
         return self
 
 
@@ -204,6 +182,8 @@ class Coefficients(Table):
     """Curves by topology level and collective."""
     sends: dict[str, SendCoefficients] = Field(default_factory=dict)
     """By topology level, in the place of a curve of `send_receive`: its time depends on the communicator."""
+    between_nodes: dict[str, NodeCoefficients] = Field(default_factory=dict)
+    """By topology level, how long NCCL's rings and trees over nodes take; without it curves of both levels say."""
     collective_overhead_us: Microseconds
     """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
     the compute stream and the communication stream, both ways."""
@@ -375,10 +355,10 @@ def _check_curve(level: Level, collective: str, curve: CollectiveCurve) -> None:
             raise ValueError(f"level {level.name!r} has no in-network {collective}, but an nvls curve; remove one")
         return
     fastest = max(bandwidth for _, bandwidth in curve.points)
-    if fastest * 1e9 > level.bandwidth:
+    if fastest * 1e9 > level.adapter_bandwidth:
         raise ValueError(
             f"collectives.{level.name}.{collective}: bus bandwidth {fastest:g} GB/s is above the link's "
-            f"{level.bandwidth / 1e9:g} GB/s; check the unit"
+            f"{level.adapter_bandwidth / 1e9:g} GB/s; check the unit"
         )
 
 

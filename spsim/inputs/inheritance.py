@@ -21,16 +21,16 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from spsim.errors import InputError, first_problem
-from spsim.inputs.hardware import CollectiveCurve, CollectiveName, HardwareProfile, Leaf, Level, leaves
-from spsim.inputs.kernel_coefficients import SendCoefficients
+from spsim.inputs.collective_curves import CollectiveCurve, CollectiveName
+from spsim.inputs.hardware import Datasheet, HardwareProfile, Leaf, Level, leaves
 from spsim.inputs.quantities import Number, Provenance
 
 BLOCKS = ("calibrated", "assumed", "inherited")
 """Of coefficients, in the file of a profile."""
 WHOLE = ("peak_tflops", "topology")
 """Tables of a data sheet that say what there is: given, they take the place of the base's as a whole."""
-OPTIONAL = ("host_link_gb_per_s", "fp8_layouts")
-"""Figures that a data sheet may lack."""
+OF_LEVELS = ("collectives", "sends", "between_nodes")
+"""Tables of coefficients by level."""
 
 
 class ScaledCurves(Provenance):
@@ -131,7 +131,8 @@ class _Heir:
             return _over(sheet, given)
         own = {path.partition(".")[0] if path.startswith(WHOLE) else path for path in leaf_paths(given)}
         needed = dict.fromkeys(path.partition(".")[0] if path.startswith(WHOLE) else path for path in leaf_paths(sheet))
-        missing = [path for path in needed if path not in own and path not in OPTIONAL]
+        optional = [name for name, field in Datasheet.model_fields.items() if not field.is_required()]
+        missing = [path for path in needed if path not in own and path not in optional]
         if missing:
             raise InputError(
                 f"{self.where}: datasheet: {given['device']!r} is another device than {sheet['device']!r} of "
@@ -158,7 +159,7 @@ class _Heir:
     def _inherit(self, found: dict[str, Any], path: str, leaf: Leaf) -> None:
         """Put what the base says at a path into the block where it belongs."""
         table, _, rest = path.partition(".")
-        level = rest.partition(".")[0] if table in ("collectives", "sends") else None
+        level = rest.partition(".")[0] if table in OF_LEVELS else None
         if level is not None and level not in self.levels:
             return
         if level is not None and self._differs(level):
@@ -189,8 +190,8 @@ class _Heir:
     def _differs(self, level: str) -> bool:
         """Whether the level is not as in the base, or its curves are scaled."""
         ours, theirs = self.levels[level], self._theirs(level)
-        same = ours is None or (ours.kind, ours.gpus, ours.bandwidth) == (theirs.kind, theirs.gpus, theirs.bandwidth)
-        return not same or any(name == level for name, _ in self.scaled)
+        traits = [(level.kind, level.gpus, level.adapter_bandwidth) for level in (ours or theirs, theirs)]
+        return traits[0] != traits[1] or any(name == level for name, _ in self.scaled)
 
     def _theirs(self, level: str) -> Level:
         return next(found for found in self.base.datasheet.topology if found.name == level)
@@ -198,20 +199,21 @@ class _Heir:
     def _carried(self, path: str, level: str, leaf: Leaf) -> Leaf:
         """Curves, or coefficients of sends, as the links of the profile let them be."""
         table, _, rest = path.partition(".")
-        collective = rest.partition(".")[2] if table == "collectives" else "send_receive"
+        name = rest.partition(".")[2]
+        collective = {"collectives": name, "sends": "send_receive"}.get(table)
         scale = self.scaled.get((level, collective)) or self.scaled.get((level, None))
         ours, theirs = self.levels[level], self._theirs(level)
-        if scale is None and ours is not None and ours.bandwidth != theirs.bandwidth:
+        if scale is None and ours is not None and ours.adapter_bandwidth != theirs.adapter_bandwidth:
             raise InputError(
-                f"{self.where}: level {level!r} has {ours.bandwidth / 1e9:g} GB/s a GPU and {self.base.name} "
-                f"{theirs.bandwidth / 1e9:g}, whose {collective} was measured there; give it, or [[scaled]] with "
-                f"level = {level!r} and, for instance, scale = {ours.bandwidth / theirs.bandwidth:.3g}"
+                f"{self.where}: level {level!r} has {ours.adapter_bandwidth / 1e9:g} GB/s and {self.base.name} "
+                f"{theirs.adapter_bandwidth / 1e9:g}, at which {path} was measured; give it, or [[scaled]] with "
+                f"level = {level!r} and, for instance, scale = {ours.adapter_bandwidth / theirs.adapter_bandwidth:.3g}"
             )
         if scale is None:
             return leaf
         if isinstance(leaf, tuple):
-            return tuple(self._scaled_curve(curve, collective, scale) for curve in leaf)
-        return self._scaled_send(rest.partition(".")[2], level, leaf, scale)
+            return tuple(self._scaled_curve(curve, collective or name, scale) for curve in leaf)
+        return self._scaled_rate(table, name, level, leaf, scale)
 
     def _scaled_curve(self, curve: Any, collective: str, scale: ScaledCurves) -> CollectiveCurve:
         """Of each message, latency + (time - latency) / scale."""
@@ -225,14 +227,16 @@ class _Heir:
         scaled: CollectiveCurve = curve.model_copy(update=update)
         return scaled
 
-    def _scaled_send(self, name: str, level: str, leaf: Any, scale: ScaledCurves) -> Provenance:
-        """The link's rate times the scale, and a channel's up to that."""
-        sends: SendCoefficients = self.base.coefficients.sends[level]
-        link = sends.link_gb_per_s.value * scale.scale
-        rates = {"link_gb_per_s": link, "channel_gb_per_s": min(sends.channel_gb_per_s.value, link)}
-        if rates.get(name, leaf.value) == leaf.value:
+    def _scaled_rate(self, table: str, name: str, level: str, leaf: Any, scale: ScaledCurves) -> Provenance:
+        """The rate of links and adapters times the scale, and that of channels of a send up to that."""
+        value = leaf.value
+        if name == "link_gb_per_s" or name.startswith("adapter_gb_per_s."):
+            value *= scale.scale
+        elif table == "sends" and name.endswith("channel_gb_per_s"):
+            value = min(value, self.base.coefficients.sends[level].link_gb_per_s.value * scale.scale)
+        if value == leaf.value:
             return leaf  # type: ignore[no-any-return]
-        update = {"value": round(rates[name], 4), "source": self._product(leaf.source, scale)}
+        update = {"value": round(value, 4), "source": self._product(leaf.source, scale)}
         return leaf.model_copy(update=update)  # type: ignore[no-any-return]
 
     def _product(self, source: str, scale: ScaledCurves) -> str:

@@ -148,6 +148,8 @@ class SendCoefficients(Table):
 
     channel_gb_per_s: Bandwidth
     """That one channel copies at."""
+    lone_channel_gb_per_s: Bandwidth | None = None
+    """The same of a send that has one channel only; as others unless given."""
     link_gb_per_s: Bandwidth
     """That all channels reach at most."""
     blend: Quantity | None = None
@@ -158,3 +160,36 @@ class SendCoefficients(Table):
     """Time of the smallest messages."""
     from_mib: Quantity
     """Smallest message that these describe; below it the time is interpolated from the latency."""
+
+
+class ProtocolRates(Table):
+    """Of a ring over nodes by the protocol that NCCL picks."""
+
+    ll128: Bandwidth
+    simple: Bandwidth
+
+
+class ProtocolSteps(Table):
+    """Of a ring over nodes by the protocol that NCCL picks."""
+
+    ll128: Microseconds
+    simple: Microseconds
+
+
+class NodeCoefficients(Table):
+    """NCCL's rings through all GPUs of several nodes, and its trees of NVSwitches: see `costs.between_nodes`."""
+
+    start_us: Microseconds
+    """Of a ring, beyond its steps."""
+    step_us: ProtocolSteps
+    """One step of a ring with a small block."""
+    channel_gb_per_s: Bandwidth
+    """That one channel moves of the block of a step."""
+    adapter_gb_per_s: ProtocolRates
+    """That one network adapter moves when all steps are busy."""
+    blend: Quantity
+    """Exponent by which the limits of adapters and of the links in a node blend where they are alike."""
+    from_mib: Quantity
+    """Smallest message that the rings were held against; below it the time is interpolated from the latency."""
+    tree_hop_us: Microseconds
+    """Of a tree of NVSwitches from node to node, up or down."""

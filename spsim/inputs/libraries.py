@@ -25,6 +25,8 @@ class LibraryRecord:
     version: str
     options: Mapping[str, Any] = field(default_factory=dict)
     """Option of a plan -> its value, where that is not the one of the field."""
+    staged: Mapping[str, Any] = field(default_factory=dict)
+    """Those that are others with pipeline stages."""
     modules: Mapping[str, Any] = field(default_factory=dict)
     """Field of a model that says how its modules run -> its value, where the library has modules of its own, or those
     of another one."""
@@ -39,6 +41,9 @@ _TORCH_MODULES = {"kernels": "eager", "composite_norm": False, "glu_offset": Fal
 """Modules of torch.nn, not compiled."""
 _TRANSFORMERS_MODULES = {**_TORCH_MODULES, "composite_norm": True}
 _FULLY_SHARDED = {"zero": 3, "dp_library": "fsdp", "pp_sends": "torch"}
+_KEPT_FOR_STAGES = {"zero": 2}
+"""What is gathered for the first micro-batch stays until the last has passed: torchtitan's default
+(`fsdp_reshard_after_forward`), and what torch's schedules do with the weights of a stage."""
 
 LIBRARIES: Mapping[str, LibraryRecord] = {
     "megatron-core": LibraryRecord("0.16.1"),
@@ -52,7 +57,10 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "projections": "separate",
             "keep_gathered": True,
             "batch_first": True,
+            "fsdp_ends": "units",
+            "recompute_reentrant": False,
         },
+        _KEPT_FOR_STAGES,
         _TORCH_MODULES,
     ),
     "transformers": LibraryRecord(
@@ -67,9 +75,10 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "tp_backward_overlap": False,
             "loss_parallel": False,
             "recompute_early_stop": True,
+            "recompute_reentrant": False,
             "few_kv_heads": "refuse",
         },
-        _TRANSFORMERS_MODULES,
+        modules=_TRANSFORMERS_MODULES,
     ),
     "deepspeed": LibraryRecord(
         "0.19.8",
@@ -80,7 +89,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "ulysses_few_kv_heads": "refuse",
             "ulysses_gradients": "reverse",
         },
-        _TRANSFORMERS_MODULES,
+        modules=_TRANSFORMERS_MODULES,
     ),
     "torch": LibraryRecord(
         "2.13.0",
@@ -92,8 +101,10 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
             "input_gradients": "each",
             "keep_gathered": True,
             "recompute_early_stop": True,
+            "recompute_reentrant": False,
             "batch_first": True,
         },
+        _KEPT_FOR_STAGES,
         _TORCH_MODULES,
     ),
     "yunchang": LibraryRecord(
@@ -111,7 +122,7 @@ LIBRARIES: Mapping[str, LibraryRecord] = {
 
 
 OF_THE_USER = frozenset({
-    "dp_library", "pp_sends", "ring_cut", "ring_kind", "sequence_parallel", "tp_backward_overlap", "zero",
+    "dp_library", "fsdp_ends", "pp_sends", "ring_cut", "ring_kind", "sequence_parallel", "tp_backward_overlap", "zero",
 })  # fmt: skip
 """Options of records that libraries leave to their users."""
 CHOICES = tuple(sorted({name for record in LIBRARIES.values() for name in record.options} - OF_THE_USER))
@@ -126,10 +137,14 @@ def some_library_has(choices: Mapping[str, Any], usual: Mapping[str, Any]) -> bo
     )
 
 
-def library_defaults(library: Any) -> Mapping[str, Any]:
-    """Options of a plan of a library that are not those of the fields; none of what is no library."""
+def library_defaults(library: Any, stages: Any = 1) -> Mapping[str, Any]:
+    """Options of a plan of a library on so many pipeline stages that are not those of the fields; none of what is no
+    library.
+    """
     record = LIBRARIES.get(library) if isinstance(library, str) else None
-    return {} if record is None else record.options
+    if record is None:
+        return {}
+    return record.options if stages == 1 else {**record.options, **record.staged}
 
 
 def module_defaults(library: LibraryName) -> Mapping[str, Any]:

@@ -193,7 +193,7 @@ class Model(Configuration):
     def as_dense(self) -> Self:
         """The model whose layers are all as the first, where their MLP is dense."""
         none = {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}
-        return self.model_copy(update={**none, "dense_layers": 0})
+        return type(self)(**{**self.model_dump(), **none, "dense_layers": 0})
 
     @cached_property
     def expert_parameters(self) -> int:

@@ -63,6 +63,11 @@ class SlowRanks(Window):
         return "slow ranks"
 
     @property
+    def changes(self) -> bool:
+        """Whether it does."""
+        return self.factor != 1
+
+    @property
     def label(self) -> str:
         """For tables and pictures."""
         return f"{_named('rank', self.ranks)} × {self.factor:g}"
@@ -80,6 +85,11 @@ class Jitter(Configuration):
     """What gets a factor of its own: each run of each kernel on each rank, or each rank for the whole step, as GPUs
     differ in clock.
     """
+
+    @property
+    def changes(self) -> bool:
+        """Whether it does."""
+        return self.spread > 0
 
     @property
     def label(self) -> str:
@@ -139,6 +149,11 @@ class SlowLink(Window):
         return self
 
     @property
+    def changes(self) -> bool:
+        """Whether it does."""
+        return self.factor != 1
+
+    @property
     def label(self) -> str:
         """For tables and pictures."""
         return f"{self.link.label} {'down' if self.outage else f'× {self.factor:g}'}"
@@ -190,6 +205,16 @@ class Perturbations(Configuration):
     def slow_links(self) -> tuple[SlowLink, ...]:
         """Those of links."""
         return tuple([own for own in self.perturbations if isinstance(own, SlowLink)])
+
+    @property
+    def labels(self) -> list[str]:
+        """For tables and pictures."""
+        return [own.label for own in self.perturbations]
+
+    @property
+    def changes(self) -> bool:
+        """Whether any does."""
+        return any(own.changes for own in self.perturbations)
 
     def check(self, gpus: int, gpus_per_node: int) -> None:
         """`InputError` where a rank, node, adapter or GPU is none of a plan on so many GPUs of each node."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration, read_value
@@ -14,6 +14,8 @@ from spsim.inputs.plan_words import label_options, plan_options
 from spsim.inputs.schedules import Library, Schedule
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
+MESH_ORDER = "tp-ulysses-ring-dp-pp"
+"""Megatron's, whose cp is ulysses and ring."""
 
 
 class Plan(Configuration):
@@ -41,6 +43,9 @@ class Plan(Configuration):
     """Ranks over which the experts of a layer are spread: those of tp, ulysses and ring, and replicas."""
     expert_tp: Degree | None = None
     """Ranks that share an expert (`expert_tensor_parallel_size`): `tp`, or 1; as many as tp unless given."""
+    heads_k_stride: Degree | None = None
+    """KV heads of a rank that `ring_kind = "all_gather"` gathers at once, behind attention of those before; all unless
+    given (ring-flash-attn's form of Llama 3)."""
     pp: Degree = 1
     virtual_pp: Degree = 1
     """Chunks of each pipeline stage: above 1 the schedule is interleaved."""
@@ -59,6 +64,10 @@ class Plan(Configuration):
     pp_deallocate: bool = True
     """Free the output of a stage once it is sent (`deallocate_pipeline_outputs`)."""
     dp: Degree = 1
+    mesh_order: str = MESH_ORDER
+    """Axes by how their ranks are numbered, neighbours first: those that come first share nodes, the last lie across
+    nodes. Megatron's order unless given.
+    """
     distributed_optimizer: bool = False
     """Shard the optimizer state over dp x ulysses x ring, as Megatron does: ZeRO stage 1."""
     zero: Annotated[int, Field(ge=0, le=3)] = 0
@@ -66,6 +75,9 @@ class Plan(Configuration):
     """Whose buckets and collectives synchronise replicas."""
     shard_group: Degree | None = None
     """Replicas that share one copy of what is sharded (HSDP); all unless given."""
+    fsdp_ends: Literal["root", "units"] = "root"
+    """Embedding, and norm with output, sharded with the root of the model, which stays whole between its passes, or as
+    units of FSDP of their own (torchtitan)."""
     bucket_elements: Annotated[int, Field(ge=1, le=2**40)] | None = None
     """Elements at which a bucket of gradients is closed; what the library does unless given."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -88,6 +100,9 @@ class Plan(Configuration):
     """Modules of a layer that `selective` recomputes, such as `core_attn+mlp`; core attention unless given."""
     recompute_early_stop: bool = False
     """Recompute up to the last tensor that the backward pass reads (`early_stop` of torch.utils.checkpoint)."""
+    recompute_reentrant: bool = True
+    """Recompute once the gradient of the result is there (Megatron's own function; `use_reentrant` of
+    torch.utils.checkpoint), else when the backward pass first reads what was not kept."""
     cpu_offload_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Layers of a rank whose activations wait in host memory between their passes."""
     cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"
@@ -122,7 +137,8 @@ class Plan(Configuration):
     gathers_position_ids: bool = False
     """Before the heads of `ulysses` are exchanged, in every layer (DeepSpeed's ALST)."""
     batch_first: bool = False
-    """Activations [b, s, h], as torchtitan has them, not [s, b, h]: copied before each reduce-scatter of a sequence."""
+    """Activations [b, s, h], as torchtitan has them, not [s, b, h]: copied before each reduce-scatter of a sequence and
+    behind each gather of several."""
 
     @model_validator(mode="before")
     @classmethod
@@ -130,7 +146,14 @@ class Plan(Configuration):
         """What is not given is as in the library."""
         if not isinstance(settings, Mapping):
             return settings
-        return {**library_defaults(settings.get("library")), **settings}
+        return {**library_defaults(settings.get("library"), settings.get("pp", 1)), **settings}
+
+    @field_validator("mesh_order")
+    @classmethod
+    def _names_each_axis(cls, value: str) -> str:
+        if sorted(value.split("-")) != sorted(MESH_ORDER.split("-")):
+            raise ValueError(f"{value!r} does not name each axis once; write the axes of {MESH_ORDER} in another order")
+        return value
 
     @classmethod
     def example(cls) -> str:
@@ -161,6 +184,11 @@ class Plan(Configuration):
         return max(1, self.ep // within) if self.ep > 1 else 1
 
     @property
+    def copies(self) -> int:
+        """Ranks that use the same weights: what libraries shard, they share."""
+        return self.dp * self.ulysses * self.ring
+
+    @property
     def sends_fp32_gradients(self) -> bool:
         """Whether dK and dV go round in fp32."""
         return self.ring_gradients == "fp32" or self.ring_kind == "gather_permute"
@@ -179,7 +207,7 @@ class Plan(Configuration):
     @property
     def differing(self) -> dict[str, Any]:
         """Options that are not those of its library."""
-        return self.unlike(library_defaults(self.library))
+        return self.unlike(library_defaults(self.library, self.pp))
 
     @property
     def text(self) -> str:

@@ -42,6 +42,7 @@ PLAN = {
     "pp_overlap": ("overlap_p2p_comm", "overlap_p2p_communication"),
     "pp_warmup_flush": ("overlap_p2p_comm_warmup_flush", "overlap_p2p_communication_warmup_flush"),
     "pp_deallocate": ("deallocate_pipeline_outputs",),
+    "mesh_order": ("order", "rank_order"),
     "dp": ("data_parallel_size", "dp_size", "dp_degree", *_COPIES),
     "distributed_optimizer": ("use_distributed_optimizer",),
     "zero": ("zero_stage",),
@@ -85,6 +86,7 @@ READINGS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
         "no_shard": {"zero": 0}, "optim": {"zero": 1}, "optim_grads": {"zero": 2}, "optim_grads_params": {"zero": 3},
     },
     "fsdp_reshard_after_forward": {"default": {"zero": 3}, "always": {"zero": 3}, "never": {"zero": 2}},
+    "use_tp_pp_dp_mapping": {True: {"mesh_order": "tp-ulysses-ring-pp-dp"}, False: {}},
     "use_torch_fsdp2": _FULLY_SHARDED,
     "use_megatron_fsdp": _FULLY_SHARDED,
     "enable_cuda_graph": _GRAPHS,
@@ -182,6 +184,8 @@ def plan_options(options: Mapping[str, Any], known: Set[str]) -> dict[str, Any]:
 def _is_own(name: str, value: Any) -> bool:
     if name == "library":
         return value in LIBRARIES if isinstance(value, str) else True
+    if name == "mesh_order":
+        return not isinstance(value, str) or value == _order(value)
     if isinstance(value, str):
         return name in TEXTS or (plain(value) == value and value not in _TRANSLATED)
     return isinstance(value, bool) if name == "sequence_parallel" else not isinstance(value, list)
@@ -191,12 +195,20 @@ def _value(name: str, value: Any) -> Any:
     """As options here have it: texts in small letters, lists joined."""
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return "+".join(map(plain, value))
+    if name == "mesh_order" and isinstance(value, str):
+        return _order(value)
     if not isinstance(value, str) or name in TEXTS:
         return value
     if name == "library":
         return named(value, LIBRARIES, "plan: library") or value
     word = plain(value).removeprefix("torch.")
     return PRECISIONS.get(word, word) if name in ("grad_dtype", "moment_dtype") else word
+
+
+def _order(value: str) -> str:
+    """Megatron's cp is ulysses and ring; experts are no axis of a plan."""
+    words = [word for word in value.lower().replace("_", "-").split("-") if word != "ep"]
+    return "-".join(words).replace("cp", "ulysses-ring")
 
 
 def _read(options: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +239,14 @@ def _sharded(options: dict[str, Any], *, copies: bool) -> dict[str, Any]:
             raise InputError(f"plan: {word} = {shards!r}: {_SHARDED}, and shard_group=M for groups of M")
         if shards > 1:
             group = {"shard_group": shards} if options.get("dp", 1) != 1 else {}
-            options = {"zero": 3, "dp_library": "fsdp", **options, "dp": options.get("dp", 1) * shards, **group}
+            again = options.get("pp", 1) == 1
+            options = {
+                "zero": 3 if again else 2,
+                "dp_library": "fsdp",
+                **options,
+                "dp": options.get("dp", 1) * shards,
+                **group,
+            }
     return options
 
 

@@ -14,7 +14,8 @@ from spsim.inputs.quantities import Bandwidth, Fraction, NonNegative, Provenance
 from spsim.units import GB, MIB, TERA
 
 if TYPE_CHECKING:
-    from spsim.inputs.hardware import CollectiveCurve, Datasheet, HardwareProfile, Level
+    from spsim.inputs.collective_curves import CollectiveCurve
+    from spsim.inputs.hardware import Datasheet, HardwareProfile, Level
 
 REPORTED_SHARE = (0.8, 1.2)
 """Of the label: A100 report 7 % more, since theirs is in GiB."""
@@ -167,9 +168,10 @@ def _numbers(table: Any, path: str) -> Iterator[tuple[str, Fraction | NonNegativ
 def _check_curve(where: str, level: Level, collective: str, curve: CollectiveCurve, *, processor: bool) -> None:
     fastest = max(bandwidth for _, bandwidth in curve.points) * GB
     least = LEAST_SHARE / 10 if processor else LEAST_LINK
-    if not least * level.bandwidth <= fastest <= 2 * level.bandwidth:
+    adapter = level.adapter_bandwidth
+    if not least * adapter <= fastest <= 2 * adapter:
         raise ValueError(
-            f"{where}: bus bandwidth {fastest / GB:g} GB/s does not fit {level.bandwidth / GB:g} GB/s of the link; "
+            f"{where}: bus bandwidth {fastest / GB:g} GB/s does not fit {adapter / GB:g} GB/s of the link; "
             "check the units"
         )
     for (size, bandwidth), (larger, other) in pairwise(curve.points):
@@ -201,7 +203,7 @@ def _check_ranks(where: str, level: Level, curve: CollectiveCurve) -> None:
 
 
 def _check_sends(profile: HardwareProfile) -> None:
-    bandwidths = {level.name: level.bandwidth / GB for level in profile.datasheet.topology}
+    bandwidths = {level.name: level.adapter_bandwidth / GB for level in profile.datasheet.topology}
     for name, sends in profile.coefficients.sends.items():
         link, channel = sends.link_gb_per_s.value, sends.channel_gb_per_s.value
         if not LEAST_LINK * bandwidths[name] <= link <= 1.1 * bandwidths[name]:

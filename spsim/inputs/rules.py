@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
-from spsim.inputs.effects import deals_out_groups, reasons, setting
+from spsim.inputs.effects import deals_out_groups, own_kv_heads, reasons, setting
 from spsim.inputs.expert_rules import check_experts
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PENDING = frozenset({"phase"})
 """Options, or options at a value, that are not simulated yet."""
 OF_REPLICAS = frozenset({
-    "zero=2", "zero=3", "dp_library", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
+    "zero=2", "zero=3", "dp_library", "fsdp_ends", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
 })  # fmt: skip
 """Those of replicas: of no layers alone."""
 MAX_MICRO_BATCHES = 100_000
@@ -55,6 +55,20 @@ def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
         raise InputError(
             f"plan: ring_kind = {plan.ring_kind!r} needs attention = 'flash', since an unfused softmax mixes all keys; "
             "use flash attention or ring_kind = 'all_gather'"
+        )
+
+
+def _check_head_slices(model: Model, plan: Plan, workload: Workload) -> None:
+    stride, own = plan.heads_k_stride, own_kv_heads(model, plan)
+    if stride is None or reasons(model, plan)["heads_k_stride"]:
+        return
+    if own % stride or deals_out_groups(model, plan):
+        raise InputError(
+            f"plan: heads_k_stride = {stride} does not divide the KV heads of each rank, {own}; use a divisor of them"
+        )
+    if model.attention == "unfused":
+        raise InputError(
+            f"plan: heads_k_stride = {stride} needs attention = 'flash'; use flash attention or leave it out"
         )
 
 
@@ -125,11 +139,6 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
     """What the products of a rank read is cast in whole blocks, along rows and columns."""
     unit = ROW_UNITS.get(workload.precision, 1)
-    if unit > 1 and plan.projections == "separate":
-        raise InputError(
-            f"workload: precision = {workload.precision!r} with projections = 'separate': not simulated yet; "
-            "use projections=fused or bf16"
-        )
     fused = {"(heads + 2 x kv_heads) x head_dim / tp": qkv_width(model) // plan.tp}
     own = {"kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim}
     widths = {
@@ -158,6 +167,13 @@ def sequence_unit(model: Model, plan: Plan) -> int:
     zigzag = 2 if plan.ring > 1 and plan.ring_cut == "zigzag" and model.causal else 1
     pieces = 4 if plan.tp_overlap and plan.tp > 1 else 1
     return _sequence_shards(plan) * zigzag * pieces
+
+
+def is_single(plan: Plan, micro_batch: Any) -> Any:
+    """Whether a program is that of a single sequence where that of several is another: gathered parts of several
+    sequences [b s h] are put together, those of one follow each other.
+    """
+    return (plan.batch_first and plan.tp > 1 and plan.sequence_parallel) & (micro_batch == 1)
 
 
 def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: Any) -> Any:
@@ -230,7 +246,8 @@ def check_scope(model: Model, plan: Plan, scope: str) -> None:
 
 
 _CHECKS = (
-    _check_phase, check_experts, _check_heads, _check_kv_heads, _check_widths, _check_rows, _check_window,
+    _check_phase, check_experts, _check_heads, _check_head_slices, _check_kv_heads, _check_widths, _check_rows,
+    _check_window,
     _check_sequence, _check_batch, check_step, _check_pending,
 )  # fmt: skip
 
@@ -276,7 +293,7 @@ def _check_levels(hardware: HardwareProfile, plan: Plan) -> None:
 def _check_groups(plan: Plan, per_node: int) -> None:
     """Every group has as many ranks on each of its nodes as on the others."""
     degree = 1
-    for name in ("tp", "ulysses", "ring", "dp"):
+    for name in plan.mesh_order.split("-"):
         degree *= getattr(plan, name)
         if degree % per_node and per_node % degree:
             raise InputError(

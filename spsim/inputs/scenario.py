@@ -11,10 +11,11 @@ from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import Configuration
-from spsim.inputs.effects import notes_of, unfused_softmax
+from spsim.inputs.effects import notes_of, on_nodes, unfused_softmax
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.libraries import module_defaults
 from spsim.inputs.model import Model, load_model, model_of
+from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.rules import check_nodes, check_scope, check_shapes, gpus_per_node
@@ -75,6 +76,10 @@ class Shapes(Configuration):
         return self
 
 
+Network = Literal["closed_form", "flows"]
+"""Whether each transfer has its links alone, or flows share them."""
+
+
 class Scenario(Shapes):
     """One simulation: names and paths are resolved, and the four inputs are known to fit each other."""
 
@@ -83,6 +88,10 @@ class Scenario(Shapes):
     """Nodes to spread the GPUs over evenly; the fewest that hold them unless given."""
     scope: Literal["step", "layers"] = "step"
     """The whole training step, or the layers of one stage alone: no embedding, head, loss, optimizer."""
+    network: Network = "closed_form"
+    """Each transfer has its links alone, or flows share them."""
+    perturbations: InstanceOf[Perturbations] = Perturbations()
+    """Slow ranks, jitter, slow or failing links; whatever `Perturbations.of` takes."""
 
     if TYPE_CHECKING:
 
@@ -95,6 +104,8 @@ class Scenario(Shapes):
             workload: Workload | Mapping[str, Any],
             nodes: int | None = None,
             scope: Literal["step", "layers"] = "step",
+            network: Network = "closed_form",
+            perturbations: Any = (),
         ) -> None:
             """Names, paths and tables are resolved; `InputError` says which rule of which input is broken."""
 
@@ -107,6 +118,11 @@ class Scenario(Shapes):
     @classmethod
     def _load_hardware(cls, value: Any) -> Any:
         return load_profile(value) if isinstance(value, str | Path) else value
+
+    @field_validator("perturbations", mode="before")
+    @classmethod
+    def _load_perturbations(cls, value: Any) -> Any:
+        return Perturbations.of(value)
 
     @model_validator(mode="after")
     def _check_scope(self) -> Self:
@@ -125,7 +141,13 @@ class Scenario(Shapes):
             _ = self.hardware.graph_overhead_us
         if kernel := self.model.attention_kernel:
             self.hardware.attention_kernel(kernel)
+        self.perturbations.check(self.plan.gpus, self.gpus_per_node)
         return self
+
+    def perturbed(self, perturbations: Any) -> Scenario:
+        """The same under other perturbations, whatever `Perturbations.of` takes; of none it is unperturbed."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        return Scenario(**{**own, "perturbations": perturbations})
 
     @property
     def global_batch(self) -> int:
@@ -152,7 +174,12 @@ class Scenario(Shapes):
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """Parts of the model that are left out, and settings without effect, said once."""
-        return (*notes_of(self.model, self.plan, self.scope), *unfused_softmax(self.model, self.plan, self.workload))
+        return (
+            *notes_of(self.model, self.plan, self.scope),
+            *on_nodes(self.plan, self.plan.gpus // self.gpus_per_node),
+            *unfused_softmax(self.model, self.plan, self.workload),
+            *(("network = 'flows': transfers that are under way at once share links",) * (self.network == "flows")),
+        )
 
 
 def _from_table(kind: type[Configuration], value: Any) -> Any:

@@ -13,6 +13,7 @@ from spsim.inputs import plan_words, words
 from spsim.inputs.hardware import Coefficients, Datasheet, HardwareProfile
 from spsim.inputs.inheritance import BLOCKS, ScaledCurves
 from spsim.inputs.model import PRESET, PRESETS, Model
+from spsim.inputs.perturbations import KINDS, SlowRanks
 from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import profile_names
 from spsim.inputs.scenario import Scenario
@@ -62,10 +63,24 @@ def case_schema() -> Schema:
         },
         "plan": {"anyOf": [named, reference("Plan")], "description": "As the command line writes it, or a table."},
         "workload": reference("Workload"),
+        "perturbations": _perturbations(definitions),
         **{name: own[name] for name in ("nodes", "scope")},
     }  # fmt: skip
     required = ["hardware", "model", "workload"]
     return _document("Case of spsim", properties, definitions, required=required)
+
+
+def _perturbations(definitions: Schema) -> Schema:
+    """One, several, or the path of a file of them; their tables are added to the definitions."""
+    for kind in KINDS.values():
+        table = of_model(kind)
+        definitions |= {**table.pop("$defs", {}), kind.__name__: table}
+    ranks = definitions[SlowRanks.__name__]["properties"]["ranks"]
+    place = {"description": ranks.pop("description"), "anyOf": [ranks["items"], {**ranks}]}
+    definitions[SlowRanks.__name__]["properties"]["ranks"] = place
+    one = {"anyOf": [reference(kind.__name__) for kind in KINDS.values()]}
+    several = {"type": "array", "items": one}
+    return {"anyOf": [{"type": "string"}, one, several], "description": "What is slow, fails or varies in the step."}
 
 
 def model_schema() -> Schema:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spsim.plots.calibration import plot_calibration as plot_calibration
+    from spsim.plots.collective import plot_collective as plot_collective
     from spsim.plots.figure import save as save
     from spsim.plots.figure import saved as saved
     from spsim.plots.kernels import plot_kernels as plot_kernels
+    from spsim.plots.mapping import plot_mapping as plot_mapping
     from spsim.plots.memory import plot_memory as plot_memory
     from spsim.plots.memory import plot_memory_curves as plot_memory_curves
     from spsim.plots.perturbed import plot_perturbed as plot_perturbed
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Waterfall": "waterfall",
     "plot_calibration": "calibration",
+    "plot_collective": "collective",
     "plot_front": "search",
     "plot_kernels": "kernels",
+    "plot_mapping": "mapping",
     "plot_memory": "memory",
     "plot_memory_curves": "memory",
     "plot_peak_memory": "sweep",

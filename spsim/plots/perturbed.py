@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from spsim.plots.colours import GRID, MUTED, SERIES
-from spsim.plots.figure import TEXT_SIZE, WIDTH, add_legend, add_title, axes_at, describe
+from spsim.plots.figure import TEXT_SIZE, WIDTH, Picture, add_legend, add_title, axes_at, describe
 from spsim.plots.timeline import plot_before_after
 from spsim.studies.perturbation import PerturbedSteps
 from spsim.units import MS_PER_S
@@ -24,7 +24,7 @@ STYLES: Mapping[int, Literal["-", "--", ":"]] = {50: "-", 95: "--", 99: ":"}
 
 def plot_perturbed(found: PerturbedSteps) -> Figure:
     """Where nothing is drawn, the rank that explains most and one that waits for it, before and after."""
-    what = ", ".join(own.label for own in found.perturbations.perturbations)
+    what = ", ".join(found.scenario.perturbations.labels)
     title = f"{describe(found.before)}: {what}"
     if found.after is None:
         return _spread(found, title)
@@ -36,7 +36,7 @@ def plot_perturbed(found: PerturbedSteps) -> Figure:
 def _spread(found: PerturbedSteps, title: str) -> Figure:
     """Steps of all seeds as a histogram, with percentiles and the step without perturbations."""
     times = [MS_PER_S * time for time in found.step_s]
-    figure = Figure((WIDTH, HEIGHT))
+    figure = Picture(figsize=(WIDTH, HEIGHT))
     axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM - TOP)
     axes.hist(times, bins=max(FEWEST_BINS, round(len(times) ** 0.5)), color=SERIES[0])
     axes.grid(axis="y", color=GRID)

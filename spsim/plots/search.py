@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
@@ -14,9 +15,11 @@ from spsim.plots.figure import (
     POINTS,
     SMALL_SIZE,
     WIDTH,
+    Picture,
     add_legend,
     add_title,
     axes_at,
+    side_by_side,
     text_size,
 )
 
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
 LEFT, TOP, BOTTOM, HEIGHT = 0.8, 0.75, 0.95, 5.0
 GAP = 0.35
+ROW = 0.1
+"""Of the height of the axes, for a line of numbers."""
+BEYOND = 1.02
+"""Of the memory of a GPU, where the axis ends."""
 LINE = 0.21
 """Inches of a line of the list."""
 BEST, FRONT, OTHERS = COLOURS["gemm"], COLOURS["communication"], COLOURS["elementwise"]
@@ -36,7 +43,7 @@ def plot_front(search: PlanSearch) -> Figure:
     """
     names = [f"{number}  {own.name}" for number, own in enumerate(search.best, 1)]
     listed = max(text_size(name, LABEL_SIZE)[0] for name in names) / POINTS + GAP
-    figure = Figure(figsize=(WIDTH, TOP + HEIGHT + BOTTOM))
+    figure = Picture(figsize=(WIDTH, TOP + HEIGHT + BOTTOM))
     axes = axes_at(figure, LEFT, BOTTOM, WIDTH - LEFT - GAP - listed, HEIGHT)
     _scatter(axes, search)
     across, up = figure.get_size_inches()
@@ -57,20 +64,34 @@ def _scatter(axes: Axes, search: PlanSearch) -> None:
     axes.plot(*_places(rest), "o", color=OTHERS, markersize=4, zorder=2)
     axes.plot(*_places(front), "-o", color=FRONT, markersize=4, linewidth=1.4, drawstyle="steps-pre", zorder=3)
     axes.plot(*_places(best), "o", color=BEST, markersize=5, zorder=4)
-    for number, own in enumerate(best, 1):
-        axes.annotate(
-            str(number), (own.memory_gib, own.step_s), (3, 3), textcoords="offset points", size=LABEL_SIZE, color=BEST
-        )
+    _number(axes, best)
     room = float(best[0].row["capacity_gib"])
     axes.axvline(room, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
     axes.annotate(
         f"capacity {room:.1f} GiB", (room, 1), (-4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
         size=SMALL_SIZE, ha="right", va="top",
     )  # fmt: skip
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, BEYOND * room)
     axes.set_xlabel("memory of the fullest GPU (GiB)", size=SMALL_SIZE)
     axes.set_ylabel("time of a step (s)", size=SMALL_SIZE)
     axes.grid(color=GRID, linewidth=0.6)
+
+
+def _number(axes: Axes, best: Sequence[Found]) -> None:
+    """Numbers of the best plans in a line below all points, with a line to each."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - ROW * (high - low), high)
+    order = sorted(range(len(best)), key=lambda place: best[place].memory_gib)
+    room = float(best[0].row["capacity_gib"])
+    width = float(axes.get_position().width * axes.get_figure().get_figwidth()) * POINTS  # type: ignore[union-attr]
+    wanted = [best[place].memory_gib / (BEYOND * room) * width for place in order]
+    texts = [str(place + 1) for place in order]
+    middles = side_by_side(wanted, [text_size(text, LABEL_SIZE)[0] for text in texts], width / BEYOND)
+    for place, text, middle in zip(order, texts, middles, strict=True):
+        axes.annotate(
+            text, (best[place].memory_gib, best[place].step_s), (middle / width, 0.02), textcoords="axes fraction",
+            size=LABEL_SIZE, color=BEST, ha="center", arrowprops={"arrowstyle": "-", "color": BEST, "linewidth": 0.5},
+        )  # fmt: skip
 
 
 def _places(plans: list[Found]) -> tuple[list[float], list[float]]:

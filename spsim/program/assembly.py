@@ -18,6 +18,7 @@ from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program, next_ids
 from spsim.program.kernels import Attention
 from spsim.program.lowerings.chunks import lower_chunks
+from spsim.program.lowerings.head_slices import lower_heads
 from spsim.program.lowerings.offload import offload
 from spsim.program.lowerings.position_ids import gather_position_ids
 from spsim.program.lowerings.ring import lower_ring
@@ -57,9 +58,10 @@ def one_replica(plan: Plan) -> Plan:
 
 def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
-    ring = (plan.ring_kind, plan.ring_cut, plan.ring_gradients, plan.ring_messages) if plan.ring > 1 else ()
+    messages = plan.ring_gradients, plan.ring_messages, plan.heads_k_stride
+    ring = (plan.ring_kind, plan.ring_cut, *messages) if plan.ring > 1 else ()
     chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
-    again = plan.recompute_early_stop and plan.recompute != "none"
+    again = (plan.recompute_early_stop, plan.recompute_reentrant) if plan.recompute != "none" else ()
     moved = again, plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first
     exchanged = (plan.gathers_position_ids, plan.ulysses_gradients) if plan.ulysses > 1 else ()
     return *placed_by(plan), kind or usual_kind(plan), *moved, *exchanged, *ring
@@ -112,7 +114,7 @@ def layer_operators(
 
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
-    """The kinds of layers in a step, and the names of their blocks: `LAYER` is the first, with experts if there are any."""
+    """The kinds of layers in a step, and names of their blocks: `LAYER` is the first, of experts if there are any."""
     if plan.recompute_layers is None and not plan.cpu_offload_layers and not model.dense_layers:
         return {usual_kind(plan): LAYER}
     sizes = dict.fromkeys([(len(chunk.layers), dense_in(model, chunk.layers)) for chunk in all_chunks(model, plan)])
@@ -235,9 +237,10 @@ def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | No
         program = gather_position_ids(program, region)
     if plan.tp_overlap and plan.tp > 1:
         program = lower_chunks(program, region, plan.tp_scatter)
-    if plan.ring == 1 or plan.ring_kind == "all_gather":
+    if plan.ring == 1 or (plan.ring_kind == "all_gather" and plan.heads_k_stride is None):
         return program
+    lower = lower_heads if plan.ring_kind == "all_gather" else lower_ring
     for kernels in region.kernels.values():
         if isinstance(kernels, Attention):
-            program = lower_ring(program, plan, region.mesh, kernels, causal=causal)
+            program = lower(program, plan, region.mesh, kernels, causal=causal)
     return program

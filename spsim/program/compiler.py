@@ -30,6 +30,7 @@ from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import Layout, sent_bytes
 from spsim.program.recompute import LayerKind, Recomputed, needed, recomputed, usual_kind
 from spsim.program.region import Move, Region
+from spsim.program.rows import copies_before, copies_behind
 from spsim.program.saving import Saving
 from spsim.work import KernelClass, MemoryBound, Work
 
@@ -130,29 +131,29 @@ class _Compiler:
         read = tuple(dict.fromkeys([buffer.id for buffer in reads]))
         self.instructions.append(Compute(self._next(), operator, kind, part, work, read, tuple(writes)))
 
-    def _communicate(self, move: Move, tensor: str, have: Buffer, purpose: Purpose, operator: str) -> Buffer:
+    def _communicate(self, move: Move, tensor: Tensor, have: Buffer, purpose: Purpose, operator: str) -> Buffer:
         """One collective; an all-reduce works in place, a slice is a view."""
         collective = move.collective
         if collective is None:
             return have
-        rows = collective == "reduce_scatter" and move.axis == "tp" and self.plan.batch_first
-        if (rows and not self.plan.tp_overlap) or move.sorts == "before":
-            have = self._in_rows(have, tensor)
+        if copies_before(self.plan, move) or move.sorts == "before":
+            have = self._copy(have, tensor)
         in_place = have.id if collective == "all_reduce" else None
         buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
         self.instructions.append(
             Communication(
-                self._next(), operator, tensor, move.axis, collective, move.ranks, move.message_bytes,
+                self._next(), operator, tensor.name, move.axis, collective, move.ranks, move.message_bytes,
                 move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
             )
         )  # fmt: skip
-        return self._in_rows(buffer, tensor) if move.sorts == "after" else buffer
+        copied = copies_behind(self.plan, move, tensor, self.region.mesh) or move.sorts == "after"
+        return self._copy(buffer, tensor) if copied else buffer
 
-    def _in_rows(self, have: Buffer, tensor: str) -> Buffer:
-        """A copy whose parts follow each other as a reduce-scatter cuts them, or as the experts of a rank take them."""
+    def _copy(self, have: Buffer, tensor: Tensor) -> Buffer:
+        """In another order of dimensions, or of the tokens of experts."""
         copy = self._buffer(have.tensor, have.bytes)
         work = MemoryBound("elementwise", 2 * have.bytes, "copy")
-        self._compute(f"{tensor} copy", "elementwise", self.part, (work,), [have], [copy])
+        self._compute(f"{tensor.name} copy", "elementwise", self.part, (work,), [have], [copy])
         return copy
 
     def _fetch(
@@ -163,7 +164,7 @@ class _Compiler:
         for move in self.region.moves(tensor, source, target):
             key = (tensor.name, move.target, generation)
             if key not in self.values:
-                self.values[key] = self._communicate(move, tensor.name, have, purpose, op)
+                self.values[key] = self._communicate(move, tensor, have, purpose, op)
             have = self.values[key]
         return have
 
@@ -247,7 +248,7 @@ class _Compiler:
         for exit_ in self.region.exits:
             self._collect_gradient(exit_)
         for op in reversed(self.operators):
-            self._recompute_for(op.name)
+            self._recompute_for(op.name, discarded=not (self.plan.recompute_reentrant or op.saved))
             self._run_backward(op)
             for operand in self._in_turn(op):
                 if self.plan.input_gradients == "each":
@@ -261,9 +262,9 @@ class _Compiler:
         reverse = over_ulysses and self.plan.ulysses_gradients == "reverse"
         return op.differentiated[::-1] if reverse else op.differentiated
 
-    def _recompute_for(self, operator: str) -> None:
-        """What has to run again before an operator gets the gradient of its output."""
-        for own in [own for own in self.to_recompute if operator in own.before]:
+    def _recompute_for(self, operator: str, *, discarded: bool = False) -> None:
+        """What has to run again before an operator gets the gradient of its output; or of it what was discarded."""
+        for own in [own for own in self.to_recompute if operator in own.before and own.discards >= discarded]:
             self.to_recompute = tuple([other for other in self.to_recompute if other is not own])
             self.part = "recompute"
             self._recompute(own)
@@ -366,7 +367,7 @@ class _Compiler:
 
     def _collect_gradient(self, tensor: Tensor) -> None:
         """The gradient of a tensor as its producer needs it."""
-        self._recompute_for(self.region.producers[tensor.name])
+        self._recompute_for(self.region.producers[tensor.name], discarded=not self.plan.recompute_reentrant)
         self._move_gradient(tensor)
         ((_, self.collected[tensor.name]),) = self.gradients.pop(tensor.name)
 
@@ -380,7 +381,7 @@ class _Compiler:
         for layout, buffers in groups.items():
             total = self._sum(tensor, layout, buffers)
             for move in self.region.moves(tensor.gradient, layout, required, backward=True):
-                total = self._communicate(move, tensor.name, total, "gradient", producer)
+                total = self._communicate(move, tensor, total, "gradient", producer)
             moved.append(total)
         self.gradients[tensor.name] = [(required, self._sum(tensor, required, moved))]
 

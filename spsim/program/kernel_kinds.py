@@ -40,12 +40,12 @@ class Separate(Kernels):
 
     def _work(self, launch: Launch) -> MemoryBound:
         """A kernel with fp32 tensors takes the rates of fp32."""
-        result, given = self.placed.outputs[0], self.placed.inputs[0].tensor
-        of_result = launch.narrow * given.itemsize + launch.wide * FP32_BYTES + launch.masks
+        result, given = self.placed.outputs[0], self.placed.inputs[0]
+        of_result = launch.narrow * given.tensor.itemsize + launch.wide * FP32_BYTES + launch.masks
         in_rows = result.elements // self._product(self.operator.mixes) if launch.rows else 0
         return MemoryBound(
             launch.kind,
-            math.ceil(result.elements * of_result) + launch.rows * FP32_BYTES * in_rows,
+            math.ceil(result.elements * of_result) + launch.inputs * given.bytes + launch.rows * FP32_BYTES * in_rows,
             launch.kernel,
             launch.gradient,
             self.row,

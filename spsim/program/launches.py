@@ -18,6 +18,8 @@ class Launch(NamedTuple):
     """Tensors of the size of the result that it reads or writes, in the type of the operator's input;"""
     wide: int = 0
     """in fp32;"""
+    inputs: int = 0
+    """of the size of the operator's input, where that is another;"""
     masks: int = 0
     """of one byte an element."""
     rows: int = 0

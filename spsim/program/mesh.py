@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
 Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding", "experts"]
 AXES: tuple[Axis, ...] = get_args(Axis)[:-2]
-"""Mesh axes, outer to inner: consecutive ranks differ in tp, and stages of a pipeline follow each other. Inside dp have
-axes of their own, where they are not all replicas: those that share one copy of what is sharded (shard), and those over
-which experts are spread (ep). The last two are no axes of the grid: `embedding` are the two ends of pp, which hold
-tied embeddings, `experts` all ranks over which experts are spread, where these lie along several axes.
+"""Mesh axes, outer to inner unless a plan orders them otherwise: consecutive ranks differ in tp, and stages of a
+pipeline follow each other. Inside dp have axes of their own, where they are not all replicas: those that share one copy
+of what is sharded (shard), and those over which experts are spread (ep). The last two are no axes of the grid:
+`embedding` are the two ends of pp, which hold tied embeddings, `experts` all ranks over which experts are spread, where
+these lie along several axes.
 """
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of degree above 1, outer to inner; an axis of degree 1 changes nothing and is left out.
+    """The axes of degree above 1, in the order of `AXES`; an axis of degree 1 changes nothing and is left out.
 
     Ranks are numbered row by row, so that a group lies on a lattice: its first rank, and a stride and a count for
     each of its axes. Nothing here costs more for more ranks than it returns.
     """
 
     degrees: Mapping[Axis, int]
+    order: tuple[Axis, ...] = AXES
+    """Axes from the outermost to the innermost: how ranks are numbered."""
+    within: Mesh | None = None
+    """The mesh of which it has some axes and whose ranks it numbers: those at the first place of all other axes."""
     expert_axes: tuple[Axis, ...] = ()
     """Along which experts are spread, beside ep."""
     axes: tuple[Axis, ...] = field(init=False)
@@ -55,8 +61,23 @@ class Mesh:
     @lazy
     def strides(self) -> dict[Axis, int]:
         """Distance of neighbours along each axis."""
-        degrees = [self.degree(axis) for axis in AXES]
-        return {axis: math.prod(degrees[place + 1 :]) for place, axis in enumerate(AXES)}
+        if self.within is not None:
+            return self.within.strides
+        degrees = [self.degree(axis) for axis in self.order]
+        return {axis: math.prod(degrees[place + 1 :]) for place, axis in enumerate(self.order)}
+
+    def without(self, axis: Axis) -> Mesh:
+        """The ranks at the first place of an axis, under the same numbers."""
+        return Mesh(
+            {own: degree for own, degree in self.degrees.items() if own != axis}, self.order, self, self.expert_axes
+        )
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of all its ranks."""
+        ranks = range(self.ranks)
+        last = sum((count - 1) * stride for stride, count in self.steps(self.axes))
+        return ranks if last < self.ranks else [*self._lattice(self.axes)]
 
     @property
     def ranks(self) -> int:
@@ -98,10 +119,13 @@ class Mesh:
 
     def steps(self, axes: Sequence[Axis]) -> list[tuple[int, int]]:
         """Distance and number of the ranks of a group along each of some axes, outer to inner."""
-        names = [axis for name in axes for axis in (self.of_experts if name == "experts" else (name,))]
-        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in names]
-        ends = self.strides["pp"] * (self.degree("pp") - 1), self.degree("embedding")
-        return [ends, *own] if "embedding" in axes else own
+        names = self.own(axes)
+        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in names and axis != "pp"]
+        if "pp" in axes:
+            own.append((self.strides["pp"], self.degree("pp")))
+        if "embedding" in axes:
+            own.append((self.strides["pp"] * (self.degree("pp") - 1), self.degree("embedding")))
+        return sorted(own, reverse=True)
 
 
 def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | None = None) -> int:
@@ -111,12 +135,19 @@ def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | 
     only `ranks` neighbours of a group take part (replicated KV heads), their part of its nodes.
     """
     # Where a group lies in its first node is all that tells one from another.
-    starts = {0}
-    for axis in set(mesh.axes) - set(mesh.own(axes)):
-        places = range(min(mesh.degree(axis), gpus_per_node))
-        starts = {(start + place * mesh.strides[axis]) % gpus_per_node for start in starts for place in places}
+    along = set(mesh.own(axes))
+    starts = places_in_node([(mesh.strides[a], mesh.degree(a)) for a in mesh.axes if a not in along], gpus_per_node)
     spanned = max(_nodes(start, tuple(mesh.steps(axes)), gpus_per_node) for start in starts)
     return spanned if ranks is None else -(-spanned * ranks // mesh.size(axes))
+
+
+def places_in_node(lattice: Collection[tuple[int, int]], gpus_per_node: int) -> set[int]:
+    """Where in their node the ranks of a lattice of (stride, count) are."""
+    starts = {0}
+    for stride, count in lattice:
+        places = range(min(count, gpus_per_node))
+        starts = {(start + place * stride) % gpus_per_node for start in starts for place in places}
+    return starts
 
 
 def _nodes(start: int, lattice: tuple[tuple[int, int], ...], per_node: int) -> int:
@@ -141,17 +172,25 @@ def _nodes(start: int, lattice: tuple[tuple[int, int], ...], per_node: int) -> i
 
 
 def mesh_of(plan: Plan) -> Mesh:
-    """The mesh of one pipeline stage of a plan."""
-    inner: dict[Axis, int] = {"ring": plan.ring, "ulysses": plan.ulysses, "tp": plan.tp}
-    if plan.ep > 1:
-        own = plan.expert_replicas
-        return Mesh({"dp": plan.dp // own, "ep": own, **inner}, plan.expert_axes)
-    if plan.shard_group is None or plan.shard_group == plan.dp:
-        return Mesh({"dp": plan.dp, **inner})
-    return Mesh({"dp": plan.dp // plan.shard_group, "shard": plan.shard_group, **inner})
+    """The mesh of one pipeline stage of a plan: of the first, where ranks are numbered over all stages."""
+    return world_of(plan).without("pp")
 
 
 def world_of(plan: Plan) -> Mesh:
-    """All ranks of a plan: stage after stage."""
-    stage = mesh_of(plan)
-    return Mesh({"pp": plan.pp, **stage.degrees}, stage.expert_axes)
+    """All ranks of a plan, in the order that it gives its axes; what is sharded is so over neighbours along dp, and so
+    are experts spread.
+    """
+    shard = plan.shard_group if plan.shard_group and plan.shard_group < plan.dp else 1
+    spread = plan.expert_replicas
+    degrees: dict[Axis, int] = {
+        "pp": plan.pp, "dp": plan.dp // shard // spread, "shard": shard, "ep": spread, "ring": plan.ring,
+        "ulysses": plan.ulysses, "tp": plan.tp,
+    }  # fmt: skip
+    return Mesh(degrees, _order_of(plan.mesh_order), expert_axes=plan.expert_axes)
+
+
+@lru_cache
+def _order_of(words: str) -> tuple[Axis, ...]:
+    """Mesh axes from the outermost to the innermost; what divides dp stays inside it."""
+    parts: dict[str, tuple[Axis, ...]] = {"dp": ("dp", "shard", "ep")}
+    return tuple(axis for word in reversed(words.split("-")) for axis in parts.get(word, (cast("Axis", word),)))

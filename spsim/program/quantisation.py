@@ -15,40 +15,53 @@ from spsim.program.recipes import Cast, Recipe
 
 
 def quantised(operators: Sequence[Operator], recipe: Recipe) -> tuple[Operator, ...]:
-    """The operators of a block with the casts of a recipe; products that it does not name stay as they are."""
+    """The operators of a block with the casts of a recipe; products that it does not name stay as they are. What
+    several read is cast once, before the first (`PrepareFloat8ModuleInput` of torchao).
+    """
     found: dict[str, Operator] = {}
     makers: dict[str, Operator] = {}
+    casts: dict[str, Tensor] = {}
     for op in operators:
         if op.kind == "gemm" and op.name in recipe.operators and op.weights:
-            maker = makers.get(op.activations[0].tensor.name)
-            found |= {operator.name: operator for operator in _around(op, recipe, maker)}
+            x = op.activations[0].tensor
+            around = _around(op, recipe, makers.get(x.name), casts.get(x.name))
+            found |= {operator.name: operator for operator in around}
+            casts.setdefault(x.name, _cast_for(op, recipe))
         else:
             found[op.name] = op
         makers |= {output.tensor.name: op for output in op.outputs}
     return tuple(found.values())
 
 
-def _around(op: Operator, recipe: Recipe, maker: Operator | None) -> Iterator[Operator]:
-    """A product between the casts of its input and of the gradients of its outputs; the norm that makes its input, if
-    that casts.
-    """
+def _cast_for(op: Operator, recipe: Recipe) -> Tensor:
+    """The input of a product, cast."""
+    x = op.activations[0].tensor
+    return x._replace(name=f"{op.name}_input", itemsize=recipe.itemsize, gradient_itemsize=x.itemsize)
+
+
+def _around(op: Operator, recipe: Recipe, maker: Operator | None, known: Tensor | None) -> Iterator[Operator]:
+    """A product between the casts of its input, unless that is `known`, and of the gradients of its outputs."""
     (given,) = op.activations
-    x = given.tensor
-    casting = x._replace(name=f"{op.name}_input", itemsize=recipe.itemsize, gradient_itemsize=x.itemsize)
-    again = op.name in recipe.keeps_input
-    of_norm = maker is not None and maker.kind == "norm"
-    if maker is not None and of_norm and recipe.norm == "casts":
-        yield replace(maker, outputs=tuple(o._replace(tensor=casting) if o.tensor == x else o for o in maker.outputs))
-    else:
-        yield Operator(
-            name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(casting),),
-            passthrough=frozenset({x.name}), cast=Cast(recipe, "input", of_norm, rows_only=again),
-        )  # fmt: skip
+    casting, again = known or _cast_for(op, recipe), op.name in recipe.keeps_input
+    if known is None:
+        yield _caster(op, casting, recipe, maker, again=again)
     product, made = _product(op, given, casting, recipe, again=again)
     yield product
     yield Operator(
         name=f"{op.name}_gradient_cast", kind="cast", inputs=tuple(map(_plain, made)),
         outputs=tuple(_plain(o.tensor) for o in op.outputs), cast=Cast(recipe, "gradient"),
+    )  # fmt: skip
+
+
+def _caster(op: Operator, casting: Tensor, recipe: Recipe, maker: Operator | None, *, again: bool) -> Operator:
+    """What makes the cast input of a product: the norm that makes the input, if it casts, else a cast."""
+    x = op.activations[0].tensor
+    of_norm = maker is not None and maker.kind == "norm"
+    if maker is not None and of_norm and recipe.norm == "casts":
+        return replace(maker, outputs=tuple(o._replace(tensor=casting) if o.tensor == x else o for o in maker.outputs))
+    return Operator(
+        name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(casting),),
+        passthrough=frozenset({x.name}), cast=Cast(recipe, "input", of_norm, rows_only=again),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Literal, cast
 from spsim.inputs.workload import Precision, Workload
 from spsim.work import OPERAND_BYTES
 
-LINEARS = frozenset({"qkv", "projection", "fc1", "fc2"})
+LINEARS = frozenset({"qkv", "q", "k", "v", "projection", "fc1", "gate", "up", "fc2"})
 SIXTEEN_BITS = "bf16"
 """The type of all else."""
 HALF = 2

@@ -34,9 +34,11 @@ WORD = 16
 """Bytes of one coefficient, K = 128 bits; half of them stay empty, which tells a polynomial from what is none."""
 
 
-def every_workload(unit: int, precision: Precision = "bf16") -> Workload:
-    """The workload to compile for a `Template`; `unit` divides every sequence length that the plan admits."""
-    x, b = 1 << 8 * WORD, 1 << 3 * 8 * WORD
+def every_workload(unit: int, precision: Precision = "bf16", *, single: bool = False) -> Workload:
+    """The workload to compile for a `Template`; `unit` divides every sequence length that the plan admits. Programs of
+    a `single` sequence may be others than those of several.
+    """
+    x, b = 1 << 8 * WORD, 1 if single else 1 << 3 * 8 * WORD
     return Workload.model_construct(seq_len=unit * x, micro_batch=b, precision=precision)
 
 

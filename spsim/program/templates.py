@@ -1,4 +1,7 @@
-"""The program of a layer for every workload, made once for all plans that share it."""
+"""The program of a layer for every workload, made once for all plans that share it.
+
+Where programs of a `single` sequence are others (`rules.is_single`), for those.
+"""
 
 from __future__ import annotations
 
@@ -35,35 +38,37 @@ def dealt_among(model: Model) -> int:
     return model.experts // gcd(model.experts, model.experts_per_token)
 
 
-def layer_template(model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None) -> Template:
+def layer_template(
+    model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None, *, single: bool = False
+) -> Template:
     """The program of one layer, or of a unit of layers, for every workload of a precision."""
-    unit, kind = sequence_unit(model, plan), kind or usual_kind(plan)
-    key = (layer_key(model, plan, kind), precision)
-    every, divisor = every_workload(unit * dealt_among(model), precision), dealt_among(model)
+    unit, kind, divisor = sequence_unit(model, plan), kind or usual_kind(plan), dealt_among(model)
+    key = (layer_key(model, plan, kind), precision, single)
+    every = every_workload(unit * divisor, precision, single=single)
     return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit, divisor))
 
 
-def layers_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
+def layers_template(model: Model, plan: Plan, precision: Precision = "bf16", *, single: bool = False) -> Template:
     """The programs of the layers of a step, of each kind, for every workload of a precision."""
     kinds, unit = kinds_of_layers(model, plan), sequence_unit(model, plan)
     first, *others = kinds
     if not others:
-        return layer_template(model, plan, precision, first)
+        return layer_template(model, plan, precision, first, single=single)
     divisor = dealt_among(model)
-    every = every_workload(unit * divisor, precision)
+    every = every_workload(unit * divisor, precision, single=single)
     programs = {kinds[kind]: compile_layer(model, plan, every, kind) for kind in others}
     return Template(compile_layer(model, plan, every, first), unit, divisor, others=programs)
 
 
-def step_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:
+def step_template(model: Model, plan: Plan, precision: Precision = "bf16", *, single: bool = False) -> Template:
     """The programs of embedding, layer and head for every workload of a precision."""
     unit, divisor = sequence_unit(model, plan), dealt_among(model)
 
     def compiled() -> Template:
-        programs = compile_step(model, plan, every_workload(unit * divisor, precision))
+        programs = compile_step(model, plan, every_workload(unit * divisor, precision, single=single))
         return Template(programs.pop(LAYER), unit, divisor, others=programs)
 
-    return _templates.get((*step_key(model, plan), unit, precision), compiled)
+    return _templates.get((*step_key(model, plan), unit, precision, single), compiled)
 
 
 def embedding_template(model: Model, plan: Plan, precision: Precision = "bf16") -> Template:

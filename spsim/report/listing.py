@@ -62,11 +62,15 @@ def model_table() -> Table:
     return made
 
 
+def _settings(options: Mapping[str, Any]) -> str:
+    return ", ".join(setting(option, value) for option, value in options.items())
+
+
 def library_table() -> Table:
     """The libraries whose implementation a plan may be, with what they do otherwise than Megatron-Core."""
     made = table("Libraries: library=NAME in a plan", ["library", "version", "options of a plan, unless given"])
     for name, record in LIBRARIES.items():
-        options = ", ".join(setting(option, value) for option, value in record.options.items())
+        options = _settings(record.options) + (f"; with pp {_settings(record.staged)}" if record.staged else "")
         made.add_row(name, record.version, options or "the defaults of spsim list plans")
     return made
 
@@ -83,6 +87,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
     "ep": "GPUs that experts are spread over: those of tp, ulysses and ring, and replicas",
     "expert_tp": "GPUs that share an expert: tp unless given, or 1",
+    "heads_k_stride": "KV heads that ring_kind=all_gather gathers at once, behind attention of those before",
     "pp": "pipeline stages",
     "virtual_pp": "chunks of layers that each stage holds: above 1 the schedule is interleaved",
     "pp_schedule": "order of passes on the stages, as torch.distributed.pipelining calls them",
@@ -92,10 +97,12 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "pp_overlap": "messages between stages behind passes; where virtual_pp is above 1 unless given",
     "pp_warmup_flush": "and those of warm-up and cool-down, too",
     "pp_deallocate": "free the output of a stage once it is sent",
+    "mesh_order": "axes in the order in which ranks are numbered, those that share nodes first",
     "dp": "replicas",
     "distributed_optimizer": "optimizer state sharded over dp x ulysses x ring: ZeRO stage 1",
     "zero": "ZeRO stage: sharded are the optimizer (1), gradients too (2), parameters too (3)",
     "dp_library": "whose buckets and collectives synchronise replicas",
+    "fsdp_ends": "embedding, and norm with output, sharded with the root of FSDP, or as units of their own",
     "shard_group": "replicas that share one copy of what is sharded: HSDP; all unless given",
     "bucket_elements": "elements at which a bucket of gradients is closed; as the library does unless given",
     "grad_dtype": "in which gradients are accumulated and reduced",
@@ -106,6 +113,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "recompute": "recompute core attention (selective) or the layer (full) in the backward pass",
     "recompute_layers": "layers of each chunk that are recomputed (block), or layers of a unit (uniform)",
     "recompute_early_stop": "recompute up to the last tensor that the backward pass reads, as torch does",
+    "recompute_reentrant": "recompute once the gradient is there, or when the backward pass first reads what is not",
     "recompute_method": "the first layers of a chunk, or units of layers of which the input is kept",
     "recompute_modules": "modules that selective recomputes: core_attn, mlp, moe, layernorm, …, as core_attn+mlp",
     "cpu_offload_layers": "layers whose activations wait in host memory",
@@ -123,7 +131,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ulysses_few_kv_heads": "with fewer KV heads than ulysses: K and V replicated, a head on each rank, or refused",
     "ulysses_gradients": "order in which gradients of q, k and v go back over ulysses: q first, or v first (DeepSpeed)",
     "gathers_position_ids": "position ids gathered over ulysses in every layer, as DeepSpeed's ALST does",
-    "batch_first": "activations [b, s, h], as torchtitan has them: copied before each reduce-scatter of a sequence",
+    "batch_first": "activations [b, s, h], as torchtitan has them: copied around collectives",
 }
 """What each option of a plan means."""
 

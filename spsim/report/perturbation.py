@@ -19,7 +19,7 @@ MOST_ROWS = 8
 def summary(found: PerturbedSteps) -> Table:
     """The step with and without perturbations."""
     scenario = found.scenario
-    what = ", ".join(own.label for own in found.perturbations.perturbations)
+    what = ", ".join(scenario.perturbations.labels)
     title = f"{scenario.model.name} on {scenario.hardware.name}: {scenario.plan.label}, {gpus(found.before)}; {what}"
     made = table(title, ["quantity", "value", "of"], numbers=["value"])
     for row in _rows(found):

@@ -46,15 +46,19 @@ def _ahead(pair: Difference) -> str:
     return f"{signed(change / PS_PER_S, 3)} s{tie}. {why}"
 
 
+def count_of(plans: int) -> str:
+    """Such as `1 plan`."""
+    return f"{plans} plan{'' if plans == 1 else 's'}"
+
+
 def lines(search: PlanSearch) -> Iterable[str]:
     """How many plans there are, what became of them, and which of the best are no better than others."""
     count, first = search.counts, search.best[0]
     simulated = len(search.rows)
     yield (
-        f"{len(search.candidates)} plans: {count[CANNOT_FIT]} cannot fit and {count[CANNOT_WIN]} can be neither among "
-        f"the best nor on the front, by their bounds; {simulated} simulated, of which {count[TOO_LARGE]} do not fit"
-        + (f" and {count[FAILED]} cannot be simulated" if count[FAILED] else "")
-        + "."
+        f"{count_of(len(search.candidates))}: {count[CANNOT_FIT]} cannot fit and {count[CANNOT_WIN]} can be neither "
+        f"among the best nor on the front, by their bounds; {simulated} simulated, of which {count[TOO_LARGE]} do not "
+        "fit" + (f" and {count[FAILED]} cannot be simulated" if count[FAILED] else "") + "."
     )
     if search.refused:
         rule = max(search.refused, key=lambda own: search.refused[own])
@@ -68,6 +72,6 @@ def lines(search: PlanSearch) -> Iterable[str]:
         )
     least = search.front[-1]
     yield (
-        f"Front of time and memory: {len(search.front)} plans, down to {least.memory_gib:.1f} GiB with a step of "
+        f"Front of time and memory: {count_of(len(search.front))}, down to {least.memory_gib:.1f} GiB with a step of "
         f"{time(least.step_s)} under {least.name}."
     )

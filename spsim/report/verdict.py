@@ -28,7 +28,8 @@ def _alone(account: PlanAccount) -> str:
     known = result.error_band.step_time_percent if result.error_band else None
     percent = known if known is not None else result.prior_band.percent if result.prior_band else None
     sure = "" if percent is None else f" (±{percent:.1f} %)"
-    return f"Under {account.name} a step takes {time(result.step_time_s)}{sure} and {_room(result)}."
+    where = "On one GPU" if result.scenario.plan.gpus == 1 else f"Under {account.name}"
+    return f"{where} a step takes {time(result.step_time_s)}{sure} and {_room(result)}."
 
 
 def _room(result: Result) -> str:

@@ -58,7 +58,7 @@ class Call:
     algorithm: str
     """Of several nodes, between them."""
     channels: int | None
-    """Of NCCL, for one send; None for other collectives, and where the profile has a curve."""
+    """Of NCCL, an SM each, for the collective or one send; None where they are not known, and of a step of another."""
     time_s: float
     """From a framework, once all ranks are there and nothing else moves; of sends in one group call the mean."""
     gb_per_s: float
@@ -84,13 +84,10 @@ def calls(result: Result) -> tuple[Call, ...]:
         timed_as = step_of or collective
         times = [message.time(costs) for message in own]
         time = times[0] if len(own) == 1 else float(np.average(times, weights=[*own.values()]))
-        found.append(
-            Call(
-                collective, axis, ranks, nodes, size, own.total(), costs.algorithm(timed_as, size, ranks, nodes),
-                costs.channels(timed_as, size, ranks, nodes), time, sent_bytes(collective, size, ranks) / time / GB,
-                step_of,
-            )
-        )  # fmt: skip
+        algorithm = costs.algorithm(timed_as, size, ranks, nodes)
+        channels = None if step_of else costs.channels(timed_as, size, ranks, nodes)
+        rate = sent_bytes(collective, size, ranks) / time / GB
+        found.append(Call(collective, axis, ranks, nodes, size, own.total(), algorithm, channels, time, rate, step_of))
     return tuple(found)
 
 

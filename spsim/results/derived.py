@@ -11,6 +11,7 @@ from spsim.engine.recording import TaskInfo
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.inputs.scenario import Network
 from spsim.inputs.workload import product_type
 from spsim.lazy import lazy
 from spsim.program.operators import TensorKind
@@ -38,6 +39,8 @@ class Simulated(Protocol):
     def plan(self) -> Plan: ...
     @property
     def workload(self) -> Any: ...
+    @property
+    def network(self) -> Network: ...
     @property
     def num_micro_batches(self) -> int: ...
     @property

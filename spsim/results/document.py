@@ -59,4 +59,5 @@ def document(result: Result) -> dict[str, Any]:
         "prior_band": None if result.prior_band is None else asdict(result.prior_band),
         "far_off": [asdict(part) for part in result.far_off],
         "notes": list(result.notes),
+        **({"perturbations": list(result.perturbations)} if result.perturbations else {}),
     }

@@ -63,6 +63,8 @@ class Result(Derived):
     """Where the step has several pipeline stages."""
     sends: Sequence[int] = (0, 0)
     """Messages of the first of them to others in a step, and bytes of each."""
+    perturbations: Sequence[str] = ()
+    """What perturbs the step, in words."""
 
     @property
     def unknown(self) -> frozenset[str]:
@@ -345,6 +347,12 @@ class Result(Derived):
         from spsim import plots
 
         return plots.saved(plots.plot_steps({self.scenario.plan.label: self}), path)
+
+    def plot_mapping(self, path: str | Path | None = None) -> Figure:
+        """Which ranks share which links, written where a path is given; see `plots.plot_mapping`. Of a `Scenario`."""
+        from spsim import plots
+
+        return plots.saved(plots.plot_mapping(self.scenario), path)  # type: ignore[arg-type]
 
     def plot_pipeline(self, path: str | Path | None = None) -> Figure:
         """Passes of the stages, written where a path is given; see `plots.plot_pipeline`."""

@@ -15,7 +15,8 @@ from spsim.costs.kernels import ComputeCost
 from spsim.costs.models import compute_cost, cost_models
 from spsim.costs.static_memory import capacity, outside_tensors
 from spsim.engine.pieces import end_of
-from spsim.inputs.hardware import CollectiveCurve, HardwareProfile
+from spsim.inputs.collective_curves import CollectiveCurve
+from spsim.inputs.hardware import HardwareProfile
 from spsim.program.instructions import Communication, Compute
 from spsim.program.mesh import nodes_of
 from spsim.step.costed import costed_step
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Costs = tuple[ComputeCost, CommCost]
 Costed = Step | CostedPipeline
-COMMUNICATION = ("collective", "sends", "adapter_chunk")
+COMMUNICATION = ("collective", "sends", "between_nodes", "adapter_chunk")
 """How coefficients of collectives begin."""
 SHARE = 0.2
 """By which coefficients are changed, down and up."""
@@ -50,9 +51,12 @@ class Effect:
 
 def known_effects(result: Result) -> dict[str, Effect | None] | None:
     """What each assumed or inherited coefficient does to a result, largest first, without those that do nothing, and
-    None for those that are no number; None for all where the step is too long to be walked again for each.
+    None for those that are no number; None for all where the step is not walked again for each: it is long, or not
+    folded, as on a network and with ranks of stages that differ.
     """
-    if result.events > MOST_TASKS or (result.scenario.plan.pp > 1 and result.staged is None):
+    own = result.scenario
+    folded = own.network == "closed_form" and (own.plan.pp == 1 or result.staged is not None)
+    if result.perturbations or result.events > MOST_TASKS or not folded:
         return None
     return effects(result, unmeasured_inputs(result))
 

@@ -21,7 +21,7 @@ def stage_peaks(result: Result) -> list[Spot]:
     static = {rank: own.total for rank, own in result.statics.items()}
     found: dict[int, Spot] = {}
     for rank in sorted(trace.copies):
-        stage, peak = rank * plan.pp // plan.gpus, metrics.peak_of(trace, rank, static[rank])
+        stage, peak = result.prepared.world.coordinate(rank, "pp"), metrics.peak_of(trace, rank, static[rank])
         if stage not in found or peak.bytes > found[stage].bytes:
             operator = None if peak.task is None else result.task_name(peak.task)
             found[stage] = Spot(stage, rank, peak.bytes, operator)

@@ -48,10 +48,10 @@ class OfStages(Mapping[int, T]):
     """The kind of each stage."""
     ranks: Collection[int]
     stride: int
-    """Ranks of a stage."""
+    """From a rank to its counterpart on the next stage."""
 
     def __getitem__(self, rank: int) -> T:
-        return self.kinds[self.kind_of[rank // self.stride]]
+        return self.kinds[self.kind_of[rank // self.stride % len(self.kind_of)]]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.ranks)

@@ -136,7 +136,9 @@ class Account:
         if key not in self._collectives:
             nodes = nodes_of(self.prepared.world, axes, self.gpus_per_node, ranks)
             paths = self.comm.coefficients_of(collective, nodes)
-            self._collectives[key] = tuple(path for path in paths if path.startswith(("collectives.", "sends.")))
+            self._collectives[key] = tuple(
+                path for path in paths if path.startswith(("collectives.", "sends.", "between_nodes."))
+            )
         return self._collectives[key]
 
     def flagged(self) -> tuple[str, ...]:

@@ -37,6 +37,8 @@ class Parameter(NamedTuple):
     """As it rests, where Megatron gathers it so; else of the type of weights."""
     spread: bool = False
     """Of experts that are spread over ranks, so that fewer replicas hold it."""
+    summed_over: int = 0
+    """Ranks of tp of which each has a summand of its gradient."""
 
 
 class Bucket(NamedTuple):

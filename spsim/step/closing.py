@@ -30,7 +30,7 @@ from spsim.program.instructions import Program
 from spsim.program.mesh import Axis, Mesh
 from spsim.step.gradients import NORM, Sync, gradient_syncs, read_again
 from spsim.step.groups import Groups, meets, sync_of
-from spsim.step.replicas import Message, Synchronisation
+from spsim.step.messages import Message, Synchronisation
 from spsim.step.segments import Call, Segment
 from spsim.work import KernelName, MemoryBound
 
@@ -182,7 +182,7 @@ def replica_closings(
     def syncs(messages: Iterable[Message]) -> list[Sync]:
         return [sync_of(message, groups) for message in messages if meets(message, groups)]
 
-    reductions = () if sync.behind_backward else syncs(message for row in sync.reductions for message in row)
+    reductions = () if sync.behind_backward else syncs(m for own in sync.reductions for m in own.messages)
     shared = syncs(message for message in sync.before_update if message.group == "embedding")
     sums = (*reductions, *others, *shared)
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []

@@ -17,6 +17,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import HALVED
 from spsim.lazy import Deferred
 from spsim.program.instructions import LAYER
+from spsim.program.mesh import Mesh, places_in_node
 from spsim.program.sizes import Numbers
 from spsim.step.closing import PARAMETER_GATHER
 from spsim.step.ending import Times
@@ -27,6 +28,7 @@ from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.messages import Stages as MessageStages
 from spsim.step.pipelined import Closed, Messages, Pipelined, run_pipeline
 from spsim.step.preparation import PreparedStep
+from spsim.step.sharing import Sharing
 from spsim.step.stages import Stages
 from spsim.step.unfolded_pipeline import PerturbedStages, Unfolded, unfold_pipeline
 from spsim.units import picoseconds
@@ -44,15 +46,22 @@ class CostedPipeline(NamedTuple):
 
     def folded(self) -> Pipelined:
         """Passes run once; ranks of a stage have to be alike."""
-        stride = self.prepared.mesh.ranks
+        stride = self.prepared.mesh.strides["pp"]
         return run_pipeline(
             self.prepared.chunk_passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride
         )
 
-    def unfolded(self, perturbed: Perturbed | None = None, empty: CostedPipeline | None = None) -> Unfolded:
+    def unfolded(
+        self, perturbed: Perturbed | None = None, empty: CostedPipeline | None = None, sharing: Sharing | None = None
+    ) -> Unfolded:
         """As one program of each simulated rank of each stage; some may be perturbed, for which the step with `empty`
-        messages has to be known.
+        messages has to be known, and transfers share links, if their `sharing` is given.
         """
+        if (self.closed.reductions or self.closed.gathers) and sharing is not None:
+            raise InputError(
+                "network = 'flows' with pp and dp_overlap, DDP or FSDP: collectives of replicas beside passes of "
+                "several stages share no links; use network = 'closed_form', pp = 1, or leave it out"
+            )
         if self.closed.reductions or self.closed.gathers:
             raise InputError(
                 "dp_overlap, DDP or FSDP with pp: collectives of replicas beside passes are simulated with folded "
@@ -63,7 +72,15 @@ class CostedPipeline(NamedTuple):
         whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
         unlike = PerturbedStages(perturbed, self.prepared, empty.timed) if perturbed and empty else None
         return unfold_pipeline(
-            self.prepared.chunk_passes, self.stages, whole, self.step, self.messages, self.closed, ranks, unlike
+            self.prepared.chunk_passes,
+            self.stages,
+            whole,
+            self.step,
+            self.messages,
+            self.closed,
+            ranks,
+            unlike,
+            sharing,
         )
 
     @property
@@ -84,7 +101,7 @@ class CostedPipeline(NamedTuple):
         outline = piece.recording.outline
         made = self.prepared.closing_of(outline)
         if made is not None:
-            stage = next(iter(piece.recording.times)) // self.prepared.mesh.ranks
+            stage = self.prepared.world.coordinate(next(iter(piece.recording.times)), "pp")
             return made.infos(self.closed.messages[self.closed.kind_of[stage]])
         return [info._replace(micro_batch=piece.micro_batch) for info in outline.labels]
 
@@ -117,7 +134,7 @@ def costed_pipeline(
         stages,
         Clock(plan.pp_schedule, plan.pp, plan.virtual_pp, micro_batches, plan.pp_group, exchange_of(plan)),
         step,
-        Messages(message, _transfers(plan, message, comm, prepared.mesh.ranks, gpus_per_node)),
+        Messages(message, _transfers(prepared.world, message, comm, gpus_per_node)),
         Closed(
             times,
             stages.kind_of,
@@ -171,22 +188,23 @@ def exchange_of(plan: Plan) -> Exchange:
     return Exchange("megatron", overlap, plan.pp_warmup_flush and overlap)
 
 
-def _transfers(plan: Plan, message: int, comm: CommCost, stride: int, gpus_per_node: int) -> dict[tuple[int, int], int]:
+def _transfers(world: Mesh, message: int, comm: CommCost, gpus_per_node: int) -> dict[tuple[int, int], int]:
     """Picoseconds of a message between any two neighbouring stages, of which the last and the first are, too."""
-    nodes = _nodes_between(plan.pp, stride, gpus_per_node)
+    nodes = _nodes_between(world.degree("pp"), world.strides["pp"], tuple(world.steps(world.axes)), gpus_per_node)
     times = {n: picoseconds(comm.duration("send_receive", message, 2, n)) for n in set(nodes.values())}
     return {way: times[number] for way, number in nodes.items()}
 
 
 @lru_cache(maxsize=64)
-def _nodes_between(stages: int, stride: int, gpus_per_node: int) -> dict[tuple[int, int], int]:
-    """Nodes on which each two neighbouring stages lie, of so many ranks."""
+def _nodes_between(
+    stages: int, stride: int, lattice: tuple[tuple[int, int], ...], per_node: int
+) -> dict[tuple[int, int], int]:
+    """Nodes on which each two neighbouring stages of a mesh lie: of the pair of ranks that is farthest apart."""
+    places = places_in_node([(step, count) for step, count in lattice if step != stride], per_node)
     pairs = [(stage, (stage + 1) % stages) for stage in range(stages)]
-    return {way: _nodes(*pair, stride, gpus_per_node) for pair in pairs for way in (pair, pair[::-1])}
 
+    def nodes(one: int, other: int) -> int:
+        apart = ((one * stride + n) // per_node != (other * stride + n) // per_node for n in places)
+        return 2 if any(apart) else 1
 
-def _nodes(stage: int, other: int, stride: int, gpus_per_node: int) -> int:
-    """Nodes on which a rank of a stage and its counterpart on another lie: of the pair that is farthest apart."""
-    ranks = range(min(stride, gpus_per_node))
-    apart = ((stage * stride + n) // gpus_per_node != (other * stride + n) // gpus_per_node for n in ranks)
-    return 2 if any(apart) else 1
+    return {way: nodes(*pair) for pair in pairs for way in (pair, pair[::-1])}

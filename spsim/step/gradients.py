@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 from spsim.engine.recording import TaskInfo
@@ -66,6 +66,15 @@ class Sync:
 def read_again(syncs: Iterable[Sync]) -> list[Sync]:
     """Sums of gradients that the optimizer repeats, for they stay partial as DTensors."""
     return [replace(sync, readers=OPTIMIZER_READERS) for sync in syncs if sync.readers]
+
+
+def sums_beside(syncs: Iterable[Sync], summed: Set[str], programs: Mapping[str, Program]) -> list[Sync]:
+    """Of the sums over tp those of weights that are not `summed` elsewhere."""
+
+    def weights(sync: Sync) -> set[str]:
+        return {programs[block].weight_sync[index].weight for block, index in sync.weights}
+
+    return [sync for sync in syncs if sync.axes == ("tp",) and not weights(sync) <= summed]
 
 
 def gradient_syncs(programs: Mapping[str, Program], plan: Plan, gradient_bytes: int) -> Iterator[Sync]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from spsim.inputs.plan import Plan
 from spsim.program.mesh import Axis, world_of
 from spsim.step.gradients import Sync
-from spsim.step.replicas import Group, Message
+from spsim.step.messages import Group, Message
 
 
 class Members(NamedTuple):
@@ -33,6 +33,7 @@ def replica_groups(plan: Plan) -> Groups:
         "replicate": ("dp",) if hybrid else (),
         "world": world.axes,
         "model": ("pp", "tp"),
+        "tp": ("tp",),
         "stages": ("pp",),
         "experts": ("dp",),
     }
@@ -44,7 +45,8 @@ def replica_groups(plan: Plan) -> Groups:
 def sync_of(message: Message, groups: Groups) -> Sync:
     """A message as a collective over bytes, which no longer knows the weights."""
     members, size = groups[message.group], message.message_bytes
-    return Sync(members.axes, members.ranks, message.collective, 1, (), message.what, size)
+    ranks = members.ranks if message.ranks is None else message.ranks
+    return Sync(members.axes, ranks, message.collective, 1, (), message.what, size)
 
 
 def meets(message: Message, groups: Groups) -> bool:

@@ -11,13 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from spsim.costs.collectives import CommCost, Number
+from spsim.costs.collectives import CommCost
+from spsim.costs.curves import Number
 from spsim.engine.contention import PPM, Held
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.engine.tasks import Paces
+from spsim.errors import InputError
 from spsim.inputs.perturbations import Link, Perturbations, SlowLink, SlowRanks, Window
+from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
-from spsim.program.mesh import Axis, Mesh
+from spsim.program.mesh import Axis, Mesh, mesh_of, world_of
 from spsim.program.placement import Collective
 from spsim.step.folding import Step
 from spsim.step.ranks import Marks
@@ -56,17 +59,18 @@ class Perturbed:
     @lazy
     def slow_ranks(self) -> list[SlowRanks]:
         """Those that change anything."""
-        return [slow for slow in self.perturbations.slow_ranks if slow.factor != 1]
+        return [slow for slow in self.perturbations.slow_ranks if slow.changes]
 
     @lazy
     def slow_links(self) -> list[tuple[SlowLink, frozenset[int]]]:
         """Those that change anything, with the ranks whose links they are."""
-        return [(slow, self._users(slow.link)) for slow in self.perturbations.slow_links if slow.factor != 1]
+        return [(slow, self._users(slow.link)) for slow in self.perturbations.slow_links if slow.changes]
 
     @property
-    def changes(self) -> bool:
-        """Whether any rank or link does."""
-        return bool(self.slow_ranks or self.slow_links)
+    def without_links(self) -> Perturbed | None:
+        """Slow ranks alone; None where there are none."""
+        own = replace(self, perturbations=Perturbations.of(self.perturbations.slow_ranks))
+        return own if own.slow_ranks else None
 
     @property
     def windows(self) -> bool:
@@ -77,9 +81,10 @@ class Perturbed:
     @property
     def marks(self) -> Marks:
         """The ranks of a stage that are unlike others, and by what."""
-        ranks = self.mesh.ranks
+        world, stride = self.world, self.mesh.strides["pp"]
         every = [slow.ranks for slow in self.slow_ranks] + [tuple(sorted(users)) for _, users in self.slow_links]
-        return tuple([(rank % ranks, (rank // ranks, place)) for place, own in enumerate(every) for rank in own])
+        found = [(rank, world.coordinate(rank, "pp"), place) for place, own in enumerate(every) for rank in own]
+        return tuple([(rank - stage * stride, (stage, place)) for rank, stage, place in found])
 
     def _users(self, link: Link) -> frozenset[int]:
         number = link.adapter if link.gpu is None else link.gpu
@@ -156,7 +161,7 @@ class Perturbed:
 
     def step(self, step: Step, empty: Step, segments: Iterable[Segment], stage: int = 0) -> Step:
         """The step of a stage; `empty` is the same with empty messages, whose durations are latencies."""
-        first = stage * self.mesh.ranks
+        first = stage * self.mesh.strides["pp"]
         durations = {**step.durations}
         for segment in segments:
             if segment.name in durations:
@@ -188,6 +193,15 @@ class Perturbed:
                 yield latency + round((time - latency) * calls[segment.calls[task.id]])
             else:
                 yield round(time * kernels) if task.lane == COMPUTE_LANE else time
+
+
+def perturbed_ranks(plan: Plan, perturbations: Perturbations, gpus_per_node: int) -> Perturbed | None:
+    """What perturbations do to the ranks of a plan; None where they do nothing. `InputError` where some are drawn."""
+    if perturbations.jitters:
+        raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --seeds")
+    if not perturbations.changes:
+        return None
+    return Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
 
 
 def _held(window: Window, factor: float | None) -> Held:

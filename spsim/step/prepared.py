@@ -18,13 +18,15 @@ from spsim.units import MIB
 _steps: Cache[PreparedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
-    """The layers of a model under a plan; `fold` simulates identical ranks once."""
+def prepared_layer(
+    model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", *, single: bool = False
+) -> PreparedStep:
+    """The layers of a model under a plan; `fold` simulates identical ranks once, `single` as of templates."""
     kinds = (*kinds_of_layers(model, plan),)
     return _steps.get(
-        (layer_key(model, plan), *kinds, precision, _issued_by(plan), fold),
+        (layer_key(model, plan), *kinds, precision, single, _issued_by(plan), fold),
         lambda: PreparedStep(
-            layers_template(model, plan, precision),
+            layers_template(model, plan, precision, single=single),
             plan,
             lambda workload: layer_programs(model, plan, in_precision(workload, precision)),
             fold=fold,
@@ -32,14 +34,16 @@ def prepared_layer(model: Model, plan: Plan, fold: bool, precision: Precision = 
     )
 
 
-def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "bf16") -> PreparedStep:
+def prepared_step(
+    model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", *, single: bool = False
+) -> PreparedStep:
     """The whole of a model under a plan: embedding, layers, and the head if it has one."""
     optimizer = plan.grad_dtype, plan.moment_dtype, plan.precision_aware_optimizer
-    key = (*step_key(model, plan), sequence_unit(model, plan), precision, _issued_by(plan), optimizer, fold)
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, single, _issued_by(plan), optimizer, fold)
     return _steps.get(
         key,
         lambda: PreparedStep(
-            step_template(model, plan, precision),
+            step_template(model, plan, precision, single=single),
             plan,
             programs_at(model, plan, precision),
             fold=fold,
@@ -52,4 +56,4 @@ def prepared_step(model: Model, plan: Plan, fold: bool, precision: Precision = "
 def _issued_by(plan: Plan) -> tuple[bool | int | str, ...]:
     """What of a plan says in which order its program is issued, and by what; among how many ranks, with the stages."""
     overlap, sharded = plan.tp_backward_overlap, plan.zero_stage > 0
-    return plan.norm_gradients, overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp
+    return plan.norm_gradients, overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp, plan.mesh_order

@@ -65,7 +65,7 @@ class Ranks:
     @lazy
     def copies(self) -> Mapping[int, Sequence[int]]:
         """Simulated rank -> the ranks that it stands for, itself included."""
-        ranks = range(self.mesh.ranks)
+        ranks = self.mesh.numbers
         if self.number == 1:
             return {0: ranks}
         if self.number == len(ranks):
@@ -78,15 +78,18 @@ class Ranks:
         }
 
     def copies_on(self, stages: int) -> Mapping[int, Sequence[int]]:
-        """The same on so many stages of a pipeline, whose ranks follow each other."""
+        """The same on so many stages of a pipeline."""
         if stages not in self._on_stages:
-            firsts = range(0, stages * self.mesh.ranks, self.mesh.ranks)
             self._on_stages[stages] = {
-                first + rank: [first + copy for copy in copies]
-                for first in firsts
+                self.on_stage(stage, rank): [self.on_stage(stage, copy) for copy in copies]
+                for stage in range(stages)
                 for rank, copies in self.copies.items()
             }
         return self._on_stages[stages]
+
+    def on_stage(self, stage: int, rank: int) -> int:
+        """The number, among the ranks of all stages, of the one that is on a stage what `rank` is on the first."""
+        return stage * self.mesh.strides["pp"] + rank
 
     @lazy
     def _on_stages(self) -> dict[int, Mapping[int, Sequence[int]]]:

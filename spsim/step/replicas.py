@@ -20,18 +20,16 @@ the first; sources as of `buckets`, but for megatron 2 and 3: Megatron-FSDP as i
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal, NamedTuple
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.program.blocks.optimizer import expert_shard_ranks, shard_ranks
 from spsim.program.instructions import Program
-from spsim.program.placement import Collective, Extent
+from spsim.program.placement import Collective
 from spsim.step.buckets import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
@@ -46,14 +44,9 @@ from spsim.step.buckets import (
     modules_reversed,
 )
 from spsim.step.gradients import GRADIENTS, NORM, OVERFLOW, PARAMETERS
+from spsim.step.messages import Group, Message, Reduction, Synchronisation, beside
 from spsim.work import FP32_BYTES
 
-Group = Literal["shard", "replicate", "world", "model", "stages", "embedding", "experts"]
-"""Who takes part: the ranks that share one copy of what is sharded, those that hold the same shard, all, those of one
-replica, those at the same place of all stages, of the first and the last stage, those that hold the same experts.
-"""
-When = Literal["every", "first", "last"]
-"""Micro-batch."""
 PREFETCH_ELEMENTS = 50_000_000
 PERSISTENT_ELEMENTS = 100_000
 REUSED_ELEMENTS = 1_000_000_000
@@ -61,47 +54,6 @@ REUSED_ELEMENTS = 1_000_000_000
 `stage3_max_live_parameters` and `stage3_max_reuse_distance`): of a gather, below which a weight stays whole, and up to
 which weights are kept for the backward pass.
 """
-
-
-class Message(NamedTuple):
-    """One collective; it moves the whole of its elements, as `message_bytes` counts."""
-
-    what: str
-    collective: Collective
-    elements: int
-    itemsize: Extent
-    group: Group = "shard"
-    parameters: tuple[Parameter, ...] = ()
-    """Whose gradients or values it moves."""
-
-    @property
-    def message_bytes(self) -> int:
-        """Of all-gathers the result, of reduce-scatters the input."""
-        return math.ceil(self.elements * self.itemsize)
-
-
-@dataclass(frozen=True, slots=True)
-class Synchronisation:
-    """What one rank of a stage sends for its weights in a steady step, each field in order of issue."""
-
-    forward: tuple[Message, ...] = ()
-    """Weights gathered for the forward pass. The first is issued before it, each other one when the one before it is
-    waited for, which is at the first use of one of its weights.
-    """
-    forward_in: When = "every"
-    backward: tuple[Message, ...] = ()
-    """Weights gathered again for the backward pass of each micro-batch, in the same way."""
-    reductions: tuple[tuple[Message, ...], ...] = ()
-    """Of gradients, each with what follows it at once."""
-    reductions_in: When = "last"
-    behind_backward: bool = True
-    """Whether a reduction is issued once its last gradient is there, and those before it are; else after the pass."""
-    before_update: tuple[Message, ...] = ()
-    after_update: tuple[Message, ...] = ()
-    sharded: bool = False
-    """Whether what is gathered for a pass is freed after its last use."""
-    gradient_bytes: int = 0
-    """Of an element of a gradient that is freed once it is reduced; 0 where gradients have a buffer for the step."""
 
 
 def synchronisation(
@@ -112,9 +64,11 @@ def synchronisation(
     stage: int = 0,
     chunk: int = 0,
     root: frozenset[int] = frozenset(),
+    tied: bool = False,
 ) -> Synchronisation:
     """Of the weights of a rank in one chunk of a stage, in order of registration. `root` are the blocks that FSDP does
-    not shard by themselves. Raises `InputError` for stages of ZeRO that the library does not have.
+    not shard by themselves unless the plan says so, and they share no weights, as `tied` ones do. Raises `InputError`
+    for stages of ZeRO that the library does not have.
     """
     builders = _STAGES[plan.dp_library]
     if plan.zero_stage not in builders:
@@ -125,32 +79,10 @@ def synchronisation(
         )
     build, spread = builders[plan.zero_stage], tuple(p for p in parameters if p.spread)
     if not spread:
-        return build(_Weights(tuple(parameters), plan, precision, stage, chunk, root))
+        return build(_Weights(tuple(parameters), plan, precision, stage, chunk, root, tied))
     shared = tuple(p for p in parameters if not p.spread)
-    usual = build(_Weights(shared, plan, precision, stage, chunk, root))
-    return _beside(usual, build(_Weights(spread, plan, precision, stage, chunk, root, spread=True)), parameters)
-
-
-def _beside(usual: Synchronisation, of_experts: Synchronisation, parameters: Sequence[Parameter]) -> Synchronisation:
-    """Buckets of experts that are spread are apart from all others (`expert_parallel_buffers`), each moved as its
-    weights come; what ranks agree on they agree on once.
-    """
-    place = {parameter: at for at, parameter in enumerate(parameters)}
-
-    def among(messages: Iterable[Message]) -> list[Message]:
-        return [message._replace(group="experts") for message in messages]
-
-    def first(message: Message) -> int:
-        return min(place[parameter] for parameter in message.parameters)
-
-    rows = [tuple(among(row)) for row in of_experts.reductions]
-    return replace(
-        usual,
-        forward=tuple(sorted([*usual.forward, *among(of_experts.forward)], key=first)),
-        backward=tuple(sorted([*usual.backward, *among(of_experts.backward)], key=first, reverse=True)),
-        reductions=tuple(sorted([*usual.reductions, *rows], key=lambda row: first(row[0]), reverse=True)),
-        after_update=(*usual.after_update, *among(of_experts.after_update)),
-    )
+    usual = build(_Weights(shared, plan, precision, stage, chunk, root, tied))
+    return beside(usual, build(_Weights(spread, plan, precision, stage, chunk, root, tied, spread=True)), parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +95,7 @@ class _Weights:
     stage: int
     chunk: int
     root: frozenset[int]
+    tied: bool
     spread: bool = False
     """Whether they are of experts that are spread over ranks."""
 
@@ -194,6 +127,11 @@ class _Weights:
         """Of gradients."""
         return Message(GRADIENTS, collective, bucket.elements, itemsize, parameters=bucket.parameters)
 
+    def sum_over_tp(self, parameter: Parameter) -> Message:
+        """Of the summands of a gradient."""
+        size, own = self.itemsize, (parameter,)
+        return Message(GRADIENTS, "all_reduce", parameter.elements, size, "tp", own, parameter.summed_over)
+
     def scalar(self, what: str, itemsize: int = FP32_BYTES, group: Group = "shard") -> Message:
         """All-reduce of one number."""
         return Message(what, "all_reduce", 1, itemsize, group)
@@ -205,11 +143,16 @@ class _Weights:
 
 def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:
     """The weights of the blocks of a stage, in the order of the forward pass."""
-    return tuple([
-        Parameter(weights.name, weights.elements, weights.operator, block, bytes=weights.bytes, spread=weights.spread)
-        for block, program in enumerate(programs)
-        for weights in program.weights
-    ])  # fmt: skip
+    return tuple([own for block, program in enumerate(programs) for own in _of_block(program, block)])
+
+
+def _of_block(program: Program, block: int) -> Iterator[Parameter]:
+    over_tp = {sync.weight: sync.ranks for sync in program.weight_sync if sync.axes == ("tp",)}
+    for own in program.weights:
+        summed_over = over_tp.get(own.name, 0)
+        yield Parameter(
+            own.name, own.elements, own.operator, block, bytes=own.bytes, summed_over=summed_over, spread=own.spread
+        )
 
 
 def _megatron(weights: _Weights) -> Synchronisation:
@@ -228,7 +171,7 @@ def _megatron(weights: _Weights) -> Synchronisation:
     return Synchronisation(
         forward=gathers[::-1] if prefetched else (),
         forward_in="first",
-        reductions=tuple((weights.reduce(bucket, collective, weights.gradient_itemsize),) for bucket in buckets),
+        reductions=tuple(Reduction(weights.reduce(b, collective, weights.gradient_itemsize)) for b in buckets),
         behind_backward=behind,
         before_update=(
             *(_tied(p, weights, weights.gradient_itemsize) for p in weights.parameters if p.shared),
@@ -258,34 +201,42 @@ def _ddp(weights: _Weights) -> Synchronisation:
         buckets = ddp_buckets(weights.parameters, size, limit=given * size)
     else:
         buckets = ddp_buckets(weights.parameters, size, limit=DDP_BUCKET_BYTES, first=DDP_FIRST_BUCKET_BYTES)
-    reductions = tuple((weights.reduce(bucket, "all_reduce", size),) for bucket in buckets)
+    reductions = tuple(Reduction(weights.reduce(bucket, "all_reduce", size)) for bucket in buckets)
     return Synchronisation(reductions=reductions, before_update=weights.norm_of_stages())
 
 
 def _fsdp(weights: _Weights) -> Synchronisation:
     """A unit a block, and the root, which is gathered first, stays whole until the backward pass has ended, and is
-    reduced last. Each micro-batch reduces, unless `set_requires_gradient_sync` says otherwise. Zero 2 keeps what is
-    gathered for the backward pass (`reshard_after_forward` off).
+    reduced last. Where the ends of the model are units, too, the last stays whole from its forward to its backward
+    pass, which follows at once (torchtitan). Each micro-batch reduces, unless `set_requires_gradient_sync` says
+    otherwise. Zero 2 keeps what is gathered for the backward pass (`reshard_after_forward` off).
 
     Torch's pipeline stages keep weights gathered, and gradients whole, from the first micro-batch to the last, and
     reduce them when all have passed, root first (`perform_reduce_grad` of `pipelining/stage.py`).
     """
-    units = fsdp_units(weights.parameters, weights.root)
-    first, own = (units[:1], units[1:]) if weights.root else ((), units)
+    apart = weights.plan.fsdp_ends == "units" and not weights.tied
+    units = fsdp_units(weights.parameters, frozenset() if apart else weights.root)
+    first, own = (units[:1], units[1:]) if weights.root and not apart else ((), units)
     gathers, staged = tuple(map(weights.gather, own)), weights.plan.pp > 1
+    again = gathers[:-1] if apart and units[-1].parameters[0].block in weights.root else gathers
     return Synchronisation(
         forward=(*map(weights.gather, first), *gathers),
         forward_in="first" if staged else "every",
-        backward=gathers[::-1] if weights.plan.zero == 3 else (),
-        reductions=tuple(tuple(_hybrid(unit, weights)) for unit in (units if staged else (*own[::-1], *first))),
+        by_module=True,
+        backward=again[::-1] if weights.plan.zero == 3 else (),
+        reductions=tuple(_of_unit(unit, weights) for unit in (units if staged else (*own[::-1], *first))),
         reductions_in="last" if staged else "every",
         behind_backward=not staged,
-        before_update=(
-            Message(NORM, "all_reduce", len(weights.parameters), FP32_BYTES), *weights.norm_of_stages()
-        ),
+        before_update=(*_norms(weights), *weights.norm_of_stages()),
         sharded=not staged,
         gradient_bytes=0 if staged else weights.itemsize,
     )  # fmt: skip
+
+
+def _norms(weights: _Weights) -> Iterator[Message]:
+    """Of each weight, summed over its shards: along each axis of a mesh of DTensors."""
+    groups: tuple[Group, ...] = ("shard", "tp") if weights.plan.tp > 1 else ("shard",)
+    return (Message(NORM, "all_reduce", len(weights.parameters), FP32_BYTES, group) for group in groups)
 
 
 def _megatron_fsdp(weights: _Weights) -> Synchronisation:
@@ -297,13 +248,17 @@ def _megatron_fsdp(weights: _Weights) -> Synchronisation:
     return replace(units, forward=(), before_update=norm, after_update=units.forward)
 
 
-def _hybrid(unit: Bucket, weights: _Weights) -> Sequence[Message]:
-    """Of a unit: reduced over the ranks that share a copy, then its shards over the copies (HSDP)."""
+def _of_unit(unit: Bucket, weights: _Weights) -> Reduction:
+    """Reduced over the ranks that share a copy, then its shards over the copies (HSDP). Before, what each reader of a
+    gradient would sum over tp, FSDP2 being the first, each in the type of weights (`_get_grad_inner_tensor`).
+    """
     scattered = weights.reduce(unit, "reduce_scatter", weights.gradient_itemsize)
+    partial = [p for p in unit.parameters if p.summed_over and weights.plan.norm_gradients == "each_reader"]
+    sums = tuple([weights.sum_over_tp(parameter) for parameter in partial])
     if weights.plan.shard_group in (None, weights.plan.dp):
-        return (scattered,)
+        return Reduction(scattered, sums)
     shard = -(-unit.elements // weights.ranks)
-    return scattered, scattered._replace(collective="all_reduce", elements=shard, group="replicate")
+    return Reduction(scattered, sums, (scattered._replace(collective="all_reduce", elements=shard, group="replicate"),))
 
 
 def _deepspeed(weights: _Weights) -> Synchronisation:
@@ -316,7 +271,7 @@ def _deepspeed(weights: _Weights) -> Synchronisation:
     ordered = weights.parameters[::-1] if behind else weights.parameters
     buckets = deepspeed_buckets(ordered, plan.bucket_elements or DEEPSPEED_BUCKET_ELEMENTS)
     all_reduced = Synchronisation(
-        reductions=tuple((weights.reduce(bucket, "all_reduce", weights.itemsize),) for bucket in buckets),
+        reductions=tuple(Reduction(weights.reduce(bucket, "all_reduce", weights.itemsize)) for bucket in buckets),
         reductions_in="every" if stage == 2 else "last",
         behind_backward=behind,
     )
@@ -347,7 +302,7 @@ def _deepspeed_3(weights: _Weights) -> Synchronisation:
     return Synchronisation(
         forward=gathers,
         backward=() if kept else gathers[::-1],
-        reductions=tuple((weights.reduce(bucket, "reduce_scatter", weights.itemsize),) for bucket in buckets),
+        reductions=tuple(Reduction(weights.reduce(bucket, "reduce_scatter", weights.itemsize)) for bucket in buckets),
         reductions_in="every",
         before_update=(weights.scalar(NORM, itemsize=8),),
         after_update=tuple(map(weights.gather, deepspeed_buckets(small, 0, unit=ranks))),

@@ -16,19 +16,22 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import ProgramsAt, one_replica, programs_at, step_key
+from spsim.program.assembly import HEAD, ProgramsAt, one_replica, programs_at, step_key
+from spsim.program.blocks.head import OUTPUT
 from spsim.program.blocks.optimizer import parameter_state
+from spsim.program.instructions import Program
 from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, replica_closings
 from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import syncs_of
-from spsim.step.gradients import Sync
+from spsim.step.gradients import Sync, sums_beside
 from spsim.step.groups import Groups, replica_groups
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Runs, Visit
+from spsim.step.messages import Synchronisation
 from spsim.step.patterns import in_loops
 from spsim.step.preparation import PreparedStep
-from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
+from spsim.step.replicas import parameters_of, synchronisation
 from spsim.step.segments import Segment
 from spsim.step.variants import ReplicaPasses, StagePass
 from spsim.units import MIB, picoseconds
@@ -101,6 +104,11 @@ def root_of(chunk: Chunk) -> frozenset[int]:
     return frozenset(place for place, run in enumerate(own) if not run.numbered)
 
 
+def has_tied_head(chunk: Chunk, programs: Mapping[str, Program]) -> bool:
+    """Whether the output layer multiplies by the table of the embedding, which is a weight of that block then."""
+    return any(run.block == HEAD for run in chunk) and all(own.name != OUTPUT for own in programs[HEAD].weights)
+
+
 class ReplicatedStep(PreparedStep):
     """The step of the only stage of a plan, its weights synchronised as a library does."""
 
@@ -110,9 +118,10 @@ class ReplicatedStep(PreparedStep):
         super().__init__(template, plan, programs_at, fold=fold, gradient_bytes=state.gradient, optimizer=optimizer)
         programs, groups = template.programs, replica_groups(plan)
         parameters = parameters_of(programs[run.block] for run in chunk for _ in range(run.count))
-        sync = synchronisation(parameters, plan, optimizer.precision, root=root_of(chunk))
+        tied = has_tied_head(chunk, programs)
+        sync = synchronisation(parameters, plan, optimizer.precision, root=root_of(chunk), tied=tied)
         self.replicated = ReplicatedChunk(sync, self.blocks, chunk, groups)
-        others = [found for found in syncs_of(self.closings) if found.axes == ("tp",)]
+        others = sums_beside(syncs_of(self.closings), sync.summed_over_tp, programs)
         passes = self.segments[: -len(self.closings)]
         self.closings = replica_closings(sync, groups, programs, others, optimizer)
         known = {*map(id, passes)}
@@ -175,18 +184,20 @@ def _issued(items: Sequence[Item]) -> Counter[Sync]:
 _steps: Cache[ReplicatedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def replicated_step(model: Model, plan: Plan, fold: bool, precision: Precision, chunk: Chunk) -> ReplicatedStep:
+def replicated_step(
+    model: Model, plan: Plan, fold: bool, precision: Precision, chunk: Chunk, *, single: bool = False
+) -> ReplicatedStep:
     """The whole of a model, of which a rank runs a `chunk`, under a plan without pipeline stages."""
     options = (
         plan.dp_library, plan.zero, plan.zero_stage, plan.bucket_elements, plan.dp_overlap, plan.grad_dtype,
         plan.moment_dtype, plan.precision_aware_optimizer, plan.tp_backward_overlap, plan.cuda_graphs,
-        plan.norm_gradients,
+        plan.norm_gradients, plan.fsdp_ends, plan.mesh_order,
     )  # fmt: skip
-    key = (*step_key(model, plan), sequence_unit(model, plan), precision, fold, tuple(chunk), options)
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, single, fold, tuple(chunk), options)
     return _steps.get(
         key,
         lambda: ReplicatedStep(
-            step_template(model, one_replica(plan), precision),
+            step_template(model, one_replica(plan), precision, single=single),
             plan,
             programs_at(model, plan, precision),
             Optimizer(plan, precision),

@@ -22,13 +22,14 @@ from spsim.program.instructions import Buffer
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, StageClosings, replica_closings
-from spsim.step.gradients import gradient_syncs
+from spsim.step.gradients import gradient_syncs, sums_beside
 from spsim.step.groups import Groups, meets, replica_groups
 from spsim.step.itinerary import Blocks, Chunk
+from spsim.step.messages import Message, Synchronisation
 from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Groups as Communicators
 from spsim.step.ranks import groups_of
-from spsim.step.replicas import Message, Synchronisation, parameters_of, synchronisation
+from spsim.step.replicas import parameters_of, synchronisation
 from spsim.step.replicated import root_of
 from spsim.step.segments import BlockPass
 from spsim.step.stages import Passes, PlacedChunk, Stages
@@ -83,14 +84,15 @@ class StagedStep(PreparedStep):
         ahead = any(sync.forward for sync in syncs)
         gathers = [sync.forward if ahead else sync.after_update for sync in syncs]
         merged = Synchronisation(
-            reductions=tuple(row for sync in syncs[::-1] for row in sync.reductions),
+            reductions=tuple(own for sync in syncs[::-1] for own in sync.reductions),
             behind_backward=False,
             before_update=whole.before_update,
             after_update=tuple(message for own in gathers for message in own),
         )
         programs = {run.block: self.template.programs[run.block] for run in runs}
-        others = [s for s in gradient_syncs(programs, self._plan, self._gradient_bytes) if s.axes == ("tp",)]
-        reductions = [[message for row in sync.reductions for message in row] for sync in syncs[::-1]]
+        syncs_of_tp = gradient_syncs(programs, self._plan, self._gradient_bytes)
+        others = sums_beside(syncs_of_tp, whole.summed_over_tp, programs)
+        reductions = [[message for own in sync.reductions for message in own.messages] for sync in syncs[::-1]]
         return StageClosings(
             replica_closings(merged, self._groups, programs, others, self._optimizer),
             self._meeting(reductions) if behind else (),
@@ -133,12 +135,14 @@ def _freeing(own: BlockPass, output: Buffer) -> BlockPass:
 _steps: Cache[StagedStep] = Cache(64 * MIB, lambda step: step.nbytes)
 
 
-def staged_step(model: Model, plan: Plan, fold: bool, precision: Precision, stages: Stages) -> StagedStep:
+def staged_step(
+    model: Model, plan: Plan, fold: bool, precision: Precision, stages: Stages, *, single: bool = False
+) -> StagedStep:
     """The whole of a model on several stages, which are its own and its plan's."""
     return _steps.get(
-        (stages, fold, precision),
+        (stages, fold, precision, single),
         lambda: StagedStep(
-            step_template(model, one_replica(plan), precision),
+            step_template(model, one_replica(plan), precision, single=single),
             plan,
             programs_at(model, plan, precision),
             Optimizer(plan, precision),

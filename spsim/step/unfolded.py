@@ -16,15 +16,24 @@ from spsim.step.itinerary import Visit, visits
 from spsim.step.lanes import end_of, flights_of
 from spsim.step.ranks import Communicator
 from spsim.step.segments import Segment
+from spsim.step.sharing import Sharing
 
 
-def unfold_step(step: Step, paces: Mapping[int, Paces] = MappingProxyType({})) -> Walked:
-    """Run a step as one program of each rank, of which some may have paces of their own."""
+def unfold_step(
+    step: Step, paces: Mapping[int, Paces] = MappingProxyType({}), sharing: Sharing | None = None
+) -> Walked:
+    """Run a step as one program of each rank, of which some may have paces of their own; transfers share links, if
+    their `sharing` is given.
+    """
     every = list(visits(step.itinerary))
     ranks = list(dict.fromkeys(rank for programs in step.programs.values() for rank in programs))
     programs = {rank: Concatenation(step, rank).program(every) for rank in ranks}
     durations = {rank: list(_durations(step, rank, every)) for rank in ranks}
-    moments = run(programs, slowdown=step.slowdown, durations=durations, paces=paces)
+    network = None
+    if sharing is not None:
+        traffic = [own for visit in every for own in sharing.of(visit.segment)]
+        network = sharing.network(dict.fromkeys(ranks, traffic))
+    moments = run(programs, slowdown=step.slowdown, durations=durations, paces=paces, network=network)
     ran = Taken(moments)
     nodes: list[Node] = []
     first_task = 0

@@ -26,6 +26,8 @@ from spsim.step.pipeline.tape import Score
 from spsim.step.pipelined import SENT, Closed, Messages
 from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Communicator, Ranks
+from spsim.step.segments import Segment
+from spsim.step.sharing import Sharing, Traffic
 from spsim.step.stages import Passes, Stages, work_of
 from spsim.step.unfolded import Concatenation, Taken
 
@@ -58,8 +60,11 @@ def unfold_pipeline(
     closed: Closed,
     ranks: Ranks,
     perturbed: PerturbedStages | None = None,
+    sharing: Sharing | None = None,
 ) -> Unfolded:
-    """All `ranks` of each stage, with what each stage runs, posts and waits for; the others as of `run_pipeline`."""
+    """All `ranks` of each stage, with what each stage runs, posts and waits for; the others as of `run_pipeline`.
+    Transfers share links, if their `sharing` is given.
+    """
     steps = [_with_closing(step, own, ranks) for own in closed.segments]
     if perturbed is not None:
         steps = [perturbed.step(stage, own) for stage, own in enumerate(steps)]
@@ -69,14 +74,17 @@ def unfold_pipeline(
     ]
     programs: dict[int, RankProgram] = {}
     durations: dict[int, list[int]] = {}
+    traffic: dict[int, Sequence[Traffic | None]] = {}
     for stage in written:
         for rank in ranks.copies:
             transfer_ps = messages.transfer_ps if perturbed is None else perturbed.transfer_ps(rank, messages)
             made = _Program(stage, rank, len(written), transfer_ps)
-            number = stage.number * ranks.mesh.ranks + rank
+            number = ranks.on_stage(stage.number, rank)
             programs[number], durations[number] = RankProgram(made.chain.tasks), made.durations
+            traffic[number] = made.traffic(sharing, messages.bytes) if sharing else ()
     paces = {} if perturbed is None else perturbed.paces(programs)
-    moments = run(programs, slowdown=step.slowdown, durations=durations, paces=paces)
+    network = None if sharing is None else sharing.network(traffic)
+    moments = run(programs, slowdown=step.slowdown, durations=durations, paces=paces, network=network)
     reading = _Reading(ranks, messages, moments)
     for stage in written:
         reading.read(stage)
@@ -129,9 +137,11 @@ class PerturbedStages(NamedTuple):
 
     def transfer_ps(self, rank: int, messages: Messages) -> Mapping[tuple[int, int], int]:
         """Picoseconds of a message of a rank of a stage and its counterpart on another."""
-        ranks, latencies = self.prepared.mesh.ranks, self.empty[1].transfer_ps
+        on_stage, latencies = self.prepared.ranks.on_stage, self.empty[1].transfer_ps
         return {
-            (one, other): self.perturbed.message_ps(one * ranks + rank, other * ranks + rank, ps, latencies[one, other])
+            (one, other): self.perturbed.message_ps(
+                on_stage(one, rank), on_stage(other, rank), ps, latencies[one, other]
+            )
             for (one, other), ps in messages.transfer_ps.items()
         }
 
@@ -149,6 +159,8 @@ class _Program(Concatenation):
 
     def __init__(self, stage: _Stage, rank: int, stages: int, transfer_ps: Mapping[tuple[int, int], int]) -> None:
         super().__init__(stage.step, rank)
+        self.ran: list[Segment | None] = []
+        """None for a message."""
         self.stage = stage.number
         self.stages = stages
         self.durations: list[int] = []
@@ -167,6 +179,7 @@ class _Program(Concatenation):
         for visit in every:
             self.visit(visit)
             self.durations += self.step.durations[visit.segment.name][self.rank]
+            self.ran.append(visit.segment)
 
     def _post(self, message: Message, duration_ps: int) -> None:
         """Kernels lose nothing to it."""
@@ -175,6 +188,12 @@ class _Program(Concatenation):
             Task(0, lane, meetings=(Meeting((message, self.rank), 2),), slowdown=0.0)
         )
         self.durations.append(duration_ps)
+        self.ran.append(None)
+
+    def traffic(self, sharing: Sharing, message_bytes: int) -> Sequence[Traffic | None]:
+        """What each task sends."""
+        own = ([sharing.message(message_bytes)] if segment is None else sharing.of(segment) for segment in self.ran)
+        return [traffic for tasks in own for traffic in tasks]
 
     def meeting(self, communicator: Communicator, number: int, parties: int) -> Meeting:
         """Of the ranks of all stages, of the two at the ends, or of this one."""
@@ -210,7 +229,7 @@ class _Reading:
 
     def read(self, stage: _Stage) -> None:
         """All that a stage does."""
-        ranks = [stage.number * self.ranks.mesh.ranks + rank for rank in self.ranks.copies]
+        ranks = [self.ranks.on_stage(stage.number, rank) for rank in self.ranks.copies]
         for instruction in stage.row:
             if isinstance(instruction, Run):
                 begin = min(self._resume(rank) for rank in ranks)

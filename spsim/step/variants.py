@@ -20,9 +20,9 @@ from spsim.program.instructions import Compute
 from spsim.step.buckets import Parameter
 from spsim.step.gradients import Sync
 from spsim.step.groups import Groups, meets, sync_of
-from spsim.step.replicas import Message, Synchronisation
+from spsim.step.messages import Message, Reduction, Synchronisation
 from spsim.step.segments import BlockPass, Part, Segment
-from spsim.step.weaving import Additions, Held, Issue, Issued, woven
+from spsim.step.weaving import Additions, Held, Issue, Issued, Place, woven
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,9 @@ class _Reduction(NamedTuple):
     """Messages after a task, and the bytes of gradients of earlier blocks that are freed by them."""
 
     task: _Task
-    messages: tuple[Sync, ...]
+    before: tuple[Sync, ...]
+    bucket: Sync
+    after: tuple[Sync, ...]
     freed: int
 
 
@@ -74,11 +76,14 @@ class _Block:
     gradients: list[_Gradients] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
     """Bytes of what was gathered and is used here for the last time."""
+    joins: set[str] = field(default_factory=set)
+    """Lanes of what the block before has sent and its kernels wait for."""
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal where the same is added."""
-        return tuple(self.gathers), tuple(self.reductions), tuple(self.gradients), tuple(self.freed)
+        sent = tuple(self.gathers), tuple(self.reductions), frozenset(self.joins)
+        return *sent, tuple(self.gradients), tuple(self.freed)
 
 
 class ReplicaPasses:
@@ -106,21 +111,20 @@ class ReplicaPasses:
         return self._known("backward", reducing, self.sync.backward, self.sync.reductions if reducing else ())
 
     def _known(
-        self, phase: Pass, sending: bool, gathers: Sequence[Message], reductions: Sequence[tuple[Message, ...]]
+        self, phase: Pass, sending: bool, gathers: Sequence[Message], reductions: Sequence[Reduction]
     ) -> StagePass:
         """Made once, so that equal passes are the same."""
         if (phase, sending) not in self._passes:
             self._passes[phase, sending] = self._pass(phase, gathers, reductions)
         return self._passes[phase, sending]
 
-    def _pass(self, phase: Pass, gathers: Sequence[Message], reductions: Sequence[tuple[Message, ...]]) -> StagePass:
+    def _pass(self, phase: Pass, gathers: Sequence[Message], reductions: Sequence[Reduction]) -> StagePass:
         order = range(len(self.blocks))[:: 1 if phase == "forward" else -1]
         turns, passes = {block: turn for turn, block in enumerate(order)}, [self.blocks[b][phase] for b in order]
         stage = _Stage(turns, passes, self.groups)
         gathers = [message for message in gathers if self._meets(message)]
-        rows = [tuple(filter(self._meets, row)) for row in reductions]
-        stage.gather(gathers)
-        stage.reduce([row for row in rows if row], self.sync.gradient_bytes)
+        stage.gather(gathers, by_module=self.sync.by_module)
+        stage.reduce([own for own in reductions if self._meets(own.bucket)], self.sync.gradient_bytes)
         if self.sync.sharded:
             stage.free(self._last_used(phase, gathers))
         before = self._first(sync_of(gathers[0], self.groups), phase) if gathers else None
@@ -174,6 +178,8 @@ class ReplicaPasses:
     def _part(self, block: BlockPass, index: int, added: _Block, phase: Pass, number: str) -> Part:
         part = block.parts[index]
         additions = self._additions(part.segment, index, added, phase)
+        if index == 0:
+            additions.joins = frozenset(added.joins)
         if index == len(block.parts) - 1:
             readers = (len(part.segment.tasks) - 1,)
             additions.held += [Held("parameters", "communication buffers", s, None, readers) for s in added.freed]
@@ -192,8 +198,7 @@ class ReplicaPasses:
         for task in range(len(segment.tasks) + 1):
             for number, reduction in reductions:
                 if reduction.task.task + 1 == task:
-                    places[number] = Issued(len(found.issues))
-                    self._add_reduction(found, reduction)
+                    places[number] = self._add_reduction(found, reduction)
             for gather in gathers:
                 if gather.task.task != task:
                     continue
@@ -208,18 +213,20 @@ class ReplicaPasses:
                 found.held.append(_held(gradients, freed_by))
         return found
 
-    def _add_reduction(self, found: Additions, reduction: _Reduction) -> None:
-        """A reduction with what follows it; of gradients that are freed it reads a copy."""
-        own = Issued(len(found.issues))
+    def _add_reduction(self, found: Additions, reduction: _Reduction) -> Issued:
+        """A reduction with what stands around it; of gradients that are freed it reads a copy."""
+        own = Issued(len(found.issues) + len(reduction.before))
         task = reduction.task.task
-        for message in reduction.messages:
-            needs = (task,) if len(found.issues) == own.number else (Issued(len(found.issues) - 1),)
+        needs: tuple[Place, ...] = (task,)
+        for message in (*reduction.before, reduction.bucket, *reduction.after):
             found.issues.append(Issue(message, task + 1, needs))
+            needs = (Issued(len(found.issues) - 1),)
         if self.sync.gradient_bytes:
-            size = reduction.messages[0].message_bytes
+            size = reduction.bucket.message_bytes
             found.held.append(Held("weight gradients to be reduced", "communication buffers", size, own, (own,)))
         if reduction.freed:
             found.held.append(Held("weight gradients", "temporary", reduction.freed, None, (own,)))
+        return own
 
 
 def _held(gradients: _Gradients, freed_by: Issued | None) -> Held:
@@ -247,27 +254,31 @@ class _Stage:
         """Each pass with what is added to it."""
         return zip(self.passes, self.added, strict=True)
 
-    def gather(self, messages: Sequence[Message]) -> None:
+    def gather(self, messages: Sequence[Message], *, by_module: bool) -> None:
         """Each is waited for at its first use, or at that of a later one, and then the next is issued."""
-        uses = [self._first_use(message.parameters) for message in messages]
+        first = self._beginning if by_module else self._first_use
+        uses = [first(message.parameters) for message in messages]
         awaited = [*accumulate(reversed(uses), min)][::-1]
         for task, then in zip(awaited, (*messages, None)[1:], strict=True):
             added = then and sync_of(then, self.groups)
             self.added[task.turn].gathers.append(_Gather(task._replace(turn=0), added))
 
-    def reduce(self, rows: Sequence[tuple[Message, ...]], itemsize: int) -> None:
+    def reduce(self, reductions: Sequence[Reduction], itemsize: int) -> None:
         """Each is issued after the last of its gradients, and of those of all before it. With an `itemsize` its
         gradients are there from the first one's task on until it has ended.
         """
-        ends = accumulate([self._last_gradient(row[0].parameters) for row in rows], max)
-        for row, end in zip(rows, ends, strict=True):
-            block, sizes = self.added[end.turn], self._gradients(row[0].parameters, itemsize)
+        ends = accumulate([self._last_gradient(own.bucket.parameters) for own in reductions], max)
+        for own, end in zip(reductions, ends, strict=True):
+            block, sizes = self.added[end.turn], self._gradients(own.bucket.parameters, itemsize)
             for turn, gradients in sizes.items():
                 freed_by = len(block.reductions) if turn == end.turn else None
                 self.added[turn].gradients.append(gradients._replace(freed_by=freed_by))
             freed = sum(gradients.size for turn, gradients in sizes.items() if turn != end.turn)
-            messages = tuple([sync_of(message, self.groups) for message in row])
-            block.reductions.append(_Reduction(end._replace(turn=0), messages, freed))
+            before, after = self._syncs(own.before), self._syncs(own.after)
+            bucket = sync_of(own.bucket, self.groups)
+            block.reductions.append(_Reduction(end._replace(turn=0), before, bucket, after, freed))
+            for following in self.added[end.turn + 1 : end.turn + 2]:
+                following.joins |= {sync.lane for sync in before}
 
     def free(self, messages: Iterable[Message]) -> None:
         """What is used here for the last time."""
@@ -283,6 +294,13 @@ class _Stage:
             size = itemsize * sum(parameter.elements for parameter in own)
             found[turn] = _Gradients(self._writing(turn, own)[0]._replace(turn=0), size, None)
         return found
+
+    def _syncs(self, messages: Sequence[Message]) -> tuple[Sync, ...]:
+        return tuple([sync_of(message, self.groups) for message in messages if meets(message, self.groups)])
+
+    def _beginning(self, parameters: Sequence[Parameter]) -> _Task:
+        """The first task of the pass of the first block that has one of the weights."""
+        return _Task(min(self.turns[parameter.block] for parameter in parameters), 0, 0)
 
     def _first_use(self, parameters: Sequence[Parameter]) -> _Task:
         """The first kernel of an operator that has one of the weights."""

@@ -52,6 +52,7 @@ class Additions:
     waits: list[tuple[int, Issued | str]] = field(default_factory=list)
     """A task, and what it waits for, by name if an earlier segment has issued it."""
     exports: dict[str, Issued] = field(default_factory=dict)
+    joins: frozenset[str] = frozenset()
     held: list[Held] = field(default_factory=list)
 
 
@@ -83,6 +84,7 @@ class _Weaving:
             variant_of=own.variant_of or (own.name if own.instructions else ""),
             tasks=tuple(self._tasks()),
             labels=tuple(labels[place] for place in range(len(places))),
+            joins=own.joins | self.additions.joins,
             calls=calls | {places[task]: call for task, call in own.calls.items()},
             exports={name: places[task] for name, task in own.exports.items()}
             | {name: places[issued] for name, issued in self.additions.exports.items()},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import parse_plan
@@ -49,8 +49,7 @@ def cases(frame: pd.DataFrame, hardware: Mapping[str, HardwareProfile]) -> Itera
     tokens = (frame["tokens_per_s_per_gpu"] * frame["gpus"] * frame["step_time_ms"] / MS_PER_S).round(0)
     keys = ["model", "hardware", "seq_len", "gpus", "tokens", "inputs"]
     parts = step_parts(frame)
-    for key, group in frame.assign(tokens=tokens).groupby(keys, sort=False):
-        model, machine, seq_len, gpus = cast("tuple[str, str, int, int]", key[:4])
+    for _, group in frame.assign(tokens=tokens).groupby(keys, sort=False):
         rows: dict[str, Row] = {}
         places: dict[str, Any] = {}
         for place, record in zip(group.index, group.to_dict("records"), strict=True):
@@ -60,8 +59,9 @@ def cases(frame: pd.DataFrame, hardware: Mapping[str, HardwareProfile]) -> Itera
                 rows[row["strategy"]], places[row["strategy"]] = row, place
         times = {name: {part: float(sizes[at]) for part, sizes in parts.items()} for name, at in places.items()}
         fitting = {name: row for name, row in rows.items() if row["fits"]}
-        ranking = ranked(fitting, hardware[machine]) if fitting else None
-        yield Case(model, machine, int(seq_len), int(gpus), rows, times, ranking)
+        one = next(iter(rows.values()))
+        ranking = ranked(fitting, hardware[one["hardware"]]) if fitting else None
+        yield Case(one["model"], one["hardware"], int(one["seq_len"]), int(one["gpus"]), rows, times, ranking)
 
 
 def _order(row: Row) -> tuple[bool, float]:

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,12 @@ from spsim.errors import InputError, printable
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import read_text
 from spsim.studies.cases import cases
-from spsim.studies.csvfile import write_csv
 from spsim.studies.experiment import Experiment
 from spsim.studies.manifest import Manifest
 from spsim.studies.points import Point
 from spsim.studies.rowfile import RowFile
 from spsim.studies.sweeps import run_points
+from spsim.studies.tablefile import TableFormat, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,9 +81,9 @@ def _users_code(where: Path) -> Iterator[None]:
 
 def run_experiment(
     experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console,
-    page: Path | None = None,
+    page: Path | None = None, rows: TableFormat = "csv",
 ) -> pd.DataFrame:  # fmt: skip
-    """Compute the rows, then write the CSV, the manifest, the figures and the page, and print the tables."""
+    """Compute the rows, then write their table, the manifest, the figures and the page, and print the tables."""
     manifest = Manifest(experiment, experiment.selection(quick=quick))
     points = manifest.points
     console.print(f"{experiment.title}: {len(points)} configurations", soft_wrap=True)
@@ -95,8 +95,11 @@ def run_experiment(
             "a worker process was ended from outside, as the system does where memory runs out; finished rows are "
             "kept, run again to go on, with fewer --jobs if it was memory"
         ) from None
-    _write(frame, directory / f"{experiment.name}.csv", manifest, directory / "manifest.json")
-    written = [f"{experiment.name}.csv", "manifest.json", "rows.jsonl"]
+    except CancelledError:
+        raise InputError("the scheduler of the workers was lost; finished rows are kept, run again to go on") from None
+    whole = directory / f"{experiment.name}.{rows}"
+    _write(frame, whole, manifest, directory / "manifest.json")
+    written = [whole.name, "manifest.json", "rows.jsonl"]
     failed = frame[frame["error"] != ""]
     if len(failed) < len(frame):
         good = frame if failed.empty else frame[frame["error"] == ""]
@@ -122,7 +125,7 @@ def _write(frame: pd.DataFrame, table: Path, manifest: Manifest, path: Path) -> 
     """
     untouched = table.is_file() and path.is_file() and table.stat().st_mtime_ns <= path.stat().st_mtime_ns
     if not (untouched and manifest.describes(path)):
-        write_csv(frame.drop(columns="key"), table)
+        write_table(frame.drop(columns="key"), table)
         manifest.write(path)
 
 
@@ -151,7 +154,8 @@ def _write_page(
     from spsim.report.page import write_sweep
 
     used = [points[int(place)].settings for place in rows.index]
-    profiles = [load_profile(own) if isinstance(own, str | Path) else own for own in (s["hardware"] for s in used)]
+    named = {own: load_profile(own) for own in {s["hardware"] for s in used} if isinstance(own, str | Path)}
+    profiles = [named.get(settings["hardware"], settings["hardware"]) for settings in used]
     inputs = [f"{id(profile)} {settings['model']!r}" for profile, settings in zip(profiles, used, strict=True)]
     hardware = {profile.name: profile for profile in profiles}
     write_sweep(experiment.title, [*cases(rows.assign(inputs=inputs), hardware)], tables, page)

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from spsim.inputs.grid import Grid
-from spsim.inputs.rules import keeps_sizes
+from spsim.inputs.rules import is_single, keeps_sizes
 from spsim.inputs.scenario import Scenario, scenario_from
-from spsim.inputs.workload import Precision, Workload
+from spsim.inputs.workload import Precision, Workload, tokens
 from spsim.results.columns import ResultColumns
 from spsim.simulation import simulate_many
 from spsim.studies.points import Labels, Point
@@ -98,7 +98,7 @@ class _Sorting:
                 phase, precision = size("phase", "training"), size("precision", "bf16")
                 family = self._family((hardware, model, plan, nodes, scope), phase, precision, point.labels)
             family.places.append(place)
-            family.sizes.append((size("seq_len"), size("micro_batch", 1), size("global_batch")))
+            family.sizes.append((tokens(size("seq_len")), size("micro_batch", 1), size("global_batch")))
 
     def _family(self, shared: tuple[Any, ...], phase: Any, precision: Any, labels: Labels) -> _Family:
         key = (*map(id, (*shared, phase, precision)), *labels)
@@ -115,7 +115,7 @@ class _Sorting:
         return self._values[id(value)][1]
 
 
-_SETTINGS = frozenset(Scenario.model_fields)
+_SETTINGS = frozenset(Scenario.model_fields) - {"network", "perturbations"}
 _WORKLOAD = frozenset(Workload.model_fields)
 _PRECISIONS = get_args(Precision)
 _NOT_GIVEN = object()
@@ -147,7 +147,9 @@ def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Ite
     valid = _valid(sizes)
     alone += places[~valid].tolist()
     places, grid = places[valid], Grid.of(scenario, [*compress(sizes, valid)])
-    keeps = keeps_sizes(scenario.model, scenario.plan, grid.workload, grid.global_batch)
+    plan, micro_batch = scenario.plan, scenario.workload.micro_batch
+    keeps = keeps_sizes(scenario.model, plan, grid.workload, grid.global_batch)
+    keeps &= is_single(plan, grid.workload.micro_batch) == is_single(plan, micro_batch)
     alone += places[~keeps].tolist()
     places, grid = places[keeps], grid.part(keeps)
     for first in range(0, len(places), MANY):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from spsim.errors import InputError
-from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.scenario import Scenario
 from spsim.lazy import lazy
 from spsim.results.result import Result
@@ -50,7 +49,7 @@ class PerturbedSteps:
     """Steps of a scenario under perturbations; times in seconds."""
 
     scenario: Scenario
-    perturbations: Perturbations
+    """With its perturbations."""
     before: Result
     """Unperturbed."""
     after: Result | None
@@ -65,7 +64,7 @@ class PerturbedSteps:
         """For a picture the rank that explains most, or else the first that is perturbed, and its neighbour."""
         if self.after is None:
             return [0]
-        marked = [rank for slow in self.perturbations.slow_ranks for rank in slow.ranks]
+        marked = [rank for slow in self.scenario.perturbations.slow_ranks for rank in slow.ranks]
         first = next((own.rank for own in self.by_rank if own.rank is not None), marked[0] if marked else 0)
         mesh = self.before.prepared.mesh
         inner = [axis for axis in mesh.axes if axis not in ("dp", "shard")]
@@ -113,7 +112,7 @@ class PerturbedSteps:
         """The document of `run --perturb --json`; without what shares of blame do not say."""
         times = {f"p{percent}_ms": MS_PER_S * time for percent, time in self.percentiles_s.items()}
         return {
-            "perturbations": [own.label for own in self.perturbations.perturbations],
+            "perturbations": self.scenario.perturbations.labels,
             "seeds": len(self.step_s),
             "before_ms": MS_PER_S * self.before.step_time_s,
             "after_ms": {
@@ -150,37 +149,35 @@ def _rows(shares: Sequence[Share]) -> Iterator[dict[str, Any]]:
         yield {"lost_ms": MS_PER_S * own.pop("lost_s"), **own}
 
 
-def perturb(scenario: Scenario, perturbations: Any, *, seeds: int = 1) -> PerturbedSteps:
-    """Simulate a scenario with and without perturbations, which are whatever `Perturbations.of` takes: a TOML file,
-    tables or objects. Where they draw jitter, `seeds` steps are simulated, of seeds that count from that of the jitter.
+def perturb(scenario: Scenario, perturbations: Any = None, *, seeds: int = 1) -> PerturbedSteps:
+    """Simulate a scenario with and without perturbations: its own, or what is given, a TOML file, tables or objects.
+    Where they draw jitter, `seeds` steps are simulated, of seeds that count from that of the jitter.
 
     Raises `InputError` where a perturbation is of no rank or link of the plan, or cannot be simulated.
     """
-    given = Perturbations.of(perturbations)
-    before = simulate(scenario)
+    own = scenario if perturbations is None else scenario.perturbed(perturbations)
+    before = simulate(scenario.perturbed(()))
     if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
         raise InputError(f"perturb: seeds = {seeds!r} is no number from 1 to {MOST_SEEDS:,}")
-    if not given.jitters:
-        after = simulate(scenario, perturbations=given)
-        return PerturbedSteps(scenario, given, before, after, (after.step_time_s,), _certain(scenario, given))
-    step_ps, beyond = _of_seeds(scenario, given, seeds)
-    return PerturbedSteps(scenario, given, before, None, [*map(seconds, step_ps)], beyond)
+    if not own.perturbations.jitters:
+        after = simulate(own)
+        return PerturbedSteps(own, before, after, (after.step_time_s,), _certain(own))
+    step_ps, beyond = _of_seeds(own, seeds)
+    return PerturbedSteps(own, before, None, [*map(seconds, step_ps)], beyond)
 
 
-def _certain(scenario: Scenario, given: Perturbations) -> Counter[tuple[int, int, Culprit]]:
+def _certain(scenario: Scenario) -> Counter[tuple[int, int, Culprit]]:
     """The blame where nothing is drawn; none where it cannot be told."""
     try:
-        walk, unperturbed = side_by_side(scenario, given, 1)
+        walk, unperturbed = side_by_side(scenario, 1)
     except InputError:
         return Counter()
     return _counted(walk, blame(walk, unperturbed, None))
 
 
-def _of_seeds(
-    scenario: Scenario, given: Perturbations, seeds: int
-) -> tuple[list[int], Counter[tuple[int, int, Culprit]]]:
+def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Counter[tuple[int, int, Culprit]]]:
     """The step of each seed, as many at once as fit."""
-    walk, unperturbed = side_by_side(scenario, given, 1)
+    walk, unperturbed = side_by_side(scenario, 1)
     most = max(plan.lengths.nbytes for plan in walk.plans.values())
     at_once = max(1, AT_ONCE // (8 * most + 2 * len(walk.visits) * walk.start.free.nbytes))
     step_ps: list[int] = []
@@ -188,7 +185,7 @@ def _of_seeds(
     for first in range(0, seeds, at_once):
         own = range(first, min(first + at_once, seeds))
         walk.seeds = len(own)
-        found = blame(walk, unperturbed, Draws(given.jitters, walk.shape, own))
+        found = blame(walk, unperturbed, Draws(scenario.perturbations.jitters, walk.shape, own))
         step_ps += found.ended.reshape(-1, len(own)).max(axis=0).tolist()
         beyond.update(_counted(walk, found))
     return step_ps, beyond

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from spsim.errors import InputError, printable
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import PRESET, Model, load_model
+from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import profiles_directory
 from spsim.results.figures import FIGURES
@@ -23,7 +24,11 @@ from spsim.results.figures import FIGURES
 Labels = Mapping[str, str | int | float | bool]
 Settings = Mapping[str, Any]
 
-_LOADERS: dict[str, Callable[[str | Path], BaseModel]] = {"hardware": load_profile, "model": load_model}
+_LOADERS: dict[str, Callable[[str | Path], BaseModel]] = {
+    "hardware": load_profile,
+    "model": load_model,
+    "perturbations": Perturbations.of,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed, wait
 from itertools import count
+from socket import gethostname
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from spsim.errors import InputError
 from spsim.studies.grids import by_family, tables_of_points
-from spsim.studies.points import Point, Settings, points_of
+from spsim.studies.points import Point, Settings, points_of, program_fingerprint
 from spsim.studies.rowfile import RowFile
 from spsim.studies.tables import Table, frame, tables_of_rows
 
@@ -87,10 +89,20 @@ def _computed_here(points: Sequence[Point], order: Sequence[int]) -> Iterator[li
         size = min(max(in_time, 1), 4 * size, LARGEST_CHUNK)
 
 
+def _computed_there(program: str, points: Sequence[Point]) -> list[Table]:
+    """What a worker computes; `InputError` where its spsim would compute other rows than those that are asked for."""
+    if program_fingerprint() != program:
+        raise InputError(
+            f"the worker on {gethostname()} has another version of spsim; install there the one that runs here"
+        )
+    return tables_of_points(points)
+
+
 def _computed_by(executor: Executor, points: Sequence[Point], order: Sequence[int]) -> Iterator[list[Table]]:
     size = min(max(len(order) // WORKERS_CHUNKS, 1), LARGEST_WORKERS_CHUNK)
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    running = {executor.submit(tables_of_points, [points[place] for place in chunk]): chunk for chunk in chunks}
+    program = program_fingerprint()
+    running = {executor.submit(_computed_there, program, [points[place] for place in chunk]): chunk for chunk in chunks}
     try:
         for future in as_completed(running):
             chunk = running.pop(future)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -15,13 +16,16 @@ from spsim.cli.leader import leader_speaks
 from spsim.cli.outputs import make_directory, open_console, staging
 from spsim.errors import InputError
 from spsim.inputs.profiles import load_profile, profile_names
-from spsim.measuring.calibrate.base import base_of_rows, check_ranks_at_hand
+from spsim.measuring.calibrate.base import base_of_rows, base_profile, check_ranks_at_hand
 from spsim.measuring.calibrate.launch import measure
 from spsim.measuring.calibrate.records import RowError, read_measurements
 from spsim.measuring.calibrate.session import RAW_FILE, Note, Report, Settings
 from spsim.measuring.calibrate.session import Progress as Standing
 from spsim.measuring.processes.at_hand import check_installed, is_leader
 from spsim.report import calibration as report
+
+if TYPE_CHECKING:
+    from spsim.measuring.calibrate.outcome import FittedProfile
 
 FIRST_ROW = 2
 """Line of a raw file where its rows begin; each takes one."""
@@ -41,14 +45,24 @@ def command(
     fit: Annotated[
         Path | None, typer.Option("--fit", help="Measure nothing: fit the raw rows of this directory or CSV.")
     ] = None,
+    nccl_tests: Annotated[
+        list[Path] | None,
+        typer.Option("--nccl-tests", metavar="LOG...", help="Measure nothing: curves from what nccl-tests printed."),
+    ] = None,
+    further: Annotated[list[Path] | None, typer.Argument(hidden=True, metavar="[LOG]...")] = None,
 ) -> None:
     """Measure this machine, alone or under torchrun, and fit a hardware profile to it."""
     if quick and full:
         raise InputError("calibrate: --quick and --full are both given; give one of them")
-    if fit is not None and (quick or full or raw is not None):
-        raise InputError("calibrate: --fit measures nothing; leave out --quick, --full and --raw")
+    logs = _logs(nccl_tests, further)
+    _check_reading({"--fit": fit is not None, "--nccl-tests": bool(logs)}, measures=quick or full or raw is not None)
     if base is not None:
         load_profile(base)
+    if logs:
+        check_installed("calibrate", "scipy")
+        _check_profile_path(out)
+        _read_logs(logs, base, out)
+        return
     if fit is not None:
         check_installed("calibrate", "scipy")
         _check_profile_path(out)
@@ -67,6 +81,22 @@ def command(
         with _progress_bar() as show:
             measure(settings, show)
     _fit(settings.file, base, out)
+
+
+def _logs(first: list[Path] | None, further: list[Path] | None) -> list[Path]:
+    """Those of the option, and those that follow it, as a shell writes them for a pattern."""
+    if further and not first:
+        raise InputError(f"calibrate: {further[0]}: is given to no option; write --nccl-tests before logs")
+    return [*(first or ()), *(further or ())]
+
+
+def _check_reading(given: Mapping[str, bool], *, measures: bool) -> None:
+    """`InputError` where options that read what was measured stand beside each other, or beside those that measure."""
+    reads = [option for option, there in given.items() if there]
+    if reads and measures:
+        raise InputError(f"calibrate: {reads[0]} measures nothing; leave out --quick, --full and --raw")
+    if len(reads) > 1:
+        raise InputError(f"calibrate: {' and '.join(reads)} are both given; give one of them")
 
 
 def _check_profile_path(out: Path) -> None:
@@ -104,11 +134,8 @@ def _progress_bar() -> Iterator[Report]:
 
 
 def _fit(raw: Path, base: str | None, out: Path) -> None:
-    """Fit the rows of a raw file, write profile and picture, and print the report."""
-    from spsim import plots
+    """Fit the rows of a raw file."""
     from spsim.measuring.calibrate.fit import fit_profile
-    from spsim.measuring.calibrate.outcome import LIMIT_PERCENT
-    from spsim.measuring.calibrate.profile_file import write_profile
 
     rows = read_measurements(raw)
     start = base_of_rows(base, rows)
@@ -119,6 +146,27 @@ def _fit(raw: Path, base: str | None, out: Path) -> None:
         raise InputError(f"{raw}: line {number}: {error}") from None
     except InputError as error:
         raise InputError(f"{raw}: {error}") from None
+    _write(fitted, out, f"measured rows in {raw}")
+
+
+def _read_logs(paths: list[Path], base: str | None, out: Path) -> None:
+    """Curves of some logs of nccl-tests, in a profile."""
+    from spsim.measuring.calibrate.fit import fit_logs
+    from spsim.measuring.calibrate.nccl_tests import read_logs
+
+    logs = read_logs(paths)
+    start = base_profile(base, logs.device, gpu=True)
+    make_directory(out.parent.absolute())
+    fitted = fit_logs(logs, start, out.stem, datetime.now(tz=UTC).date().isoformat())
+    _write(fitted, out, f"curves from {', '.join(map(str, paths))}")
+
+
+def _write(fitted: FittedProfile, out: Path, origin: str) -> None:
+    """Write profile and picture, and print the report."""
+    from spsim import plots
+    from spsim.measuring.calibrate.outcome import LIMIT_PERCENT
+    from spsim.measuring.calibrate.profile_file import write_profile
+
     picture = out.with_suffix(".png")
     with staging(out.parent.absolute()) as directory:
         if fitted.classes:
@@ -133,4 +181,4 @@ def _fit(raw: Path, base: str | None, out: Path) -> None:
     for line in report.calibration_lines(fitted):
         console.print(line, soft_wrap=True)
     written = f"{out}, {picture}" if fitted.classes else f"{out}, no picture since no kernel was timed"
-    console.print(f"written: {written}; measured rows in {raw}", soft_wrap=True)
+    console.print(f"written: {written}; {origin}", soft_wrap=True)

@@ -11,9 +11,10 @@ import typer
 
 from spsim.cli.options import ReportOption
 from spsim.cli.outputs import check_report, make_directory, open_console, print_report
-from spsim.cli.workers import workers
+from spsim.cli.workers import ExecutorOption, SchedulerOption, check_workers, workers
 from spsim.studies.experiment import Experiment
 from spsim.studies.experiments import load_experiment, run_experiment
+from spsim.studies.tablefile import TableFormat, check_format
 
 
 def command(
@@ -24,14 +25,19 @@ def command(
     ] = None,
     page: ReportOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small selection of the points.")] = False,
+    executor: ExecutorOption = "processes",
+    scheduler: SchedulerOption = None,
+    rows: Annotated[TableFormat, typer.Option("--rows", help="Format of the table of rows.")] = "csv",
 ) -> None:
     """Run an experiment file: a Python file that defines build() -> spsim.Experiment."""
     check_report(page)
+    check_workers(executor, scheduler, jobs)
+    check_format(rows)
     loaded = _load(file)
     directory = out / loaded.name
     make_directory(directory)
-    with workers(_jobs(jobs, len(loaded.selection(quick=quick)))) as executor:
-        run_experiment(loaded, directory, executor, quick=quick, console=open_console(), page=page)
+    with workers(_jobs(jobs, len(loaded.selection(quick=quick))), scheduler) as pool:
+        run_experiment(loaded, directory, pool, quick=quick, console=open_console(), page=page, rows=rows)
     print_report(open_console(), page)
 
 

@@ -21,14 +21,17 @@ from spsim.cli.options import (
     ModelOption,
     PlanOption,
     PrecisionOption,
+    ReportOption,
     SeqLenOption,
     SetOption,
 )
 from spsim.cli.outputs import (
+    check_report,
     file_names,
     open_console,
     print_emission,
     print_json,
+    print_report,
     print_written,
     staging,
 )
@@ -37,9 +40,9 @@ from spsim.cli.workers import workers
 from spsim.errors import InputError
 from spsim.inputs.configuration import read_value
 from spsim.report import plan as report
-from spsim.studies.csvfile import write_csv
 from spsim.studies.search.outcome import PlanSearch
 from spsim.studies.search.search import BEST, plan_search
+from spsim.studies.tablefile import write_csv
 
 SHORTEST = 4096
 """Tokens from which on the longest sequence is looked for, unless given."""
@@ -55,46 +58,53 @@ def read_count(text: str) -> int:
     return count
 
 
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, max=2**20, help="GPUs of the plan.")]
+ValuesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--values", metavar="OPTION=A,B,…", autocompletion=plan_options,
+        help="Search an option of plans, or micro_batch, among these values; once for each.",
+    ),
+]  # fmt: skip
+MaxOption = Annotated[
+    Literal["seq_len"] | None, typer.Option("--max", help="seq_len: the longest sequence that fits, and its plans.")
+]
+BudgetOption = Annotated[
+    int | None,
+    typer.Option("--budget", metavar="TOKENS", parser=read_count, help="GPU-hours for so many tokens, as 15T."),
+]
+BestOption = Annotated[int, typer.Option("--best", min=1, max=1000, help="Plans that are shown.")]
+JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; all cores by default.")]
+FilesOption = Annotated[Path | None, typer.Option("--out", help="Directory for plans.csv, front.png and search.json.")]
+
+
 def command(
     model: ModelOption = None,
     hardware: HardwareOption = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, max=2**20, help="GPUs of the plan.")] = None,
+    gpus: GpusOption = None,
     plan: PlanOption = None,
-    values: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--values",
-            metavar="OPTION=A,B,…",
-            autocompletion=plan_options,
-            help="Search an option of plans, or micro_batch, among these values; once for each.",
-        ),
-    ] = None,
+    values: ValuesOption = None,
     seq_len: SeqLenOption = None,
     micro_batch: MicroBatchOption = None,
     global_batch: GlobalBatchOption = None,
     precision: PrecisionOption = None,
     changes: SetOption = None,
-    longest: Annotated[
-        Literal["seq_len"] | None, typer.Option("--max", help="seq_len: the longest sequence that fits.")
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option("--budget", metavar="TOKENS", parser=read_count, help="GPU-hours for so many tokens, as 15T."),
-    ] = None,
-    best: Annotated[int, typer.Option("--best", min=1, max=1000, help="Plans that are shown.")] = BEST,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; all cores by default.")] = None,
+    longest: MaxOption = None,
+    tokens: BudgetOption = None,
+    best: BestOption = BEST,
+    jobs: JobsOption = None,
     library: EmitOption = None,
     as_json: JsonOption = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Directory for plans.csv, front.png and search.json.")
-    ] = None,
+    out: FilesOption = None,
+    page: ReportOption = None,
 ) -> None:
     """The plans with the shortest step that fit, of all there are for a model on some GPUs.
 
     What --plan says is fixed. tp and ulysses stay within a node unless --plan or --values name one of them.
     """
-    if library is not None and (as_json or out is not None):
-        raise InputError("plan: --emit prints the configuration of the best plan alone; leave --json and --out out")
+    check_report(page)
+    if library is not None and (as_json or out is not None or page is not None):
+        raise InputError("plan: --emit prints a configuration alone; leave --json, --out and --report out")
     if seq_len is None and longest is not None:
         seq_len = SHORTEST
     given = Given.of(
@@ -112,7 +122,7 @@ def command(
     if library is not None:
         print_emission(search.best[0].scenario, library)
         return
-    _show(search, out, as_json=as_json)
+    _show(search, out, page, as_json=as_json)
 
 
 def _values(text: str) -> tuple[str, Sequence[Any]]:
@@ -123,8 +133,10 @@ def _values(text: str) -> tuple[str, Sequence[Any]]:
     return name, found
 
 
-def _show(search: PlanSearch, out: Path | None, *, as_json: bool) -> None:
+def _show(search: PlanSearch, out: Path | None, page: Path | None, *, as_json: bool) -> None:
     written = [] if out is None else _write(search, out)
+    if page is not None:
+        search.to_html(page)
     if as_json:
         print_json(search.to_json())
         return
@@ -133,6 +145,7 @@ def _show(search: PlanSearch, out: Path | None, *, as_json: bool) -> None:
     for line in report.lines(search):
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
+    print_report(console, page)
 
 
 def _write(search: PlanSearch, out: Path) -> list[str]:

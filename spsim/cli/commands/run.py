@@ -18,6 +18,7 @@ from spsim.cli.options import (
     JsonOption,
     MicroBatchOption,
     ModelOption,
+    NetworkOption,
     NodesOption,
     OutOption,
     PhaseOption,
@@ -83,6 +84,7 @@ def command(
     phase: PhaseOption = None,
     nodes: NodesOption = None,
     scope: ScopeOption = None,
+    network: NetworkOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: OutOption = None,
@@ -95,44 +97,63 @@ def command(
     seeds: SeedsOption = None,
 ) -> None:
     """Simulate one scenario."""
-    if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
-        raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
-    if seeds is not None and perturb is None:
-        raise InputError("run: --seeds are of --perturb; give it too")
-    if perturb is not None and page is not None:
-        raise InputError("run: --report shows a step without perturbations; leave --perturb or --report out")
+    _check_out(out, ranks, layers, trace_format)
     check_report(page)
     given = Given.of(
         "run", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+        network=network, perturbations=perturb,
     )  # fmt: skip
     print_notes(given)
+    scenario = given.scenario()
     if library is not None:
-        if as_json or out is not None or page is not None:
-            raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
-        print_emission(given.scenario(), library)
+        _emit(scenario, library, more=as_json or out is not None or page is not None)
         return
-    if perturb is not None:
-        _run_perturbed(given.scenario(), perturb, 1 if seeds is None else seeds, out, as_json=as_json)
+    if _is_perturbed(scenario, seeds, page):
+        _run_perturbed(scenario, seeds or 1, out, as_json=as_json)
         return
-    result = simulate(given.scenario())
-    selection = None if out is None else _selection(result, ranks, layers)
-    written = [] if out is None or selection is None else _write_outputs(result, out, selection, trace_format)
+    result = simulate(scenario)
+    selection, written = _written(result, out, ranks, layers, trace_format)
     if page is not None:
         result.to_html(page)
     if as_json:
         print_json(result.to_json())
-        return
-    _print_result(result, out, written, selection)
-    print_report(open_console(), page)
+    else:
+        _print_result(result, out, written, selection)
+        print_report(open_console(), page)
 
 
-def _run_perturbed(scenario: Scenario, file: Path, seeds: int, out: Path | None, *, as_json: bool) -> None:
+def _emit(scenario: Scenario, library: str, *, more: bool) -> None:
+    """Print it for a library; `InputError` where more is asked for."""
+    if more:
+        raise InputError("run: --emit prints a configuration, not a result; leave --json, --out and --report out")
+    print_emission(scenario, library)
+
+
+def _check_out(out: Path | None, ranks: str | None, layers: str | None, trace_format: str) -> None:
+    if out is None and (ranks is not None or layers is not None or trace_format != "perfetto"):
+        raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
+
+
+def _is_perturbed(scenario: Scenario, seeds: int | None, page: Path | None) -> bool:
+    """Whether it is; `InputError` where that does not fit what is asked for."""
+    if not scenario.perturbations.perturbations:
+        if seeds is not None:
+            raise InputError("run: --seeds are of perturbations; give them with --perturb, or in the case file")
+        return False
+    if page is not None:
+        raise InputError("run: --report shows a step without perturbations; leave them or --report out")
+    if seeds is not None and seeds < 1:
+        raise InputError(f"run: --seeds {seeds} is no number from 1 on")
+    return True
+
+
+def _run_perturbed(scenario: Scenario, seeds: int, out: Path | None, *, as_json: bool) -> None:
     """The step with and without perturbations, and who is to blame."""
     from spsim.report import perturbation
     from spsim.studies.perturbation import perturb
 
-    found = perturb(scenario, file, seeds=seeds)
+    found = perturb(scenario, seeds=seeds)
     document = {**found.before.to_json(), "perturbed": found.to_json()}
     written: list[str] = []
     if out is not None:
@@ -168,6 +189,16 @@ def _print_result(result: Result, out: Path | None, written: list[str], selectio
         )
 
 
+def _written(
+    result: Result, out: Path | None, ranks: str | None, layers: str | None, trace_format: str
+) -> tuple[Selection | None, list[str]]:
+    """What outputs are of, and the names of their files."""
+    if out is None:
+        return None, []
+    selection = _selection(result, ranks, layers)
+    return selection, _write_outputs(result, out, selection, trace_format)
+
+
 def _selection(result: Result, ranks: str | None, layers: str | None) -> Selection:
     """What trace and tables are of."""
     gpus, total = result.scenario.plan.gpus, result.scenario.model.layers
@@ -185,6 +216,8 @@ def _write_outputs(result: Result, out: Path, selection: Selection, trace_format
         if result.staged:
             result.plot_pipeline(directory / "pipeline.png")
         result.plot_step(directory / "step.png")
+        if result.scenario.plan.gpus > 1:
+            result.plot_mapping(directory / "mapping.png")
         if trace_format == "kineto":
             (directory / "kineto").mkdir()
             kineto.write_kineto_traces(result, directory / "kineto", selection)

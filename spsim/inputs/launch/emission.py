@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spsim.errors import InputError
-from spsim.inputs.effects import reasons
+from spsim.inputs.effects import numbered, reasons
 from spsim.inputs.launch import deepspeed, megatron, torchtitan, transformers
 from spsim.inputs.launch.draft import WAYS, Draft
 from spsim.inputs.launch.options import Options
@@ -62,7 +62,7 @@ def _active(model: Model, plan: Plan) -> Plan:
     """A plan without options that change nothing, which libraries refuse; an optimizer may need to know that it could
     be sharded.
     """
-    usual = library_defaults(plan.library)
+    usual = library_defaults(plan.library, plan.pp)
     idle = {name for name, reason in reasons(model, plan).items() if reason} - {*_OF_SHARDS}
     return plan.model_copy(
         update={name: usual.get(name, Plan.model_fields[name].default) for name in idle if name in Plan.model_fields}
@@ -110,7 +110,7 @@ def _of_plan(scenario: Scenario, read: Plan, called: str) -> Iterator[str]:
     """Options that come back otherwise; those that another library's are by themselves in one line."""
     own, back = effective(scenario.model, scenario.plan), effective(scenario.model, read)
     differing = {name: value for name, value in own.items() if name != "library" and back.get(name, value) != value}
-    usual = library_defaults(read.library)
+    usual = library_defaults(read.library, read.pp)
     by_itself = [name for name in differing if name in usual and back[name] == usual[name]]
     if read.library != scenario.plan.library:
         has = ", ".join(f"{name} = {back[name]!r}" for name in by_itself) or "nothing else"
@@ -132,6 +132,7 @@ def effective(model: Model, plan: Plan) -> dict[str, Any]:
     if plan.dp_overlap is True and plan.zero_stage == 0:
         found["dp_overlap"] = "gradients"
     found["shard_group"] = plan.shard_group or plan.dp
+    found["mesh_order"] = numbered(plan)
     if plan.pp > 1:
         layers = tuple(len(chunk.layers) for chunk in all_chunks(model, plan))
         found |= {"pp_layout": layers, "pp_sends": sends(plan), "pp_overlap": overlaps_messages(plan)}

@@ -10,6 +10,7 @@ from typing import Any
 
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
 from spsim.inputs.quantities import Table
+from spsim.program.placement import Collective
 
 
 def leaf_at(profile: HardwareProfile, path: str) -> Any:
@@ -50,10 +51,11 @@ def without_unknown(profile: HardwareProfile, base: HardwareProfile) -> Hardware
     return with_leaves(profile, {path: leaf_at(base, path) for path in unknown})
 
 
-def without_sends(profile: HardwareProfile, level: str) -> HardwareProfile:
-    """The profile without the law of send-receive at a level, in whose place comes a measured curve."""
-    sends = {name: table for name, table in profile.coefficients.sends.items() if name != level}
-    return profile.model_copy(update={"coefficients": profile.coefficients.model_copy(update={"sends": sends})})
+def without_laws(profile: HardwareProfile, level: str, collective: Collective) -> HardwareProfile:
+    """The profile without the law of a collective at a level, in whose place comes a measured curve."""
+    law = "sends" if collective == "send_receive" else "between_nodes"
+    kept = {name: table for name, table in getattr(profile.coefficients, law).items() if name != level}
+    return profile.model_copy(update={"coefficients": profile.coefficients.model_copy(update={law: kept})})
 
 
 def with_values(profile: HardwareProfile, values: Mapping[str, float]) -> HardwareProfile:

@@ -16,9 +16,11 @@ from typing import Literal
 
 import numpy as np
 
-from spsim.costs.collectives import CommCost, CurveTime, algorithm_steps
-from spsim.inputs.hardware import CollectiveCurve, HardwareProfile, Level
-from spsim.measuring.calibrate.coefficients import with_leaves, without_sends
+from spsim.costs.collectives import CommCost
+from spsim.costs.curves import CurveTime, algorithm_steps
+from spsim.inputs.collective_curves import CollectiveCurve
+from spsim.inputs.hardware import HardwareProfile, Level
+from spsim.measuring.calibrate.coefficients import with_leaves, without_laws
 from spsim.measuring.calibrate.kernel_fit import Fit
 from spsim.measuring.calibrate.outcome import ClassFit, Seconds
 from spsim.measuring.calibrate.records import Measurement, RowError
@@ -130,8 +132,8 @@ def fit_collectives(rows: Sequence[Measurement], profile: HardwareProfile) -> Fi
         path = f"collectives.{name}.{collective}"
         base = profile.coefficients.collectives.get(name, {}).get(collective, ())
         classes.append(_class(path, group, level))
-        if collective == "send_receive":
-            profile = without_sends(profile, name)
+        if collective != "all_to_all":
+            profile = without_laws(profile, name, collective)
         profile = with_leaves(profile, {path: _curves(group, base, level)})
     return Fit(profile, tuple(classes))
 

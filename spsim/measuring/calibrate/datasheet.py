@@ -93,7 +93,7 @@ def _highest(rows: Sequence[Measurement], base: HardwareProfile) -> dict[str, fl
     all_series = measured_series(rows, base)
     for row in timed(rows, "collective"):
         size, seconds = row.message_bytes or 0, (row.time_us or 0.0) / US_PER_S
-        _check_possible(row, size / seconds / levels[row.level].bandwidth)
+        _check_possible(row, size / seconds / levels[row.level].adapter_bandwidth)
     for series in all_series:
         level = levels[series.level]
         curves = base.coefficients.collectives.get(series.level, {}).get(series.collective, ())

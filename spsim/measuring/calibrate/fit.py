@@ -23,12 +23,14 @@ from spsim.measuring.calibrate.coefficients import leaf_at, with_leaves, without
 from spsim.measuring.calibrate.collective_fit import PENDING, check_over_nodes, fit_collectives
 from spsim.measuring.calibrate.datasheet import datasheet_for
 from spsim.measuring.calibrate.kernel_fit import Fit
+from spsim.measuring.calibrate.nccl_tests import Logs
 from spsim.measuring.calibrate.outcome import ClassFit, FittedProfile
 from spsim.measuring.calibrate.product_fit import fit_gemm
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import timed
 from spsim.measuring.calibrate.solver import rounded
 from spsim.measuring.calibrate.traffic_fit import fit_memory_bound
+from spsim.measuring.processes.matching import is_same_device
 from spsim.units import MIB
 
 CLASSES: Mapping[str, Callable[[Sequence[Measurement], HardwareProfile], Fit]] = {
@@ -51,11 +53,12 @@ class _Draft:
     sources: dict[str, str] = field(default_factory=dict)
     measured: set[str] = field(default_factory=set)
     """Dotted paths that no longer come from the base."""
+    by: str = "Measured by spsim calibrate"
 
     def cite(self, topic: str, text: str) -> str:
         """The key of a source."""
         key = f"calibrate-{topic}"
-        self.sources[key] = f"Measured by spsim calibrate on {self.date}: {text}"
+        self.sources[key] = f"{self.by} on {self.date}: {text}"
         return key
 
     def take(self, fit: Fit, topic: str) -> None:
@@ -118,6 +121,29 @@ def fit_profile(measurements: Sequence[Measurement], base: HardwareProfile, name
     return FittedProfile(
         profile, base.name, tuple(classes), kept, tuple(_notes(measurements, base.name, raised, classes))
     )
+
+
+def fit_logs(logs: Logs, base: HardwareProfile, name: str, date: str) -> FittedProfile:
+    """The base with the curves of nccl-tests in the place of its own, where they are of its device; `date` is when they
+    were read. The time is the library's alone, so what a framework adds stays that of the base.
+    """
+    if not is_same_device(logs.device, base.datasheet.device):
+        raise InputError(
+            f"calibrate: the logs are of {logs.device}, but {base.name} is of {base.datasheet.device}; give as "
+            "--base a profile of that device, which may have another as its own base"
+        )
+    rows = logs.on(base)
+    start, _ = datasheet_for(rows, base)
+    draft = _Draft(start, date, by="Out-of-place times of nccl-tests, read by spsim calibrate")
+    fit = fit_collectives(rows, start)
+    draft.take(fit, "nccl-tests")
+    composed = check_over_nodes(rows, draft.profile)
+    kept = tuple(path for path, _ in leaves(draft.profile.coefficients) if path not in draft.measured)
+    environment = {**base.provenance, "device": logs.device, "nccl": logs.nccl}
+    profile = _finished(draft, base, name, {key: text for key, text in environment.items() if text}, kept)
+    curves = tuple(path for path in kept if path.startswith(("collectives.", "sends.")))
+    note = f"all but collectives is as in {base.name}"
+    return FittedProfile(profile, base.name, (*fit.classes, *([composed] if composed else [])), curves, (note,))
 
 
 def _start_of_a_kernel(rows: Sequence[Measurement], draft: _Draft) -> None:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spsim.errors import InputError, first_problem
+from spsim.inputs.collective_curves import CollectiveName
 from spsim.inputs.csvrows import csv_rows
-from spsim.inputs.hardware import CollectiveName
 from spsim.inputs.kernel_coefficients import MemoryBoundFractions
 from spsim.inputs.resources import read_text
 from spsim.work import DATA_TYPES, AttentionKernel

@@ -19,6 +19,8 @@ from spsim.program.strategies import WHOLE_VOCABULARY
 
 LOSS_BYTES = 4
 """The loss is computed in fp32."""
+OUTPUT = "output_layer_weight"
+"""Of the output layer, unless it is the table of the embedding."""
 
 
 class _Head(ModelBlock):
@@ -27,7 +29,7 @@ class _Head(ModelBlock):
     def output_layer(self, x: Tensor) -> Tensor:
         """Logits: a column-parallel linear, split by the vocabulary."""
         out = self.tensor("logits", "s b v")
-        weight = self.weight(TABLE if is_tied(self.model) else "output_layer_weight", "v h")
+        weight = self.weight(TABLE if is_tied(self.model) else OUTPUT, "v h")
         bias = [self.weight("output_layer_bias", "v")] if self.model.head_bias else []
         left = ", ".join(["s b h, v h"] + ["v"] * len(bias))
         self.add(

@@ -14,6 +14,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
 from spsim.program.blocks.experts import expert_sizes, routed_experts
+from spsim.program.blocks.ways import Way
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.placement import Extent
 from spsim.program.recompute import SHARED_SUM
@@ -109,6 +110,8 @@ class _Layer(ModelBlock):
 
     def unfused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Core attention as QK^T, scaled and masked softmax, dropout and AV, the scores in memory."""
+        if self.ways.repetition:
+            k, v = (self.repeated(name, x, self.ways.repetition) for name, x in (("k", k), ("v", v)))
         scores = self.tensor("scores", "b a s j")
         self.add("qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
@@ -131,6 +134,17 @@ class _Layer(ModelBlock):
             owns_gather=[v],
         )
         return context
+
+    def repeated(self, name: str, x: Tensor, way: Way) -> Tensor:
+        """K or V for each head of Q, at the positions that core attention reads: `repeat_interleave` of Megatron-Core,
+        `repeat_kv` of transformers.
+        """
+        out = self.tensor(f"repeated_{name}", "s b a d")
+        self.add(
+            f"repeat_{name}", "elementwise", "j b a d -> j b a d", [x], [out], mixes="j", owns_gather=[x],
+            launches=way.launches,
+        )  # fmt: skip
+        return out
 
     def self_attention(self, x: Tensor) -> Tensor:
         """Projections, norms and rotations of q and k, core attention and the output projection."""

@@ -44,6 +44,8 @@ class Ways(NamedTuple):
     """Of a gate and an up projection that are tensors of their own."""
     residual: Way = Way()
     softmax: Way = Way()
+    repetition: Way | None = None
+    """Of K and V for each head of Q, where unfused attention has them written out."""
     joins_residual: bool = False
     """A residual and the norm that reads it are one kernel."""
 
@@ -67,6 +69,7 @@ def _eager(model: Model, *, fp32: bool) -> Ways:
         activation_of_two=_activation(model, joined=False),
         residual=_residual(model),
         softmax=_softmax(fp32, causal=model.causal),
+        repetition=_REPETITION if model.kv_heads < model.heads else None,
     )
 
 
@@ -168,6 +171,10 @@ def _residual(model: Model) -> Way:
         return Way(Launches((ADD,), bias))
     dropout = Launch(narrow=2, masks=1, kernel="dropout", kind="dropout")
     return Way(Launches((dropout, ADD), (dropout._replace(gradient=True), *bias)))
+
+
+_REPETITION = Way(Launches((Launch(narrow=1, inputs=1, accesses=2, kernel="copy"),), (Launch(narrow=1, inputs=1),)))
+"""Heads copied, and their gradients summed."""
 
 
 def _softmax(fp32: bool, *, causal: bool) -> Way:

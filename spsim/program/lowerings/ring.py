@@ -9,14 +9,12 @@ ones unless a causal mask meets a contiguous cut, are one section that repeats i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-
 from spsim.inputs.plan import Plan
-from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Part, Program, Purpose, Section
+from spsim.program.instructions import Buffer, Communication, Compute, Part, Program, Purpose
 from spsim.program.kernels import Attention
+from spsim.program.lowerings.gathered_attention import GatheredAttention
 from spsim.program.lowerings.ring_gradients import Fp32Gradients, ModelDtypeGradients, RingGradients
-from spsim.program.lowerings.ring_steps import Message, RingSteps
+from spsim.program.lowerings.ring_steps import Message
 from spsim.program.mesh import Mesh
 from spsim.work import Work
 
@@ -35,15 +33,10 @@ def lower_ring(
     More equal steps than those `written_out` are one section, so that the size of the program does not depend on their
     number.
     """
-    lowering = _RingLowering(program, plan, mesh, attention, causal=causal, written_out=written_out)
-    return replace(
-        program,
-        forward_sections=lowering.lower(program.forward_sections),
-        backward_sections=lowering.lower(program.backward_sections),
-    )
+    return _RingLowering(program, plan, mesh, attention, causal=causal, written_out=written_out).lowered()
 
 
-class _RingLowering(RingSteps):
+class _RingLowering(GatheredAttention):
     def __init__(
         self, program: Program, plan: Plan, mesh: Mesh, attention: Attention, *, causal: bool, written_out: int
     ) -> None:
@@ -51,42 +44,10 @@ class _RingLowering(RingSteps):
         self.gathers = plan.ring_kind == "gather_permute"
         self.separate = plan.ring_messages == "separate"
         self.gradients: type[RingGradients] = Fp32Gradients if plan.sends_fp32_gradients else ModelDtypeGradients
-        self.keys_and_values = {operand.name for operand in attention.placed.inputs[1:]}
-
-    def lower(self, sections: Sequence[Section]) -> tuple[Section, ...]:
-        """One pass of the program with each gathered attention replaced."""
-        self.sections = []
-        homes = self._homes(step for section in sections for step in section.instructions)
-        gathers: list[Communication] = []
-        for section in sections:
-            if section.count > 1:  # of another attention
-                self.sections.append(section)
-                continue
-            for step in section.instructions:
-                if isinstance(step, Communication) and self._moves_keys(step):
-                    gathers += [step] if step.collective == "all_gather" else []
-                elif isinstance(step, Compute) and step.operator == self.name and step.kind == "attention":
-                    if step.part == "backward":
-                        self._backward(step, gathers, homes)
-                    else:
-                        self._forward(step, gathers)
-                    gathers = []
-                else:
-                    self.instructions.append(step)
-            self.end_section()
-        return tuple(self.sections)
-
-    def _moves_keys(self, step: Communication) -> bool:
-        return step.axis == "ring" and step.tensor in self.keys_and_values
-
-    def _homes(self, steps: Iterable[Instruction]) -> tuple[Buffer, ...]:
-        """Where the gradients of the own K and V go: what their reduce-scatters would write."""
-        moves = (step for step in steps if isinstance(step, Communication) and self._moves_keys(step))
-        return tuple(buffer for step in moves if step.collective == "reduce_scatter" for buffer in step.writes)
 
     def _local_keys(self, gathers: list[Communication]) -> tuple[tuple[int, ...], tuple[Message, ...]]:
         """The local K and V before their gather, and what they are sent in."""
-        own = tuple([Message(g.tensor, g.message_bytes // self.degree) for g in gathers])
+        own = self.local_messages(gathers)
         joint = (Message("key_value", sum(message.bytes for message in own)),)
         return tuple(b for g in gathers for b in g.reads), own if self.separate else joint
 
@@ -112,14 +73,14 @@ class _RingLowering(RingSteps):
 
     # The two passes
 
-    def _forward(self, compute: Compute, gathers: list[Communication]) -> None:
+    def forward(self, compute: Compute, gathers: list[Communication]) -> None:
         """P attention steps; each after the first merges its output into the running one, which is kept in
         fp32 and rescaled by the log-sum-exp (the merge of ring-flash-attention and Transformer Engine).
         """
         context, statistics = compute.writes
         running = output = self.buffer(context.tensor, FP32_PER_BF16 * context.bytes)
         keys, messages = self._local_keys(gathers)
-        queries = self._but_keys(compute, gathers)
+        queries = self.but_keys(compute, gathers)
         part: Part = "recompute" if compute.part == "recompute" else "forward"
         work: tuple[Work | None, ...] = ()
 
@@ -140,11 +101,11 @@ class _RingLowering(RingSteps):
             self.handed_on = (*self._found(keys), output.id)
         merge(context.bytes, context)
 
-    def _backward(self, compute: Compute, gathers: list[Communication], homes: tuple[Buffer, ...]) -> None:
+    def backward(self, compute: Compute, gathers: list[Communication], homes: tuple[Buffer, ...]) -> None:
         """P steps; the gradients of K and V follow their block around the ring and come home last."""
         keys, messages = self._local_keys(gathers)
         gradients = self.gradients(self, compute, messages, homes)
-        others = self._but_keys(compute, gathers)
+        others = self.but_keys(compute, gathers)
         self.issued_after = self.last_kernel()
         for step in self.steps(gradients.first_equal):
             arriving = self._next_keys(compute, step, keys, messages, "regather", "backward")
@@ -155,9 +116,3 @@ class _RingLowering(RingSteps):
             keys = arriving
             self.handed_on = self._found(keys) + gradients.travelling
         gradients.come_home()
-
-    @staticmethod
-    def _but_keys(compute: Compute, gathers: list[Communication]) -> tuple[int, ...]:
-        """What the attention kernel reads beside gathered K and V."""
-        gathered = {buffer.id for gather in gathers for buffer in gather.writes}
-        return tuple([buffer for buffer in compute.reads if buffer not in gathered])

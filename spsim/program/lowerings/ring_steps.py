@@ -123,13 +123,14 @@ class RingSteps:
         part: Part,
         after: tuple[int, ...] = (),
     ) -> tuple[int, ...]:
-        """Gather messages from all ranks, or send them to the next rank in one group call and receive as many from the
-        previous one; returns what arrived.
+        """Gather messages from all ranks, sum and scatter those of all, or send them to the next rank in one group call
+        and receive as many from the previous one; returns what arrived.
         """
-        sizes = [m.bytes * (self.degree if collective == "all_gather" else 1) for m in messages]
-        arrived = [self.buffer(m.tensor, size, received=True) for m, size in zip(messages, sizes, strict=True)]
+        ranks = 1 if collective == "send_receive" else self.degree
+        held = ranks if collective == "all_gather" else 1
+        arrived = [self.buffer(message.tensor, message.bytes * held, received=True) for message in messages]
         for place, (message, buffer) in enumerate(zip(messages, arrived, strict=True)):
-            size = buffer.bytes
+            size = message.bytes * ranks
             self.instructions.append(
                 Communication(
                     self._next(), self.name, message.tensor, "ring", collective, self.degree, size,

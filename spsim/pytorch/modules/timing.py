@@ -10,6 +10,7 @@ from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import check_nodes, gpus_per_node
+from spsim.inputs.scenario import Network
 from spsim.inputs.workload import ELEMENT_BYTES, Precision, Workload
 from spsim.lazy import lazy
 from spsim.program.instructions import LAYER, Compute, Program
@@ -59,6 +60,7 @@ class TracedScenario:
     workload: TracedWorkload
     inputs: tuple[tuple[int, ...], ...]
     num_micro_batches: int = 1
+    network: Network = "closed_form"
     notes: tuple[str, ...] = ()
 
     @property

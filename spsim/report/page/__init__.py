@@ -2,6 +2,14 @@
 
 from spsim.report.page.fragments import comparison_fragment, result_fragment
 from spsim.report.page.plans import write_comparison, write_result
+from spsim.report.page.search import write_search
 from spsim.report.page.sweep import write_sweep
 
-__all__ = ["comparison_fragment", "result_fragment", "write_comparison", "write_result", "write_sweep"]
+__all__ = [
+    "comparison_fragment",
+    "result_fragment",
+    "write_comparison",
+    "write_result",
+    "write_search",
+    "write_sweep",
+]

@@ -56,10 +56,11 @@ def _sections(comparison: PlanComparison) -> Iterator[Section]:
     )
     yield Section("Memory at the peak", "Of the fullest GPU, with what lies outside tensors.", [memory_chart(accounts)])
     chart, shown = timeline_chart(accounts)
+    hatched = " Hatched: recomputed." if any("pattern" in own["marker"] for own in chart["data"]) else ""
     yield Section(
         "Timeline",
         "Drag across to zoom, double-click to see all again; a bar says what it is when pointed at, and has its name "
-        f"once few are seen. Hatched: recomputed. Shown: {shown}.",
+        f"once few are seen.{hatched} Shown: {shown}.",
         [chart],
     )
     yield Section("Memory over a step", "Tensors of the fullest rank by what they are.", memory_charts(accounts))
@@ -86,8 +87,8 @@ def _assumed(comparison: PlanComparison) -> str:
     hardware = comparison.accounts[0].result.scenario.hardware
     return (
         f"Coefficients of {hardware.name} that nobody measured on such a machine and that the times or the memory hang "
-        f"on, and by how much ±{100 * SHARE:.0f} % of each change the step, or else the free memory. All others are "
-        "measurements, with their sources in the profile."
+        f"on, assumed or inherited from another card, and by how much ±{100 * SHARE:.0f} % of each change the step, or "
+        "else the free memory. All others are measurements, with their sources in the profile."
     )
 
 
@@ -97,6 +98,6 @@ def _notes(comparison: PlanComparison) -> list[str]:
         line: account.name
         for account in comparison.accounts
         for line in of_run.notes(account.result)
-        if not line.startswith("assumed inputs used")
+        if not line.startswith(("assumed inputs", "inherited inputs"))
     }
     return [*lines]

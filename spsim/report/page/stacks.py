@@ -10,8 +10,9 @@ from typing import Any
 from spsim.plots.colours import CATEGORIES, COLOURS, PARTS
 from spsim.report.page.document import Chart
 from spsim.report.page.look import LINE, MARGIN, NARROW, axis, layout, plain
+from spsim.report.words import time
 from spsim.studies.plan_accounts import EXPOSED, PlanAccount, grouped
-from spsim.units import GIB, MS_PER_S, PS_PER_MS
+from spsim.units import GIB, PS_PER_MS
 
 OUTSIDE = "context, communicators, reserve"
 ROW, THICK, AROUND = 62, 31, 62
@@ -32,7 +33,7 @@ def time_chart(accounts: Sequence[PlanAccount]) -> Chart:
     bars = []
     for account in accounts:
         parts = {name: ps / PS_PER_MS for name, ps in grouped(account.step).items()}
-        bars.append(Bar(account.name, parts, f"{account.result.step_time_s * MS_PER_S:,.1f} ms"))
+        bars.append(Bar(account.name, parts, time(account.result.step_time_s)))
     return stacked(bars, {**PARTS, EXPOSED: COLOURS["communication"]}, "ms", "time of a step (ms)")
 
 

@@ -18,8 +18,8 @@ from spsim.report.words import listed
 from spsim.studies.cases import END, EXPOSED, REST, Case
 from spsim.units import KIB
 
-MOST = 300
-"""Bars of a page, about; further cases stand in the table only."""
+MOST, MOST_ROWS = 300, 2_000
+"""Bars of a page, about, and rows of its table; of further cases the answer at the top alone is."""
 ROW, HEADING, AROUND = 21, 30, 56
 """Pixels of a bar, of the sequence length above some, and of the axis."""
 STACK = {**PARTS, EXPOSED: COLOURS["communication"], END: COLOURS["other"], REST: WAITING}
@@ -33,14 +33,15 @@ def write_sweep(title: str, cases: Sequence[Case], tables: Sequence[Any], path: 
     """Write the page; tables are rich tables and text."""
     drawn = [*_first(cases)]
     machines = [[*own] for _, own in groupby(drawn, key=lambda case: (case.model, case.hardware))]
-    rest = "" if len(drawn) == len(cases) else f" The first {len(drawn)} of {len(cases)} cases; the table has all."
+    rest = "" if len(drawn) == len(cases) else f" The first {len(drawn)} of {len(cases)} cases."
+    more = "" if len(cases) <= MOST_ROWS else f"The first {MOST_ROWS:,} of {len(cases):,} cases."
     best = "Of each strategy the plan that fits with the shortest step, else the one that needs least memory."
     shown = [entry for entry in tables if isinstance(entry, Table)]
     lines = [line for entry in tables if isinstance(entry, str) for line in entry.splitlines() if line]
     sections = [
         Section("Time of a step by strategy", f"{best}{rest}", [_times(own) for own in machines]),
         Section("Memory of the fullest GPU", best, [_memory(own) for own in machines]),
-        Section("Case by case", tables=[_case_table(cases)]),
+        Section("Case by case", more, tables=[_case_table(cases[:MOST_ROWS])]),
         Section("Tables of the experiment", tables=shown, lines=lines),
     ]
     write_page(Page(title, f"{len(cases)} cases", _verdict(cases), sections), path)

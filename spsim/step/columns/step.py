@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,25 +69,35 @@ class BlockColumns:
         """A step of a chunk's blocks and equal micro-batches, with picoseconds by slot and of the synchronisation
         and the optimizer after the last one, and the monomials of the sizes of all workloads.
         """
+        ran = self.ran(times, basis, slowdown)
+        return StepColumns(
+            self, tuple(chunk), micro_batches, ran, self.memory(chunk, micro_batches, ran, basis), sync_ps, optimizer_ps
+        )
+
+    def ran(self, times: Times, basis: Floats, slowdown: float) -> PassesRun:
+        """Each pass of each block by itself."""
         rate = Contention(slowdown)
         durations = times[self.slots]
         holds = self.monomials @ basis < EXACT
         holds &= durations.min(axis=0) > 0
         holds &= durations.sum(axis=0) < 2**62 // rate.whole
-        phases: dict[Key, Floats] = {}
-        compute: dict[Key, Floats] = {}
+        lengths: dict[Key, Floats] = {}
+        kernels: dict[Key, Floats] = {}
         fills: list[Fill] = []
         first = 0
         for key, own in self.passes.items():
             run = replay(own.order, durations[first : first + len(own.order.tasks)], rate)
             first += len(own.order.tasks)
             holds &= own.holds(run)
-            phases[key] = own.length(run)
-            compute[key] = own.compute(run)
+            lengths[key] = own.length(run)
+            kernels[key] = own.compute(run)
             fills += own.fills.of(run, basis)
+        return PassesRun(holds, lengths, kernels, fills)
+
+    def memory(self, chunk: Chunk, micro_batches: Runs, ran: PassesRun, basis: Floats) -> Memory:
+        """That of a step of a chunk's blocks."""
         nodes, sums = self._walk(tuple(chunk))
-        memory = Memory([Branch(nodes, micro_batches)], fills, sums @ basis)
-        return StepColumns(self, tuple(chunk), micro_batches, holds, phases, compute, memory, sync_ps, optimizer_ps)
+        return Memory([Branch(nodes, micro_batches)], ran.fills, sums @ basis)
 
     def _walk(self, chunk: tuple[Run, ...]) -> tuple[Sequence[Node], Floats]:
         """One micro-batch, and the coefficients of the sums of bytes that its nodes name."""
@@ -102,6 +113,18 @@ class BlockColumns:
         return self._walks[chunk]
 
 
+class PassesRun(NamedTuple):
+    """Passes of blocks as they ran, picoseconds of each of one micro-batch."""
+
+    holds: Points
+    """For which workloads the segments ran as they are recorded."""
+    lengths: Mapping[Key, Floats]
+    kernels: Mapping[Key, Floats]
+    """A row for each class."""
+    fills: Sequence[Fill]
+    """Of each leaf, how full memory is."""
+
+
 @dataclass(frozen=True)
 class StepColumns:
     """What a step came to; times in picoseconds."""
@@ -109,12 +132,7 @@ class StepColumns:
     block: BlockColumns
     chunk: tuple[Run, ...]
     micro_batches: Runs
-    holds: Points
-    """For which workloads the segments ran as they are recorded."""
-    lengths: Mapping[Key, Floats]
-    """Of each pass of one block and micro-batch."""
-    kernels: Mapping[Key, Floats]
-    """Of the same, a row for each class."""
+    ran: PassesRun
     memory: Memory
     weight_sync: int
     """Synchronisation of weight gradients after the last micro-batch, and the gather of weights."""
@@ -132,11 +150,11 @@ class StepColumns:
     @property
     def phases(self) -> Mapping[Pass, Floats]:
         """Of each pass of one layer and micro-batch."""
-        return {phase: length for (block, phase), length in self.lengths.items() if block == LAYER}
+        return {phase: length for (block, phase), length in self.ran.lengths.items() if block == LAYER}
 
     @lazy
     def _passes(self) -> Floats:
-        return self._of_micro_batch(self.lengths) * self.micro_batches
+        return self._of_micro_batch(self.ran.lengths) * self.micro_batches
 
     @lazy
     def end(self) -> Floats:
@@ -146,17 +164,17 @@ class StepColumns:
     @lazy
     def compute(self) -> Mapping[str, Floats]:
         """Kernels of layers by class."""
-        kernels = self._of_micro_batch(self.kernels, layers=True) * self.micro_batches
+        kernels = self._of_micro_batch(self.ran.kernels, layers=True) * self.micro_batches
         return dict(zip(self.block.classes, kernels, strict=True))
 
     @lazy
     def exposed(self) -> Floats:
         """Communication while no kernel runs, weight synchronisation apart: for nothing else do kernels wait."""
-        kernels = self._of_micro_batch(self.kernels).sum(axis=0) * self.micro_batches
+        kernels = self._of_micro_batch(self.ran.kernels).sum(axis=0) * self.micro_batches
         exposed: Floats = self._passes - kernels
         return exposed
 
     @lazy
     def exact(self) -> Points:
         """For which workloads all numbers hold; others have to be simulated."""
-        return self.holds & (self.end < EXACT) & (self.memory.highest < EXACT)
+        return self.ran.holds & (self.end < EXACT) & (self.memory.highest < EXACT)

@@ -11,7 +11,7 @@ differ, its kernels alone count.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from spsim.engine.recording import COMPUTE_LANE
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
-from spsim.inputs.rules import gpus_per_node
+from spsim.inputs.rules import gpus_per_node, is_single
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.instructions import LAYER
@@ -82,22 +82,42 @@ def layers_are_alike(plan: Plan) -> bool:
 
 
 def blocks_of(hardware: HardwareProfile, model: Model, plan: Plan, workloads: Workloads) -> Blocks:
-    """The blocks of a plan that `of_blocks` has made, for some workloads."""
+    """The blocks of a plan that `of_blocks` has made, for some workloads, those of a single sequence apart where their
+    programs are.
+    """
+    batches = workloads.micro_batch
+    single = np.broadcast_to(is_single(plan, batches), batches.shape)
+    if single.all() or not single.any():
+        return _alike(hardware, model, plan, workloads, single=bool(single.all()))
+    order = np.argsort(single, kind="stable")
+    own = Workloads(workloads.seq_len[order], batches[order], workloads.precision)
+    several = len(order) - int(single.sum())
+    parts = [Workloads(own.seq_len[at], own.micro_batch[at], own.precision)
+             for at in (slice(several), slice(several, None))]  # fmt: skip
+    first, last = (_alike(hardware, model, plan, part, single=place == 1) for place, part in enumerate(parts))
+    rows = ("passes_ps", "saved_bytes", "beyond_bytes")
+    joined = {name: np.hstack([getattr(first, name), getattr(last, name)]) for name in rows}
+    return replace(first, **joined).at(np.argsort(order).tolist())
+
+
+def _alike(hardware: HardwareProfile, model: Model, plan: Plan, workloads: Workloads, *, single: bool) -> Blocks:
+    """The same of workloads of one structure."""
     precision = program_precision(workloads.precision, any_layout=hardware.fp8_any_layout)
-    prepared = prepared_step(model, plan, True, precision)
+    prepared = prepared_step(model, plan, True, precision, single=single)
     template = prepared.template
     every = [template.at(workload) for workload in _each(workloads)]
     numbers = np.array([own.values for own in every], dtype=np.float64).T
     compute, comm = cost_models(hardware, workloads.precision)
     times = prepared.durations_of_many(numbers, compute, comm, gpus_per_node=gpus_per_node(hardware, plan))
     slowdown = 0.0 if plan.dp_overlap else hardware.coefficients.overlap_slowdown.value
+    chains = _chains(prepared, workloads, times, slowdown)
     passes, saved, beyond = (np.zeros((len(BLOCKS), len(every))) for _ in range(3))
     found = Blocks(passes, saved, beyond, np.zeros(len(BLOCKS)), np.zeros(len(BLOCKS)))
     for row, name in enumerate(BLOCKS):
         if name not in prepared.blocks:
             continue
-        chain, highest = _chain(prepared, name, workloads, times, slowdown)
-        found.passes_ps[row] = np.where(chain > 0, chain, _kernels(prepared, name, times))
+        chain, highest = chains.get(name, (0.0, 0.0))
+        found.passes_ps[row] = np.where(np.greater(chain, 0), chain, _kernels(prepared, name, times))
         found.saved_bytes[row] = numbers[template.indices[name].saved].sum(axis=0)
         if not plan.dp_overlap:
             found.beyond_bytes[row] = np.maximum(highest - found.saved_bytes[row], 0.0)
@@ -111,17 +131,23 @@ def _each(workloads: Workloads) -> list[Workload]:
     return [Workload(seq_len=length, micro_batch=batch, precision=workloads.precision) for length, batch in sizes]
 
 
-def _chain(
-    prepared: PreparedStep, name: str, workloads: Workloads, times: npt.NDArray[np.int64], slowdown: float
-) -> tuple[Numbers, Numbers]:
-    """Picoseconds of both passes of a block, and its bytes at the fullest; 0 where they do not hold for a workload."""
+def _chains(
+    prepared: PreparedStep, workloads: Workloads, times: npt.NDArray[np.int64], slowdown: float
+) -> Mapping[str, tuple[Numbers, Numbers]]:
+    """Picoseconds of both passes of each block, and its bytes at the fullest; 0 where they do not hold for a workload,
+    none of ranks that differ.
+    """
     columns = prepared.columns
     if columns is None:
-        return np.zeros(times.shape[1]), np.zeros(times.shape[1])
+        return {}
     basis = prepared.template.basis(workloads.seq_len, workloads.micro_batch)
-    own = columns.run((Run(name),), 1, times, 0, 0, basis, slowdown)
-    length: Any = sum(length for (block, _), length in own.lengths.items() if block == name)
-    return np.where(own.holds, length, 0.0), np.where(own.holds, own.memory.highest, 0.0)
+    ran = columns.ran(times, basis, slowdown)
+    found = {}
+    for name in prepared.blocks:
+        length: Any = sum(own for (block, _), own in ran.lengths.items() if block == name)
+        highest = columns.memory((Run(name),), 1, ran, basis).highest
+        found[name] = np.where(ran.holds, length, 0.0), np.where(ran.holds, highest, 0.0)
+    return found
 
 
 def _kernels(prepared: PreparedStep, name: str, times: npt.NDArray[np.int64]) -> Numbers:

@@ -66,7 +66,7 @@ def _counts(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout: 
 def _time(family: Family, blocks: Blocks, counts: Numbers) -> Numbers:
     """Picoseconds."""
     first = counts[:, 0]
-    before = 0.0 if family.plan.pp_schedule in HALVED else first.cumsum(axis=0) - first
+    before = 0.0 * first if family.plan.pp_schedule in HALVED else first.cumsum(axis=0) - first
     stages: Numbers = family.micro_batches * (counts.sum(axis=1) @ blocks.passes_ps) + before @ blocks.passes_ps
     least: Numbers = stages.max(axis=0)
     return least
@@ -95,9 +95,10 @@ def _memory(family: Family, blocks: Blocks, chunks: Numbers, rank: int) -> Numbe
 @lru_cache(maxsize=4096)
 def _held(schedule: Schedule, pp: int, chunks: int, group: int, rank: int, micro_batches: int) -> tuple[int, ...]:
     """Of each chunk, micro-batches that a stage has run forward before its first backward pass, that of the last chunk;
-    of schedules other than these one at least, since a backward pass follows all chunks of its micro-batch.
+    of schedules other than these one at least, since a backward pass follows all chunks of its micro-batch. One stage
+    alone accumulates, whatever the schedule.
     """
-    if schedule == "gpipe":
+    if schedule == "gpipe" and pp > 1:
         return (micro_batches,)
     if schedule != "1f1b":
         return (1,) * chunks

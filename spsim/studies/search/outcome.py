@@ -131,10 +131,14 @@ class PlanSearch:
         return found
 
     @cached_property
+    def accounts(self) -> list[PlanAccount]:
+        """Where the time and the memory of the best plans go."""
+        return [PlanAccount(own.name, own.plan.text, simulate(own.scenario)) for own in self.best]
+
+    @cached_property
     def differences(self) -> list[Difference]:
         """From each of the best to the next."""
-        accounts = [PlanAccount(own.name, own.plan.text, simulate(own.scenario)) for own in self.best]
-        return [Difference(one, other) for one, other in pairwise(accounts)]
+        return [Difference(one, other) for one, other in pairwise(self.accounts)]
 
     @property
     def tied(self) -> list[int]:
@@ -184,6 +188,12 @@ class PlanSearch:
         from spsim import plots
 
         plots.save(plots.plot_front(self), path)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the page of the search, which a browser opens without a network."""
+        from spsim.report.page import write_search
+
+        write_search(self, Path(path))
 
     def to_json(self) -> dict[str, Any]:
         """The document of `plan --json`."""

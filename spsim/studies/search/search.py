@@ -10,6 +10,7 @@ from typing import Any
 
 from spsim.costs.static_memory import capacity
 from spsim.errors import InputError
+from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.model import Model, load_model, model_of
 from spsim.inputs.plan import Plan, parse_options
 from spsim.inputs.plan_words import plan_options
@@ -19,7 +20,7 @@ from spsim.studies.search.candidates import Candidate, Given, candidates
 from spsim.studies.search.longest import longest_length
 from spsim.studies.search.outcome import PlanSearch
 from spsim.studies.search.rounds import fits, rows_of, simulated
-from spsim.studies.search.space import Space
+from spsim.studies.search.space import Space, check_count
 from spsim.units import GIB
 
 BEST = 10
@@ -48,6 +49,8 @@ def plan_search(
 
     Raises `InputError` for inputs that break a rule, where no combination is a plan, and where none fits.
     """
+    for name, count in {"best": best, **({} if tokens is None else {"tokens": tokens})}.items():
+        check_count(name, count)
     space = _space(hardware, model, gpus, workload, plan, values or {})
     room = capacity(space.hardware) / GIB
     if longest:
@@ -67,12 +70,13 @@ def _space(
     hardware: Given, model: Any, gpus: int, workload: Any, plan: Any, values: Mapping[str, Sequence[Any]]
 ) -> Space:
     """The plans that are asked for, from what a user gives."""
-    if isinstance(model, str | Path):
-        model = load_model(model)
+    for name, table, example in (("workload", workload, '{"seq_len": 8192}'), ("values", values, '{"tp": [2, 4]}')):
+        if not isinstance(table, Mapping | Workload):
+            raise InputError(f"plan: {name} = {table!r} is no table; write for instance {example}")
     return Space(
-        load_profile(hardware) if isinstance(hardware, str | Path) else hardware,
-        model_of(model) if isinstance(model, Mapping) else model,
-        Workload.of_table(workload) if isinstance(workload, Mapping) else workload,
+        hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware),
+        model if isinstance(model, Model) else model_of(model) if isinstance(model, Mapping) else load_model(model),
+        workload if isinstance(workload, Workload) else Workload.of_table(workload),
         gpus,
         _options(plan),
         values,
@@ -83,6 +87,8 @@ def _options(plan: Plan | Mapping[str, Any] | str) -> dict[str, Any]:
     """What a plan says, checked by itself."""
     if isinstance(plan, Plan):
         return {"library": plan.library, **plan.differing}
+    if not isinstance(plan, str | Mapping):
+        raise InputError(f"plan: {plan!r} is no plan; write for instance 'tp=8,recompute=full'")
     options = parse_options(plan) if isinstance(plan, str) else plan_options(plan, Plan.model_fields.keys())
     Plan(**options)
     return {**options}

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,12 @@ MICRO_BATCH = "micro_batch"
 """The one setting of a workload that is searched."""
 DEGREES = ("tp", "ulysses", "ring", "pp", "dp")
 Options = dict[str, Any]
+
+
+def check_count(name: str, value: Any) -> None:
+    """That a setting of a search is a whole number from 1 on; `InputError` otherwise."""
+    if type(value) is not int or value < 1:
+        raise InputError(f"plan: {name} = {value!r} is no whole number from 1 on; write for instance {name} = 512")
 
 
 def sized(workload: Workload, seq_len: int, micro_batch: int) -> Workload:
@@ -93,23 +100,35 @@ class Space:
     """Options of the user's plan."""
     values: Mapping[str, Sequence[Any]]
     """Options that are searched among these values."""
-    refused: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter, init=False)
     """Why plans are none, and how many, once families have been made."""
 
     def __post_init__(self) -> None:
+        check_count("gpus", self.gpus)
         if self.workload.global_batch is None:
             raise InputError("plan: global_batch is missing; plans are compared by steps of the same number of tokens")
-        for name in self.values:
-            if name not in (*Plan.model_fields, MICRO_BATCH):
-                raise unknown_key("values", name, (*Plan.model_fields, MICRO_BATCH))
-            if name in self.fixed:
-                raise InputError(f"values: {name}: is fixed by the plan, too; keep one")
-        degrees = np.prod([self.fixed.get(name, 1) for name in DEGREES])
-        if self.gpus < 1 or self.gpus % degrees:
+        for name, values in self.values.items():
+            self._check(name, values)
+        degrees = prod(self.fixed.get(name, 1) for name in DEGREES)
+        if self.gpus % degrees:
             raise InputError(
                 f"plan: gpus = {self.gpus} is no multiple of {degrees}, the product of the degrees that are fixed; "
                 "give another number of GPUs, or leave one out of the plan"
             )
+
+    def _check(self, name: str, values: Any) -> None:
+        """That an option may have each of some values; `InputError` says which it may not."""
+        if name not in (*Plan.model_fields, MICRO_BATCH):
+            raise unknown_key("values", name, (*Plan.model_fields, MICRO_BATCH))
+        if name in self.fixed:
+            raise InputError(f"values: {name}: is fixed by the plan, too; keep one")
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise InputError(f"values: {name} = {values!r} is no list of values; write for instance [1, 2, 4]")
+        for value in values:
+            if name == MICRO_BATCH:
+                Workload(seq_len=self.workload.seq_len, micro_batch=value)
+            else:
+                Plan(**{name: value})
 
     @property
     def micro_batches(self) -> Sequence[int]:

@@ -49,6 +49,7 @@ SWITCHES = frozenset({
     "overlap_grad_reduce", "overlap_param_gather", "qk_layernorm", "recompute_activations", "squared_relu", "swiglu",
     "torch_fsdp2_no_reshard_after_forward", "untie_embeddings_and_output_weights", "use_flash_attn",
     "use_megatron_fsdp", "use_rotary_position_embeddings", "use_torch_fsdp2",
+    "use_tp_pp_dp_mapping",
 })  # fmt: skip
 """Arguments with nothing behind their name."""
 EXPERTS = ("num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_override_pattern", "is_hybrid_model")
@@ -60,6 +61,8 @@ RECIPES = {
 }  # fmt: skip
 """Precision here -> format and recipe of 8 bits."""
 BACKENDS = {"auto": "flash", "fused": "cudnn", "flash": "flash", "unfused": "unfused", "local": "unfused"}
+STAGES_INSIDE = "tp-ulysses-ring-pp-dp"
+"""Order of axes under `use_tp_pp_dp_mapping`."""
 POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none"}
 STRATEGIES = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 DTYPES = {"fp32": "fp32", "bf16": "bf16"}

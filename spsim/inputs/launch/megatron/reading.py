@@ -19,6 +19,7 @@ from spsim.inputs.launch.megatron.arguments import (
     FLAGS,
     NUMBERS,
     POSITIONS,
+    STAGES_INSIDE,
     STRATEGIES,
 )
 from spsim.inputs.launch.options import Options
@@ -177,6 +178,8 @@ def _read_context(options: Options, draft: Draft) -> None:
 def _read_stages(options: Options, draft: Draft) -> None:
     if options.flag("no_overlap_p2p_communication"):
         draft.plan["pp_overlap"] = False
+    if options.flag("use_tp_pp_dp_mapping"):
+        draft.plan["mesh_order"] = STAGES_INSIDE
     layers, pp = draft.model.get("layers"), draft.plan.get("pp", 1)
     layout = options.take("pipeline_model_parallel_layout")
     each = options.number("num_layers_per_virtual_pipeline_stage", None)

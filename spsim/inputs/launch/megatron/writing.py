@@ -11,6 +11,7 @@ from spsim.inputs.launch.megatron.arguments import (
     NUMBERS,
     POSITIONS,
     RECIPES,
+    STAGES_INSIDE,
     STRATEGIES,
     VERSION,
 )
@@ -144,9 +145,14 @@ def _context(plan: Plan) -> dict[str, Any]:
 
 
 def _stages(plan: Plan, model: Model) -> dict[str, Any]:
-    """Chunks: even, with the slots of embedding and loss, or as a layout, which says how many they are."""
     if plan.pp == 1:
         return {}
+    inside = {"use_tp_pp_dp_mapping": plan.mesh_order == STAGES_INSIDE}
+    return {**inside, **_chunks(plan, model)}
+
+
+def _chunks(plan: Plan, model: Model) -> dict[str, Any]:
+    """Even, with the slots of embedding and loss, or as a layout, which says how many they are."""
     counts = [len(chunk.layers) for chunk in all_chunks(model, plan)]
     batched = {"no_overlap_p2p_communication": plan.pp_overlap is False}
     if len({*counts}) == 1:

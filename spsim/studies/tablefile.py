@@ -1,21 +1,42 @@
-"""The table of an experiment as CSV."""
+"""The table of an experiment as CSV, or as Parquet where pyarrow is installed."""
 
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from spsim.files import whole_text
+from spsim.errors import InputError
+from spsim.files import whole_file, whole_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
+TableFormat = Literal["csv", "parquet"]
 PART = 4096
 """Rows that are turned into text at a time."""
 _SPECIAL = re.compile(r'[",\r\n]').search
+
+
+def check_format(rows: TableFormat) -> None:
+    """`InputError` where a table cannot be written so."""
+    if rows == "parquet" and find_spec("pyarrow") is None:
+        raise InputError('--rows parquet needs pyarrow; install it with pip install "spsim[parquet]"')
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table, whole or not at all, by the ending of its name; `InputError` where a column has no type."""
+    if path.suffix != ".parquet":
+        write_csv(frame, path)
+        return
+    try:
+        with whole_file(path) as temporary:
+            frame.to_parquet(temporary, engine="pyarrow", index=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}; a label is of one type in all rows, or give --rows csv") from None
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
