@@ -176,16 +176,16 @@ def figures(frame: pd.DataFrame) -> Mapping[str, Figure]:
         found = rows[rows["nodes"].between(fewest, most)]
         axes = axes_at(figure, left + place * (width + gap), bottom, width, height)
         large = found[(found["use"] == "prediction") & (found["message_bytes"] >= LARGE)]
-        errors_of[title] = large["error_percent"].abs().mean()
+        errors_of[title] = large["error_percent"].abs().median()
         draw(axes, found, f"{title}: {len(found)} times", limits)
         axes.tick_params(labelleft=place == 0)
     figure.axes[0].set_ylabel("predicted over measured time", size=SMALL_SIZE)
     add_legend(figure, key())
     add_title(
         figure,
-        "Collectives of 1 GiB and more are predicted within "
+        "Half of the collectives of 1 GiB and more are predicted within "
         + ", ".join(f"{error:.0f} % on {title}" for title, error in errors_of.items()),
-        f"closed forms against {len(rows)} published times, mean errors of predictions · hollow: a point of a curve",
+        f"closed forms against {len(rows)} published times · hollow: a curve was made from it, or a law fitted to it",
     )
     return {"collectives.png": figure}
 

@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.engine.pieces import Node, Piece
@@ -25,16 +24,16 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import all_chunks, chunks_of, dense_in
-from spsim.inputs.workload import Precision, Workload, Workloads
+from spsim.inputs.stages import chunks_of, dense_in
+from spsim.inputs.workload import Precision
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
-from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
 from spsim.results import folded
+from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -45,8 +44,9 @@ from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
 from spsim.step.folding import Walked, fold_step
 from spsim.step.gradients import Sync
 from spsim.step.issue import task_info
-from spsim.step.itinerary import Chunk, Run
+from spsim.step.itinerary import Chunk, Run, visits
 from spsim.step.lockstep import Lockstep
+from spsim.step.lockstep_stages import StagedLockstep
 from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
@@ -55,6 +55,7 @@ from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
 from spsim.step.unfolded import unfold_step
+from spsim.step.written_stages import PerturbedStages
 
 
 def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
@@ -72,23 +73,23 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
         prepared = prepared.marked(perturbed.marks)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
-    amounts = _amounts(scenario, scenario.workload, scenario.scope)
+    amounts = amounts_of(scenario, scenario.workload, scenario.scope)
     static = _static(scenario, prepared, chunk, numbers)
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
-def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
+def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep] | tuple[StagedLockstep, StagedLockstep]:
     """A step of many seeds, whose kernels are still to be drawn, and the same unperturbed. Raises `InputError` for what
     is not simulated that way.
     """
     perturbations = scenario.perturbations
     jitters, rest = perturbations.jitters, Perturbations.of(perturbations.slow_ranks + perturbations.slow_links)
-    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node)
-    windows = perturbed is not None and perturbed.windows
-    shared = scenario.network == "flows"
-    if scenario.plan.pp > 1 or windows or shared:
-        what = "pp above 1" if scenario.plan.pp > 1 else "from_s and to_s" if windows else "network = 'flows'"
-        raise InputError(f"perturbations: jitter with {what} is not simulated; leave one of them out")
+    perturbed = perturbed_ranks(scenario.plan, rest, scenario.gpus_per_node, windows=False)
+    if scenario.network == "flows":
+        raise InputError("perturbations: jitter with network = 'flows' is not simulated; leave one of them out")
+    if scenario.plan.pp > 1:
+        costed, unlike = _costed_stages(scenario, not jitters, perturbed)
+        return costed.lockstep(unlike(perturbed), seeds), costed.lockstep(None, seeds)
     prepared = _prepared(scenario, not jitters)
     prepared = prepared.marked(perturbed.marks) if perturbed else prepared
     costs = cost_models(scenario.hardware, scenario.workload.precision)
@@ -99,8 +100,8 @@ def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep]:
     step = alone = priced(costs)
     if perturbed:
         step = perturbed.step(step, priced((costs[0], Latencies(scenario.hardware))), prepared.segments)
-    walk, unperturbed = (Lockstep(own, prepared.ranks, prepared.segments, seeds) for own in (step, alone))
-    return walk, unperturbed
+    order = [visit.segment for visit in visits(step.itinerary)]
+    return Lockstep(step, prepared.ranks, order, seeds), Lockstep(alone, prepared.ranks, order, seeds)
 
 
 def simulate_many(grid: Grid) -> ResultColumns | None:
@@ -134,7 +135,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         )
     static = _static(scenario, prepared, chunk, known)
     return ResultColumns(
-        scenario.scope, grid, prepared, numbers, _amounts(grid, _counted(grid), scenario.scope), step, static
+        scenario.scope, grid, prepared, numbers, amounts_of(grid, counted(grid), scenario.scope), step, static
     )
 
 
@@ -146,32 +147,19 @@ def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]
 def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None) -> Result:
     """A step of several pipeline stages. Where all ranks of a stage are alike, passes are folded."""
     plan, stages = scenario.plan, _stages(scenario.model, scenario.plan)
-    prepared = staged_step(scenario.model, plan, fold, _precision(scenario), stages, single=_single(scenario))
-    if perturbed:
-        prepared = prepared.marked(perturbed.marks)
-    numbers = prepared.template.at(scenario.workload)
-    costs = cost_models(scenario.hardware, scenario.workload.precision)
-    priced = partial(
-        costed_pipeline, prepared, stages, numbers, scenario.hardware, plan,
-        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
-    )  # fmt: skip
-    costed = priced(costs)
+    costed, unlike = _costed_stages(scenario, fold, perturbed)
+    prepared, numbers = costed.prepared, costed.prepared.template.at(scenario.workload)
     copies = prepared.ranks.copies_on(plan.pp)
     nodes: Sequence[Node]
     waits: Sequence[Wait]
     shared = _sharing(scenario, prepared, numbers, stages.kinds, perturbed)
-    unlike, of_kernels = perturbed is not None, _of_kernels(perturbed, shared)
-    if of_kernels:
-        empty = priced((costs[0], Latencies(scenario.hardware)))
-        nodes, waits, events = costed.unfolded(of_kernels, empty, shared)
-        staged = None
-    elif len(prepared.ranks.copies) == 1 and fold and shared is None:
+    of_kernels = unlike(_of_kernels(perturbed, shared))
+    if len(copies) == plan.pp and fold and of_kernels is None and shared is None:
         ran = costed.folded()
         nodes, waits, events = Deferred(lambda: ran.nodes), Deferred(lambda: ran.waits), ran.events
         staged = Staged(ran, scenario.num_micro_batches)
     else:
-        nodes, waits, events = costed.unfolded(sharing=shared)
-        staged = None
+        (nodes, waits, events), staged = costed.unfolded(of_kernels, shared), None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
     static = Deferred(lambda: [_static(scenario, prepared, own, numbers) for own in stages.kinds])
@@ -181,16 +169,39 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         prepared=prepared,
         chunk=stages.runs[0],
         numbers=numbers,
-        amounts=_amounts(scenario, scenario.workload, scenario.scope),
+        amounts=amounts_of(scenario, scenario.workload, scenario.scope),
         trace=trace,
         statics=OfStages(static, stages.kind_of, copies, prepared.mesh.strides["pp"]),
         events=events,
         folded=len(copies) < plan.gpus or staged is not None,
-        reasons=folded.of_stages(plan.pp, len(copies), plan.gpus, fold, unlike=unlike, shared=shared is not None),
+        reasons=folded.of_stages(
+            plan.pp, len(copies), plan.gpus, fold, unlike=perturbed is not None, shared=shared is not None
+        ),
         staged=staged,
         sends=Deferred(lambda: costed.sends),
         perturbations=perturbed.perturbations.labels if perturbed else (),
     )
+
+
+def _costed_stages(
+    scenario: Scenario, fold: bool, perturbed: Perturbed | None
+) -> tuple[CostedPipeline, Callable[[Perturbed | None], PerturbedStages | None]]:
+    """A step of several stages with its times, and how perturbations are those of its stages."""
+    stages = _stages(scenario.model, scenario.plan)
+    prepared = staged_step(
+        scenario.model, scenario.plan, fold, _precision(scenario), stages, single=_single(scenario)
+    ).marked(perturbed.marks if perturbed else ())
+    compute, comm = cost_models(scenario.hardware, scenario.workload.precision)
+    priced = partial(
+        costed_pipeline, prepared, stages, prepared.template.at(scenario.workload), scenario.hardware, scenario.plan,
+        micro_batches=scenario.num_micro_batches, gpus_per_node=scenario.gpus_per_node,
+    )  # fmt: skip
+
+    def of_stages(own: Perturbed | None) -> PerturbedStages | None:
+        latencies = (compute, Latencies(scenario.hardware))
+        return PerturbedStages(own, prepared, priced(latencies).timed) if own else None
+
+    return priced((compute, comm)), of_stages
 
 
 @lru_cache(maxsize=256)
@@ -251,42 +262,6 @@ def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: N
         return found
     own = [prepared.template.programs[run.block] for run in chunk]
     return replace(found, gradients=found.gradients + dummy_gradients(own, element_bytes))
-
-
-def _amounts(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
-    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
-    model = scenario.model
-    kinds = [(model, model.layers - model.dense_layers)]
-    kinds += [(model.as_dense, model.dense_layers)] if model.dense_layers else []
-    rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
-    head = head_flops(model, workload, rows).training()
-    replicas = scenario.plan.dp
-    return Amounts(
-        model=replicas * (sum(n * layer_flops(own, workload).training() for own, n in kinds) + head),
-        causal=replicas * (sum(n * layer_flops(own, workload, causal=True).training() for own, n in kinds) + head),
-        executed=replicas * (_executed(scenario, workload) + head),
-        tokens=scenario.global_batch * scenario.workload.seq_len,
-    )
-
-
-def _executed(scenario: Scenario | Grid, workload: Workload | Workloads) -> int:
-    """FLOPs of all layers, with what is recomputed."""
-    model, plan = scenario.model, scenario.plan
-    flops = {False: layer_flops(model, workload), True: layer_flops(model.as_dense, workload)}
-    chunks = [chunk.layers for chunk in all_chunks(model, plan)] if plan.recompute_layers else [range(model.layers)]
-    return sum(
-        count * kind.layers * flops[kind.dense].executed(kind.recomputed)
-        for layers in chunks
-        for kind, count in layer_kinds(plan, len(layers), dense_in(model, layers))
-    )
-
-
-def _counted(grid: Grid) -> Workloads:
-    """The workloads of a grid, in Python's integers where 64 bits do not hold the FLOPs of a step."""
-    found = grid.workload
-    largest = Workloads(int(found.seq_len.max()), int(found.micro_batch.max()), found.precision)
-    flops = layer_flops(grid.model, largest).training() * grid.model.layers * int(grid.num_micro_batches.max())
-    return found if flops < 2**62 else replace(found, seq_len=found.seq_len.astype(object))
 
 
 def assemble(

@@ -17,6 +17,7 @@ from tests.cases import model, random_plans
 
 WORKLOAD = Workload(seq_len=512, micro_batch=2)
 OTHER_OPTIONS = {
+    "mesh_order": "ulysses-tp-ring-dp-pp",
     "pp": 2,
     "virtual_pp": 2,
     "distributed_optimizer": True,
@@ -64,6 +65,8 @@ OTHER_OPTIONS = {
     "recompute_modules": "mlp",
     "cpu_offload_layers": 1,
     "cuda_graphs": "per_layer",
+    "ep": 2,
+    "expert_tp": 1,
     "library": "torchtitan",
     "projections": "separate",
     "input_gradients": "each",
@@ -99,6 +102,11 @@ OTHER_TRAITS = {
     "kernels": "eager",
     "composite_norm": True,
     "glu_offset": False,
+    "experts": 8,
+    "experts_per_token": 2,
+    "expert_ffn_hidden": 64,
+    "shared_ffn_hidden": 64,
+    "dense_layers": 1,
 }
 
 

@@ -106,8 +106,8 @@ READ = frozenset({
     "recompute-num-layers", "seq-length", "sequence-parallel", "squared-relu", "swiglu",
     "tensor-model-parallel-size", "tp-comm-overlap", "untie-embeddings-and-output-weights",
     "use-distributed-optimizer", "use-flash-attn", "use-megatron-fsdp", "use-precision-aware-optimizer",
-    "use-rotary-position-embeddings", "use-torch-fsdp2", "vocab-size", "window-size", "num-experts",
-    "multi-latent-attention", "mtp-num-layers", "hybrid-override-pattern", "is-hybrid-model",
+    "use-rotary-position-embeddings", "use-torch-fsdp2", "use-tp-pp-dp-mapping", "vocab-size", "window-size",
+    "num-experts", "multi-latent-attention", "mtp-num-layers", "hybrid-override-pattern", "is-hybrid-model",
 })  # fmt: skip
 """Arguments of Megatron-LM that say something of a scenario, or refuse it."""
 

@@ -13,7 +13,9 @@ import pytest
 from spsim import Model, Scenario, Workload
 from spsim.program.assembly import EMBEDDING, HEAD, step_programs
 from spsim.program.instructions import LAYER, Communication
-from spsim.step.gradients import gradient_syncs, read_again, sums_beside
+from spsim.program.mesh import world_of
+from spsim.step.closing import Optimizer, closings
+from spsim.step.gradients import Sync, gradient_syncs, read_again, sums_beside
 from spsim.step.groups import replica_groups
 from spsim.step.issue import block_passes
 from spsim.step.replicas import parameters_of, synchronisation
@@ -157,10 +159,28 @@ def test_sums_of_gradients_are_those_of_the_library(key):
 
 @pytest.mark.parametrize("key", [key for key, case in CASES.items() if "dp=" in case.plan], ids=str)
 def test_norms_are_those_of_fsdp(key):
-    """What clipping sums: a number of each weight, along each axis of the mesh. Without FSDP spsim has one in all."""
+    """What clipping sums: a number of each weight, along each axis of the mesh."""
     scenario, blocks = derived(key)
     messages = synchronised(scenario, blocks).before_update
     assert [(m.collective, m.message_bytes) for m in messages] == [call[:2] for call in recorded_calls(key, "step")]
+
+
+DTENSORS = [key for key, case in CASES.items() if case.library == "torchtitan" and "dp=" not in case.plan]
+
+
+@pytest.mark.parametrize("key", DTENSORS, ids=str)
+def test_a_step_of_dtensors_sums_as_the_library_does(key):
+    """In order and elements: partial gradients for clipping, a number of each weight, and the gradients for AdamW.
+    Gradients are fp32 here, and what torchtitan has without FSDP is all in bf16.
+    """
+    scenario, blocks = derived(key)
+    world = world_of(scenario.plan)
+    closed = closings(blocks, scenario.plan, world, ITEMSIZE["fp32"], Optimizer(scenario.plan, "bf16"))
+    found = []
+    for sync in (step for own in closed for step in own.steps if isinstance(step, Sync)):
+        weights = sum(blocks[block].weight_sync[index].elements for block, index in sync.weights)
+        found += [weights + sync.elements + sum(count for _, count in sync.of_each)] * (sync.readers or 1)
+    assert found == [size // ITEMSIZE[dtype] for _, size, dtype, _ in recorded_calls(key, "step")]
 
 
 # ------------------------------------------------------------ what is kept

@@ -484,6 +484,7 @@ def on_engine(program, plan, *, fold):
     scenario = SimpleNamespace(
         hardware=load_profile("dgx-h100"), model=SimpleNamespace(name="made up", layers=3), plan=plan,
         workload=SimpleNamespace(precision="bf16"), num_micro_batches=2, gpus_per_node=8, notes=(), summary=(),
+        network="closed_form",
     )  # fmt: skip
     numbers = template.at(Workload(seq_len=1))
     static = static_memory(3 * numbers.parameters(), plan, 2)

@@ -2,6 +2,7 @@
 
 import json
 from math import sqrt
+from pathlib import Path
 from statistics import mean, quantiles
 
 import numpy as np
@@ -16,12 +17,15 @@ from spsim.inputs.perturbations import Jitter, Perturbations
 from spsim.simulation import side_by_side
 from spsim.step.itinerary import visits
 from spsim.step.jitter import Draws, drawn
+from spsim.step.lockstep import VISITS
 from spsim.step.unfolded import Concatenation
 from spsim.studies import perturbation
+from spsim.studies.experiments import load_experiment
 from spsim.studies.points import Register
 from spsim.units import PS_PER_S
 from tests.cases import H100, scenario
 
+STRAGGLERS = Path(__file__).parent.parent / "experiments" / "stragglers.py"
 SLOW = {"ranks": [1], "factor": 1.7}
 PORT = {"link": {"node": 0, "gpu": 1}, "factor": 3}
 JITTER = {"distribution": "lognormal", "spread": 0.2}
@@ -172,6 +176,39 @@ def test_many_seeds_at_once_run_as_in_the_engine(plan):
         assert ended[:, seed].tolist() == [max(end for _, _, end in own) for own in moments.values()]
 
 
+@pytest.mark.parametrize("plan", ["tp=2,pp=2,dp=2", "pp=2,ring=2,ring_cut=contiguous,dp=2", "tp=2,pp=2"])
+def test_stages_in_lockstep_run_as_in_the_engine(plan):
+    """Ranks of other stages are drawn apart; to the engine each is a slow rank of its own."""
+    own = step(plan, layers=4)
+    given = Perturbations.of([{**JITTER, "each": "rank"}, SLOW, PORT])
+    walk, _ = side_by_side(own.perturbed(given), 2)
+    draws = Draws(given.jitters, walk.shape, range(2))
+    ended = walk.run(draws).reshape(own.plan.gpus, 2)
+    of_kernel = next(plan for plan in walk.walks[0].plans.values() if plan.kernels)
+    drawn_of = [draws(stage * VISITS, of_kernel)[0].reshape(-1, 2) for stage in range(2)]
+    factors = np.concatenate(drawn_of)
+    assert len({*factors.ravel().tolist()}) == factors.size
+    for seed in range(2):
+        slow = [{"ranks": rank, "factor": float(factor)} for rank, factor in enumerate(factors[:, seed])]
+        slow[1]["factor"] *= SLOW["factor"]
+        after = simulate(own.perturbed([*slow, PORT]), fold=False)
+        assert after.step_ps == pytest.approx(ended[:, seed].max(), abs=500)
+
+
+@pytest.mark.parametrize("plan", ["tp=4,dp=2", "tp=4,sequence_parallel,tp_overlap", "tp=2,pp=2,dp=2"])
+def test_the_step_after_is_that_of_the_perturbed_scenario(plan):
+    found = perturb(step(plan), SLOW)
+    assert [*found.step_s] == [found.after.step_time_s] == [simulate(step(plan).perturbed(SLOW)).step_time_s]
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" in plan])
+def test_stages_in_lockstep_end_as_those_written_out(plan):
+    own = step(plan).perturbed([SLOW, PORT, {"link": {"node": 0, "gpu": 4}, "factor": 2}])
+    walk, unperturbed = side_by_side(own, 1)
+    assert walk.run().max() == simulate(own).step_ps
+    assert unperturbed.run().max() == simulate(own.perturbed(())).step_ps
+
+
 def test_a_seed_is_drawn_alike_whatever_else_is(monkeypatch):
     own = step("tp=2,dp=2")
     whole = perturb(own, JITTER, seeds=6)
@@ -234,6 +271,20 @@ def test_blame_names_what_takes_longer():
     assert sum(share.share for share in found.by_operator) == pytest.approx(1)
 
 
+def test_blame_goes_on_from_stage_to_stage():
+    """A slow stage paces all; what is on the longest way is hers, and what is lost is no more than that."""
+    own = step("tp=2,pp=2,dp=2")
+    found = perturb(own, {"ranks": [4, 5], "factor": 2})
+    assert [share.rank for share in found.by_rank] == [4]
+    assert found.by_rank[0].ranks == 2
+    assert sum(found.beyond.values()) >= found.lost_s * PS_PER_S - 1
+    message = perturb(step("pp=2"), {"link": {"node": 0, "gpu": 1}, "factor": 50})
+    named = {share.operator for share in message.by_operator}
+    assert {"activation send_receive", "gradient send_receive"} < named
+    assert all(name.endswith(("send_receive", "all_reduce")) for name in named)
+    assert sum(message.beyond.values()) >= message.lost_s * PS_PER_S - 1
+
+
 def test_a_slow_link_is_blamed_on_its_collectives():
     found = perturb(step("tp=4"), PORT)
     assert {share.operator.split()[-1] for share in found.by_operator} == {"all_reduce"}
@@ -252,6 +303,7 @@ def answer(capsys, *arguments):
     return ended.value.code, found.out, found.err
 
 
+@pytest.mark.slow
 def test_run_prints_the_steps_before_and_after(capsys, tmp_path):
     file = tmp_path / "slow.toml"
     file.write_text(FILE)
@@ -302,7 +354,7 @@ def test_rows_of_perturbed_points_are_their_own(tmp_path):
     [
         (("--seeds", "3"), "--perturb"),
         (("--set", "perturbations.x=3"), "perturbations"),
-        (("--plan", "tp=2,pp=2", "--perturb", "FILE"), "pp above 1"),
+        (("--plan", "tp=2,pp=2,dp=2,dp_overlap", "--perturb", "FILE"), "leave it out"),
         (("--plan", "tp=8,tp_overlap,sequence_parallel", "--perturb", "FILE"), "tp_overlap"),
         (("--perturb", "FILE", "--seeds", "0"), "--seeds 0"),
         (("--perturb", "nowhere.toml"), "no such file"),
@@ -319,3 +371,17 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, arguments, word
 def test_simulate_draws_no_jitter():
     with pytest.raises(InputError, match=r"perturb\(\)"):
         simulate(step("tp=2").perturbed(JITTER))
+
+
+def test_the_experiment_says_where_a_slow_adapter_costs_more_than_a_slow_gpu():
+    """On two nodes a ring waits for it in every layer; with replicas on a node each only their gradients do."""
+    experiment = load_experiment(STRAGGLERS)
+    wanted = (("TP", 1), ("ring", 2), ("ring, 2 nodes", 1))
+    points = [p for p in experiment.points if (p.labels["strategy"], p.settings["plan"]["dp"]) in wanted]
+    frame = sweep(points)
+    costs = frame.pivot_table(index=["strategy", "gpus"], columns="perturbation", values="step_time_ms")
+    costs = costs.div(costs["none"], axis=0) - 1
+    assert (costs["slow GPU"] < 0.2).all()
+    assert costs["slow adapter"]["TP", 8] == 0
+    assert (costs["slow adapter"]["ring, 2 nodes"] > costs["slow GPU"]["ring, 2 nodes"]).all()
+    assert costs["slow adapter"]["ring", 16] < costs["slow GPU"]["ring", 16]

@@ -13,6 +13,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.quantities import Quantity
 from spsim.inputs.uplinks import Uplinks
+from spsim.plots.mapping import Mapping, plot_mapping
 from spsim.program.mesh import world_of
 from spsim.program.placement import sent_bytes
 
@@ -59,10 +60,14 @@ OVER_TWO = between_nodes(links_per_gpu=number(0.5))
         ("tp=4,pp=2,mesh_order=pp-tp-ulysses-ring-dp", {"nodes": 4, "global_batch": 4}),
         ("tp=2,ring=4,ring_cut=contiguous", {"nodes": 4}),
         ("tp=4,dp=4,zero=1", {}),
+        ("tp=2,dp=4,dp_library=ddp", {"hardware": OVER_TWO, "nodes": 4}),
+        ("tp=2,pp=2,mesh_order=pp-tp-ulysses-ring-dp", {"hardware": OVER_TWO, "nodes": 2, "global_batch": 4}),
     ],
 )
 def test_where_nothing_is_shared_steps_take_what_closed_forms_say(plan, settings):
-    """To the picosecond, memory included."""
+    """To the picosecond, memory included. Of an adapter for two GPUs closed forms have both send at the same time, as
+    they do.
+    """
     alone, shared = (simulate(scenario(plan, network=name, **settings)) for name in ("closed_form", "flows"))
     assert shared.step_ps == alone.step_ps
     assert shared.peak_memory_gib == alone.peak_memory_gib
@@ -77,8 +82,7 @@ SHARED = [
     ("tp=8,pp=2,virtual_pp=2", {"nodes": 4, "global_batch": 8}),
     ("tp=4,ring=2,dp_library=ddp", {"hardware": "mi300x-8"}),
     ("tp=4,dp=2,dp_library=ddp", {"hardware": "h100-pcie-8"}),
-    ("tp=2,dp=4,dp_library=ddp", {"hardware": OVER_TWO, "nodes": 4}),
-    ("tp=2,pp=2,mesh_order=pp-tp-ulysses-ring-dp", {"hardware": OVER_TWO, "nodes": 2, "global_batch": 4}),
+    ("tp=2,ring=2,dp=2,dp_library=ddp", {"hardware": OVER_TWO, "nodes": 4}),
 ]
 """Collectives of replicas and messages of stages beside collectives of layers, on adapters, switches, a mesh, PCIe; and
 GPUs with one adapter.
@@ -252,3 +256,24 @@ def test_closed_forms_of_rings_are_those_of_astra_sim(collective, ranks, size, s
     coefficients = profile.coefficients.model_copy(update={"collectives": own})
     comm = CommCost(profile.model_copy(update={"coefficients": coefficients}))
     assert 10**9 * comm.inner.time(collective, size, ranks) == pytest.approx(seen_ns, rel=0.001)
+
+
+def test_the_picture_shows_what_shares_uplinks():
+    """Leaves of two nodes, of which a group of Ulysses does not leave one; PCIe switches of four GPUs, of which tp = 2
+    does not.
+    """
+    leaves = between_nodes(uplinks=Uplinks(joins=2, oversubscription=number(4)))
+    mapping = Mapping(scenario("tp=8,ulysses=2,dp=2,pp=2", hardware=leaves, global_batch=4))
+    level = mapping.wiring.outer
+    assert [mapping.on_uplinks(rank, level) for rank in (0, 20)] == [[("dp",), ("pp",), ("dp", "ulysses")]] * 2
+    words = [text.get_text() for text in plot_mapping(mapping.scenario).axes[0].texts]
+    assert {"infiniband uplinks", "of 2 nodes"} <= {*words}
+    profile = load_profile("h100-pcie-8")
+    (inner,) = profile.datasheet.topology
+    switches = inner.model_copy(update={"uplinks": Uplinks(joins=4, oversubscription=number(4))})
+    datasheet = profile.datasheet.model_copy(update={"topology": (switches,)})
+    boxed = profile.model_copy(update={"datasheet": datasheet})
+    mapping = Mapping(scenario("tp=2,dp=4,dp_library=ddp", hardware=boxed))
+    assert mapping.on_uplinks(5, mapping.wiring.inner) == [("dp",)]
+    plan = "tp=2,dp=4,dp_library=ddp"
+    assert step_ps(plan, hardware=boxed) == step_ps(plan, hardware=boxed, fold=False) > step_ps(plan, hardware=profile)

@@ -274,15 +274,20 @@ class Routes:
         return {self._alike(Port(level.name, out, place)) for place in places for out in (True, False)}
 
     def use(self, ports: Ports, sent: Sent) -> Use:
-        """What a group that sends so much puts on links."""
-        inner = self.wiring.inner.name
+        """What a group that sends so much puts on links. Where GPUs share an adapter closed forms are those of all of
+        them sending: alone a transfer has its part of it.
+        """
+        inner, outer = self.wiring.inner.name, self.wiring.outer
+        share = outer.share if outer is not None else 1.0
         loads: dict[Hashable, int] = {}
         wire = 0
         for port, part in ports.items():
             size = sent.inside if port.level == inner else sent.across
             if size:
                 own = self.wiring.busy_ps(port, size * float(part.own))
-                wire, loads[port] = max(wire, own), round(own * Fraction(part.total) / part.own)
+                loads[port] = round(own * Fraction(part.total) / part.own)
+                alone = 0 if port.level == inner or port.uplink else round(self.wiring.busy_ps(port, size) / share)
+                wire = max(wire, own, alone)
         return Use(wire, loads)
 
     def _merged(self, every: Iterable[tuple[Hashable, Parts]]) -> Mapping[Hashable, Ports]:

@@ -122,13 +122,9 @@ def reasons(model: Model, plan: Plan) -> dict[str, str]:
     return {**own, **_of_layers(model, plan), **of_step}
 
 
-def numbered(plan: Plan, order: str | None = None) -> str:
-    """The order of the axes that have ranks, of all as the plan orders them unless given."""
-    return "-".join(word for word in (order or plan.mesh_order).split("-") if getattr(plan, word) > 1)
-
-
 def _numbered_alike(plan: Plan) -> str:
-    return "as ranks are numbered alike" if numbered(plan) == numbered(plan, MESH_ORDER) else ""
+    own, usual = ([w for w in order.split("-") if getattr(plan, w) > 1] for order in (plan.mesh_order, MESH_ORDER))
+    return "as ranks are numbered alike" if own == usual else ""
 
 
 def _of_layers(model: Model, plan: Plan) -> dict[str, str]:

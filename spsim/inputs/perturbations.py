@@ -216,6 +216,12 @@ class Perturbations(Configuration):
         """Whether any does."""
         return any(own.changes for own in self.perturbations)
 
+    @property
+    def windows(self) -> bool:
+        """Whether any that changes something lasts for a part of the step only."""
+        own: list[SlowRanks | SlowLink] = [*self.slow_ranks, *self.slow_links]
+        return any(window.changes and not window.is_whole for window in own)
+
     def check(self, gpus: int, gpus_per_node: int) -> None:
         """`InputError` where a rank, node, adapter or GPU is none of a plan on so many GPUs of each node."""
         for slow in self.slow_ranks:

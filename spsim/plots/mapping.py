@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from spsim.costs.links import Wiring
+from spsim.inputs.hardware import Level
 from spsim.inputs.scenario import Scenario
 from spsim.lazy import lazy
 from spsim.plots.colours import MUTED, OTHER, SERIES, ink_on
@@ -109,6 +111,25 @@ class Mapping:
         sharing = range(rank, min(rank + self.sharing, last))
         return [axes for axes in self.axes if any(self.sends(own, axes, inside=False) for own in sharing)]
 
+    def on_uplinks(self, rank: int, level: Level) -> list[Axes_]:
+        """Axes whose groups leave the switch of a level that a rank is joined to, from it."""
+        wiring, inside = self.wiring, level is self.wiring.inner
+        leaf, node = wiring.leaf(level, rank), wiring.node(rank)
+
+        def reached(axes: Axes_) -> Iterable[int]:
+            if axes in (("ring",), ("pp",)):
+                return self.world.neighbours(rank, axes[0])
+            first, per_node = self.group(rank, axes), self.scenario.gpus_per_node
+            if inside:
+                return (r for r in range(node * per_node, (node + 1) * per_node) if self.group(r, axes) == first)
+            return first, first + sum((count - 1) * stride for stride, count in self.world.steps(axes))
+
+        def leaves(axes: Axes_) -> bool:
+            others = (r for r in reached(axes) if (wiring.node(r) == node) == inside)
+            return any(wiring.leaf(level, other) != leaf for other in others)
+
+        return [axes for axes in self.axes if leaves(axes)]
+
     def words(self, axes: Axes_) -> str:
         """How many ranks, on what links."""
         degree, spans = self.world.size(axes), self.spans(axes)
@@ -119,7 +140,7 @@ class Mapping:
 
 def plot_mapping(scenario: Scenario) -> Figure:
     """For each axis the groups of the ranks of the first node, by colour, and the place of each rank in its group; then
-    for each port and adapter the axes whose groups share it.
+    for each port, adapter and uplink the axes whose groups share it.
     """
     mapping = Mapping(scenario)
     links = [*_links(mapping)]
@@ -137,8 +158,8 @@ def plot_mapping(scenario: Scenario) -> Figure:
         canvas.groups(down, own, AXIS_COLOURS[number % len(AXIS_COLOURS)])
         down += ROW + GAP
     down += (ROW + GAP) / 2
-    for name, words, sharing, users in links:
-        canvas.links(down, name, words, sharing, users)
+    for own_links in links:
+        canvas.links(down, own_links)
         down += ROW + GAP
     names = [" × ".join(own) for own in mapping.axes]
     colours = (AXIS_COLOURS[n % len(AXIS_COLOURS)] for n in range(len(names)))
@@ -153,14 +174,44 @@ def plot_mapping(scenario: Scenario) -> Figure:
     return figure
 
 
-def _links(mapping: Mapping) -> Iterator[tuple[str, str, int, Callable[[int], list[Axes_]]]]:
-    """Name, what it is, GPUs of each, and who uses that of a rank."""
-    if mapping.scenario.gpus_per_node > 1:
-        yield mapping.wiring.inner.name, "port of each GPU", 1, mapping.on_port
-    if mapping.nodes > 1 and mapping.wiring.outer is not None:
-        sharing = mapping.sharing
-        words = "adapter of each GPU" if sharing == 1 else f"adapter of {sharing} GPUs"
-        yield mapping.wiring.outer.name, words, sharing, mapping.on_adapter
+class _Links(NamedTuple):
+    """Links of a kind."""
+
+    name: str
+    words: str
+    ranks: int
+    """Consecutive ones on each, within a node or of whole nodes."""
+    users: Callable[[int], list[Axes_]]
+    """Axes that use that of a rank, the first on it."""
+
+
+def _links(mapping: Mapping) -> Iterator[_Links]:
+    """All kinds there are."""
+    inner, outer, per_node = mapping.wiring.inner, mapping.wiring.outer, mapping.scenario.gpus_per_node
+    if per_node > 1:
+        yield _Links(inner.name, "port of each GPU", 1, mapping.on_port)
+        yield from _uplinks(mapping, inner)
+    if mapping.nodes > 1 and outer is not None:
+        words = "adapter of each GPU" if mapping.sharing == 1 else f"adapter of {mapping.sharing} GPUs"
+        yield _Links(outer.name, words, mapping.sharing, mapping.on_adapter)
+        yield from _uplinks(mapping, outer)
+
+
+def _uplinks(mapping: Mapping, level: Level) -> Iterator[_Links]:
+    """Of a level whose switches do not join all."""
+    if level.uplinks is None:
+        return
+    joins, rails = level.uplinks.joins, level.uplinks.rails
+    inside = level is mapping.wiring.inner
+    ranks = joins if inside else 1 if rails else joins * mapping.scenario.gpus_per_node
+    what = f"{joins} GPUs" if inside else f"a rail of {joins} nodes" if rails else f"{joins} nodes"
+
+    def users(rank: int) -> list[Axes_]:
+        below = range(rank, min(rank + ranks, mapping.world.ranks))
+        used = {axes for own in below for axes in mapping.on_uplinks(own, level)}
+        return [axes for axes in mapping.axes if axes in used]
+
+    yield _Links(f"{level.name} uplinks", f"of {what}", ranks, users)
 
 
 class _Canvas:
@@ -200,13 +251,14 @@ class _Canvas:
                 middle, ink = self.left(rank) + self.cell / 2, MUTED if colour == OTHER else ink_on(colour)
                 self.axes.text(middle, down + ROW / 2, text, size=LABEL_SIZE, ha="center", va="center", color=ink)
 
-    def links(self, down: float, name: str, words: str, sharing: int, users: Callable[[int], list[Axes_]]) -> None:
+    def links(self, down: float, links: _Links) -> None:
         """A row of links, each divided among the axes that use it."""
-        self._label(down, name, words, None)
-        every = self.mapping.axes
-        for rank in [rank for rank in self.ranks if rank % self.per_node % sharing == 0]:
-            own = users(rank)
-            wide = min(sharing, self.per_node - rank % self.per_node)
+        self._label(down, links.name, links.words, None)
+        every, per_node = self.mapping.axes, self.per_node
+        whole = links.ranks >= per_node
+        for rank in [rank for rank in self.ranks if (rank if whole else rank % per_node) % links.ranks == 0]:
+            own = links.users(rank)
+            wide = min(links.ranks, (len(self.ranks) - rank) if whole else (per_node - rank % per_node))
             self._cell(rank, down, wide, "white")
             for n, axes in enumerate(own):
                 top = down + n * ROW / len(own)
@@ -221,7 +273,7 @@ class _Canvas:
 
     def _cell(self, rank: int, top: float, wide: int, colour: str, height: float = ROW) -> None:
         pad = min(0.02, self.cell / 10)
-        width = wide * self.cell - 2 * pad
+        width = self.left(rank + wide - 1) + self.cell - self.left(rank) - 2 * pad
         self.axes.add_patch(
             Rectangle(
                 (self.left(rank) + pad, top), width, height, facecolor=colour, edgecolor=MUTED,

@@ -30,14 +30,15 @@ def summary(found: PerturbedSteps) -> Table:
 def _rows(found: PerturbedSteps) -> Iterator[tuple[str, str, str]]:
     before = found.before.step_time_s
     yield "step before", time(before), "without perturbations"
-    if found.after is None:
+    if found.scenario.perturbations.jitters:
         count = f"{len(found.step_s):,} seeds"
         yield "mean step", time(float(np.mean(found.step_s))), f"{_percent(found.lost_s / before)}; {count}"
         for percent, own in found.percentiles_s.items():
             yield f"p{percent} of the step", time(own), _percent(own / before - 1)
         return
-    yield "step after", time(found.after.step_time_s), _percent(found.lost_s / before)
-    for reason, seconds in found.after.idle_s.items():
+    yield "step after", time(found.step_s[0]), _percent(found.lost_s / before)
+    after = found.after if found.scenario.plan.pp == 1 else None
+    for reason, seconds in (after.idle_s if after else {}).items():
         if seconds:
             name, why = WAITS[reason]
             yield f"{name}, at most", time(seconds), f"of the step after, {why}"
@@ -70,4 +71,4 @@ def notes(found: PerturbedSteps) -> Iterator[str]:
     if found.beyond:
         yield "blame: what kernels and transfers on the longest way take beyond what they take unperturbed"
     else:
-        yield "blame: not told with pp above 1, nor with from_s and to_s"
+        yield "blame: not told with from_s and to_s, tp_overlap or network = flows"

@@ -7,14 +7,15 @@ of its ranks had come, from where it goes on. Of each visit only where all stood
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.engine.recording import COMPUTE_LANE
+from spsim.engine.recording import COMPUTE_LANE, TaskInfo
 from spsim.step.abreast import Turn
 from spsim.step.lockstep import Beginnings, Draw, Lockstep, Moments, Plan, Standing, Times
 from spsim.step.segments import Call
@@ -33,7 +34,7 @@ class Blame(NamedTuple):
     """Of some seeds."""
 
     ended: Times
-    """When each rank ended, for each seed."""
+    """When each rank of each stage ended, for each seed."""
     beyond: Mapping[Culprit, npt.NDArray[np.int64]]
     """Picoseconds beyond the unperturbed ones on the longest ways, by simulated rank, of all seeds."""
 
@@ -44,73 +45,92 @@ def blame(walk: Lockstep, unperturbed: Lockstep, draw: Draw | None) -> Blame:
     for number, segment in enumerate(walk.visits):
         before.append(replace(standing))
         walk.visit(number, walk.plans[segment.name], standing, draw)
-    way = _Way(walk, standing)
+    way = Way(walk, [standing])
     for number in reversed(range(len(walk.visits))):
         name = walk.visits[number].name
         moments = walk.visit(number, walk.plans[name], replace(before[number]), draw)
-        way.back(walk.plans[name], unperturbed.plans[name].lengths, moments, before[number])
+        way.visited(walk.plans[name], unperturbed.plans[name].lengths, moments, before[number])
     return Blame(way.ended, way.beyond)
 
 
-class _Way:
-    """Where the longest way of each seed is, going back."""
+class Way:
+    """Where the longest way of each seed is, going back; `walk` is that of any stage."""
 
-    def __init__(self, walk: Lockstep, standing: Standing) -> None:
+    def __init__(self, walk: Lockstep, standings: Sequence[Standing]) -> None:
+        """Where the ranks of each stage stand at the end."""
         self.walk = walk
-        self.seeds = np.arange(walk.seeds)
-        names = [COMPUTE_LANE, *standing.lanes]
-        ends = np.stack([standing.free, *standing.lanes.values()]).reshape(len(names), -1, walk.seeds)
-        self.ended: Times = ends.max(axis=0).reshape(standing.free.shape)
-        latest = ends.reshape(-1, walk.seeds).argmax(axis=0)
-        self.ranks: Places = latest % ends.shape[1]
-        """Of each seed the simulated rank by its place,"""
-        self.targets: list[str] = [names[place] for place in latest // ends.shape[1]]
-        """and what ended there in the visits to come: the last kernel, a lane, or an export by its name."""
-        self.beyond: dict[Culprit, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(ends.shape[1], np.int64))
+        names = dict.fromkeys([COMPUTE_LANE, *(lane for standing in standings for lane in standing.lanes)])
+        ends = np.stack([[own.lanes.get(name, own.free) for own in standings] for name in names])
+        ends = ends.reshape(len(names), len(standings), -1, walk.seeds)
+        self.ended: Times = ends.max(axis=0).reshape(-1, walk.seeds)
+        latest = np.unravel_index(ends.reshape(-1, walk.seeds).argmax(axis=0), ends.shape[:3])
+        self.stages: Places = latest[1]
+        """Of each seed the stage,"""
+        self.ranks: Places = latest[2]
+        """the simulated rank of it by its place,"""
+        self.targets: list[object] = [[*names][place] for place in latest[0]]
+        """and what ended there in what is still to be gone through: the last kernel, a lane, an export by its name."""
+        total = ends.shape[1] * ends.shape[2]
+        self.beyond: dict[Culprit, npt.NDArray[np.int64]] = defaultdict(lambda: np.zeros(total, np.int64))
 
-    def back(self, plan: Plan, alone: Times, moments: Moments, before: Standing) -> None:
-        """Through one visit."""
+    def on(self, stage: int, target: object = COMPUTE_LANE) -> Places:
+        """The seeds whose way is at something of a stage."""
+        found = [place for place, own in enumerate(self.targets) if own == target and self.stages[place] == stage]
+        return np.array(found, dtype=np.intp)
+
+    def at(self, times: Times, own: Places) -> Times:
+        """Of the ranks that the ways of some seeds are on."""
+        found: Times = np.broadcast_to(times, (*self.walk.shape, self.walk.seeds)).reshape(-1, self.walk.seeds)
+        return found[self.ranks[own], own]
+
+    def blame(self, label: TaskInfo, phase: str, beyond: Times, own: Places) -> None:
+        """What a task took beyond what it takes by itself, on the ways of some seeds."""
+        culprit = Culprit(" ".join(filter(None, [label.name, label.collective])), phase)
+        np.add.at(
+            self.beyond[culprit], self.stages[own] * prod(self.walk.shape) + self.ranks[own], self.at(beyond, own)
+        )
+
+    def visited(self, plan: Plan, alone: Times, moments: Moments, before: Standing, stage: int = 0) -> None:
+        """Back through one visit of a stage."""
         segment, begin_at = plan.segment, Beginnings(plan.segment, before)
-        ends = {**segment.exports, **segment.last_calls, COMPUTE_LANE: segment.outline.last_kernel}
-        found = [ends.get(target) for target in self.targets]
-        current = np.array([-1 if task is None else task for task in found])
-        extra = (moments.lengths - alone).reshape(len(segment.tasks), -1, self.walk.seeds)
+        ends: dict[object, int | None] = {COMPUTE_LANE: segment.outline.last_kernel}
+        ends.update(segment.last_calls)
+        ends.update(segment.exports)
+        here = [ends.get(own) if self.stages[place] == stage else None for place, own in enumerate(self.targets)]
+        current = np.array([-1 if task is None else task for task in here])
         for turn in reversed(plan.turns):
             own = np.flatnonzero(current == turn.task)
             if not own.size:
                 continue
-            label = segment.labels[turn.task]
-            culprit = Culprit(" ".join(filter(None, [label.name, label.collective])), segment.phase)
-            np.add.at(self.beyond[culprit], self.ranks[own], extra[turn.task, self.ranks[own], own])
+            self.blame(segment.labels[turn.task], segment.phase, (moments.lengths - alone)[turn.task], own)
             call = segment.calls.get(turn.task)
             if call is not None:
-                self.ranks[own] = self._last_to_come(call, moments.posted[turn.task], own)
+                self.come(call, moments.posted[turn.task], own)
             current[own] = self._before(turn, moments, begin_at, own)
 
     def _before(self, turn: Turn, moments: Moments, begin_at: Beginnings, own: Places) -> Places:
         """The tasks that some seeds' ways come from, or -1 where it is of a visit before."""
-        ranks = self.ranks[own]
-
-        def at(times: Times) -> Times:
-            return times.reshape(-1, self.walk.seeds)[ranks, own]
-
-        begin = at(moments.posted[turn.task])
+        begin = self.at(moments.posted[turn.task], own)
         found = np.full(len(own), -1)
         for seed in own:
             self.targets[seed] = COMPUTE_LANE
         for other in turn.waits:
-            found[(found < 0) & (at(moments.ended[other]) == begin)] = other
+            found[(found < 0) & (self.at(moments.ended[other], own) == begin)] = other
         known = found >= 0
-        known |= at(begin_at.free) == begin
+        known |= self.at(begin_at.free, own) == begin
         for name, times in (*begin_at.named(turn.task), *begin_at.joins()):
-            here = ~known & (at(times) == begin)
+            here = ~known & (self.at(times, own) == begin)
             for seed in own[here]:
                 self.targets[seed] = name
             known |= here
         return found
 
+    def come(self, call: Call, posted: Times, own: Places) -> None:
+        """The ways of some seeds go on from the rank of the stage whom all waited for in a call."""
+        self.ranks[own] = self._last_to_come(call, posted, own)
+
     def _last_to_come(self, call: Call, posted: Times, own: Places) -> Places:
-        """For some seeds the rank whom all waited for, oneself if nobody came later."""
+        """The same rank if nobody came later."""
         walk, ranks, here = self.walk, self.ranks[own], np.arange(len(own))
         columns = posted[..., own]
         axes = walk.along(call)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from spsim.engine.pieces import Pass
@@ -139,7 +139,7 @@ def closings(
     sums = tuple(sync for sync in syncs if sync.collective != "all_gather")
     gathers = tuple(sync for sync in syncs if sync.collective == "all_gather")
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
-    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, mesh, sums))))
+    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, _norm(programs, plan, mesh), sums))))
     found += [_closing(PARAMETER_GATHER, "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
@@ -196,15 +196,20 @@ def replica_closings(
     return *found, *_casts(programs)
 
 
-def _optimizer(optimizer: Update, mesh: Mesh, sums: Sequence[Sync]) -> Sequence[Sync | str]:
-    """Names of the kernels; before gradients are clipped the norm summed over all ranks, behind that the sums that are
-    repeated.
-    """
+def _norm(programs: Mapping[str, Program], plan: Plan, mesh: Mesh) -> Sync:
+    """That of all gradients, summed over all ranks; of DTensors that of each weight."""
+    norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name=NORM, elements=1)
+    if plan.norm_gradients != "each_reader":
+        return norm
+    return replace(norm, elements=0, of_each=tuple((block, len(own.weights)) for block, own in programs.items()))
+
+
+def _optimizer(optimizer: Update, norm: Sync, sums: Sequence[Sync]) -> Sequence[Sync | str]:
+    """Names of the kernels; before gradients are clipped the norm, behind that the sums that are repeated."""
     found: list[Sync | str] = [*optimizer.names]
     if "clip" in found:
         at = found.index("clip")
-        norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name=NORM, elements=1)
-        found[at : at + 1] = [*([norm] if mesh.axes else []), "clip", *read_again(sums)]
+        found[at : at + 1] = [*([norm] if norm.axes else []), "clip", *read_again(sums)]
     return found
 
 

@@ -7,6 +7,8 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.engine.pieces import Piece
@@ -22,15 +24,17 @@ from spsim.program.sizes import Numbers
 from spsim.step.closing import PARAMETER_GATHER
 from spsim.step.ending import Times
 from spsim.step.folding import Step
-from spsim.step.perturbed import Perturbed
+from spsim.step.lockstep_stages import StagedLockstep
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.messages import Stages as MessageStages
+from spsim.step.pipeline.tape import Score
 from spsim.step.pipelined import Closed, Messages, Pipelined, run_pipeline
 from spsim.step.preparation import PreparedStep
 from spsim.step.sharing import Sharing
 from spsim.step.stages import Stages
-from spsim.step.unfolded_pipeline import PerturbedStages, Unfolded, unfold_pipeline
+from spsim.step.unfolded_pipeline import Unfolded, unfold_pipeline
+from spsim.step.written_stages import PerturbedStages, written_stages
 from spsim.units import picoseconds
 
 
@@ -51,37 +55,40 @@ class CostedPipeline(NamedTuple):
             self.prepared.chunk_passes, self.stages, self.clock, self.step, self.messages, self.closed, stride=stride
         )
 
-    def unfolded(
-        self, perturbed: Perturbed | None = None, empty: CostedPipeline | None = None, sharing: Sharing | None = None
-    ) -> Unfolded:
-        """As one program of each simulated rank of each stage; some may be perturbed, for which the step with `empty`
-        messages has to be known, and transfers share links, if their `sharing` is given.
+    def unfolded(self, perturbed: PerturbedStages | None = None, sharing: Sharing | None = None) -> Unfolded:
+        """As one program of each simulated rank of each stage, of which some may be perturbed; transfers share links,
+        if their `sharing` is given.
         """
         if (self.closed.reductions or self.closed.gathers) and sharing is not None:
             raise InputError(
                 "network = 'flows' with pp and dp_overlap, DDP or FSDP: collectives of replicas beside passes of "
                 "several stages share no links; use network = 'closed_form', pp = 1, or leave it out"
             )
+        return unfold_pipeline(
+            self.prepared.chunk_passes, self.stages, self._score(), self.step, self.messages, self.closed,
+            self.prepared.ranks, perturbed, sharing,
+        )  # fmt: skip
+
+    def lockstep(self, perturbed: PerturbedStages | None, seeds: int) -> StagedLockstep:
+        """For so many seeds."""
+        ranks, passes = self.prepared.ranks, self.prepared.chunk_passes
+        written = written_stages(passes, self.stages, self._score(), self.step, self.closed, ranks, perturbed)
+        own = [perturbed.transfer_ps(rank, self.messages) if perturbed else self.messages.transfer_ps
+               for rank in ranks.copies]  # fmt: skip
+        shape = (*map(ranks.simulated_on, ranks.mesh.axes), 1)
+        transfers = {way: np.array([ps[way] for ps in own]).reshape(shape) for way in self.messages.transfer_ps}
+        return StagedLockstep(written, ranks, transfers, seeds)
+
+    def _score(self) -> Score:
+        """What stages do, written out; `InputError` where collectives of replicas would have to be beside it."""
         if self.closed.reductions or self.closed.gathers:
             raise InputError(
                 "dp_overlap, DDP or FSDP with pp: collectives of replicas beside passes are simulated with folded "
                 "passes only; "
-                "use fold=True, ring_cut=zigzag and no perturbations, or leave it out"
+                "use fold=True and ring_cut=zigzag without perturbations, or leave it out"
             )
-        clock, ranks = self.clock, self.prepared.ranks
-        whole = score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
-        unlike = PerturbedStages(perturbed, self.prepared, empty.timed) if perturbed and empty else None
-        return unfold_pipeline(
-            self.prepared.chunk_passes,
-            self.stages,
-            whole,
-            self.step,
-            self.messages,
-            self.closed,
-            ranks,
-            unlike,
-            sharing,
-        )
+        clock = self.clock
+        return score(clock.schedule, clock.stages, clock.chunks, clock.micro_batches, clock.group, clock.exchange)
 
     @property
     def timed(self) -> tuple[Step, Messages, Closed]:

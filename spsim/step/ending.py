@@ -164,7 +164,8 @@ class _Sums:
             self._rows.append((sync.message_bytes + at_rest, []))
             return
         terms = [(self._place(int(indices[block].weight_sync[w])), count * sync.itemsize) for block, w, count in own]
-        self._rows.append((sync.message_bytes, terms))
+        of_blocks = sum(counts.get(block, 0) * elements for block, elements in sync.of_each)
+        self._rows.append((sync.message_bytes + sync.itemsize * of_blocks, terms))
 
     def _place(self, position: int) -> int:
         return self._places.setdefault(int(position), len(self._places))

@@ -35,6 +35,8 @@ class Sync:
     name: str = GRADIENTS
     elements: int = 0
     """Beside those of weights."""
+    of_each: tuple[tuple[str, int], ...] = ()
+    """Block, and the elements that each such block adds."""
     readers: int = 0
     """That sum a gradient, each weight and layer in a message of its own; 0: all in one message."""
 

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.inputs.perturbations import Jitter
-from spsim.step.lockstep import Plan
+from spsim.step.lockstep import VISITS, Plan
 
 Factors = npt.NDArray[np.float64]
 WHOLE_STEP = 2**63
-"""In place of the number of a visit, of what is drawn once a step."""
+"""In place of the number of a visit, of what is drawn once a step; the stage is added."""
 
 
 class Draws:
@@ -23,23 +23,30 @@ class Draws:
         """`seeds` count from the seed of each jitter: of one that begins at 7, seed 2 is drawn from 9."""
         self.of_kernels = [own for own in jitters if own.each == "kernel" and own.spread]
         self.shape, self.seeds = shape, seeds
-        self._of_ranks = np.ones((1, *shape, len(seeds)))
-        for own in jitters:
-            if own.each == "rank" and own.spread:
-                self._of_ranks = self._of_ranks * self._drawn(own, WHOLE_STEP, 1)
+        self.of_ranks = [own for own in jitters if own.each == "rank" and own.spread]
+        self._known: dict[int, Factors] = {}
+        """Of the ranks of each stage, for the whole step."""
 
     def __call__(self, number: int, plan: Plan) -> Factors:
         """Of the kernels of a visit, by kernel, rank and seed."""
-        found = np.broadcast_to(self._of_ranks, (len(plan.kernels), *self._of_ranks.shape[1:]))
+        ranks = self._whole_step(number // VISITS)
+        found = np.broadcast_to(ranks, (len(plan.kernels), *ranks.shape[1:]))
         for own in self.of_kernels:
             found = found * self._drawn(own, number, len(plan.kernels))
         return found
+
+    def _whole_step(self, stage: int) -> Factors:
+        if stage not in self._known:
+            own = [self._drawn(jitter, WHOLE_STEP + stage, 1) for jitter in self.of_ranks]
+            self._known[stage] = np.prod([np.ones((1, *self.shape, len(self.seeds))), *own], axis=0)
+        return self._known[stage]
 
     def _drawn(self, jitter: Jitter, number: int, kernels: int) -> Factors:
         """By a generator for each seed and visit, whose key and counter say where in the stream it begins."""
         found = np.empty((kernels, *self.shape, len(self.seeds)))
         for place, seed in enumerate(self.seeds):
-            bits = np.random.Philox(key=[(jitter.seed + seed) % 2**64, 0], counter=[0, 0, 0, number])
+            key, counter = (np.array(own, dtype=np.uint64) for own in ([jitter.seed + seed, 0], [0, 0, 0, number]))
+            bits = np.random.Philox(key=key, counter=counter)
             found[..., place] = drawn(jitter, np.random.Generator(bits), (kernels, *self.shape))
         return found
 

@@ -7,7 +7,7 @@ alike; what a visit leaves undone is handed on. All in the integers of the engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import NamedTuple
@@ -21,12 +21,15 @@ from spsim.errors import InputError
 from spsim.program.mesh import Axis
 from spsim.step.abreast import Turn, slowed, turns_of
 from spsim.step.folding import Step
-from spsim.step.itinerary import visits
 from spsim.step.ranks import Ranks
 from spsim.step.segments import Call, Segment
 
 Times = npt.NDArray[np.int64]
 """Picoseconds; the places of simulated ranks on each axis of the mesh, then seeds."""
+
+
+VISITS = 2**32
+"""Of a pipeline stage, at most: numbers of visits tell stages apart."""
 
 
 class Plan(NamedTuple):
@@ -63,19 +66,20 @@ class Moments(NamedTuple):
 
 
 Draw = Callable[[int, Plan], npt.NDArray[np.float64]]
-"""Number of a visit and its segment -> factors of its kernels in order, by rank and seed."""
+"""Number of a visit, with those of a stage from a multiple of `VISITS` on, and its segment -> factors of its kernels in
+order, by rank and seed.
+"""
 
 
 class Lockstep:
     """A step of the simulated ranks of a mesh, for so many seeds."""
 
-    def __init__(self, step: Step, ranks: Ranks, segments: Iterable[Segment], seeds: int) -> None:
-        self.step, self.ranks, self.seeds = step, ranks, seeds
+    def __init__(self, step: Step, ranks: Ranks, visits: Sequence[Segment], seeds: int) -> None:
+        """`visits` are of the segments that run, in order."""
+        self.step, self.ranks, self.visits, self.seeds = step, ranks, visits, seeds
         self.axes: tuple[Axis, ...] = ranks.mesh.axes
         self.shape = tuple([ranks.simulated_on(axis) for axis in self.axes])
-        self.visits = [visit.segment for visit in visits(step.itinerary)]
-        used = {segment.name for segment in self.visits}
-        self.plans = {segment.name: self._plan(segment) for segment in segments if segment.name in used}
+        self.plans = {name: self._plan(segment) for name, segment in {own.name: own for own in visits}.items()}
         common = gcd(rate_beside(step.slowdown), PPM)
         self.whole, self.slow = PPM // common, rate_beside(step.slowdown) // common
 
@@ -91,6 +95,12 @@ class Lockstep:
         return Plan(segment, turns_of(segment), kernels, lengths)
 
     @property
+    def nbytes(self) -> int:
+        """About what arrays take that are kept while one seed is walked forward and back."""
+        longest = max(plan.lengths.nbytes for plan in self.plans.values())
+        return 8 * longest + 2 * len(self.visits) * self.start.free.nbytes // self.seeds
+
+    @property
     def start(self) -> Standing:
         """Of all ranks at the beginning."""
         return Standing(np.zeros((*self.shape, self.seeds), dtype=np.int64))
@@ -103,12 +113,17 @@ class Lockstep:
         ended: Times = np.maximum.reduce([standing.free, *standing.lanes.values()])
         return ended
 
+    def lengths(self, number: int, plan: Plan, draw: Draw | None) -> Times:
+        """Of the tasks of a visit, as drawn."""
+        found: Times = np.broadcast_to(plan.lengths, (*plan.lengths.shape[:-1], self.seeds))
+        if draw is not None and plan.kernels:
+            found = found.copy()
+            found[plan.kernels] = np.rint(found[plan.kernels] * draw(number, plan))
+        return found
+
     def visit(self, number: int, plan: Plan, standing: Standing, draw: Draw | None) -> Moments:
         """One segment, from where all ranks stand, which is changed to where they stand then."""
-        lengths = np.broadcast_to(plan.lengths, (*plan.lengths.shape[:-1], self.seeds))
-        if draw is not None and plan.kernels:
-            lengths = lengths.copy()
-            lengths[plan.kernels] = np.rint(lengths[plan.kernels] * draw(number, plan))
+        lengths = self.lengths(number, plan, draw)
         posted, started, ended = np.empty((3, *lengths.shape), dtype=np.int64)
         moments = Moments(posted, started, ended, lengths)
         begin_at = Beginnings(plan.segment, standing)

@@ -73,12 +73,6 @@ class Perturbed:
         return own if own.slow_ranks else None
 
     @property
-    def windows(self) -> bool:
-        """Whether anything lasts for a part of the step only."""
-        own: list[Window] = [*self.slow_ranks, *(slow for slow, _ in self.slow_links)]
-        return not all(window.is_whole for window in own)
-
-    @property
     def marks(self) -> Marks:
         """The ranks of a stage that are unlike others, and by what."""
         world, stride = self.world, self.mesh.strides["pp"]
@@ -195,12 +189,18 @@ class Perturbed:
                 yield round(time * kernels) if task.lane == COMPUTE_LANE else time
 
 
-def perturbed_ranks(plan: Plan, perturbations: Perturbations, gpus_per_node: int) -> Perturbed | None:
-    """What perturbations do to the ranks of a plan; None where they do nothing. `InputError` where some are drawn."""
+def perturbed_ranks(
+    plan: Plan, perturbations: Perturbations, gpus_per_node: int, *, windows: bool = True
+) -> Perturbed | None:
+    """What perturbations do to the ranks of a plan; None where they do nothing. `InputError` where some are drawn, or
+    last for a part of the step that may not be.
+    """
     if perturbations.jitters:
         raise InputError("simulate: jitter is drawn for each of many seeds; use perturb(), or run --seeds")
     if not perturbations.changes:
         return None
+    if perturbations.windows and not windows:
+        raise InputError("perturbations: jitter with from_s and to_s is not simulated; leave one of them out")
     return Perturbed(perturbations, world_of(plan), mesh_of(plan), gpus_per_node)
 
 

@@ -5,31 +5,26 @@ folded one of `pipelined` is held against, and how stages run whose ranks differ
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Node, Stretch
 from spsim.engine.recording import ENDED, Flight, Moments, Recording, columns
-from spsim.engine.tasks import Meeting, Paces, RankProgram, Task
+from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Wait
-from spsim.inputs.schedules import Schedule
-from spsim.step.closing import Closing
 from spsim.step.folding import Step
 from spsim.step.gradients import STAGE_AXES
-from spsim.step.itinerary import Visit, visits
-from spsim.step.perturbed import Perturbed
-from spsim.step.pipeline.messages import Instruction, Message, Post, Run
-from spsim.step.pipeline.orders import Action
+from spsim.step.itinerary import Visit
+from spsim.step.pipeline.messages import Message, Post, Run
 from spsim.step.pipeline.tape import Score
 from spsim.step.pipelined import SENT, Closed, Messages
-from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Communicator, Ranks
 from spsim.step.segments import Segment
 from spsim.step.sharing import Sharing, Traffic
-from spsim.step.stages import Passes, Stages, work_of
+from spsim.step.stages import Passes, Stages
 from spsim.step.unfolded import Concatenation, Taken
+from spsim.step.written_stages import PerturbedStages, WrittenStage, written_stages
 
 
 class Unfolded(NamedTuple):
@@ -38,17 +33,6 @@ class Unfolded(NamedTuple):
     nodes: list[Node]
     waits: list[Wait]
     events: int
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """What the ranks of a stage do: the instructions, and then what closes the step."""
-
-    number: int
-    row: Sequence[Instruction]
-    passes: Mapping[Action, Sequence[Visit]]
-    closing: Sequence[Visit]
-    step: Step
 
 
 def unfold_pipeline(
@@ -65,13 +49,7 @@ def unfold_pipeline(
     """All `ranks` of each stage, with what each stage runs, posts and waits for; the others as of `run_pipeline`.
     Transfers share links, if their `sharing` is given.
     """
-    steps = [_with_closing(step, own, ranks) for own in closed.segments]
-    if perturbed is not None:
-        steps = [perturbed.step(stage, own) for stage, own in enumerate(steps)]
-    written = [
-        _written(passes, stages, stage, row, score.stages.schedule, steps[stage], closed)
-        for stage, row in enumerate(score.rows())
-    ]
+    written = written_stages(passes, stages, score, step, closed, ranks, perturbed)
     programs: dict[int, RankProgram] = {}
     durations: dict[int, list[int]] = {}
     traffic: dict[int, Sequence[Traffic | None]] = {}
@@ -91,73 +69,12 @@ def unfold_pipeline(
     return Unfolded(reading.nodes(), [*reading.waits()], sum(map(len, moments.values())))
 
 
-def _written(
-    passes: Passes,
-    stages: Stages,
-    stage: int,
-    row: Sequence[Instruction],
-    schedule: Schedule,
-    step: Step,
-    closed: Closed,
-) -> _Stage:
-    found = {}
-    for action in (instruction.action for instruction in row if isinstance(instruction, Run)):
-        runs, first = stages[stage][action.chunk]
-        work = work_of(schedule, len(stages), stage, action)
-        found[action] = [*visits(passes.items(runs, work, first=first, micro_batch=action.micro_batch))]
-    return _Stage(stage, row, found, [Visit(made.segment) for made, _ in closed.segments[stage]], step)
-
-
-def _with_closing(step: Step, closing: Sequence[tuple[Closing, Sequence[int]]], ranks: Ranks) -> Step:
-    """With what follows the last micro-batch on a stage."""
-    own = [(made.segment, ps) for made, ps in closing]
-    return Step(
-        (),
-        {**step.programs, **{segment.name: ranks.programs(segment) for segment, _ in own}},
-        {**step.durations, **{segment.name: dict.fromkeys(ranks.copies, ps) for segment, ps in own}},
-        {**step.sizes, **{segment.name: () for segment, _ in own}},
-        step.slowdown,
-    )
-
-
-class PerturbedStages(NamedTuple):
-    """What perturbations do to the ranks of each stage."""
-
-    perturbed: Perturbed
-    prepared: PreparedStep
-    empty: tuple[Step, Messages, Closed]
-    """The step with empty messages: what it takes are latencies."""
-
-    def step(self, stage: int, step: Step) -> Step:
-        """That of a stage, with its closing."""
-        own, _, closed = self.empty
-        closing = closed.segments[stage]
-        segments = {s.name: s for s in (*self.prepared.segments, *(made.segment for made, _ in closing))}
-        return self.perturbed.step(step, _with_closing(own, closing, self.prepared.ranks), segments.values(), stage)
-
-    def transfer_ps(self, rank: int, messages: Messages) -> Mapping[tuple[int, int], int]:
-        """Picoseconds of a message of a rank of a stage and its counterpart on another."""
-        on_stage, latencies = self.prepared.ranks.on_stage, self.empty[1].transfer_ps
-        return {
-            (one, other): self.perturbed.message_ps(
-                on_stage(one, rank), on_stage(other, rank), ps, latencies[one, other]
-            )
-            for (one, other), ps in messages.transfer_ps.items()
-        }
-
-    def paces(self, ranks: Iterable[int]) -> dict[int, Paces]:
-        """Of those that have some."""
-        closings = [made.segment for made in self.prepared.every_closing]
-        segments = [*self.prepared.segments, *closings]
-        return self.perturbed.all_paces(ranks, segments)
-
-
 class _Program(Concatenation):
     """The program of one rank of a stage. Ranks of a stage meet as in any step, but for what is called on all stages; a
     message is between ranks at the same place.
     """
 
-    def __init__(self, stage: _Stage, rank: int, stages: int, transfer_ps: Mapping[tuple[int, int], int]) -> None:
+    def __init__(self, stage: WrittenStage, rank: int, stages: int, transfer_ps: Mapping[tuple[int, int], int]) -> None:
         super().__init__(stage.step, rank)
         self.ran: list[Segment | None] = []
         """None for a message."""
@@ -227,7 +144,7 @@ class _Reading:
         self.messages: dict[Message, dict[int, dict[int, Moments]]] = defaultdict(dict)
         """By the stages that they are on, the moments of each rank."""
 
-    def read(self, stage: _Stage) -> None:
+    def read(self, stage: WrittenStage) -> None:
         """All that a stage does."""
         ranks = [self.ranks.on_stage(stage.number, rank) for rank in self.ranks.copies]
         for instruction in stage.row:

@@ -154,8 +154,8 @@ def _write_page(
     from spsim.report.page import write_sweep
 
     used = [points[int(place)].settings for place in rows.index]
-    named = {own: load_profile(own) for own in {s["hardware"] for s in used} if isinstance(own, str | Path)}
-    profiles = [named.get(settings["hardware"], settings["hardware"]) for settings in used]
+    named = {own: load_profile(own) if isinstance(own, str | Path) else own for own in {s["hardware"] for s in used}}
+    profiles = [named[settings["hardware"]] for settings in used]
     inputs = [f"{id(profile)} {settings['model']!r}" for profile, settings in zip(profiles, used, strict=True)]
     hardware = {profile.name: profile for profile in profiles}
     write_sweep(experiment.title, [*cases(rows.assign(inputs=inputs), hardware)], tables, page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,8 +17,11 @@ from spsim.lazy import lazy
 from spsim.results.result import Result
 from spsim.simulation import side_by_side, simulate
 from spsim.step.blame import Blame, Culprit, blame
+from spsim.step.blame_stages import blame_stages
 from spsim.step.jitter import Draws
 from spsim.step.lockstep import Lockstep
+from spsim.step.lockstep_stages import StagedLockstep
+from spsim.step.ranks import Ranks
 from spsim.units import MIB, MS_PER_S, seconds
 
 if TYPE_CHECKING:
@@ -29,6 +33,9 @@ MOST_SEEDS = 100_000
 PERCENTILES = (50, 95, 99)
 MOST_ROWS = 20
 """Of blame, in a document."""
+
+
+Beyond = Counter[tuple[int, int, Culprit]]
 
 
 class Share(NamedTuple):
@@ -52,12 +59,15 @@ class PerturbedSteps:
     """With its perturbations."""
     before: Result
     """Unperturbed."""
-    after: Result | None
-    """Perturbed; None where jitter makes each seed another step."""
     step_s: Sequence[float]
     """Of each seed; of one where nothing is drawn."""
-    beyond: Counter[tuple[int, int, Culprit]]
+    beyond: Beyond
     """First rank, how many are alike, operator -> picoseconds that it takes longer on the longest way, of all seeds."""
+
+    @lazy
+    def after(self) -> Result | None:
+        """Perturbed, simulated when somebody asks; None where jitter makes each seed another step."""
+        return None if self.scenario.perturbations.jitters else simulate(self.scenario)
 
     @property
     def shown(self) -> list[int]:
@@ -66,13 +76,9 @@ class PerturbedSteps:
             return [0]
         marked = [rank for slow in self.scenario.perturbations.slow_ranks for rank in slow.ranks]
         first = next((own.rank for own in self.by_rank if own.rank is not None), marked[0] if marked else 0)
-        mesh = self.before.prepared.mesh
-        inner = [axis for axis in mesh.axes if axis not in ("dp", "shard")]
-        return (
-            [first, mesh.neighbours(first % mesh.ranks, inner[-1])[0] + first // mesh.ranks * mesh.ranks]
-            if inner
-            else [first]
-        )
+        world = self.before.prepared.world
+        inner = [axis for axis in world.axes if axis not in ("pp", "dp", "shard")]
+        return [first, world.neighbours(first, inner[-1])[0]] if inner else [first]
 
     @property
     def lost_s(self) -> float:
@@ -127,7 +133,6 @@ class PerturbedSteps:
                 "by_operator": [*_rows(self.by_operator)],
                 "by_rank_and_operator": [*_rows(self.by_both)],
             },
-            "idle_ms": None if self.after is None else {k: MS_PER_S * v for k, v in self.after.idle_s.items()},
         }
 
     def frame(self) -> pd.DataFrame:
@@ -159,40 +164,39 @@ def perturb(scenario: Scenario, perturbations: Any = None, *, seeds: int = 1) ->
     before = simulate(scenario.perturbed(()))
     if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
         raise InputError(f"perturb: seeds = {seeds!r} is no number from 1 to {MOST_SEEDS:,}")
-    if not own.perturbations.jitters:
-        after = simulate(own)
-        return PerturbedSteps(own, before, after, (after.step_time_s,), _certain(own))
-    step_ps, beyond = _of_seeds(own, seeds)
-    return PerturbedSteps(own, before, None, [*map(seconds, step_ps)], beyond)
+    step_ps, beyond = _of_seeds(own, seeds) if own.perturbations.jitters else _certain(own)
+    return PerturbedSteps(own, before, [*map(seconds, step_ps)], beyond)
 
 
-def _certain(scenario: Scenario) -> Counter[tuple[int, int, Culprit]]:
-    """The blame where nothing is drawn; none where it cannot be told."""
-    try:
-        walk, unperturbed = side_by_side(scenario, 1)
-    except InputError:
-        return Counter()
-    return _counted(walk, blame(walk, unperturbed, None))
+def _certain(scenario: Scenario) -> tuple[list[int], Beyond]:
+    """The step where nothing is drawn, and the blame if it can be told."""
+    with suppress(InputError):
+        return _of_seeds(scenario, 1)
+    return [simulate(scenario).step_ps], Counter()
 
 
-def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Counter[tuple[int, int, Culprit]]]:
+def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Beyond]:
     """The step of each seed, as many at once as fit."""
     walk, unperturbed = side_by_side(scenario, 1)
-    most = max(plan.lengths.nbytes for plan in walk.plans.values())
-    at_once = max(1, AT_ONCE // (8 * most + 2 * len(walk.visits) * walk.start.free.nbytes))
     step_ps: list[int] = []
-    beyond: Counter[tuple[int, int, Culprit]] = Counter()
+    beyond: Beyond = Counter()
+    at_once = max(1, AT_ONCE // walk.nbytes)
     for first in range(0, seeds, at_once):
         own = range(first, min(first + at_once, seeds))
         walk.seeds = len(own)
-        found = blame(walk, unperturbed, Draws(scenario.perturbations.jitters, walk.shape, own))
+        draws = Draws(scenario.perturbations.jitters, walk.shape, own)
+        if isinstance(walk, StagedLockstep) and isinstance(unperturbed, StagedLockstep):
+            found = blame_stages(walk, unperturbed, draws)
+        elif isinstance(walk, Lockstep) and isinstance(unperturbed, Lockstep):
+            found = blame(walk, unperturbed, draws)
+        beyond.update(_counted(walk.ranks, found))
         step_ps += found.ended.reshape(-1, len(own)).max(axis=0).tolist()
-        beyond.update(_counted(walk, found))
     return step_ps, beyond
 
 
-def _counted(walk: Lockstep, found: Blame) -> Counter[tuple[int, int, Culprit]]:
-    copies = [(rank, len(alike)) for rank, alike in walk.ranks.copies.items()]
+def _counted(ranks: Ranks, found: Blame) -> Beyond:
+    stages = next((len(own) for own in found.beyond.values()), 0) // ranks.number
+    copies = [(rank, len(alike)) for rank, alike in ranks.copies_on(stages).items()]
     return Counter(
         {
             (*own, culprit): int(ps)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from spsim.errors import InputError
-from spsim.inputs.effects import numbered, reasons
+from spsim.inputs.effects import reasons
 from spsim.inputs.launch import deepspeed, megatron, torchtitan, transformers
 from spsim.inputs.launch.draft import WAYS, Draft
 from spsim.inputs.launch.options import Options
 from spsim.inputs.libraries import library_defaults, module_defaults
 from spsim.inputs.model import PRESET, Model, load_model, model_of
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import MESH_ORDER, Plan
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import all_chunks
 from spsim.inputs.step_rules import overlaps_messages, sends
@@ -132,7 +132,7 @@ def effective(model: Model, plan: Plan) -> dict[str, Any]:
     if plan.dp_overlap is True and plan.zero_stage == 0:
         found["dp_overlap"] = "gradients"
     found["shard_group"] = plan.shard_group or plan.dp
-    found["mesh_order"] = numbered(plan)
+    found["mesh_order"] = MESH_ORDER if idle["mesh_order"] else plan.mesh_order
     if plan.pp > 1:
         layers = tuple(len(chunk.layers) for chunk in all_chunks(model, plan))
         found |= {"pp_layout": layers, "pp_sends": sends(plan), "pp_overlap": overlaps_messages(plan)}
