@@ -27,6 +27,7 @@ OTHER_OPTIONS = {
     "tp_scatter": "ring_exchange",
     "dp_overlap": True,
     "fsdp_ends": "units",
+    "mesh_order": "dp-tp-ulysses-ring-pp",
     "recompute_reentrant": False,
     "ring_kind": "all_gather",
     "ring_gradients": "fp32",
@@ -107,6 +108,7 @@ OTHER_TRAITS = {
     "expert_ffn_hidden": 64,
     "shared_ffn_hidden": 64,
     "dense_layers": 1,
+    "repeat_kv": True,
 }
 
 

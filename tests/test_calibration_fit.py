@@ -258,6 +258,20 @@ def test_curves_are_the_measured_points_by_hand():
         "nvlink"]["all_reduce"]  # fmt: skip
 
 
+@pytest.mark.parametrize(("collective", "kept"), [("all_gather", False), ("all_to_all", True), ("send_receive", True)])
+def test_measured_rings_between_nodes_take_the_place_of_the_law(collective, kept):
+    rows = [
+        Measurement(
+            kind="collective", name=collective, level="infiniband", ranks=2, nodes=2, message_bytes=2**power,
+            time_us=20 + 2**power / 4e4, clock="cuda_events",
+        )
+        for power in range(10, 28, 2)
+    ]  # fmt: skip
+    found = fit_profile(rows, H100, "pair").profile
+    assert ("infiniband" in found.coefficients.between_nodes) is kept
+    assert ("infiniband" in found.coefficients.sends) is (collective != "send_receive")
+
+
 def test_step_latency_is_the_slope_over_ranks():
     """Ring all-gather of 2, 4 and 8: 10 us and 2 us for each of the 1, 3 and 7 steps."""
     rows = [

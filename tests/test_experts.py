@@ -113,7 +113,8 @@ def test_tokens_are_sorted_on_the_side_of_the_experts():
     ]
     large = [name for name in order if not name.startswith("expert_probabilities")]
     assert large == [
-        "expert_input", "expert_input copy", "expert_fc1", "expert_swiglu", "expert_fc2", "expert_out copy", "expert_out"
+        "expert_input", "expert_input copy", "expert_fc1", "expert_swiglu", "expert_fc2", "expert_out copy",
+        "expert_out",
     ]  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def test_flops_of_a_step():
 
 
 def test_without_experts_options_of_them_have_no_effect():
-    with pytest.raises(InputError, match="ep = 2 with .* which has no experts"):
+    with pytest.raises(InputError, match=r"ep = 2 with .* which has no experts"):
         Scenario(hardware="dgx-h100", model="llama-3-8b", plan="dp=2,ep=2", workload={"seq_len": 2048})
     case = Scenario(hardware="dgx-h100", model="llama-3-8b", plan="tp=2,expert_tp=1", workload={"seq_len": 2048})
     assert "expert_tp = 1 has no effect without experts" in case.notes

@@ -14,6 +14,8 @@ from spsim.inputs.hardware import leaves
 from spsim.inputs.inheritance import leaf_paths
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import profiles_directory, read_toml
+from spsim.measuring.calibrate.fit import fit_profile
+from spsim.measuring.calibrate.records import Measurement
 from spsim.units import GB, GIB, MIB
 from spsim.work import FlashAttention, Gemm
 
@@ -337,3 +339,15 @@ def test_rtx_4090_orders_ulysses_before_a_ring_as_measured(name, made_by):
         assert predicted == pytest.approx(measured, rel=0.12)
     for seq_len in (1024, 3600):
         assert found[seq_len, "ulysses=4"] < 0.8 * found[seq_len, "ulysses=2,ring=2"]
+
+
+def test_what_a_calibration_keeps_of_a_base_of_another_card_is_inherited():
+    """Of the device of the base it stays what it was."""
+    measured = Measurement(kind="launch", name="stream_add", time_us=3.0)
+    for device, other in (("NVIDIA H20", True), ("NVIDIA H100 80GB HBM3", False)):
+        rows = [Measurement(kind="environment", name="device", text=device), measured]
+        found = fit_profile(rows, load_profile("dgx-h100"), "mine").profile
+        assert found.coefficients.kernel_overhead_us.value == 3.0
+        assert "kernel_overhead_us" not in found.inherited | found.assumed
+        assert ("gemm.fraction.bf16" in found.inherited) == other
+        assert ("overlap_slowdown" in found.assumed) != other

@@ -12,6 +12,7 @@ import pytest
 
 from spsim import Model, Scenario, Workload
 from spsim.program.assembly import EMBEDDING, HEAD, step_programs
+from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.instructions import LAYER, Communication
 from spsim.program.mesh import world_of
 from spsim.step.closing import Optimizer, closings
@@ -142,19 +143,21 @@ def test_collectives_are_those_of_the_library(key):
 
 @CASE
 def test_sums_of_gradients_are_those_of_the_library(key):
-    """Of weights whose gradients are partial over tp: how many messages of how many elements. Their dtype is that of
-    gradients, which Megatron-Core has in fp32 and torchtitan without FSDP in bf16; with it they are summed before.
-    Messages of the norm of all gradients are no sums of weights: as many numbers as there are parameters.
+    """Of weights whose gradients are partial over tp: how many messages of how many bytes, in the type of gradients,
+    which Megatron-Core has in fp32 and torchtitan without FSDP in bf16; with it they are summed before. Messages of the
+    norm of all gradients are no sums of weights: as many numbers as there are parameters.
     """
     scenario, blocks = derived(key)
-    found = Counter()
     summed = synchronised(scenario, blocks).summed_over_tp if scenario.plan.dp > 1 else frozenset()
-    syncs = sums_beside(gradient_syncs(blocks, scenario.plan, ITEMSIZE["fp32"]), summed, blocks)
+    size = parameter_state(scenario.plan, ITEMSIZE["bf16"]).gradient
+    syncs = sums_beside(gradient_syncs(blocks, scenario.plan, size), summed, blocks)
+    found = Counter()
     for sync in (*syncs, *read_again(syncs)):
         elements = sum(blocks[block].weight_sync[index].elements for block, index in sync.weights)
-        found[elements] += sync.readers or 1
-    seen = Counter(size // ITEMSIZE[dtype] for _, size, dtype, _ in recorded_calls(key, "step"))
-    assert found == Counter({elements: count for elements, count in seen.items() if elements >= scenario.model.hidden})
+        found[size * elements, NAMES[size]] += sync.readers or 1
+    seen = Counter((moved, dtype) for _, moved, dtype, _ in recorded_calls(key, "step"))
+    least = size * scenario.model.hidden
+    assert found == Counter({call: count for call, count in seen.items() if call[0] >= least})
 
 
 @pytest.mark.parametrize("key", [key for key, case in CASES.items() if "dp=" in case.plan], ids=str)
@@ -170,17 +173,16 @@ DTENSORS = [key for key, case in CASES.items() if case.library == "torchtitan" a
 
 @pytest.mark.parametrize("key", DTENSORS, ids=str)
 def test_a_step_of_dtensors_sums_as_the_library_does(key):
-    """In order and elements: partial gradients for clipping, a number of each weight, and the gradients for AdamW.
-    Gradients are fp32 here, and what torchtitan has without FSDP is all in bf16.
-    """
+    """In order and bytes: partial gradients for clipping, a number of each weight, and the gradients for AdamW."""
     scenario, blocks = derived(key)
-    world = world_of(scenario.plan)
-    closed = closings(blocks, scenario.plan, world, ITEMSIZE["fp32"], Optimizer(scenario.plan, "bf16"))
+    size = parameter_state(scenario.plan, ITEMSIZE["bf16"]).gradient
+    closed = closings(blocks, scenario.plan, world_of(scenario.plan), size, Optimizer(scenario.plan, "bf16"))
     found = []
     for sync in (step for own in closed for step in own.steps if isinstance(step, Sync)):
         weights = sum(blocks[block].weight_sync[index].elements for block, index in sync.weights)
-        found += [weights + sync.elements + sum(count for _, count in sync.of_each)] * (sync.readers or 1)
-    assert found == [size // ITEMSIZE[dtype] for _, size, dtype, _ in recorded_calls(key, "step")]
+        elements = weights + sync.elements + sum(count for _, count in sync.of_each)
+        found += [(sync.collective, sync.itemsize * elements, NAMES[sync.itemsize], "step")] * (sync.readers or 1)
+    assert found == recorded_calls(key, "step")
 
 
 # ------------------------------------------------------------ what is kept
@@ -208,18 +210,7 @@ def test_activations_kept_are_those_of_the_library(key):
     seen = recorded_bytes(key, "activations") + recorded_bytes(key, "norm in fp32 (CPU)") // 4
     if scenario.model.kernels == "eager":
         seen += recorded_bytes(key, "softmax in fp32 (CPU)")
-    assert derived_bytes(key, "activation") + repeated_heads(key, scenario) == seen
-
-
-def repeated_heads(key, scenario):
-    """Bytes of K and V that Megatron's unfused attention repeats for the heads of Q that share them, and keeps beyond
-    what spsim says of fused kernels.
-    """
-    model, workload, tp = scenario.model, scenario.workload, scenario.plan.tp
-    if model.attention != "unfused" or model.kernels == "eager":
-        return 0
-    more = model.heads // tp - max(1, model.kv_heads // tp)
-    return 2 * workload.seq_len * workload.micro_batch * more * model.head_dim * workload.element_bytes
+    assert derived_bytes(key, "activation") == seen
 
 
 @CASE

@@ -14,6 +14,7 @@ from spsim.costs.models import cost_models
 from spsim.engine.engine import run
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.inputs.perturbations import Jitter, Perturbations
+from spsim.plots import plot_perturbed
 from spsim.simulation import side_by_side
 from spsim.step.itinerary import visits
 from spsim.step.jitter import Draws, drawn
@@ -97,6 +98,13 @@ def test_a_slow_replica_takes_longer_by_what_its_kernels_do():
     assert kernels_ps(after, 0) == kernels
 
 
+def test_a_window_costs_the_part_of_it_in_which_nothing_is_done():
+    """For 0.2 ms at two thirds of its rate a third is lost, whichever kernels run then."""
+    own = step("dp=2")
+    before, after = (simulate(own.perturbed(by)) for by in ((), {**SLOW, "factor": 1.5, "from_s": 1e-4, "to_s": 3e-4}))
+    assert after.step_ps - before.step_ps == pytest.approx(2e-4 * PS_PER_S / 3, rel=1e-5)
+
+
 def test_a_slow_rank_slows_the_groups_that_it_is_in_and_no_others():
     """Ranks 2 and 3 are the other replica: their passes are as ever, though they end the step later."""
     own = step("tp=2,dp=2")
@@ -152,7 +160,7 @@ def test_an_adapter_slows_what_leaves_its_node_and_a_port_what_does_not():
 # ------------------------------------------------------------ many seeds
 
 
-@pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" not in plan and "tp_overlap" not in plan])
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" not in plan])
 def test_many_seeds_at_once_run_as_in_the_engine(plan):
     """Three seeds, each walked again as one program of each rank with the times that were drawn."""
     given = Perturbations.of([JITTER, {**JITTER, "each": "rank", "seed": 4}, SLOW, PORT])
@@ -199,6 +207,18 @@ def test_stages_in_lockstep_run_as_in_the_engine(plan):
 def test_the_step_after_is_that_of_the_perturbed_scenario(plan):
     found = perturb(step(plan), SLOW)
     assert [*found.step_s] == [found.after.step_time_s] == [simulate(step(plan).perturbed(SLOW)).step_time_s]
+
+
+ORDERS = ("tp=2,pp=2,dp=2,mesh_order=pp-dp-ring-ulysses-tp", "ulysses=2,tp=2,dp=2,mesh_order=dp-ulysses-ring-tp-pp")
+
+
+@pytest.mark.parametrize("plan", ORDERS)
+def test_ranks_may_be_numbered_in_any_order(plan):
+    own = step(plan).perturbed([SLOW, PORT])
+    folded, each = (simulate(own, fold=fold) for fold in (True, False))
+    assert figures(folded) == figures(each)
+    assert side_by_side(own, 1)[0].run().max() == folded.step_ps
+    assert {share.rank for share in perturb(step(plan), SLOW).by_rank} == {1}
 
 
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if "pp" in plan])
@@ -349,13 +369,23 @@ def test_rows_of_perturbed_points_are_their_own(tmp_path):
     assert first[0] != second[0]
 
 
+@pytest.mark.parametrize("plan", ["tp=2,pp=2", "dp=2"])
+def test_the_picture_has_the_slow_rank_before_and_after(plan):
+    """Of a later stage, whose first layer is not that of the model; and of a rank that has no neighbour."""
+    figure = plot_perturbed(perturb(step(plan), {"ranks": step(plan).plan.gpus - 1, "factor": 2}))
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    layer = 1 if "pp" in plan else 0
+    assert [text for text in texts if text.startswith(f"before: layer {layer} in")]
+    assert [text for text in texts if text.startswith(f"after: layer {layer} in")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--seeds", "3"), "--perturb"),
         (("--set", "perturbations.x=3"), "perturbations"),
         (("--plan", "tp=2,pp=2,dp=2,dp_overlap", "--perturb", "FILE"), "leave it out"),
-        (("--plan", "tp=8,tp_overlap,sequence_parallel", "--perturb", "FILE"), "tp_overlap"),
+        (("--plan", "tp=8", "--set", "network=flows", "--perturb", "FILE"), "network = 'flows'"),
         (("--perturb", "FILE", "--seeds", "0"), "--seeds 0"),
         (("--perturb", "nowhere.toml"), "no such file"),
     ],

@@ -363,7 +363,12 @@ def test_where_nothing_fits_the_nearest_is_named():
 
 
 def test_commands_refuse_in_one_line(capsys):
-    for arguments in (["plan"], [*COMMAND, "--values", "tp"], [*COMMAND, "--emit", "megatron", "--json"]):
+    for arguments in (
+        ["plan"],
+        [*COMMAND, "--values", "tp"],
+        [*COMMAND, "--emit", "megatron", "--json"],
+        [*COMMAND, "--set", "scope=layers"],
+    ):
         run(arguments, 2)
         assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -61,6 +61,7 @@ def layers(draw):
         kernels=draw(st.sampled_from(["fused", "eager", "compiled"])),
         composite_norm=draw(st.booleans()),
         glu_offset=draw(st.booleans()),
+        repeat_kv=draw(st.booleans()),
     )
     return model, plan
 

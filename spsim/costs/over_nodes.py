@@ -136,8 +136,9 @@ class PickedOverNodes(OverNodes):
         """By the law; of one rank a node by the curve between nodes, up to as many as it was measured on."""
         per_node = ranks // nodes
         known = [*self._known(collective, ranks, nodes)]
+        curve = partial(self.outer.time, collective, ranks=nodes)
         if per_node == 1 and nodes <= max(one.curve.ranks for one in self.outer.allowed(collective, nodes)):
-            return known[0].seconds
+            return curve
         rings = self.inner.allowed(collective, per_node, "ring") if per_node > 1 else ()
         law = RingTime(
             self._coefficients, collective, choice.protocol, ranks=ranks, adapters=adapters,
@@ -145,4 +146,4 @@ class PickedOverNodes(OverNodes):
             inside_gb_per_s=max((one.curve.points[-1][1] for one in rings), default=None),
             latency=min(float(form.seconds(0)) for form in (known[:1] if by_ring else known)),
         )  # fmt: skip
-        return law if per_node > 1 else lambda message: larger(law(message), known[0].seconds(message))
+        return law if per_node > 1 else lambda message: larger(law(message), curve(message))

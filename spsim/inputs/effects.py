@@ -82,10 +82,10 @@ def of_heads(model: Model, plan: Plan) -> Iterator[str]:
 
 def of_modules(model: Model) -> Iterator[str]:
     """How modules run, where that is not as one kernel each."""
-    if model.attention == "unfused" and model.kernels in (None, "fused") and model.kv_heads < model.heads:
+    if model.attention == "unfused" and model.kv_heads < model.heads and not model.repeats_kv:
         yield (
-            "unfused attention reads K and V as they are; Megatron-Core and transformers repeat them for the heads "
-            "of Q and keep them so, as with kernels = 'eager'"
+            "unfused attention reads K and V as they are; Megatron-Core and transformers write them out for the heads "
+            "of Q that share them, and keep them so: repeat_kv = true"
         )
     if model.kernels == "compiled":
         yield "kernels = 'compiled': what stands between products is one kernel, as torch.compile joins it"

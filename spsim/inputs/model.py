@@ -85,6 +85,9 @@ class Model(Configuration):
     glu_offset: bool | None = None
     """Eager gated activations add an offset to the up projection, in a tensor of its own, as Megatron-Core does
     (`glu_linear_offset`), by default of 0."""
+    repeat_kv: bool | None = None
+    """Unfused attention has K and V written out for the heads of Q that share them, as Megatron-Core and transformers
+    do; unless given where kernels are eager."""
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     left_out: Name = ""
@@ -176,6 +179,12 @@ class Model(Configuration):
         if self.kernels != "eager":
             return (self.kernels or "fused",)
         return "eager", self.composite_norm is True, self.gated_mlp and self.glu_offset is not False
+
+    @property
+    def repeats_kv(self) -> bool:
+        """Whether K and V are written out for the heads of Q that share them."""
+        repeats = self.kernels == "eager" if self.repeat_kv is None else self.repeat_kv
+        return repeats and self.attention == "unfused" and self.kv_heads < self.heads
 
     @property
     def attention_kernel(self) -> AttentionKernel | Framework | None:

@@ -45,6 +45,12 @@ class Window(Configuration):
         return self
 
     @property
+    def lasting(self) -> str:
+        """From when to when, for labels; empty of the whole step."""
+        end = "" if self.to_s is None else f" to {self.to_s:g} s"
+        return "" if self.is_whole else f" from {self.from_s:g} s{end}"
+
+    @property
     def is_whole(self) -> bool:
         """Whether it lasts as long as the step."""
         return self.from_s == 0 and self.to_s is None
@@ -70,7 +76,7 @@ class SlowRanks(Window):
     @property
     def label(self) -> str:
         """For tables and pictures."""
-        return f"{_named('rank', self.ranks)} × {self.factor:g}"
+        return f"{_named('rank', self.ranks)} × {self.factor:g}{self.lasting}"
 
 
 class Jitter(Configuration):
@@ -156,7 +162,7 @@ class SlowLink(Window):
     @property
     def label(self) -> str:
         """For tables and pictures."""
-        return f"{self.link.label} {'down' if self.outage else f'× {self.factor:g}'}"
+        return f"{self.link.label} {'down' if self.outage else f'× {self.factor:g}'}{self.lasting}"
 
 
 Perturbation = SlowRanks | Jitter | SlowLink

@@ -48,13 +48,14 @@ def profile_schema() -> Schema:
 
 def case_schema() -> Schema:
     """Of a case file of `run`, `compare` and `explain`, which needs nothing from the command line."""
+    scenario = of_model(Scenario)
     definitions = {
+        **scenario["$defs"],
         "Model": _model(),
         "Plan": of_configuration(Plan, plan_words.PLAN, plan_values, read_otherwise()),
         "Workload": of_configuration(Workload, words.WORKLOAD, workload_values),
     }
     named = {"type": "string"}
-    own = of_model(Scenario)["properties"]
     properties = {
         "hardware": {**named, "description": "A shipped profile, or the path of a file.", "examples": profile_names()},
         "model": {
@@ -64,8 +65,8 @@ def case_schema() -> Schema:
         "plan": {"anyOf": [named, reference("Plan")], "description": "As the command line writes it, or a table."},
         "workload": reference("Workload"),
         "perturbations": _perturbations(definitions),
-        **{name: own[name] for name in ("nodes", "scope")},
     }  # fmt: skip
+    properties |= {name: of for name, of in scenario["properties"].items() if name not in properties}
     required = ["hardware", "model", "workload"]
     return _document("Case of spsim", properties, definitions, required=required)
 

@@ -32,7 +32,7 @@ from spsim.plots.figure import (
     side_by_side,
     text_size,
 )
-from spsim.plots.view import View, Window, busiest_view, layer_view
+from spsim.plots.view import View, Window, busiest_view, first_layer, layer_view
 from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.results.accounts import waits_on
 from spsim.results.result import Result
@@ -104,14 +104,13 @@ def plot_timelines(
 
 
 def plot_before_after(before: Result, after: Result, ranks: Sequence[int], *, title: str, note: str) -> Figure:
-    """The same ranks of two runs of a scenario during their first layer, on one time axis."""
+    """The same ranks of two runs of a scenario during the first layer of theirs, on one time axis."""
     runs = {"before": before, "after": after}
-    views = {name: layer_view(run.trace, 0, 0, None, ranks) for name, run in runs.items()}
+    layer = first_layer(before.trace, ranks[0])
+    views = {name: layer_view(run.trace, layer, 0, None, ranks, alone=True) for name, run in runs.items()}
     first = views["before"]
-    figure = _draw(
-        [(f"{name}: layer 0 in {_time(own.length_ps)}{_difference(own, first, 'before')}", own)
-         for name, own in views.items()]
-    )  # fmt: skip
+    headers = {name: f"{name}: layer {layer} in {_time(own.length_ps)}" for name, own in views.items()}
+    figure = _draw([(headers[name] + _difference(own, first, "before"), own) for name, own in views.items()])
     add_title(figure, title, " · ".join([describe_workload(before), note, *_cut(views.values())]))
     return figure
 

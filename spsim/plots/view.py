@@ -88,10 +88,16 @@ PHASES: tuple[Pass, ...] = ("forward", "backward")
 
 
 def layer_view(
-    trace: Trace, layer: int, micro_batch: int, phases: Sequence[str] | None, ranks: Sequence[int] | None
+    trace: Trace,
+    layer: int,
+    micro_batch: int,
+    phases: Sequence[str] | None,
+    ranks: Sequence[int] | None,
+    *,
+    alone: bool = False,
 ) -> View:
     """The view of some ranks, or of the distinct ones and not too many, in the given phases of one layer, or in those
-    it has.
+    it has. Windows are those of all ranks, or of the ones that are shown `alone`.
     """
     there = {leaf.stretch.phase for leaf in trace.leaves}
     wanted = [phase for phase in PHASES if phase in there] if phases is None else phases
@@ -101,7 +107,7 @@ def layer_view(
         drawn = sum(scene.window.length_ps for scene in scenes)
         pieces = _pieces(trace, phase, layer, micro_batch)
         own = [piece for piece in pieces if not piece.recording.times.keys().isdisjoint(shown.values())]
-        scenes.append(_scene(trace, own or pieces, shown, drawn))
+        scenes.append(_scene(trace, own or pieces, shown, drawn, alone=alone))
     used = {(rank, span.lane) for scene in scenes for rank, span, _ in scene.own}
     rows = [(rank, lane) for rank in shown for lane in lane_order(trace) if (rank, lane) in used]
     return View(trace, scenes, rows)
@@ -119,9 +125,12 @@ def _pieces(trace: Trace, phase: str, layer: int, micro_batch: int) -> list[Piec
     return found
 
 
-def _scene(trace: Trace, pieces: Sequence[Piece], shown: Mapping[int, int], drawn: int) -> Scene:
+def _scene(
+    trace: Trace, pieces: Sequence[Piece], shown: Mapping[int, int], drawn: int, *, alone: bool = False
+) -> Scene:
     """The window of some pieces; `shown` says which rank was simulated for each that is shown."""
-    windows = [piece.window for piece in pieces]
+    spans = (span for piece in pieces if alone for rank in shown.values() for span in piece.spans_of(rank))
+    windows = [(span.posted_ps, span.end_ps) for span in spans] or [piece.window for piece in pieces]
     start, end = min(begin for begin, _ in windows), max(end for _, end in windows)
     window = Window(pieces[0].phase, start, end, drawn)
     under_way = list(trace.pieces_during(start, end))
@@ -147,3 +156,10 @@ def busiest_view(trace: Trace, layer: int, micro_batch: int, phases: Sequence[st
     """The view of the rank that computes longest; the others wait for it."""
     busy = {rank: sum(compute_by_class(trace, rank).values()) for rank in trace.copies}
     return layer_view(trace, layer, micro_batch, phases, [max(busy, key=busy.__getitem__)])
+
+
+def first_layer(trace: Trace, rank: int) -> int:
+    """The first layer that a rank runs, of the stage that it is on."""
+    (source,) = simulated_for(trace, [rank]).values()
+    own = (leaf.stretch for leaf in trace.leaves if source in leaf.stretch.recording.times)
+    return min((stretch.layer for stretch in own if stretch.layer is not None), default=0)

@@ -24,7 +24,7 @@ def sentence(found: CollectiveTime) -> str:
     nodes = f"{found.nodes} node{'s' if found.nodes > 1 else ''}"
     by = f"{found.algorithm} {found.protocol}" if found.protocol else found.algorithm
     steps = f"{found.steps} step{'s' if found.steps > 1 else ''}"
-    channels = f", {found.channels} channels" if found.channels else ""
+    channels = f", {found.channels} channel{'s' if found.channels > 1 else ''}" if found.channels else ""
     return (
         f"{found.collective} of {size_text(found.message_bytes)} among {found.gpus} GPUs on {nodes} of "
         f"{found.hardware}: {found.time_us:.4g} us, {found.bus_bandwidth_gb_per_s:.4g} GB/s of bus bandwidth by {by} "

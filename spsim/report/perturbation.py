@@ -71,4 +71,4 @@ def notes(found: PerturbedSteps) -> Iterator[str]:
     if found.beyond:
         yield "blame: what kernels and transfers on the longest way take beyond what they take unperturbed"
     else:
-        yield "blame: not told with from_s and to_s, tp_overlap or network = flows"
+        yield "blame: not told with from_s and to_s, nor with network = flows"

@@ -139,7 +139,8 @@ def closings(
     sums = tuple(sync for sync in syncs if sync.collective != "all_gather")
     gathers = tuple(sync for sync in syncs if sync.collective == "all_gather")
     found = [_closing("weight_sync", "weight_sync", sums)] if sums else []
-    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, _norm(programs, plan, mesh), sums))))
+    norm = _norm(programs, plan, mesh, gradient_bytes)
+    found.append(_closing("optimizer", "optimizer", tuple(_optimizer(optimizer, norm, sums))))
     found += [_closing(PARAMETER_GATHER, "weight_sync", gathers)] if gathers else []
     return *found, *_casts(programs)
 
@@ -196,12 +197,15 @@ def replica_closings(
     return *found, *_casts(programs)
 
 
-def _norm(programs: Mapping[str, Program], plan: Plan, mesh: Mesh) -> Sync:
-    """That of all gradients, summed over all ranks; of DTensors that of each weight."""
+def _norm(programs: Mapping[str, Program], plan: Plan, mesh: Mesh, gradient_bytes: int) -> Sync:
+    """That of all gradients, summed over all ranks; of DTensors, some of them partial, that of each weight, in the type
+    of gradients.
+    """
     norm = Sync(mesh.axes, mesh.ranks, "all_reduce", 4, (), name=NORM, elements=1)
-    if plan.norm_gradients != "each_reader":
+    if plan.norm_gradients != "each_reader" or not plan.sequence_parallel:
         return norm
-    return replace(norm, elements=0, of_each=tuple((block, len(own.weights)) for block, own in programs.items()))
+    of_each = tuple((block, len(own.weights)) for block, own in programs.items())
+    return replace(norm, itemsize=gradient_bytes, elements=0, of_each=of_each)
 
 
 def _optimizer(optimizer: Update, norm: Sync, sums: Sequence[Sync]) -> Sequence[Sync | str]:

@@ -74,8 +74,8 @@ class CostedPipeline(NamedTuple):
         ranks, passes = self.prepared.ranks, self.prepared.chunk_passes
         written = written_stages(passes, self.stages, self._score(), self.step, self.closed, ranks, perturbed)
         own = [perturbed.transfer_ps(rank, self.messages) if perturbed else self.messages.transfer_ps
-               for rank in ranks.copies]  # fmt: skip
-        shape = (*map(ranks.simulated_on, ranks.mesh.axes), 1)
+               for rank in ranks.in_rows]  # fmt: skip
+        shape = (*ranks.shape, 1)
         transfers = {way: np.array([ps[way] for ps in own]).reshape(shape) for way in self.messages.transfer_ps}
         return StagedLockstep(written, ranks, transfers, seeds)
 

@@ -7,7 +7,7 @@ alike; what a visit leaves undone is handed on. All in the integers of the engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import NamedTuple
@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from spsim.engine.contention import PPM, rate_beside
 from spsim.engine.recording import COMPUTE_LANE
-from spsim.errors import InputError
 from spsim.program.mesh import Axis
 from spsim.step.abreast import Turn, slowed, turns_of
 from spsim.step.folding import Step
@@ -42,6 +41,14 @@ class Plan(NamedTuple):
     """Of each task without what is drawn, with one seed."""
 
 
+class Hold(NamedTuple):
+    """Of the device by a communication, on each rank: since when, until when, and the rate of kernels meanwhile."""
+
+    posted: Times
+    ended: Times
+    rate: int
+
+
 @dataclass
 class Standing:
     """Where all ranks stand between two visits."""
@@ -52,8 +59,8 @@ class Standing:
     """When lanes are free that may be busy beyond that."""
     ends: dict[str, Times] = field(default_factory=dict)
     """When exports arrive."""
-    holds: list[tuple[Times, Times]] = field(default_factory=list)
-    """Communications that may be under way: posted and ended."""
+    holds: list[Hold] = field(default_factory=list)
+    """Of communications that may be under way."""
 
 
 class Moments(NamedTuple):
@@ -78,18 +85,12 @@ class Lockstep:
         """`visits` are of the segments that run, in order."""
         self.step, self.ranks, self.visits, self.seeds = step, ranks, visits, seeds
         self.axes: tuple[Axis, ...] = ranks.mesh.axes
-        self.shape = tuple([ranks.simulated_on(axis) for axis in self.axes])
+        self.shape = ranks.shape
         self.plans = {name: self._plan(segment) for name, segment in {own.name: own for own in visits}.items()}
-        common = gcd(rate_beside(step.slowdown), PPM)
-        self.whole, self.slow = PPM // common, rate_beside(step.slowdown) // common
+        self.rate = rate_beside(step.slowdown)
 
     def _plan(self, segment: Segment) -> Plan:
-        if any(task.slowdown for task in segment.tasks):
-            raise InputError(
-                "perturbations: jitter beside messages that hold a share of the device of their own is not simulated; "
-                "use tp_overlap = false"
-            )
-        durations = [self.step.durations[segment.name][rank] for rank in self.ranks.copies]
+        durations = [self.step.durations[segment.name][rank] for rank in self.ranks.in_rows]
         lengths = np.array(durations, dtype=np.int64).T.reshape(len(segment.tasks), *self.shape, 1)
         kernels = [task.id for task in segment.tasks if task.lane == COMPUTE_LANE]
         return Plan(segment, turns_of(segment), kernels, lengths)
@@ -142,13 +143,8 @@ class Lockstep:
             moments.ended[task] = moments.started[task] + length
             return
         moments.started[task] = begin
-        holds = [(moments.posted[other], moments.ended[other]) for other in turn.holds if _holds(segment, other)]
-        holds += standing.holds
-        if holds and self.slow < self.whole:
-            posted, ended = (np.stack([*times]) for times in zip(*holds, strict=True))
-            moments.ended[task] = slowed(begin, length, posted, ended, self.whole, self.slow)
-        else:
-            moments.ended[task] = begin + length
+        holds = [*self._holds(segment, turn.holds, moments), *standing.holds]
+        moments.ended[task] = worked(begin, length, holds) if holds else begin + length
 
     def met(self, call: Call, posted: Times) -> Times:
         """When all have come whom each rank meets in a call."""
@@ -169,10 +165,16 @@ class Lockstep:
         free = standing.free
         lanes = standing.lanes | {lane: moments.ended[task] for lane, task in segment.last_calls.items()}
         ends = standing.ends | {name: moments.ended[task] for name, task in segment.exports.items()}
-        own = [(moments.posted[task], moments.ended[task]) for task in segment.calls if _holds(segment, task)]
+        own = self._holds(segment, segment.calls, moments)
         standing.lanes = {lane: end for lane, end in lanes.items() if (end > free).any()}
         standing.ends = {name: end for name, end in ends.items() if (end > free).any()}
-        standing.holds = [(posted, end) for posted, end in (*standing.holds, *own) if (end > free).any()]
+        standing.holds = [hold for hold in (*standing.holds, *own) if (hold.ended > free).any()]
+
+    def _holds(self, segment: Segment, tasks: Iterable[int], moments: Moments) -> list[Hold]:
+        """Of some communications, those that slow kernels: copies to the host do not."""
+        own = ((task, segment.tasks[task].slowdown) for task in tasks)
+        rates = ((task, self.rate if slowdown is None else rate_beside(slowdown)) for task, slowdown in own)
+        return [Hold(moments.posted[task], moments.ended[task], rate) for task, rate in rates if rate < PPM]
 
 
 class Beginnings:
@@ -205,6 +207,18 @@ class Beginnings:
         return [*found, (self._first[task], self.lanes[self._first[task]])] if task in self._first else found
 
 
-def _holds(segment: Segment, task: int) -> bool:
-    """Whether a communication slows kernels: copies to the host do not."""
-    return segment.tasks[task].slowdown is None
+def worked(begin: Times, length: Times, holds: Sequence[Hold]) -> Times:
+    """When kernels end that begin then and take so long by themselves, beside what holds the device."""
+    posted, ended = np.stack([hold.posted for hold in holds]), np.stack([hold.ended for hold in holds])
+    if len({hold.rate for hold in holds}) == 1:
+        common = gcd(holds[0].rate, PPM)
+        return slowed(begin, length, posted, ended, PPM // common, holds[0].rate // common)
+    now, left, end = begin, length * PPM, np.full_like(begin, -1)
+    for until in np.sort(np.concatenate([posted, ended]), axis=0):
+        rate = np.full_like(begin, PPM)
+        for hold in holds:
+            rate = np.where((hold.posted <= now) & (now < hold.ended), np.minimum(rate, hold.rate), rate)
+        done = np.maximum(until - now, 0) * rate
+        end = np.where((end < 0) & (left <= done), now - -left // rate, end)
+        now, left = np.maximum(now, until), left - done
+    return np.where(end < 0, now - -left // PPM, end)

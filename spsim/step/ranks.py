@@ -119,9 +119,17 @@ class Ranks:
         """Of those that are simulated."""
         return prod(len(own.simulated) for own in self._places.values())
 
-    def simulated_on(self, axis: Axis) -> int:
-        """How many places on an axis are simulated: ranks that are, are all with such places."""
-        return len(self._places[axis].simulated)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many places on each axis are simulated: ranks that are, are all with such places."""
+        return tuple([len(own.simulated) for own in self._places.values()])
+
+    @lazy
+    def in_rows(self) -> list[int]:
+        """The ranks that are simulated, in order of their places on the first axis, on the second, and so on."""
+        strides = self.mesh.strides
+        places = ([strides[axis] * place for place in own.simulated] for axis, own in self._places.items())
+        return [*map(sum, product(*places))]
 
     @lazy
     def positions(self) -> Mapping[int, int]:

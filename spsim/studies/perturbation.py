@@ -196,7 +196,8 @@ def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Beyond]:
 
 def _counted(ranks: Ranks, found: Blame) -> Beyond:
     stages = next((len(own) for own in found.beyond.values()), 0) // ranks.number
-    copies = [(rank, len(alike)) for rank, alike in ranks.copies_on(stages).items()]
+    alike = [(rank, len(ranks.copies[rank])) for rank in ranks.in_rows]
+    copies = [(ranks.on_stage(stage, rank), count) for stage in range(stages) for rank, count in alike]
     return Counter(
         {
             (*own, culprit): int(ps)

@@ -35,7 +35,7 @@ from spsim.cli.outputs import (
     print_written,
     staging,
 )
-from spsim.cli.settings import Given
+from spsim.cli.settings import REQUIRED, Given
 from spsim.cli.workers import workers
 from spsim.errors import InputError
 from spsim.inputs.configuration import read_value
@@ -111,18 +111,25 @@ def command(
         "plan", None, plan, changes, hardware=hardware, model=model,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision,
     )  # fmt: skip
-    settings = given.settings()
     if gpus is None:
         raise InputError("plan: --gpus is missing; give the number of GPUs")
     with workers(jobs or os.cpu_count() or 1) as executor:
         search = plan_search(
-            **settings, gpus=gpus, plan=given.plan(), values=dict(map(_values, values or ())),
+            **_searched(given), gpus=gpus, plan=given.plan(), values=dict(map(_values, values or ())),
             longest=longest is not None, best=best, tokens=tokens, executor=executor,
         )  # fmt: skip
     if library is not None:
         print_emission(search.best[0].scenario, library)
         return
     _show(search, out, page, as_json=as_json)
+
+
+def _searched(given: Given) -> dict[str, Any]:
+    """Hardware, model and workload; `InputError` where something else is set."""
+    settings = given.settings()
+    for name in settings.keys() - REQUIRED.keys():
+        raise InputError(f"plan: --set {name}: a search is of whole steps of plans as they are; leave it out")
+    return settings
 
 
 def _values(text: str) -> tuple[str, Sequence[Any]]:

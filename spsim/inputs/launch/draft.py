@@ -14,7 +14,7 @@ from spsim.inputs.stages import layout_text, spread
 KEPT_APART = frozenset({"vocab", "kernels", "attention", "dropout", "sliding_window"})
 """Of a model: what a run may set otherwise than the preset that it trains."""
 
-WAYS = ("kernels", "composite_norm", "glu_offset")
+WAYS = ("kernels", "composite_norm", "glu_offset", "repeat_kv")
 """Fields of a model that say how its modules run."""
 
 

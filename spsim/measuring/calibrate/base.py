@@ -28,7 +28,7 @@ def base_profile(name: str | None, device: str, *, gpu: bool) -> HardwareProfile
             return candidate
     raise InputError(
         f"calibrate: no shipped profile describes the device {device!r}; give the nearest as --base "
-        f"({', '.join(profile_names())}), or the path of a profile with its datasheet"
+        f"({', '.join(profile_names())}), or the path of a profile of it, which may have the nearest as its base"
     )
 
 

@@ -30,7 +30,7 @@ from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.samples import timed
 from spsim.measuring.calibrate.solver import rounded
 from spsim.measuring.calibrate.traffic_fit import fit_memory_bound
-from spsim.measuring.processes.matching import is_same_device
+from spsim.measuring.processes.matching import describes_cpu, is_same_device
 from spsim.units import MIB
 
 CLASSES: Mapping[str, Callable[[Sequence[Measurement], HardwareProfile], Fit]] = {
@@ -200,14 +200,23 @@ def _finished(
             "as_of": draft.date,
             "provenance": {**environment, "base": f"{base.name}, as of {base.as_of}", **_from_base(kept)},
             "sources": {**draft.profile.sources, **draft.sources},
-            "assumed": frozenset(path for path in kept if _is_assumed(_in_base(path), base)),
-            "inherited": frozenset(path for path in kept if _in_base(path) in base.inherited),
+            **_unmeasured(base, environment.get("device", ""), kept),
         }
     )
     tables = tables_of(profile)
     cited = set(_cited(tables))
     tables["sources"] = {key: text for key, text in profile.sources.items() if key in cited}
     return parse_profile(tables, name)
+
+
+def _unmeasured(base: HardwareProfile, device: str, kept: Sequence[str]) -> dict[str, frozenset[str]]:
+    """What nobody measured on the device: that of a base of another card is inherited as a whole."""
+    if device and not describes_cpu(base) and not is_same_device(device, base.datasheet.device):
+        return {"assumed": frozenset(), "inherited": frozenset(kept)}
+    return {
+        "assumed": frozenset(path for path in kept if _is_assumed(_in_base(path), base)),
+        "inherited": frozenset(path for path in kept if _in_base(path) in base.inherited),
+    }
 
 
 def _is_assumed(path: str, base: HardwareProfile) -> bool:

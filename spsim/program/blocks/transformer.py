@@ -239,7 +239,7 @@ LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax"
 
 layer_traits = attrgetter(
     "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
-    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as",
+    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as", "repeats_kv",
     "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
 )  # fmt: skip
 """What of a model one layer depends on."""

@@ -52,11 +52,12 @@ class Ways(NamedTuple):
 
 def ways_of(model: Model, element_bytes: int) -> Ways:
     """How the modules of a model run where an activation has so many bytes an element."""
+    found = Ways()
     if model.kernels == "eager":
-        return _eager(model, fp32=element_bytes == FP32_BYTES)
-    if model.kernels == "compiled":
-        return Ways(softmax=_COMPILED_SOFTMAX, joins_residual=not model.parallel_residual)
-    return Ways()
+        found = _eager(model, fp32=element_bytes == FP32_BYTES)
+    elif model.kernels == "compiled":
+        found = Ways(softmax=_COMPILED_SOFTMAX, joins_residual=not model.parallel_residual)
+    return found._replace(repetition=_REPETITION) if model.repeats_kv else found
 
 
 def _eager(model: Model, *, fp32: bool) -> Ways:
@@ -69,7 +70,6 @@ def _eager(model: Model, *, fp32: bool) -> Ways:
         activation_of_two=_activation(model, joined=False),
         residual=_residual(model),
         softmax=_softmax(fp32, causal=model.causal),
-        repetition=_REPETITION if model.kv_heads < model.heads else None,
     )
 
 
