@@ -27,7 +27,6 @@ OTHER_OPTIONS = {
     "tp_scatter": "ring_exchange",
     "dp_overlap": True,
     "fsdp_ends": "units",
-    "mesh_order": "dp-tp-ulysses-ring-pp",
     "recompute_reentrant": False,
     "ring_kind": "all_gather",
     "ring_gradients": "fp32",
