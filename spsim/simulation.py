@@ -23,6 +23,7 @@ from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
+from spsim.inputs.schedules import Schedule
 from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import chunks_of, dense_in
 from spsim.inputs.workload import Precision
@@ -74,7 +75,7 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
     amounts = amounts_of(scenario, scenario.workload, scenario.scope)
-    static = _static(scenario, prepared, chunk, numbers)
+    static = static_of(scenario, prepared, chunk, numbers)
     return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
@@ -126,20 +127,21 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         numbers = products(prepared.columns.coefficients, basis)
         step = prepared.columns.run(
             chunk,
-            _one_if_alike(grid.num_micro_batches),
+            one_if_alike(grid.num_micro_batches),
             prepared.durations_of_many(numbers, compute, comm, gpus_per_node=grid.gpus_per_node),
             closing["weight_sync"],
             closing["optimizer"],
             basis,
             grid.hardware.coefficients.overlap_slowdown.value,
         )
-    static = _static(scenario, prepared, chunk, known)
+    static = static_of(scenario, prepared, chunk, known)
+    number = counted(grid.model, grid.workload, grid.num_micro_batches * grid.plan.dp)
     return ResultColumns(
-        scenario.scope, grid, prepared, numbers, amounts_of(grid, counted(grid), scenario.scope), step, static
+        scenario.scope, grid, prepared, numbers, amounts_of(grid, number, scenario.scope), step, static
     )
 
 
-def _one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
+def one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
     """The micro-batches of all workloads, as most grids have them."""
     return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
@@ -162,7 +164,7 @@ def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None
         (nodes, waits, events), staged = costed.unfolded(of_kernels, shared), None
     describe = partial(_describe_stages, scenario, prepared, costed)
     trace = Trace(nodes, copies, describe, prepared.groups, overlapping=staged is None, waits=waits)
-    static = Deferred(lambda: [_static(scenario, prepared, own, numbers) for own in stages.kinds])
+    static = Deferred(lambda: [static_of(scenario, prepared, own, numbers) for own in stages.kinds])
     return Result(
         scope=scenario.scope,
         scenario=scenario,
@@ -189,7 +191,7 @@ def _costed_stages(
     """A step of several stages with its times, and how perturbations are those of its stages."""
     stages = _stages(scenario.model, scenario.plan)
     prepared = staged_step(
-        scenario.model, scenario.plan, fold, _precision(scenario), stages, single=_single(scenario)
+        scenario.model, scenario.plan, fold, precision_of(scenario), stages, single=is_one_sequence(scenario)
     ).marked(perturbed.marks if perturbed else ())
     compute, comm = cost_models(scenario.hardware, scenario.workload.precision)
     priced = partial(
@@ -208,6 +210,12 @@ def _costed_stages(
 def _stages(model: Model, plan: Plan) -> Stages:
     """What each stage runs, chunk by chunk."""
     return Stages([[_placed(model, plan, chunk) for chunk in stage] for stage in chunks_of(model, plan)])
+
+
+@lru_cache(maxsize=256)
+def stages_of(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout: str | None) -> Stages:
+    """The same of plans that differ in nothing that stages know of."""
+    return _stages(model, Plan(pp=pp, virtual_pp=virtual_pp, pp_schedule=schedule, pp_layout=layout))
 
 
 def _layer_runs(model: Model, plan: Plan, layers: range) -> list[Run]:
@@ -238,23 +246,23 @@ def _chunk(scenario: Scenario) -> Chunk:
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
-    precision, single = _precision(scenario), _single(scenario)
+    precision, single = precision_of(scenario), is_one_sequence(scenario)
     if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
         return replicated_step(scenario.model, scenario.plan, fold, precision, _chunk(scenario), single=single)
     return prepare(scenario.model, scenario.plan, fold, precision, single=single)
 
 
-def _single(scenario: Scenario) -> bool:
+def is_one_sequence(scenario: Scenario) -> bool:
     """Whether its programs are those of a single sequence."""
     return bool(is_single(scenario.plan, scenario.workload.micro_batch))
 
 
-def _precision(scenario: Scenario | Grid) -> Precision:
+def precision_of(scenario: Scenario | Grid) -> Precision:
     """Of its programs, on its hardware."""
     return program_precision(scenario.workload.precision, any_layout=scenario.hardware.fp8_any_layout)
 
 
-def _static(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
+def static_of(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     parameters, spread = prepared.parameters(numbers, chunk), prepared.spread_parameters(chunk)
     found = static_memory(parameters, plan, element_bytes, prepared.weight_bytes(chunk), spread)

@@ -336,9 +336,9 @@ def test_equal_ranks_on_devices_of_their_own_go_on():
 
 
 def test_a_gpu_without_a_shipped_profile_needs_a_base():
-    with pytest.raises(InputError, match="no shipped profile describes the device 'NVIDIA GeForce RTX 4090'"):
-        base_profile(None, "NVIDIA GeForce RTX 4090", gpu=True)
-    assert base_profile("dgx-h100", "NVIDIA GeForce RTX 4090", gpu=True).name == "dgx-h100"
+    with pytest.raises(InputError, match="no shipped profile describes the device 'NVIDIA GeForce RTX 5090'"):
+        base_profile(None, "NVIDIA GeForce RTX 5090", gpu=True)
+    assert base_profile("dgx-h100", "NVIDIA GeForce RTX 5090", gpu=True).name == "dgx-h100"
     assert base_profile(None, "AMD EPYC", gpu=False).name == "cpu-2"
 
 

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
+from spsim.inputs.plan import parse_plan
 from spsim.program.instructions import Compute
+from spsim.program.mesh import mesh_of
+from spsim.step.ranks import Ranks
 from spsim.work import FlashAttention
 from tests.cases import H100, program, random_scenarios, result
 
@@ -229,3 +232,10 @@ def test_an_unbalanced_ring_is_slower():
     assert zigzag.idle_s["peer"] == 0
     ends = contiguous.spans.groupby("rank")["end_us"].max()
     assert ends.min() == ends.max()
+
+
+def test_ranks_that_stand_for_all_of_a_stage_are_not_written_out():
+    """Of 131,072: a step costs what it costs on fewer."""
+    copies = Ranks(mesh_of(parse_plan("tp=8,pp=16,dp=1024")), "one").copies_on(16)
+    assert [*copies] == [*range(0, 131072, 8192)]
+    assert all(isinstance(own, range) and own[0] == rank and len(own) == 8192 for rank, own in copies.items())

@@ -403,6 +403,7 @@ def test_simulate_draws_no_jitter():
         simulate(step("tp=2").perturbed(JITTER))
 
 
+@pytest.mark.slow
 def test_the_experiment_says_where_a_slow_adapter_costs_more_than_a_slow_gpu():
     """On two nodes a ring waits for it in every layer; with replicas on a node each only their gradients do."""
     experiment = load_experiment(STRAGGLERS)

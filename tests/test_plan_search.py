@@ -146,6 +146,7 @@ def test_a_stage_holds_what_1f1b_lets_it(pp, chunks):
     assert sum(_held("1f1b", pp, chunks, pp, pp - 1, 8 * pp)) == (1 if chunks == 1 else (chunks - 1) * pp + 1)
 
 
+ORDERS = ["tp-ulysses-ring-dp-pp", "tp-ulysses-ring-pp-dp", "dp-tp-pp-ulysses-ring", "tp-dp-ring-pp-ulysses"]
 PLANS = st.fixed_dictionaries(
     {
         "tp": st.sampled_from([1, 2, 4]), "ulysses": st.sampled_from([1, 2]), "ring": st.sampled_from([1, 2, 4]),
@@ -153,7 +154,7 @@ PLANS = st.fixed_dictionaries(
         "sequence_parallel": st.booleans(), "recompute": st.sampled_from(["none", "selective", "full"]),
         "distributed_optimizer": st.booleans(), "dp_overlap": st.booleans(), "tp_overlap": st.booleans(),
         "library": st.sampled_from(["megatron-core", "torchtitan", "deepspeed"]),
-        "ring_cut": st.sampled_from(["zigzag", "zigzag", "contiguous"]),
+        "ring_cut": st.sampled_from(["zigzag", "zigzag", "contiguous"]), "mesh_order": st.sampled_from(ORDERS),
     }
 )  # fmt: skip
 FURTHER = st.sampled_from([
@@ -178,6 +179,17 @@ def test_no_plan_is_better_than_its_bounds(plan, further, seq_len, hardware, tie
             continue
         assert 0 < candidate.step_s <= result.step_time_s * (1 + 1e-12)
         assert 0 < candidate.memory_gib <= result.device_memory_gib * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("order", ["dp-tp-pp-ulysses-ring", "tp-dp-ring-pp-ulysses"])
+def test_bounds_hold_wherever_groups_lie(order):
+    """Over two nodes, where stages and replicas stand between the ranks of other groups."""
+    values = {"tp": [2, 4], "ulysses": [1], "ring": [1, 2], "pp": [1, 2, 4], "micro_batch": [1], "virtual_pp": [1]}
+    own = space(16, plan={"mesh_order": order, "sequence_parallel": True, "recompute": "none"}, values=values)
+    every, rows, _ = exhaustive(own)
+    assert len(every) > 10
+    for candidate, row in zip(every, rows, strict=True):
+        assert 1000 * candidate.step_s <= row["step_time_ms"] * (1 + 1e-12)
 
 
 def test_bounds_are_close_where_nothing_runs_beside_the_passes():

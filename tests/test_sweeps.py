@@ -174,7 +174,7 @@ def test_a_defect_ends_no_sweep_and_is_tried_again(file: RowFile, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(rows, "simulate", broken)
-        patch.setattr(grids, "simulate_many", none_at_once)
+        patch.setattr(grids, "simulate_together", none_at_once)
         found = run([point(256), point(512), point(1024)], file)
     assert list(found["error"] != "") == [False, True, False]
     assert found["error"][1].startswith("spsim failed: KeyError: 'bf16'")

@@ -264,7 +264,8 @@ def _nemotron(name: str, layers: int, hidden: int, heads: int) -> Model:
 # GPT: Korthikanti et al. 2022 (arXiv:2205.05198), Table 3. Llama: Touvron et al. 2023 (arXiv:2307.09288); Llama
 # Team 2024 (arXiv:2407.21783), Table 3. Mistral 7B: Jiang et al. 2023 (arXiv:2310.06825), Table 1, without its
 # sliding window, as of v0.2. Qwen2.5: Qwen Team 2024 (arXiv:2412.15115) and config.json of Qwen/Qwen2.5-32B; Qwen3:
-# Qwen Team 2025 (arXiv:2505.09388), Table 1, and config.json of Qwen/Qwen3-8B.
+# Qwen Team 2025 (arXiv:2505.09388), Tables 1 and 2, and config.json of Qwen/Qwen3-8B. Mixtral 8x7B: Jiang et al. 2024
+# (arXiv:2401.04088), Table 1.
 # Nemotron-4: Parmar et al. 2024 (arXiv:2402.16819), section 2; Adler et al. 2024 (arXiv:2406.11704), Table 1.
 PRESETS: dict[str, Model] = {
     model.name: model
@@ -282,6 +283,35 @@ PRESETS: dict[str, Model] = {
         _llama("mistral-7b", 32, 4096, 14336, 32, 8, 32000),
         _llama("qwen2.5-32b", 64, 5120, 27648, 40, 8, 152064, qkv_bias=True),
         _llama("qwen3-8b", 36, 4096, 12288, 32, 8, 151936, qk_norm=True),
+        _llama("mixtral-8x7b", 32, 4096, 14336, 32, 8, 32000, experts=8, experts_per_token=2),
+        _llama(
+            "qwen3-30b-a3b",
+            48,
+            2048,
+            6144,
+            32,
+            4,
+            151936,
+            qk_norm=True,
+            head_dim=128,
+            experts=128,
+            experts_per_token=8,
+            expert_ffn_hidden=768,
+        ),
+        _llama(
+            "qwen3-235b-a22b",
+            94,
+            4096,
+            12288,
+            64,
+            4,
+            151936,
+            qk_norm=True,
+            head_dim=128,
+            experts=128,
+            experts_per_token=8,
+            expert_ffn_hidden=1536,
+        ),
         _nemotron("nemotron-4-15b", 32, 6144, 48),
         _nemotron("nemotron-4-340b", 96, 18432, 96),
     )

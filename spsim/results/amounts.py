@@ -1,11 +1,16 @@
-"""FLOPs and tokens of a step of a scenario, or of many workloads at once."""
+"""FLOPs and tokens of a workload, or of many as arrays."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from spsim.costs.flops import head_flops, layer_flops
 from spsim.inputs.grid import Grid
+from spsim.inputs.model import Model
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import all_chunks, dense_in
 from spsim.inputs.workload import Workload, Workloads
@@ -14,14 +19,14 @@ from spsim.program.recompute import layer_kinds
 from spsim.results.derived import Amounts
 
 
-def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str) -> Amounts:
-    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens."""
+def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str, replicas: Any = None) -> Amounts:
+    """FLOPs of a workload, or of many as arrays of integers that hold them; tokens. Of `replicas`, or of the plan's."""
     model = scenario.model
     kinds = [(model, model.layers - model.dense_layers)]
     kinds += [(model.as_dense, model.dense_layers)] if model.dense_layers else []
     rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
     head = head_flops(model, workload, rows).training()
-    replicas = scenario.plan.dp
+    replicas = scenario.plan.dp if replicas is None else replicas
     return Amounts(
         model=replicas * (sum(n * layer_flops(own, workload).training() for own, n in kinds) + head),
         causal=replicas * (sum(n * layer_flops(own, workload, causal=True).training() for own, n in kinds) + head),
@@ -42,9 +47,10 @@ def _executed(scenario: Scenario | Grid, workload: Workload | Workloads) -> int:
     )
 
 
-def counted(grid: Grid) -> Workloads:
-    """The workloads of a grid, in Python's integers where 64 bits do not hold the FLOPs of a step."""
-    found = grid.workload
+def counted(model: Model, found: Workloads, passes: npt.NDArray[np.int64]) -> Workloads:
+    """Workloads that run so many micro-batches in all replicas, in Python's integers where 64 bits do not hold the
+    FLOPs of a step.
+    """
     largest = Workloads(int(found.seq_len.max()), int(found.micro_batch.max()), found.precision)
-    flops = layer_flops(grid.model, largest).training() * grid.model.layers * int(grid.num_micro_batches.max())
-    return found if flops < 2**62 else replace(found, seq_len=found.seq_len.astype(object))
+    flops = layer_flops(model, largest).training() * model.layers * int(passes.max())
+    return found if flops < 2**60 else replace(found, seq_len=found.seq_len.astype(object))

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from spsim.costs.static_memory import StaticMemory
+from spsim.costs.static_memory import StaticMemory, outside_tensors
 from spsim.lazy import lazy
+from spsim.program.mesh import mesh_of
 from spsim.program.operators import TensorKind
 from spsim.results.derived import STATIC, Amounts, Derived, operator_name
 from spsim.step.columns.fill import Floats
@@ -34,6 +35,10 @@ class ResultColumns(Derived):
     error_band: ClassVar[None] = None
     flagged: ClassVar[tuple[str, ...]] = ()
     """Profiles that a calibration wrote are simulated one workload at a time."""
+
+    @lazy
+    def _outside(self) -> int:
+        return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
 
     @property
     def exact(self) -> Points:
@@ -106,7 +111,7 @@ class ResultColumns(Derived):
         return found
 
     def _name(self, leaf: int, layer: int, task: int) -> str:
-        return operator_name(self.step.block.labels[leaf][task], layer if layer >= 0 else None)
+        return operator_name(self.step.ran.block.labels[leaf][task], layer if layer >= 0 else None)
 
     def saved_bytes(self, *categories: TensorKind) -> Any:
         """See `Derived`."""

@@ -182,8 +182,13 @@ def boundary_bytes(prepared: PreparedStep, numbers: Numbers) -> int:
     """What a stage sends of a micro-batch: [s / cp / (tp under sequence parallelism), b, h]; there is no scatter and
     gather, so that without sequence parallelism every rank of tp sends all of it (megatron-core 0.16.1).
     """
+    return int(numbers.values[boundary_position(prepared)])
+
+
+def boundary_position(prepared: PreparedStep) -> int:
+    """Where these bytes stand among the numbers of the template."""
     (hidden,) = prepared.template.programs[LAYER].inputs
-    return int(numbers.values[prepared.template.index.buffers[hidden.id]])
+    return prepared.template.index.buffers[hidden.id]
 
 
 def exchange_of(plan: Plan) -> Exchange:
@@ -197,16 +202,22 @@ def exchange_of(plan: Plan) -> Exchange:
 
 def _transfers(world: Mesh, message: int, comm: CommCost, gpus_per_node: int) -> dict[tuple[int, int], int]:
     """Picoseconds of a message between any two neighbouring stages, of which the last and the first are, too."""
-    nodes = _nodes_between(world.degree("pp"), world.strides["pp"], tuple(world.steps(world.axes)), gpus_per_node)
+    nodes = nodes_between(world, gpus_per_node)
     times = {n: picoseconds(comm.duration("send_receive", message, 2, n)) for n in set(nodes.values())}
     return {way: times[number] for way, number in nodes.items()}
+
+
+def nodes_between(world: Mesh, gpus_per_node: int) -> dict[tuple[int, int], int]:
+    """Nodes on which each two neighbouring stages of a mesh lie: of the pair of ranks that is farthest apart."""
+    lattice = tuple(world.steps(world.axes))
+    return _nodes_between(world.degree("pp"), world.strides["pp"], lattice, gpus_per_node)
 
 
 @lru_cache(maxsize=64)
 def _nodes_between(
     stages: int, stride: int, lattice: tuple[tuple[int, int], ...], per_node: int
 ) -> dict[tuple[int, int], int]:
-    """Nodes on which each two neighbouring stages of a mesh lie: of the pair of ranks that is farthest apart."""
+    """Of stages that lie on a lattice of (stride, count)."""
     places = places_in_node([(step, count) for step, count in lattice if step != stride], per_node)
     pairs = [(stage, (stage + 1) % stages) for stage in range(stages)]
 

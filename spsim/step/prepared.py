@@ -24,7 +24,7 @@ def prepared_layer(
     """The layers of a model under a plan; `fold` simulates identical ranks once, `single` as of templates."""
     kinds = (*kinds_of_layers(model, plan),)
     return _steps.get(
-        (layer_key(model, plan), *kinds, precision, single, _issued_by(plan), fold),
+        (layer_key(model, plan), *kinds, precision, single, issued_by(plan), fold),
         lambda: PreparedStep(
             layers_template(model, plan, precision, single=single),
             plan,
@@ -39,7 +39,7 @@ def prepared_step(
 ) -> PreparedStep:
     """The whole of a model under a plan: embedding, layers, and the head if it has one."""
     optimizer = plan.grad_dtype, plan.moment_dtype, plan.precision_aware_optimizer
-    key = (*step_key(model, plan), sequence_unit(model, plan), precision, single, _issued_by(plan), optimizer, fold)
+    key = (*step_key(model, plan), sequence_unit(model, plan), precision, single, issued_by(plan), optimizer, fold)
     return _steps.get(
         key,
         lambda: PreparedStep(
@@ -53,7 +53,7 @@ def prepared_step(
     )
 
 
-def _issued_by(plan: Plan) -> tuple[bool | int | str, ...]:
+def issued_by(plan: Plan) -> tuple[bool | int | str, ...]:
     """What of a plan says in which order its program is issued, and by what; among how many ranks, with the stages."""
     overlap, sharded = plan.tp_backward_overlap, plan.zero_stage > 0
     return plan.norm_gradients, overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp, plan.mesh_order

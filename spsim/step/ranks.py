@@ -81,11 +81,17 @@ class Ranks:
         """The same on so many stages of a pipeline."""
         if stages not in self._on_stages:
             self._on_stages[stages] = {
-                self.on_stage(stage, rank): [self.on_stage(stage, copy) for copy in copies]
+                self.on_stage(stage, rank): self._all_on_stage(stage, copies)
                 for stage in range(stages)
                 for rank, copies in self.copies.items()
             }
         return self._on_stages[stages]
+
+    def _all_on_stage(self, stage: int, ranks: Sequence[int]) -> Sequence[int]:
+        """The same of many, without writing out those that follow each other."""
+        if isinstance(ranks, range):
+            return range(self.on_stage(stage, ranks.start), self.on_stage(stage, ranks.stop), ranks.step)
+        return [self.on_stage(stage, rank) for rank in ranks]
 
     def on_stage(self, stage: int, rank: int) -> int:
         """The number, among the ranks of all stages, of the one that is on a stage what `rank` is on the first."""

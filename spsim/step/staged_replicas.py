@@ -17,8 +17,8 @@ from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import EMBEDDING, HEAD, ProgramsAt, one_replica, programs_at
 from spsim.program.blocks.embedding import TABLE
-from spsim.program.blocks.optimizer import parameter_state
-from spsim.program.instructions import Buffer
+from spsim.program.blocks.optimizer import parameter_state, shard_ranks
+from spsim.program.instructions import Buffer, Program
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, StageClosings, replica_closings
@@ -33,7 +33,7 @@ from spsim.step.replicas import parameters_of, synchronisation
 from spsim.step.replicated import root_of
 from spsim.step.segments import BlockPass
 from spsim.step.stages import Passes, PlacedChunk, Stages
-from spsim.units import MIB
+from spsim.units import KIB, MIB
 
 
 class StagedStep(PreparedStep):
@@ -46,14 +46,7 @@ class StagedStep(PreparedStep):
         state = parameter_state(plan, ELEMENT_BYTES[optimizer.precision])
         super().__init__(template, plan, programs_at, fold=fold, gradient_bytes=state.gradient, optimizer=optimizer)
         self.segments, self.closings = self.segments[: -len(self.closings)], ()  # each stage has its own
-        self._plan, self._optimizer, self._gradient_bytes = plan, optimizer, state.gradient
-        self._groups: Groups = replica_groups(plan)
-        tied = HEAD in template.programs and any(w.name == TABLE for w in template.programs[HEAD].weights)
-        own = [{run.block for run in runs} for runs in stages.kinds]
-        self._shared = tied and not any({EMBEDDING, HEAD} <= blocks for blocks in own)
-        for kind, runs in enumerate(stages.kinds):
-            first = stages.kind_of.index(kind)
-            self.of_stages[runs] = self._stage(first, runs, stages[first])
+        self.of_stages = closings_of_stages(template, plan, optimizer, stages)
         if keeps_outputs(plan):
             self._keep()
 
@@ -77,7 +70,29 @@ class StagedStep(PreparedStep):
         """Those of what closes the stages, too."""
         return groups_of(self.world, (*self.segments, *(made.segment for made in self.every_closing)))
 
-    def _stage(self, number: int, runs: Chunk, chunks: Sequence[PlacedChunk]) -> StageClosings:
+
+def closings_of_stages(
+    template: Template, plan: Plan, optimizer: Optimizer, stages: Stages
+) -> dict[Chunk, StageClosings]:
+    """What closes a step on the stages of each kind, by what they run."""
+    made = _StageSync(template, plan, optimizer, stages)
+    firsts = [stages.kind_of.index(kind) for kind in range(len(stages.kinds))]
+    return {runs: made.closings(first, runs, stages[first]) for runs, first in zip(stages.kinds, firsts, strict=True)}
+
+
+class _StageSync:
+    """How a library synchronises the weights of stages."""
+
+    def __init__(self, template: Template, plan: Plan, optimizer: Optimizer, stages: Stages) -> None:
+        self._template, self._plan, self._optimizer = template, plan, optimizer
+        self._gradient_bytes = parameter_state(plan, ELEMENT_BYTES[optimizer.precision]).gradient
+        self._groups: Groups = replica_groups(plan)
+        tied = HEAD in template.programs and any(w.name == TABLE for w in template.programs[HEAD].weights)
+        own = [{run.block for run in runs} for runs in stages.kinds]
+        self._shared = tied and not any({EMBEDDING, HEAD} <= blocks for blocks in own)
+
+    def closings(self, number: int, runs: Chunk, chunks: Sequence[PlacedChunk]) -> StageClosings:
+        """Of the stages that run what the stage `number` does."""
         syncs = [self._synchronisation(number, place, chunk.runs) for place, chunk in enumerate(chunks)]
         whole = self._synchronisation(number, 0, runs)
         behind = any(sync.behind_backward for sync in syncs)
@@ -89,7 +104,7 @@ class StagedStep(PreparedStep):
             before_update=whole.before_update,
             after_update=tuple(message for own in gathers for message in own),
         )
-        programs = {run.block: self.template.programs[run.block] for run in runs}
+        programs = {run.block: self._template.programs[run.block] for run in runs}
         syncs_of_tp = gradient_syncs(programs, self._plan, self._gradient_bytes)
         others = sums_beside(syncs_of_tp, whole.summed_over_tp, programs)
         reductions = [[message for own in sync.reductions for message in own.messages] for sync in syncs[::-1]]
@@ -105,11 +120,37 @@ class StagedStep(PreparedStep):
         return tuple(counts) if any(counts) else ()
 
     def _synchronisation(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
-        own = parameters_of(self.template.programs[run.block] for run in runs for _ in range(run.count))
-        parameters = [p._replace(shared=self._shared and p.name == TABLE) for p in own]
+        """Of the blocks of a chunk, kept: many plans have the same weights."""
+        programs = self._template.programs
+        weights = tuple([(_number(programs[run.block]), run.count, run.numbered) for run in runs])
+        key = weights, self._options, self._shared, (stage, chunk) == (0, 0)
+        return _known.get(key, lambda: self._found(stage, chunk, runs))
+
+    @lazy
+    def _options(self) -> tuple[object, ...]:
+        """What `synchronisation` reads of a plan."""
+        plan = self._plan
+        return (
+            plan.dp_library, plan.zero, plan.zero_stage, plan.dp_overlap, plan.bucket_elements, plan.grad_dtype,
+            plan.norm_gradients, plan.fsdp_ends, plan.tp > 1, plan.pp > 1, shard_ranks(plan),
+            plan.shard_group in (None, plan.dp), self._optimizer.precision,
+        )  # fmt: skip
+
+    def _found(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
+        own = parameters_of(self._template.programs[run.block] for run in runs for _ in range(run.count))
+        parameters = [p._replace(shared=True) if self._shared and p.name == TABLE else p for p in own]
         return synchronisation(
             parameters, self._plan, self._optimizer.precision, stage=stage, chunk=chunk, root=root_of(runs)
         )
+
+
+_known: Cache[Synchronisation] = Cache(16 * MIB, lambda made: KIB * len(made.reductions))
+_numbers: Cache[object] = Cache(1024, lambda _: 1)
+
+
+def _number(program: Program) -> object:
+    """What stands for the weights of a block, the same for equal ones: a key of all of them takes long to compare."""
+    return _numbers.get((program.weights, program.weight_sync), object)
 
 
 def keeps_outputs(plan: Plan) -> bool:

@@ -14,7 +14,7 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import HEAD
 from spsim.step.folding import Rows
 from spsim.step.halves import Halves
-from spsim.step.itinerary import Blocks, Chunk, Item, chunk_pass
+from spsim.step.itinerary import Blocks, Chunk, Item, Run, chunk_pass
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.in_flight import fullest
 from spsim.step.pipeline.orders import KINDS, Action, Numbers, global_stage, gradients
@@ -113,6 +113,17 @@ class Stages(Sequence[Sequence[PlacedChunk]]):
         """and which of them each stage runs."""
         places = {runs: place for place, runs in enumerate(self.kinds)}
         return tuple(places[runs] for runs in self.runs)
+
+    @lazy
+    def chunk_kinds(self) -> tuple[tuple[Run, ...], ...]:
+        """The different blocks of chunks,"""
+        return tuple(dict.fromkeys(tuple(chunk.runs) for chunks in self._chunks for chunk in chunks))
+
+    @lazy
+    def kinds_of_chunks(self) -> Numbers:
+        """and which of them each chunk of each stage runs."""
+        places = {runs: place for place, runs in enumerate(self.chunk_kinds)}
+        return np.array([[places[tuple(chunk.runs)] for chunk in chunks] for chunks in self._chunks])
 
     def sorted(self, passes: Passes, clock: Clock) -> SortedPasses:
         """The passes of a step by what is alike."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,12 @@ from spsim.inputs.rules import is_single, keeps_sizes
 from spsim.inputs.scenario import Scenario, scenario_from
 from spsim.inputs.workload import Precision, Workload, tokens
 from spsim.results.columns import ResultColumns
+from spsim.results.joined import JoinedColumns
 from spsim.simulation import simulate_many
 from spsim.studies.points import Labels, Point
 from spsim.studies.rows import Row, failed, measures, row
 from spsim.studies.tables import Table, tables_of_rows
+from spsim.studies.together import alike, come_again, simulate_together
 
 MANY = 256
 """Workloads that are computed at once: their numbers stay in a cache."""
@@ -35,11 +38,22 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
     sorting = _Sorting(points)
     tables: list[Table] = []
     alone = sorting.alone.places
+    together: dict[tuple[Hashable, tuple[str, ...]], list[_Placed]] = defaultdict(list)
     for family in sorting.families.values():
-        if len(family.places) == 1:  # no slower, and nothing has to be prepared
-            alone += family.places
+        placed = _checked(points, family, alone, tables)
+        if placed is None:
+            continue
+        key = alike(placed.grid)
+        if key is None:
+            tables += _apart(points, placed, alone)
         else:
-            tables += _computed(points, family, alone)
+            together[key, tuple(points[family.places[0]].labels)].append(placed)
+    for (key, _), own in together.items():
+        if come_again(key) or len(own) > 1 or len(own[0].places) > 1:
+            for some in _parts(own):
+                tables += _together(points, some, alone)
+        else:
+            alone += own[0].places.tolist()
     return tables + tables_of_rows([row(points[place]) for place in alone], alone)
 
 
@@ -130,8 +144,21 @@ def _hashable(value: Any) -> Hashable:
     return type(value), parts
 
 
-def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Iterator[Table]:
-    """The rows of a family; `alone` gets the points that have to be computed one by one."""
+class _Placed(NamedTuple):
+    """Workloads of a plan that keep all rules, and the places of their points."""
+
+    places: Any
+    grid: Grid
+
+    def part(self, which: slice) -> _Placed:
+        """Some of them."""
+        return _Placed(self.places[which], self.grid.part(which))
+
+
+def _checked(points: Sequence[Point], family: _Family, alone: list[int], tables: list[Table]) -> _Placed | None:
+    """The workloads of a family; `alone` gets the points that have to be computed one by one, and `tables` those that
+    cannot be.
+    """
     broken: list[Row] = []
     scenario: Scenario | None = None
     for place in family.places:
@@ -140,9 +167,9 @@ def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Ite
             break
         except Exception as error:
             broken.append(failed(points[place], error))
-    yield from tables_of_rows(broken, family.places[: len(broken)])
+    tables += tables_of_rows(broken, family.places[: len(broken)])
     if scenario is None:
-        return
+        return None
     places, sizes = np.array(family.places[len(broken) :]), family.sizes[len(broken) :]
     valid = _valid(sizes)
     alone += places[~valid].tolist()
@@ -151,10 +178,39 @@ def _computed(points: Sequence[Point], family: _Family, alone: list[int]) -> Ite
     keeps = keeps_sizes(scenario.model, plan, grid.workload, grid.global_batch)
     keeps &= is_single(plan, grid.workload.micro_batch) == is_single(plan, micro_batch)
     alone += places[~keeps].tolist()
-    places, grid = places[keeps], grid.part(keeps)
-    for first in range(0, len(places), MANY):
-        part = slice(first, first + MANY)
-        yield from _at_once(points, places[part], grid.part(part), alone)
+    return _Placed(places[keeps], grid.part(keeps)) if keeps.any() else None
+
+
+def _apart(points: Sequence[Point], placed: _Placed, alone: list[int]) -> Iterator[Table]:
+    """The rows of one plan whose passes no other has."""
+    if len(placed.places) == 1:  # no slower, and nothing has to be prepared
+        alone += placed.places.tolist()
+        return
+    for first in range(0, len(placed.places), MANY):
+        part = placed.part(slice(first, first + MANY))
+        yield from _at_once(points, part.places, partial(simulate_many, part.grid), alone)
+
+
+def _parts(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:
+    """Plans in groups of not too many workloads."""
+    found: list[_Placed] = []
+    count = 0
+    for own in placed:
+        for first in range(0, len(own.places), MANY):
+            part = own.part(slice(first, first + MANY))
+            if count + len(part.places) > MANY:
+                yield found
+                found, count = [], 0
+            found.append(part)
+            count += len(part.places)
+    if found:
+        yield found
+
+
+def _together(points: Sequence[Point], placed: Sequence[_Placed], alone: list[int]) -> Iterator[Table]:
+    """The rows of plans whose passes are the same."""
+    places = np.concatenate([own.places for own in placed])
+    yield from _at_once(points, places, partial(simulate_together, [own.grid for own in placed]), alone)
 
 
 def _valid(sizes: Sequence[tuple[Any, ...]]) -> npt.NDArray[np.bool_]:
@@ -182,11 +238,16 @@ def _allowed(name: str) -> TypeAdapter[Any]:
 _ALLOWED = {name: _allowed(name) for name in SIZES}
 
 
-def _at_once(points: Sequence[Point], places: Any, grid: Grid, alone: list[int]) -> Iterator[Table]:
+def _at_once(
+    points: Sequence[Point],
+    places: Any,
+    simulated: Callable[[], ResultColumns | JoinedColumns | None],
+    alone: list[int],
+) -> Iterator[Table]:
     """The rows of workloads that keep all rules."""
-    result: ResultColumns | None = None
+    result: ResultColumns | JoinedColumns | None = None
     with suppress(Exception):  # the usual way says what is wrong with each
-        result = simulate_many(grid)
+        result = simulated()
     exact = np.zeros(len(places), dtype=np.bool_) if result is None else result.exact
     alone += places[~exact].tolist()
     if result is None or not exact.any():

@@ -17,6 +17,7 @@ from spsim.inputs.scenario import scenario_from
 from spsim.inputs.workload import Workload
 from spsim.results.columns import ResultColumns
 from spsim.results.figures import columns
+from spsim.results.joined import JoinedColumns
 from spsim.results.result import Result
 from spsim.simulation import simulate
 from spsim.studies.points import Point, Settings
@@ -79,7 +80,7 @@ def _text(value: Any) -> str:
     return "" if value is None else one_line(str(value))
 
 
-def measures(result: Result | ResultColumns) -> Row:
+def measures(result: Result | ResultColumns | JoinedColumns) -> Row:
     """The columns of a result, each one value, or an array of those of many workloads."""
     scenario = result.scenario
     return {
@@ -97,7 +98,7 @@ def measures(result: Result | ResultColumns) -> Row:
     }
 
 
-def _calibration(result: Result | ResultColumns) -> dict[str, Any]:
+def _calibration(result: Result | ResultColumns | JoinedColumns) -> dict[str, Any]:
     """The error band and flags, where a calibration wrote the profile."""
     band = {} if result.error_band is None else {"step_time_error_percent": result.error_band.step_time_percent}
     return {**band, "flagged": ", ".join(result.flagged)} if band or result.flagged else {}

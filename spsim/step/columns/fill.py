@@ -261,3 +261,21 @@ class Fill:
         sums = np.take_along_axis(sizes, order, axis=0).cumsum(axis=0)
         above = (self.levels[first, columns] - sums[-1] + sums > room).argmax(axis=0)
         return np.where(room < 0, self._first, self._tasks[::-1][order[above, columns]])
+
+    def part(self, columns: Places, replay: Replay) -> Fill:
+        """Of some of the workloads, as a replay ran that is theirs."""
+        basis, levels, total = self._basis[:, columns], self.levels[:, columns], self.total[columns]
+        return Fill(self._fills, self._own, levels, total, replay, basis)
+
+    @property
+    def replay(self) -> Replay:
+        """The pass that it is a piece of."""
+        return self._replay
+
+
+def parts_of(fills: Sequence[Fill], columns: Places) -> list[Fill]:
+    """Of some of the workloads, each perhaps several times."""
+    replays = {
+        id(fill.replay): Replay(fill.replay.moments[:, columns]) for fill in {id(f.replay): f for f in fills}.values()
+    }
+    return [fill.part(columns, replays[id(fill.replay)]) for fill in fills]

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from spsim.engine.pieces import Pass
 from spsim.lazy import lazy
 from spsim.program.instructions import LAYER
-from spsim.step.columns.fill import Fill, Floats, Places
+from spsim.step.columns.fill import Fill, Floats, Places, parts_of
 from spsim.step.columns.order import order_of
 from spsim.step.columns.passes import PassColumns
 from spsim.step.columns.replay import Contention, Points, Times, replay
 from spsim.step.columns.walk import Branch, Leaf, Memory, Node, nodes_of
-from spsim.step.itinerary import Blocks, Chunk, Run, Runs, accumulation
+from spsim.step.itinerary import Blocks, Chunk, Run, Runs, accumulation, chunk_pass
 from spsim.step.segments import Segment
 
 Key = tuple[str, Pass]
@@ -54,28 +53,12 @@ class BlockColumns:
         self._leaves: dict[str, list[Leaf]] = defaultdict(list)
         for number, piece in enumerate(pieces):
             self._leaves[piece.segment.name].append(Leaf(number, piece.runs))
-        self._walks: dict[tuple[Run, ...], tuple[Sequence[Node], Floats]] = {}
+        self._walks: dict[tuple[tuple[Run, ...], Pass | None], tuple[Sequence[Node], Floats]] = {}
 
-    def run(
-        self,
-        chunk: Chunk,
-        micro_batches: Runs,
-        times: Times,
-        sync_ps: int,
-        optimizer_ps: int,
-        basis: Floats,
-        slowdown: float,
-    ) -> StepColumns:
-        """A step of a chunk's blocks and equal micro-batches, with picoseconds by slot and of the synchronisation
-        and the optimizer after the last one, and the monomials of the sizes of all workloads.
+    def ran(self, times: Times, basis: Floats, slowdown: float) -> RanPasses:
+        """The passes of all blocks with picoseconds by slot and the monomials of the sizes, in a column for each
+        workload.
         """
-        ran = self.ran(times, basis, slowdown)
-        return StepColumns(
-            self, tuple(chunk), micro_batches, ran, self.memory(chunk, micro_batches, ran, basis), sync_ps, optimizer_ps
-        )
-
-    def ran(self, times: Times, basis: Floats, slowdown: float) -> PassesRun:
-        """Each pass of each block by itself."""
         rate = Contention(slowdown)
         durations = times[self.slots]
         holds = self.monomials @ basis < EXACT
@@ -92,51 +75,96 @@ class BlockColumns:
             lengths[key] = own.length(run)
             kernels[key] = own.compute(run)
             fills += own.fills.of(run, basis)
-        return PassesRun(holds, lengths, kernels, fills)
+        return RanPasses(self, holds, lengths, kernels, fills, basis)
 
-    def memory(self, chunk: Chunk, micro_batches: Runs, ran: PassesRun, basis: Floats) -> Memory:
-        """That of a step of a chunk's blocks."""
-        nodes, sums = self._walk(tuple(chunk))
-        return Memory([Branch(nodes, micro_batches)], ran.fills, sums @ basis)
+    def run(
+        self,
+        chunk: Chunk,
+        micro_batches: Runs,
+        times: Times,
+        sync_ps: int,
+        optimizer_ps: int,
+        basis: Floats,
+        slowdown: float,
+    ) -> StepColumns:
+        """A step of a chunk's blocks and equal micro-batches, with picoseconds by slot and of the synchronisation
+        and the optimizer after the last one, and the monomials of the sizes of all workloads.
+        """
+        return StepColumns(self.ran(times, basis, slowdown), tuple(chunk), micro_batches, sync_ps, optimizer_ps)
 
-    def _walk(self, chunk: tuple[Run, ...]) -> tuple[Sequence[Node], Floats]:
-        """One micro-batch, and the coefficients of the sums of bytes that its nodes name."""
-        if chunk not in self._walks:
+    def micro_batch(self, chunk: tuple[Run, ...], phase: Pass | None = None) -> tuple[Sequence[Node], Floats]:
+        """One micro-batch through some blocks, or one pass of it, and the coefficients of the sums of bytes that its
+        nodes name.
+        """
+        key = chunk, phase
+        if key not in self._walks:
             sums: list[Floats] = []
 
             def noted(segment: Segment, buffers: Sequence[int]) -> int:
                 sums.append(self.coefficients[self._positions[segment.name][[*buffers]]].sum(axis=0))
                 return len(sums) - 1
 
-            nodes = nodes_of(accumulation(self._blocks, chunk, 1).body, self._leaves, noted)
-            self._walks[chunk] = nodes, np.array(sums).reshape(-1, self.coefficients.shape[1])
-        return self._walks[chunk]
+            items = chunk_pass(self._blocks, chunk, phase) if phase else accumulation(self._blocks, chunk, 1).body
+            nodes = nodes_of(items, self._leaves, noted)
+            self._walks[key] = nodes, np.array(sums).reshape(-1, self.coefficients.shape[1])
+        return self._walks[key]
 
 
-class PassesRun(NamedTuple):
-    """Passes of blocks as they ran, picoseconds of each of one micro-batch."""
+@dataclass(frozen=True, eq=False)
+class RanPasses:
+    """The passes of blocks as they ran; times in picoseconds."""
 
+    block: BlockColumns
     holds: Points
     """For which workloads the segments ran as they are recorded."""
     lengths: Mapping[Key, Floats]
+    """Of each pass of one block and micro-batch."""
     kernels: Mapping[Key, Floats]
-    """A row for each class."""
+    """Of the same, a row for each class."""
     fills: Sequence[Fill]
-    """Of each leaf, how full memory is."""
+    basis: Floats
+
+    def memory(self, chunk: tuple[Run, ...], micro_batches: Runs) -> Memory:
+        """Of some blocks in so many micro-batches."""
+        nodes, sums = self.block.micro_batch(chunk)
+        return Memory([Branch(nodes, micro_batches)], self.fills, sums @ self.basis)
+
+    def memory_of_pass(self, chunk: tuple[Run, ...], phase: Pass) -> Memory:
+        """Of one pass of some blocks, kept for the next plan that has it."""
+        if (chunk, phase) not in self._memories:
+            nodes, sums = self.block.micro_batch(chunk, phase)
+            self._memories[chunk, phase] = Memory(nodes, self.fills, sums @ self.basis)
+        return self._memories[chunk, phase]
+
+    @lazy
+    def _memories(self) -> dict[tuple[tuple[Run, ...], Pass], Memory]:
+        return {}
+
+    def at(self, columns: Places) -> RanPasses:
+        """Of some workloads, each perhaps several times."""
+        if np.array_equal(columns, np.arange(len(self.holds))):
+            return self
+        lengths = {key: own[columns] for key, own in self.lengths.items()}
+        kernels = {key: own[:, columns] for key, own in self.kernels.items()}
+        fills = parts_of(self.fills, columns)
+        return RanPasses(self.block, self.holds[columns], lengths, kernels, fills, self.basis[:, columns])
 
 
 @dataclass(frozen=True)
 class StepColumns:
     """What a step came to; times in picoseconds."""
 
-    block: BlockColumns
+    ran: RanPasses
     chunk: tuple[Run, ...]
     micro_batches: Runs
-    ran: PassesRun
-    memory: Memory
     weight_sync: int
     """Synchronisation of weight gradients after the last micro-batch, and the gather of weights."""
     optimizer: int
+
+    @lazy
+    def memory(self) -> Memory:
+        """Over what is there all the time."""
+        return self.ran.memory(self.chunk, self.micro_batches)
 
     def _of_micro_batch(self, lengths: Mapping[Key, Floats], *, layers: bool = False) -> Floats:
         """The sum over the passes of all blocks of one micro-batch, or of its layers only."""
@@ -165,7 +193,7 @@ class StepColumns:
     def compute(self) -> Mapping[str, Floats]:
         """Kernels of layers by class."""
         kernels = self._of_micro_batch(self.ran.kernels, layers=True) * self.micro_batches
-        return dict(zip(self.block.classes, kernels, strict=True))
+        return dict(zip(self.ran.block.classes, kernels, strict=True))
 
     @lazy
     def exposed(self) -> Floats:

@@ -97,10 +97,10 @@ class Memory:
         self.nodes = nodes
         self.fills = fills
         self.sums = sums
-        self._levels, _ = self._of(nodes)
+        self._levels, self.total = self._of(nodes)
         self._by_level: Floats = np.array([level.highest for level in self._levels])
         self.highest: Floats = self._by_level.max(axis=0)
-        """The fullest level over what is there all the time."""
+        """The fullest level over what is there all the time; `total` is what is there after all."""
 
     def _of(self, nodes: Sequence[Node]) -> tuple[list[Level], Floats]:
         """Of some nodes over what is there before them, and what is there after them."""

@@ -11,14 +11,20 @@ from spsim.inputs.schedules import V_SHAPED, Schedule, torch_group
 from spsim.lazy import Cache, lazy
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.graph import Classes, Graph, Part, PassClass
+from spsim.step.pipeline.in_flight import Fullest, fullest
 from spsim.step.pipeline.messages import Lane
-from spsim.step.pipeline.orders import Numbers
+from spsim.step.pipeline.orders import Numbers, Passes
 from spsim.step.pipeline.regions import MOST_DURATIONS, Learner, Region, Regions, alike
-from spsim.step.pipeline.steady import ROUNDS, Folded, Runs, folded
+from spsim.step.pipeline.steady import ROUNDS, Folded, Paced, Runs, folded
 from spsim.step.pipeline.timeline import Piece, Timeline
+from spsim.step.pipeline.waits import Covered, Layout, covered, layout_of, written
 
 KEPT_GROUPINGS = 16
 """For each structure."""
+KEPT_TOTALS = 64
+KEPT_PACED = 4
+PATIENCE = 24
+"""Steps after which it pays to learn how long ranks wait for transfers."""
 
 
 class Structure:
@@ -30,6 +36,18 @@ class Structure:
         self.round_passes = round_passes
         self.regions: Cache[Regions] = Cache(KEPT_GROUPINGS, lambda _: 1)
         """By number of rounds, and which durations are alike."""
+        self.transfers: Cache[Regions] = Cache(KEPT_GROUPINGS, lambda _: 1)
+        """The same, where it is known too how long ranks wait for transfers."""
+        self.totals: Cache[tuple[Numbers, Numbers]] = Cache(KEPT_TOTALS, lambda _: 1)
+        """Of steps: plans whose optimizers differ have the same passes."""
+        self.layouts: Cache[Layout] = Cache(KEPT_GROUPINGS, lambda _: 1)
+        """By the number of runs of each part that are written."""
+        self.covered: Cache[Covered] = Cache(KEPT_PACED, lambda _: 1)
+        """By the same, and durations: steps of more micro-batches leave more out."""
+        self.paced: Cache[Paced] = Cache(KEPT_PACED, lambda _: 1)
+        """By durations."""
+        self.fullest: dict[tuple[int, ...], Fullest] = {}
+        """By which ranks are alike."""
         self._alike: tuple[Numbers, Numbers] | None = None
 
     def alike(self, durations_ps: Numbers) -> tuple[Numbers, Numbers]:
@@ -139,6 +157,54 @@ class Clock:
                 left = left[~fits]
         return found
 
+    def totals(self, pass_ps: Numbers, message_ps: Numbers) -> tuple[Numbers, Numbers]:
+        """When each rank is done, and how long it waits in a step while a message of its own is on its way."""
+        durations_ps = _durations(pass_ps, message_ps, np.zeros(1, np.int64))
+        key = self._rounds, durations_ps.tobytes()
+        return self._structure.totals.get(key, lambda: self._totals(durations_ps))
+
+    def _totals(self, durations_ps: Numbers) -> tuple[Numbers, Numbers]:
+        places, groups = self._structure.alike(durations_ps)
+        values_ps = durations_ps[places]
+        regions = self._structure.transfers.get((self._rounds, groups.tobytes()), lambda: Regions(PATIENCE))
+        region = regions.of(values_ps) if len(values_ps) <= MOST_DURATIONS else None
+        if region is not None and region.transfer is not None:
+            return region.finished @ values_ps, region.transfer @ values_ps
+        pieces, finished_ps = self._evaluated(durations_ps, groups)
+        regions.learn = lambda: self._learn(durations_ps, groups, pieces, transfers=True)
+        return finished_ps, self._transfers(pieces, durations_ps)
+
+    def _transfers(self, pieces: Sequence[Piece], durations_ps: Numbers) -> Numbers:
+        """How long each rank waits while a message of its own is on its way."""
+        rounds = pieces[len(pieces) // 2].runs
+        left_out, weights = written(rounds)
+        every = np.array([1, *weights, 1] if len(pieces) > 1 else weights)
+        counts = (1, len(weights), 1) if len(pieces) > 1 else (len(weights),)
+        layout = self._structure.layouts.get(counts, lambda: self._layout(pieces, counts))
+
+        def found() -> Covered:
+            moments = [own.runs.of(np.arange(count)).ravel() for own, count in zip(pieces, counts, strict=True)]
+            moments[-1] = moments[-1] - left_out * rounds.shift_ps
+            return covered(layout, np.concatenate(moments), durations_ps)
+
+        known = self._structure.covered.get((counts, durations_ps.tobytes()), found)
+        return known.totals(every[layout.runs], self.stages)
+
+    def _layout(self, pieces: Sequence[Piece], counts: Sequence[int]) -> Layout:
+        own = [(piece.part, count) for piece, count in zip(pieces, counts, strict=True)]
+        return layout_of(self._graph, own, own[-1][0].number[self._graph.finished])
+
+    def fullest(self, alike: tuple[int, ...]) -> Fullest:
+        """Passes of which one is the fullest, of ranks that are `alike`, by a number each; see `in_flight`."""
+        known = self._structure.fullest
+        if alike not in known:
+            known[alike] = fullest(self._graph.score, np.array(alike))
+        return known[alike]
+
+    def passes_of(self, rank: int) -> Passes:
+        """Of one rank in order, what comes again and again at least once."""
+        return self._graph.score.passes[rank]
+
     def _region(self, values_ps: Numbers, groups: Numbers) -> Region | None:
         if len(values_ps) > MOST_DURATIONS:
             return None
@@ -153,19 +219,24 @@ class Clock:
         part, runs, _ = pieces[-1]
         return pieces, runs.of(runs.number - 1)[part.number[self._graph.finished]]
 
-    def _learn(self, durations_ps: Numbers, groups: Numbers, pieces: Sequence[Piece]) -> Region:
+    def _learn(
+        self, durations_ps: Numbers, groups: Numbers, pieces: Sequence[Piece], *, transfers: bool = False
+    ) -> Region:
         learner = Learner(durations_ps, groups)
         if self._folded is None:
-            return learner.whole(pieces[0].part, pieces[0].runs, self._graph.finished)
-        head, rounds, tail = (piece.runs for piece in pieces)
-        return learner.folded(self._folded, head, rounds, tail, self._graph.finished)
+            found = learner.whole(pieces[0].part, pieces[0].runs, self._graph.finished)
+        else:
+            head, rounds, tail = (piece.runs for piece in pieces)
+            found = learner.folded(self._folded, head, rounds, tail, self._graph.finished)
+        return learner.with_transfers(found, self._graph) if transfers else found
 
     def _pieces(self, durations_ps: Numbers) -> tuple[Piece, ...]:
         folded = self._folded
         if folded is None:
             whole = self._structure.whole
             return (Piece(whole, Runs.once(whole.ends(np.zeros(1, np.int64), durations_ps)), 0),)
-        head, rounds, tail = folded.ends(durations_ps, self._rounds)
+        paced = self._structure.paced.get(durations_ps.tobytes(), lambda: Paced(folded, durations_ps))
+        head, rounds, tail = paced.ends(self._rounds)
         behind = (self._rounds - ROUNDS) * self._step
         return Piece(folded.head, head, 0), Piece(folded.round, rounds, 0), Piece(folded.tail, tail, behind)
 

@@ -39,6 +39,13 @@ class Classes:
     names: tuple[PassClass, ...]
     of_passes: Numbers
 
+    @lazy
+    def columns(self) -> tuple[Numbers, Numbers, Numbers]:
+        """Rank, chunk, and 0 for forward and 1 for backward of each class."""
+        rows = [(rank, chunk, int(kind != "F")) for rank, chunk, kind, _ in self.names]
+        ranks, chunks, backward = np.array(rows).T
+        return ranks, chunks, backward
+
 
 def classes_of(score: Score) -> Classes:
     kinds, chunks, _ = score.columns

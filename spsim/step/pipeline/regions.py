@@ -6,19 +6,22 @@ longest as long as no edge of the graph would lead to a later one; where that ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spsim.step.pipeline.graph import Bools, Part
+from spsim.step.pipeline.graph import Bools, Graph, Part
 from spsim.step.pipeline.orders import Numbers
 from spsim.step.pipeline.steady import Folded, Runs
+from spsim.step.pipeline.transfers import Moments, Transfers, Written, shortened
 
 MOST_DURATIONS = 32
 """Of different lengths; with more, few steps share their longest ways."""
 MOST_REGIONS = 8
 """That are kept of one grouping of durations."""
+FOUND = 2
+"""Steps in known regions after which one more is learnt: that takes longer than to go through a step."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Region:
     """Rows of multiples of the durations whose sums may not be negative, else another way is longer."""
     equal: Numbers
     """And those that must be 0, else the steady state does not repeat itself in the same way."""
+    transfer: Numbers | None = None
+    """For each rank, how often each duration is in its waits while a message of its own is on its way; None where
+    nobody asked.
+    """
 
     def holds(self, values_ps: Numbers) -> Bools:
         """Of durations, or of each column of many."""
@@ -48,26 +55,66 @@ class Learner:
         self._number = int(groups.max()) + 1
         self._slack = [np.zeros((0, self._number), np.int64)]
         self._equal = [np.zeros((0, self._number), np.int64)]
+        self._written: Sequence[Written] = ()
+        self._finished = Moments(np.zeros(0, np.int64), np.zeros((0, self._number), np.int64))
+        """Of the shortened step that is written."""
 
     def whole(self, part: Part, runs: Runs, finished: Numbers) -> Region:
         """Of a step in one part; `finished` are the nodes of the graph at which ranks end."""
         sums = self._sums(part, np.zeros((1, self._number), np.int64), runs.written_ps[0])
-        return self._region(sums[part.number[finished]])
+        self._written = [Written(part, [(Moments(runs.written_ps[0], sums), 1)])]
+        return self._region(Moments(runs.written_ps[0], sums).at(part.number[finished]))
 
     def folded(self, parts: Folded, head: Runs, rounds: Runs, tail: Runs, finished: Numbers) -> Region:
-        sums = self._sums(parts.head, np.zeros((1, self._number), np.int64), head.written_ps[0])
-        border = sums[parts.head.number[parts.round.inputs]]
+        """Of a step with a steady state."""
+        first = self._sums(parts.head, np.zeros((1, self._number), np.int64), head.written_ps[0])
+        border = first[parts.head.number[parts.round.inputs]]
         borders, found = [], []
         for written_ps in rounds.written_ps:
             borders.append(border)
             found.append(self._sums(parts.round, border, written_ps))
             border = found[-1][parts.border]
+        shift = np.zeros(self._number, np.int64)
         if rounds.period:
-            shift = border - borders[rounds.first]
-            self._equal.append(shift - shift[0])
+            shifts = border - borders[rounds.first]
+            shift = shifts[0]
+            self._equal.append(shifts - shift)
             again, place = divmod(rounds.number - 1 - rounds.first, rounds.period)
-            border = found[rounds.first + place][parts.border] + again * shift[0]
-        return self._region(self._sums(parts.tail, border, tail.written_ps[0])[parts.tail.number[finished]])
+            border = found[rounds.first + place][parts.border] + again * shift
+        last = self._sums(parts.tail, border, tail.written_ps[0])
+        rows, left_out = self._shortened(found, rounds, shift)
+        end = Moments(tail.written_ps[0], last)
+        self._written = [
+            Written(parts.head, [(Moments(head.written_ps[0], first), 1)]),
+            Written(parts.round, rows),
+            Written(parts.tail, [(Moments(end.ps - left_out * rounds.shift_ps, end.sums - left_out * shift), 1)]),
+        ]
+        return self._region(end.at(parts.tail.number[finished]), left_out * rounds.shift_ps, left_out * shift)
+
+    @staticmethod
+    def _shortened(found: Sequence[Numbers], rounds: Runs, shift: Numbers) -> tuple[list[tuple[Moments, int]], int]:
+        """The rounds of a step in which fewer come again, for how many each stands, and how many periods it leaves
+        out.
+        """
+        if not rounds.period:
+            return [(Moments(*own), 1) for own in zip(rounds.written_ps, found, strict=True)], 0
+        again = (rounds.number - rounds.first) // rounds.period
+        written, middle = shortened(again)
+        number = rounds.number - (again - written) * rounds.period
+        rows = []
+        for run, ps in enumerate(rounds.of(np.arange(number))):
+            later, place = divmod(max(run - rounds.first, 0), rounds.period)
+            sums = found[min(run, rounds.first) + place] + later * shift
+            rows.append((Moments(ps, sums), 1 + again - written if run >= rounds.first and later == middle else 1))
+        return rows, again - written
+
+    def with_transfers(self, region: Region, graph: Graph) -> Region:
+        """The region that was learnt last, or the part of it in which ranks wait for transfers in the same way."""
+        transfers = Transfers(graph, self._durations_ps, self._groups)
+        found = transfers.of(self._written, self._finished)
+        slack = np.concatenate([region.slack, *transfers.slack])
+        slack[:, self._groups[-1]] = 0
+        return replace(region, slack=_distinct(slack[(slack < 0).any(axis=1)]), transfer=found)
 
     def _sums(self, part: Part, inputs: Numbers, ends_ps: Numbers) -> Numbers:
         """For inputs and nodes of a part, how often each duration lies on the longest way."""
@@ -99,11 +146,12 @@ class Learner:
         slack[:, self._groups[-1]] = 0
         return _distinct(slack[(slack < 0).any(axis=1)])
 
-    def _region(self, finished: Numbers) -> Region:
+    def _region(self, finished: Moments, left_out_ps: int = 0, left_out: Numbers | int = 0) -> Region:
+        self._finished = Moments(finished.ps - left_out_ps, finished.sums - left_out)
         equal = np.concatenate(self._equal)
         equal[:, self._groups[-1]] = 0
         slack = _distinct(np.concatenate(self._slack))
-        return Region(finished, slack, _distinct(equal[equal.any(axis=1)]))
+        return Region(finished.sums, slack, _distinct(equal[equal.any(axis=1)]))
 
 
 def alike(durations_ps: Numbers) -> tuple[Numbers, Numbers]:
@@ -136,17 +184,23 @@ def _distinct(rows: Numbers) -> Numbers:
 class Regions:
     """Of steps of which the same durations are alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: int = 0) -> None:
+        """`patience`: steps that are gone through before one is learnt from."""
+        self._patience = patience
         self.learn: Callable[[], Region] | None = None
         """The region of the last step that was in none."""
         self._known: list[Region] = []
+        self._found = 0
+        """Steps that were in one."""
 
     def of(self, values_ps: Numbers) -> Region | None:
         """One that holds for some durations; what a step teaches is learnt when there is another."""
         for region in self._known:
             if region.holds(values_ps):
+                self._found += 1
                 return region
-        if self.learn is None or len(self._known) == MOST_REGIONS:
+        self._patience -= 1
+        if self.learn is None or self._patience >= 0 or len(self._known) > min(MOST_REGIONS - 1, self._found // FOUND):
             return None
         region = self.learn()
         self.learn = None

@@ -25,26 +25,47 @@ class Folded:
     border: Numbers
     """Where the round's result, the next border, stands among its inputs and nodes."""
 
-    def ends(self, times_ps: Numbers, rounds: int) -> tuple[Runs, Runs, Runs]:
-        """When head, rounds and tail are reached in a step with a number of rounds."""
-        head_ps = self.head.ends(np.zeros(1, np.int64), times_ps)
-        found = self._rounds(head_ps[self.head.number[self.round.inputs]], times_ps, rounds)
-        tail_ps = self.tail.ends(found.of(rounds - 1)[self.border], times_ps)
-        return Runs.once(head_ps), found, Runs.once(tail_ps)
 
-    def _rounds(self, border_ps: Numbers, times_ps: Numbers, number: int) -> Runs:
+class Paced:
+    """A step with some times and any number of rounds: what it is made of is gone through once."""
+
+    def __init__(self, parts: Folded, times_ps: Numbers) -> None:
+        self._parts = parts
+        self._times_ps = times_ps
+        self._head_ps = parts.head.ends(np.zeros(1, np.int64), times_ps)
+        self._border_ps = self._head_ps[parts.head.number[parts.round.inputs]]
+        """Of the next round."""
+        self._borders_ps: list[Numbers] = []
+        self._found: list[Numbers] = []
+        self._seen: dict[bytes, int] = {}
+        self._repeats: tuple[int, int] | None = None
+        """Once known, the first round that comes again, and how much later the one is that is like it."""
+        self._tails: dict[int, Numbers] = {}
+        """By the last round, as it ran first."""
+
+    def ends(self, rounds: int) -> tuple[Runs, Runs, Runs]:
+        """When head, rounds and tail are reached in a step with a number of rounds."""
+        found = self._rounds(rounds)
+        place, later_ps = found.place(rounds - 1)
+        if place not in self._tails:
+            self._tails[place] = self._parts.tail.ends(self._found[place][self._parts.border], self._times_ps)
+        return Runs.once(self._head_ps), found, Runs.once(self._tails[place] + later_ps)
+
+    def _rounds(self, number: int) -> Runs:
         """One round after the other, until a border is that of an earlier one but for a shift."""
-        seen: dict[bytes, int] = {}
-        borders_ps: list[Numbers] = []
-        found: list[Numbers] = []
-        for run in range(number):
-            first = seen.setdefault((border_ps - border_ps[0]).tobytes(), run)
+        while self._repeats is None and len(self._found) < number:
+            border_ps, run = self._border_ps, len(self._found)
+            first = self._seen.setdefault((border_ps - border_ps[0]).tobytes(), run)
             if first < run:
-                return Runs(np.array(found), number, run - first, int(border_ps[0] - borders_ps[first][0]))
-            borders_ps.append(border_ps)
-            found.append(self.round.ends(border_ps, times_ps))
-            border_ps = found[-1][self.border]
-        return Runs(np.array(found), number, 0, 0)
+                self._repeats = first, int(border_ps[0] - self._borders_ps[first][0])
+                break
+            self._borders_ps.append(border_ps)
+            self._found.append(self._parts.round.ends(border_ps, self._times_ps))
+            self._border_ps = self._found[-1][self._parts.border]
+        if self._repeats is None or number <= len(self._found):
+            return Runs(np.array(self._found[:number]), number, 0, 0)
+        first, shift_ps = self._repeats
+        return Runs(np.array(self._found), number, len(self._found) - first, shift_ps)
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,13 @@ class Runs:
     def first(self) -> int:
         """That comes again; behind the last one if none does."""
         return len(self.written_ps) - self.period
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The run that is written as one of all is, and how much later that one is."""
+        if not self.period or number < self.first:
+            return number, 0
+        again, place = divmod(number - self.first, self.period)
+        return self.first + place, again * self.shift_ps
 
     def of(self, number: int | Numbers) -> Numbers:
         """Times of one run, or a row for each of several."""

@@ -61,14 +61,14 @@ class Blocks:
 
 def of_blocks(plan: Plan) -> Plan:
     """One stage of as many replicas as fill the GPUs, whose blocks are those of the plan, with nothing recomputed or
-    offloaded where some layers are: plans with the same are one here.
+    offloaded where some layers are: plans with the same are one here. Stages stay where they lie within other groups.
     """
-    alone = {"pp": 1, "virtual_pp": 1, "pp_schedule": "1f1b", "pp_group": None, "pp_layout": None, "pp_sends": None}
+    pp = 1 if {*plan.mesh_order.split("-")[-2:]} == {"dp", "pp"} else plan.pp
+    alone = {"pp": pp, "virtual_pp": 1, "pp_schedule": "1f1b", "pp_group": None, "pp_layout": None, "pp_sends": None}
     states = {"distributed_optimizer": False, "zero": 0, "shard_group": None, "dp_overlap": weaves(plan)}
     every = {"recompute": "none", "recompute_layers": None, "recompute_method": "block", "cpu_offload_layers": 0}
-    return plan.model_copy(
-        update={**alone, **states, "dp": plan.dp * plan.pp, **({} if layers_are_alike(plan) else every)}
-    )
+    update = {**alone, **states, "dp": plan.dp * plan.pp // pp, **({} if layers_are_alike(plan) else every)}
+    return plan.model_copy(update=update)
 
 
 def weaves(plan: Plan) -> bool:
@@ -145,7 +145,7 @@ def _chains(
     found = {}
     for name in prepared.blocks:
         length: Any = sum(own for (block, _), own in ran.lengths.items() if block == name)
-        highest = columns.memory((Run(name),), 1, ran, basis).highest
+        highest = ran.memory((Run(name),), 1).highest
         found[name] = np.where(ran.holds, length, 0.0), np.where(ran.holds, highest, 0.0)
     return found
 
