@@ -2,7 +2,7 @@
 
 import pytest
 
-from spsim import Model, Scenario, simulate
+from spsim import Model, Scenario, explain, plan_search, simulate
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workload
@@ -231,3 +231,15 @@ def test_recomputing_experts_keeps_less():
     ]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_explain_shows_where_experts_lie():
+    found = explain("qwen3-30b-a3b", "ulysses=2,dp=4,ep=8", {"seq_len": 4096})
+    rows = {row.operator: row for row in found.operators}
+    assert (rows["router"].placed["ulysses"], rows["expert_fc1"].placed["ulysses"]) == ("s", "e")
+    assert [c.collective for c in rows["combine"].communication if c.part == "forward"] == ["all_to_all"]
+
+
+def test_no_plan_of_experts_is_searched_yet():
+    with pytest.raises(InputError, match="not searched yet"):
+        plan_search(hardware="dgx-h100", model="mixtral-8x7b", gpus=8, workload={"seq_len": 4096, "global_batch": 8})
