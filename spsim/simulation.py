@@ -25,7 +25,7 @@ from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.schedules import Schedule
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import chunks_of
+from spsim.inputs.stages import chunks_of, dense_in
 from spsim.inputs.workload import Precision
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
@@ -218,13 +218,14 @@ def stages_of(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout
     return _stages(model, Plan(pp=pp, virtual_pp=virtual_pp, pp_schedule=schedule, pp_layout=layout))
 
 
-def _layer_runs(model: Model, plan: Plan, layers: int) -> list[Run]:
+def _layer_runs(model: Model, plan: Plan, layers: range) -> list[Run]:
     """Some layers of a chunk, by kind."""
     names = kinds_of_layers(model, plan)
-    return [Run(names[kind], count, layers=kind.layers) for kind, count in layer_kinds(plan, layers)]
+    kinds = layer_kinds(plan, len(layers), dense_in(model, layers))
+    return [Run(names[kind], count, layers=kind.layers) for kind, count in kinds]
 
 
-def _runs(model: Model, plan: Plan, layers: int, *, embedding: bool, loss: bool) -> tuple[Run, ...]:
+def _runs(model: Model, plan: Plan, layers: range, *, embedding: bool, loss: bool) -> tuple[Run, ...]:
     """Some layers with what stands before and behind them."""
     runs = [Run(EMBEDDING, numbered=False)] if embedding else []
     runs += _layer_runs(model, plan, layers)
@@ -233,14 +234,14 @@ def _runs(model: Model, plan: Plan, layers: int, *, embedding: bool, loss: bool)
 
 
 def _placed(model: Model, plan: Plan, chunk: StageChunk) -> PlacedChunk:
-    runs = _runs(model, plan, len(chunk.layers), embedding=chunk.embedding, loss=chunk.loss)
+    runs = _runs(model, plan, chunk.layers, embedding=chunk.embedding, loss=chunk.loss)
     return PlacedChunk(runs, chunk.layers.start)
 
 
 def _chunk(scenario: Scenario) -> Chunk:
     """What a rank runs of a micro-batch."""
     whole = scenario.scope == "step"
-    return _runs(scenario.model, scenario.plan, scenario.model.layers, embedding=whole, loss=whole)
+    return _runs(scenario.model, scenario.plan, range(scenario.model.layers), embedding=whole, loss=whole)
 
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
@@ -263,7 +264,8 @@ def precision_of(scenario: Scenario | Grid) -> Precision:
 
 def static_of(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
-    found = static_memory(prepared.parameters(numbers, chunk), plan, element_bytes, prepared.weight_bytes(chunk))
+    parameters, spread = prepared.parameters(numbers, chunk), prepared.spread_parameters(chunk)
+    found = static_memory(parameters, plan, element_bytes, prepared.weight_bytes(chunk), spread)
     if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):
         return found
     own = [prepared.template.programs[run.block] for run in chunk]

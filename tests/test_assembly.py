@@ -65,6 +65,8 @@ OTHER_OPTIONS = {
     "recompute_modules": "mlp",
     "cpu_offload_layers": 1,
     "cuda_graphs": "per_layer",
+    "ep": 2,
+    "expert_tp": 1,
     "library": "torchtitan",
     "projections": "separate",
     "input_gradients": "each",
@@ -100,6 +102,11 @@ OTHER_TRAITS = {
     "kernels": "eager",
     "composite_norm": True,
     "glu_offset": False,
+    "experts": 8,
+    "experts_per_token": 2,
+    "expert_ffn_hidden": 64,
+    "shared_ffn_hidden": 64,
+    "dense_layers": 1,
     "repeat_kv": True,
 }
 

@@ -35,7 +35,7 @@ VALUES = {
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
     "ring_kind": ("p2p", "all_gather", "gather_permute"), "ring_gradients": ("model_dtype", "fp32"),
     "ring_messages": ("joint", "concatenated", "separate"), "ring_cut": ("zigzag", "contiguous"),
-    "heads_k_stride": (None, 1), "pp": (1, 2), "virtual_pp": (1, 2),
+    "heads_k_stride": (None, 1), "ep": (1, 2), "expert_tp": (None, 1), "pp": (1, 2), "virtual_pp": (1, 2),
     "mesh_order": ("tp-ulysses-ring-dp-pp", "pp-dp-ring-ulysses-tp"),
     "dp": (1, 2), "distributed_optimizer": (False, True), "zero": (0, 1, 2, 3),
     "recompute": ("none", "selective", "full"), "tp_backward_overlap": (True, False), "tp_overlap": (False, True),

@@ -17,7 +17,8 @@ import pytest
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.step.buckets import Parameter, ddp_buckets, megatron_bucket_elements, megatron_buckets
-from spsim.step.replicas import Message, Synchronisation, synchronisation
+from spsim.step.messages import Message, Synchronisation
+from spsim.step.replicas import synchronisation
 
 BLOCKS, VOCABULARY, POSITIONS = 4, 512, 16
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "float64": 8}

@@ -25,7 +25,8 @@ from spsim.step.closing import Optimizer, replica_closings
 from spsim.step.groups import replica_groups
 from spsim.step.issue import block_passes
 from spsim.step.itinerary import Blocks, Item, Loop, Run, Visit, accumulation, segments_of, visits
-from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
+from spsim.step.messages import Synchronisation
+from spsim.step.replicas import parameters_of, synchronisation
 from spsim.step.replicated import ReplicatedChunk, root_of
 from spsim.step.segments import Segment
 from tests.test_itinerary import assert_equal, both, step

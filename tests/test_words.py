@@ -156,7 +156,6 @@ def test_a_label_is_a_plan(text):
         ("grad_reduce_in_fp32=1.5", ["grad_reduce_in_fp32 = 1.5", "true, false"]),
         ("gradient_accumulation_steps=8", ["global_batch = micro-batches x micro_batch x dp"]),
         ("cuda_graph_impl=local", ["cuda_graphs=per_layer"]),
-        ("ep=8", ["ep", "experts", "not simulated"]),
         ("tp=8,micro_batch_size=4", ["micro_batch_size", "--micro-batch"]),
         ("squence_parallel", ["squence_parallel", "did you mean sequence_parallel?"]),
         ("tp=8,recompte=full", ["recompte", "did you mean recompute?"]),

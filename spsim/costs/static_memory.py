@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
-from spsim.program.blocks.optimizer import parameter_state, shard_ranks
+from spsim.program.blocks.optimizer import expert_shard_ranks, parameter_state, shard_ranks
 from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
 from spsim.units import MIB
@@ -38,9 +38,12 @@ class StaticMemory:
         return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
 
 
-def static_memory(parameters: int, plan: Plan, weight_bytes: int, weights: int | None = None) -> StaticMemory:
+def static_memory(
+    parameters: int, plan: Plan, weight_bytes: int, weights: int | None = None, spread: int = 0
+) -> StaticMemory:
     """Weights, gradients and optimizer state of `parameters` on one rank, `weight_bytes` per element between operators;
-    all `weights` together take so many bytes where products read cast copies.
+    all `weights` together take so many bytes where products read cast copies. So many are `spread`: of experts that
+    fewer ranks share.
 
     FSDP2 shards fp32 weights, which need no copy, and gathers them in 16 bits; Megatron and DeepSpeed shard 16-bit
     weights and the fp32 copy apart. Torch's DDP has gradients beside the buckets in which it reduces them. Under
@@ -55,7 +58,10 @@ def static_memory(parameters: int, plan: Plan, weight_bytes: int, weights: int |
 
     def held(size: int, *, sharded: bool) -> int:
         """Of so many bytes."""
-        return -(-size // (ranks if sharded else 1))
+        if not sharded or not spread:
+            return -(-size // (ranks if sharded else 1))
+        own = size * spread // parameters
+        return -(-(size - own) // ranks) + -(-own // expert_shard_ranks(plan))
 
     total = state.weight * parameters if weights is None or at_rest != weight_bytes else weights
     return StaticMemory(

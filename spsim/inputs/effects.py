@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from spsim.inputs.expert_rules import expert_reasons
 from spsim.inputs.libraries import CHOICES, LIBRARIES, library_defaults, some_library_has
 from spsim.inputs.model import Model
 from spsim.inputs.plan import MESH_ORDER, Plan
@@ -116,7 +117,7 @@ def setting(name: str, value: Any) -> str:
 
 def reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why an option would change nothing under a plan; empty where it does."""
-    own = {"mesh_order": _numbered_alike(plan)}
+    own = {"mesh_order": _numbered_alike(plan), **expert_reasons(model, plan)}
     of_step = {**_of_pipeline(plan), **_of_replicas(model, plan), **_of_memory(model, plan)}
     return {**own, **_of_layers(model, plan), **of_step}
 

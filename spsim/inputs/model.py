@@ -30,7 +30,7 @@ _DERIVED: Any = Field(default=None)
 
 
 class Model(Configuration):
-    """A decoder-only transformer; every layer is the same."""
+    """A decoder-only transformer; every layer is the same, but for a dense MLP in the first and experts in others."""
 
     words: ClassVar[Mapping[str, Iterable[str]]] = words.MODEL
 
@@ -39,6 +39,15 @@ class Model(Configuration):
     hidden: Size
     ffn_hidden: Size = _DERIVED
     """Width of the MLP; 4 x hidden unless given, and required for a gated MLP."""
+    experts: Annotated[int, Field(ge=2, le=2**16)] | None = None
+    """MLPs of a layer, of which a router picks `experts_per_token` for each token; one dense MLP unless given."""
+    experts_per_token: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    expert_ffn_hidden: Size | None = _DERIVED
+    """Width of an expert; as `ffn_hidden` unless given."""
+    shared_ffn_hidden: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """Width of the MLP of a layer of experts that every token goes through beside them."""
+    dense_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """First layers whose MLP is dense."""
     heads: Annotated[int, Field(ge=1, le=2**16)]
     kv_heads: Annotated[int, Field(ge=1, le=2**16)] = _DERIVED
     head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
@@ -114,6 +123,8 @@ class Model(Configuration):
                 filled.setdefault(name, filled[source])
         if isinstance(hidden, int) and not gated:
             filled.setdefault("ffn_hidden", 4 * hidden)
+        if filled.get("experts") is not None and "ffn_hidden" in filled:
+            filled.setdefault("expert_ffn_hidden", filled["ffn_hidden"])
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
             filled.setdefault("head_dim", hidden // heads)
         return filled
@@ -122,6 +133,31 @@ class Model(Configuration):
     def _heads_fit(self) -> Self:
         if self.kv_heads > self.heads or self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}; change one")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.experts is None:
+            given = {
+                "experts_per_token",
+                "expert_ffn_hidden",
+                "shared_ffn_hidden",
+                "dense_layers",
+            } & self.model_fields_set
+            if given and any(getattr(self, name) for name in given):
+                raise ValueError(
+                    f"{min(given)} = {getattr(self, min(given))} needs experts; give how many, or leave it out"
+                )
+            return self
+        if self.experts_per_token is None or self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} with experts = {self.experts}; give 1 to {self.experts}"
+            )
+        if self.dense_layers >= self.layers:
+            raise ValueError(
+                f"dense_layers = {self.dense_layers} leaves none of layers = {self.layers} with experts; "
+                "use fewer, or a model without experts"
+            )
         return self
 
     @model_validator(mode="after")
@@ -163,12 +199,27 @@ class Model(Configuration):
         return (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
 
     @cached_property
+    def as_dense(self) -> Self:
+        """The model whose layers are all as the first, where their MLP is dense."""
+        none = {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}
+        return type(self)(**{**self.model_dump(), **none, "dense_layers": 0})
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of a layer."""
+        if self.experts is None or self.expert_ffn_hidden is None:
+            return 0
+        return self.experts * self.hidden * self.expert_ffn_hidden * (3 if self.gated_mlp else 2)
+
+    @cached_property
     def layer_parameters(self) -> int:
-        """Parameters of one transformer layer."""
+        """Parameters of one transformer layer, of experts if the model has any."""
         norms = 2 * self.hidden * (2 if self.norm == "layernorm" else 1)
         qkv_width = (self.heads + 2 * self.kv_heads) * self.head_dim
         attention = self.hidden * qkv_width + self.heads * self.head_dim * self.hidden
-        mlp = self.hidden * self.ffn_hidden * (3 if self.gated_mlp else 2)
+        width = self.ffn_hidden if self.experts is None else self.shared_ffn_hidden
+        mlp = self.hidden * width * (3 if self.gated_mlp else 2)
+        mlp += self.expert_parameters + (self.experts or 0) * self.hidden
         fc1_width = self.ffn_hidden * (2 if self.gated_mlp else 1)
         biases = self.hidden + fc1_width + self.hidden if self.bias else 0
         biases += qkv_width if self.qkv_bias else 0
@@ -183,7 +234,10 @@ class Model(Configuration):
         head = (0 if shared else self.head_rows * self.hidden) + (self.head_rows if self.head_bias else 0)
         positions = self.max_positions * self.hidden if self.positions == "learned" else 0
         final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        return embeddings + positions + self.layers * self.layer_parameters + final_norm + head
+        layers = (self.layers - self.dense_layers) * self.layer_parameters
+        if self.dense_layers:
+            layers += self.dense_layers * self.as_dense.layer_parameters
+        return embeddings + positions + layers + final_norm + head
 
 
 def _gpt(name: str, layers: int, hidden: int, heads: int) -> Model:
@@ -210,7 +264,8 @@ def _nemotron(name: str, layers: int, hidden: int, heads: int) -> Model:
 # GPT: Korthikanti et al. 2022 (arXiv:2205.05198), Table 3. Llama: Touvron et al. 2023 (arXiv:2307.09288); Llama
 # Team 2024 (arXiv:2407.21783), Table 3. Mistral 7B: Jiang et al. 2023 (arXiv:2310.06825), Table 1, without its
 # sliding window, as of v0.2. Qwen2.5: Qwen Team 2024 (arXiv:2412.15115) and config.json of Qwen/Qwen2.5-32B; Qwen3:
-# Qwen Team 2025 (arXiv:2505.09388), Table 1, and config.json of Qwen/Qwen3-8B.
+# Qwen Team 2025 (arXiv:2505.09388), Tables 1 and 2, and config.json of Qwen/Qwen3-8B. Mixtral 8x7B: Jiang et al. 2024
+# (arXiv:2401.04088), Table 1.
 # Nemotron-4: Parmar et al. 2024 (arXiv:2402.16819), section 2; Adler et al. 2024 (arXiv:2406.11704), Table 1.
 PRESETS: dict[str, Model] = {
     model.name: model
@@ -228,6 +283,35 @@ PRESETS: dict[str, Model] = {
         _llama("mistral-7b", 32, 4096, 14336, 32, 8, 32000),
         _llama("qwen2.5-32b", 64, 5120, 27648, 40, 8, 152064, qkv_bias=True),
         _llama("qwen3-8b", 36, 4096, 12288, 32, 8, 151936, qk_norm=True),
+        _llama("mixtral-8x7b", 32, 4096, 14336, 32, 8, 32000, experts=8, experts_per_token=2),
+        _llama(
+            "qwen3-30b-a3b",
+            48,
+            2048,
+            6144,
+            32,
+            4,
+            151936,
+            qk_norm=True,
+            head_dim=128,
+            experts=128,
+            experts_per_token=8,
+            expert_ffn_hidden=768,
+        ),
+        _llama(
+            "qwen3-235b-a22b",
+            94,
+            4096,
+            12288,
+            64,
+            4,
+            151936,
+            qk_norm=True,
+            head_dim=128,
+            experts=128,
+            experts_per_token=8,
+            expert_ffn_hidden=1536,
+        ),
         _nemotron("nemotron-4-15b", 32, 6144, 48),
         _nemotron("nemotron-4-340b", 96, 18432, 96),
     )

@@ -39,6 +39,10 @@ class Plan(Configuration):
     ring_messages: Literal["joint", "concatenated", "separate"] = "joint"
     """K and V in one buffer (Transformer Engine), copied into one for each message (torch), or two sends in a batch."""
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
+    ep: Degree = 1
+    """Ranks over which the experts of a layer are spread: those of tp, ulysses and ring, and replicas."""
+    expert_tp: Degree | None = None
+    """Ranks that share an expert (`expert_tensor_parallel_size`): `tp`, or 1; as many as tp unless given."""
     heads_k_stride: Degree | None = None
     """KV heads of a rank that `ring_kind = "all_gather"` gathers at once, behind attention of those before; all unless
     given (ring-flash-attn's form of Llama 3)."""
@@ -167,6 +171,19 @@ class Plan(Configuration):
         return self.tp * self.ulysses * self.ring * self.pp * self.dp
 
     @property
+    def expert_axes(self) -> tuple[Literal["ring", "ulysses", "tp"], ...]:
+        """Axes besides replicas over which experts are spread, if they are."""
+        if self.ep == 1:
+            return ()
+        return ("ring", "ulysses") if self.expert_tp in (None, self.tp) else ("ring", "ulysses", "tp")
+
+    @property
+    def expert_replicas(self) -> int:
+        """Of all replicas, those over which experts are spread."""
+        within = self.ulysses * self.ring * (self.tp if "tp" in self.expert_axes else 1)
+        return max(1, self.ep // within) if self.ep > 1 else 1
+
+    @property
     def copies(self) -> int:
         """Ranks that use the same weights: what libraries shard, they share."""
         return self.dp * self.ulysses * self.ring
@@ -209,6 +226,7 @@ class Plan(Configuration):
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []
         parts += [f"Ulysses {self.ulysses}"] if self.ulysses > 1 else []
         parts += [f"Ring {self.ring}"] if self.ring > 1 else []
+        parts += [f"EP{self.ep}"] if self.ep > 1 else []
         parts += [f"PP{self.pp}" + (f"×VP{self.virtual_pp}" if self.virtual_pp > 1 else "")] if self.pp > 1 else []
         sharded = [f"ZeRO-{self.zero_stage}"] if self.zero_stage > (self.dp == 1) else []
         alone = [stage for stage in sharded if "zero" in self.differing]

@@ -27,6 +27,8 @@ PLAN = {
     ),
     "ring": ("ring_degree", "ring_size", "ring_parallel_size"),
     "cp": ("context_parallel_size", "context_parallel_degree", "context_parallel", "cp_size", "cp_degree"),
+    "ep": ("expert_model_parallel_size", "expert_parallel_size", "expert_parallel_degree", "ep_size", "ep_degree"),
+    "expert_tp": ("expert_tensor_parallel_size", "expert_tensor_parallel_degree", "etp"),
     "pp": (
         "pipeline_model_parallel_size", "pipeline_parallel_size", "pipeline_parallel_degree", "pp_size", "pp_degree"
     ),
@@ -98,7 +100,6 @@ _SEVERAL = (
     "write sequence_parallel over tp (Megatron), ulysses=N (DeepSpeed, all-to-all) or ring=N (context parallelism)"
 )
 _SHARDED = "write dp=N,zero=3 for sharded parameters, or dp=N for copies"
-_EXPERTS = "experts are not simulated yet; leave it out"
 _VIRTUAL = "write virtual_pp=N, the layers of a stage divided by that"
 _LAYOUT = "write pp_layout, such as Et3/t4/t4/t3L"
 _SLOTS = f"is so where pp x virtual_pp divides layers + 2 and not layers; else {_LAYOUT}"
@@ -117,7 +118,6 @@ ADVICE = {
     "zero_hpz_partition_size": "a second copy of the shards is not simulated yet; leave it out",
     "bucket_cap_mb": "write bucket_elements=N, MiB x 2^20 divided by the bytes of a gradient",
     "hierarchical_context_parallel_sizes": "write ulysses=N,ring=M",
-    **dict.fromkeys(("ep", "expert_model_parallel_size", "expert_parallel_degree", "etp"), _EXPERTS),
     **dict.fromkeys(
         ("num_layers_per_virtual_pipeline_stage", "num_layers_per_virtual_stage",
          "pipeline_parallel_layers_per_stage"), _VIRTUAL,
@@ -300,7 +300,7 @@ def _with(options: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 
 _PARTS = {"vp": "virtual_pp", "vpp": "virtual_pp"}
-_PART = r"(?:tp|ulysses|ring|cp|sp|vpp|vp|pp|dp|zero)"
+_PART = r"(?:tp|ulysses|ring|cp|sp|ep|vpp|vp|pp|dp|zero)"
 _OF_LIBRARY = re.compile(r"(?P<label>.+?) ?\((?P<library>[\w-]+)\)")
 _LABEL = re.compile(rf"{_PART}[ -]?\d*(?: ?[+×x*/] ?{_PART}[ -]?\d*)*", re.IGNORECASE)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
 from spsim.inputs.effects import deals_out_groups, own_kv_heads, reasons, setting
+from spsim.inputs.expert_rules import check_experts
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import check_step, refused_count
@@ -128,7 +129,7 @@ def qkv_width(model: Model) -> int:
 
 
 def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
-    if model.ffn_hidden % plan.tp:
+    if model.ffn_hidden % plan.tp and (model.experts is None or model.dense_layers):
         raise InputError(
             f"plan: tp = {plan.tp} does not divide ffn_hidden = {model.ffn_hidden}; "
             f"use a divisor of it, such as {math.gcd(model.ffn_hidden, plan.tp)}"
@@ -245,7 +246,8 @@ def check_scope(model: Model, plan: Plan, scope: str) -> None:
 
 
 _CHECKS = (
-    _check_phase, _check_heads, _check_head_slices, _check_kv_heads, _check_widths, _check_rows, _check_window,
+    _check_phase, check_experts, _check_heads, _check_head_slices, _check_kv_heads, _check_widths, _check_rows,
+    _check_window,
     _check_sequence, _check_batch, check_step, _check_pending,
 )  # fmt: skip
 

@@ -20,10 +20,10 @@ KEPT_CHUNKS = 3
 """Of a stage, whose weights torch's pipelines keep gathered (`max_active_stages` of `_add_unshard_reshard`)."""
 MAX_STEPS_OF_RINGS = 50_000
 """Of several pipeline stages whose ranks are simulated one by one; more take minutes."""
-MODULES = ("core_attn", "layernorm", "mlp", "mlp_act")
-"""What a selective recomputation may run again (`recompute_modules` of Megatron-LM, whose `moe_act` is of experts)."""
+OF_EXPERTS = ("moe", "moe_act", "shared_experts")
+MODULES = ("core_attn", "layernorm", "mlp", "mlp_act", *OF_EXPERTS)
+"""What a selective recomputation may run again (`recompute_modules` of Megatron-LM)."""
 _MODULES_ELSEWHERE = {
-    **dict.fromkeys(("moe", "moe_act", "shared_experts"), "experts are"),
     "mla_up_proj": "latent attention is",
 }
 """Modules of Megatron-LM whose models spsim does not have."""
@@ -229,6 +229,10 @@ def _check_recompute(model: Model, plan: Plan, workload: Workload) -> None:
             f"recompute_modules with recompute = {plan.recompute!r}: they are what a selective one runs again; "
             "use recompute=selective"
         )
+    _check_modules(model, plan)
+
+
+def _check_modules(model: Model, plan: Plan) -> None:
     names = plan.recomputed_modules
     if len({*names}) < len(names):
         raise _refused(f"recompute_modules = {plan.recompute_modules!r}: names one twice; keep one")
@@ -236,6 +240,8 @@ def _check_recompute(model: Model, plan: Plan, workload: Workload) -> None:
         absent = _MODULES_ELSEWHERE.get(name)
         if absent is not None:
             raise _refused(f"recompute_modules: {name}: {absent} not simulated yet; leave it out")
+        if name in OF_EXPERTS and model.experts is None:
+            raise _refused(f"recompute_modules: {name}: {model.name} has no experts; leave it out")
         if name not in MODULES:
             raise _refused(f"recompute_modules: {name!r} is none; use {', '.join(MODULES)}, joined by +")
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import gathers_qkv
-from spsim.inputs.stages import all_chunks
+from spsim.inputs.stages import all_chunks, dense_in
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
@@ -42,20 +42,21 @@ _regions: Cache[Region] = Cache(16 * MIB, lambda region: 5 * KIB * len(region.op
 _programs: Cache[Program] = Cache(16 * MIB, lambda program: KIB * next_ids(program)[0])
 
 
-def placed_by(plan: Plan) -> tuple[int, ...]:
+def placed_by(plan: Plan) -> tuple[int | tuple[str, ...], ...]:
     """What of a plan says where tensors lie."""
     replicas = plan.dp, plan.shard_group or plan.dp
-    return *replicas, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
+    experts = (plan.ep, plan.expert_axes)
+    return *replicas, *experts, plan.ring, plan.ulysses, plan.tp, plan.sequence_parallel and plan.tp > 1
 
 
 def one_replica(plan: Plan) -> Plan:
     """As the programs of a step see a plan whose replicas are synchronised apart: a micro-batch of one replica is
     passed alike however many there are.
     """
-    return plan if plan.dp == 1 else plan.model_copy(update={"dp": 1, "shard_group": None})
+    return plan.model_copy(update={"dp": plan.expert_replicas, "shard_group": None}) if plan.dp > 1 else plan
 
 
-def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[int | str | LayerKind, ...]:
+def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ...]:
     """What of a plan the program of layers of a kind depends on: plans that differ in nothing else have the same."""
     messages = plan.ring_gradients, plan.ring_messages, plan.heads_k_stride
     ring = (plan.ring_kind, plan.ring_cut, *messages) if plan.ring > 1 else ()
@@ -85,17 +86,22 @@ def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
 
 def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
+    kind = kind or usual_kind(plan)
+    model = model.as_dense if kind.dense else model
     joined = projections(model, plan)
     key = (layer_traits(model), joined, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
     operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined))
-    region = _regions.get((key, placed_by(plan)), lambda: Region(operators, split_rules(plan), mesh_of(plan)))
-    kind = kind or usual_kind(plan)
+    region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan))
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind.leaves or kind.fetches:
         return offload(program, leaves=kind.leaves, fetches=kind.fetches)
     if kind.layers == 1:
         return program
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
+
+
+def _region(operators: Sequence[Operator], plan: Plan, elsewhere: Set[str] = frozenset()) -> Region:
+    return Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
 
 
 def layer_operators(
@@ -108,11 +114,12 @@ def layer_operators(
 
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
-    """The kinds of layers in a step, and the names of their blocks: that of the first is `LAYER`."""
-    if plan.recompute_layers is None and not plan.cpu_offload_layers:
+    """The kinds of layers in a step, and names of their blocks: `LAYER` is the first, of experts if there are any."""
+    if plan.recompute_layers is None and not plan.cpu_offload_layers and not model.dense_layers:
         return {usual_kind(plan): LAYER}
-    sizes = dict.fromkeys([len(chunk.layers) for chunk in all_chunks(model, plan)])
-    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, size)])
+    sizes = dict.fromkeys([(len(chunk.layers), dense_in(model, chunk.layers)) for chunk in all_chunks(model, plan)])
+    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, *size)])
+    kinds = dict.fromkeys(sorted(kinds, key=lambda kind: kind.dense))
     return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}
 
 
@@ -204,7 +211,7 @@ def compile_head(
     return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
 
 
-def _around_by(plan: Plan) -> tuple[int, ...]:
+def _around_by(plan: Plan) -> tuple[int | tuple[str, ...], ...]:
     """What of a plan the programs around the layers depend on: neither rings nor recomputation, which are of layers."""
     return *placed_by(plan), plan.keep_gathered, plan.batch_first
 
@@ -218,8 +225,7 @@ def around_layers(plan: Plan) -> Plan:
 def _program_around(
     operators: Sequence[Operator], plan: Plan, *, causal: bool, elsewhere: Set[str] = frozenset()
 ) -> Program:
-    region = Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
-    return program_in(region, around_layers(plan), causal=causal)
+    return program_in(_region(operators, plan, elsewhere), around_layers(plan), causal=causal)
 
 
 def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:

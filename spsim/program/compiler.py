@@ -136,7 +136,7 @@ class _Compiler:
         collective = move.collective
         if collective is None:
             return have
-        if copies_before(self.plan, move):
+        if copies_before(self.plan, move) or move.sorts == "before":
             have = self._copy(have, tensor)
         in_place = have.id if collective == "all_reduce" else None
         buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
@@ -146,10 +146,11 @@ class _Compiler:
                 move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
             )
         )  # fmt: skip
-        return self._copy(buffer, tensor) if copies_behind(self.plan, move, tensor, self.region.mesh) else buffer
+        copied = copies_behind(self.plan, move, tensor, self.region.mesh) or move.sorts == "after"
+        return self._copy(buffer, tensor) if copied else buffer
 
     def _copy(self, have: Buffer, tensor: Tensor) -> Buffer:
-        """In another order of dimensions."""
+        """In another order of dimensions, or of the tokens of experts."""
         copy = self._buffer(have.tensor, have.bytes)
         work = MemoryBound("elementwise", 2 * have.bytes, "copy")
         self._compute(f"{tensor.name} copy", "elementwise", self.part, (work,), [have], [copy])

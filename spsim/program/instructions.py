@@ -138,6 +138,8 @@ class Weights(NamedTuple):
     """On one rank."""
     bytes: int
     """As they rest there."""
+    spread: bool = False
+    """Of experts that are spread over ranks."""
 
 
 @dataclass(frozen=True, slots=True)

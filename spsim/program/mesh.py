@@ -12,12 +12,13 @@ from typing import Literal, cast, get_args
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
-Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding"]
-AXES: tuple[Axis, ...] = get_args(Axis)[:-1]
+Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding", "experts"]
+AXES: tuple[Axis, ...] = get_args(Axis)[:-2]
 """Mesh axes, outer to inner unless a plan orders them otherwise: consecutive ranks differ in tp, and stages of a
 pipeline follow each other. Inside dp have axes of their own, where they are not all replicas: those that share one copy
-of what is sharded (shard), and those over which experts are spread (ep). The last is no axis of the grid: `embedding`
-are the two ends of pp, which hold tied embeddings.
+of what is sharded (shard), and those over which experts are spread (ep). The last two are no axes of the grid:
+`embedding` are the two ends of pp, which hold tied embeddings, `experts` all ranks over which experts are spread, where
+these lie along several axes.
 """
 
 
@@ -34,6 +35,8 @@ class Mesh:
     """Axes from the outermost to the innermost: how ranks are numbered."""
     within: Mesh | None = None
     """The mesh of which it has some axes and whose ranks it numbers: those at the first place of all other axes."""
+    expert_axes: tuple[Axis, ...] = ()
+    """Along which experts are spread, beside ep."""
     axes: tuple[Axis, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,7 +44,19 @@ class Mesh:
 
     def degree(self, axis: Axis) -> int:
         """Ranks along an axis."""
+        if axis == "experts":
+            return self.size(self.of_experts)
         return min(2, self.degree("pp")) if axis == "embedding" else self.degrees.get(axis, 1)
+
+    @lazy
+    def of_experts(self) -> tuple[Axis, ...]:
+        """The axes of the group `experts`."""
+        return tuple([axis for axis in self.axes if axis == "ep" or axis in self.expert_axes])
+
+    def own(self, axes: Sequence[Axis]) -> list[Axis]:
+        """Axes of the grid that some axes stand for."""
+        found = [own for axis in axes for own in (self.of_experts if axis == "experts" else (axis,))]
+        return ["pp" if axis == "embedding" else axis for axis in found]
 
     @lazy
     def strides(self) -> dict[Axis, int]:
@@ -53,7 +68,9 @@ class Mesh:
 
     def without(self, axis: Axis) -> Mesh:
         """The ranks at the first place of an axis, under the same numbers."""
-        return Mesh({own: degree for own, degree in self.degrees.items() if own != axis}, self.order, self)
+        return Mesh(
+            {own: degree for own, degree in self.degrees.items() if own != axis}, self.order, self, self.expert_axes
+        )
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -77,8 +94,7 @@ class Mesh:
 
     def first(self, rank: int, axes: Sequence[Axis]) -> int:
         """The first rank of the group of `rank` along `axes`, which tells it from the other groups."""
-        own: list[Axis] = ["pp" if axis == "embedding" else axis for axis in axes]
-        return rank - sum(self.coordinate(rank, axis) * self.strides[axis] for axis in own)
+        return rank - sum(self.coordinate(rank, axis) * self.strides[axis] for axis in self.own(axes))
 
     def neighbours(self, rank: int, axis: Axis) -> tuple[int, int]:
         """The previous and the next rank along an axis, which is a ring."""
@@ -93,7 +109,8 @@ class Mesh:
 
     def groups(self, axes: Sequence[Axis]) -> Iterator[tuple[int, ...]]:
         """Every group along some axes, by first rank; there may be many."""
-        others = tuple(axis for axis in self.axes if axis not in axes)
+        own = self.own(axes)
+        others = tuple(axis for axis in self.axes if axis not in own)
         return (self.group(first, axes) for first in self._lattice(others))
 
     def _lattice(self, axes: Sequence[Axis]) -> Iterator[int]:
@@ -102,7 +119,10 @@ class Mesh:
 
     def steps(self, axes: Sequence[Axis]) -> list[tuple[int, int]]:
         """Distance and number of the ranks of a group along each of some axes, outer to inner."""
-        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in axes]
+        names = self.own(axes)
+        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in names and axis != "pp"]
+        if "pp" in axes:
+            own.append((self.strides["pp"], self.degree("pp")))
         if "embedding" in axes:
             own.append((self.strides["pp"] * (self.degree("pp") - 1), self.degree("embedding")))
         return sorted(own, reverse=True)
@@ -115,7 +135,7 @@ def nodes_of(mesh: Mesh, axes: Sequence[Axis], gpus_per_node: int, ranks: int | 
     only `ranks` neighbours of a group take part (replicated KV heads), their part of its nodes.
     """
     # Where a group lies in its first node is all that tells one from another.
-    along = {*axes, *(("pp",) if "embedding" in axes else ())}
+    along = set(mesh.own(axes))
     starts = places_in_node([(mesh.strides[a], mesh.degree(a)) for a in mesh.axes if a not in along], gpus_per_node)
     spanned = max(_nodes(start, tuple(mesh.steps(axes)), gpus_per_node) for start in starts)
     return spanned if ranks is None else -(-spanned * ranks // mesh.size(axes))
@@ -157,12 +177,16 @@ def mesh_of(plan: Plan) -> Mesh:
 
 
 def world_of(plan: Plan) -> Mesh:
-    """All ranks of a plan, in the order that it gives its axes; what is sharded is so over neighbours along dp."""
+    """All ranks of a plan, in the order that it gives its axes; what is sharded is so over neighbours along dp, and so
+    are experts spread.
+    """
     shard = plan.shard_group if plan.shard_group and plan.shard_group < plan.dp else 1
+    spread = plan.expert_replicas
     degrees: dict[Axis, int] = {
-        "pp": plan.pp, "dp": plan.dp // shard, "shard": shard, "ring": plan.ring, "ulysses": plan.ulysses, "tp": plan.tp
+        "pp": plan.pp, "dp": plan.dp // shard // spread, "shard": shard, "ep": spread, "ring": plan.ring,
+        "ulysses": plan.ulysses, "tp": plan.tp,
     }  # fmt: skip
-    return Mesh(degrees, _order_of(plan.mesh_order))
+    return Mesh(degrees, _order_of(plan.mesh_order), expert_axes=plan.expert_axes)
 
 
 @lru_cache

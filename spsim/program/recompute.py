@@ -14,17 +14,22 @@ from typing import NamedTuple
 from spsim.inputs.plan import Plan
 from spsim.program.operators import Operator
 
+SHARED_SUM = "add_shared"
+"""What experts of a token make and what shared ones do, added."""
 MODULES: Mapping[str, Callable[[Operator], bool]] = {
     "layer": lambda op: True,
     "core_attn": lambda op: op.mixes_positions,
     "mlp": lambda op: "f" in op.extents,
     "mlp_act": lambda op: "f" in op.extents and op.kind != "gemm",
+    "moe": lambda op: not {"e", "u"}.isdisjoint(op.extents) or op.name == SHARED_SUM,
+    "moe_act": lambda op: "m" in op.extents and op.kind != "gemm",
+    "shared_experts": lambda op: "u" in op.extents,
     "layernorm": lambda op: (op.kind == "norm" and "h" in op.mixes) or (op.cast is not None and op.cast.of_norm),
 }
 """Module, or all of a layer -> whether an operator is in it; those in a row are recomputed together. What is part of
 another one comes after it.
 """
-DISCARDED = ("mlp_act", "layernorm")
+DISCARDED = ("mlp_act", "moe_act", "layernorm")
 """Modules whose results nobody keeps."""
 
 
@@ -39,6 +44,8 @@ class LayerKind(NamedTuple):
     """Its activations wait in host memory between its passes."""
     fetches: bool = False
     """It copies those of the layer below back, for the next backward pass."""
+    dense: bool = False
+    """Its MLP is dense, in a model whose other layers have experts."""
 
 
 def usual_kind(plan: Plan) -> LayerKind:
@@ -49,8 +56,8 @@ def usual_kind(plan: Plan) -> LayerKind:
     return LayerKind(tuple([name for name in MODULES if name in given]) if given else ())
 
 
-def layer_kinds(plan: Plan, layers: int) -> list[tuple[LayerKind, int]]:
-    """The kinds of the layers of a chunk in order, each with how many of it follow each other.
+def layer_kinds(plan: Plan, layers: int, dense: int = 0) -> list[tuple[LayerKind, int]]:
+    """The kinds of the layers of a chunk in order, each with how many of it follow each other; the first are `dense`.
 
     With `recompute_layers` = n the first n layers of a chunk are recomputed (block), or all in units of n layers, the
     last of which may be smaller (uniform), as Megatron-Core's `TransformerBlock` does. Where the first layers
@@ -61,14 +68,20 @@ def layer_kinds(plan: Plan, layers: int) -> list[tuple[LayerKind, int]]:
         gone = kind._replace(leaves=True)
         found = [(gone, 1), (gone._replace(fetches=True), away - 1)]
         found += [(kind._replace(fetches=True), 1), (kind, layers - away - 1)]
-        return [(kind, count) for kind, count in found if count > 0]
-    if own is None or not kind.recomputed:
+    elif own is None or not kind.recomputed:
         found = [(kind, layers)]
     elif plan.recompute_method == "block":
         found = [(kind, min(own, layers)), (LayerKind(), layers - own)]
     else:
         found = [(kind._replace(layers=own), layers // own), (kind._replace(layers=layers % own), 1)]
-    return [(kind, count) for kind, count in found if count > 0 and kind.layers > 0]
+    return list(_dense_first([(kind, count) for kind, count in found if count > 0 and kind.layers > 0], dense))
+
+
+def _dense_first(kinds: Sequence[tuple[LayerKind, int]], dense: int) -> Iterator[tuple[LayerKind, int]]:
+    for kind, count in kinds:
+        first = min(count, dense // kind.layers)
+        dense -= first * kind.layers
+        yield from ((own, n) for own, n in ((kind._replace(dense=True), first), (kind, count - first)) if n)
 
 
 @dataclass(frozen=True, slots=True)

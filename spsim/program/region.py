@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from spsim.lazy import lazy
 from spsim.program.casts import casting_weights
@@ -46,6 +47,15 @@ class Move:
     """By one rank."""
     bytes: int
     """Of the result on one rank."""
+
+    @property
+    def sorts(self) -> Literal["before", "after"] | None:
+        """On which side of an exchange with experts a rank puts tokens in the order of its experts, for they come from
+        each rank apart (`sort_chunks_by_idxs` of Megatron-Core).
+        """
+        if self.collective != "all_to_all" or self.axis not in ("ep", "experts"):
+            return None
+        return "after" if any(placement.dim == "e" for _, placement in self.target) else "before"
 
 
 class Region:
@@ -111,9 +121,19 @@ class Region:
             return ()
         key = (tensor.name, source, target, backward)
         if key not in self._moves:
-            steps = redistribute(source, target, backward=backward)
+            steps = self._of_experts(redistribute(source, target, backward=backward))
             self._moves[key] = tuple([self._move(tensor, step) for step in steps])
         return self._moves[key]
+
+    def _of_experts(self, steps: list[Redistribution]) -> list[Redistribution]:
+        """Exchanges along all axes over which experts are spread are one among all their ranks."""
+        spread = self.mesh.of_experts
+        own = [step for step in steps if step.collective == "all_to_all" and step.axis in spread]
+        if len(own) < 2 or len(own) < len(spread):
+            return steps
+        at = steps.index(own[0])
+        joined = replace(own[0], axis="experts", target=own[-1].target)
+        return [*steps[:at], joined, *steps[at + len(own) :]]
 
     def _move(self, tensor: Tensor, step: Redistribution) -> Move:
         ranks, message = self.mesh.degree(step.axis), message_bytes(step, tensor, self.mesh)

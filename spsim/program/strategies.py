@@ -29,24 +29,28 @@ def split_rules(plan: Plan) -> dict[Axis, SplitRule]:
     """The whole of the strategies: Megatron tp (Shoeybi et al. 2019, with sequence parallelism Korthikanti
     et al. 2022), Ulysses (Jacobs et al. 2023), ring or context parallelism (Liu et al. 2023), data parallel.
     """
-    tp = ("a", "f", "v", "s") if plan.sequence_parallel else ("a", "f", "v")
+    tp = ("a", "f", "u", "v", "s") if plan.sequence_parallel else ("a", "f", "u", "v")
     return {
         "dp": SplitRule(("b",), ("b",)),
         "shard": SplitRule(("b",), ("b",)),
+        "ep": SplitRule(("b",), ("b",)),
         "ring": SplitRule(("s",), ("s",)),
         "ulysses": SplitRule(("s",), ("a",)),
         "tp": SplitRule(tp, ("a",)),
     }
 
 
-WHOLE_SEQUENCE, WHOLE_VOCABULARY = "whole sequence", "whole vocabulary"
+WHOLE_SEQUENCE, WHOLE_VOCABULARY, EXPERTS = "whole sequence", "whole vocabulary", "experts"
 
 
 def named_rules(plan: Plan) -> dict[str, Rules]:
     """Rules of operators that name theirs. On a whole sequence: Megatron adds learned positions before it scatters the
-    sequence over tp. On the whole vocabulary, too: a loss that reads gathered logits.
+    sequence over tp. On the whole vocabulary, too: a loss that reads gathered logits. Experts are spread over the ranks
+    of ep, or split along their width over tp; their tokens come from wherever they lie.
     """
+    spread: dict[Axis, SplitRule] = dict.fromkeys(("ep", *plan.expert_axes), SplitRule(("e",), ("e",)))
     return {
+        EXPERTS: {**split_rules(plan), "tp": SplitRule(("m",), ("m",)), **spread},
         WHOLE_SEQUENCE: split_rules(plan.model_copy(update={"sequence_parallel": False})),
         WHOLE_VOCABULARY: {**split_rules(plan), "tp": SplitRule((), ())},
     }

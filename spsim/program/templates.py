@@ -5,6 +5,8 @@ Where programs of a `single` sequence are others (`rules.is_single`), for those.
 
 from __future__ import annotations
 
+from math import gcd
+
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
@@ -29,34 +31,42 @@ from spsim.units import MIB
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 
 
+def dealt_among(model: Model) -> int:
+    """What divides the tokens of a sequence, whatever the plan: experts over those of a token, in lowest terms."""
+    if model.experts is None or model.experts_per_token is None:
+        return 1
+    return model.experts // gcd(model.experts, model.experts_per_token)
+
+
 def layer_template(
     model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None, *, single: bool = False
 ) -> Template:
     """The program of one layer, or of a unit of layers, for every workload of a precision."""
-    unit, kind = sequence_unit(model, plan), kind or usual_kind(plan)
+    unit, kind, divisor = sequence_unit(model, plan), kind or usual_kind(plan), dealt_among(model)
     key = (layer_key(model, plan, kind), precision, single)
-    every = every_workload(unit, precision, single=single)
-    return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit))
+    every = every_workload(unit * divisor, precision, single=single)
+    return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit, divisor))
 
 
 def layers_template(model: Model, plan: Plan, precision: Precision = "bf16", *, single: bool = False) -> Template:
     """The programs of the layers of a step, of each kind, for every workload of a precision."""
     kinds, unit = kinds_of_layers(model, plan), sequence_unit(model, plan)
     first, *others = kinds
-    every = every_workload(unit, precision, single=single)
     if not others:
         return layer_template(model, plan, precision, first, single=single)
+    divisor = dealt_among(model)
+    every = every_workload(unit * divisor, precision, single=single)
     programs = {kinds[kind]: compile_layer(model, plan, every, kind) for kind in others}
-    return Template(compile_layer(model, plan, every, first), unit, others=programs)
+    return Template(compile_layer(model, plan, every, first), unit, divisor, others=programs)
 
 
 def step_template(model: Model, plan: Plan, precision: Precision = "bf16", *, single: bool = False) -> Template:
     """The programs of embedding, layer and head for every workload of a precision."""
-    unit = sequence_unit(model, plan)
+    unit, divisor = sequence_unit(model, plan), dealt_among(model)
 
     def compiled() -> Template:
-        programs = compile_step(model, plan, every_workload(unit, precision, single=single))
-        return Template(programs.pop(LAYER), unit, others=programs)
+        programs = compile_step(model, plan, every_workload(unit * divisor, precision, single=single))
+        return Template(programs.pop(LAYER), unit, divisor, others=programs)
 
     return _templates.get((*step_key(model, plan), unit, precision, single), compiled)
 

@@ -37,7 +37,12 @@ def weight_tensors(kernels: Iterable[Kernels], at_rest: Mapping[str, PlacedOpera
         for tensor in filter(None, tensors):
             resting = [at_rest[weight.name] for weight in tensor]
             elements, size = sum(w.elements for w in resting), sum(w.bytes for w in resting)
-            yield Weights(tensor[0].name, own.placed.name, elements, size)
+            yield Weights(tensor[0].name, own.placed.name, elements, size, _is_spread(tensor[0]))
+
+
+def _is_spread(weight: PlacedOperand) -> bool:
+    """Whether a weight of experts is another one on each rank over which they are spread."""
+    return any(placement.dim == "e" for _, placement in weight.layout)
 
 
 def _copies(weight: PlacedOperand, mesh: Mesh) -> int:

@@ -30,10 +30,15 @@ def explanation_table(explanation: Explanation) -> Table:
     made.caption = (
         "May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. Kept for "
         f"backward: {explanation.without} → {explanation.with_}. Dimensions: s sequence, j key positions, "
-        f"b micro-batch, h hidden, a heads, d head size, f MLP width, g gate. {COLLECTIVES}"
+        f"b micro-batch, h hidden, a heads, d head size, f MLP width, g gate{_of_experts(explanation)}. {COLLECTIVES}"
     )
     made.caption_justify = "left"
     return made
+
+
+def _of_experts(explanation: Explanation) -> str:
+    routed = any("s*b*k/e" in operator.subscripts for operator in explanation.operators)
+    return ", e experts, k those of a token, m their width, u that of shared ones" if routed else ""
 
 
 APPLIES_SHORT = {"yes, with position offset": "offset"}

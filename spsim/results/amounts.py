@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import LayerFlops, head_flops, layer_flops
+from spsim.costs.flops import head_flops, layer_flops
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
 from spsim.inputs.scenario import Scenario
-from spsim.inputs.stages import all_chunks
+from spsim.inputs.stages import all_chunks, dense_in
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.blocks.embedding import padded_vocab
 from spsim.program.recompute import layer_kinds
@@ -21,27 +21,29 @@ from spsim.results.derived import Amounts
 
 def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str, replicas: Any = None) -> Amounts:
     """FLOPs of a workload, or of many as arrays of integers that hold them; tokens. Of `replicas`, or of the plan's."""
-    model, layers = scenario.model, scenario.model.layers
-    flops = layer_flops(model, workload)
+    model = scenario.model
+    kinds = [(model, model.layers - model.dense_layers)]
+    kinds += [(model.as_dense, model.dense_layers)] if model.dense_layers else []
     rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
     head = head_flops(model, workload, rows).training()
     replicas = scenario.plan.dp if replicas is None else replicas
     return Amounts(
-        model=replicas * (layers * flops.training() + head),
-        causal=replicas * (layers * layer_flops(model, workload, causal=True).training() + head),
-        executed=replicas * (_executed(scenario, flops) + head),
+        model=replicas * (sum(n * layer_flops(own, workload).training() for own, n in kinds) + head),
+        causal=replicas * (sum(n * layer_flops(own, workload, causal=True).training() for own, n in kinds) + head),
+        executed=replicas * (_executed(scenario, workload) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 
 
-def _executed(scenario: Scenario | Grid, flops: LayerFlops) -> int:
+def _executed(scenario: Scenario | Grid, workload: Workload | Workloads) -> int:
     """FLOPs of all layers, with what is recomputed."""
     model, plan = scenario.model, scenario.plan
-    chunks = [len(chunk.layers) for chunk in all_chunks(model, plan)] if plan.recompute_layers else [model.layers]
+    flops = {False: layer_flops(model, workload), True: layer_flops(model.as_dense, workload)}
+    chunks = [chunk.layers for chunk in all_chunks(model, plan)] if plan.recompute_layers else [range(model.layers)]
     return sum(
-        count * kind.layers * flops.executed(kind.recomputed)
-        for size in chunks
-        for kind, count in layer_kinds(plan, size)
+        count * kind.layers * flops[kind.dense].executed(kind.recomputed)
+        for layers in chunks
+        for kind, count in layer_kinds(plan, len(layers), dense_in(model, layers))
     )
 
 

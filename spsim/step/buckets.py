@@ -35,6 +35,8 @@ class Parameter(NamedTuple):
     """With another pipeline stage, as a tied embedding is."""
     bytes: int | None = None
     """As it rests, where Megatron gathers it so; else of the type of weights."""
+    spread: bool = False
+    """Of experts that are spread over ranks, so that fewer replicas hold it."""
     summed_over: int = 0
     """Ranks of tp of which each has a summand of its gradient."""
 

@@ -20,6 +20,7 @@ from spsim.lazy import lazy
 from spsim.program.blocks.optimizer import (
     OptimizerKernel,
     average_gradients,
+    expert_shard_ranks,
     optimizer_step,
     parameter_state,
     shard_ranks,
@@ -29,7 +30,7 @@ from spsim.program.instructions import Program
 from spsim.program.mesh import Axis, Mesh
 from spsim.step.gradients import NORM, Sync, gradient_syncs, read_again
 from spsim.step.groups import Groups, meets, sync_of
-from spsim.step.replicas import Message, Synchronisation
+from spsim.step.messages import Message, Synchronisation
 from spsim.step.segments import Call, Segment
 from spsim.work import KernelName, MemoryBound
 
@@ -85,8 +86,10 @@ class Update(Protocol):
         """Kernel and type that a profile may know rates of; else it is timed as its class."""
         ...
 
-    def sizes(self, parameters: int) -> list[int]:
-        """Bytes that each kernel of a rank with so many parameters moves."""
+    def sizes(self, parameters: int, spread: int = 0) -> list[int]:
+        """Bytes that each kernel of a rank with so many parameters moves, `spread` of them of experts that are spread
+        over ranks.
+        """
         ...
 
 
@@ -102,20 +105,21 @@ class Optimizer:
         """Of the class."""
         return None, None
 
-    def sizes(self, parameters: int) -> list[int]:
+    def sizes(self, parameters: int, spread: int = 0) -> list[int]:
         """Bytes that each kernel of a rank with so many parameters moves, in order. The buffer is cleared for the next
         step; Megatron does so before that begins.
         """
-        return [size for _, size in self._kernels(parameters)]
+        return [size for _, size in self._kernels(parameters, spread)]
 
     @lazy
     def names(self) -> tuple[str, ...]:
         """Of its kernels."""
         return tuple(name for name, _ in self._kernels(1))
 
-    def _kernels(self, parameters: int) -> list[OptimizerKernel]:
-        state = parameter_state(self.plan, ELEMENT_BYTES[self.precision])
-        shard = -(-parameters // shard_ranks(self.plan)) if self.plan.zero_stage else parameters
+    def _kernels(self, parameters: int, spread: int = 0) -> list[OptimizerKernel]:
+        state, shard = parameter_state(self.plan, ELEMENT_BYTES[self.precision]), parameters
+        if self.plan.zero_stage:
+            shard = -(-(parameters - spread) // shard_ranks(self.plan)) + -(-spread // expert_shard_ranks(self.plan))
         average = [average_gradients(parameters, state)] if self.plan.dp > 1 else []
         steps = optimizer_step(shard, state, scaled=self.precision == "fp16")
         return [*average, *steps, zero_gradients(parameters, state)]

@@ -11,6 +11,7 @@ import numpy as np
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.lazy import Cache
+from spsim.program.instructions import Program
 from spsim.program.sizes import Numbers, Template
 from spsim.step.closing import Closing, Update, weight_casts
 from spsim.step.gradients import Sync
@@ -71,7 +72,7 @@ class Ending:
         )
 
     def _priced(self, sums: Sequence[int], compute: ComputeCost, comm: CommCost, nodes: Nodes) -> list[Times]:
-        kernels = self._kernels([sums[own.first] for own in self._ends], compute)
+        kernels = self._kernels([(sums[own.first], own.spread) for own in self._ends], compute)
         known: dict[tuple[object, ...], int] = {}
 
         def sent(sync: Sync, total: int, count: int) -> int:
@@ -88,11 +89,11 @@ class Ending:
             found.append([(made, [times[place] for place in places]) for made, places in own.steps])
         return found
 
-    def _kernels(self, parameters: Sequence[int], compute: ComputeCost) -> list[list[int]]:
-        """Picoseconds of the kernels of the optimizer, of ranks with so many parameters."""
+    def _kernels(self, parameters: Sequence[tuple[int, int]], compute: ComputeCost) -> list[list[int]]:
+        """Picoseconds of the kernels of the optimizer, of ranks with so many parameters, and of spread experts."""
         if self._optimizer is None:
             return [[] for _ in parameters]
-        sizes = np.array([self._optimizer.sizes(own) for own in parameters], dtype=np.float64)
+        sizes = np.array([self._optimizer.sizes(*own) for own in parameters], dtype=np.float64)
         kernel, dtype = self._optimizer.rates
         work = MemoryBound("optimizer", sizes.ravel(), kernel, dtype=dtype)  # type: ignore[arg-type]
         seconds = compute.duration(work)
@@ -108,6 +109,7 @@ class _End:
         counts: Counter[str] = Counter()
         for run in chunk:
             counts[run.block] += run.count
+        self.spread = sum(spread_parameters(template.programs[block]) * count for block, count in counts.items())
         casts = weight_casts([(run.count, cast) for run in chunk for cast in template.programs[run.block].weight_casts])
         self.casts = [kernel.work for kernel in casts] if optimizer else []
         self.syncs = syncs_of(closings)
@@ -125,6 +127,11 @@ class _End:
             for made in closings
         ]
         """Place of each task among kernels of the optimizer, casts and collectives."""
+
+
+def spread_parameters(program: Program) -> int:
+    """Parameters of a block that are of experts spread over ranks."""
+    return sum(weights.elements for weights in program.weights if weights.spread)
 
 
 class _Sums:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from spsim.inputs.plan import Plan
 from spsim.program.mesh import Axis, world_of
 from spsim.step.gradients import Sync
-from spsim.step.replicas import Group, Message
+from spsim.step.messages import Group, Message
 
 
 class Members(NamedTuple):
@@ -27,13 +27,15 @@ def replica_groups(plan: Plan) -> Groups:
     """
     world = world_of(plan)
     hybrid = "shard" in world.axes
+    inner: tuple[Axis, ...] = ("ring", "ulysses")
     axes: dict[Group, tuple[Axis, ...]] = {
-        "shard": ("shard" if hybrid else "dp", "ring", "ulysses"),
+        "shard": ("shard", *inner) if hybrid else ("dp", "ep", *inner),
         "replicate": ("dp",) if hybrid else (),
         "world": world.axes,
         "model": ("pp", "tp"),
         "tp": ("tp",),
         "stages": ("pp",),
+        "experts": ("dp",),
     }
     own = {group: tuple(axis for axis in names if axis in world.axes) for group, names in axes.items()}
     found = {group: Members(names, world.size(names)) for group, names in own.items()}

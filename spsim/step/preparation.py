@@ -33,7 +33,7 @@ from spsim.step.closing import Closing, StageClosings, Update, closings
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
-from spsim.step.ending import Ending, Times
+from spsim.step.ending import Ending, Times, spread_parameters
 from spsim.step.folding import Rows
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
@@ -338,6 +338,10 @@ class PreparedStep:
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
         """Of all blocks of a rank."""
         return sum(run.count * numbers.parameters(run.block) for run in chunk)
+
+    def spread_parameters(self, chunk: Chunk) -> int:
+        """Of these, those of experts that are spread over ranks."""
+        return sum(run.count * spread_parameters(self.template.programs[run.block]) for run in chunk)
 
     def weight_bytes(self, chunk: Chunk) -> int:
         """Of these, with all copies that products read cast."""

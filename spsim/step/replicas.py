@@ -20,18 +20,16 @@ the first; sources as of `buckets`, but for megatron 2 and 3: Megatron-FSDP as i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal, NamedTuple
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
-from spsim.program.blocks.optimizer import shard_ranks
+from spsim.program.blocks.optimizer import expert_shard_ranks, shard_ranks
 from spsim.program.instructions import Program
-from spsim.program.placement import Collective, Extent
+from spsim.program.placement import Collective
 from spsim.step.buckets import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
@@ -46,14 +44,9 @@ from spsim.step.buckets import (
     modules_reversed,
 )
 from spsim.step.gradients import GRADIENTS, NORM, OVERFLOW, PARAMETERS
+from spsim.step.messages import Group, Message, Reduction, Synchronisation, beside
 from spsim.work import FP32_BYTES
 
-Group = Literal["shard", "replicate", "world", "model", "tp", "stages", "embedding"]
-"""Who takes part: the ranks that share one copy of what is sharded, those that hold the same shard, all, those of one
-replica, of it those of one stage, those at the same place of all stages, of the first and the last stage.
-"""
-When = Literal["every", "first", "last"]
-"""Micro-batch."""
 PREFETCH_ELEMENTS = 50_000_000
 PERSISTENT_ELEMENTS = 100_000
 REUSED_ELEMENTS = 1_000_000_000
@@ -61,70 +54,6 @@ REUSED_ELEMENTS = 1_000_000_000
 `stage3_max_live_parameters` and `stage3_max_reuse_distance`): of a gather, below which a weight stays whole, and up to
 which weights are kept for the backward pass.
 """
-
-
-class Message(NamedTuple):
-    """One collective; it moves the whole of its elements, as `message_bytes` counts."""
-
-    what: str
-    collective: Collective
-    elements: int
-    itemsize: Extent
-    group: Group = "shard"
-    parameters: tuple[Parameter, ...] = ()
-    """Whose gradients or values it moves."""
-    ranks: int | None = None
-    """Neighbours of the group, where it is not all of it."""
-
-    @property
-    def message_bytes(self) -> int:
-        """Of all-gathers the result, of reduce-scatters the input."""
-        return math.ceil(self.elements * self.itemsize)
-
-
-class Reduction(NamedTuple):
-    """Of the gradients of a bucket, with what stands before and behind it on its ranks."""
-
-    bucket: Message
-    before: tuple[Message, ...] = ()
-    """Sums of single gradients, for which the kernels that follow wait."""
-    after: tuple[Message, ...] = ()
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """In order of issue."""
-        return *self.before, self.bucket, *self.after
-
-
-@dataclass(frozen=True, slots=True)
-class Synchronisation:
-    """What one rank of a stage sends for its weights in a steady step, each field in order of issue."""
-
-    forward: tuple[Message, ...] = ()
-    """Weights gathered for the forward pass. The first is issued before it, each other one when the one before it is
-    waited for, which is at the first use of one of its weights.
-    """
-    by_module: bool = False
-    """Whether that is where the pass of their block begins, by hooks of the module."""
-    forward_in: When = "every"
-    backward: tuple[Message, ...] = ()
-    """Weights gathered again for the backward pass of each micro-batch, in the same way."""
-    reductions: tuple[Reduction, ...] = ()
-    """Of gradients, in order of issue."""
-    reductions_in: When = "last"
-    behind_backward: bool = True
-    """Whether a reduction is issued once its last gradient is there, and those before it are; else after the pass."""
-    before_update: tuple[Message, ...] = ()
-    after_update: tuple[Message, ...] = ()
-    sharded: bool = False
-    """Whether what is gathered for a pass is freed after its last use."""
-    gradient_bytes: int = 0
-    """Of an element of a gradient that is freed once it is reduced; 0 where gradients have a buffer for the step."""
-
-    @property
-    def summed_over_tp(self) -> frozenset[str]:
-        """Weights whose gradients are summed over tp before they are reduced."""
-        return frozenset(p.name for own in self.reductions for message in own.before for p in message.parameters)
 
 
 def synchronisation(
@@ -148,7 +77,12 @@ def synchronisation(
             f"plan: zero = {plan.zero_stage} with dp_library = {plan.dp_library!r}: that library has "
             f"zero = {known} only; use one of them or another dp_library"
         )
-    return builders[plan.zero_stage](_Weights(tuple(parameters), plan, precision, stage, chunk, root, tied))
+    build, spread = builders[plan.zero_stage], tuple(p for p in parameters if p.spread)
+    if not spread:
+        return build(_Weights(tuple(parameters), plan, precision, stage, chunk, root, tied))
+    shared = tuple(p for p in parameters if not p.spread)
+    usual = build(_Weights(shared, plan, precision, stage, chunk, root, tied))
+    return beside(usual, build(_Weights(spread, plan, precision, stage, chunk, root, tied, spread=True)), parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +96,8 @@ class _Weights:
     chunk: int
     root: frozenset[int]
     tied: bool
+    spread: bool = False
+    """Whether they are of experts that are spread over ranks."""
 
     @property
     def itemsize(self) -> int:
@@ -176,7 +112,7 @@ class _Weights:
     @property
     def ranks(self) -> int:
         """That share one copy of what is sharded."""
-        return shard_ranks(self.plan)
+        return expert_shard_ranks(self.plan) if self.spread else shard_ranks(self.plan)
 
     def gather(self, bucket: Bucket) -> Message:
         """Of weights: of 8 bits and fewer as they rest in Megatron, padded as the others of a bucket."""
@@ -214,7 +150,9 @@ def _of_block(program: Program, block: int) -> Iterator[Parameter]:
     over_tp = {sync.weight: sync.ranks for sync in program.weight_sync if sync.axes == ("tp",)}
     for own in program.weights:
         summed_over = over_tp.get(own.name, 0)
-        yield Parameter(own.name, own.elements, own.operator, block, bytes=own.bytes, summed_over=summed_over)
+        yield Parameter(
+            own.name, own.elements, own.operator, block, bytes=own.bytes, summed_over=summed_over, spread=own.spread
+        )
 
 
 def _megatron(weights: _Weights) -> Synchronisation:

@@ -28,9 +28,10 @@ from spsim.step.ending import syncs_of
 from spsim.step.gradients import Sync, sums_beside
 from spsim.step.groups import Groups, replica_groups
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Runs, Visit
+from spsim.step.messages import Synchronisation
 from spsim.step.patterns import in_loops
 from spsim.step.preparation import PreparedStep
-from spsim.step.replicas import Synchronisation, parameters_of, synchronisation
+from spsim.step.replicas import parameters_of, synchronisation
 from spsim.step.segments import Segment
 from spsim.step.variants import ReplicaPasses, StagePass
 from spsim.units import MIB, picoseconds

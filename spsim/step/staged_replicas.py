@@ -26,10 +26,11 @@ from spsim.step.closing import Optimizer, StageClosings, replica_closings
 from spsim.step.gradients import gradient_syncs, sums_beside
 from spsim.step.groups import Groups, meets, replica_groups
 from spsim.step.itinerary import Blocks, Chunk
+from spsim.step.messages import Message, Synchronisation
 from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Groups as Communicators
 from spsim.step.ranks import groups_of
-from spsim.step.replicas import Message, Synchronisation, parameters_of, synchronisation
+from spsim.step.replicas import parameters_of, synchronisation
 from spsim.step.replicated import root_of
 from spsim.step.segments import BlockPass
 from spsim.step.stages import Passes, PlacedChunk, Stages

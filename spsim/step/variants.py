@@ -20,7 +20,7 @@ from spsim.program.instructions import Compute
 from spsim.step.buckets import Parameter
 from spsim.step.gradients import Sync
 from spsim.step.groups import Groups, meets, sync_of
-from spsim.step.replicas import Message, Reduction, Synchronisation
+from spsim.step.messages import Message, Reduction, Synchronisation
 from spsim.step.segments import BlockPass, Part, Segment
 from spsim.step.weaving import Additions, Held, Issue, Issued, Place, woven
 

@@ -35,7 +35,7 @@ HELD_OUT = "held-out errors of the calibration"
 
 LONGEST_REPR = 480
 """Characters that `repr` shows of many plans."""
-LABELLED = ("library", "tp", "sequence_parallel", "ulysses", "ring", "pp", "virtual_pp", "dp")
+LABELLED = ("library", "tp", "sequence_parallel", "ulysses", "ring", "ep", "pp", "virtual_pp", "dp")
 """Options of a plan that its label shows."""
 SHARDED = ("zero", "distributed_optimizer")
 """Those that it shows as ZeRO, of replicas."""

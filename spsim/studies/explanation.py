@@ -8,7 +8,7 @@ places it on the shard of the MLP width.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +20,16 @@ from spsim.inputs.scenario import Shapes
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_operators, layer_program, projections
 from spsim.program.instructions import Communication, Compute, Program
-from spsim.program.mesh import mesh_of
+from spsim.program.mesh import Axis, mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
-from spsim.program.strategies import split_rules
+from spsim.program.strategies import named_rules, split_rules
 
 Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
 
 DIMENSION_NAMES = {
     "s": "sequence", "j": "key positions", "b": "micro-batch", "h": "hidden", "a": "heads", "d": "head size",
     "f": "MLP width", "g": "gate", "w": "width of Q, K and V",
+    "e": "experts", "k": "a token's experts", "m": "expert width", "u": "shared width",
 }  # fmt: skip
 
 
@@ -129,23 +130,29 @@ def explain(
 
 
 def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
-    without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1})
+    ep = plan.ep if plan.ulysses * plan.ring == 1 else 1  # experts are spread over ranks that it has not
+    without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1, "ep": ep})
     shards = plan.ulysses * plan.ring > 1 or plan.sequence_parallel
     with_ = plan if shards else plan.model_copy(update={"sequence_parallel": True})
     operators = layer_operators(model, workload, joined=projections(model, plan))
     program = layer_program(model, plan, workload)
     saved = [_saved_by_operator(layer_program(model, p, workload)) for p in (without, with_)]
-    mesh, rules = mesh_of(plan), split_rules(plan)
-    splits = {op.name: dict(operator_splits(op, rules, mesh)) for op in operators}
+    splits = _splits(operators, plan)
     rows = tuple(
         _explain_operator(op, program, splits[op.name], saved[0].get(op.name, 0), saved[1].get(op.name, 0))
         for op in operators
     )
-    sharded = {op.name: dict(operator_splits(op, split_rules(with_), mesh_of(with_))) for op in operators}
+    sharded = _splits(operators, with_)
     return Explanation(
         model=model.name, plan=plan.label, without=without.label, with_=with_.label, operators=rows,
         parts=_savings(rows, operators, sharded), notes=notes_of(model, plan),
     )  # fmt: skip
+
+
+def _splits(operators: Sequence[Operator], plan: Plan) -> dict[str, dict[Axis, str | None]]:
+    """Along which dimension each operator is split on each axis."""
+    rules, named, mesh = split_rules(plan), named_rules(plan), mesh_of(plan)
+    return {op.name: dict(operator_splits(op, named.get(op.rules, rules), mesh)) for op in operators}
 
 
 def _saved_by_operator(program: Program) -> dict[str, int]:

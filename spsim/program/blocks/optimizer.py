@@ -55,6 +55,11 @@ def shard_ranks(plan: Plan) -> int:
     return (plan.shard_group or plan.dp) * plan.ulysses * plan.ring
 
 
+def expert_shard_ranks(plan: Plan) -> int:
+    """The same of experts that are spread: the ranks that hold the same ones."""
+    return plan.dp // plan.expert_replicas
+
+
 class OptimizerKernel(NamedTuple):
     """One kernel, or a row of them over lists of tensors: it takes the time of its memory traffic."""
 

@@ -13,9 +13,11 @@ from typing import Literal
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
+from spsim.program.blocks.experts import expert_sizes, routed_experts
 from spsim.program.blocks.ways import Way
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.placement import Extent
+from spsim.program.recompute import SHARED_SUM
 from spsim.work import AttentionKernel, Framework, KernelClass
 
 Projections = Literal["fused", "separate", "gathered"]
@@ -26,7 +28,7 @@ class _Layer(ModelBlock):
     """The operators of one layer."""
 
     def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections = "fused") -> None:
-        super().__init__(model, workload, replicas)
+        super().__init__(model, workload, replicas, **expert_sizes(model))
         self.projections = projections
         self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
 
@@ -187,28 +189,44 @@ class _Layer(ModelBlock):
         )  # fmt: skip
         return out, normed
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """fc1, or gate and up, activation and fc2; the bias is fused into the activation, which keeps its input."""
-        names = ["gate", "up"] if self.model.gated_mlp and self.projections == "separate" else ["fc1"]
-        width = "g f" if self.model.gated_mlp and names == ["fc1"] else "f"
+    def experts(self, x: Tensor) -> Tensor:
+        """The experts that a router picks, and those that all tokens go through, if there are any."""
+        routed = routed_experts(self, x)
+        if not self.model.shared_ffn_hidden:
+            return routed
+        out = self.tensor("experts_out", "s b h")
+        shared = self.mlp(x, "u", "shared_")
+        self.add(
+            SHARED_SUM, "elementwise", "s b h, s b h -> s b h", [routed, shared], [out],
+            passthrough=[routed, shared], kernel="add",
+        )  # fmt: skip
+        return out
+
+    def mlp(self, x: Tensor, f: str = "f", of: str = "") -> Tensor:
+        """fc1, or gate and up, activation and fc2; the bias is fused into the activation, which keeps its input. `f` is
+        the dimension of its width, `of` begins the names of its operators.
+        """
+        apart = self.model.gated_mlp and self.projections == "separate"
+        names = [of + own for own in (("gate", "up") if apart else ("fc1",))]
+        width = f"g {f}" if self.model.gated_mlp and len(names) == 1 else f
         hidden = [self.tensor(f"{name}_out", f"s b {width}") for name in names]
         for name, made in zip(names, hidden, strict=True):
             weight = self.weight(f"{name}_weight", f"h {width}")
             self.add(name, "gemm", f"s b h, h {width} -> s b {width}", [x, weight], [made], saves=[x], owns_gather=[x])
         bias = [self.weight(f"{name}_bias", width) for name in names if self.model.bias]
         left = ", ".join(" ".join(read.dims) for read in (*hidden, *bias))
-        active = self.tensor("activation_out", "s b f")
+        active = self.tensor(f"{of}activation_out", f"s b {f}")
         way = self.ways.activation_of_two if len(hidden) > 1 else self.ways.activation
         kept, further = self.kept(way, active, *hidden)
         self.add(
-            self.model.activation, "elementwise", f"{left} -> s b f", [*hidden, *bias], [active, *further],
+            f"{of}{self.model.activation}", "elementwise", f"{left} -> s b {f}", [*hidden, *bias], [active, *further],
             mixes="g" if "g" in width else "", saves=kept,
             kernel="bias_gelu" if bias and self.model.activation == "gelu" else self.model.activation,
             launches=way.launches,
         )  # fmt: skip
-        out = self.tensor("fc2_out", "s b h")
+        out = self.tensor(f"{of}fc2_out", "s b h")
         self.add(
-            "fc2", "gemm", "s b f, f h -> s b h", [active, self.weight("fc2_weight", "f h")], [out],
+            f"{of}fc2", "gemm", f"s b {f}, {f} h -> s b h", [active, self.weight(f"{of}fc2_weight", f"{f} h")], [out],
             saves=[active], owns_gather=[active],
         )  # fmt: skip
         return out
@@ -222,6 +240,7 @@ LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax"
 layer_traits = attrgetter(
     "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
     "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as", "repeats_kv",
+    "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
 )  # fmt: skip
 """What of a model one layer depends on."""
 
@@ -241,5 +260,5 @@ def transformer_layer(
     else:
         attended = layer.residual("residual1", out, x)
         normed = layer.norm("norm2", x if model.parallel_residual else attended)
-    layer.residual("residual2", layer.mlp(normed), attended)
+    layer.residual("residual2", layer.experts(normed) if expert_sizes(model) else layer.mlp(normed), attended)
     return tuple(layer.operators)

@@ -48,7 +48,7 @@ class AdamW:
         """Of 16 bits a profile may know them: the four elements that a thread loads at once are 8 bytes, not 16."""
         return ("adam", self.precision) if self.size <= HALF_BYTES * self.number else (None, self.precision)
 
-    def sizes(self, parameters: int) -> list[int]:
-        """Bytes that they move, of so many parameters."""
+    def sizes(self, parameters: int, spread: int = 0) -> list[int]:
+        """Bytes that they move, of so many parameters, of which none is `spread`."""
         size = -(-self.size * parameters // self.number)
         return [MOVED * size, size][: len(self.names)]

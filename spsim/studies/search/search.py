@@ -73,9 +73,14 @@ def _space(
     for name, table, example in (("workload", workload, '{"seq_len": 8192}'), ("values", values, '{"tp": [2, 4]}')):
         if not isinstance(table, Mapping | Workload):
             raise InputError(f"plan: {name} = {table!r} is no table; write for instance {example}")
+    found = model if isinstance(model, Model) else model_of(model) if isinstance(model, Mapping) else load_model(model)
+    if found.experts is not None:
+        raise InputError(
+            f"plan: {found.name} has experts, over whose plans is not searched yet; use compare or a sweep"
+        )
     return Space(
         hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware),
-        model if isinstance(model, Model) else model_of(model) if isinstance(model, Mapping) else load_model(model),
+        found,
         workload if isinstance(workload, Workload) else Workload.of_table(workload),
         gpus,
         _options(plan),

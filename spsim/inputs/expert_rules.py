@@ -1,0 +1,72 @@
+"""The rules between a model of experts and a plan that spreads them; each error names value, rule and fix."""
+
+from __future__ import annotations
+
+import math
+
+from spsim.errors import InputError
+from spsim.inputs.model import Model
+from spsim.inputs.plan import Plan
+from spsim.inputs.workload import Workload
+
+
+def check_experts(model: Model, plan: Plan, workload: Workload) -> None:
+    """`InputError` names the first broken rule of Megatron-Core's, or what is not simulated yet."""
+    if model.experts is None:
+        if plan.ep > 1:
+            raise InputError(f"plan: ep = {plan.ep} with {model.name}, which has no experts; use ep=1")
+        return
+    _check_degrees(model.experts, plan)
+    _check_width(model, plan)
+    if plan.tp > 1 and not plan.sequence_parallel:
+        raise InputError(
+            f"plan: tp = {plan.tp} without sequence_parallel, under which each rank would route all tokens; "
+            "Megatron-Core requires it with experts: add sequence_parallel"
+        )
+    replicas = plan.zero_stage > 1 or plan.dp_library != "megatron" or plan.shard_group is not None
+    units = plan.recompute_method == "uniform" and plan.recompute_layers is not None and model.dense_layers > 0
+    for given, what in (
+        (plan.ep > 1 and replicas, "zero = 2 and 3, shard_group, or a dp_library other than megatron"),
+        (plan.tp_overlap, "tp_overlap"),
+        (plan.cpu_offload_layers > 0, "cpu_offload_layers"),
+        (units, "uniform units of layers of which some are dense"),
+    ):
+        if given:
+            raise InputError(f"plan: {what} with experts: not simulated yet; leave it at its default")
+
+
+def _check_degrees(experts: int, plan: Plan) -> None:
+    if experts % plan.ep:
+        raise InputError(
+            f"plan: ep = {plan.ep} does not divide experts = {experts}; "
+            f"use a divisor of it, such as {math.gcd(experts, plan.ep)}"
+        )
+    if plan.expert_tp not in (None, 1, plan.tp):
+        raise InputError(
+            f"plan: expert_tp = {plan.expert_tp} with tp = {plan.tp}: only 1 and tp are simulated yet; use one of them"
+        )
+    within = math.prod(getattr(plan, axis) for axis in plan.expert_axes)
+    if plan.ep > 1 and (plan.ep % within or plan.dp % (plan.ep // within)):
+        what = " x ".join(axis for axis in plan.expert_axes if getattr(plan, axis) > 1) or "one rank"
+        raise InputError(
+            f"plan: ep = {plan.ep} is not {what} = {within} times a divisor of dp = {plan.dp}, over which experts are "
+            f"spread; use {within} to {within * plan.dp}, or another expert_tp"
+        )
+
+
+def _check_width(model: Model, plan: Plan) -> None:
+    shares = 1 if plan.expert_tp == 1 else plan.tp
+    shared = "shared_ffn_hidden", model.shared_ffn_hidden, plan.tp
+    for name, width, ranks in (("expert_ffn_hidden", model.expert_ffn_hidden or 0, shares), shared):
+        if width % ranks:
+            raise InputError(
+                f"plan: {ranks} ranks of tp do not divide {name} = {width}; use a divisor of it, such as "
+                f"{math.gcd(width, ranks)}"
+            )
+
+
+def expert_reasons(model: Model, plan: Plan) -> dict[str, str]:
+    """Why options of experts would change nothing; empty where they do."""
+    none = "" if model.experts else "without experts"
+    usual = "with tp = 1" if plan.tp == 1 else "as it is tp anyhow" if plan.expert_tp == plan.tp else ""
+    return {"expert_tp": none or usual or ("with ep = 1" if plan.ep == 1 else "")}
