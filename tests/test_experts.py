@@ -1,8 +1,10 @@
 """Mixture of experts: parameters as published, exchanges and gradients by hand, times and memory by closed forms."""
 
+import json
+
 import pytest
 
-from spsim import Model, Scenario, explain, plan_search, simulate
+from spsim import Model, Scenario, explain, load_model, plan_search, simulate
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workload
@@ -38,6 +40,28 @@ SMALL = {**QWEN3_30B, "layers": 6, "shared_ffn_hidden": 768, "dense_layers": 2}
 def test_parameters_are_those_of_the_checkpoints(fields, published):
     """`num_parameters` of transformers' models of these configurations."""
     assert Model(**fields).parameters == published
+
+
+QWEN3_FILE = {  # of Qwen/Qwen3-30B-A3B, and what it says of experts
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+    "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+MIXTRAL_FILE = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096, "sliding_window": None,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "name"), [(QWEN3_FILE, "qwen3-30b-a3b"), (MIXTRAL_FILE, "mixtral-8x7b")])
+def test_configurations_are_the_presets(config, name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    read, preset = load_model(path), load_model(name)
+    apart = {"name", "max_positions"}
+    assert read.model_dump(exclude=apart) == preset.model_dump(exclude=apart)
 
 
 def test_dense_layers_come_first():

@@ -188,7 +188,7 @@ def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None,
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-class _Mistral(_Rotary):
+class Mistral(_Rotary):
     sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 14336, 32, 32, 8, 32000)
     num_key_value_heads: Count | None
     sliding_window: Count | None = 4096
@@ -310,7 +310,7 @@ class _Ernie(_Rotary):
         return self.use_bias, self.use_bias, self.use_bias
 
 
-class _Qwen3(_Llama):
+class Qwen3(_Llama):
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qk_norm": True}
     sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 22016, 32, 32, 32, 151936)
     num_key_value_heads: Count | None
@@ -384,9 +384,9 @@ FAMILIES: dict[str, type[Family]] = {
     "aquila": _LlamaLike, "arcee": _Arcee, "ernie4_5": _Ernie, "exaone": _Exaone, "gemma": _Gemma, "glm": _Glm,
     "gpt2": _GPT2, "gpt_bigcode": _GPTBigCode, "gpt_neox": _GPTNeoX, "granite": _Llama,
     "hunyuan_v1_dense": _HunYuan, "internlm": _InternLM2, "internlm2": _InternLM2, "internlm3": _InternLM3,
-    "llama": _Llama, "minicpm": _LlamaLike, "ministral": _Mistral, "ministral3": _Ministral3, "mistral": _Mistral,
+    "llama": _Llama, "minicpm": _LlamaLike, "ministral": Mistral, "ministral3": _Ministral3, "mistral": Mistral,
     "nemotron": _Nemotron, "phi3": _Phi3, "qwen2": _Qwen2, "qwen2_vl": _Qwen2VL, "qwen2_vl_text": _Qwen2VL,
-    "qwen2_5_vl": _Qwen2VL, "qwen2_5_vl_text": _Qwen2VL, "qwen3": _Qwen3, "qwen3_vl_text": _Qwen3,
+    "qwen2_5_vl": _Qwen2VL, "qwen2_5_vl_text": _Qwen2VL, "qwen3": Qwen3, "qwen3_vl_text": Qwen3,
     "seed_oss": _SeedOss, "stablelm": _StableLM, "starcoder2": _StarCoder2, "xverse": _LlamaLike, "Yi": _LlamaLike,
 }  # fmt: skip
 """By `model_type`."""

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spsim.errors import InputError, first_problem
-from spsim.inputs.families import FAMILIES, Count, Family
+from spsim.inputs.expert_families import EVERY_FAMILY, OF_EXPERTS
+from spsim.inputs.families import Count, Family
 from spsim.inputs.resources import parse_json, read_text
 
 T = TypeVar("T", bound=BaseModel)
 
+EXPERTS = "mixture of experts"
 NOT_SIMULATED = {
-    "mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_"),
+    EXPERTS: ("num_experts", "num_local_experts", "n_routed_experts", "moe_"),
     "latent attention": ("kv_lora_rank", "q_lora_rank"),
     "cross attention": ("add_cross_attention", "is_encoder_decoder"),
     "quantised weights": ("quantization_config",),
@@ -76,7 +78,7 @@ def _language_model(table: Any, config: Mapping[str, Any], where: str) -> dict[s
     if not isinstance(table, dict):
         raise InputError(f"{where}: must be a table with the keys of the language model, got {table!r}")
     family = table.get("model_type")
-    sizes = FAMILIES[family].sizes if isinstance(family, str) and family in FAMILIES else {}
+    sizes = EVERY_FAMILY[family].sizes if isinstance(family, str) and family in EVERY_FAMILY else {}
     tied = {_TIED: config[_TIED]} if _TIED in config else {}
     return {**sizes, **tied, **table}
 
@@ -103,8 +105,11 @@ def _refuse_family(config: Mapping[str, Any], where: str) -> None:
 
 
 def _not_simulated(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(part, key) of what no family can express; a key of 0, false or null asks for nothing."""
+    """(part, key) of what the family cannot express; a key of 0, false or null asks for nothing."""
+    routed = config.get("model_type") in OF_EXPERTS
     for part, beginnings in NOT_SIMULATED.items():
+        if part == EXPERTS and routed:
+            continue
         key = next((key for key, value in config.items() if value and key.startswith(beginnings)), None)
         if key is not None:
             yield part, key
@@ -114,9 +119,11 @@ def _family(config: Mapping[str, Any], where: str) -> type[Family]:
     name = config.get("model_type")
     if not isinstance(name, str):
         raise InputError(f"{where}: model_type: required, a word such as 'llama'; got {name!r}")
-    if name not in FAMILIES:
-        raise InputError(f"{where}: model_type {name!r} is not simulated yet; use one of {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    if name not in EVERY_FAMILY:
+        raise InputError(
+            f"{where}: model_type {name!r} is not simulated yet; use one of {', '.join(sorted(EVERY_FAMILY))}"
+        )
+    return EVERY_FAMILY[name]
 
 
 def _validated(kind: type[T], config: Mapping[str, Any], where: str) -> T:

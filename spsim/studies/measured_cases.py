@@ -187,7 +187,7 @@ class MeasuredCase(BaseModel):
 
 
 _ABSENT = {
-    "experts": "experts are",
+    "experts": "how recipes dispatch experts is",
     "mla": "latent attention is",
     "mtp": "multi-token prediction is",
     "fp8_attention": "attention in 8 bits is",

@@ -32,7 +32,7 @@ def read(options: Options) -> Draft:
     for name in EXPERTS:
         options.leave(name, (0, 1) if name == "num_experts" else ())
         if name in options and name not in options.taken:
-            raise options.refuse(name, "experts, latent attention and hybrid models are not simulated yet")
+            raise options.refuse(name, "experts, latent attention and hybrid models are not read from files yet")
     options.leave("expert_model_parallel_size", (1,))
     draft = Draft()
     draft.read(options, NUMBERS, int)
