@@ -106,7 +106,7 @@ def _refuse_family(config: Mapping[str, Any], where: str) -> None:
 
 def _not_simulated(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(part, key) of what the family cannot express; a key of 0, false or null asks for nothing."""
-    routed = config.get("model_type") in OF_EXPERTS
+    routed = config.get("model_type") in (*OF_EXPERTS,)
     for part, beginnings in NOT_SIMULATED.items():
         if part == EXPERTS and routed:
             continue

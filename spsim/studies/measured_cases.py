@@ -155,7 +155,7 @@ class MeasuredCase(BaseModel):
         kernel = self._usual.get("attention")
         known = self.attention == "flash" and kernel in load_profile(self.hardware).coefficients.attention
         attention = {"attention": kernel} if known else {}
-        return {**self._given(Model, "sliding_window"), **window, **attention, "name": self.model}
+        return {**self._given(Model, "sliding_window", "experts"), **window, **attention, "name": self.model}
 
     @property
     def _usual(self) -> Mapping[str, Any]:
