@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spsim import Model, Scenario, explain, load_model, plan_search, simulate
+from spsim import Model, Scenario, emit, explain, load_model, plan_search, simulate
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workload
@@ -267,3 +267,16 @@ def test_explain_shows_where_experts_lie():
 def test_no_plan_of_experts_is_searched_yet():
     with pytest.raises(InputError, match="not searched yet"):
         plan_search(hardware="dgx-h100", model="mixtral-8x7b", gpus=8, workload={"seq_len": 4096, "global_batch": 8})
+
+
+def test_nothing_is_said_of_how_sure_times_with_experts_are():
+    """No published step with experts is held against predictions."""
+    found = step("dp=8,ep=8")
+    assert found.prior_band is None
+    assert any("no published step with experts" in note for note in found.notes)
+
+
+def test_experts_are_not_written_for_a_library():
+    case = Scenario(hardware="dgx-h100", model="mixtral-8x7b", plan="dp=8,ep=8", workload={"seq_len": 4096})
+    with pytest.raises(InputError, match="has experts, which are not written yet"):
+        emit(case, "megatron")

@@ -65,6 +65,16 @@ def _check_width(model: Model, plan: Plan) -> None:
             )
 
 
+def expert_notes(model: Model) -> tuple[str, ...]:
+    """What is not modelled of experts, and what that means."""
+    if model.experts is None:
+        return ()
+    return (
+        "tokens are dealt out to experts evenly and exchanged with nothing beside; no published step with experts is "
+        "held against predictions, so that bands of error are those of dense models",
+    )
+
+
 def expert_reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why options of experts would change nothing; empty where they do."""
     none = "" if model.experts else "without experts"

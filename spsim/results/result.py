@@ -139,8 +139,11 @@ class Result(Derived):
 
     @property
     def prior_band(self) -> Band | None:
-        """How far published measurements are off, see `bands`; None where a calibration has errors of its own."""
-        return None if is_calibrated(self.scenario.hardware) else bands.of_time(self.scenario.hardware)
+        """How far published measurements are off, see `bands`; None where a calibration has errors of its own, and with
+        experts, of which none is measured.
+        """
+        known = not is_calibrated(self.scenario.hardware) and getattr(self.scenario.model, "experts", None) is None
+        return bands.of_time(self.scenario.hardware) if known else None
 
     @lazy
     def far_off(self) -> tuple[Band, ...]:

@@ -48,6 +48,10 @@ def emit(scenario: Scenario, library: str) -> Emission:
         raise InputError(
             f"--emit {library!r}: is no library that a plan is written for; use one of {', '.join(EMITTED)}"
         )
+    if scenario.model.experts is not None:
+        raise InputError(
+            f"--emit {library}: {scenario.model.name} has experts, which are not written yet; leave --emit out"
+        )
     plain = scenario.model_copy(update={"plan": _active(scenario.model, scenario.plan)})
     if library == "transformers":
         draft, options = transformers.drafted(plain)
