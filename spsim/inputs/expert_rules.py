@@ -69,10 +69,10 @@ def expert_notes(model: Model) -> tuple[str, ...]:
     """What is not modelled of experts, and what that means."""
     if model.experts is None:
         return ()
-    return (
+    alone = (
         "tokens are dealt out to experts evenly and exchanged with nothing beside; no published step with experts is "
-        "held against predictions, so that bands of error are those of dense models",
     )
+    return (alone + "held against predictions, so that bands of error are those of dense models",)
 
 
 def expert_reasons(model: Model, plan: Plan) -> dict[str, str]:
