@@ -200,3 +200,16 @@ def test_labels_of_several_types_are_one_line(tmp_path):
     with pytest.raises(InputError, match="a label is of one type in all rows"):
         write_table(pd.DataFrame({"size": [1, "two"]}), tmp_path / "mine.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_finds_the_same(cluster, capsys):
+    search = ["plan", "--model", "llama-3-8b", "--hardware", "dgx-h100", "--gpus", "2", "--seq-len", "4K"]
+    search += ["--global-batch", "4", "--values", "recompute=none,full", "--json"]
+    found = []
+    for options in (["--jobs", "1"], ["--executor", "dask", "--scheduler", cluster.scheduler_address]):
+        with pytest.raises(SystemExit) as stop:
+            main([*search, *options])
+        assert stop.value.code == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]

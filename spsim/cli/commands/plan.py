@@ -36,7 +36,7 @@ from spsim.cli.outputs import (
     staging,
 )
 from spsim.cli.settings import REQUIRED, Given
-from spsim.cli.workers import workers
+from spsim.cli.workers import ExecutorOption, SchedulerOption, check_workers, workers
 from spsim.errors import InputError
 from spsim.inputs.configuration import read_value
 from spsim.report import plan as report
@@ -93,6 +93,8 @@ def command(
     tokens: BudgetOption = None,
     best: BestOption = BEST,
     jobs: JobsOption = None,
+    executor: ExecutorOption = "processes",
+    scheduler: SchedulerOption = None,
     library: EmitOption = None,
     as_json: JsonOption = False,
     out: FilesOption = None,
@@ -103,6 +105,7 @@ def command(
     What --plan says is fixed. tp and ulysses stay within a node unless --plan or --values name one of them.
     """
     check_report(page)
+    check_workers(executor, scheduler, jobs)
     if library is not None and (as_json or out is not None or page is not None):
         raise InputError("plan: --emit prints a configuration alone; leave --json, --out and --report out")
     if seq_len is None and longest is not None:
@@ -113,10 +116,10 @@ def command(
     )  # fmt: skip
     if gpus is None:
         raise InputError("plan: --gpus is missing; give the number of GPUs")
-    with workers(jobs or os.cpu_count() or 1) as executor:
+    with workers(jobs or os.cpu_count() or 1, scheduler) as pool:
         search = plan_search(
             **_searched(given), gpus=gpus, plan=given.plan(), values=dict(map(_values, values or ())),
-            longest=longest is not None, best=best, tokens=tokens, executor=executor,
+            longest=longest is not None, best=best, tokens=tokens, executor=pool,
         )  # fmt: skip
     if library is not None:
         print_emission(search.best[0].scenario, library)
