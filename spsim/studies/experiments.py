@@ -6,7 +6,7 @@ import importlib.util
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +95,6 @@ def run_experiment(
             "a worker process was ended from outside, as the system does where memory runs out; finished rows are "
             "kept, run again to go on, with fewer --jobs if it was memory"
         ) from None
-    except CancelledError:
-        raise InputError("the scheduler of the workers was lost; finished rows are kept, run again to go on") from None
     whole = directory / f"{experiment.name}.{rows}"
     _write(frame, whole, manifest, directory / "manifest.json")
     written = [whole.name, "manifest.json", "rows.jsonl"]
