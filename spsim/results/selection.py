@@ -82,14 +82,15 @@ def select(
     *,
     ranks: Sequence[int] | None = None,
     of_layers: Sequence[int] | None = None,
-    large: int = LARGE,
+    large: int | None = None,
 ) -> Selection:
     """The ranks and layers that are named, of a step of so many layers and micro-batches. Else one rank of each class,
-    and all layers; of a step of more than `large` spans the first micro-batches, then the first layers, then fewer
-    classes.
+    and all layers; of a step of more than `large` spans (`LARGE` unless given) the first micro-batches, then the
+    first layers, then fewer classes.
 
     `InputError` for a rank or layer that there is not, and where more is named than can be written.
     """
+    large = LARGE if large is None else large
     chosen = simulated_for(trace, distinct_ranks(trace) if ranks is None else sorted(set(ranks)))
     for layer in of_layers or ():
         if not 0 <= layer < layers:
