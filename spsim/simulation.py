@@ -332,7 +332,8 @@ def _walked(
     paces: Mapping[int, Paces] = {}
     if perturbed:
         step = perturbed.step(step, priced((costs[0], Latencies(hardware))), prepared.segments)
-        paces = perturbed.all_paces(prepared.ranks.copies, prepared.segments)
+        order = [visit.segment for visit in visits(step.itinerary)]
+        paces = perturbed.all_paces(dict.fromkeys(prepared.ranks.copies, order))
     return fold_step(step) if fold and not paces and shared is None else unfold_step(step, paces, shared)
 
 

@@ -94,10 +94,10 @@ class Replay:
 
     def pace(self, rank, task, now):
         """What a task does in a tick: a kernel loses the largest share that communications of its rank hold, and works
-        at the paces of its rank; a transfer at those of its lane.
+        at the paces of its rank; a transfer at its own.
         """
         own = self.paces.get(rank, Paces())
-        windows = own.lanes.get(task.lane, ()) if task.meetings else own.kernels
+        windows = own.transfers.get(task.id, ()) if task.meetings else own.kernels
         pace = prod(Fraction(rate, PPM) for begin, end, rate in windows if begin <= now < end)
         if task.meetings:
             return pace
@@ -170,7 +170,7 @@ def random_starts(draw, programs):
 
 @st.composite
 def random_paces(draw, programs):
-    """Some ranks are slower, faster or stand still from when to when, and so are lanes of transfers."""
+    """Some ranks are slower, faster or stand still from when to when, and so are transfers."""
     windows = st.lists(
         st.builds(
             lambda begin, length, rate: (begin, begin + length, round(rate * PPM)),
@@ -178,5 +178,5 @@ def random_paces(draw, programs):
         ),
         max_size=2,
     )  # fmt: skip
-    own = st.builds(Paces, windows, st.dictionaries(st.sampled_from(LANES[1:]), windows, max_size=2))
+    own = st.builds(Paces, windows, st.dictionaries(st.integers(0, 8), windows, max_size=4))
     return {rank: draw(own) for rank in programs if draw(st.booleans())}

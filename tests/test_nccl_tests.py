@@ -142,6 +142,9 @@ REFUSED = [
     ("all_reduce_perf", "broadcast_perf", "broadcast_perf is no test of a collective"),
     ("all_reduce_perf", "all_gather_perf", "busbw"),
     ("   27.04    0.30", "   2.704    0.30", "line 19: algbw 0.3 GB/s, but 3.03 follow"),
+    ("27.04    0.30    0.53      0", "27.04    0.30    0.53      7", "line 19: 7 wrong values"),
+    ("   27.04    0.30    0.53", "     nan    0.30    0.53", "line 19: is no whole row"),
+    ("   27.04    0.30    0.53      0    26.90    0.30    0.53      0", "", "line 19: is no whole row"),
     ("# Using devices\n", "", "keep the header whole"),
     ("7 [0xdb] NVIDIA H100", "7 [0xdb] NVIDIA H200", "of several devices"),
 ]

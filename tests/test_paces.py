@@ -32,7 +32,7 @@ def test_others_wait_for_a_slow_rank_where_they_meet():
 def test_a_transfer_stands_still_while_its_link_is_down():
     programs = {rank: [Task(0, "net", 100, (), meeting(0, 2)), Task(1, "other", 100, (), meeting(1, 2))]
                 for rank in range(2)}  # fmt: skip
-    down = Paces(lanes={"net": [(30, 80, 0)]})
+    down = Paces(transfers={0: [(30, 80, 0)]})
     found = times(programs, paces={0: down, 1: down})
     assert {found[rank, 0] for rank in range(2)} == {(0, 0, 150)}
     assert {found[rank, 1] for rank in range(2)} == {(0, 0, 100)}
@@ -45,7 +45,7 @@ def test_what_a_rank_loses_beside_a_communication_comes_on_top():
     assert found[0, 0] == (0, 0, 40 + 85)
 
 
-@pytest.mark.parametrize("paces", [{}, {0: Paces()}, {0: Paces([(0, 2**62, PPM)], {"net": [(0, 9, PPM)]})}])
+@pytest.mark.parametrize("paces", [{}, {0: Paces()}, {0: Paces([(0, 2**62, PPM)], {1: [(0, 9, PPM)]})}])
 def test_the_pace_of_all_others_changes_nothing(paces):
     programs = {0: [Task(0, "compute", 7), Task(1, "net", 5, (), meeting(1, 1)), Task(2, "compute", 7)]}
     assert times(programs, slowdown=0.3, paces=paces) == times(programs, slowdown=0.3)

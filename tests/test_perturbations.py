@@ -105,6 +105,18 @@ def test_a_window_costs_the_part_of_it_in_which_nothing_is_done():
     assert after.step_ps - before.step_ps == pytest.approx(2e-4 * PS_PER_S / 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("plan", ["tp=8,pp=2", "ring=4,pp=2,dp=2", "ring=4,pp=4", "tp=4,dp=4"])
+def test_an_adapter_that_is_slow_from_the_start_until_long_after_the_end_is_slow_all_step(plan):
+    """Also for messages of stages, and for no transfers within a node. A window slows latencies too: by 0.1 % here."""
+    own = step(plan, seq_len=65536, hidden=8192)
+    link = {"link": {"node": 0, "adapter": 1}, "factor": 4}
+    whole, window, never = (
+        simulate(own.perturbed(by)) for by in (link, {**link, "to_s": 1e3}, {**link, "from_s": 1e3, "to_s": 2e3})
+    )
+    assert window.step_ps == pytest.approx(whole.step_ps, rel=1e-3)
+    assert window.step_ps >= whole.step_ps >= never.step_ps == simulate(own).step_ps
+
+
 def test_a_slow_rank_slows_the_groups_that_it_is_in_and_no_others():
     """Ranks 2 and 3 are the other replica: their passes are as ever, though they end the step later."""
     own = step("tp=2,dp=2")

@@ -349,6 +349,7 @@ def test_command_writes_the_best_plan_for_a_library(capsys):
         ({"workload": {"seq_len": 8192}}, "global_batch"),
         ({"values": {"tp": 8}}, "no list of values"), ({"values": {"tpp": [8]}}, "did you mean tp"),
         ({"values": {"tp": ["x"]}}, "valid integer"), ({"values": {"tp": [2]}, "plan": "tp=2"}, "keep one"),
+        ({"values": {"tp": [2, 4, 2]}}, "has 2 twice"),
         ({"plan": "tp=3"}, "no multiple of 3"), ({"values": {"tp": [3], "dp": [1]}}, "is no product of degrees"),
         ({"workload": {**WORK, "seq_len": 16383}, "plan": "ring=2"}, "most often"),
         ({"model": "llama-3-70b", "gpus": 1}, "takes 1"), ({"hardware": "dgx-h1000"}, "did you mean"),
@@ -358,6 +359,23 @@ def test_bad_input_is_one_line(changes, words):
     with pytest.raises(InputError, match=words) as error:
         plan_search(**{"hardware": H100, "model": "llama-3-8b", "gpus": 8, "workload": WORK, **changes})
     assert "\n" not in str(error.value)
+
+
+def test_where_no_combination_is_a_plan_workers_are_not_asked():
+    with ThreadPoolExecutor() as pool, pytest.raises(InputError, match="keeps the rules"):
+        plan_search(
+            hardware=H100, model=SMALL, gpus=7, workload={**WORK, "global_batch": 5}, values=VALUES | {"tp": [1]},
+            executor=pool,
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seq_len", [4096, 2**28 + 2**20])
+def test_the_longest_sequence_of_what_never_fits(seq_len):
+    """Also of steps of more picoseconds than an int64 holds, and beyond what lengths are doubled to."""
+    workload = {"seq_len": seq_len, "global_batch": 1}
+    with pytest.raises(InputError, match=f"a sequence shorter than {seq_len}"):
+        plan_search(hardware=H100, model="gpt-175b", gpus=1, workload=workload, longest=True)
 
 
 def test_where_nothing_fits_the_nearest_is_named():

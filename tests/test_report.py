@@ -262,7 +262,7 @@ def test_commands_write_pages(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("report.pdf", "a report is a page; end its name in .html"), ("no/where.html", "cannot write")],
+    [("report.pdf", "a report is a page; end its name in .html"), ("no/where.html", "no' is no directory")],
 )
 @pytest.mark.parametrize("command", ["run", "compare"])
 def test_a_report_that_cannot_be_is_one_line(command, name, message, tmp_path, capsys):

@@ -101,9 +101,13 @@ def print_written(console: Console, out: Path | None, names: Sequence[str]) -> N
 
 
 def check_report(path: Path | None) -> None:
-    """`InputError`, before anything is computed, for a report that is no page."""
-    if path is not None and path.suffix.lower() not in (".html", ".htm"):
+    """`InputError`, before anything is computed, for a report that is no page or has nowhere to stand."""
+    if path is None:
+        return
+    if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--report {str(path)!r}: a report is a page; end its name in .html")
+    if not path.parent.is_dir():
+        raise InputError(f"--report {str(path)!r}: {str(path.parent)!r} is no directory; make it, or give another file")
 
 
 def print_report(console: Console, path: Path | None) -> None:

@@ -99,7 +99,7 @@ class _Rank:
     def transferred(self, run: Run, begin: int) -> int:
         """When a communication ends that begins then and has its links alone."""
         duration = self.durations[run.last]
-        paces = self.paces.lanes.get(run.lane)
+        paces = self.paces.transfers.get(run.last)
         return work_through(begin, duration, together((), paces)) if paces else begin + duration
 
     def settle(self, task: int, hold: Held, start: int) -> None:

@@ -75,8 +75,8 @@ class Paces(NamedTuple):
     """When a rank is slower, or faster, than its durations say: rates of its work from when to when."""
 
     kernels: Sequence[Held] = ()
-    lanes: Mapping[str, Sequence[Held]] = {}
-    """Of transfers, by lane."""
+    transfers: Mapping[int, Sequence[Held]] = {}
+    """By task."""
 
 
 class DeadlockError(RuntimeError):

@@ -27,6 +27,10 @@ from spsim.step.ranks import Marks
 from spsim.step.segments import Call, Segment
 from spsim.units import picoseconds
 
+Ends = tuple[int, int]
+"""The ranks of the world between which a message goes."""
+Ran = Segment | Ends
+"""What a rank runs: a segment, or a message by itself."""
 FOR_EVER = 2**62
 """Picoseconds, after any step."""
 
@@ -91,22 +95,39 @@ class Perturbed:
         """Of the kernels of a rank of the world, all of the step."""
         return prod([slow.factor for slow in self.slow_ranks if slow.is_whole and rank in slow.ranks])
 
-    def paces(self, rank: int, segments: Sequence[Segment]) -> Paces | None:
-        """When a rank, and the lanes of its calls, are slow for a part of the step; None if they never are."""
-        kernels = [_held(slow, slow.factor) for slow in self.slow_ranks if not slow.is_whole and rank in slow.ranks]
-        lanes: dict[str, list[Held]] = {}
-        calls = {(segment.tasks[task].lane, call) for segment in segments for task, call in segment.calls.items()}
-        for slow, users in self.slow_links:
-            if slow.is_whole:
-                continue
-            for lane in {lane for lane, call in calls if self.holds(call, rank, slow.link, users)}:
-                lanes.setdefault(lane, []).append(_held(slow, slow.factor))
-        return Paces(kernels, lanes) if kernels or lanes else None
-
-    def all_paces(self, ranks: Iterable[int], segments: Sequence[Segment]) -> dict[int, Paces]:
-        """Of those of some ranks that have any."""
-        found = ((rank, self.paces(rank, segments)) for rank in ranks)
+    def all_paces(self, ran: Mapping[int, Sequence[Ran]]) -> dict[int, Paces]:
+        """When some ranks, of which is known what they run, and what they send are slow for a part of the step; of
+        those that ever are.
+        """
+        found = ((rank, self._paces(rank, every)) for rank, every in ran.items())
         return {rank: paces for rank, paces in found if paces}
+
+    def _paces(self, rank: int, ran: Sequence[Ran]) -> Paces | None:
+        kernels = [_held(slow, slow.factor) for slow in self.slow_ranks if not slow.is_whole and rank in slow.ranks]
+        transfers = dict(self._slow_transfers(rank, ran)) if self._links_at_times else {}
+        return Paces(kernels, transfers) if kernels or transfers else None
+
+    def _slow_transfers(self, rank: int, ran: Iterable[Ran]) -> Iterator[tuple[int, Sequence[Held]]]:
+        """Transfers of a rank whose links are slow at times, by their number among all that it runs."""
+        known: dict[Call | Ends, Sequence[Held]] = {}
+        first = 0
+        for made in ran:
+            calls: Mapping[int, Call | Ends] = made.calls if isinstance(made, Segment) else {0: made}
+            for task, call in calls.items():
+                if call not in known:
+                    known[call] = [_held(slow, slow.factor) for slow in self._slow_at_times(call, rank)]
+                if known[call]:
+                    yield first + task, known[call]
+            first += len(made.tasks) if isinstance(made, Segment) else 1
+
+    def _slow_at_times(self, call: Call | Ends, rank: int) -> Iterator[SlowLink]:
+        """Links that a call or a message goes over, which are slow for a part of the step."""
+        for slow, users in self._links_at_times:
+            goes = self.holds(call, rank, slow.link, users) if isinstance(call, Call) else (
+                self._crosses(slow.link, users, {*call})
+            )  # fmt: skip
+            if goes:
+                yield slow
 
     # Transfers
 
@@ -118,6 +139,10 @@ class Perturbed:
     @lazy
     def _whole_links(self) -> list[tuple[SlowLink, frozenset[int]]]:
         return [own for own in self.slow_links if own[0].is_whole]
+
+    @lazy
+    def _links_at_times(self) -> list[tuple[SlowLink, frozenset[int]]]:
+        return [own for own in self.slow_links if not own[0].is_whole]
 
     def holds(self, call: Call, rank: int, link: Link, users: frozenset[int]) -> bool:
         """Whether what a rank calls goes over a link of some ranks."""

@@ -16,6 +16,7 @@ from spsim.engine.trace import Wait
 from spsim.step.folding import Step
 from spsim.step.gradients import STAGE_AXES
 from spsim.step.itinerary import Visit
+from spsim.step.perturbed import Ran
 from spsim.step.pipeline.messages import Message, Post, Run
 from spsim.step.pipeline.tape import Score
 from spsim.step.pipelined import SENT, Closed, Messages
@@ -53,14 +54,17 @@ def unfold_pipeline(
     programs: dict[int, RankProgram] = {}
     durations: dict[int, list[int]] = {}
     traffic: dict[int, Sequence[Traffic | None]] = {}
+    ran: dict[int, Sequence[Ran]] = {}
     for stage in written:
         for rank in ranks.copies:
             transfer_ps = messages.transfer_ps if perturbed is None else perturbed.transfer_ps(rank, messages)
             made = _Program(stage, rank, len(written), transfer_ps)
             number = ranks.on_stage(stage.number, rank)
             programs[number], durations[number] = RankProgram(made.chain.tasks), made.durations
+            if perturbed is not None:
+                ran[number] = perturbed.ran(rank, made.ran)
             traffic[number] = made.traffic(sharing, messages.bytes) if sharing else ()
-    paces = {} if perturbed is None else perturbed.paces(programs)
+    paces = {} if perturbed is None else perturbed.perturbed.all_paces(ran)
     network = None if sharing is None else sharing.network(traffic)
     moments = run(programs, slowdown=step.slowdown, durations=durations, paces=paces, network=network)
     reading = _Reading(ranks, messages, moments)
@@ -76,8 +80,7 @@ class _Program(Concatenation):
 
     def __init__(self, stage: WrittenStage, rank: int, stages: int, transfer_ps: Mapping[tuple[int, int], int]) -> None:
         super().__init__(stage.step, rank)
-        self.ran: list[Segment | None] = []
-        """None for a message."""
+        self.ran: list[Segment | Message] = []
         self.stage = stage.number
         self.stages = stages
         self.durations: list[int] = []
@@ -105,11 +108,11 @@ class _Program(Concatenation):
             Task(0, lane, meetings=(Meeting((message, self.rank), 2),), slowdown=0.0)
         )
         self.durations.append(duration_ps)
-        self.ran.append(None)
+        self.ran.append(message)
 
     def traffic(self, sharing: Sharing, message_bytes: int) -> Sequence[Traffic | None]:
         """What each task sends."""
-        own = ([sharing.message(message_bytes)] if segment is None else sharing.of(segment) for segment in self.ran)
+        own = ([sharing.message(message_bytes)] if isinstance(made, Message) else sharing.of(made) for made in self.ran)
         return [traffic for tasks in own for traffic in tasks]
 
     def meeting(self, communicator: Communicator, number: int, parties: int) -> Meeting:

@@ -6,18 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spsim.engine.tasks import Paces
 from spsim.inputs.schedules import Schedule
 from spsim.step.closing import Closing
 from spsim.step.folding import Step
 from spsim.step.itinerary import Visit, visits
-from spsim.step.perturbed import Perturbed
-from spsim.step.pipeline.messages import Instruction, Run
+from spsim.step.perturbed import Perturbed, Ran
+from spsim.step.pipeline.messages import Instruction, Message, Run
 from spsim.step.pipeline.orders import Action
 from spsim.step.pipeline.tape import Score
 from spsim.step.pipelined import Closed, Messages
 from spsim.step.preparation import PreparedStep
 from spsim.step.ranks import Ranks
+from spsim.step.segments import Segment
 from spsim.step.stages import Passes, Stages, work_of
 
 
@@ -105,8 +105,10 @@ class PerturbedStages(NamedTuple):
             for (one, other), ps in messages.transfer_ps.items()
         }
 
-    def paces(self, ranks: Iterable[int]) -> dict[int, Paces]:
-        """Of those that have some."""
-        closings = [made.segment for made in self.prepared.every_closing]
-        segments = [*self.prepared.segments, *closings]
-        return self.perturbed.all_paces(ranks, segments)
+    def ran(self, rank: int, every: Iterable[Segment | Message]) -> Sequence[Ran]:
+        """What a rank of a stage and its counterparts run, by ranks of the world."""
+        on_stage = self.prepared.ranks.on_stage
+        return [
+            (on_stage(made.sender, rank), on_stage(made.receiver, rank)) if isinstance(made, Message) else made
+            for made in every
+        ]

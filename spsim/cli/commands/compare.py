@@ -17,6 +17,7 @@ from spsim.cli.options import (
     JsonOption,
     MicroBatchOption,
     ModelOption,
+    NetworkOption,
     NodesOption,
     PhaseOption,
     PrecisionOption,
@@ -58,6 +59,7 @@ def command(
     phase: PhaseOption = None,
     nodes: NodesOption = None,
     scope: ScopeOption = None,
+    network: NetworkOption = None,
     changes: SetOption = None,
     as_json: JsonOption = False,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for pictures and comparison.json.")] = None,
@@ -67,7 +69,8 @@ def command(
     check_report(page)
     given = Given.of(
         "compare", case, plan, changes, launch_file, hardware=hardware, model=model, nodes=nodes, scope=scope,
-        seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision, phase=phase,
+        network=network, seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision,
+        phase=phase,
     )  # fmt: skip
     print_notes(given)
     comparison = compare(given.all_plans(), **given.settings())

@@ -37,9 +37,12 @@ _END = "Avg bus bandwidth"
 _VERSION = re.compile(r"NCCL version ([\w.+]+)|nccl-library=(\d+)")
 _ROW = re.compile(
     r"^\s*(?P<size>\d+)\s+\d+\s+[a-z]\w*\s+\w+\s+(?P<root>-?\d+\s+)?"
-    r"(?P<time>\d[\d.]*(?:e[+-]?\d+)?)\s+(?P<algorithm>\d[\d.]*)\s+(?P<bus>\d[\d.]*)\s"
+    r"(?P<time>\d[\d.]*(?:e[+-]?\d+)?)\s+(?P<algorithm>\d[\d.]*)\s+(?P<bus>\d[\d.]*)\s+"
+    r"(?:(?P<wrong>\d+)(?!\S))?"
 )
 _ROW_WITHOUT_ROOT = re.compile(_ROW.pattern.replace(r"(?P<root>-?\d+\s+)?", ""))
+_BEGUN = re.compile(r"\s*\d+\s+\d+(?!\S)")
+"""How a row begins, whole or not."""
 WITHIN, BETWEEN = "within", "between"
 SLACK = 0.02
 """Relative gap between figures of a row that rounding explains; GB/s are printed with two decimals."""
@@ -126,8 +129,11 @@ def _rows(path: Path, text: str) -> Iterator[tuple[_Test, Measurement]]:
             test.row = _ROW if " root " in line else _ROW_WITHOUT_ROOT
         elif _END in line:
             name = test = None
-        elif test and (row := test.row.match(line)) and (size := int(row["size"])) >= max(test.ranks, 1):
-            yield test, _measurement(test, size, row, where)
+        elif test and (row := test.row.match(line)):
+            if (size := int(row["size"])) >= max(test.ranks, 1):
+                yield test, _measurement(test, size, row, where)
+        elif test and _BEGUN.match(line):
+            raise InputError(f"{where}: is no whole row of a size; give it as it was printed, or leave it out")
 
 
 def _collective(name: str | None, path: Path) -> CollectiveName:
@@ -156,6 +162,8 @@ def _measurement(test: _Test, size: int, row: re.Match[str], where: str) -> Meas
         raise InputError(f"{where}: the header names {test.ranks} ranks; keep it whole, a collective takes at least 2")
     if len(set(Counter(test.hosts).values())) > 1:
         raise InputError(f"{where}: {test.ranks} ranks on {test.nodes} hosts, not equally many on each; leave it out")
+    if int(row["wrong"] or 0):
+        raise InputError(f"{where}: {row['wrong']} wrong values; times of what did not work say nothing, leave it out")
     time_us, algorithm, bus = (float(row[name]) for name in ("time", "algorithm", "bus"))
     factor = bus_factor(test.collective, test.ranks)
     for what, stated, due in (

@@ -108,7 +108,8 @@ def _alike(hardware: HardwareProfile, model: Model, plan: Plan, workloads: Workl
     every = [template.at(workload) for workload in _each(workloads)]
     numbers = np.array([own.values for own in every], dtype=np.float64).T
     compute, comm = cost_models(hardware, workloads.precision)
-    times = prepared.durations_of_many(numbers, compute, comm, gpus_per_node=gpus_per_node(hardware, plan))
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond int64 picoseconds chains do not hold: bounds of 0
+        times = prepared.durations_of_many(numbers, compute, comm, gpus_per_node=gpus_per_node(hardware, plan))
     slowdown = 0.0 if plan.dp_overlap else hardware.coefficients.overlap_slowdown.value
     chains = _chains(prepared, workloads, times, slowdown)
     passes, saved, beyond = (np.zeros((len(BLOCKS), len(every))) for _ in range(3))

@@ -94,7 +94,7 @@ def _priced(hardware: Given, jobs: Sequence[Job], executor: Executor | None) -> 
     if executor is None:
         yield from _price(hardware, jobs)
         return
-    size = -(-len(jobs) // JOBS)
+    size = max(1, -(-len(jobs) // JOBS))
     parts = [executor.submit(_price, hardware, jobs[start : start + size]) for start in range(0, len(jobs), size)]
     for part in parts:
         yield from part.result()

@@ -24,7 +24,7 @@ def longest_length(space: Space, given: Given, room_gib: float, executor: Execut
     multiple or a sixteenth of one of; None where that does not fit.
     """
     start = space.workload.seq_len
-    doubled = [start << power for power in range((LONGEST // start).bit_length()) if start << power <= LONGEST]
+    doubled = [start << power for power in range(max(1, (LONGEST // start).bit_length()))]
     found = _longest_of(doubled, space, given, room_gib, executor)
     if found is None:
         return None

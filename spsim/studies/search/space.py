@@ -124,7 +124,9 @@ class Space:
             raise InputError(f"values: {name}: is fixed by the plan, too; keep one")
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise InputError(f"values: {name} = {values!r} is no list of values; write for instance [1, 2, 4]")
-        for value in values:
+        for place, value in enumerate(values):
+            if value in values[:place]:
+                raise InputError(f"values: {name}: has {value!r} twice; give each value once")
             if name == MICRO_BATCH:
                 Workload(seq_len=self.workload.seq_len, micro_batch=value)
             else:
