@@ -13,6 +13,7 @@ import pytest
 
 import spsim
 from spsim.cli import main
+from spsim.cli.app import COMMANDS
 from spsim.studies.measured_cases import load_cases
 from tests.cases import published
 
@@ -227,6 +228,12 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").rglob("*.md"):
         assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, path
+
+
+def test_every_command_and_public_name_is_in_the_reference() -> None:
+    commands, names = ((ROOT / "docs" / "reference" / page).read_text() for page in ("command-line.md", "python.md"))
+    assert set(re.findall(r"<!-- help: (\w+) -->", commands)) == set(COMMANDS)
+    assert set(spsim.__all__) <= set(re.findall(r"^::: spsim\.(\w+)$", names, flags=re.MULTILINE))
 
 
 def test_there_are_fourteen_tasks() -> None:
