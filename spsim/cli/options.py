@@ -94,7 +94,8 @@ ReportOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
 ]
+Library = Literal["megatron", "torchtitan", "deepspeed", "transformers"]
 EmitOption = Annotated[
-    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
+    Library | None,
     typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
 ]
