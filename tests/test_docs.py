@@ -13,7 +13,7 @@ import pytest
 
 import spsim
 from spsim.cli import main
-from spsim.cli.app import COMMANDS
+from spsim.cli.app import COMMANDS, EXPERIMENT
 from spsim.studies.measured_cases import load_cases
 from tests.cases import published
 
@@ -232,7 +232,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_every_command_and_public_name_is_in_the_reference() -> None:
     commands, names = ((ROOT / "docs" / "reference" / page).read_text() for page in ("command-line.md", "python.md"))
-    assert set(re.findall(r"<!-- help: (\w+) -->", commands)) == set(COMMANDS)
+    assert set(re.findall(r"<!-- help: (\w+) -->", commands)) == {*COMMANDS, EXPERIMENT}
     assert set(spsim.__all__) <= set(re.findall(r"^::: spsim\.(\w+)$", names, flags=re.MULTILINE))
 
 

@@ -23,9 +23,9 @@ from spsim.results.result import Result
 WIDTH = 13.33
 """Inches of a 16:9 slide."""
 POINTS = 72
+"""Points of an inch."""
 LINE_PITCH = 1.2
 """Heights of a letter from one line of a text to the next."""
-"""Points of an inch."""
 MARGIN = 5.0
 """Points left free before and after a text in a box; hinted letters are wider than their outlines."""
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE, LABEL_SIZE = 14.0, 10.0, 9.0, 7.5
