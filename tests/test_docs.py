@@ -176,7 +176,7 @@ def words(text: str) -> str:
 
 
 def assert_shown(shown: str, printed: str) -> None:
-    """The parts between the ellipses are printed in that order; numbers within a fifth, percentages within two more."""
+    """The parts between the ellipses are printed in that order; numbers within a twentieth, percentages within two more."""
     end = 0
     for part in filter(None, map(words, shown.split("…"))):
         pattern = re.sub(NUMBER, "\0", part)
@@ -185,7 +185,7 @@ def assert_shown(shown: str, printed: str) -> None:
         for expected, actual in zip(re.finditer(NUMBER, part), found.groups(), strict=True):
             slack = 2 if part[expected.end() :].startswith(" %") else 0
             number = float(expected.group().replace(",", ""))
-            assert float(actual.replace(",", "")) == pytest.approx(number, rel=0.2, abs=slack), part
+            assert float(actual.replace(",", "")) == pytest.approx(number, rel=0.05, abs=slack), part
         end = found.end()
 
 
