@@ -23,6 +23,8 @@ from rich.table import Table
 
 import spsim
 from spsim import report
+from spsim.plots.colours import GRID, MUTED
+from spsim.plots.figure import TEXT_SIZE, WIDTH, Picture, add_legend, add_title, axes_at
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "TP": {"tp": 8},
@@ -72,25 +74,26 @@ def lost(frame: pd.DataFrame) -> pd.DataFrame:
 def figures(frame: pd.DataFrame) -> Mapping[str, Figure]:
     """A panel for each perturbation, a line for each strategy."""
     costs = lost(frame)
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Picture(figsize=(WIDTH, 5.0))
     titles = {
         "slow GPU": f"one GPU takes {FACTOR:g} times as long",
         "slow adapter": f"one adapter at 1/{LINK_FACTOR:g} of its rate",
     }
-    panels = figure.subplots(1, len(titles))
+    left, gap, bottom, height = 0.8, 0.8, 1.05, 2.75
+    width = (WIDTH - left - 0.3 - gap) / 2
+    panels = [axes_at(figure, left + place * (width + gap), bottom, width, height) for place in range(2)]
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         draw(axes, costs[name], title)
-    panels[0].axhline(100 * FACTOR - 100, color="#888888", linewidth=0.8, linestyle=":")
+    panels[0].axhline(100 * FACTOR - 100, color=MUTED, linewidth=0.8, linestyle=":")
     panels[0].set_ylim(0, 110 * FACTOR - 110)
-    panels[0].set_ylabel("longer step (%)")
+    panels[0].set_ylabel("longer step (%)", size=TEXT_SIZE)
     panels[1].set_yscale("log")
     panels[1].set_ylim(1, 100)
     panels[1].set_yticks([1, 2, 5, 10, 20, 50, 100], labels=["1", "2", "5", "10", "20", "50", "100"])
     panels[1].minorticks_off()
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STRATEGIES), frameon=False
-    )
-    figure.suptitle("What one straggler costs: Llama 3 8B, 32K tokens, 8 or 16 GPUs a replica")
+    panels[1].set_xlim(panels[0].get_xlim())
+    add_legend(figure, panels[0].lines[: len(STRATEGIES)])
+    add_title(figure, "What one straggler costs", "llama-3-8b on dgx-h100 · 32K tokens · 8 or 16 GPUs a replica")
     return {"stragglers.png": figure}
 
 
@@ -100,15 +103,14 @@ def draw(axes: Axes, costs: "pd.Series[float]", title: str) -> None:
         own = costs[strategy]
         own = own[own > 0]
         kind, _, two_nodes = strategy.partition(", ")
-        style = "--" if two_nodes else "-"
-        axes.plot(own.index, own, marker="o", markersize=4, color=COLOURS[kind], linestyle=style, label=strategy)
+        look = {"linestyle": "--", "markerfacecolor": "white"} if two_nodes else {}
+        axes.plot(own.index, own, marker="o", markersize=5, color=COLOURS[kind], label=strategy, **look)
     axes.set_xscale("log", base=2)
     axes.set_xticks([*costs.index.get_level_values("gpus").unique()])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("GPUs")
-    axes.set_title(title, fontsize=10)
-    axes.grid(axis="y", color="#e5e5e5")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("GPUs", size=TEXT_SIZE)
+    axes.set_title(title, size=TEXT_SIZE, weight="bold", loc="left")
+    axes.grid(axis="y", color=GRID)
 
 
 def tables(frame: pd.DataFrame) -> Iterator[Table | str]:

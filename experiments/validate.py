@@ -123,8 +123,10 @@ def scatter(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str], column: 
         colour = colours[str(name)]
         faces = ["none" if fitted else colour for fitted in group["fitted"]]
         axes.scatter(group["measured"], group[column], s=18, facecolors=faces, edgecolors=colour)
-        mean = group.loc[~group["fitted"], "percent"].abs().mean()
-        axes.scatter([], [], s=18, color=colour, label=f"{name}: {len(group)} rows, {mean:.1f} %")
+        own = group.loc[~group["fitted"], "percent"].abs()
+        mean = "all fitted on" if own.empty else f"{own.mean():.1f} %"
+        rows_of = f"{len(group)} row{'s' if len(group) > 1 else ''}"
+        axes.scatter([], [], s=18, color=colour, label=f"{name}: {rows_of}, {mean}")
 
 
 # ------------------------------------------------------------ tables

@@ -13,6 +13,7 @@ import pytest
 
 import spsim
 from spsim.cli import main
+from spsim.cli.app import COMMANDS, EXPERIMENT
 from spsim.studies.measured_cases import load_cases
 from tests.cases import published
 
@@ -175,7 +176,7 @@ def words(text: str) -> str:
 
 
 def assert_shown(shown: str, printed: str) -> None:
-    """The parts between the ellipses are printed in that order; numbers within a fifth, percentages within two more."""
+    """The parts between the ellipses are printed in that order; numbers within a twentieth, percentages within two more."""
     end = 0
     for part in filter(None, map(words, shown.split("…"))):
         pattern = re.sub(NUMBER, "\0", part)
@@ -184,7 +185,7 @@ def assert_shown(shown: str, printed: str) -> None:
         for expected, actual in zip(re.finditer(NUMBER, part), found.groups(), strict=True):
             slack = 2 if part[expected.end() :].startswith(" %") else 0
             number = float(expected.group().replace(",", ""))
-            assert float(actual.replace(",", "")) == pytest.approx(number, rel=0.2, abs=slack), part
+            assert float(actual.replace(",", "")) == pytest.approx(number, rel=0.05, abs=slack), part
         end = found.end()
 
 
@@ -227,6 +228,12 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").rglob("*.md"):
         assert f" {path.relative_to(ROOT / 'docs').as_posix()}\n" in navigation, path
+
+
+def test_every_command_and_public_name_is_in_the_reference() -> None:
+    commands, names = ((ROOT / "docs" / "reference" / page).read_text() for page in ("command-line.md", "python.md"))
+    assert set(re.findall(r"<!-- help: (\w+) -->", commands)) == {*COMMANDS, EXPERIMENT}
+    assert set(spsim.__all__) <= set(re.findall(r"^::: spsim\.(\w+)$", names, flags=re.MULTILINE))
 
 
 def test_there_are_fourteen_tasks() -> None:

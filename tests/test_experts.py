@@ -217,7 +217,8 @@ def test_without_experts_options_of_them_have_no_effect():
     ("plan", "words"),
     [
         ("dp=8,ep=3", "ep = 3 does not divide experts = 128"),
-        ("dp=2,ep=4", "ep = 4 is not one rank = 1 times a divisor of dp = 2"),
+        ("dp=2,ep=4", "ep = 4 is not a divisor of dp = 2, over which experts are spread; use another ep or dp$"),
+        ("tp=4,sequence_parallel,ep=4", "or expert_tp=1, which spreads them over tp too"),
         ("tp=2,dp=2,ep=2", "without sequence_parallel"),
         ("tp=4,sequence_parallel,ep=2,dp=2,expert_tp=1", "ep = 2 is not tp = 4 times a divisor of dp"),
         ("tp=4,sequence_parallel,dp=2,ep=2,expert_tp=2", "expert_tp = 2 with tp = 4"),

@@ -158,6 +158,19 @@ def test_which_axes_share_a_link():
     assert [mapping("ring=8", nodes=2).on_adapter(rank) for rank in range(4)] == [[("ring",)], [], [], [("ring",)]]
 
 
+@pytest.mark.parametrize(
+    ("plan", "names"),
+    [
+        ("tp=2,dp=4,ep=4,sequence_parallel", ["tp", "dp, ep"]),
+        ("tp=2,dp=4,ep=2,sequence_parallel", ["tp", "ep", "dp", "dp × ep"]),
+        ("tp=2,dp=4,ep=8,sequence_parallel,expert_tp=1", ["tp", "dp"]),
+    ],
+)
+def test_replicas_that_experts_are_spread_over_are_named_as_replicas(plan, names):
+    found = Mapping(Scenario(hardware="dgx-h100", model="mixtral-8x7b", plan=plan, workload={"seq_len": 4096}))
+    assert [found.name(axes) for axes in found.axes] == names
+
+
 def test_the_picture_has_a_row_for_each_axis_and_each_kind_of_link():
     """Cells of groups for every rank that is shown, and the groups of node 0 alone in colour."""
     figure = plot_mapping(scenario("tp=8,ulysses=2,dp=2,pp=4", workload={"global_batch": 4}))

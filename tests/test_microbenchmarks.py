@@ -9,6 +9,7 @@ import pytest
 from spsim.costs.kernels import ComputeCost
 from spsim.errors import InputError
 from spsim.inputs.profiles import load_profile
+from spsim.plots.kernels import plot_kernels
 from spsim.studies.microbenchmarks import Attention, Product, measured_kernels, summary
 from spsim.work import FlashAttention, Gemm
 from tests.cases import A100, H100
@@ -109,6 +110,18 @@ def test_bad_files_are_one_line(tmp_path, text, message):
         rows(tmp_path, text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_picture_has_plain_numbers_at_its_ticks(tmp_path):
+    """Of one row, too, whose axes span less than a decade."""
+    for text in ("4096,4096,4096,210\n", "4096,4096,4096,210\n1,4096,4096,16.6\n8192,8192,8192,1700\n"):
+        figure = plot_kernels(rows(tmp_path, f"m,n,k,time_us\n{text}"), title="products")
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        low, high = axes.get_xlim()
+        shown = [tick.get_text() for tick in axes.get_xticklabels() if low <= tick.get_position()[0] <= high]
+        assert shown
+        assert all(float(label.replace(",", "")) for label in shown)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ NetworkOption = Annotated[
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8, fp8_delayed, mxfp8, fp8_blockwise or nvfp4.")
 ]
-PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, prefill or decode.")]
+PhaseOption = Annotated[str | None, typer.Option("--phase", help="training; prefill and decode are not simulated yet.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -94,7 +94,8 @@ ReportOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Directory for timeline, memory curve, trace and tables.")
 ]
+Library = Literal["megatron", "torchtitan", "deepspeed", "transformers"]
 EmitOption = Annotated[
-    Literal["megatron", "torchtitan", "deepspeed", "transformers"] | None,
+    Library | None,
     typer.Option("--emit", help="Print the scenario as flags or configuration of a library, and run nothing."),
 ]

@@ -47,10 +47,12 @@ def _check_degrees(experts: int, plan: Plan) -> None:
         )
     within = math.prod(getattr(plan, axis) for axis in plan.expert_axes)
     if plan.ep > 1 and (plan.ep % within or plan.dp % (plan.ep // within)):
-        what = " x ".join(axis for axis in plan.expert_axes if getattr(plan, axis) > 1) or "one rank"
+        what = " x ".join(axis for axis in plan.expert_axes if getattr(plan, axis) > 1)
+        spread = f"{what} = {within} times a divisor" if what else "a divisor"
+        over_tp = ", or expert_tp=1, which spreads them over tp too" if plan.tp > 1 and plan.expert_tp != 1 else ""
         raise InputError(
-            f"plan: ep = {plan.ep} is not {what} = {within} times a divisor of dp = {plan.dp}, over which experts are "
-            f"spread; use {within} to {within * plan.dp}, or another expert_tp"
+            f"plan: ep = {plan.ep} is not {spread} of dp = {plan.dp}, over which experts are spread; use another ep "
+            f"or dp{over_tp}"
         )
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from matplotlib.textpath import TextToPath
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from spsim.errors import InputError
 from spsim.files import whole_file
@@ -23,9 +24,9 @@ from spsim.results.result import Result
 WIDTH = 13.33
 """Inches of a 16:9 slide."""
 POINTS = 72
+"""Points of an inch."""
 LINE_PITCH = 1.2
 """Heights of a letter from one line of a text to the next."""
-"""Points of an inch."""
 MARGIN = 5.0
 """Points left free before and after a text in a box; hinted letters are wider than their outlines."""
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE, LABEL_SIZE = 14.0, 10.0, 9.0, 7.5
@@ -73,6 +74,16 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
     axes.tick_params(labelsize=SMALL_SIZE, color=MUTED)
     axes.set_axisbelow(True)
     return axes
+
+
+def logarithmic(axes: Axes, low: float, high: float) -> None:
+    """Both axes from `low` to `high`, with plain numbers at as many ticks as there is room for."""
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    steps = (1, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 1000 else (1,)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=steps))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def add_title(figure: Figure, title: str, subtitle: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from spsim.plots.colours import GRID, MUTED, SERIES
-from spsim.plots.figure import TEXT_SIZE, Picture, add_title, axes_at
+from spsim.plots.figure import TEXT_SIZE, Picture, add_title, axes_at, logarithmic
 from spsim.studies.microbenchmarks import MeasuredKernel
 
 BAND = 0.1
@@ -32,10 +32,7 @@ def plot_kernels(rows: Sequence[MeasuredKernel], *, title: str, subtitle: str = 
             [row.measured_us for row in own], [row.predicted_us or 0.0 for row in own], s=18, alpha=0.8, linewidths=0,
             color=SERIES[place % len(SERIES)], label=group.replace("_", " "),
         )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(*ends)
-    axes.set_ylim(*ends)
+    logarithmic(axes, *ends)
     axes.set_xlabel("measured, us", size=TEXT_SIZE)
     axes.set_ylabel("predicted, us", size=TEXT_SIZE)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=TEXT_SIZE, frameon=False)

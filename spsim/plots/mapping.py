@@ -130,6 +130,13 @@ class Mapping:
 
         return [axes for axes in self.axes if leaves(axes)]
 
+    def name(self, axes: Axes_) -> str:
+        """Of a row; replicas over all of which experts are spread are the axis `ep` of the mesh."""
+        plan = self.scenario.plan
+        replicas = "dp, ep" if plan.ep == plan.expert_replicas else "dp"
+        whole = "dp" not in self.world.axes
+        return " × ".join(replicas if axis == "ep" and whole else axis for axis in axes)
+
     def words(self, axes: Axes_) -> str:
         """How many ranks, on what links."""
         degree, spans = self.world.size(axes), self.spans(axes)
@@ -161,7 +168,7 @@ def plot_mapping(scenario: Scenario) -> Figure:
     for own_links in links:
         canvas.links(down, own_links)
         down += ROW + GAP
-    names = [" × ".join(own) for own in mapping.axes]
+    names = [mapping.name(own) for own in mapping.axes]
     colours = (AXIS_COLOURS[n % len(AXIS_COLOURS)] for n in range(len(names)))
     add_legend(figure, [Patch(facecolor=colour, label=name) for name, colour in zip(names, colours, strict=True)])
     plan, more = scenario.plan, mapping.nodes - mapping.shown
@@ -240,7 +247,7 @@ class _Canvas:
     def groups(self, down: float, own: Axes_, colour: str) -> None:
         """A row of the groups of some axes."""
         mapping = self.mapping
-        self._label(down, " × ".join(own), mapping.words(own), colour)
+        self._label(down, mapping.name(own), mapping.words(own), colour)
         first = dict.fromkeys(mapping.group(rank, own) for rank in range(self.per_node))
         colours = {group: SERIES[n % len(SERIES)] for n, group in enumerate(first)}
         for rank in self.ranks:

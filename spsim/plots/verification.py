@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from spsim.plots.colours import GRID, MUTED, SERIES
-from spsim.plots.figure import SMALL_SIZE, TEXT_SIZE, WIDTH, Picture, add_legend, add_title, axes_at
+from spsim.plots.figure import SMALL_SIZE, TEXT_SIZE, WIDTH, Picture, add_legend, add_title, axes_at, logarithmic
 
 BAND = 0.2
 """Share by which a prediction may be off inside the band."""
@@ -82,15 +81,7 @@ def _limits(rows: pd.DataFrame) -> tuple[float, float]:
 
 
 def _scales(axes: Axes, low: float, high: float) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
-    steps = (1, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 1000 else (1,)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=steps))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    logarithmic(axes, low, high)
     axes.set_xlabel("measured (ms)", size=SMALL_SIZE)
     axes.set_ylabel("simulated (ms)", size=SMALL_SIZE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rich.table import Table
@@ -52,14 +52,22 @@ def blame_tables(found: PerturbedSteps) -> Iterator[Table]:
     """Who explains how much of what is lost, where that can be told."""
     if not found.beyond:
         return
-    made = table("lost time by rank", ["rank", "of it", "time"], numbers=["of it", "time"])
+    made = table(f"lost time by rank{_cut(found.by_rank)}", ["rank", "of it", "time"], numbers=["of it", "time"])
     for own in found.by_rank[:MOST_ROWS]:
         made.add_row(_named(own), f"{100 * own.share:.1f} %", time(own.lost_s))
     yield made
-    made = table("lost time by operator", ["operator", "pass", "of it", "time"], numbers=["of it", "time"])
+    made = table(
+        f"lost time by operator{_cut(found.by_operator)}",
+        ["operator", "pass", "of it", "time"],
+        numbers=["of it", "time"],
+    )
     for own in found.by_operator[:MOST_ROWS]:
         made.add_row(own.operator or "", own.phase or "", f"{100 * own.share:.1f} %", time(own.lost_s))
     yield made
+
+
+def _cut(shares: Sequence[Share]) -> str:
+    return f", {MOST_ROWS} of {len(shares)}" if len(shares) > MOST_ROWS else ""
 
 
 def _named(share: Share) -> str:

@@ -45,6 +45,7 @@ def command(
         return
     console = open_console()
     console.print(report.sentence(result), soft_wrap=True)
+    console.print()
     console.print(report.algorithms_table(curves(found, (result.message_bytes,))))
     print_written(console, out, written)
 

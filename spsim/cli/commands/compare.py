@@ -85,6 +85,7 @@ def command(
     console.print(report.plans_table(comparison))
     for pair in comparison.differences:
         console.print(report.time_table(pair))
+        console.print()
         console.print(report.memory_table(pair))
     for line in words:
         console.print(line, soft_wrap=True)

@@ -13,10 +13,10 @@ import typer
 
 from spsim.cli.completion import plan_options
 from spsim.cli.options import (
-    EmitOption,
     GlobalBatchOption,
     HardwareOption,
     JsonOption,
+    Library,
     MicroBatchOption,
     ModelOption,
     PlanOption,
@@ -77,6 +77,11 @@ BestOption = Annotated[int, typer.Option("--best", min=1, max=1000, help="Plans 
 JobsOption = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; all cores by default.")]
 FilesOption = Annotated[Path | None, typer.Option("--out", help="Directory for plans.csv, front.png and search.json.")]
 
+EmitFirstOption = Annotated[
+    Library | None,
+    typer.Option("--emit", help="Print the first plan as flags or configuration of a library, and nothing else."),
+]
+
 
 def command(
     model: ModelOption = None,
@@ -95,7 +100,7 @@ def command(
     jobs: JobsOption = None,
     executor: ExecutorOption = "processes",
     scheduler: SchedulerOption = None,
-    library: EmitOption = None,
+    library: EmitFirstOption = None,
     as_json: JsonOption = False,
     out: FilesOption = None,
     page: ReportOption = None,

@@ -21,7 +21,10 @@ def plain(text: str) -> str:
 def axis(title: str = "", **further: Any) -> dict[str, Any]:
     """An axis with the grid of all pictures."""
     heading = {"title": {"text": plain(title), "font": {"size": 12, "color": MUTED}}} if title else {}
-    return {"gridcolor": GRID, "zeroline": False, "automargin": True, "tickfont": {"size": 12}, **heading, **further}
+    return {
+        "gridcolor": GRID, "zeroline": False, "automargin": True, "tickfont": {"size": 12}, "exponentformat": "none",
+        "separatethousands": True, **heading, **further,
+    }  # fmt: skip
 
 
 def layout(height: int, **further: Any) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _verdict(cases: Sequence[Case]) -> list[str]:
     leads = [case.ranking.lead_percent for case in compared if case.ranking and not case.ranking.tied]
     told = [f"{name} in {count}" for name, count in wins.most_common()] + ([f"a tie in {ties}"] if ties else [])
     none = sum(case.ranking is None for case in compared)
-    more = f", by up to {max(leads):.0f} %" if max(leads, default=0.0) > 0 else ""
+    more = f"; the lead is up to {max(leads):.0f} %" if max(leads, default=0.0) > 0 else ""
     answer = f"Of {len(compared)} cases the fastest that fits is {listed(told)}{more}." if told else ""
     misfits = Counter(name for case in compared for name, row in case.rows.items() if not row["fits"])
     out = listed([f"{name} in {count}" for name, count in misfits.most_common()]) if misfits else ""
