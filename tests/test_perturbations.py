@@ -15,6 +15,7 @@ from spsim.engine.engine import run
 from spsim.engine.recording import COMPUTE_LANE
 from spsim.inputs.perturbations import Jitter, Perturbations
 from spsim.plots import plot_perturbed
+from spsim.report.perturbation import notes
 from spsim.simulation import side_by_side
 from spsim.step.itinerary import visits
 from spsim.step.jitter import Draws, drawn
@@ -354,6 +355,11 @@ def test_run_prints_the_steps_before_and_after(capsys, tmp_path):
     assert code == 0
     assert "p95 of the step" in out
     assert "lost time by operator" in out
+
+
+def test_where_nothing_is_lost_no_blame_is_missed():
+    found = perturb(step("dp=2"), [{"ranks": 0, "factor": 1}])
+    assert (found.lost_s, [*notes(found)]) == (0, [])
 
 
 def test_a_case_file_has_perturbations_of_its_own(capsys, tmp_path):

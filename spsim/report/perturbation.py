@@ -31,7 +31,7 @@ def _rows(found: PerturbedSteps) -> Iterator[tuple[str, str, str]]:
     before = found.before.step_time_s
     yield "step before", time(before), "without perturbations"
     if found.scenario.perturbations.jitters:
-        count = f"{len(found.step_s):,} seeds"
+        count = f"{len(found.step_s):,} seed{'s' * (len(found.step_s) > 1)}"
         yield "mean step", time(float(np.mean(found.step_s))), f"{_percent(found.lost_s / before)}; {count}"
         for percent, own in found.percentiles_s.items():
             yield f"p{percent} of the step", time(own), _percent(own / before - 1)
@@ -78,5 +78,5 @@ def notes(found: PerturbedSteps) -> Iterator[str]:
     """What to know of the tables."""
     if found.beyond:
         yield "blame: what kernels and transfers on the longest way take beyond what they take unperturbed"
-    else:
+    elif found.lost_s:
         yield "blame: not told with from_s and to_s, nor with network = flows"
