@@ -137,7 +137,7 @@ def test_names(name, told_by):
 def test_names_in_pictures(name):
     with written("case.toml", {**CASE, "model": {**CASE["model"], "name": name}}) as path:
         if answer("run", path, "--out", path.parent / "out") is not None:
-            assert len([*(path.parent / "out").iterdir()]) == 8
+            assert len([*(path.parent / "out").iterdir()]) == 9
 
 
 @given(fuzz.damaged_text(tomli_w.dumps(CASE)))

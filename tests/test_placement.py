@@ -327,8 +327,8 @@ def test_axes_of_degree_one_are_left_out():
 @pytest.mark.parametrize(
     ("sequence_parallel", "axis", "token_wise", "mixing"),
     [
-        (False, "tp", "a f v", "a"),
-        (True, "tp", "a f v s", "a"),
+        (False, "tp", "a f u v", "a"),
+        (True, "tp", "a f u v s", "a"),
         (False, "ulysses", "s", "a"),
         (False, "ring", "s", "s"),
         (False, "dp", "b", "b"),
