@@ -52,6 +52,20 @@ def test_version(capsys):
     assert spsim.__version__ == version("spsim")
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("schema foo", "Invalid value for 'kind': 'foo' is not one of 'profile', 'case', 'model'; see spsim --help"),
+        ("plan --max foo", "Invalid value for '--max': 'foo' is not one of 'seq_len'; see spsim --help"),
+        ("sweep", "No such command 'sweep'; see spsim --help"),
+    ],
+)
+def test_what_is_no_choice_is_one_line_in_our_words(line, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {said}\n")
+
+
 def test_names_of_the_package():
     assert {"simulate", "Plan"} <= set(dir(spsim))
     with pytest.raises(AttributeError, match="nothing"):

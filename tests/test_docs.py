@@ -176,7 +176,7 @@ def words(text: str) -> str:
 
 
 def assert_shown(shown: str, printed: str) -> None:
-    """The parts between the ellipses are printed in that order; numbers within 5 %, percentages within two more."""
+    """The parts between the ellipses are printed in that order; numbers within a twentieth, percentages within two."""
     end = 0
     for part in filter(None, map(words, shown.split("…"))):
         pattern = re.sub(NUMBER, "\0", part)

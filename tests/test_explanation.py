@@ -109,7 +109,7 @@ def test_communication_stands_at_the_operator_that_needs_it() -> None:
 
 @pytest.mark.parametrize("model", list(PRESETS))
 def test_flops_of_the_table_are_the_published_formula(model: str) -> None:
-    """24sbh^2 + 4s^2bh for GPT; flash under a causal mask computes half of the second term. Experts: those of a token."""
+    """24sbh^2 + 4s^2bh for GPT; flash under a causal mask computes half of the second. Experts: those of a token."""
     chosen = PRESETS[model]
     rows = by_name(model, "tp=1")
     tokens = WORKLOAD.seq_len * WORKLOAD.micro_batch

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         _fail(str(error))
     except _USAGE_ERROR as error:
-        _fail(f"{getattr(error, 'format_message', error.__str__)().rstrip('.')}; see spsim --help")
+        said = getattr(error, "format_message", error.__str__)().rstrip(".")
+        _fail(f"{said.replace('Value error, ', '')}; see spsim --help")  # words of pydantic, which typer quotes
     except (KeyboardInterrupt, typer.Abort):
         _interrupted()
     except SystemExit as stop:

@@ -106,7 +106,10 @@ class Space:
     def __post_init__(self) -> None:
         check_count("gpus", self.gpus)
         if self.workload.global_batch is None:
-            raise InputError("plan: global_batch is missing; plans are compared by steps of the same number of tokens")
+            raise InputError(
+                "plan: global_batch is missing; plans are compared by steps of the same number of tokens: give it, on "
+                "the command line as --global-batch"
+            )
         for name, values in self.values.items():
             self._check(name, values)
         degrees = prod(self.fixed.get(name, 1) for name in DEGREES)
