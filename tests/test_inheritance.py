@@ -255,8 +255,8 @@ def test_mistakes_are_one_line(tmp_path, name):
     ("text", "words"),
     [
         (HEAD.replace('"dgx-h100"', "3"), "base: 3 is no name"),
-        (HEAD.replace("dgx-h100", "dgx-h1000"), "unknown hardware"),
-        (HEAD.replace("dgx-h100", "other.toml"), "no such file"),
+        (HEAD.replace("dgx-h100", "dgx-h1000"), "mine.toml: base: unknown hardware"),
+        (HEAD.replace("dgx-h100", "other.toml"), "other.toml: no such file; name a shipped profile"),
         (HEAD.replace("dgx-h100", "mine.toml"), "as its own base"),
         (HALF, "there is no base"),
     ],

@@ -59,8 +59,13 @@ def _base(name: Any, path: Path, within: tuple[Path, ...] = ()) -> HardwareProfi
     if not isinstance(name, str):
         raise InputError(f"{path}: base: {name!r} is no name of a profile; write for instance base = 'dgx-h100'")
     if not name.endswith(".toml"):
-        return load_profile(name)
+        try:
+            return load_profile(name)
+        except InputError as error:
+            raise InputError(f"{path}: base: {error}") from None
     file = path.parent / name
+    if not file.exists():
+        raise InputError(f"{path}: base: {file}: no such file; name a shipped profile, or a file beside this one")
     if file.resolve() in within:
         raise InputError(f"{path}: base: {name} has this profile as its own base; give one that stands by itself")
     return _load(file, within)
