@@ -33,6 +33,12 @@ def test_one_line_says_what_was_found(compared, staged):
         f"Result(llama-3-8b on {H100}, TP8: {result.step_time_s * 1e3:.3f} ms, "
         f"{result.device_memory_gib:.1f} of {result.capacity_gib:.1f} GiB, fits)"
     )
+    perturbed = spsim.perturb(staged.scenario, [{"ranks": rank, "factor": 1.5} for rank in range(16)])
+    workload = {"seq_len": 8192, "global_batch": 8}
+    found = spsim.plan_search(**{**CASE, "workload": workload}, gpus=8, values={"pp": [1], "micro_batch": [1]})
+    for one in (perturbed, found, spsim.explain("llama-3-8b", LONG, workload), *found.best):
+        assert len(repr(one)) < MOST, repr(one)
+        assert repr(one).startswith(type(one).__name__)
     many = spsim.compare([f"tp={tp},recompute={how}" for tp in (2, 4, 8) for how in ("none", "full")], **CASE)
     shown = (result, staged, compared, many, *many.accounts, *many.differences, result.trace, result.scenario)
     for one in (*shown, staged.scenario, result.scenario.plan, result.scenario.hardware, result.scenario.model):

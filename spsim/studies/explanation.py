@@ -78,6 +78,9 @@ class Explanation:
     notes: tuple[str, ...] = ()
     """What of the model is left out, and which options of the plan have no effect."""
 
+    def __repr__(self) -> str:
+        return f"Explanation({self.model:.100}, {self.plan:.300}: {len(self.operators)} operators)"
+
     def to_json(self) -> dict[str, Any]:
         """The document of `explain --json`."""
         return {

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from spsim.step.jitter import Draws
 from spsim.step.lockstep import Lockstep
 from spsim.step.lockstep_stages import StagedLockstep
 from spsim.step.ranks import Ranks
+from spsim.studies.comparison import LONGEST_REPR
 from spsim.units import MIB, MS_PER_S, seconds
 
 if TYPE_CHECKING:
@@ -63,6 +65,14 @@ class PerturbedSteps:
     """Of each seed; of one where nothing is drawn."""
     beyond: Beyond
     """First rank, how many are alike, operator -> picoseconds that it takes longer on the longest way, of all seeds."""
+
+    def __repr__(self) -> str:
+        own, mean_s = self.scenario, float(np.mean(self.step_s))
+        shown = (
+            f"PerturbedSteps({own.model.name} on {own.hardware.name}, {own.plan.label}: {MS_PER_S * mean_s:.3f} ms "
+            f"instead of {self.before.step_time_s * MS_PER_S:.3f}; {', '.join(own.perturbations.labels)})"
+        )
+        return shorten(shown, LONGEST_REPR, placeholder=" …)")
 
     @lazy
     def after(self) -> Result | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from spsim.inputs.hardware import HardwareProfile
@@ -15,7 +16,7 @@ from spsim.inputs.plan import Plan, plan_text
 from spsim.inputs.scenario import Scenario
 from spsim.results.document import SCHEMA_VERSION
 from spsim.simulation import simulate
-from spsim.studies.comparison import LABELLED, SHARDED, Difference
+from spsim.studies.comparison import LABELLED, LONGEST_REPR, SHARDED, Difference
 from spsim.studies.plan_accounts import PlanAccount
 from spsim.studies.ranking import tie
 from spsim.studies.search.candidates import Candidate
@@ -39,6 +40,10 @@ class Found:
     candidate: Candidate
     row: Row
     """Of a sweep."""
+
+    def __repr__(self) -> str:
+        shown = f"Found({self.plan.text}, micro_batch={self.candidate.micro_batch}: {MS_PER_S * self.step_s:.3f} ms)"
+        return shorten(shown, LONGEST_REPR, placeholder=" …)")
 
     @property
     def plan(self) -> Plan:
@@ -109,6 +114,13 @@ class PlanSearch:
     """As many best plans are asked for."""
     tokens: int | None = None
     """For which GPU-hours are asked for."""
+
+    def __repr__(self) -> str:
+        shown = (
+            f"PlanSearch({len(self.candidates)} plans of {self.gpus} GPUs of {self.hardware.name}, best "
+            f"{self.found[0]!r})"
+        )
+        return shorten(shown, LONGEST_REPR, placeholder=" …)")
 
     @cached_property
     def found(self) -> list[Found]:
