@@ -73,6 +73,7 @@ def test_what_is_not_covered_is_left_to_the_engine():
     assert Abreast(own, programs).run(durations | {0: [2**61] * len(own.tasks)}, starts, 0.15) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["ring=8,ring_cut=contiguous", "tp=2,ring=4,ring_cut=contiguous,recompute=full"])
 def test_passes_of_contiguous_rings_are_covered(plan):
     """Their ranks differ in durations and peers only."""

@@ -52,6 +52,7 @@ def test_of_two_free_blocks_the_smaller_one_is_taken_and_a_small_rest_stays():
     assert allocator.reserved == 50 * MIB
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 30)), min_size=1, max_size=60))
 def test_blocks_never_overlap_and_nothing_is_lost(requests):

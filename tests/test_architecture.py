@@ -178,6 +178,7 @@ def test_no_function_shares_its_name_with_a_module() -> None:
         assert name not in ORDER, f"spsim.{name} is also a module"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
 def test_sizes(name: str, path: Path) -> None:
     """Files of at most 400 lines, functions of at most 50."""

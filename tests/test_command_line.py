@@ -139,6 +139,7 @@ def test_run_in_other_words(capsys):
     assert ours["workload"]["seq_len"] == 65536
 
 
+@pytest.mark.slow
 def test_compare_in_other_words(capsys):
     plain = ["compare", "--model", "llama-3-8b", "--hardware", "dgx-h100"]
     ours = printed(capsys, *plain, "--plan", "tp=8,sequence_parallel", "--plan", "ulysses=8", "--seq-len", "65536")

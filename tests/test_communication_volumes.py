@@ -273,6 +273,7 @@ def test_tensor_and_sequence_parallel(case):
     assert case.sent(",sequence_parallel,recompute=full") == (4 * one + few, 10 * one + 2 * few)
 
 
+@pytest.mark.slow
 @random_shapes
 @given(cases(ulysses=DEGREES))
 def test_ulysses(case):

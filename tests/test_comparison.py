@@ -337,6 +337,7 @@ def test_several_plans_are_one_waterfall():
         assert [bar.get_x() + bar.get_width() for bar in grey] == pytest.approx(totals)
 
 
+@pytest.mark.slow
 def test_a_waterfall_with_long_names_is_readable():
     parts = ({f"a part with a name of many words, number {i}": 100.0 + i for i in range(9)}, {"other": 905.0})
     fall = plots.Waterfall("Time", "ms", ("tp=8,sequence_parallel,recompute=selective,ring_cut=zigzag", "B"), parts)

@@ -155,6 +155,7 @@ def test_a_missing_curve_is_the_users_to_add():
 SIZES = st.integers(0, 2**36)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.sampled_from([A100, H100]), st.sampled_from(COLLECTIVES), SIZES, SIZES, st.integers(2, 8))
 def test_a_larger_message_takes_no_less(hardware, name, first, second, ranks):

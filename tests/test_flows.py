@@ -90,6 +90,7 @@ def test_a_link_that_is_down_for_a_time():
 # ------------------------------------------------------------ against others
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(random_programs(kinds=("collective", "collective")), SLOWDOWNS, st.data())
 def test_one_link_for_all_is_as_the_replay_has_it(programs, slowdown, data):

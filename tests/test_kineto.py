@@ -631,6 +631,7 @@ def run_trace(*arguments, capsys):
     return ended.value.code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_trace(tmp_path, capsys):
     """Two steps of two ranks, worked out by hand: 10 us of each kernel, and an all-reduce under half of a copy."""
 

@@ -330,6 +330,7 @@ def llama():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "plan", ["dp=4", "dp=2,tp=2,sequence_parallel", "dp=2,ulysses=2", "dp=2,ring=2,ring_kind=all_gather"]

@@ -73,6 +73,7 @@ def test_what_lies_across_nodes_is_a_word():
     assert across.peak_memory_gib == inside.peak_memory_gib
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["tp-ulysses-ring-pp-dp", "pp-tp-ulysses-ring-dp", "dp-pp-tp-ulysses-ring"])
 @pytest.mark.parametrize("plan", ["tp=2,pp=2,dp=2", "tp=2,ring=2,pp=2,dp=2,ring_cut=contiguous"])
 def test_folded_equals_unfolded_in_any_order(order, plan):
@@ -171,6 +172,7 @@ def test_replicas_that_experts_are_spread_over_are_named_as_replicas(plan, names
     assert [found.name(axes) for axes in found.axes] == names
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_row_for_each_axis_and_each_kind_of_link():
     """Cells of groups for every rank that is shown, and the groups of node 0 alone in colour."""
     figure = plot_mapping(scenario("tp=8,ulysses=2,dp=2,pp=4", workload={"global_batch": 4}))

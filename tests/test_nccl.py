@@ -83,6 +83,7 @@ def test_ampere_has_no_reduction_in_switches():
     assert {chosen(A100, "all_reduce", 8, 1, 2**e).split()[0] for e in range(10, 34)} == {"ring"}
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([H100, B200]), st.sampled_from(["all_reduce", "all_gather"]), st.sampled_from([1, 2, 4, 8]),
     st.sampled_from([1, 2, 3, 10, 128]), st.integers(1, 2**36),

@@ -79,6 +79,7 @@ def test_sources_and_provenance_say_where_the_curves_come_from(fitted):
     assert ring.held_out_error_percent is not None
 
 
+@pytest.mark.slow
 def test_one_command_reads_several_logs(tmp_path, capsys):
     out = tmp_path / "mine.toml"
     with pytest.raises(SystemExit) as stop:

@@ -51,6 +51,7 @@ def test_the_pace_of_all_others_changes_nothing(paces):
     assert times(programs, slowdown=0.3, paces=paces) == times(programs, slowdown=0.3)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_random_paces_run_as_in_the_replay(data):

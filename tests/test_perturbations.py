@@ -65,6 +65,7 @@ def figures(result):
     return times, result.idle_s, result.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("perturbations", PERTURBED, ids=("slow", "several", "windows"))
 @pytest.mark.parametrize("plan", PLANS)
 def test_those_alike_towards_what_is_perturbed_are_simulated_once(plan, perturbations):
@@ -106,6 +107,7 @@ def test_a_window_costs_the_part_of_it_in_which_nothing_is_done():
     assert after.step_ps - before.step_ps == pytest.approx(2e-4 * PS_PER_S / 3, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["tp=8,pp=2", "ring=4,pp=2,dp=2", "ring=4,pp=4", "tp=4,dp=4"])
 def test_an_adapter_that_is_slow_from_the_start_until_long_after_the_end_is_slow_all_step(plan):
     """Also for messages of stages, and for no transfers within a node. A window slows latencies too: by 0.1 % here."""
@@ -387,6 +389,7 @@ def test_rows_of_perturbed_points_are_their_own(tmp_path):
     assert first[0] != second[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["tp=2,pp=2", "dp=2"])
 def test_the_picture_has_the_slow_rank_before_and_after(plan):
     """Of a later stage, whose first layer is not that of the model; and of a rank that has no neighbour."""

@@ -117,6 +117,7 @@ def test_forwards_before_the_first_backward_and_peak_in_flight(p: int, v: int, m
         assert _peak(orders("gpipe", p, 1, m, None)[r], 1) == m
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(2, 8), st.integers(0, 20))
 def test_v_shaped_schedules_hold_the_same_on_every_rank(p: int, more: int) -> None:

@@ -133,6 +133,7 @@ MIRROR = {
 SHORT = dict.fromkeys(AXES, 2)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.lists(FORWARD, min_size=len(AXES), max_size=len(AXES)), st.lists(TARGETS, min_size=len(AXES), max_size=len(AXES))

@@ -164,6 +164,7 @@ FURTHER = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 @given(PLANS, FURTHER, st.sampled_from([4096, 16384, 65536]), st.sampled_from([H100, "dgx-a100-80gb"]), st.booleans())
 @settings(settings.get_profile("fuzz"), max_examples=60)
 def test_no_plan_is_better_than_its_bounds(plan, further, seq_len, hardware, tied):
@@ -181,6 +182,7 @@ def test_no_plan_is_better_than_its_bounds(plan, further, seq_len, hardware, tie
         assert 0 < candidate.memory_gib <= result.device_memory_gib * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["dp-tp-pp-ulysses-ring", "tp-dp-ring-pp-ulysses"])
 def test_bounds_hold_wherever_groups_lie(order):
     """Over two nodes, where stages and replicas stand between the ranks of other groups."""
@@ -192,6 +194,7 @@ def test_bounds_hold_wherever_groups_lie(order):
         assert 1000 * candidate.step_s <= row["step_time_ms"] * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_bounds_are_close_where_nothing_runs_beside_the_passes():
     """Not only true, but of use: within 3 % of the step and 8 % of the memory."""
     every, rows, _ = every_small()
@@ -247,6 +250,7 @@ def test_gpu_hours_are_those_of_so_many_steps():
     assert own.gpu_hours(10**12) == pytest.approx(steps * own.step_s * 8 / 3600)
 
 
+@pytest.mark.slow
 def test_an_executor_finds_the_same():
     with ThreadPoolExecutor(2) as pool:
         own = plan_search(
@@ -261,6 +265,7 @@ def test_an_executor_finds_the_same():
     assert own.to_json() == found().to_json()
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_is_the_longest_that_fits():
     """Of sixteenths of a doubling: the next length fits under no plan."""
     values = {**VALUES, "recompute": ["none"], "pp": [1]}
@@ -315,6 +320,7 @@ def run(arguments, code=0):
     assert stop.value.code == code
 
 
+@pytest.mark.slow
 def test_command_prints_and_writes(tmp_path, capsys):
     run([*COMMAND, "--best", "3", "--budget", "15T", "--out", str(tmp_path)])
     text = capsys.readouterr().out

@@ -56,6 +56,7 @@ def sent(steps):
 # ------------------------------------------------------------ what runs in which type
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ITEMSIZE)
 def test_products_of_one_input_share_its_cast(precision):
     """Q, K and V apart, gate and up apart: cast, gathered and kept once, as of one product of them all; products and

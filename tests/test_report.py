@@ -63,6 +63,7 @@ def charts_of(page):
     return json.loads(page.partition('<script type="application/json" id="charts">')[2].partition("</script>")[0])
 
 
+@pytest.mark.slow
 def test_a_page_loads_nothing(page):
     """No element names a place but inside the page, and the policy lets a browser ask for none."""
     elements = Elements(page)

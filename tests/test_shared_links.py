@@ -89,6 +89,7 @@ GPUs with one adapter.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "settings"), SHARED)
 def test_sharing_takes_time_and_a_folded_rank_stands_for_all_its_like(plan, settings):
     folded = step_ps(plan, **settings)
@@ -152,6 +153,7 @@ def test_comparisons_and_the_command_line_take_it(capsys):
 ADAPTER = {"link": {"node": 1, "adapter": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "nodes"), [("tp=4,dp=4,zero=1", 4), ("tp=4,ring=2,dp=2", 4), ("tp=4,pp=2", 2)])
 def test_slow_and_failing_links_are_rates_of_the_network(plan, nodes):
     """Ranks whose groups have them are simulated by themselves, exactly as all; the closed form, which makes all bytes
@@ -258,6 +260,7 @@ def test_closed_forms_of_rings_are_those_of_astra_sim(collective, ranks, size, s
     assert 10**9 * comm.inner.time(collective, size, ranks) == pytest.approx(seen_ns, rel=0.001)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_what_shares_uplinks():
     """Leaves of two nodes, of which a group of Ulysses does not leave one; PCIe switches of four GPUs, of which tp = 2
     does not.

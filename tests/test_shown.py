@@ -26,6 +26,7 @@ def staged():
     return spsim.simulate(spsim.Scenario(**{**CASE, "workload": {"seq_len": 8192, "global_batch": 8}}, plan=LONG))
 
 
+@pytest.mark.slow
 def test_one_line_says_what_was_found(compared, staged):
     result = compared.accounts[0].result
     line = repr(result)

@@ -104,6 +104,7 @@ def test_pictures_of_pipelines_are_readable(name):
     assert_readable(plots.plot_pipeline(PIPES[name]))
 
 
+@pytest.mark.slow
 @each_pipe
 def test_every_pass_is_a_bar_and_the_rest_the_bubble(name):
     """Bars of a stage do not overlap; what neither passes nor transfers cover is the bubble of the result."""
