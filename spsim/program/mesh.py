@@ -119,10 +119,8 @@ class Mesh:
 
     def steps(self, axes: Sequence[Axis]) -> list[tuple[int, int]]:
         """Distance and number of the ranks of a group along each of some axes, outer to inner."""
-        names = self.own(axes)
-        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in names and axis != "pp"]
-        if "pp" in axes:
-            own.append((self.strides["pp"], self.degree("pp")))
+        names = {*axes, *(self.of_experts if "experts" in axes else ())}
+        own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in names]
         if "embedding" in axes:
             own.append((self.strides["pp"] * (self.degree("pp") - 1), self.degree("embedding")))
         return sorted(own, reverse=True)

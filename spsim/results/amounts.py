@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import head_flops, layer_flops
+from spsim.costs.flops import LayerFlops, head_flops, layer_flops
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import Model
 from spsim.inputs.scenario import Scenario
@@ -22,23 +23,23 @@ from spsim.results.derived import Amounts
 def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope: str, replicas: Any = None) -> Amounts:
     """FLOPs of a workload, or of many as arrays of integers that hold them; tokens. Of `replicas`, or of the plan's."""
     model = scenario.model
-    kinds = [(model, model.layers - model.dense_layers)]
-    kinds += [(model.as_dense, model.dense_layers)] if model.dense_layers else []
+    dense = [(model.as_dense, model.dense_layers)] if model.dense_layers else []
+    kinds = [(layer_flops(own, workload), layer_flops(own, workload, causal=True), n)
+             for own, n in ((model, model.layers - model.dense_layers), *dense)]  # fmt: skip
     rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
     head = head_flops(model, workload, rows).training()
     replicas = scenario.plan.dp if replicas is None else replicas
     return Amounts(
-        model=replicas * (sum(n * layer_flops(own, workload).training() for own, n in kinds) + head),
-        causal=replicas * (sum(n * layer_flops(own, workload, causal=True).training() for own, n in kinds) + head),
-        executed=replicas * (_executed(scenario, workload) + head),
+        model=replicas * (sum(n * flops.training() for flops, _, n in kinds) + head),
+        causal=replicas * (sum(n * flops.training() for _, flops, n in kinds) + head),
+        executed=replicas * (_executed(scenario, [flops for flops, *_ in kinds]) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 
 
-def _executed(scenario: Scenario | Grid, workload: Workload | Workloads) -> int:
-    """FLOPs of all layers, with what is recomputed."""
+def _executed(scenario: Scenario | Grid, flops: Sequence[LayerFlops]) -> int:
+    """FLOPs of all layers, with what is recomputed; `flops` of a layer, and of a dense one beside layers of experts."""
     model, plan = scenario.model, scenario.plan
-    flops = {False: layer_flops(model, workload), True: layer_flops(model.as_dense, workload)}
     chunks = [chunk.layers for chunk in all_chunks(model, plan)] if plan.recompute_layers else [range(model.layers)]
     return sum(
         count * kind.layers * flops[kind.dense].executed(kind.recomputed)

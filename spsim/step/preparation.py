@@ -341,7 +341,11 @@ class PreparedStep:
 
     def spread_parameters(self, chunk: Chunk) -> int:
         """Of these, those of experts that are spread over ranks."""
-        return sum(run.count * spread_parameters(self.template.programs[run.block]) for run in chunk)
+        return sum(run.count * self._spread[run.block] for run in chunk)
+
+    @lazy
+    def _spread(self) -> dict[str, int]:
+        return {block: spread_parameters(program) for block, program in self.template.programs.items()}
 
     def weight_bytes(self, chunk: Chunk) -> int:
         """Of these, with all copies that products read cast."""
