@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import Executor, Future
 
 import pandas as pd
@@ -15,6 +14,7 @@ from spsim.cli import main
 from spsim.errors import InputError
 from spsim.studies import sweeps
 from spsim.studies.tablefile import write_table
+from tests.sweeping import wait_for_rows
 
 EXPERIMENT = """
 import spsim
@@ -66,14 +66,6 @@ def started(experiment, directory, address):
         [sys.executable, "-m", "spsim", experiment, "--out", directory, "--executor", "dask", "--scheduler", address],
         env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-
-
-def wait_for_rows(running, directory, count):
-    """Until so many rows are on disk; how many there are then."""
-    rows = directory / "mine" / "rows.jsonl"
-    while running.poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") >= count):
-        time.sleep(0.002)
-    return rows.read_bytes().count(b"\n")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import spsim
+from tests.sweeping import wait_for_rows
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 EXPERIMENT = """
@@ -61,13 +62,6 @@ def left(directory):
     assert sorted(path.name for path in (directory / "mine").iterdir()) == FILES
     manifest, table, rows = ((directory / "mine" / name).read_bytes() for name in FILES)
     return manifest, table, sorted(rows.splitlines())
-
-
-def wait_for_rows(running, directory, count):
-    """Until so many rows are on disk."""
-    rows = directory / "mine" / "rows.jsonl"
-    while running.poll() is None and not (rows.exists() and rows.read_bytes().count(b"\n") >= count):
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
