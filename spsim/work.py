@@ -126,6 +126,8 @@ class FlashAttention:
     bytes_moved: int
     dropout: int = 0
     """1 where scores are dropped inside the kernel, which draws a random number for each."""
+    dtype: str | None = None
+    """Data type of its operands, where that is another than the block's."""
 
     @property
     def flops(self) -> int:

@@ -32,6 +32,7 @@ class ComputeCost:
         self.burst = burst
         self.power = PowerLimit(profile, products or dtype)
         self._by_type: dict[str, ProductCost] = {}
+        self._attention_by_type: dict[str, AttentionCost] = {}
         self._overhead = profile.coefficients.kernel_overhead_us.value / US_PER_S
 
     @cached_property
@@ -46,11 +47,13 @@ class ComputeCost:
             self._by_type[dtype] = ProductCost(self.profile, dtype, rate, burst=self.burst)
         return self._by_type[dtype]
 
-    @cached_property
-    def _attention(self) -> AttentionCost:
-        # Beside products of 8 or 4 bits attention stays in 16, as Transformer Engine runs a layer.
-        dtype = "bf16" if self.dtype in CAST_TYPES else self.dtype
-        return AttentionCost(self.profile, dtype, self._traffic.bandwidth("elementwise"))
+    def _attention(self, work: FlashAttention) -> AttentionCost:
+        """Of the type of its operands: beside products of 8 or 4 bits 16 bits, unless it says otherwise."""
+        dtype = work.dtype or ("bf16" if self.dtype in CAST_TYPES else self.dtype)
+        if dtype not in self._attention_by_type:
+            rate = self._traffic.bandwidth("elementwise")
+            self._attention_by_type[dtype] = AttentionCost(self.profile, dtype, rate)
+        return self._attention_by_type[dtype]
 
     @property
     def saved_by_graph(self) -> float:
@@ -63,7 +66,7 @@ class ComputeCost:
             case Gemm():
                 return self._overhead / work.pieces + self._products(work).time(work)
             case FlashAttention():
-                return self._overhead + self._attention.time(work)
+                return self._overhead + self._attention(work).time(work)
             case MemoryBound():
                 return self._overhead + self._traffic.time(work)
 
@@ -73,7 +76,7 @@ class ComputeCost:
             case Gemm():
                 return self._products(work).class_of(work)
             case FlashAttention():
-                return self._attention.class_of(work)
+                return self._attention(work).class_of(work)
             case MemoryBound():
                 return self._traffic.class_of(work)
 
@@ -84,7 +87,7 @@ class ComputeCost:
             case Gemm():
                 own = self._products(work).coefficients_of(work)
             case FlashAttention():
-                own = self._attention.coefficients_of(work)
+                own = self._attention(work).coefficients_of(work)
             case MemoryBound():
                 own = self._traffic.coefficients_of(work)
         limited = self.burst and self.power.slowdown and not isinstance(work, MemoryBound)

@@ -12,7 +12,7 @@ from spsim.inputs.plan import MESH_ORDER, Plan
 from spsim.inputs.step_rules import grouped, overlaps_messages, sends
 from spsim.inputs.workload import Workload
 
-OF_THE_STEP = ("loss_fusion", "loss_parallel")
+OF_THE_STEP = ("loss_fusion", "loss_parallel", "fp8_output_proj")
 """Options that layers alone have nothing of."""
 
 
@@ -291,6 +291,7 @@ def _of_memory(model: Model, plan: Plan) -> dict[str, str]:
         "recompute_early_stop": _nothing_left(model, plan),
         "recompute_reentrant": _nothing_earlier(model, plan),
         "loss_fusion": without_head,
+        "fp8_output_proj": without_head,
         "loss_parallel": without_head or ("with tp = 1" if plan.tp == 1 else ""),
         "recompute_modules": "as core attention is recomputed anyhow"
         if plan.recomputed_modules == ("core_attn",)

@@ -105,6 +105,10 @@ class Plan(Configuration):
     torch.utils.checkpoint), else when the backward pass first reads what was not kept."""
     cpu_offload_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Layers of a rank whose activations wait in host memory between their passes."""
+    fp8_dot_product_attention: bool = False
+    """Core attention in 8 bits, too, under a recipe of 8 bits; its result and gradients of activations stay in 16."""
+    fp8_output_proj: bool = False
+    """The output layer in 8 bits, too, under mxfp8."""
     cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"
     tp_backward_overlap: bool = True
     """Megatron's default: gradient communication behind the weight gradient, re-gather behind the data gradient."""

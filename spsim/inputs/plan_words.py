@@ -104,7 +104,7 @@ _VIRTUAL = "write virtual_pp=N, the layers of a stage divided by that"
 _LAYOUT = "write pp_layout, such as Et3/t4/t4/t3L"
 _SLOTS = f"is so where pp x virtual_pp divides layers + 2 and not layers; else {_LAYOUT}"
 _ELSEWHERE = "belongs to the workload; give --seq-len, --micro-batch, --global-batch or --precision, or [workload]"
-_EIGHT_BITS = "attention in 8 bits is not simulated yet; leave it out, recipes keep it in 16"
+_EIGHT_BITS = "Q, K and V that projections leave in 8 bits are not simulated yet; use fp8_dot_product_attention"
 _SOME_LAYERS = "layers in 16 bits among others in 8 are not simulated yet; leave it out"
 _ACCUMULATED = "write global_batch = micro-batches x micro_batch x dp in the workload"
 _GRAPH = "write cuda_graphs=per_layer or cuda_graphs=full_iteration"
@@ -130,11 +130,10 @@ ADVICE = {
     **dict.fromkeys(("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"), _SLOTS),
     **dict.fromkeys(("num_microbatches", "gradient_accumulation_steps"), _ACCUMULATED),
     **dict.fromkeys(("cuda_graph_impl", "cuda_graph_scope"), _GRAPH),
-    **dict.fromkeys(("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_dpa", "fp8_mha"), _EIGHT_BITS),
+    **dict.fromkeys(("fp8_multi_head_attention", "fp8_mha"), _EIGHT_BITS),
     **dict.fromkeys(
         ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"), _SOME_LAYERS
     ),
-    "fp8_output_layer": "the head in 8 bits is not simulated yet; leave it out, recipes keep it in 16",
     **dict.fromkeys(("offload_optimizer", "optimizer_cpu_offload", "cpu_offload"), _HOST),
     "cpu_offloading": "write how many: cpu_offload_layers=N",
     **{name: _ELSEWHERE for own, others in WORKLOAD.items() for name in (own, *others)},

@@ -28,10 +28,13 @@ _MODULES_ELSEWHERE = {
 }
 """Modules of Megatron-LM whose models spsim does not have."""
 
+CAST_ATTENTION = ("fp8", "mxfp8")
+"""Recipes in which core attention may run in 8 bits."""
+
 
 def check_step(model: Model, plan: Plan, workload: Workload) -> None:
     """The rules among options of the whole step; `InputError` names the first broken."""
-    for check in (_check_world, _check_pipeline, _check_replicas, _check_optimizer, _check_recompute, _check_host):
+    for check in _CHECKS:
         check(model, plan, workload)
 
 
@@ -271,3 +274,28 @@ def _check_host(model: Model, plan: Plan, workload: Workload) -> None:
             f"cpu_offload_layers = {offloaded} with cuda_graphs = {plan.cuda_graphs!r}: no graph copies to the host; "
             "leave one out"
         )
+
+
+def _check_casts(model: Model, plan: Plan, workload: Workload) -> None:
+    if plan.fp8_output_proj and workload.precision != "mxfp8":
+        raise _refused(
+            f"fp8_output_proj with precision = {workload.precision!r}: Megatron-Core casts the output layer under "
+            "mxfp8 only; use mxfp8 or leave it out"
+        )
+    if not plan.fp8_dot_product_attention:
+        return
+    if workload.precision not in CAST_ATTENTION:
+        raise _refused(
+            f"fp8_dot_product_attention with precision = {workload.precision!r}: simulated under "
+            f"{' and '.join(CAST_ATTENTION)} only; use one of them or leave it out"
+        )
+    if model.attention == "unfused" or plan.ring > 1 or plan.ulysses > 1:
+        raise _refused(
+            "fp8_dot_product_attention with unfused attention, ring or ulysses: not simulated yet; use tp or leave it "
+            "out"
+        )
+
+
+_CHECKS = (
+    _check_world, _check_pipeline, _check_replicas, _check_optimizer, _check_recompute, _check_host, _check_casts,
+)  # fmt: skip

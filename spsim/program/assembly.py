@@ -25,7 +25,7 @@ from spsim.program.lowerings.ring import lower_ring
 from spsim.program.lowerings.units import unit_of
 from spsim.program.mesh import mesh_of
 from spsim.program.operators import Operator
-from spsim.program.quantisation import quantised
+from spsim.program.quantisation import quantised, with_cast_attention
 from spsim.program.recipes import RECIPES, in_precision
 from spsim.program.recompute import LayerKind, layer_kinds, usual_kind
 from spsim.program.region import Region
@@ -62,7 +62,7 @@ def compiled_by(plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ..
     ring = (plan.ring_kind, plan.ring_cut, *messages) if plan.ring > 1 else ()
     chunks = (plan.tp_scatter,) if plan.tp_overlap and plan.tp > 1 else ()
     again = (plan.recompute_early_stop, plan.recompute_reentrant) if plan.recompute != "none" else ()
-    moved = again, plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first
+    moved = again, plan.keep_gathered, chunks, plan.input_gradients, plan.batch_first, plan.fp8_dot_product_attention
     exchanged = (plan.gathers_position_ids, plan.ulysses_gradients) if plan.ulysses > 1 else ()
     return *placed_by(plan), kind or usual_kind(plan), *moved, *exchanged, *ring
 
@@ -89,8 +89,9 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     kind = kind or usual_kind(plan)
     model = model.as_dense if kind.dense else model
     joined = projections(model, plan)
-    key = (layer_traits(model), joined, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined))
+    low = plan.fp8_dot_product_attention
+    key = (layer_traits(model), joined, low, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
+    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined, cast_attention=low))
     region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan))
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind.leaves or kind.fetches:
@@ -105,12 +106,17 @@ def _region(operators: Sequence[Operator], plan: Plan, elsewhere: Set[str] = fro
 
 
 def layer_operators(
-    model: Model, workload: Workload, replicas: int = 1, joined: Projections = "fused"
+    model: Model, workload: Workload, replicas: int = 1, joined: Projections = "fused", *, cast_attention: bool = False
 ) -> tuple[Operator, ...]:
-    """The operators of a layer, with the casts of the recipe of its precision, if that has one."""
+    """The operators of a layer, with the casts of the recipe of its precision, if that has one; of core attention only
+    where asked for.
+    """
     operators = transformer_layer(model, workload, replicas, joined)
     recipe = RECIPES.get(workload.precision)
-    return operators if recipe is None else quantised(operators, recipe)
+    if recipe is None:
+        return operators
+    operators = quantised(operators, recipe)
+    return with_cast_attention(operators, recipe) if cast_attention else operators
 
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
@@ -184,7 +190,8 @@ def head_key(model: Model, plan: Plan, *, loss_fusion: bool, beside_embedding: b
     """What of model and plan the program of the head depends on."""
     rows, shared = padded_vocab(model.head_rows, plan.tp), is_tied(model) and beside_embedding
     by_model = (head_traits(model), rows, is_tied(model))
-    return "head", by_model, loss_fusion, plan.loss_parallel or plan.tp == 1, shared, _around_by(plan)
+    loss = loss_fusion, plan.loss_parallel or plan.tp == 1
+    return "head", by_model, loss, plan.fp8_output_proj, shared, _around_by(plan)
 
 
 def head_program(
@@ -207,6 +214,8 @@ def compile_head(
     vocab = padded_vocab(model.head_rows, plan.tp)
     options = {"loss_fusion": loss_fusion, "loss_parallel": plan.loss_parallel}
     operators = head_block(model, workload, plan.dp, vocab=vocab, **options)
+    if plan.fp8_output_proj and (recipe := RECIPES.get(workload.precision)):
+        operators = quantised(operators, recipe.of_output_layer)
     elsewhere = {TABLE} if beside_embedding else frozenset()
     return _program_around(operators, plan, causal=model.causal, elsewhere=elsewhere)
 

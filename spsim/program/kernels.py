@@ -102,6 +102,11 @@ class Kernels:
         sizes = self.placed.sizes
         return math.ceil(math.prod([sizes[dim] for dim in dims]))
 
+    @property
+    def _dtype(self) -> str | None:
+        """Of cast operands."""
+        return None if self.operator.recipe is None else self.operator.recipe.dtype
+
     def _refuse(self, what: str) -> InputError:
         return InputError(f"operator {self.operator.name} ({self.operator.subscripts}): {what}")
 
@@ -245,11 +250,6 @@ class Product(Kernels):
         n = sum([w.elements for w in self.matrices]) // (k * batch)
         return Gemm(m, n, k, batch, self._traffic["forward"], dtype=self._dtype)
 
-    @property
-    def _dtype(self) -> str | None:
-        """Of cast operands."""
-        return None if self.operator.recipe is None else self.operator.recipe.dtype
-
     @lazy
     def _traffic(self) -> Mapping[Reading, int]:
         """Bytes of operands and result of each of its products."""
@@ -367,7 +367,7 @@ class Attention(Kernels):
         return FlashAttention(
             kernel=self.operator.attention_kernel, direction=direction, batch=batch, heads=heads, kv_heads=kv_heads,
             head_dim=width, value_dim=value_width, queries=queries, keys=keys, twice_pairs=twice_pairs, causal=causal,
-            bytes_moved=math.ceil(moved),
+            bytes_moved=math.ceil(moved), dtype=self._dtype,
         )  # fmt: skip
 
     @lazy

@@ -33,6 +33,48 @@ def quantised(operators: Sequence[Operator], recipe: Recipe) -> tuple[Operator, 
     return tuple(found.values())
 
 
+def with_cast_attention(operators: Sequence[Operator], recipe: Recipe) -> tuple[Operator, ...]:
+    """The operators of a block with core attention in the type of a recipe: queries, keys and values are cast before it
+    and kept so, the gradient of its result behind it; the result and all other gradients stay in 16 bits
+    (`fp8_dot_product_attention` of Megatron-Core).
+    """
+    return tuple([own for op in operators for own in _around_attention(op, recipe.of_attention)])
+
+
+def _around_attention(op: Operator, recipe: Recipe) -> Iterator[Operator]:
+    if op.kind != "attention":
+        yield op
+        return
+    itemsize = recipe.copies * recipe.itemsize
+    given, made = op.activations, op.results[0].tensor
+    cast = {
+        x.tensor.name: x.tensor._replace(
+            name=f"{op.name}_{x.tensor.name}", itemsize=itemsize, gradient_itemsize=x.tensor.itemsize
+        )
+        for x in given
+    }
+    for x in given:
+        yield Operator(
+            name=f"{cast[x.tensor.name].name}_cast", kind="cast", inputs=(_plain(x.tensor),),
+            outputs=(_plain(cast[x.tensor.name]),), passthrough=frozenset({x.tensor.name}),
+            cast=Cast(recipe, "input", of_attention=True),
+        )  # fmt: skip
+    result = made._replace(name=f"{made.name}_made", gradient_itemsize=itemsize)
+    names = {name: own.name for name, own in cast.items()} | {made.name: result.name}
+    yield replace(
+        op,
+        inputs=tuple(x._replace(tensor=cast[x.tensor.name]) for x in op.inputs),
+        outputs=tuple(o._replace(tensor=result) if o.tensor == made else o for o in op.outputs),
+        saves=tuple(names.get(name, name) for name in op.saves),
+        owns_gather=frozenset(names.get(name, name) for name in op.owns_gather),
+        recipe=recipe,
+    )
+    yield Operator(
+        name=f"{op.name}_gradient_cast", kind="cast", inputs=(_plain(result),), outputs=(_plain(made),),
+        cast=Cast(recipe, "gradient", of_attention=True),
+    )  # fmt: skip
+
+
 def _cast_for(op: Operator, recipe: Recipe) -> Tensor:
     """The input of a product, cast."""
     x = op.activations[0].tensor

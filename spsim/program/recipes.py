@@ -1,8 +1,8 @@
 """Recipes of low precision: which products of a block run in which type, and what is cast for them.
 
 The facts are Transformer Engine's, as Megatron-Core uses it (their sources of August 2026); `docs/model.md` lists them.
-Everything that a recipe does not name stays in 16 bits: attention, embedding, head, norms, and the tensors between
-operators. Dense products of a layer are the only ones here; a recipe that runs more of them in its type names them.
+Everything that a recipe does not name stays in 16 bits: embedding, norms, and the tensors between operators; attention
+and the head too, unless a plan asks for them.
 """
 
 from __future__ import annotations
@@ -79,6 +79,18 @@ class Recipe:
         return self.itemsize if self.weights_in_type else Fraction(HALF)
 
     @property
+    def of_attention(self) -> Recipe:
+        """The same for queries, keys and values: along sequence and head where copies have scales of their own, else
+        once, and never in 16 bits (`combine_and_quantize` of Transformer Engine).
+        """
+        return self if self.columns == "apart" else replace(self, columns="same")
+
+    @property
+    def of_output_layer(self) -> Recipe:
+        """The same for the output layer only (`fp8_output_proj` of Megatron-Core)."""
+        return replace(self, operators=frozenset({"output_layer"}))
+
+    @property
     def resident_bytes(self) -> Fraction:
         """Bytes of an element of a weight for the whole step, all its copies."""
         return self.copies * self.itemsize + (HALF if self.keeps_16_bits else 0)
@@ -125,3 +137,5 @@ class Cast:
     """A norm makes the input."""
     rows_only: bool = False
     """What products along columns read is made later, from 16 bits."""
+    of_attention: bool = False
+    """Of core attention, which is recomputed with its casts."""

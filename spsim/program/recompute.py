@@ -18,7 +18,7 @@ SHARED_SUM = "add_shared"
 """What experts of a token make and what shared ones do, added."""
 MODULES: Mapping[str, Callable[[Operator], bool]] = {
     "layer": lambda op: True,
-    "core_attn": lambda op: op.mixes_positions,
+    "core_attn": lambda op: op.mixes_positions or (op.cast is not None and op.cast.of_attention),
     "mlp": lambda op: "f" in op.extents,
     "mlp_act": lambda op: "f" in op.extents and op.kind != "gemm",
     "moe": lambda op: not {"e", "u"}.isdisjoint(op.extents) or op.name == SHARED_SUM,

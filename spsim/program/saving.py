@@ -49,10 +49,17 @@ class Saving:
     def kept(self, *, keep_weights: bool) -> Iterator[Saved]:
         """All that survives the forward pass, with `keep_weights` also what it gathers of weights."""
         seen = set()
+        # What casts a gradient hands on what it is given.
+        same = {
+            op.outputs[0].name: op.inputs[0].name
+            for op in self.region.operators
+            if op.operator.cast and op.operator.cast.of == "gradient"
+        }
         for op in self.region.operators:
             for operand, layout in self._kept_for(op):
-                if (operand.name, layout) not in seen:
-                    seen.add((operand.name, layout))
+                storage = same.get(operand.name, operand.name), layout
+                if storage not in seen:
+                    seen.add(storage)
                     size = self.region.bytes_of(operand.tensor, layout)
                     kind = operand.tensor.kind
                     category = "activation" if kind == "intermediate" else kind

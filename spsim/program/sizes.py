@@ -23,7 +23,7 @@ import numpy.typing as npt
 from spsim.inputs.workload import Precision, Workload
 from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.units import KIB
-from spsim.work import Gemm, Work
+from spsim.work import MemoryBound, Work
 
 Vector = npt.NDArray[np.int64]
 
@@ -244,7 +244,7 @@ class _Reader:
         slot = self._slots.get(work)
         if slot is None:
             slot = self._slots[work] = self._slot()
-            self.kernels[type(work), work.dtype if isinstance(work, Gemm) else None].append((work, slot))
+            self.kernels[type(work), None if isinstance(work, MemoryBound) else work.dtype].append((work, slot))
         return slot
 
     def groups(

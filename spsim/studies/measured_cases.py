@@ -173,6 +173,7 @@ class MeasuredCase(BaseModel):
         parameters = self.dp_overlap if self.param_gather_overlap is None else self.param_gather_overlap
         options["dp_overlap"] = gradients if gradients == parameters else "gradients" if gradients else "parameters"
         options["tp_overlap"] = self.tp_overlap or self.userbuffers
+        options |= {"fp8_dot_product_attention": self.fp8_attention, "fp8_output_proj": self.fp8_lm_head}
         if self.grad_reduce_dtype:
             options["grad_dtype"] = self.grad_reduce_dtype
         if self.fsdp:
@@ -190,8 +191,6 @@ _ABSENT = {
     "experts": "how recipes dispatch experts is",
     "mla": "latent attention is",
     "mtp": "multi-token prediction is",
-    "fp8_attention": "attention in 8 bits is",
-    "fp8_lm_head": "a head in 8 bits is",
 }
 """Column -> what models and recipes of spsim do not have."""
 
