@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from spsim.inputs.launch.emission import emit as emit
     from spsim.inputs.launch.reading import read_launch as read_launch
     from spsim.inputs.model import Model as Model
-    from spsim.inputs.model import load_model as load_model
     from spsim.inputs.plan import Plan as Plan
+    from spsim.inputs.presets import load_model as load_model
     from spsim.inputs.profiles import load_profile as load_profile
     from spsim.inputs.scenario import Scenario as Scenario
     from spsim.inputs.workload import Workload as Workload
@@ -54,7 +54,7 @@ _HOMES = {
     "emit": "inputs.launch.emission",
     "explain": "studies.explanation",
     "load_kineto_trace": "pytorch.kineto",
-    "load_model": "inputs.model",
+    "load_model": "inputs.presets",
     "load_profile": "inputs.profiles",
     "measured_trace": "results.measured",
     "perturb": "studies.perturbation",

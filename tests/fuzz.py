@@ -7,8 +7,9 @@ from copy import deepcopy
 
 from hypothesis import strategies as st
 
-from spsim.inputs.model import PRESETS, Model
+from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.presets import PRESETS
 from spsim.inputs.workload import Workload
 
 CHARACTERS = st.sampled_from("a8=,.;:[]{}\"'#$%\\/ \t\n\r\0\x1b\x7f\x85\u2028\u202eéẞ∞𝟖\ud800")

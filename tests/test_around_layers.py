@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.models import cost_models
 from spsim.costs.static_memory import dummy_gradients, static_memory
-from spsim.inputs.model import Model, load_model
+from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
+from spsim.inputs.presets import load_model
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.rules import check_shapes
 from spsim.inputs.workload import Workload

@@ -3,8 +3,8 @@
 import pytest
 
 from spsim import InputError, explain
-from spsim.inputs.model import PRESETS, load_model
 from spsim.inputs.plan import parse_plan
+from spsim.inputs.presets import PRESETS, load_model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.operators import Operand, Operator, Tensor

@@ -9,7 +9,7 @@ import pytest
 from spsim import Scenario, Workload, simulate, sweep
 from spsim.cli import main
 from spsim.errors import InputError
-from spsim.inputs.model import PRESETS, load_model
+from spsim.inputs.presets import PRESETS, load_model
 
 # The keys of the released files that say shapes, traits or nothing (rope_theta, torch_dtype, ...).
 LLAMA = {

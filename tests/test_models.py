@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from spsim.errors import InputError
-from spsim.inputs.model import PRESETS, Model, load_model
+from spsim.inputs.model import Model
+from spsim.inputs.presets import PRESETS, load_model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.instructions import Communication, Compute, Program

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import spsim
 from spsim import InputError, Plan, Scenario, Workload, emit, load_profile, plan_search, plots, simulate
 from spsim.cli import main
-from spsim.inputs.model import model_of
 from spsim.inputs.plan import parse_plan
+from spsim.inputs.presets import model_of
 from spsim.inputs.workload import Workloads
 from spsim.report.page.search import front_chart
 from spsim.results import bands

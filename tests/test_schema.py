@@ -10,9 +10,10 @@ import pytest
 from spsim.cli import main
 from spsim.errors import InputError
 from spsim.inputs import words
-from spsim.inputs.model import PRESETS, Model, model_of
+from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.plan_words import PLAN
+from spsim.inputs.presets import PRESETS, model_of
 from spsim.inputs.profiles import parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.inputs.scenario import Scenario, scenario_from

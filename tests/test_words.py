@@ -8,8 +8,8 @@ import spsim
 from spsim import InputError, Model, Plan, Scenario, Workload, load_model, load_profile
 from spsim.errors import InputError as Error
 from spsim.inputs import plan_words, words
-from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import parse_plan
+from spsim.inputs.presets import PRESETS
 from spsim.inputs.profiles import profile_names
 from spsim.report.words import figure, size
 

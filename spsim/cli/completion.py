@@ -7,8 +7,9 @@ from typing import get_args
 
 from spsim.inputs.configuration import Configuration
 from spsim.inputs.libraries import LIBRARIES
-from spsim.inputs.model import PRESETS, Model
+from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.presets import PRESETS
 from spsim.inputs.profiles import profile_names
 from spsim.inputs.workload import Workload
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
 from spsim.inputs.configuration import read_value
-from spsim.inputs.model import PRESET, Model
+from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_options
+from spsim.inputs.presets import PRESET
 from spsim.inputs.resources import read_toml
 from spsim.inputs.scenario import Scenario, scenario_from
 from spsim.inputs.words import unknown_key

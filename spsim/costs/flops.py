@@ -42,16 +42,15 @@ class LayerFlops:
 def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = False) -> LayerFlops:
     """FLOPs of one layer; `causal` counts the half of the square that a causal mask leaves."""
     tokens = workload.seq_len * workload.micro_batch
-    qkv_width = (model.heads + 2 * model.kv_heads) * model.head_dim
-    attention_width = model.heads * model.head_dim
+    of_scores, of_values = model.heads * model.head_dim, model.heads * model.v_head_dim
     width, router = model.ffn_hidden, 0
     if model.experts and model.experts_per_token and model.expert_ffn_hidden:
         width = model.experts_per_token * model.expert_ffn_hidden + model.shared_ffn_hidden
         router = model.hidden * model.experts
     of_mlp = model.hidden * width * (3 if model.gated_mlp else 2) + router
-    matrices = model.hidden * (qkv_width + attention_width) + of_mlp
+    matrices = model.attention_matrices + of_mlp
     pairs = tokens * workload.seq_len
-    attention = 4 * attention_width * (pairs // 2 if causal and model.causal else pairs)
+    attention = 2 * (of_scores + of_values) * (pairs // 2 if causal and model.causal else pairs)
     return LayerFlops(2 * tokens * matrices, attention, 2 * tokens * of_mlp)
 
 

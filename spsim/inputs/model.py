@@ -8,15 +8,12 @@ part of the head.
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spsim.errors import InputError
 from spsim.inputs import words
 from spsim.inputs.configuration import Configuration, Name
-from spsim.inputs.resources import read_toml
 from spsim.work import AttentionKernel, Framework
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -51,6 +48,18 @@ class Model(Configuration):
     heads: Annotated[int, Field(ge=1, le=2**16)]
     kv_heads: Annotated[int, Field(ge=1, le=2**16)] = _DERIVED
     head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
+    """Width of a head of q and k, and of v unless `v_head_dim` says otherwise."""
+    q_lora_rank: Size | None = None
+    """Width of the latent that q is projected up from, in latent attention; from the hidden states unless given."""
+    kv_lora_rank: Size | None = None
+    """Width of the latent that k and v are projected up from: multi-head latent attention (DeepSeek-AI 2024,
+    arXiv:2405.04434, section 2.1), whose heads have `qk_nope_head_dim` + `qk_rope_head_dim` of q and k."""
+    qk_nope_head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    """Of a head, what is not rotated."""
+    qk_rope_head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    """Of a head, what is rotated; of k one for all heads."""
+    v_head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
+    """Width of a head of v; as `head_dim` unless given."""
     vocab: Size
     gated_mlp: bool = False
     activation: Activation = _DERIVED
@@ -102,6 +111,8 @@ class Model(Configuration):
         if filled.get("gated_mlp", False) is True and "ffn_hidden" not in filled:
             raise ValueError("ffn_hidden is missing; a gated MLP needs it")
         hidden, heads = filled.get("hidden"), filled.get("heads")
+        if filled.get("kv_lora_rank") is not None and "head_dim" not in filled:
+            raise ValueError("kv_lora_rank needs qk_nope_head_dim and qk_rope_head_dim; give both")
         if "head_dim" not in filled and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             raise ValueError(f"hidden {hidden} is not divisible by heads {heads}; change one or give head_dim")
         return filled
@@ -125,14 +136,45 @@ class Model(Configuration):
             filled.setdefault("ffn_hidden", 4 * hidden)
         if filled.get("experts") is not None and "ffn_hidden" in filled:
             filled.setdefault("expert_ffn_hidden", filled["ffn_hidden"])
-        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
+        if filled.get("kv_lora_rank") is not None:
+            nope, rope = filled.get("qk_nope_head_dim"), filled.get("qk_rope_head_dim")
+            if isinstance(nope, int) and isinstance(rope, int):
+                filled.setdefault("head_dim", nope + rope)
+        elif isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0:
             filled.setdefault("head_dim", hidden // heads)
+        if "head_dim" in filled:
+            filled.setdefault("v_head_dim", filled["head_dim"])
         return filled
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.kv_heads > self.heads or self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}; change one")
+        return self
+
+    @model_validator(mode="after")
+    def _latents_fit(self) -> Self:
+        if self.kv_lora_rank is None:
+            own = {name: getattr(self, name) for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")}
+            if given := [name for name, value in own.items() if value is not None]:
+                raise ValueError(f"{given[0]} = {own[given[0]]} needs kv_lora_rank, the latent of k and v; give both")
+            if self.v_head_dim != self.head_dim:
+                raise ValueError(
+                    f"v_head_dim = {self.v_head_dim} is not head_dim = {self.head_dim}: only heads of latent attention "
+                    "have two widths; leave it out, or give kv_lora_rank"
+                )
+            return self
+        if self.head_dim != (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0):
+            raise ValueError(
+                f"head_dim = {self.head_dim} is not qk_nope_head_dim + qk_rope_head_dim = {self.qk_nope_head_dim} + "
+                f"{self.qk_rope_head_dim}; leave it out"
+            )
+        for name, value, only in (
+            ("kv_heads", self.kv_heads, self.heads), ("qk_norm", self.qk_norm, False),
+            ("qkv_bias", self.qkv_bias, False), ("positions", self.positions, "rope"),
+        ):  # fmt: skip
+            if value != only:
+                raise ValueError(f"{name} = {value!r} with kv_lora_rank: latent attention has {only!r}; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -211,18 +253,35 @@ class Model(Configuration):
             return 0
         return self.experts * self.hidden * self.expert_ffn_hidden * (3 if self.gated_mlp else 2)
 
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Widths of the latents of attention, each of which has a norm."""
+        return tuple([width for width in (self.q_lora_rank, self.kv_lora_rank) if width is not None])
+
+    @cached_property
+    def attention_matrices(self) -> int:
+        """Parameters of the projections of attention, biases apart."""
+        out = self.heads * self.v_head_dim * self.hidden
+        of_q = self.heads * self.head_dim
+        if self.kv_lora_rank is None:
+            return self.hidden * (of_q + 2 * self.kv_heads * self.head_dim) + out
+        nope, rope = self.qk_nope_head_dim or 0, self.qk_rope_head_dim or 0
+        down = self.hidden * (sum(self.latents) + rope)
+        up = (self.q_lora_rank or self.hidden) * of_q
+        return down + up + self.kv_lora_rank * self.heads * (nope + self.v_head_dim) + out
+
     @cached_property
     def layer_parameters(self) -> int:
         """Parameters of one transformer layer, of experts if the model has any."""
-        norms = 2 * self.hidden * (2 if self.norm == "layernorm" else 1)
-        qkv_width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        attention = self.hidden * qkv_width + self.heads * self.head_dim * self.hidden
+        of_norm = 2 if self.norm == "layernorm" else 1
+        norms = 2 * self.hidden * of_norm + sum(self.latents) * of_norm
+        attention = self.attention_matrices
         width = self.ffn_hidden if self.experts is None else self.shared_ffn_hidden
         mlp = self.hidden * width * (3 if self.gated_mlp else 2)
         mlp += self.expert_parameters + (self.experts or 0) * self.hidden
         fc1_width = self.ffn_hidden * (2 if self.gated_mlp else 1)
         biases = self.hidden + fc1_width + self.hidden if self.bias else 0
-        biases += qkv_width if self.qkv_bias else 0
+        biases += (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
         head_norms = 2 * self.head_dim if self.qk_norm else 0
         return norms + attention + mlp + biases + head_norms
 
@@ -238,160 +297,3 @@ class Model(Configuration):
         if self.dense_layers:
             layers += self.dense_layers * self.as_dense.layer_parameters
         return embeddings + positions + layers + final_norm + head
-
-
-def _gpt(name: str, layers: int, hidden: int, heads: int) -> Model:
-    return Model(name=name, layers=layers, hidden=hidden, heads=heads, vocab=51200, attention="unfused", dropout=0.1)
-
-
-def _llama(
-    name: str, layers: int, hidden: int, ffn_hidden: int, heads: int, kv_heads: int, vocab: int, **traits: Any
-) -> Model:
-    return Model(
-        name=name, layers=layers, hidden=hidden, ffn_hidden=ffn_hidden, heads=heads, kv_heads=kv_heads,
-        vocab=vocab, gated_mlp=True, **traits,
-    )  # fmt: skip
-
-
-def _nemotron(name: str, layers: int, hidden: int, heads: int) -> Model:
-    """LayerNorm, rotary positions, no biases, untied embeddings, squared ReLU."""
-    return Model(
-        name=name, layers=layers, hidden=hidden, heads=heads, kv_heads=8, vocab=256000,
-        activation="squared_relu", positions="rope", bias=False, tied_embeddings=False,
-    )  # fmt: skip
-
-
-# GPT: Korthikanti et al. 2022 (arXiv:2205.05198), Table 3. Llama: Touvron et al. 2023 (arXiv:2307.09288); Llama
-# Team 2024 (arXiv:2407.21783), Table 3. Mistral 7B: Jiang et al. 2023 (arXiv:2310.06825), Table 1, without its
-# sliding window, as of v0.2. Qwen2.5: Qwen Team 2024 (arXiv:2412.15115) and config.json of Qwen/Qwen2.5-32B; Qwen3:
-# Qwen Team 2025 (arXiv:2505.09388), Tables 1 and 2, and config.json of Qwen/Qwen3-8B. Mixtral 8x7B: Jiang et al. 2024
-# (arXiv:2401.04088), Table 1.
-# Nemotron-4: Parmar et al. 2024 (arXiv:2402.16819), section 2; Adler et al. 2024 (arXiv:2406.11704), Table 1.
-PRESETS: dict[str, Model] = {
-    model.name: model
-    for model in (
-        _gpt("gpt-22b", 48, 6144, 64),
-        _gpt("gpt-175b", 96, 12288, 96),
-        _gpt("gpt-530b", 105, 20480, 128),
-        _gpt("gpt-1t", 128, 25600, 160),
-        _llama("llama-2-7b", 32, 4096, 11008, 32, 32, 32000),
-        _llama("llama-2-13b", 40, 5120, 13824, 40, 40, 32000),
-        _llama("llama-2-70b", 80, 8192, 28672, 64, 8, 32000),
-        _llama("llama-3-8b", 32, 4096, 14336, 32, 8, 128256),
-        _llama("llama-3-70b", 80, 8192, 28672, 64, 8, 128256),
-        _llama("llama-3-405b", 126, 16384, 53248, 128, 8, 128256),
-        _llama("mistral-7b", 32, 4096, 14336, 32, 8, 32000),
-        _llama("qwen2.5-32b", 64, 5120, 27648, 40, 8, 152064, qkv_bias=True),
-        _llama("qwen3-8b", 36, 4096, 12288, 32, 8, 151936, qk_norm=True),
-        _llama("mixtral-8x7b", 32, 4096, 14336, 32, 8, 32000, experts=8, experts_per_token=2),
-        _llama(
-            "qwen3-30b-a3b",
-            48,
-            2048,
-            6144,
-            32,
-            4,
-            151936,
-            qk_norm=True,
-            head_dim=128,
-            experts=128,
-            experts_per_token=8,
-            expert_ffn_hidden=768,
-        ),
-        _llama(
-            "qwen3-235b-a22b",
-            94,
-            4096,
-            12288,
-            64,
-            4,
-            151936,
-            qk_norm=True,
-            head_dim=128,
-            experts=128,
-            experts_per_token=8,
-            expert_ffn_hidden=1536,
-        ),
-        _nemotron("nemotron-4-15b", 32, 6144, 48),
-        _nemotron("nemotron-4-340b", 96, 18432, 96),
-    )
-}
-
-
-SAME_SHAPE = {f"llama-3.1-{size}": f"llama-3-{size}" for size in ("8b", "70b", "405b")}
-"""Models that differ from a preset in what they were trained on, or in how they rotate, by its name."""
-
-
-def load_model(name_or_path: str | Path) -> Model:
-    """The model of a preset name (or of a part of it that no other has, as `mistral`), of a TOML file with the fields
-    of `Model`, or of a Hugging Face config.json (or the directory that holds one); `InputError` otherwise.
-    """
-    if not isinstance(name_or_path, str | Path):
-        raise InputError(f"model {name_or_path!r} is neither a name nor a path; give for instance 'llama-3-8b'")
-    text = str(name_or_path)
-    if text in PRESETS:
-        return PRESETS[text]
-    path = Path(text)
-    if path.suffix == ".toml":
-        table = read_toml(path)
-        if not isinstance(table.get("model", table), dict):
-            raise InputError(f"{text}: model: must be a table of dimensions, not a name; write [model]")
-        return model_of({"name": path.stem, **table.get("model", table)})
-    if path.suffix == ".json":
-        return _from_config(path)
-    if text and _is_directory(path):
-        return _from_config(path / "config.json")
-    preset = words.named(text, PRESETS, "model") or SAME_SHAPE.get(words.named(text, SAME_SHAPE, "model") or "")
-    if preset is None:
-        raise InputError(
-            f"unknown model {text!r}; {words.nearest(text, PRESETS)}, or the path of a .toml table or a config.json"
-        )
-    return PRESETS[preset]
-
-
-PRESET = "preset"
-"""Key of a model that the others change."""
-
-
-def model_of(table: Mapping[str, Any]) -> Model:
-    """The model of a table: the fields of `Model`, or a `preset` (a model, or what `load_model` takes) and what differs
-    from it.
-
-    What followed from other fields in the preset follows from the changed ones; the name says what was changed.
-    """
-    if PRESET not in table:
-        return Model.of_table(table)
-    preset = table[PRESET]
-    base = preset if isinstance(preset, Model) else load_model(preset)
-    changes = Model.own_words({k: v for k, v in table.items() if k != PRESET})
-    changed = ", ".join(f"{key} = {value}" for key, value in changes.items())
-    name = {"name": f"{base.name} ({changed})"} if changed else {}
-    return Model(**{**_given(base), **name, **changes})
-
-
-def _given(model: Model) -> dict[str, Any]:
-    """The fields from which all others follow."""
-    fields = model.model_dump()
-    for name, field in Model.model_fields.items():
-        without = {key: value for key, value in fields.items() if key != name}
-        if field.default is None and Model.filled(without).get(name) == fields[name]:
-            fields = without
-    return fields
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a name too long or with a null byte
-        return False
-
-
-def _from_config(path: Path) -> Model:
-    from spsim.inputs.huggingface import read_config
-
-    name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    fields = read_config(path)
-    try:
-        return Model(name=name, **fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None

@@ -139,10 +139,12 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
     """What the products of a rank read is cast in whole blocks, along rows and columns."""
     unit = ROW_UNITS.get(workload.precision, 1)
+    latents = {"q_lora_rank": model.q_lora_rank or unit, "kv_lora_rank": model.kv_lora_rank or unit}
     fused = {"(heads + 2 x kv_heads) x head_dim / tp": qkv_width(model) // plan.tp}
     own = {"kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim}
     widths = {
         "hidden": model.hidden,
+        **latents,
         "heads x head_dim / tp": model.heads * model.head_dim // plan.tp,
         **(fused if gathers_qkv(model, plan) else own),
         "ffn_hidden / tp": model.ffn_hidden // plan.tp,

@@ -14,9 +14,10 @@ from spsim.inputs.configuration import Configuration
 from spsim.inputs.effects import notes_of, on_nodes, unfused_softmax
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.libraries import module_defaults
-from spsim.inputs.model import Model, load_model, model_of
+from spsim.inputs.model import Model
 from spsim.inputs.perturbations import Perturbations
 from spsim.inputs.plan import Plan, parse_plan
+from spsim.inputs.presets import load_model, model_of
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.rules import check_nodes, check_scope, check_shapes, gpus_per_node
 from spsim.inputs.words import unknown_key

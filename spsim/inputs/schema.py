@@ -12,9 +12,10 @@ from typing import Any
 from spsim.inputs import plan_words, words
 from spsim.inputs.hardware import Coefficients, Datasheet, HardwareProfile
 from spsim.inputs.inheritance import BLOCKS, ScaledCurves
-from spsim.inputs.model import PRESET, PRESETS, Model
+from spsim.inputs.model import Model
 from spsim.inputs.perturbations import KINDS, SlowRanks
 from spsim.inputs.plan import Plan
+from spsim.inputs.presets import PRESET, PRESETS
 from spsim.inputs.profiles import profile_names
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.schema_models import PARTIAL, REFERENCE, Schema, of_model, partial, reference

@@ -21,12 +21,8 @@ KEPT_CHUNKS = 3
 MAX_STEPS_OF_RINGS = 50_000
 """Of several pipeline stages whose ranks are simulated one by one; more take minutes."""
 OF_EXPERTS = ("moe", "moe_act", "shared_experts")
-MODULES = ("core_attn", "layernorm", "mlp", "mlp_act", *OF_EXPERTS)
+MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "mlp_act", *OF_EXPERTS)
 """What a selective recomputation may run again (`recompute_modules` of Megatron-LM)."""
-_MODULES_ELSEWHERE = {
-    "mla_up_proj": "latent attention is",
-}
-"""Modules of Megatron-LM whose models spsim does not have."""
 
 CAST_ATTENTION = ("fp8", "mxfp8")
 """Recipes in which core attention may run in 8 bits."""
@@ -240,9 +236,8 @@ def _check_modules(model: Model, plan: Plan) -> None:
     if len({*names}) < len(names):
         raise _refused(f"recompute_modules = {plan.recompute_modules!r}: names one twice; keep one")
     for name in names:
-        absent = _MODULES_ELSEWHERE.get(name)
-        if absent is not None:
-            raise _refused(f"recompute_modules: {name}: {absent} not simulated yet; leave it out")
+        if name == "mla_up_proj" and model.kv_lora_rank is None:
+            raise _refused(f"recompute_modules: {name}: {model.name} has no latent attention; leave it out")
         if name in OF_EXPERTS and model.experts is None:
             raise _refused(f"recompute_modules: {name}: {model.name} has no experts; leave it out")
         if name not in MODULES:

@@ -33,6 +33,7 @@ MODEL = {
     "heads": ("num_attention_heads", "n_head", "n_heads"),
     "kv_heads": ("num_query_groups", "num_key_value_heads", "n_kv_heads"),
     "head_dim": ("kv_channels",),
+    "qk_rope_head_dim": ("qk_pos_emb_head_dim",),
     "vocab": ("vocab_size", "padded_vocab_size"),
     "max_positions": ("max_position_embeddings",),
     "tied_embeddings": ("tie_word_embeddings",),

@@ -15,7 +15,9 @@ from typing import Literal, cast
 from spsim.inputs.workload import Precision, Workload
 from spsim.work import OPERAND_BYTES
 
-LINEARS = frozenset({"qkv", "q", "k", "v", "projection", "fc1", "gate", "up", "fc2"})
+LINEARS = frozenset({
+    "qkv", "q", "k", "v", "q_down", "q_up", "kv_down", "kv_up", "projection", "fc1", "gate", "up", "fc2",
+})  # fmt: skip
 SIXTEEN_BITS = "bf16"
 """The type of all else."""
 HALF = 2

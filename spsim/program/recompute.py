@@ -19,6 +19,7 @@ SHARED_SUM = "add_shared"
 MODULES: Mapping[str, Callable[[Operator], bool]] = {
     "layer": lambda op: True,
     "core_attn": lambda op: op.mixes_positions or (op.cast is not None and op.cast.of_attention),
+    "mla_up_proj": lambda op: _of_latents(op) and not MODULES["core_attn"](op),
     "mlp": lambda op: "f" in op.extents,
     "mlp_act": lambda op: "f" in op.extents and op.kind != "gemm",
     "moe": lambda op: not {"e", "u"}.isdisjoint(op.extents) or op.name == SHARED_SUM,
@@ -29,8 +30,15 @@ MODULES: Mapping[str, Callable[[Operator], bool]] = {
 """Module, or all of a layer -> whether an operator is in it; those in a row are recomputed together. What is part of
 another one comes after it.
 """
-DISCARDED = ("mlp_act", "moe_act", "layernorm")
+DISCARDED = ("mlp_act", "moe_act", "layernorm", "mla_up_proj")
 """Modules whose results nobody keeps."""
+
+
+def _of_latents(op: Operator) -> bool:
+    """Whether an operator stands between the latents of attention and its core: their norms, which Transformer Engine
+    has in the products up, those products, and rotations.
+    """
+    return not {"c", "n"}.isdisjoint(op.extents) or (op.kind != "gemm" and not {"q", "l"}.isdisjoint(op.extents))
 
 
 class LayerKind(NamedTuple):
@@ -106,7 +114,9 @@ def recomputed(operators: Sequence[Operator], kind: LayerKind) -> tuple[Recomput
             if any(names <= other.operators for _, other in found):
                 continue
             discards = module in DISCARDED
-            last = _end_of_sublayer(operators, end) if discards else own[-1]
+            last = own[-1]
+            if discards:
+                last = _end_of_core(operators, end) if module == "mla_up_proj" else _end_of_sublayer(operators, end)
             found.append((-first if discards else len(operators), Recomputed(names, discards, names | {last.name})))
     return tuple(own for _, own in sorted(found, key=lambda item: item[0]))
 
@@ -140,6 +150,11 @@ def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
         index for index in range(place, len(operators)) if operators[index].passthrough and not operators[index].cast
     )
     return operators[next(added, len(operators)) - 1]
+
+
+def _end_of_core(operators: Sequence[Operator], place: int) -> Operator:
+    """The last operator of core attention behind a place."""
+    return [op for op in operators[place:] if op.mixes_positions][-1]
 
 
 def needed(operators: Sequence[Operator]) -> int:

@@ -11,9 +11,9 @@ from rich.table import Table
 from spsim.inputs.effects import setting
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.libraries import LIBRARIES
-from spsim.inputs.model import PRESETS
 from spsim.inputs.plan import Plan
 from spsim.inputs.plan_words import elsewhere
+from spsim.inputs.presets import PRESETS
 from spsim.inputs.profiles import load_profile, profile_names
 from spsim.inputs.rules import PENDING
 from spsim.report.table import table

@@ -30,6 +30,7 @@ DIMENSION_NAMES = {
     "s": "sequence", "j": "key positions", "b": "micro-batch", "h": "hidden", "a": "heads", "d": "head size",
     "f": "MLP width", "g": "gate", "w": "width of Q, K and V",
     "e": "experts", "k": "a token's experts", "m": "expert width", "u": "shared width",
+    "q": "latent of Q", "l": "latent of K and V", "c": "head size of Q and K", "n": "not rotated", "r": "rotated",
 }  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from spsim.errors import InputError, printable
 from spsim.inputs.hardware import HardwareProfile
-from spsim.inputs.model import PRESET, Model, load_model
+from spsim.inputs.model import Model
 from spsim.inputs.perturbations import Perturbations
+from spsim.inputs.presets import PRESET, load_model
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import profiles_directory
 from spsim.results.figures import FIGURES

@@ -10,8 +10,9 @@ from typing import Any
 
 from spsim.errors import InputError, one_line
 from spsim.inputs.hardware import HardwareProfile
-from spsim.inputs.model import Model, load_model, model_of
+from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_plan
+from spsim.inputs.presets import load_model, model_of
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.scenario import scenario_from
 from spsim.inputs.workload import Workload

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from spsim import Workload
 from spsim.errors import InputError
-from spsim.inputs.model import load_model
 from spsim.inputs.plan import parse_plan
+from spsim.inputs.presets import load_model
 from spsim.inputs.rules import check_shapes
 from tests.cases import random_scenarios
 from tests.truth.cases import Case, case, expected_calls, expected_saved, observe

@@ -17,7 +17,7 @@ from spsim.cli.options import JsonOption, MicroBatchOption, ModelOption, SeqLenO
 from spsim.cli.outputs import file_names, open_console, print_json, print_written, staging
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
-from spsim.inputs.model import load_model
+from spsim.inputs.presets import load_model
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.workload import Precision
 from spsim.measuring.processes.processes import RankError

@@ -8,7 +8,8 @@ from typing import Any
 
 from spsim.errors import InputError
 from spsim.inputs.launch.options import Options
-from spsim.inputs.model import PRESET, PRESETS, Model
+from spsim.inputs.model import Model
+from spsim.inputs.presets import PRESET, PRESETS
 from spsim.inputs.stages import layout_text, spread
 
 KEPT_APART = frozenset({"vocab", "kernels", "attention", "dropout", "sliding_window"})

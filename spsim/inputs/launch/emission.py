@@ -13,8 +13,9 @@ from spsim.inputs.launch import deepspeed, megatron, torchtitan, transformers
 from spsim.inputs.launch.draft import WAYS, Draft
 from spsim.inputs.launch.options import Options
 from spsim.inputs.libraries import library_defaults, module_defaults
-from spsim.inputs.model import PRESET, Model, load_model, model_of
+from spsim.inputs.model import Model
 from spsim.inputs.plan import MESH_ORDER, Plan
+from spsim.inputs.presets import PRESET, load_model, model_of
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import all_chunks
 from spsim.inputs.step_rules import overlaps_messages, sends

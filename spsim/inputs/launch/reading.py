@@ -10,7 +10,7 @@ from typing import Any
 from spsim.errors import InputError
 from spsim.inputs.launch import deepspeed, megatron, torchtitan
 from spsim.inputs.libraries import LibraryName
-from spsim.inputs.model import PRESET
+from spsim.inputs.presets import PRESET
 from spsim.inputs.resources import read_text
 from spsim.inputs.scenario import Scenario, scenario_from
 

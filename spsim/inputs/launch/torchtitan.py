@@ -212,7 +212,7 @@ def _read_stages(options: Options, draft: Draft) -> None:
 
 
 def _layers(draft: Draft) -> int | None:
-    from spsim.inputs.model import PRESETS
+    from spsim.inputs.presets import PRESETS
 
     return PRESETS[draft.preset].layers if draft.preset is not None else draft.model.get("layers")
 
@@ -339,7 +339,8 @@ def text(scenario: Scenario) -> str:
 
 def _flavor(model: Model) -> tuple[str, str]:
     """Name and flavor of a model's sizes, or its name for a flavor that is to be added."""
-    from spsim.inputs.model import PRESETS, Model
+    from spsim.inputs.model import Model
+    from spsim.inputs.presets import PRESETS
 
     sizes = {**{key: PRESETS[name] for key, name in FLAVORS.items()}, **{k: Model(**v) for k, v in SIZES.items()}}
     apart = {"name", "left_out", "attention", "max_positions", *WAYS}

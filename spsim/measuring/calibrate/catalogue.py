@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from spsim.inputs.model import Model, load_model
+from spsim.inputs.model import Model
+from spsim.inputs.presets import load_model
 from spsim.measuring.calibrate.records import Measurement
 from spsim.measuring.calibrate.shapes import (
     ITEMSIZE,

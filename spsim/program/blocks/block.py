@@ -98,7 +98,7 @@ class ModelBlock(Block):
         """`sizes` are those of dimensions that not all blocks have."""
         common = {
             "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch * replicas,
-            "h": model.hidden, "a": Heads(model.heads, model.kv_heads), "d": model.head_dim, "g": 2,
+            "h": model.hidden, "a": Heads(model.heads, model.kv_heads), "d": model.v_head_dim, "g": 2,
             "f": model.ffn_hidden,
         }  # fmt: skip
         super().__init__(common | sizes, workload.element_bytes)
@@ -115,22 +115,37 @@ class ModelBlock(Block):
         ]
         return [*(() if way.instead else usual), *further], further
 
-    def norm(self, name: str, x: Tensor) -> Tensor:
+    def norm(self, name: str, x: Tensor, over: str = "h") -> Tensor:
         """LayerNorm keeps its input and fp32 mean and reciprocal deviation, RMSNorm the latter only."""
-        weights, out, statistics, kernel = self.norm_parts(name)
+        weights, out, statistics, kernel = self.norm_parts(name, over)
         kept, further = self.kept(self.ways.norm, out, x)
         self.add(
-            name, "norm", f"s b h{', h' * len(weights)} -> s b h", [x, *weights], [out, statistics, *further],
-            mixes="h", saves=[*kept, statistics], kernel=kernel, launches=self.ways.norm.launches,
+            name, "norm", f"s b {over}{f', {over}' * len(weights)} -> s b {over}", [x, *weights],
+            [out, statistics, *further], mixes=over, saves=[*kept, statistics], kernel=kernel,
+            launches=self.ways.norm.launches,
         )  # fmt: skip
         return out
 
-    def norm_parts(self, name: str) -> tuple[list[Tensor], Tensor, Tensor, KernelName]:
+    def norm_parts(self, name: str, over: str = "h") -> tuple[list[Tensor], Tensor, Tensor, KernelName]:
         """Weights of a norm, what it makes, its statistics, and its kernel."""
         layernorm = self.model.norm == "layernorm"
-        weights = [self.weight(f"{name}_weight", "h")] + ([self.weight(f"{name}_bias", "h")] if layernorm else [])
+        weights = [self.weight(f"{name}_weight", over)] + ([self.weight(f"{name}_bias", over)] if layernorm else [])
         statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
-        return weights, self.tensor(f"{name}_out", "s b h"), statistics, "layer_norm" if layernorm else "rms_norm"
+        return weights, self.tensor(f"{name}_out", f"s b {over}"), statistics, "layer_norm" if layernorm else "rms_norm"
+
+    def rope(self, name: str, x: Tensor) -> Tensor:
+        """Rotary positions (Su et al. 2021): runs on a shard, given the global positions of its tokens.
+
+        A rotation of a part of the head reads and writes all of it.
+        """
+        width = x.dims[-1]
+        out = self.tensor(f"{x.name}_rotated", f"s b a {width}", heads=x.sizes[2])
+        table = self.tensor("rotations", f"s {width}", "constant")
+        self.add(
+            name, "elementwise", f"s b a {width}, s {width} -> s b a {width}", [x, table], [out], mixes=width,
+            kernel="rope", launches=self.ways.rope.launches,
+        )  # fmt: skip
+        return out
 
     def dropout(self, name: str, x: Tensor) -> Tensor:
         """Dropout with a mask of one byte an element."""

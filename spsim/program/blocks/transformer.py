@@ -14,6 +14,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
 from spsim.program.blocks.experts import expert_sizes, routed_experts
+from spsim.program.blocks.latent import latent_qkv, latent_sizes
 from spsim.program.blocks.ways import Way
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.placement import Extent
@@ -28,7 +29,7 @@ class _Layer(ModelBlock):
     """The operators of one layer."""
 
     def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections = "fused") -> None:
-        super().__init__(model, workload, replicas, **expert_sizes(model))
+        super().__init__(model, workload, replicas, **expert_sizes(model), **latent_sizes(model))
         self.projections = projections
         self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
 
@@ -84,26 +85,14 @@ class _Layer(ModelBlock):
         )  # fmt: skip
         return out
 
-    def rope(self, name: str, x: Tensor) -> Tensor:
-        """Rotary positions (Su et al. 2021): runs on a shard, given the global positions of its tokens.
-
-        A rotation of a part of the head reads and writes all of it.
-        """
-        out = self.tensor(f"{x.name}_rotated", "s b a d", heads=x.sizes[2])
-        table = self.tensor("rotations", "s d", "constant")
-        self.add(
-            name, "elementwise", "s b a d, s d -> s b a d", [x, table], [out], mixes="d", kernel="rope",
-            launches=self.ways.rope.launches,
-        )  # fmt: skip
-        return out
-
     def fused_attention(self, kernel: AttentionKernel | Framework, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Core attention in one kernel; keeps q, k, v, its output and the log-sum-exp of each row."""
         context = self.tensor("context", "s b a d")
         log_sum_exp = self.tensor("log_sum_exp", "a s b", "log-sum-exp", itemsize=4)
+        c = q.dims[-1]
         self.add(
-            "attention", "attention", "s b a d, j b a d, j b a d -> s b a d", [q, k, v], [context, log_sum_exp],
-            mixes="j d", saves=[q, k, v, context, log_sum_exp], owns_gather=[k, v],
+            "attention", "attention", f"s b a {c}, j b a {c}, j b a d -> s b a d", [q, k, v], [context, log_sum_exp],
+            mixes=f"j d {c}", saves=[q, k, v, context, log_sum_exp], owns_gather=[k, v],
             attention_kernel=kernel,
         )  # fmt: skip
         return context
@@ -112,8 +101,8 @@ class _Layer(ModelBlock):
         """Core attention as QK^T, scaled and masked softmax, dropout and AV, the scores in memory."""
         if self.ways.repetition:
             k, v = (self.repeated(name, x, self.ways.repetition) for name, x in (("k", k), ("v", v)))
-        scores = self.tensor("scores", "b a s j")
-        self.add("qk", "gemm", "s b a d, j b a d -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
+        scores, c = self.tensor("scores", "b a s j"), q.dims[-1]
+        self.add("qk", "gemm", f"s b a {c}, j b a {c} -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
         kept, further = self.kept(self.ways.softmax, weights, weights)
         self.add(
@@ -146,13 +135,18 @@ class _Layer(ModelBlock):
         )  # fmt: skip
         return out
 
-    def self_attention(self, x: Tensor) -> Tensor:
-        """Projections, norms and rotations of q and k, core attention and the output projection."""
+    def rotated_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K and V with their norms and rotations."""
         q, k, v = self.qkv(x)
         if self.model.qk_norm:
             q, k = self.head_norm("q_norm", q), self.head_norm("k_norm", k)
         if self.model.positions == "rope":
             q, k = self.rope("rope_q", q), self.rope("rope_k", k)
+        return q, k, v
+
+    def self_attention(self, x: Tensor) -> Tensor:
+        """Projections, norms and rotations of q and k, core attention and the output projection."""
+        q, k, v = latent_qkv(self, x) if latent_sizes(self.model) else self.rotated_qkv(x)
         kernel = self.model.attention_kernel
         context = self.fused_attention(kernel, q, k, v) if kernel else self.unfused_attention(q, k, v)
         out = self.tensor("projection_out", "s b h")
@@ -241,6 +235,7 @@ layer_traits = attrgetter(
     "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
     "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as", "repeats_kv",
     "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 """What of a model one layer depends on."""
 

@@ -11,9 +11,10 @@ from typing import Any
 from spsim.costs.static_memory import capacity
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
-from spsim.inputs.model import Model, load_model, model_of
+from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan, parse_options
 from spsim.inputs.plan_words import plan_options
+from spsim.inputs.presets import load_model, model_of
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.workload import Workload
 from spsim.studies.search.candidates import Candidate, Given, candidates
