@@ -103,11 +103,13 @@ def test_one_exchange_among_all_ranks_that_hold_experts():
 
 
 def test_experts_split_over_tp_gather_their_tokens():
-    """Megatron-Core's default, `expert_tensor_parallel_size` = tp: exchanged over ep, then gathered over tp."""
+    """Megatron-Core's default, `expert_tensor_parallel_size` = tp: exchanged over ep, then gathered over tp; summed in
+    fp32, the type of the probabilities of its router.
+    """
     assert exchanges("tp=2,sequence_parallel,dp=4,ep=4")[:4] == [
         ("forward", "all_to_all", "ep", "expert_input", 64),
         ("forward", "all_gather", "tp", "expert_input", 128),
-        ("forward", "reduce_scatter", "tp", "expert_out", 128),
+        ("forward", "reduce_scatter", "tp", "expert_out", 256),
         ("forward", "all_to_all", "ep", "expert_out", 64),
     ]
 

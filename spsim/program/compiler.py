@@ -133,11 +133,12 @@ class _Compiler:
 
     def _communicate(self, move: Move, tensor: Tensor, have: Buffer, purpose: Purpose, operator: str) -> Buffer:
         """One collective; an all-reduce works in place, a slice is a view."""
-        collective = move.collective
-        if collective is None:
+        if (collective := move.collective) is None:
             return have
         if copies_before(self.plan, move) or move.sorts == "before":
             have = self._copy(have, tensor)
+        if move.cast_bytes:
+            have = self._copy(have, tensor, move.cast_bytes)
         in_place = have.id if collective == "all_reduce" else None
         buffer = self._buffer(have.tensor, move.bytes, "communication buffers", in_place)
         self.instructions.append(
@@ -146,13 +147,15 @@ class _Compiler:
                 move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
             )
         )  # fmt: skip
+        if move.cast_bytes:
+            buffer = self._copy(buffer, tensor, self.region.bytes_of(tensor, move.target))
         copied = copies_behind(self.plan, move, tensor, self.region.mesh) or move.sorts == "after"
         return self._copy(buffer, tensor) if copied else buffer
 
-    def _copy(self, have: Buffer, tensor: Tensor) -> Buffer:
-        """In another order of dimensions, or of the tokens of experts."""
-        copy = self._buffer(have.tensor, have.bytes)
-        work = MemoryBound("elementwise", 2 * have.bytes, "copy")
+    def _copy(self, have: Buffer, tensor: Tensor, size: int | None = None) -> Buffer:
+        """In another order of dimensions, or of the tokens of experts; or in a type of another size."""
+        copy = self._buffer(have.tensor, have.bytes if size is None else size)
+        work = MemoryBound("elementwise", have.bytes + copy.bytes, "copy")
         self._compute(f"{tensor.name} copy", "elementwise", self.part, (work,), [have], [copy])
         return copy
 
@@ -258,8 +261,7 @@ class _Compiler:
 
     def _in_turn(self, op: PlacedOperator) -> tuple[PlacedOperand, ...]:
         """The inputs of an operator in the order in which their gradients move."""
-        over_ulysses = self.plan.ulysses > 1 and op.operator.mixes_positions
-        reverse = over_ulysses and self.plan.ulysses_gradients == "reverse"
+        reverse = self.plan.ulysses > 1 and op.operator.mixes_positions and self.plan.ulysses_gradients == "reverse"
         return op.differentiated[::-1] if reverse else op.differentiated
 
     def _recompute_for(self, operator: str, *, discarded: bool = False) -> None:
@@ -360,8 +362,7 @@ class _Compiler:
         return buffers
 
     def _gradient_of(self, operand: PlacedOperand, over: Buffer | None = None) -> Buffer:
-        alias = over.root if over else None
-        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes, alias_of=alias)
+        buffer = self._buffer(f"{operand.name} gradient", operand.gradient_bytes, alias_of=over.root if over else None)
         self.gradients[operand.name].append((operand.gradient, buffer))
         return buffer
 

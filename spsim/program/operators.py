@@ -55,6 +55,8 @@ class Tensor(NamedTuple):
     kind: TensorKind = "activation"
     gradient_itemsize: Extent | None = None
     """Of its gradient, where that is of another type."""
+    summed_itemsize: Extent | None = None
+    """In which partial sums of it are reduced, and its gradient is gathered again, where that is another type."""
 
     @property
     def gradient(self) -> Tensor:

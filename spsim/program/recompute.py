@@ -14,15 +14,15 @@ from typing import NamedTuple
 from spsim.inputs.plan import Plan
 from spsim.program.operators import Operator
 
-SHARED_SUM = "add_shared"
-"""What experts of a token make and what shared ones do, added."""
+SHARED_OUT, SHARED_SUM = "shared_out", "add_shared"
+"""What shared experts make, as it is added, and what others make for a token added to it."""
 MODULES: Mapping[str, Callable[[Operator], bool]] = {
     "layer": lambda op: True,
     "core_attn": lambda op: op.mixes_positions or (op.cast is not None and op.cast.of_attention),
     "mla_up_proj": lambda op: _of_latents(op) and not MODULES["core_attn"](op),
     "mlp": lambda op: "f" in op.extents,
     "mlp_act": lambda op: "f" in op.extents and op.kind != "gemm",
-    "moe": lambda op: not {"e", "u"}.isdisjoint(op.extents) or op.name == SHARED_SUM,
+    "moe": lambda op: not {"e", "u"}.isdisjoint(op.extents) or op.name in (SHARED_OUT, SHARED_SUM),
     "moe_act": lambda op: "m" in op.extents and op.kind != "gemm",
     "shared_experts": lambda op: "u" in op.extents,
     "layernorm": lambda op: (op.kind == "norm" and "h" in op.mixes) or (op.cast is not None and op.cast.of_norm),
@@ -146,9 +146,8 @@ def _runs(operators: Sequence[Operator], inside: Callable[[Operator], bool]) -> 
 
 def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:
     """The last operator before the next one that adds to the residual stream."""
-    added = (
-        index for index in range(place, len(operators)) if operators[index].passthrough and not operators[index].cast
-    )
+    behind = enumerate(operators[place:], place)
+    added = (index for index, op in behind if op.passthrough and len(op.activations) > 1)
     return operators[next(added, len(operators)) - 1]
 
 

@@ -23,6 +23,7 @@ from spsim.program.placement import (
     Redistribution,
     local_bytes,
     message_bytes,
+    part,
     redistribute,
     sent_bytes,
 )
@@ -30,6 +31,9 @@ from spsim.program.recipes import Recipe
 from spsim.program.strategies import Rules
 from spsim.program.weights import weight_syncs, weight_tensors
 from spsim.work import MemoryBound
+
+SUMMING: tuple[Collective, ...] = ("all_reduce", "reduce_scatter", "all_gather")
+"""Collectives that sum, and those of their gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +51,12 @@ class Move:
     """By one rank."""
     bytes: int
     """Of the result on one rank."""
-
-    @property
-    def sorts(self) -> Literal["before", "after"] | None:
-        """On which side of an exchange with experts a rank puts tokens in the order of its experts, for they come from
-        each rank apart (`sort_chunks_by_idxs` of Megatron-Core).
-        """
-        if self.collective != "all_to_all" or self.axis not in ("ep", "experts"):
-            return None
-        return "after" if any(placement.dim == "e" for _, placement in self.target) else "before"
+    sorts: Literal["before", "after"] | None = None
+    """On which side a rank puts tokens of experts in order: those of its own experts come from each rank apart, and all
+    that it hands over have been in their order (`sort_chunks_by_idxs` of Megatron-Core).
+    """
+    cast_bytes: int = 0
+    """Of what a rank gives in the type in which sums are made; 0 where that is the tensor's own."""
 
 
 class Region:
@@ -122,8 +123,19 @@ class Region:
         key = (tensor.name, source, target, backward)
         if key not in self._moves:
             steps = self._of_experts(redistribute(source, target, backward=backward))
-            self._moves[key] = tuple([self._move(tensor, step) for step in steps])
+            self._moves[key] = self._with_sorting(tensor, [self._move(tensor, step) for step in steps])
         return self._moves[key]
+
+    def _with_sorting(self, tensor: Tensor, moves: list[Move]) -> tuple[Move, ...]:
+        """Tokens of several experts of one rank, from where they lie by the rank that they come from."""
+        dealt = any(dim.endswith("/e") for dim in tensor.dims)
+        if dealt and moves and part(tensor.sizes[tensor.dims.index("e")], self.mesh.size(self.mesh.of_experts)) > 1:
+            arrive = any(placement.dim == "e" for _, placement in moves[-1].target)
+            if moves[0].collective == "all_gather" or (arrive and moves[0].collective == "all_to_all"):
+                moves[-1] = replace(moves[-1], sorts="after")
+            else:
+                moves[0] = replace(moves[0], sorts="before")
+        return tuple(moves)
 
     def _of_experts(self, steps: list[Redistribution]) -> list[Redistribution]:
         """Exchanges along all axes over which experts are spread are one among all their ranks."""
@@ -136,10 +148,14 @@ class Region:
         return [*steps[:at], joined, *steps[at + len(own) :]]
 
     def _move(self, tensor: Tensor, step: Redistribution) -> Move:
+        cast = 0
+        if tensor.summed_itemsize not in (None, tensor.itemsize) and step.collective in SUMMING:
+            tensor = tensor._replace(itemsize=tensor.summed_itemsize)
+            cast = self.bytes_of(tensor, step.source)
         ranks, message = self.mesh.degree(step.axis), message_bytes(step, tensor, self.mesh)
         sent = sent_bytes(step.collective, message, ranks) if step.collective else 0
         size = self.bytes_of(tensor, step.target)
-        return Move(step.axis, step.collective, step.source, step.target, ranks, message, sent, size)
+        return Move(step.axis, step.collective, step.source, step.target, ranks, message, sent, size, None, cast)
 
     def bytes_of(self, tensor: Tensor, layout: Layout) -> int:
         """Bytes of a tensor on one rank."""

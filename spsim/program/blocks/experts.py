@@ -15,6 +15,8 @@ from spsim.work import FP32_BYTES
 
 TOKENS = "s*b*k/e"
 """Of one expert: each token has k of e."""
+ROW_ID_BYTES = 4
+"""Of an int32: a permutation keeps of each token its rows, their experts, and how many they are."""
 
 
 def expert_sizes(model: Model) -> dict[str, int]:
@@ -30,18 +32,24 @@ def routed_experts(block: ModelBlock, x: Tensor) -> Tensor:
     """Router, dispatch, experts and combination: `s b h` of every token, summed over its experts."""
     t, model = TOKENS, block.model
     scores, picked = (
-        block.tensor("router_scores", "s b e"),
-        block.tensor("router_probabilities", "s b k", itemsize=FP32_BYTES),
+        block.tensor(name, "s b e", itemsize=FP32_BYTES) for name in ("router_scores", "router_probabilities")
     )
+    softmax = block.tensor("router_softmax", "s b e", "intermediate", itemsize=FP32_BYTES)
+    routing_map = block.tensor("routing_map", "s b e", "mask", itemsize=1)
+    went = block.tensor("row_id_map", "s b", "mask", itemsize=ROW_ID_BYTES * (2 * (model.experts or 0) + 1))
     weights = block.tensor("expert_probabilities", f"e {t}", itemsize=FP32_BYTES)
     dealt, made = (block.tensor(name, f"e {t} h") for name in ("expert_input", "expert_out"))
+    made = made._replace(summed_itemsize=FP32_BYTES)
     width = "g m" if model.gated_mlp else "m"
     inner, active = block.tensor("expert_fc1_out", f"e {t} {width}"), block.tensor("expert_activation_out", f"e {t} m")
     out = block.tensor("combined", "s b h")
     block.add("router", "gemm", "s b h, h e -> s b e", [x, block.weight("router_weight", "h e")], [scores], saves=[x])
-    block.add("top_k", "softmax", "s b e -> s b k", [scores], [picked], mixes="e k", saves=[scores])
-    block.add("dispatch", "elementwise", f"s b h -> e {t} h", [x], [dealt])
-    block.add("dispatch_probabilities", "elementwise", f"s b k -> e {t}", [picked], [weights])
+    block.add(
+        "top_k", "softmax", "s b e -> s b e", [scores], [picked, softmax, routing_map], mixes="e",
+        saves=[softmax, routing_map],
+    )  # fmt: skip
+    block.add("dispatch", "elementwise", f"s b h -> e {t} h", [x], [dealt, went], saves=[went])
+    block.add("dispatch_probabilities", "elementwise", f"s b e -> e {t}", [picked], [weights], mixes="e")
     block.add(
         "expert_fc1", "gemm", f"e {t} h, e h {width} -> e {t} {width}",
         [dealt, block.weight("expert_fc1_weight", f"e h {width}")], [inner], saves=[dealt], rules=EXPERTS,

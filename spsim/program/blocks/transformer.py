@@ -16,9 +16,10 @@ from spsim.program.blocks.block import ModelBlock
 from spsim.program.blocks.experts import expert_sizes, routed_experts
 from spsim.program.blocks.latent import latent_qkv, latent_sizes
 from spsim.program.blocks.ways import Way
+from spsim.program.launches import Launches
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.placement import Extent
-from spsim.program.recompute import SHARED_SUM
+from spsim.program.recompute import SHARED_OUT, SHARED_SUM
 from spsim.work import AttentionKernel, Framework, KernelClass
 
 Projections = Literal["fused", "separate", "gathered"]
@@ -185,11 +186,16 @@ class _Layer(ModelBlock):
 
     def experts(self, x: Tensor) -> Tensor:
         """The experts that a router picks, and those that all tokens go through, if there are any."""
-        routed = routed_experts(self, x)
         if not self.model.shared_ffn_hidden:
-            return routed
-        out = self.tensor("experts_out", "s b h")
-        shared = self.mlp(x, "u", "shared_")
+            return routed_experts(self, x)
+        # Megatron-Core runs the shared ones before the router, to the end: no kernel, but all that is sent.
+        shared, out = self.tensor("shared_out", "s b h"), self.tensor("experts_out", "s b h")
+        made = self.mlp(x, "u", "shared_")
+        self.add(
+            SHARED_OUT, "elementwise", "s b h -> s b h", [made], [shared], passthrough=[made],
+            launches=Launches((), ()),
+        )  # fmt: skip
+        routed = routed_experts(self, x)
         self.add(
             SHARED_SUM, "elementwise", "s b h, s b h -> s b h", [routed, shared], [out],
             passthrough=[routed, shared], kernel="add",

@@ -146,14 +146,14 @@ class SavedTensors:
 
 
 def _category(tensor: Tensor) -> TensorKind:
-    """Masks are boolean; statistics are, of a norm, one number a row, and of attention [b a s] without a width. A loss
-    keeps probabilities and where the targets are, an embedding its ids.
+    """Masks, and maps of where rows go, are no floating-point numbers; statistics are, of a norm, one number a row, and
+    of attention [b a s] without a width. A loss keeps probabilities and where the targets are, an embedding its ids.
     """
     if tensor.dtype == torch.int64 and "embedding" in _operator.get():
         return "token ids"
     if _operator.get() == "cross_entropy":
         return "probabilities" if tensor.is_floating_point() else "mask"
-    if tensor.dtype == torch.bool:
+    if not tensor.is_floating_point():
         return "mask"
     if "norm" in _operator.get() and tensor.shape[-1] == 1:
         return "norm statistics"
