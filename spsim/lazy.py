@@ -35,11 +35,6 @@ class Deferred(Sequence[T]):
         """All of it."""
         return self._make()
 
-    @property
-    def is_made(self) -> bool:
-        """Whether somebody has."""
-        return "made" in self.__dict__
-
     def __getitem__(self, place: Any) -> Any:
         return self.made[place]
 

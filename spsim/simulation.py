@@ -34,6 +34,7 @@ from spsim.program.recipes import program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
 from spsim.results import folded
+from spsim.results.added import Added
 from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
@@ -294,7 +295,7 @@ def assemble(
         partial(_describe, scenario, prepared, lambda: prepared.closing_messages(numbers, chunk)),
         prepared.groups,
         walked.overlapping,
-        summary=walked.summary,
+        known_end_ps=walked.ran.ends_ps[0] if walked.ran else None,
     )
     return Result(
         scope=scope,
@@ -308,6 +309,7 @@ def assemble(
         events=walked.events,
         folded=len(copies) < gpus or walked.events < trace.num_spans,
         reasons=folded.of_step(len(copies), gpus, fold, unlike=perturbed is not None, shared=shared is not None),
+        added=Added(walked.ran, *copies) if walked.ran else None,
         perturbations=perturbed.perturbations.labels if perturbed else (),
     )
 

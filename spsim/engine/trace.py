@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spsim.engine.pieces import STAY, Move, Node, Pass, Piece, Repeat, Stretch, end_of, pieces_during, place_of
 from spsim.engine.recording import Flight, MemoryChange, Recording, Span, TaskInfo
-from spsim.lazy import Deferred, lazy
+from spsim.lazy import lazy
 from spsim.units import PS_PER_MS
 
 
@@ -95,20 +95,6 @@ class Wait(NamedTuple):
     """Communications that are posted or under way, at their place in time."""
 
 
-class Summary(NamedTuple):
-    """What is known of a trace of one simulated rank without its pieces."""
-
-    end_ps: int
-    highest: Callable[[], int]
-    """Bytes at its fullest moment, over what is there all the time."""
-
-    def peak_bytes(self, static: Mapping[int, Any]) -> int:
-        """With what is there all the time, of which `total` is known."""
-        (always,) = static.values()
-        total: int = always.total + max(0, self.highest())
-        return total
-
-
 @dataclass(frozen=True)
 class Trace:
     """All pieces in order of tasks; `copies` says which ranks each simulated one stands for."""
@@ -126,13 +112,8 @@ class Trace:
     """When simulated ranks wait between pieces."""
     measured: bool = False
     """Whether it is of a real run: kernels may run at once, and the host may keep all lanes waiting."""
-    summary: Summary | None = None
-    """If its pieces are written when they are read."""
-
-    @property
-    def unwritten(self) -> Summary | None:
-        """Its summary, as long as nobody has read its pieces, which say the same."""
-        return None if isinstance(self.nodes, Deferred) and self.nodes.is_made else self.summary
+    known_end_ps: int | None = None
+    """Its end, if its pieces are written when they are read."""
 
     def __repr__(self) -> str:
         ranks = sum(map(len, self.copies.values()))
@@ -230,7 +211,7 @@ class Trace:
     @lazy
     def end_ps(self) -> int:
         """End of the last span."""
-        return self.summary.end_ps if self.summary else max(map(end_of, self.nodes), default=0)
+        return max(map(end_of, self.nodes), default=0) if self.known_end_ps is None else self.known_end_ps
 
 
 def _one(number: int | None) -> tuple[int] | None:

@@ -71,6 +71,8 @@ FITS_SCOPE = {
     "passes": "passes only: optimizer states are not counted",
 }
 """By scope, what the memory is of that has to fit."""
+OVERLAPPING = 0.001
+"""Share of the step from which on layers that overlap are spoken of."""
 STATIC = "weights, gradients and optimizer state"
 """What makes a peak that no task makes."""
 
@@ -150,6 +152,20 @@ class Derived:
         (p - 1) / (v m).
         """
         return 0.0
+
+    @property
+    def overlap(self) -> str:
+        """That neighbouring layers overlap, in words; empty where they do not, and of more than layers."""
+        if self.scope in ("step", "module"):
+            return ""
+        passes = self.scenario.model.layers * self.scenario.num_micro_batches
+        more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
+        if more <= OVERLAPPING:
+            return ""
+        return (
+            f"neighbouring layers overlap: {passes} times the layer time is {100 * more:.1f} % more than they take "
+            "together; compare steps"
+        )
 
     # Rates
 

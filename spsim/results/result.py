@@ -9,35 +9,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spsim.costs.static_memory import StaticMemory
-from spsim.engine.pieces import Pass
 from spsim.engine.trace import Trace
 from spsim.lazy import lazy
 from spsim.program.instructions import LAYER, Compute, Instruction, Program
 from spsim.program.operators import TensorKind
 from spsim.program.sizes import Numbers
 from spsim.results import accounts, bands, metrics, tables
+from spsim.results.added import Added
 from spsim.results.bands import Band
 from spsim.results.calls import Call, calls, per_layer, remarks, sent_by_kind
 from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
 from spsim.results.document import brief, document
 from spsim.results.selection import Selection, select
 from spsim.results.sensitivity import Effect, known_effects, unmeasured_in_use
-from spsim.results.stage_peaks import stage_peaks
+from spsim.results.stage_peaks import running_out, stage_peaks
 from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
 from spsim.results.waterfall import waterfall
 from spsim.step.itinerary import Chunk
 from spsim.step.preparation import PreparedStep
 from spsim.step.segments import Segment
+from spsim.step.sums import PASSES
 from spsim.units import seconds
 from spsim.work import FlashAttention
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-OVERLAPPING = 0.001
-"""Share of the step from which on layers that overlap are spoken of."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,6 +59,8 @@ class Result(Derived):
     reasons: tuple[str, ...]
     staged: Staged | None = None
     """Where the step has several pipeline stages."""
+    added: Added | None = None
+    """Where pieces of the trace are written when they are read."""
     sends: Sequence[int] = (0, 0)
     """Messages of the first of them to others in a step, and bytes of each."""
     perturbations: Sequence[str] = ()
@@ -152,21 +152,25 @@ class Result(Derived):
 
     # Times
 
+    @property
+    def known(self) -> Staged | Added | None:
+        """What has its figures without a trace."""
+        return self.staged or self.added
+
     @lazy
     def step_ps(self) -> int:
         """See `Derived`."""
-        return self.staged.end_ps if self.staged else self.trace.end_ps
+        return known.end_ps if (known := self.known) else self.trace.end_ps
 
     @lazy
     def pass_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
-        phases: tuple[Pass, ...] = ("forward", "backward")
-        window = self.staged.layer_window if self.staged else partial(metrics.layer_window, self.trace)
-        return {phase: window(phase) for phase in phases}
+        window = known.layer_window if (known := self.known) else partial(metrics.layer_window, self.trace)
+        return {phase: window(phase) for phase in PASSES}
 
     @lazy
     def _idle(self) -> dict[int, metrics.Idle]:
-        return self.staged.idle if self.staged else metrics.idle(self.trace)
+        return known.idle if (known := self.known) else metrics.idle(self.trace)
 
     @lazy
     def exposed_ps(self) -> int:
@@ -189,29 +193,15 @@ class Result(Derived):
         names = ("peer", "stage", "dependency")
         return {name: seconds(max(getattr(own, name) for own in self._idle.values())) for name in names}
 
-    @property
-    def overlap(self) -> str:
-        """That neighbouring layers overlap, in words; empty where they do not, and of more than layers."""
-        if self.scope in ("step", "module"):
-            return ""
-        passes = self.scenario.model.layers * self.scenario.num_micro_batches
-        more = passes * sum(self.pass_ps.values()) / (self.step_ps - self.weight_sync_ps) - 1
-        if more <= OVERLAPPING:
-            return ""
-        return (
-            f"neighbouring layers overlap: {passes} times the layer time is {100 * more:.1f} % more than they take "
-            "together; compare steps"
-        )
-
     @lazy
     def weight_sync_ps(self) -> int:
         """See `Derived`."""
-        return self.staged.weight_sync_ps if self.staged else metrics.weight_sync(self.trace)
+        return known.weight_sync_ps if (known := self.known) else metrics.weight_sync(self.trace)
 
     @lazy
     def optimizer_ps(self) -> int:
         """See `Derived`."""
-        return self.staged.optimizer_ps if self.staged else metrics.optimizer(self.trace)
+        return known.optimizer_ps if (known := self.known) else metrics.optimizer(self.trace)
 
     @property
     def bubble(self) -> float:
@@ -225,8 +215,10 @@ class Result(Derived):
     @lazy
     def compute_ps(self) -> Mapping[str, int]:
         """See `Derived`."""
-        first = next(iter(self.trace.copies))
-        return self.staged.compute_by_class() if self.staged else metrics.compute_by_class(self.trace, first)
+        own = self.trace
+        return (
+            known.compute_by_class() if (known := self.known) else metrics.compute_by_class(own, next(iter(own.copies)))
+        )
 
     # Memory
 
@@ -238,26 +230,29 @@ class Result(Derived):
     @property
     def static(self) -> StaticMemory:
         """Of the fullest rank."""
-        return self.statics[self._spot.rank if self._spot else self.peak.rank]
+        return self.statics[self.spot.rank if self.spot else self.peak.rank]
 
     @lazy
     def stage_peaks(self) -> list[Spot]:
         """Where memory is fullest on each of several stages; empty without."""
         return stage_peaks(self)
 
-    @property
-    def _spot(self) -> Spot | None:
+    @lazy
+    def spot(self) -> Spot | None:
+        """Where memory is fullest, as far as it is known without a trace, and of several stages."""
+        if self.added:
+            return self.added.spot(self.statics)
         return max(self.stage_peaks, key=lambda spot: spot.bytes, default=None)
 
     @lazy
     def peak_bytes(self) -> int:
         """See `Derived`."""
-        return known.peak_bytes(self.statics) if (known := self.staged or self.trace.unwritten) else self.peak.bytes
+        return known.peak_bytes(self.statics) if (known := self.known) else self.peak.bytes
 
     @property
     def peak_operator(self) -> str:
         """The operator whose allocation makes the peak."""
-        return (self._spot.operator or STATIC) if self._spot else self.task_name(self.peak.task)
+        return (self.spot.operator or STATIC) if self.spot else self.task_name(self.peak.task)
 
     def task_name(self, task: int | None) -> str:
         """The operator of a task of the trace; of none, what is there all the time."""
@@ -269,13 +264,7 @@ class Result(Derived):
     @property
     def out_of_memory_at(self) -> str | None:
         """The operator at which memory runs out, if it does."""
-        if self.fits:
-            return None
-        if self.static.total > self.limit:
-            return self.task_name(None)
-        if self.staged and self._spot:
-            return self.staged.first_above(self._spot.stage, self.static.total, self.limit)
-        return self.task_name(metrics.first_above(self.trace, self.peak.rank, self.static.total, self.limit))
+        return None if self.fits else running_out(self)
 
     def saved_bytes(self, *categories: TensorKind) -> int:
         """See `Derived`."""

@@ -1,10 +1,11 @@
-"""Where memory is fullest on each stage of a pipeline."""
+"""Where memory is fullest on each stage of a pipeline, and where it runs out."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from spsim.results import metrics
+from spsim.results.derived import STATIC
 from spsim.results.staged import Spot
 
 if TYPE_CHECKING:
@@ -26,3 +27,13 @@ def stage_peaks(result: Result) -> list[Spot]:
             operator = None if peak.task is None else result.task_name(peak.task)
             found[stage] = Spot(stage, rank, peak.bytes, operator)
     return [*found.values()]
+
+
+def running_out(result: Result) -> str:
+    """The operator at which memory runs out, of what does not fit."""
+    static, limit = result.static.total, result.limit
+    if static > limit:
+        return result.task_name(None)
+    if result.known and result.spot:
+        return result.known.first_above(result.spot.stage, static, limit) or STATIC
+    return result.task_name(metrics.first_above(result.trace, result.peak.rank, static, limit))

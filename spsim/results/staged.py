@@ -183,7 +183,7 @@ class Staged:
     def _levels(self) -> Numbers:
         """Of each sort of passes, how much memory it takes over what is there before it, and in a second row leaves."""
         if self.ran.levels is not None:
-            return np.array(self.ran.levels(), np.int64).T
+            return np.array([level[:2] for level in self.ran.levels()], np.int64).T
         found = [metrics.profile(trace.nodes, 0) for trace in self.traces]
         return np.array([(own.highest, own.total) if own else (0, 0) for own in found], np.int64).T
 

@@ -14,26 +14,23 @@ too: the lane is late by so much more in each run.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
-from operator import add
 from typing import NamedTuple
 
 from spsim.engine.engine import run
 from spsim.engine.pieces import Move, Node, Repeat, Stretch
 from spsim.engine.recording import Integers, Ran, Recording
 from spsim.engine.tasks import RankProgram
-from spsim.engine.trace import Summary
 from spsim.lazy import Deferred, lazy
 from spsim.step.abreast import Abreast
 from spsim.step.drift import drift, later, runs_of
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
-from spsim.step.lanes import IDLE, Busy, State, end_alone, record, start
-from spsim.step.levels import Level, Levels
+from spsim.step.lanes import IDLE, Busy, State, record, start
+from spsim.step.levels import Level
 from spsim.step.meeting import meeting
+from spsim.step.rows import RanApart, Rows
 from spsim.step.segments import Segment
 
 
@@ -65,7 +62,8 @@ class Walked(NamedTuple):
     """Tasks that were run, not written again."""
     overlapping: bool
     """Whether memory has to be read from the whole: pieces overlap, and their own records do not know how."""
-    summary: Summary | None = None
+    ran: RanApart | None = None
+    """If its nodes are written when they are read: its figures."""
 
 
 def fold_step(step: Step) -> Walked:
@@ -75,50 +73,11 @@ def fold_step(step: Step) -> Walked:
     """
     rows = step.rows or Rows([step.itinerary])
     walk = _Walk(step, rows.segments)
-    times = walk.times(rows)
-    if times is None:
+    ran = walk.ran_apart(rows)
+    if ran is None:
         nodes = walk.apart(step.itinerary) if step.apart else walk.items(step.itinerary)
         return Walked(nodes, walk.events, walk.overlapping)
-    summary = Summary(times[0], lambda: rows.levels.of(walk.ran, step.sizes)[0][0])
-    return Walked(Deferred(partial(walk.row, step.itinerary)), walk.events + rows.tail_tasks, False, summary)
-
-
-class Rows:
-    """Rows of visits, each of which begins with all lanes free, whatever the numbers of their segments."""
-
-    def __init__(self, items: Sequence[Sequence[Item]]) -> None:
-        self.items = items
-        self.segments = {segment.name: segment for own in items for segment in segments_of(own)}
-        self.tails = [[*_tail(own)] for own in items]
-        """Segments at the end of each whose tasks run one after another."""
-        self.visits = [_visits(own[: len(own) - len(tail)]) for own, tail in zip(items, self.tails, strict=True)]
-        """How often each runs other segments."""
-
-    @lazy
-    def tail_tasks(self) -> int:
-        """Tasks of all tails."""
-        return sum(len(segment.tasks) for own in self.tails for segment in own)
-
-    @lazy
-    def levels(self) -> Levels:
-        """How full memory is in each, whatever the times and sizes."""
-        return Levels(self.items, self.segments)
-
-
-def _tail(items: Sequence[Item]) -> Iterator[Segment]:
-    found = takewhile(lambda item: isinstance(item, Visit) and item.segment.closes, reversed(items))
-    return (segment for item in found for segment in segments_of([item]))
-
-
-def _visits(items: Sequence[Item]) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for item in items:
-        if isinstance(item, Visit):
-            found[item.segment.name] += 1
-        else:
-            for name, times in _visits(item.body).items():
-                found[name] += times * int(item.runs)
-    return found
+    return Walked(Deferred(partial(walk.row, step.itinerary)), walk.events + rows.tail_tasks, False, ran)
 
 
 @dataclass(frozen=True)
@@ -153,11 +112,11 @@ def fold_each(step: Step, rows: Rows) -> Apart:
     Where no segment leaves anything undone, the time of a row is the sum of theirs, and it is written when it is read.
     """
     walk = _Walk(step, rows.segments)
-    times = walk.times(rows)
-    if times is None:
+    ran = walk.ran_apart(rows)
+    if ran is None:
         return Apart([walk.alone(own) for own in rows.items], walk.events)
-    found = [Alone(at, CLEAN, partial(walk.row, own)) for at, own in zip(times, rows.items, strict=True)]
-    return Apart(found, walk.events + rows.tail_tasks, lambda: rows.levels.of(walk.ran, step.sizes))
+    found = [Alone(at, CLEAN, partial(walk.row, own)) for at, own in zip(ran.ends_ps, rows.items, strict=True)]
+    return Apart(found, walk.events + rows.tail_tasks, lambda: ran.filled.levels)
 
 
 CLEAN: State = ((0, IDLE),)
@@ -236,20 +195,9 @@ class _Walk:
         self.first_task = 0
         return self.items(items)
 
-    def times(self, rows: Rows) -> list[int] | None:
-        """How long each of some rows takes, where one rank runs them and no segment leaves anything undone."""
-        if len(self.ranks) > 1:
-            return None
-        ends: dict[str, int] = {}
-        for name in {name for own in rows.visits for name in own}:
-            end = end_alone(rows.segments[name], self.ran[name]) if name in self.ran else None
-            if end is None:
-                return None
-            ends[name] = end
-        durations = self.step.durations
-        tails = [sum([sum(*durations[tail.name].values()) for tail in own]) for own in rows.tails]
-        sums = [sum([runs * ends[name] for name, runs in own.items()]) for own in rows.visits]
-        return [*map(add, sums, tails)]
+    def ran_apart(self, rows: Rows) -> RanApart | None:
+        """Some rows, where one rank runs them and no segment leaves anything undone."""
+        return rows.ran(self.ran, self.step.durations, self.step.sizes) if len(self.ranks) == 1 else None
 
     def _state(self, ranks: Iterable[_Rank]) -> tuple[int, State]:
         """When the first of some ranks is free, and how they stand then."""

@@ -34,12 +34,12 @@ from spsim.step.columns.fill import Floats
 from spsim.step.columns.order import covered
 from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import Ending, Times, spread_parameters
-from spsim.step.folding import Rows
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
 from spsim.step.issue import block_passes, halved_passes
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Marks, Ranks, groups_of
+from spsim.step.rows import Rows
 from spsim.step.segments import BlockPass, Segment
 from spsim.step.slots import runs_of, slots_in_graphs
 from spsim.step.stages import Passes

@@ -12,13 +12,13 @@ from spsim.engine.pieces import Pass
 from spsim.inputs.schedules import Schedule
 from spsim.lazy import Cache, lazy
 from spsim.program.assembly import HEAD
-from spsim.step.folding import Rows
 from spsim.step.halves import Halves
 from spsim.step.itinerary import Blocks, Chunk, Item, Run, chunk_pass
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.in_flight import fullest
 from spsim.step.pipeline.orders import KINDS, Action, Numbers, global_stage, gradients
 from spsim.step.pipeline.tape import Score
+from spsim.step.rows import Rows
 
 Work = Literal["forward", "backward", "input gradients", "weight gradients", "nothing"]
 """What a pass of a chunk runs."""
