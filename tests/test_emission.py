@@ -2,6 +2,7 @@
 
 import random
 import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -129,12 +130,61 @@ def test_what_does_not_come_back_is_listed(library, tmp_path):
     assert differing > 10
 
 
+ROUTED = {
+    "layers": 8, "hidden": 1024, "ffn_hidden": 4096, "heads": 16, "kv_heads": 4, "vocab": 32768, "gated_mlp": True,
+    "experts": 16, "experts_per_token": 4, "expert_ffn_hidden": 512,
+}  # fmt: skip
+LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 48}
+
+
+def routed_scenarios(seed):
+    """Random models and plans of experts that Megatron-LM can say, without end."""
+    source = random.Random(seed)
+    while True:
+        model = {**ROUTED, "shared_ffn_hidden": source.choice((0, 512)), "dense_layers": source.choice((0, 1, 3))}
+        if source.random() < 0.4:
+            model = {**model, **LATENT, "q_lora_rank": source.choice((None, 192)), "kv_heads": 16}
+        plan = {"sequence_parallel": True, "distributed_optimizer": source.random() < 0.5}
+        plan |= {name: source.choice(values) for name, values in DEGREES["megatron"].items()}
+        plan |= {"ep": source.choice((1, 2, 4, 8)), "expert_tp": source.choice((None, 1))}
+        modules = source.choice((None, "moe_act", "moe", "shared_experts+core_attn"))
+        plan |= {"recompute": "selective", "recompute_modules": modules} if modules else {}
+        workload = {"seq_len": 4096, "global_batch": plan["dp"] * 16}
+        try:
+            yield Scenario(hardware="dgx-b200", model=model, workload=workload, plan=plan)
+        except InputError:
+            continue
+
+
+@pytest.mark.slow
+def test_experts_and_latents_come_back(tmp_path):
+    seen = set()
+    for scenario, _ in zip(routed_scenarios(seed=3), range(40), strict=False):
+        emission = emit(scenario, "megatron")
+        back = read_back(scenario, "megatron", emission.text, tmp_path)
+        own = scenario.model.model_copy(update={"name": "train"})
+        assert canonical(back) == (own, *canonical(scenario)[1:]), scenario.plan.text
+        assert emission.unsaid == ()
+        seen |= {(scenario.plan.ep > 1, scenario.plan.expert_tp == 1 < scenario.plan.tp, "moe" in emission.text)}
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("library", ["torchtitan", "deepspeed", "transformers"])
+def test_a_library_without_a_word_for_experts_says_so(library):
+    plan = "dp=8,ep=8"
+    case = Scenario(hardware="dgx-h100", model="mixtral-8x7b", plan=plan, workload={"seq_len": 4096})
+    emission = emit(case, library)
+    named = any(line.startswith("plan.ep = 8 has no counterpart") for line in emission.unsaid)
+    assert named is not ("expert_parallel_degree = 8" in emission.text)
+
+
 def test_arguments_are_those_of_the_library(tmp_path):
     """Names and whether a value follows, as the training script of Megatron-LM declares them."""
     lines = (FILES / "megatron_arguments.txt").read_text().splitlines()
     declared = {name: bool(value) for name, *value in map(str.split, lines) if name.startswith("--")}
     found = {}
-    for scenario, _ in zip(scenarios("megatron", seed=5), range(60), strict=False):
+    every = (*islice(scenarios("megatron", seed=5), 60), *islice(routed_scenarios(seed=5), 10))
+    for scenario in every:
         words = emit(scenario, "megatron").text.partition("pretrain_gpt.py")[2].replace("\\\n", " ").split()
         options = [number for number, word in enumerate(words) if word.startswith("--")]
         for number in options:
@@ -246,7 +296,7 @@ def test_a_launch_file_is_translated(capsys):
     assert code == 0
     assert 'flavor = "8B"' in out
     assert "tensor_parallel_degree = 4" in out
-    assert "--moe-router-fusion" in err
+    assert "${EXTRA_ARGS}: not read" in err
     assert "plan.library = 'megatron-core', but torchtitan is 'torchtitan'" in err
 
 

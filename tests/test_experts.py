@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spsim import Model, Scenario, emit, explain, load_model, plan_search, simulate
+from spsim import Model, Scenario, explain, load_model, plan_search, simulate
 from spsim.errors import InputError
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workload
@@ -225,6 +225,7 @@ def test_without_experts_options_of_them_have_no_effect():
         ("tp=4,sequence_parallel,ep=2,dp=2,expert_tp=1", "ep = 2 is not tp = 4 times a divisor of dp"),
         ("tp=4,sequence_parallel,dp=2,ep=2,expert_tp=2", "expert_tp = 2 with tp = 4"),
         ("dp=8,ep=8,zero=3", "not simulated yet"),
+        ("tp=4,sequence_parallel,dp=2,expert_tp=1", "experts that are whole on each rank of tp are not simulated yet"),
         ("dp=2,recompute=selective,recompute_modules=moe+mla_up_proj", "has no latent attention"),
     ],
 )
@@ -277,9 +278,3 @@ def test_nothing_is_said_of_how_sure_times_with_experts_are():
     found = step("dp=8,ep=8")
     assert found.prior_band is None
     assert any("no published step with experts" in note for note in found.notes)
-
-
-def test_experts_are_not_written_for_a_library():
-    case = Scenario(hardware="dgx-h100", model="mixtral-8x7b", plan="dp=8,ep=8", workload={"seq_len": 4096})
-    with pytest.raises(InputError, match="has experts, which are not written yet"):
-        emit(case, "megatron")

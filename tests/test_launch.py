@@ -44,7 +44,7 @@ def test_a_script_of_megatron_with_arrays_tests_and_defaults():
     assert scenario.plan.gpus == 32
     assert found.notes == ()
     (unread,) = found.not_read
-    assert unread.endswith(":49: --moe-router-fusion ${EXTRA_ARGS}")
+    assert unread.endswith(":49: ${EXTRA_ARGS}")
     idle = "--rotary-base --lr --clip-grad --train-iters --manual-gc --wandb-project --save --load"
     assert found.no_matter == tuple(idle.split())
 
@@ -107,9 +107,15 @@ READ = frozenset({
     "tensor-model-parallel-size", "tp-comm-overlap", "untie-embeddings-and-output-weights",
     "use-distributed-optimizer", "use-flash-attn", "use-megatron-fsdp", "use-precision-aware-optimizer",
     "use-rotary-position-embeddings", "use-torch-fsdp2", "use-tp-pp-dp-mapping", "vocab-size", "window-size",
-    "num-experts", "multi-latent-attention", "mtp-num-layers", "hybrid-override-pattern", "is-hybrid-model",
+    "num-experts", "expert-model-parallel-size", "multi-latent-attention", "mtp-num-layers",
+    "hybrid-override-pattern", "is-hybrid-model",
 })  # fmt: skip
 """Arguments of Megatron-LM that say something of a scenario, or refuse it."""
+OF_OTHER_MODELS = (
+    "moe-", "q-lora", "kv-lora", "qk-head", "qk-pos", "v-head", "rope-type", "rotary-scaling", "mscale",
+    "expert-tensor-parallel-size",
+)  # fmt: skip
+"""Beginnings of those that say nothing of a dense model with attention from hidden states."""
 
 
 def test_every_argument_that_is_not_read_is_listed(tmp_path):
@@ -118,7 +124,8 @@ def test_every_argument_that_is_not_read_is_listed(tmp_path):
     rest = {name: " 7" * len(value) for name, *value in lines if name.removeprefix("--") not in READ}
     found = launch(tmp_path, MEGATRON.format(MODEL + "".join(f" {name}{value}" for name, value in rest.items())))
     unread = {option.split(": ")[1].split(" ")[0] for option in found.not_read}
-    assert unread | {*found.no_matter} == rest.keys()
+    of_other_models = {name for name in rest if name[2:].startswith(OF_OTHER_MODELS)}
+    assert unread | {*found.no_matter} | of_other_models == rest.keys()
     assert not unread & {*found.no_matter}
     assert {"--rampup-batch-size", "--fp8-param-gather", "--transformer-impl", "--use-nccl-ub"} <= unread
     assert {"--lr", "--save", "--seed", "--tokenizer-type", "--log-interval", "--clip-grad"} <= {*found.no_matter}
@@ -140,14 +147,15 @@ def test_every_key_that_is_not_read_is_listed(tmp_path):
         "parallelism.pipeline_parallel_first_stage_less_layers", "parallelism.pipeline_parallel_last_stage_less_layers",
         "parallelism.pipeline_parallel_layers_per_stage", "parallelism.pipeline_parallel_schedule",
         "parallelism.pipeline_parallel_microbatch_size", "parallelism.context_parallel_degree",
-        "parallelism.context_parallel_rotate_method", "compile.enable",
+        "parallelism.context_parallel_rotate_method", "parallelism.expert_parallel_degree",
+        "parallelism.expert_tensor_parallel_degree", "compile.enable",
     }  # fmt: skip
     rest = [key for key in keys if key not in read and not key.startswith(("quantize.", "compile."))]
     text = "".join(f"{key} = 'other'\n" for key in rest)
     found = launch(tmp_path, text, "job.toml")
     unread = {option.split(": ")[1].split(" ")[0] for option in found.not_read}
     assert unread | {*found.no_matter} == {*rest}
-    assert {"training.dtype", "training.enable_cpu_offload", "parallelism.expert_parallel_degree"} <= unread
+    assert {"training.dtype", "training.enable_cpu_offload", "parallelism.expert_parallel_comm_backend"} <= unread
     assert {"training.steps", "optimizer.lr", "checkpoint.interval", "debug.seed"} <= {*found.no_matter}
 
 
@@ -197,6 +205,11 @@ def test_every_key_that_is_not_read_is_listed(tmp_path):
          {"recompute": "full", "recompute_layers": 4, "dp": 8}),
         ("--cuda-graph-impl local --cuda-graph-scope full_iteration", {"cuda_graphs": "full_iteration", "dp": 8}),
         ("--cuda-graph-impl transformer_engine", {"cuda_graphs": "per_layer", "dp": 8}),
+        ("--num-experts 16 --expert-model-parallel-size 8 --disable-bias-linear", {"ep": 8, "dp": 8}),
+        (("--num-experts 16 --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 "
+         "--expert-tensor-parallel-size 1"), {"tp": 2, "sequence_parallel": True, "ep": 4, "expert_tp": 1, "dp": 4}),
+        (("--num-experts 16 --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 "
+         "--expert-tensor-parallel-size 2"), {"tp": 2, "sequence_parallel": True, "ep": 4, "dp": 4}),
     ],
 )  # fmt: skip
 def test_arguments_of_megatron_are_options_of_a_plan(arguments, options, tmp_path):
@@ -219,12 +232,38 @@ def test_arguments_of_megatron_are_options_of_a_plan(arguments, options, tmp_pat
         ("--vocab-size 50257 --tensor-model-parallel-size 8", {"vocab": 51200}),  # as of Megatron's published runs
         ("--padded-vocab-size 50400", {"vocab": 50400}),
         ("--window-size 8191,0", {"sliding_window": 8192}),
+        ("--num-experts 0 --moe-router-topk 3 --kv-lora-rank 7", {"experts": None, "experts_per_token": None}),
+        ("--num-experts 16", {
+            "experts": 16, "experts_per_token": 2, "expert_ffn_hidden": 16384, "shared_ffn_hidden": 0, "dense_layers": 0
+        }),
+        (("--num-experts 16 --moe-router-topk 4 --moe-ffn-hidden-size 1408 --moe-shared-expert-intermediate-size 2816 "
+         "--moe-layer-freq '([0]*3+[1]*29)'"), {
+            "experts_per_token": 4, "expert_ffn_hidden": 1408, "shared_ffn_hidden": 2816, "dense_layers": 3
+        }),
+        ("--num-experts 16 --moe-layer-freq \"'([1]*16)*2'\"", {"dense_layers": 0}),  # as quoted twice
+        (("--multi-latent-attention --kv-lora-rank 512 --q-lora-rank 1536 --qk-layernorm --kv-channels 7 "
+         "--use-rotary-position-embeddings"), {
+            "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+            "v_head_dim": 128, "head_dim": 192, "kv_heads": 32, "qk_norm": False, "qkv_bias": False,
+        }),
     ],
 )  # fmt: skip
 def test_arguments_of_megatron_are_traits_of_a_model(arguments, traits, tmp_path):
     found = megatron(tmp_path, arguments).model
     assert {name: getattr(found, name) for name in traits} == traits
     assert found.name == "train"
+
+
+def test_what_experts_are_simulated_as_is_said(tmp_path):
+    """Defaults of Megatron-LM that are not simulated, and arguments that are not."""
+    found = launch(tmp_path, MEGATRON.format(MODEL + " --num-experts 8 --moe-expert-capacity-factor 1.5"))
+    assert [note.partition(": ")[2] for note in found.notes] == [
+        "--moe-token-dispatcher-type is missing: tokens are all gathered there, and simulated as exchanged",
+        "--moe-grouped-gemm is missing: products of experts are simulated as grouped",
+        "--moe-permute-fusion is missing: simulated as a fused kernel",
+        "--moe-router-dtype is missing: the router is simulated in fp32",
+    ]
+    assert [option.split(": ")[1] for option in found.not_read] == ["--moe-expert-capacity-factor 1.5"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def _check_degrees(experts: int, plan: Plan) -> None:
         raise InputError(
             f"plan: expert_tp = {plan.expert_tp} with tp = {plan.tp}: only 1 and tp are simulated yet; use one of them"
         )
+    if plan.tp > 1 and plan.expert_tp == 1 and plan.ep == 1:
+        raise InputError(
+            f"plan: expert_tp = 1 with tp = {plan.tp} and ep = 1: experts that are whole on each rank of tp are not "
+            "simulated yet; use ep = tp times a divisor of dp, or leave expert_tp out"
+        )
     within = math.prod(getattr(plan, axis) for axis in plan.expert_axes)
     if plan.ep > 1 and (plan.ep % within or plan.dp % (plan.ep // within)):
         what = " x ".join(axis for axis in plan.expert_axes if getattr(plan, axis) > 1)
@@ -81,4 +86,4 @@ def expert_reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why options of experts would change nothing; empty where they do."""
     none = "" if model.experts else "without experts"
     usual = "with tp = 1" if plan.tp == 1 else "as it is tp anyhow" if plan.expert_tp == plan.tp else ""
-    return {"expert_tp": none or usual or ("with ep = 1" if plan.ep == 1 else "")}
+    return {"expert_tp": none or usual}

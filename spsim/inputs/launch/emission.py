@@ -49,10 +49,6 @@ def emit(scenario: Scenario, library: str) -> Emission:
         raise InputError(
             f"--emit {library!r}: is no library that a plan is written for; use one of {', '.join(EMITTED)}"
         )
-    if scenario.model.experts is not None:
-        raise InputError(
-            f"--emit {library}: {scenario.model.name} has experts, which are not written yet; leave --emit out"
-        )
     plain = scenario.model_copy(update={"plan": _active(scenario.model, scenario.plan)})
     if library == "transformers":
         draft, options = transformers.drafted(plain)
@@ -137,6 +133,8 @@ def effective(model: Model, plan: Plan) -> dict[str, Any]:
     if plan.dp_overlap is True and plan.zero_stage == 0:
         found["dp_overlap"] = "gradients"
     found["shard_group"] = plan.shard_group or plan.dp
+    if "expert_tp" in found:
+        found["expert_tp"] = plan.expert_tp or plan.tp
     found["mesh_order"] = MESH_ORDER if idle["mesh_order"] else plan.mesh_order
     if plan.pp > 1:
         layers = tuple(len(chunk.layers) for chunk in all_chunks(model, plan))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spsim.inputs.launch.draft import WAYS, Draft, stages_as
+from spsim.inputs.launch.flavors import FLAVORS, SIZES
 from spsim.inputs.launch.options import Options, beginning_with, flat_items, settings_named
 from spsim.inputs.plan_words import ROTATES, SCHEDULES
 from spsim.inputs.resources import parse_toml
@@ -44,30 +44,6 @@ NO_MATTER = beginning_with(
 )  # fmt: skip
 """Tables and keys of paths, logs, checkpoints, seeds, rates and numbers of steps."""
 
-FLAVORS: Mapping[tuple[str, str], str] = {
-    ("llama3", "8B"): "llama-3-8b", ("llama3", "70B"): "llama-3-70b", ("llama3", "405B"): "llama-3-405b",
-    ("qwen3", "8B"): "qwen3-8b",
-}  # fmt: skip
-"""Name and flavor -> preset of the same sizes."""
-_QWEN3 = {
-    "kv_heads": 8, "head_dim": 128, "vocab": 151936, "gated_mlp": True, "qk_norm": True
-}  # fmt: skip
-SIZES: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    ("llama3", "debugmodel"): {
-        "layers": 6, "hidden": 256, "ffn_hidden": 768, "heads": 16, "vocab": 2048, "gated_mlp": True
-    },
-    **{
-        ("qwen3", flavor): {
-            **_QWEN3, "layers": layers, "hidden": hidden, "ffn_hidden": ffn_hidden, "heads": heads,
-            "tied_embeddings": tied,
-        }
-        for flavor, layers, hidden, ffn_hidden, heads, tied in (
-            ("0.6B", 28, 1024, 3072, 16, True), ("1.7B", 28, 2048, 6144, 16, True), ("4B", 36, 2560, 9728, 32, True),
-            ("14B", 40, 5120, 17408, 40, False), ("32B", 64, 5120, 25600, 64, False),
-        )
-    },
-}  # fmt: skip
-"""Those without a preset (`torchtitan/models/*/__init__.py`)."""
 _MASKED = ("_flex", "_varlen")
 """Endings of flavors whose mask ends at documents."""
 _PRECISIONS = {"bfloat16": "bf16", "float32": "fp32"}
@@ -152,11 +128,22 @@ def _read_parallelism(options: Options, draft: Draft) -> None:
     if ring != 1:
         plan |= {"ring": ring, "ring_kind": kind}
     options.leave("parallelism.context_parallel_load_balancer", ("headtail",))
-    for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
-        options.leave(f"parallelism.{name}", (1,))
+    _read_experts(options, draft)
     options.leave("optimizer.name", ("AdamW",))
     options.leave("optimizer.implementation", ("fused",))
     options.leave("optimizer.early_step_in_backward", (False,))
+
+
+def _read_experts(options: Options, draft: Draft) -> None:
+    """Experts are whole on a rank, unless they are split over tp."""
+    plan = draft.plan
+    spread = options.number("parallelism.expert_parallel_degree", 1)
+    sharing = options.number("parallelism.expert_tensor_parallel_degree", 1)
+    if spread > 1:
+        plan["ep"] = spread
+        if sharing != plan.get("tp", 1):
+            plan["expert_tp"] = sharing
+        options.leave("parallelism.expert_parallel_comm_backend", ("standard",))
 
 
 def _read_replicas(options: Options, draft: Draft) -> None:
@@ -362,6 +349,8 @@ def _degrees(plan: Plan) -> dict[str, Any]:
         "disable_loss_parallel": not plan.loss_parallel or None,
         "pipeline_parallel_degree": plan.pp,
         "context_parallel_degree": plan.ring,
+        "expert_parallel_degree": plan.ep if plan.ep > 1 else None,
+        "expert_tensor_parallel_degree": plan.tp if plan.ep > 1 and plan.expert_tp in (None, plan.tp) else None,
         "context_parallel_rotate_method": rotate if plan.ring > 1 else None,
     }
 

@@ -29,7 +29,11 @@ NO_MATTER = beginning_with(
     "finetune", "fp8_amax", "fp8_interval", "fp8_margin", "ft", "full_validation", "hysteresis", "init_method",
     "initial_loss_scale", "inprocess", "iterations_to_skip", "lazy_mpu", "legacy_tokenizer", "load", "local_rank",
     "log", "logging", "loss_scale", "lr", "manual_gc", "memory_snapshot_path", "merge_file", "mid_level",
-    "min_loss_scale", "min_lr", "mock_data", "multiple_validation", "nccl_communicator", "no_async_tensor",
+    "min_loss_scale", "min_lr", "mock_data", "moe_aux_loss", "moe_input_jitter", "moe_per_layer_logging",
+    "moe_router_bias_update", "moe_router_enable_expert_bias", "moe_router_force", "moe_router_group_topk",
+    "moe_router_load_balancing", "moe_router_num_groups", "moe_router_pre_softmax", "moe_router_score",
+    "moe_router_topk_scaling", "moe_token_drop_policy", "moe_z_loss", "mtp_loss", "multiple_validation",
+    "nccl_communicator", "no_async_tensor",
     "no_barrier", "no_check_for_nan", "no_create_attention_mask", "no_data", "no_initialization", "no_load",
     "no_mmap", "no_one_logger", "no_save", "no_strict", "no_use_tokenizer", "no_weight_decay", "non_persistent",
     "norm_epsilon", "num_dataset", "num_workers", "object_storage", "one_logger", "override_opt", "per_dataset",
@@ -41,18 +45,20 @@ NO_MATTER = beginning_with(
     "use_persistent_ckpt", "use_pytorch_profiler", "use_rope_scaling", "valid_data", "vocab_extra", "vocab_file",
     "wandb", "weight_decay", "world_size",
 )  # fmt: skip
-"""Arguments of paths, logs, checkpoints, seeds, rates and numbers of steps."""
+"""Arguments of paths, logs, checkpoints, seeds, rates, numbers of steps, and of which experts a router picks."""
 SWITCHES = frozenset({
     *FLAGS, "accumulate_allreduce_grads_in_fp32", "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split", "add_qkv_bias", "bf16", "disable_bias_linear", "enable_cuda_graph",
-    "external_cuda_graph", "fp16", "grad_reduce_in_bf16", "group_query_attention", "no_overlap_p2p_communication",
+    "external_cuda_graph", "fp16", "grad_reduce_in_bf16", "group_query_attention", "moe_grouped_gemm",
+    "moe_pad_expert_input_to_capacity", "moe_permute_fusion", "moe_router_fusion", "multi_latent_attention",
+    "no_overlap_p2p_communication",
     "overlap_grad_reduce", "overlap_param_gather", "qk_layernorm", "recompute_activations", "squared_relu", "swiglu",
     "torch_fsdp2_no_reshard_after_forward", "untie_embeddings_and_output_weights", "use_flash_attn",
     "use_megatron_fsdp", "use_rotary_position_embeddings", "use_torch_fsdp2",
     "use_tp_pp_dp_mapping",
 })  # fmt: skip
 """Arguments with nothing behind their name."""
-EXPERTS = ("num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_override_pattern", "is_hybrid_model")
+OTHER_MODELS = ("mtp_num_layers", "hybrid_override_pattern", "is_hybrid_model")
 """What makes the model another one than spsim has."""
 
 RECIPES = {
@@ -63,6 +69,6 @@ RECIPES = {
 BACKENDS = {"auto": "flash", "fused": "cudnn", "flash": "flash", "unfused": "unfused", "local": "unfused"}
 STAGES_INSIDE = "tp-ulysses-ring-pp-dp"
 """Order of axes under `use_tp_pp_dp_mapping`."""
-POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none"}
+POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none", "yarn": "rope"}
 STRATEGIES = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 DTYPES = {"fp32": "fp32", "bf16": "bf16"}

@@ -15,13 +15,15 @@ from spsim.inputs.launch.draft import Draft, stages_as
 from spsim.inputs.launch.megatron.arguments import (
     BACKENDS,
     DTYPES,
-    EXPERTS,
     FLAGS,
     NUMBERS,
+    OTHER_MODELS,
     POSITIONS,
     STAGES_INSIDE,
     STRATEGIES,
 )
+from spsim.inputs.launch.megatron.experts import read_experts
+from spsim.inputs.launch.megatron.latent import read_latents
 from spsim.inputs.launch.options import Options
 from spsim.inputs.stages import layers_of_chunks
 from spsim.inputs.words import PRECISIONS
@@ -29,15 +31,15 @@ from spsim.inputs.words import PRECISIONS
 
 def read(options: Options) -> Draft:
     """The settings that arguments say; `InputError` names the first that is none."""
-    for name in EXPERTS:
-        options.leave(name, (0, 1) if name == "num_experts" else ())
-        if name in options and name not in options.taken:
-            raise options.refuse(name, "experts, latent attention and hybrid models are not read from files yet")
-    options.leave("expert_model_parallel_size", (1,))
+    for name in OTHER_MODELS:
+        if name in options:
+            raise options.refuse(name, "hybrid models and layers of further tokens are not read from files yet")
     draft = Draft()
     draft.read(options, NUMBERS, int)
     draft.read(options, FLAGS, bool)
     _read_model(options, draft)
+    read_latents(options, draft)
+    read_experts(options, draft)
     _read_precision(options, draft)
     _read_context(options, draft)
     _read_stages(options, draft)

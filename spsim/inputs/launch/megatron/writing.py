@@ -15,6 +15,8 @@ from spsim.inputs.launch.megatron.arguments import (
     STRATEGIES,
     VERSION,
 )
+from spsim.inputs.launch.megatron.experts import expert_arguments
+from spsim.inputs.launch.megatron.latent import latent_arguments
 from spsim.inputs.stages import all_chunks, layout_text, spread
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ def _model(model: Model, scenario: Scenario) -> dict[str, Any]:
         "attention_dropout": model.dropout,
         "vocab_size": model.vocab,
         "padded_vocab_size": model.vocab,
+        **latent_arguments(model),
+        **expert_arguments(model, scenario.plan),
     }
 
 
