@@ -23,6 +23,7 @@ KernelName = Literal[
     "layer_norm", "rms_norm", "softmax", "masked_softmax", "dropout", "gelu", "bias_gelu", "squared_relu", "swiglu",
     "geglu", "rope", "bias_dropout_add", "bias_add", "bias_gradient", "add", "copy", "embedding", "cross_entropy",
     "adam",
+    "permute",
     "amax", "quantize", "quantize_columnwise", "quantize_both", "transpose", "swizzle_scales",
 ]  # fmt: skip
 """Memory-bound kernels that a profile may have rates of their own for; others are known by their class only. Those of
@@ -96,6 +97,10 @@ class Gemm:
     """Data type of its operands, where that is another than the block's."""
     pieces: int = 1
     """Products like this one that run beside each other on streams, so that only all of them fill whole waves."""
+    launched: int = 0
+    """Of the products those that are launched one by one, as of the experts of a rank; 0 where one kernel does all."""
+    grouped: int = 0
+    """1 where one kernel multiplies matrices that have different numbers of rows, with more in its epilogue."""
 
     @property
     def flops(self) -> int:
@@ -158,6 +163,8 @@ class MemoryBound:
     """Data type of what it moves, where that is another than the products'."""
     accesses: int = 0
     """Elements that it reads and writes one by one, for operands are strided or broadcast; 0 where vectors are."""
+    launched: int = 0
+    """Kernels like it that are launched one by one, as of the experts of a rank; 0 where it is one."""
     eager: bool = False
     """As torch runs it by itself, whatever a library fuses under that name."""
 

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from spsim.errors import InputError
 from spsim.inputs.collective_curves import CollectiveCurve, CollectiveName
 from spsim.inputs.configuration import Name
+from spsim.inputs.dispatch_coefficients import DispatcherCoefficients, DispatchLibrary
 from spsim.inputs.kernel_coefficients import (
     AttentionCoefficients,
     DataType,
@@ -184,6 +185,8 @@ class Coefficients(Table):
     """By topology level, in the place of a curve of `send_receive`: its time depends on the communicator."""
     between_nodes: dict[str, NodeCoefficients] = Field(default_factory=dict)
     """By topology level, how long NCCL's rings and trees over nodes take; without it curves of both levels say."""
+    dispatchers: dict[DispatchLibrary, DispatcherCoefficients] = Field(default_factory=dict)
+    """Libraries that send tokens to experts by kernels of their own, where the device was measured with them."""
     collective_overhead_us: Microseconds
     """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
     the compute stream and the communication stream, both ways."""
@@ -251,6 +254,14 @@ class HardwareProfile(Table):
                 raise ValueError(f"sends name the level {name!r}, which the topology does not have")
             if "send_receive" in self.coefficients.collectives.get(name, {}):
                 raise ValueError(f"sends.{name} and collectives.{name}.send_receive say the same; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _dispatchers_belong_to_levels(self) -> Self:
+        levels = {level.name for level in self.datasheet.topology}
+        for name in (name for own in self.coefficients.dispatchers.values() for name in own.levels):
+            if name not in levels:
+                raise ValueError(f"dispatchers name the level {name!r}, which the topology does not have")
         return self
 
     @model_validator(mode="after")

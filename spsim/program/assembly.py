@@ -12,6 +12,7 @@ from spsim.inputs.stages import all_chunks, dense_in
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
+from spsim.program.blocks.experts import fused_experts
 from spsim.program.blocks.head import head_block, head_traits, is_tied
 from spsim.program.blocks.transformer import Projections, layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
@@ -29,6 +30,7 @@ from spsim.program.quantisation import quantised, with_cast_attention
 from spsim.program.recipes import RECIPES, in_precision
 from spsim.program.recompute import LayerKind, layer_kinds, usual_kind
 from spsim.program.region import Region
+from spsim.program.routing import USUAL, Routed, Routing, routed_by, routing_of
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
 
@@ -74,7 +76,7 @@ def projections(model: Model, plan: Plan) -> Projections:
 
 def layer_key(model: Model, plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ...]:
     """What of model and plan the program of layers of a kind depends on."""
-    return layer_traits(model), projections(model, plan), compiled_by(plan, kind)
+    return layer_traits(model), projections(model, plan), routing_of(model, plan), compiled_by(plan, kind)
 
 
 def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
@@ -88,11 +90,12 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
     kind = kind or usual_kind(plan)
     model = model.as_dense if kind.dense else model
-    joined = projections(model, plan)
-    low = plan.fp8_dot_product_attention
-    key = (layer_traits(model), joined, low, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined, cast_attention=low))
-    region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan))
+    joined, routing, low = projections(model, plan), routing_of(model, plan), plan.fp8_dot_product_attention
+    traits = layer_traits(model), joined, routing, low
+    key = (*traits, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
+    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined, routing, cast_attention=low))
+    routed = routed_by(model, plan)
+    region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan, routed=routed))
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind.leaves or kind.fetches:
         return offload(program, leaves=kind.leaves, fetches=kind.fetches)
@@ -101,22 +104,31 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
 
 
-def _region(operators: Sequence[Operator], plan: Plan, elsewhere: Set[str] = frozenset()) -> Region:
-    return Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
+def _region(
+    operators: Sequence[Operator], plan: Plan, elsewhere: Set[str] = frozenset(), routed: Routed | None = None
+) -> Region:
+    return Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere, routed)
 
 
 def layer_operators(
-    model: Model, workload: Workload, replicas: int = 1, joined: Projections = "fused", *, cast_attention: bool = False
+    model: Model,
+    workload: Workload,
+    replicas: int = 1,
+    joined: Projections = "fused",
+    routing: Routing = USUAL,
+    *,
+    cast_attention: bool = False,
 ) -> tuple[Operator, ...]:
     """The operators of a layer, with the casts of the recipe of its precision, if that has one; of core attention only
     where asked for.
     """
-    operators = transformer_layer(model, workload, replicas, joined)
+    operators = transformer_layer(model, workload, replicas, joined, routing)
     recipe = RECIPES.get(workload.precision)
     if recipe is None:
         return operators
     operators = quantised(operators, recipe)
-    return with_cast_attention(operators, recipe) if cast_attention else operators
+    operators = with_cast_attention(operators, recipe) if cast_attention else operators
+    return fused_experts(operators) if routing.fused else operators
 
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:

@@ -124,7 +124,7 @@ class _Compiler:
         operator: str,
         kind: KernelClass,
         part: Part,
-        work: tuple[Work, ...],
+        work: tuple[Work | None, ...],
         reads: Iterable[Buffer],
         writes: Iterable[Buffer],
     ) -> None:
@@ -145,6 +145,7 @@ class _Compiler:
             Communication(
                 self._next(), operator, tensor.name, move.axis, collective, move.ranks, move.message_bytes,
                 move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
+                dispatch=move.dispatch,
             )
         )  # fmt: skip
         if move.cast_bytes:
@@ -180,7 +181,7 @@ class _Compiler:
         kernels = self.region.kernels[op.name]
         work = kernels.forward(self.causal, self.plan.ring_cut)
         if not work:  # its outputs are its inputs
-            self.values |= {(o.name, o.layout, generation): b for o, b in zip(op.outputs, reads, strict=True)}
+            self.values |= {(o.name, o.layout, generation): b for o, b in zip(op.outputs, reads, strict=False)}
             return
         if isinstance(kernels, Product):
             self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
@@ -393,8 +394,7 @@ class _Compiler:
         total, name = buffers[0], f"{tensor.name} gradient"
         for other in buffers[1:]:
             size = self.region.bytes_of(tensor.gradient, layout)
-            result = self._buffer(name, size)
+            read, total = [total, other], self._buffer(name, size)
             work = MemoryBound("elementwise", 3 * size, "add")
-            self._compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
-            total = result
+            self._compute(name, "elementwise", "accumulate", (work,), read, [total])
         return total

@@ -51,11 +51,11 @@ class Kernels:
             return max([vector.elements for vector in self.vectors])
         return self._product(dim for dim in self.placed.outputs[0].subscript if dim not in ("s", "b"))
 
-    def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
+    def forward(self, causal: bool, ring_cut: str) -> tuple[Work | None, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""
         return self._forward
 
-    def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
+    def backward(self, causal: bool, ring_cut: str) -> tuple[Work | None, ...]:
         """The backward kernel; empty where every gradient passes through."""
         return self._backward
 
@@ -166,7 +166,9 @@ class Casting(Kernels):
     @lazy
     def _casting(self) -> tuple[MemoryBound, ...]:
         elements = sum(operand.elements for operand in self.placed.inputs)
-        return tuple(casting(self.cast, elements, gathered=self._is_gathered))
+        kernels = casting(self.cast, elements, gathered=self._is_gathered)
+        group = self._product("e") if self.operator.group == "launched" else 0
+        return tuple([replace(kernel, launched=group) if group else kernel for kernel in kernels])
 
     @lazy
     def agreed(self) -> tuple[Axis, ...]:
@@ -248,7 +250,8 @@ class Product(Kernels):
         batch, k = self._product(shared), self._product(contracted)
         m = self._product(dim for dim in given if dim not in contracted and dim not in shared)
         n = sum([w.elements for w in self.matrices]) // (k * batch)
-        return Gemm(m, n, k, batch, self._traffic["forward"], dtype=self._dtype)
+        launched, grouped = batch * (self.operator.group == "launched"), int(self.operator.group == "kernel")
+        return Gemm(m, n, k, batch, self._traffic["forward"], dtype=self._dtype, launched=launched, grouped=grouped)
 
     @lazy
     def _traffic(self) -> Mapping[Reading, int]:
@@ -299,7 +302,7 @@ class Product(Kernels):
         forward, moved = self._gemm, self._traffic["dgrad"]
         m, n, k, batch = forward.m, forward.n, forward.k, forward.batch
         if self.matrices:
-            return ((self.placed.activations[0], Gemm(m, k, n, batch, moved, dtype=self._dtype)),)
+            return ((self.placed.activations[0], replace(forward, n=k, k=n, bytes_moved=moved)),)
         left, right = self.placed.activations
         return (left, Gemm(m, k, n, batch, moved)), (right, Gemm(k, n, m, batch, moved))
 
@@ -310,9 +313,8 @@ class Product(Kernels):
             return ()
         forward = self._gemm
         elements = forward.batch * forward.k * forward.n
-        product = Gemm(
-            forward.k, forward.n, forward.m, forward.batch, self._traffic["wgrad"], elements, dtype=self._dtype
-        )  # fmt: skip
+        moved = self._traffic["wgrad"]
+        product = replace(forward, m=forward.k, k=forward.m, bytes_moved=moved, accumulated=elements)
         if not self.vectors:
             return (product,)
         return product, MemoryBound("elementwise", bytes_of(self.placed.results), "bias_gradient", row=self.row)

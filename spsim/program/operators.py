@@ -38,6 +38,7 @@ of a token. A `loss` is handed to nobody: where it is made, the backward pass be
 An `intermediate` is what an operator of several kernels keeps of those within it; it counts as an activation.
 """
 
+Grouping = Literal["launched", "kernel", "epilogue"]
 HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics")
 """Kinds of inputs that come from other operators or from outside."""
 LAGGED = "s-"
@@ -97,6 +98,9 @@ class Operator:
     """Its kernels, where torch runs it as several."""
     rules: str = ""
     """Name of the rules that it is split by, where those are not the ones of the block: experts."""
+    group: Grouping | None = None
+    """How what it does for each of the experts of a rank is launched: one by one, in one kernel, or in that of a
+    product; None where it is one anyway."""
     in_place: bool = False
     """Its first output is written over its first input, and the gradient of that over what is kept of the output."""
     recipe: Recipe | None = None

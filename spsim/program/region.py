@@ -28,6 +28,7 @@ from spsim.program.placement import (
     sent_bytes,
 )
 from spsim.program.recipes import Recipe
+from spsim.program.routing import Dispatch, Routed
 from spsim.program.strategies import Rules
 from spsim.program.weights import weight_syncs, weight_tensors
 from spsim.work import MemoryBound
@@ -57,6 +58,13 @@ class Move:
     """
     cast_bytes: int = 0
     """Of what a rank gives in the type in which sums are made; 0 where that is the tensor's own."""
+    dispatch: Dispatch | None = None
+    """Of tokens to experts by a library with kernels of its own."""
+
+    @property
+    def to_experts(self) -> bool:
+        """An exchange behind which each rank has what its experts read."""
+        return any(placement.dim == "e" for _, placement in self.target)
 
 
 class Region:
@@ -72,10 +80,13 @@ class Region:
         mesh: Mesh,
         named: Mapping[str, Rules] = MappingProxyType({}),
         elsewhere: Set[str] = frozenset(),
+        routed: Routed | None = None,
     ) -> None:
         """`rules` are those of the block, `named` those of operators that name theirs. Weights that another block of
-        the same rank has are `elsewhere`: counted and synchronised there.
+        the same rank has are `elsewhere`: counted and synchronised there. Tokens are `routed` to experts by a library
+        with kernels of its own.
         """
+        self.routed = routed
         self.mesh = mesh
         self._elsewhere = elsewhere
         own = [named.get(op.rules, rules) for op in operators]
@@ -128,10 +139,9 @@ class Region:
 
     def _with_sorting(self, tensor: Tensor, moves: list[Move]) -> tuple[Move, ...]:
         """Tokens of several experts of one rank, from where they lie by the rank that they come from."""
-        dealt = any(dim.endswith("/e") for dim in tensor.dims)
+        dealt = any(dim.endswith("/e") for dim in tensor.dims) and self.routed is None
         if dealt and moves and part(tensor.sizes[tensor.dims.index("e")], self.mesh.size(self.mesh.of_experts)) > 1:
-            arrive = any(placement.dim == "e" for _, placement in moves[-1].target)
-            if moves[0].collective == "all_gather" or (arrive and moves[0].collective == "all_to_all"):
+            if moves[0].collective == "all_gather" or (moves[-1].to_experts and moves[0].collective == "all_to_all"):
                 moves[-1] = replace(moves[-1], sorts="after")
             else:
                 moves[0] = replace(moves[0], sorts="before")
@@ -155,7 +165,11 @@ class Region:
         ranks, message = self.mesh.degree(step.axis), message_bytes(step, tensor, self.mesh)
         sent = sent_bytes(step.collective, message, ranks) if step.collective else 0
         size = self.bytes_of(tensor, step.target)
-        return Move(step.axis, step.collective, step.source, step.target, ranks, message, sent, size, None, cast)
+        move = Move(step.axis, step.collective, step.source, step.target, ranks, message, sent, size, None, cast)
+        if not self.routed or step.collective != "all_to_all" or step.axis not in ("ep", "experts"):
+            return move
+        way: Literal["dispatch", "combine"] = "dispatch" if move.to_experts else "combine"
+        return replace(move, dispatch=Dispatch(*self.routed, way))
 
     def bytes_of(self, tensor: Tensor, layout: Layout) -> int:
         """Bytes of a tensor on one rank."""

@@ -5,7 +5,7 @@ Where programs of a `single` sequence are others (`rules.is_single`), for those.
 
 from __future__ import annotations
 
-from math import gcd
+from math import gcd, lcm
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
@@ -25,24 +25,26 @@ from spsim.program.assembly import (
 )
 from spsim.program.instructions import LAYER
 from spsim.program.recompute import LayerKind, usual_kind
+from spsim.program.routing import routing_of
 from spsim.program.sizes import Template, every_workload
 from spsim.units import MIB
 
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 
 
-def dealt_among(model: Model) -> int:
-    """What divides the tokens of a sequence, whatever the plan: experts over those of a token, in lowest terms."""
+def dealt_among(model: Model, plan: Plan) -> int:
+    """What divides the tokens of a sequence: experts over those of a token, or over copies of it, in lowest terms."""
     if model.experts is None or model.experts_per_token is None:
         return 1
-    return model.experts // gcd(model.experts, model.experts_per_token)
+    copies = routing_of(model, plan).copies / model.experts
+    return lcm(model.experts // gcd(model.experts, model.experts_per_token), copies.denominator)
 
 
 def layer_template(
     model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None, *, single: bool = False
 ) -> Template:
     """The program of one layer, or of a unit of layers, for every workload of a precision."""
-    unit, kind, divisor = sequence_unit(model, plan), kind or usual_kind(plan), dealt_among(model)
+    unit, kind, divisor = sequence_unit(model, plan), kind or usual_kind(plan), dealt_among(model, plan)
     key = (layer_key(model, plan, kind), precision, single)
     every = every_workload(unit * divisor, precision, single=single)
     return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit, divisor))
@@ -54,7 +56,7 @@ def layers_template(model: Model, plan: Plan, precision: Precision = "bf16", *, 
     first, *others = kinds
     if not others:
         return layer_template(model, plan, precision, first, single=single)
-    divisor = dealt_among(model)
+    divisor = dealt_among(model, plan)
     every = every_workload(unit * divisor, precision, single=single)
     programs = {kinds[kind]: compile_layer(model, plan, every, kind) for kind in others}
     return Template(compile_layer(model, plan, every, first), unit, divisor, others=programs)
@@ -62,7 +64,7 @@ def layers_template(model: Model, plan: Plan, precision: Precision = "bf16", *, 
 
 def step_template(model: Model, plan: Plan, precision: Precision = "bf16", *, single: bool = False) -> Template:
     """The programs of embedding, layer and head for every workload of a precision."""
-    unit, divisor = sequence_unit(model, plan), dealt_among(model)
+    unit, divisor = sequence_unit(model, plan), dealt_among(model, plan)
 
     def compiled() -> Template:
         programs = compile_step(model, plan, every_workload(unit * divisor, precision, single=single))

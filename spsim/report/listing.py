@@ -87,6 +87,8 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
     "ep": "GPUs that experts are spread over: those of tp, ulysses and ring, and replicas",
     "expert_tp": "GPUs that share an expert: tp unless given, or 1",
+    "moe_dispatcher": "tokens to experts by NCCL's all-to-all, by a gather, or by DeepEP or HybridEP",
+    "fused_grouped_mlp": "products of experts with activation and casts in their epilogues (MXFP8)",
     "heads_k_stride": "KV heads that ring_kind=all_gather gathers at once, behind attention of those before",
     "pp": "pipeline stages",
     "virtual_pp": "chunks of layers that each stage holds: above 1 the schedule is interleaved",

@@ -6,7 +6,7 @@ itinerary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any, Self
@@ -26,7 +26,6 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import ProgramsAt
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
-from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.step.abreast import FEWEST, Abreast
 from spsim.step.closing import Closing, StageClosings, Update, closings
@@ -222,13 +221,14 @@ class PreparedStep:
     @lazy
     def _messages(self) -> list[tuple[Communication, int, npt.NDArray[np.intp]]]:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
-        found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
+        found: dict[tuple[Hashable, ...], tuple[Communication, int, list[int]]] = {}
         for step, index in self.communications:
             position = self.template.pacing(step, index)
             sort = (
                 step.collective,
                 step.step_of,
                 step.sends_before,
+                step.dispatch,
                 step.axis,
                 step.ranks,
                 *self.template.coefficients[position].tolist(),
@@ -318,9 +318,11 @@ class PreparedStep:
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
             if step.sends_before:
                 seconds[slots] = comm.batched_duration(message, step.ranks, nodes, before=step.sends_before)
-                continue
-            duration = comm.step_duration if step.step_of else comm.duration
-            seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
+            elif step.dispatch:
+                seconds[slots] = comm.dispatched(step.dispatch, message, step.ranks, nodes)
+            else:
+                duration = comm.step_duration if step.step_of else comm.duration
+                seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         for position, slots in self._host_copies:
             seconds[slots] = comm.host_copy(numbers[position])
         return seconds

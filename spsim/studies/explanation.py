@@ -22,6 +22,7 @@ from spsim.program.assembly import layer_operators, layer_program, projections
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
+from spsim.program.routing import routing_of
 from spsim.program.strategies import named_rules, split_rules
 
 Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
@@ -31,6 +32,7 @@ DIMENSION_NAMES = {
     "f": "MLP width", "g": "gate", "w": "width of Q, K and V",
     "e": "experts", "k": "a token's experts", "m": "expert width", "u": "shared width",
     "q": "latent of Q", "l": "latent of K and V", "c": "head size of Q and K", "n": "not rotated", "r": "rotated",
+    "p": "a token with its probabilities",
 }  # fmt: skip
 
 
@@ -138,7 +140,8 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
     without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1, "ep": ep})
     shards = plan.ulysses * plan.ring > 1 or plan.sequence_parallel
     with_ = plan if shards else plan.model_copy(update={"sequence_parallel": True})
-    operators = layer_operators(model, workload, joined=projections(model, plan))
+    routing = routing_of(model, plan)
+    operators = layer_operators(model, workload, joined=projections(model, plan), routing=routing)
     program = layer_program(model, plan, workload)
     saved = [_saved_by_operator(layer_program(model, p, workload)) for p in (without, with_)]
     splits = _splits(operators, plan)

@@ -20,6 +20,7 @@ from spsim.program.launches import Launches
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.placement import Extent
 from spsim.program.recompute import SHARED_OUT, SHARED_SUM
+from spsim.program.routing import USUAL, Routing
 from spsim.work import AttentionKernel, Framework, KernelClass
 
 Projections = Literal["fused", "separate", "gathered"]
@@ -29,8 +30,16 @@ Projections = Literal["fused", "separate", "gathered"]
 class _Layer(ModelBlock):
     """The operators of one layer."""
 
-    def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections = "fused") -> None:
-        super().__init__(model, workload, replicas, **expert_sizes(model), **latent_sizes(model))
+    def __init__(
+        self,
+        model: Model,
+        workload: Workload,
+        replicas: int,
+        projections: Projections = "fused",
+        routing: Routing = USUAL,
+    ) -> None:
+        super().__init__(model, workload, replicas, **expert_sizes(model, routing), **latent_sizes(model))
+        self.routing = routing
         self.projections = projections
         self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
 
@@ -187,7 +196,7 @@ class _Layer(ModelBlock):
     def experts(self, x: Tensor) -> Tensor:
         """The experts that a router picks, and those that all tokens go through, if there are any."""
         if not self.model.shared_ffn_hidden:
-            return routed_experts(self, x)
+            return routed_experts(self, x, self.routing)
         # Megatron-Core runs the shared ones before the router, to the end: no kernel, but all that is sent.
         shared, out = self.tensor("shared_out", "s b h"), self.tensor("experts_out", "s b h")
         made = self.mlp(x, "u", "shared_")
@@ -195,7 +204,7 @@ class _Layer(ModelBlock):
             SHARED_OUT, "elementwise", "s b h -> s b h", [made], [shared], passthrough=[made],
             launches=Launches((), ()),
         )  # fmt: skip
-        routed = routed_experts(self, x)
+        routed = routed_experts(self, x, self.routing)
         self.add(
             SHARED_SUM, "elementwise", "s b h, s b h -> s b h", [routed, shared], [out],
             passthrough=[routed, shared], kernel="add",
@@ -247,13 +256,17 @@ layer_traits = attrgetter(
 
 
 def transformer_layer(
-    model: Model, workload: Workload, replicas: int = 1, projections: Projections = "fused"
+    model: Model,
+    workload: Workload,
+    replicas: int = 1,
+    projections: Projections = "fused",
+    routing: Routing = USUAL,
 ) -> tuple[Operator, ...]:
     """The operators of one layer in forward order; the first reads the tensor `layer_input`.
 
     Sizes are those of a micro-batch of all data-parallel replicas, which the dp axis of a mesh divides again.
     """
-    layer = _Layer(model, workload, replicas, projections)
+    layer = _Layer(model, workload, replicas, projections, routing)
     x = layer.tensor(LAYER_INPUT, "s b h")
     out = layer.self_attention(layer.norm("norm1", x))
     if layer.ways.joins_residual:
@@ -261,5 +274,5 @@ def transformer_layer(
     else:
         attended = layer.residual("residual1", out, x)
         normed = layer.norm("norm2", x if model.parallel_residual else attended)
-    layer.residual("residual2", layer.experts(normed) if expert_sizes(model) else layer.mlp(normed), attended)
+    layer.residual("residual2", layer.experts(normed) if model.experts else layer.mlp(normed), attended)
     return tuple(layer.operators)
