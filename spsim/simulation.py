@@ -25,7 +25,7 @@ from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.schedules import Schedule
 from spsim.inputs.stages import Chunk as StageChunk
-from spsim.inputs.stages import chunks_of, dense_in
+from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Precision
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
@@ -222,7 +222,7 @@ def stages_of(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout
 def _layer_runs(model: Model, plan: Plan, layers: range) -> list[Run]:
     """Some layers of a chunk, by kind."""
     names = kinds_of_layers(model, plan)
-    kinds = layer_kinds(plan, len(layers), dense_in(model, layers))
+    kinds = layer_kinds(plan, [*map(model.type_of, layers)])
     return [Run(names[kind], count, layers=kind.layers) for kind, count in kinds]
 
 

@@ -79,6 +79,11 @@ def each(look_up: Callable[..., tuple[float, ...]], *keys: Any) -> Any:
     return np.array([*zip(*map(look_up, *columns), strict=True)])
 
 
+def smaller(one: Any, other: Any) -> Any:
+    """Of two whole numbers, or of two arrays of them one by one."""
+    return (one + other - abs(one - other)) // 2
+
+
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """`batch` products of an m x k by a k x n matrix."""
@@ -133,13 +138,23 @@ class FlashAttention:
     """1 where scores are dropped inside the kernel, which draws a random number for each."""
     dtype: str | None = None
     """Data type of its operands, where that is another than the block's."""
+    window: int = 0
+    """Keys that a query looks back at, itself included; 0 where all before it."""
 
     @property
     def flops(self) -> int:
         """Two products forward, of the width of keys and of values; backward recomputes the first and has two more
         of each: 2.5 times where the widths are equal (Dao 2023, section 4.1).
         """
-        return self.batch * self.heads * self.width * self.twice_pairs
+        return self.batch * self.heads * self.width * self.twice_pairs_in_window
+
+    @property
+    def twice_pairs_in_window(self) -> int:
+        """Twice the pairs that a window leaves: w for each query, less where the first queries see fewer."""
+        window = smaller(self.window, self.keys)
+        within: int = 2 * self.queries * window - (self.queries == self.keys) * window * (window - 1)
+        pairs: int = (window > 0) * smaller(within, self.twice_pairs) + (window == 0) * self.twice_pairs
+        return pairs
 
     @property
     def width(self) -> int:

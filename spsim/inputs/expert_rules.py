@@ -25,12 +25,10 @@ def check_experts(model: Model, plan: Plan, workload: Workload) -> None:
             "Megatron-Core requires it with experts: add sequence_parallel"
         )
     replicas = plan.zero_stage > 1 or plan.dp_library != "megatron" or plan.shard_group is not None
-    units = plan.recompute_method == "uniform" and plan.recompute_layers is not None and model.dense_layers > 0
     for given, what in (
         (plan.ep > 1 and replicas, "zero = 2 and 3, shard_group, or a dp_library other than megatron"),
         (plan.tp_overlap, "tp_overlap"),
         (plan.cpu_offload_layers > 0, "cpu_offload_layers"),
-        (units, "uniform units of layers of which some are dense"),
     ):
         if given:
             raise InputError(f"plan: {what} with experts: not simulated yet; leave it at its default")

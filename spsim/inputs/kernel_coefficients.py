@@ -100,6 +100,8 @@ class AttentionPass(Table):
     """Share of a unit's rate that one of several blocks reaches alone."""
     dropout_instructions: NonNegative | None = None
     """Of the vector units, for the random number of one query and key, beside the products; none unless given."""
+    window_skipped: NonNegative | None = None
+    """1 where blocks leave out what is outside a window, as unless given, 0 where they compute and mask it."""
     split: KeySplit | None = None
     causal: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]
     full: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]

@@ -129,7 +129,7 @@ def qkv_width(model: Model) -> int:
 
 
 def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
-    if model.ffn_hidden % plan.tp and (model.experts is None or model.dense_layers):
+    if model.ffn_hidden % plan.tp and (model.experts is None or any(own.dense for own in model.types)):
         raise InputError(
             f"plan: tp = {plan.tp} does not divide ffn_hidden = {model.ffn_hidden}; "
             f"use a divisor of it, such as {math.gcd(model.ffn_hidden, plan.tp)}"
@@ -184,7 +184,7 @@ def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: An
     whole = (workloads.seq_len % sequence_unit(model, plan) == 0) & (global_batch % unit == 0)
     tokens = workloads.micro_batch * workloads.seq_len // _sequence_shards(plan)
     whole &= tokens % ROW_UNITS.get(workloads.precision, 1) == 0
-    if model.sliding_window is not None:
+    if model.sliding_window is not None and _sends_blocks(plan):
         whole &= workloads.seq_len <= model.sliding_window
     count = global_batch // unit
     if plan.pp > 1:
@@ -192,12 +192,17 @@ def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: An
     return whole & (count <= MAX_MICRO_BATCHES)
 
 
+def _sends_blocks(plan: Plan) -> bool:
+    """Whether attention of a ring runs block by block, which no library does with a window."""
+    return plan.ring > 1 and (plan.ring_kind != "all_gather" or plan.heads_k_stride is not None)
+
+
 def _check_window(model: Model, plan: Plan, workload: Workload) -> None:
     window = model.sliding_window
-    if window is not None and workload.seq_len > window:
+    if window is not None and workload.seq_len > window and _sends_blocks(plan):
         raise InputError(
-            f"workload: seq_len = {workload.seq_len} is above sliding_window = {window} of the model: local attention "
-            f"is not simulated yet; use at most {window}, or a model without sliding_window"
+            f"plan: ring = {plan.ring} with sliding_window = {window} of the model and seq_len = {workload.seq_len}: "
+            "Transformer Engine sends no blocks of keys round under a window; use ring_kind=all_gather or ulysses"
         )
 
 

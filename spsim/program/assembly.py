@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from functools import lru_cache
 
-from spsim.inputs.model import Model
+from spsim.inputs.model import LayerType, Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import gathers_qkv
-from spsim.inputs.stages import all_chunks, dense_in
+from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
@@ -89,7 +89,7 @@ def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
 def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
     kind = kind or usual_kind(plan)
-    model = model.as_dense if kind.dense else model
+    model = model.of_type(kind.type)
     joined, routing, low = projections(model, plan), routing_of(model, plan), plan.fp8_dot_product_attention
     traits = layer_traits(model), joined, routing, low
     key = (*traits, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
@@ -133,12 +133,20 @@ def layer_operators(
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
     """The kinds of layers in a step, and names of their blocks: `LAYER` is the first, of experts if there are any."""
-    if plan.recompute_layers is None and not plan.cpu_offload_layers and not model.dense_layers:
+    if plan.recompute_layers is None and not plan.cpu_offload_layers and len(model.types) == 1:
         return {usual_kind(plan): LAYER}
-    sizes = dict.fromkeys([(len(chunk.layers), dense_in(model, chunk.layers)) for chunk in all_chunks(model, plan)])
-    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, *size)])
-    kinds = dict.fromkeys(sorted(kinds, key=lambda kind: kind.dense))
+    chunks = dict.fromkeys([(*map(model.type_of, chunk.layers),) for chunk in all_chunks(model, plan)])
+    kinds = dict.fromkeys([kind for types in chunks for kind, _ in layer_kinds(plan, types)])
+    kinds = dict.fromkeys(sorted(kinds, key=lambda kind: kind.type))
     return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}
+
+
+def layers_of_blocks(model: Model, plan: Plan) -> dict[str, int]:
+    """Block -> how many layers of the model are of its type; those that recomputation tells apart once."""
+    names: dict[LayerType, str] = {}
+    for kind, name in kinds_of_layers(model, plan).items():
+        names.setdefault(kind.type, name)
+    return {name: model.types.get(own, model.layers) for own, name in names.items()}
 
 
 def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
@@ -151,7 +159,8 @@ def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pr
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
-    return layer_key(model, plan), *kinds_of_layers(model, plan), embedding_key(model, plan), head
+    layers = (*layers_of_blocks(model, plan).items(),) if len(model.types) > 1 else ()
+    return layer_key(model, plan), *kinds_of_layers(model, plan), *layers, embedding_key(model, plan), head
 
 
 def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:

@@ -337,14 +337,14 @@ class Attention(Kernels):
         degree = self.placed.mesh.degree("ring") if ("ring", "s") in self.placed.splits else 1
         if not causal:
             return (self.block(direction, queries, keys, 2 * queries * keys, causal=False),)
+        if window := self.operator.window:  # of ranks of a ring those whose queries all have a full one
+            return (self.block(direction, queries, keys, queries * keys, causal=True, window=window),)
         if self.operator.extents["s"] != self.operator.extents["j"]:
             return (self.block(direction, queries, keys, self._twice_last_pairs(degree), causal=True),)
         if degree == 1 or ring_cut == "zigzag":
             return (self.block(direction, queries, keys, queries * keys, causal=True),)
-        return tuple(
-            self.block(direction, queries, keys, queries * queries * (2 * rank + 1), causal=True)
-            for rank in range(degree)
-        )
+        pairs = (queries * queries * (2 * rank + 1) for rank in range(degree))
+        return tuple(self.block(direction, queries, keys, twice, causal=True) for twice in pairs)
 
     def _twice_last_pairs(self, degree: int) -> int:
         """Of queries at the last of the positions of the keys: the first of them sees all keys but those after it."""
@@ -353,11 +353,13 @@ class Attention(Kernels):
             raise self._refuse(f"a causal mask of {queries} queries on {keys} keys needs no ring and enough keys")
         return queries * (2 * keys - queries + 1)
 
-    def block(self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool) -> FlashAttention:
-        """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed."""
-        if len(self.placed.inputs) != 3 or len(self.placed.results) != 1:
+    def block(
+        self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool, window: int = 0
+    ) -> FlashAttention:
+        """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed, or what a window leaves."""
+        if len(self.placed.activations) != 3 or len(self.placed.results) != 1:
             raise self._refuse("attention takes queries, keys and values, and makes one result")
-        of_queries, of_keys, of_values = self.placed.inputs
+        of_queries, of_keys, of_values = self.placed.activations
         batch, width, value_width = self._batch, self._width(of_queries), self._width(of_values)
         heads = self._product(self._heads)
         kv_heads = of_keys.elements // (self.placed.sizes["j"] * batch * width)
@@ -369,7 +371,7 @@ class Attention(Kernels):
         return FlashAttention(
             kernel=self.operator.attention_kernel, direction=direction, batch=batch, heads=heads, kv_heads=kv_heads,
             head_dim=width, value_dim=value_width, queries=queries, keys=keys, twice_pairs=twice_pairs, causal=causal,
-            bytes_moved=math.ceil(moved), dtype=self._dtype,
+            bytes_moved=math.ceil(moved), window=window, dtype=self._dtype,
         )  # fmt: skip
 
     @lazy

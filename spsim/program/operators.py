@@ -94,6 +94,8 @@ class Operator:
     """What a memory-bound operator computes, if a profile may know its rates."""
     attention_kernel: AttentionKernel | Framework = "transformer_engine"
     """Which fused kernel computes core attention."""
+    window: int | None = None
+    """Keys that a query of core attention looks back at, itself included; all unless given."""
     launches: Launches | None = None
     """Its kernels, where torch runs it as several."""
     rules: str = ""

@@ -63,7 +63,7 @@ def _around_attention(op: Operator, recipe: Recipe) -> Iterator[Operator]:
     names = {name: own.name for name, own in cast.items()} | {made.name: result.name}
     yield replace(
         op,
-        inputs=tuple(x._replace(tensor=cast[x.tensor.name]) for x in op.inputs),
+        inputs=tuple(x._replace(tensor=cast.get(x.tensor.name, x.tensor)) for x in op.inputs),
         outputs=tuple(o._replace(tensor=result) if o.tensor == made else o for o in op.outputs),
         saves=tuple(names.get(name, name) for name in op.saves),
         owns_gather=frozenset(names.get(name, name) for name in op.owns_gather),

@@ -21,6 +21,7 @@ from spsim.program.assembly import (
     head_key,
     kinds_of_layers,
     layer_key,
+    layers_of_blocks,
     step_key,
 )
 from spsim.program.instructions import LAYER
@@ -59,7 +60,9 @@ def layers_template(model: Model, plan: Plan, precision: Precision = "bf16", *, 
     divisor = dealt_among(model, plan)
     every = every_workload(unit * divisor, precision, single=single)
     programs = {kinds[kind]: compile_layer(model, plan, every, kind) for kind in others}
-    return Template(compile_layer(model, plan, every, first), unit, divisor, others=programs)
+    return Template(
+        compile_layer(model, plan, every, first), unit, divisor, others=programs, layers=layers_of_blocks(model, plan)
+    )
 
 
 def step_template(model: Model, plan: Plan, precision: Precision = "bf16", *, single: bool = False) -> Template:
@@ -68,7 +71,8 @@ def step_template(model: Model, plan: Plan, precision: Precision = "bf16", *, si
 
     def compiled() -> Template:
         programs = compile_step(model, plan, every_workload(unit * divisor, precision, single=single))
-        return Template(programs.pop(LAYER), unit, divisor, others=programs)
+        layers = layers_of_blocks(model, plan)
+        return Template(programs.pop(LAYER), unit, divisor, others=programs, layers=layers)
 
     return _templates.get((*step_key(model, plan), unit, precision, single), compiled)
 

@@ -335,7 +335,10 @@ class PreparedStep:
 
     @lazy
     def _runs(self) -> Floats:
-        return runs_of(self.passes, self.template.index, self.template.num_slots)
+        """Of layers, of each type as often as there are such layers."""
+        template = self.template
+        layers = ((self.blocks[name], template.indices[name], count) for name, count in template.layers.items())
+        return runs_of(layers, template.num_slots)
 
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
         """Of all blocks of a rank."""

@@ -99,13 +99,18 @@ class _Layer(ModelBlock):
         """Core attention in one kernel; keeps q, k, v, its output and the log-sum-exp of each row."""
         context = self.tensor("context", "s b a d")
         log_sum_exp = self.tensor("log_sum_exp", "a s b", "log-sum-exp", itemsize=4)
-        c = q.dims[-1]
+        c, sinks = q.dims[-1], self.sinks()
         self.add(
-            "attention", "attention", f"s b a {c}, j b a {c}, j b a d -> s b a d", [q, k, v], [context, log_sum_exp],
+            "attention", "attention", f"s b a {c}, j b a {c}, j b a d{', a' * len(sinks)} -> s b a d",
+            [q, k, v, *sinks], [context, log_sum_exp],
             mixes=f"j d {c}", saves=[q, k, v, context, log_sum_exp], owns_gather=[k, v],
-            attention_kernel=kernel,
+            attention_kernel=kernel, window=self.model.sliding_window,
         )  # fmt: skip
         return context
+
+    def sinks(self) -> list[Tensor]:
+        """One learned number a head, if the softmax has them."""
+        return [self.weight("sinks", "a")] if self.model.attention_sinks else []
 
     def unfused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Core attention as QK^T, scaled and masked softmax, dropout and AV, the scores in memory."""
@@ -115,8 +120,9 @@ class _Layer(ModelBlock):
         self.add("qk", "gemm", f"s b a {c}, j b a {c} -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
         kept, further = self.kept(self.ways.softmax, weights, weights)
+        sinks = self.sinks()
         self.add(
-            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights, *further],
+            "softmax", "softmax", f"b a s j{', a' * len(sinks)} -> b a s j", [scores, *sinks], [weights, *further],
             mixes="j", saves=kept, kernel="masked_softmax" if self.model.causal else "softmax",
             launches=self.ways.softmax.launches,
         )  # fmt: skip
@@ -251,6 +257,7 @@ layer_traits = attrgetter(
     "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as", "repeats_kv",
     "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "sliding_window", "attention_sinks",
 )  # fmt: skip
 """What of a model one layer depends on."""
 
