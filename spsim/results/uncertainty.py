@@ -122,10 +122,10 @@ class Account:
 
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
-            return () if step.dispatch else self._of_collective((step.axis,), step.timed_as, step.ranks)
+            return self._of_collective((step.axis,), step.timed_as, step.ranks)
         if isinstance(step, HostCopy):
             return ()
-        return tuple([self.compute.class_of(work) for work in step.work if work][:1])
+        return (self.compute.class_of(next(work for work in step.work if work)),)
 
     def _of_stages(self, outline: Outline) -> list[Classes]:
         """What stages send each other, which is of no program."""
