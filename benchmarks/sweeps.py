@@ -1,19 +1,23 @@
 """What does an experiment file cost beyond `sweep()`? CPU time, best of several repetitions.
 
     python benchmarks/sweeps.py [--rows N]
+    python benchmarks/sweeps.py --memory [--rows 1000000]
 
 1. Rows through `sweep()` and through an experiment file, points by name and with profile and model objects.
 2. An experiment that is complete, run again: CPU time and peak memory of its process.
+3. With `--memory` instead: points that a function gives one by one, a sixteenth of the rows, a fourth and all, each
+   run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import resource
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +37,7 @@ sys.path.insert(0, {here!r})
 from sweeps import experiment
 
 def build():
-    return experiment({rows})
+    return experiment({rows}, anew={anew})
 """
 
 
@@ -47,9 +51,14 @@ def points(*, objects: bool) -> Iterator[spsim.Point]:
             yield spsim.Point(settings, {"strategy": plan, "seq_len": seq_len})
 
 
-def experiment(rows: int, *, objects: bool = False) -> spsim.Experiment:
-    """As a user would write it."""
-    return spsim.Experiment(name="long", title="Long", points=list(islice(points(objects=objects), rows)))
+def experiment(rows: int, *, objects: bool = False, anew: bool = False) -> spsim.Experiment:
+    """As a user would write it, with a list of points or a function that gives them."""
+    give = partial(_some, rows, objects=objects)
+    return spsim.Experiment(name="long", title="Long", points=give if anew else list(give()))
+
+
+def _some(rows: int, *, objects: bool) -> Iterator[spsim.Point]:
+    return islice(points(objects=objects), rows)
 
 
 def through_a_file(long: spsim.Experiment, directory: Path) -> None:
@@ -63,7 +72,16 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
-    number = parser.parse_args().rows
+    parser.add_argument("--memory", action="store_true")
+    options = parser.parse_args()
+    if options.memory:
+        memory(options.rows)
+    else:
+        times(options.rows)
+
+
+def times(number: int) -> None:
+    """What a row costs, and resuming them."""
     made = table(f"{number:,} rows", ["points", "sweep()", "experiment file", "more"], numbers=["more"])
     with TemporaryDirectory() as out:
         directory = Path(out) / "long"
@@ -79,16 +97,30 @@ def main() -> None:
 
 def again(number: int, out: Path) -> None:
     """Resume the experiment that stands in a directory."""
-    file = out / "again.py"
-    file.write_text(FILE.format(here=str(Path(__file__).parent), rows=number))
-    times = []
-    for _ in range(REPETITIONS):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "spsim", str(file), "--out", str(out), "--jobs", "1"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    print(f"run again: {min(times):.2f} s, peak memory {after.ru_maxrss / 1024:.0f} MiB")
+    runs = [run(number, out) for _ in range(REPETITIONS)]
+    print(f"run again: {min(seconds for seconds, _ in runs):.2f} s, peak memory {runs[-1][1]:.0f} MiB")
+
+
+def memory(number: int) -> None:
+    """Longer and longer sweeps, each in a process of its own."""
+    for rows in (number // 16, number // 4, number):
+        with TemporaryDirectory() as out:
+            for what in ("computed", "run again"):
+                seconds, peak = run(rows, Path(out), anew=True)
+                print(f"{rows:,} rows {what}: {seconds:.1f} s, peak memory {peak:.0f} MiB", flush=True)
+
+
+def run(rows: int, out: Path, *, anew: bool = False) -> tuple[float, float]:
+    """CPU seconds and MiB at most of a process that runs an experiment."""
+    file = out / "long.py"
+    file.write_text(FILE.format(here=str(Path(__file__).parent), rows=rows, anew=anew))
+    command = [sys.executable, "-m", "spsim", str(file), "--out", str(out), "--jobs", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO, TextIO
 
 from spsim.errors import InputError
@@ -47,6 +48,30 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+class Scratch:
+    """A file without a name, on the disk of a directory, which ends with the process."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        """Write all of it."""
+        self.size += len(data)
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+
+    def read(self, start: int, size: int) -> bytes:
+        """So many bytes, fewer at the end."""
+        return os.pread(self._file.fileno(), size, start)
+
+    def blocks(self) -> Iterator[bytes]:
+        """All of it, piece by piece."""
+        for start in range(0, self.size, _CHUNK):
+            yield self.read(start, _CHUNK)
 
 
 def read_limited(path: Path, limit: int) -> bytearray:

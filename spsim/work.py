@@ -23,6 +23,7 @@ KernelName = Literal[
     "layer_norm", "rms_norm", "softmax", "masked_softmax", "dropout", "gelu", "bias_gelu", "squared_relu", "swiglu",
     "geglu", "rope", "bias_dropout_add", "bias_add", "bias_gradient", "add", "copy", "embedding", "cross_entropy",
     "adam",
+    "permute",
     "amax", "quantize", "quantize_columnwise", "quantize_both", "transpose", "swizzle_scales",
 ]  # fmt: skip
 """Memory-bound kernels that a profile may have rates of their own for; others are known by their class only. Those of
@@ -47,8 +48,6 @@ AttentionKernel = Literal[
 in torch."""
 Framework = Literal["transformer_engine", "torch"]
 """What picks a kernel where none is asked for: Megatron-Core through Transformer Engine, or torch by itself."""
-Decoding = Literal["flash_decoding"]
-"""Of one query whatever kernel divides its keys among thread blocks (Dao et al. 2023, flash-decoding)."""
 
 
 KERNEL_PASSES = [f"{kernel}_{direction}" for kernel in get_args(KernelName) for direction in get_args(Direction)]
@@ -80,6 +79,11 @@ def each(look_up: Callable[..., tuple[float, ...]], *keys: Any) -> Any:
     return np.array([*zip(*map(look_up, *columns), strict=True)])
 
 
+def smaller(one: Any, other: Any) -> Any:
+    """Of two whole numbers, or of two arrays of them one by one."""
+    return (one + other - abs(one - other)) // 2
+
+
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """`batch` products of an m x k by a k x n matrix."""
@@ -98,6 +102,10 @@ class Gemm:
     """Data type of its operands, where that is another than the block's."""
     pieces: int = 1
     """Products like this one that run beside each other on streams, so that only all of them fill whole waves."""
+    launched: int = 0
+    """Of the products those that are launched one by one, as of the experts of a rank; 0 where one kernel does all."""
+    grouped: int = 0
+    """1 where one kernel multiplies matrices that have different numbers of rows, with more in its epilogue."""
 
     @property
     def flops(self) -> int:
@@ -109,7 +117,7 @@ class Gemm:
 class FlashAttention:
     """Attention in one kernel, scores never in memory (Dao et al. 2022)."""
 
-    kernel: AttentionKernel | Framework | Decoding
+    kernel: AttentionKernel | Framework
     """By its name, or by that of the framework that picks it."""
     direction: Direction
     batch: int
@@ -130,13 +138,23 @@ class FlashAttention:
     """1 where scores are dropped inside the kernel, which draws a random number for each."""
     dtype: str | None = None
     """Data type of its operands, where that is another than the block's."""
+    window: int = 0
+    """Keys that a query looks back at, itself included; 0 where all before it."""
 
     @property
     def flops(self) -> int:
         """Two products forward, of the width of keys and of values; backward recomputes the first and has two more
         of each: 2.5 times where the widths are equal (Dao 2023, section 4.1).
         """
-        return self.batch * self.heads * self.width * self.twice_pairs
+        return self.batch * self.heads * self.width * self.twice_pairs_in_window
+
+    @property
+    def twice_pairs_in_window(self) -> int:
+        """Twice the pairs that a window leaves: w for each query, less where the first queries see fewer."""
+        window = smaller(self.window, self.keys)
+        within: int = 2 * self.queries * window - (self.queries == self.keys) * window * (window - 1)
+        pairs: int = (window > 0) * smaller(within, self.twice_pairs) + (window == 0) * self.twice_pairs
+        return pairs
 
     @property
     def width(self) -> int:
@@ -160,6 +178,8 @@ class MemoryBound:
     """Data type of what it moves, where that is another than the products'."""
     accesses: int = 0
     """Elements that it reads and writes one by one, for operands are strided or broadcast; 0 where vectors are."""
+    launched: int = 0
+    """Kernels like it that are launched one by one, as of the experts of a rank; 0 where it is one."""
     eager: bool = False
     """As torch runs it by itself, whatever a library fuses under that name."""
 

@@ -13,7 +13,6 @@ import spsim
 from spsim.cli import main
 from spsim.errors import InputError
 from spsim.studies import sweeps
-from spsim.studies.tablefile import write_table
 from tests.sweeping import wait_for_rows
 
 EXPERIMENT = """
@@ -168,30 +167,11 @@ def test_no_scheduler_is_one_line(monkeypatch, tmp_path, experiment, capsys):
     assert "no dask scheduler answers there" in capsys.readouterr().err
 
 
-def test_parquet_has_the_rows_of_the_table(tmp_path):
-    pytest.importorskip("pyarrow")
-    frame = spsim.sweep([spsim.Point({**POINT, "plan": plan}, {"plan": plan}) for plan in ("tp=8", "ring=8", "tp=3")])
-    for name in ("mine.csv", "mine.parquet"):
-        write_table(frame, tmp_path / name)
-    found = pd.read_parquet(tmp_path / "mine.parquet")
-    missing = frame.isna()
-    pd.testing.assert_frame_equal(found.isna(), missing)
-    pd.testing.assert_frame_equal(found.astype(object).mask(missing, 0), frame.astype(object).mask(missing, 0))
-    assert list(found["error"]) == list(pd.read_csv(tmp_path / "mine.csv", keep_default_na=False)["error"])
-
-
 def test_an_experiment_writes_parquet_in_the_place_of_csv(tmp_path, experiment):
     pytest.importorskip("pyarrow")
     assert status("--quick", "--rows", "parquet", experiment, tmp_path) == 0
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"manifest.json", "mine.parquet", "rows.jsonl"}
     assert len(pd.read_parquet(tmp_path / "mine" / "mine.parquet")) == POINTS / 4
-
-
-def test_labels_of_several_types_are_one_line(tmp_path):
-    pytest.importorskip("pyarrow")
-    with pytest.raises(InputError, match="a label is of one type in all rows"):
-        write_table(pd.DataFrame({"size": [1, "two"]}), tmp_path / "mine.parquet")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

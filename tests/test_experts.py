@@ -6,6 +6,7 @@ import pytest
 
 from spsim import Model, Scenario, explain, load_model, plan_search, simulate
 from spsim.errors import InputError
+from spsim.inputs.model import LayerType
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
@@ -66,7 +67,7 @@ def test_configurations_are_the_presets(config, name, tmp_path):
 
 def test_dense_layers_come_first():
     model = Model(**SMALL)
-    dense, routed = model.as_dense.layer_parameters, model.layer_parameters
+    dense, routed = model.of_type(LayerType(dense=True)).layer_parameters, model.layer_parameters
     assert routed - dense == 3 * 2048 * (128 * 768 + 768 - 6144) + 2048 * 128
     embedding = 2 * 151936 * 2048 + 2048
     assert model.parameters == 2 * dense + 4 * routed + embedding

@@ -123,7 +123,6 @@ def test_a_row_that_cannot_be_simulated_is_skipped_and_its_file_is_not(changes, 
         ({"mla": "yes"}, "latent attention is not simulated yet"),
         ({"mtp": "yes"}, "multi-token prediction is not simulated yet"),
         ({"fp8_lm_head": "1"}, "fp8_output_proj with precision = 'fp8'"),
-        ({"sliding_window": "128"}, "sliding_window = 128"),
         ({"cuda_graphs": "te:attn+moe_router"}, "cuda_graphs"),
     ],
 )

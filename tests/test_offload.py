@@ -6,6 +6,7 @@ import pytest
 
 from spsim import Scenario, Workload, simulate
 from spsim.errors import InputError
+from spsim.inputs.model import LayerType
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.profiles import load_profile
 from spsim.program.assembly import layer_program
@@ -59,9 +60,9 @@ def test_kinds_of_layers():
     """The first layer fetches for none; the first that stays fetches for the last that left."""
     away, kept = LayerKind(leaves=True), LayerKind()
     fetching = LayerKind(fetches=True)
-    kinds = layer_kinds(parse_plan("cpu_offload_layers=3"), 8)
+    kinds = layer_kinds(parse_plan("cpu_offload_layers=3"), 8 * [LayerType()])
     assert kinds == [(away, 1), (away._replace(fetches=True), 2), (fetching, 1), (kept, 4)]
-    assert layer_kinds(parse_plan("cpu_offload_layers=1"), 2) == [(away, 1), (fetching, 1)]
+    assert layer_kinds(parse_plan("cpu_offload_layers=1"), 2 * [LayerType()]) == [(away, 1), (fetching, 1)]
 
 
 def test_copies_behind_kernels():

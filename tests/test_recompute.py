@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from spsim import Scenario, simulate
 from spsim.inputs.grid import Grid
+from spsim.inputs.model import LayerType
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.step_rules import MODULES as NAMES
@@ -251,7 +252,7 @@ def _recorded(torch, fc1, fc2):
 )  # fmt: skip
 def test_kinds_of_the_layers_of_a_chunk(plan, layers, kinds):
     """Megatron-Core's `TransformerBlock._checkpointed_forward`, layer by layer."""
-    assert layer_kinds(parse_plan(plan), layers) == kinds
+    assert layer_kinds(parse_plan(plan), [LayerType()] * layers) == kinds
     assert sum(kind.layers * count for kind, count in kinds) == layers
 
 

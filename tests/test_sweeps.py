@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from spsim.studies import grids, points, rows, sweeps
 from spsim.studies.grids import tables_of_points
 from spsim.studies.points import Point, Register
 from spsim.studies.rowfile import RowFile
+from spsim.studies.spool import Spool
 from spsim.studies.sweeps import run_points, sweep
 from spsim.studies.tables import Table, frame, tables_of_rows
 
@@ -41,7 +42,14 @@ def keys(grid: Sequence[Point]) -> list[str]:
 
 
 def run(grid: Sequence[Point], file: RowFile, executor: Executor | None = None) -> pd.DataFrame:
-    return run_points(grid, keys(grid), file, executor, lambda finished: None)
+    return spooled(grid, file, executor).frame()
+
+
+def spooled(
+    grid: Sequence[Point], file: RowFile, executor: Executor | None = None,
+    progress: Callable[[int], None] = lambda finished: None,
+) -> Spool:  # fmt: skip
+    return run_points(zip(keys(grid), grid, strict=True), Spool(file.path.parent), file, executor, progress)
 
 
 def on_disk(file: RowFile) -> dict[str, Any]:
@@ -239,7 +247,7 @@ def test_chunks_take_a_fraction_of_a_second(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sweeps, "tables_of_points", costly)
     monkeypatch.setattr(sweeps, "perf_counter", lambda: clock)
     costs = [1e-5] * 20_000 + [5e-3] * 5_000 + [1.0] * 60
-    assert list(sweeps.tables_of([Point({"cost": cost}) for cost in costs], None))
+    assert list(sweeps.tables_of([[Point({"cost": cost}) for cost in costs]], None))
     assert sum(size for size, _ in chunks) == len(costs)
     assert max(size for size, _ in chunks) == sweeps.LARGEST_CHUNK
     late = [took for size, took in chunks if size > 1 and took > 0.5]
@@ -257,7 +265,7 @@ def test_interruption_keeps_rows_and_a_rerun_computes_what_is_missing(file: RowF
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_points(GRID, keys(GRID), file, None, interrupt)
+        spooled(GRID, file, progress=interrupt)
     assert list(on_disk(file)) == keys(GRID)[:2]
     computed.clear()
     frame = run(GRID, file)
@@ -484,10 +492,10 @@ def test_equal_texts_are_held_once() -> None:
 def test_lines_are_the_json_of_the_rows(size: int, file: RowFile) -> None:
     """Also of rows with a value that all of a table have."""
     tables = in_parts(ROWS, size)
-    shared = [{"model": "100 %", "fits": True, **row} for row in ROWS]
-    with_shared = [Table(table.places, {"model": "100 %", "fits": True, **table.columns}) for table in tables]
     names = [f"key {number}" for number in range(len(ROWS))]
-    with file.appending(names) as append:
-        append(with_shared)
-    lines = [json.dumps({"key": name, **row}) for name, row in zip(names, shared, strict=True)]
+    rows = [{"key": name, "model": "100 %", "fits": True, **row} for name, row in zip(names, ROWS, strict=True)]
+    shared = {"model": "100 %", "fits": True}
+    with file.opened():
+        file.append([Table(t.places, {"key": [names[n] for n in t.places], **shared, **t.columns}) for t in tables])
+    lines = [*map(json.dumps, rows)]
     assert sorted(file.path.read_text().splitlines()) == sorted(lines)

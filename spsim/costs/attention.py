@@ -68,6 +68,8 @@ class _Constants(NamedTuple):
     less_over: Seconds
     paired: Seconds
     """1 where two heads can run as one, else 0."""
+    skips: Flags
+    """What is outside a window."""
     others: Seconds
     """Share of the other slots in all."""
     any_causal: bool = False
@@ -121,6 +123,11 @@ class AttentionCost:
         block = own.block + loop
         spread = blocks * (own.block + own.token * mean) / own.slots + _imbalance(own, per_head, heads) * block
         masked: Seconds = pick(blocks <= own.slots, own.block + self._alone(own, loop, blocks), larger(block, spread))
+        if some(work.window > 0):
+            # Tokens that a block computes are those of its own rows and of whole tiles behind them, or before.
+            seen = own.rows + own.tokens * up((work.window - 1) / own.tokens)
+            within = self._in_waves(own, blocks, own.token * seen)
+            masked = pick((work.window > 0) & own.skips, smaller(masked, within), masked)
         if own.all_causal:
             return masked
         seconds: Seconds = pick(own.causal, masked, self._in_waves(own, blocks, own.token * others))
@@ -190,6 +197,7 @@ class AttentionCost:
         """Of one kernel, or arrays of many."""
         backward, causal, splits, *numbers = each(self._one, *sort)
         found = _Constants(backward != 0, causal != 0, splits != 0, *numbers)
+        found = found._replace(skips=found.skips != 0)
         return found._replace(
             any_causal=some(found.causal),
             all_causal=bool(np.all(found.causal)),
@@ -221,7 +229,8 @@ class AttentionCost:
             1 / (per_unit * lone_rate) if per_unit > 1 else 1.0, pair * width, block_us / US_PER_S,
             *((SPLIT_ROWS / rows * pair * width / split.rate.value, split.join_us.value / US_PER_S,
                split.join_traffic.value, split.block_gb_per_s.value * GB) if split else (0.0, 0.0, 0.0, 0.0)),
-            _value(own.dropout_instructions, 0.0) / self._vector_rate, *_IMBALANCE[direction], 1 - 1 / slots,
+            _value(own.dropout_instructions, 0.0) / self._vector_rate, *_IMBALANCE[direction],
+            _value(own.window_skipped, 1.0), 1 - 1 / slots,
         )  # fmt: skip
 
     def _pass(self, wanted: AttentionKernel | Framework, direction: Direction) -> AttentionPass:
@@ -252,6 +261,7 @@ class AttentionCost:
             "block_tokens",
             "blocks_per_unit",
             "lone_rate",
+            "window_skipped",
             "split",
         )
         names += ("dropout_instructions",) if np.any(work.dropout) else ()

@@ -16,6 +16,7 @@ from typing import cast
 
 from spsim.costs.algorithms import CHUNKED, check_algorithm
 from spsim.costs.curves import Number
+from spsim.costs.dispatch import coefficients_of, dispatch_seconds
 from spsim.costs.forms import Fastest, Form, Forms
 from spsim.costs.levels import LevelCost
 from spsim.costs.nccl import Tuner
@@ -24,6 +25,7 @@ from spsim.costs.seconds import larger
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.program.placement import Collective
+from spsim.program.routing import Dispatch
 from spsim.units import GB, MIB, US_PER_S
 
 
@@ -58,6 +60,10 @@ class CommCost:
         Raises `InputError` where the profile has no curve for it.
         """
         return self.overhead + self.time(collective, message, ranks, nodes)
+
+    def dispatched(self, dispatch: Dispatch, message: Number, ranks: int, nodes: int = 1) -> Number:
+        """Seconds of a message of tokens to experts, or back, by a library; `InputError` where the profile lacks it."""
+        return dispatch_seconds(self.profile, dispatch, message, ranks, nodes)
 
     def batched_duration(self, message: Number, ranks: int, nodes: int = 1, *, before: int) -> Number:
         """Seconds by which one more send lengthens a group call of `before` sends of its size to the same peer."""
@@ -167,8 +173,12 @@ class CommCost:
         found = level.sends.remark(message, ranks, nodes)
         return f"each send of {message / MIB:.4g} MiB among {ranks} ranks has {found}" if found else None
 
-    def coefficients_of(self, collective: Collective, nodes: int = 1) -> tuple[str, ...]:
+    def coefficients_of(
+        self, collective: Collective, nodes: int = 1, dispatch: Dispatch | None = None
+    ) -> tuple[str, ...]:
         """Dotted paths of the coefficients behind a duration."""
+        if dispatch:
+            return coefficients_of(self.profile, dispatch, nodes)
         names = [self.inner.path(collective), "collective_overhead_us"]
         if nodes > 1 and self.outer is not None:
             names.append(self.outer.path(collective))

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload, Workloads
+from spsim.work import smaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +52,18 @@ def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = 
     of_mlp = model.hidden * width * (3 if model.gated_mlp else 2) + router
     matrices = model.attention_matrices + of_mlp
     pairs = tokens * workload.seq_len
+    if model.sliding_window is not None:
+        pairs = workload.micro_batch * _twice_pairs(workload.seq_len, model.sliding_window)
     attention = 2 * (of_scores + of_values) * (pairs // 2 if causal and model.causal else pairs)
     return LayerFlops(2 * tokens * matrices, attention, 2 * tokens * of_mlp)
 
 
-def serving_flops(model: Model, workload: Workload, *, causal: bool = False) -> int:
-    """FLOPs of all layers in a step of inference, for one replica: tokens that pass see all in the cache, or, `causal`,
-    those up to their own.
+def _twice_pairs(tokens: Any, window: int) -> Any:
+    """Twice the pairs of a query and a key in its window, of sequences of so many tokens: w (2s - w + 1), or the square
+    where the window is no shorter.
     """
-    total = 0
-    for passage in workload.passages:
-        flops = layer_flops(model, workload.model_copy(update={"seq_len": passage.tokens}))
-        last = passage.tokens * passage.keys
-        seen = last - passage.tokens**2 // 2 if causal and passage.tokens > 1 else last
-        total += flops.linear + flops.attention // passage.tokens**2 * seen
-    return model.layers * total
+    seen = smaller(window, tokens)
+    return smaller(seen * (2 * tokens - seen + 1), tokens * tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,16 @@ limits the rate, in a training step more than in a burst. Facts and held-out err
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.seconds import Seconds, given
+from spsim.costs.seconds import Seconds, given, launch_seconds, together
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import GemmCoefficients
+from spsim.inputs.quantities import Fraction
 from spsim.units import US_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, OPERAND_BYTES, Gemm
 
@@ -47,6 +49,12 @@ class _Constants(NamedTuple):
     """K at which half of that is hidden."""
     start: float
     """Seconds beyond the start of any kernel."""
+    launch: float
+    """Seconds from one product of a group to the next, where they are launched one by one."""
+    grouped: float
+    """Rate of a kernel that multiplies a whole group, relative to a product;"""
+    grouped_gradient: float
+    """of one for weight gradients, relative to that."""
     unaligned: float
     """FLOP/s of products whose rows begin at no multiple of 16 bytes."""
 
@@ -70,7 +78,8 @@ class ProductCost:
         c = least over the tiles of waves x (K + pad) x seconds per element of K, with waves = ceil(ceil(m / tile_m) x
         ceil(n / tile_n) x batch / units), and no less than FLOPs over the power limit.
         Of two times of one length neither hides the other: together they take 1.19 times as long. The accumulation
-        into main gradients is hidden by K / (K + half_k), at the rate of the memory.
+        into main gradients is hidden by K / (K + half_k), at the rate of the memory. Products of a group that are
+        launched one by one take no less than their launches, likewise.
         """
         gemm, flops = self._constants, work.flops
         limit: Seconds = gemm.limit
@@ -80,9 +89,14 @@ class ProductCost:
         accumulated = given(work.accumulated)
         if accumulated:
             compute = compute / np.where(np.greater(work.accumulated, 0), gemm.gradient_rate, 1.0)
-        longer = _fourth_root(_fourth_power(compute) + _fourth_power(work.bytes_moved / self._streaming_rate))
+        if given(work.grouped):
+            rate = np.where(np.greater(work.accumulated, 0), gemm.grouped * gemm.grouped_gradient, gemm.grouped)
+            compute = compute / np.where(np.greater(work.grouped, 0), rate, 1.0)
+        longer = together(compute, work.bytes_moved / self._streaming_rate)
         total: Seconds = gemm.start / work.pieces + longer
-        return total + gemm.exposed * work.accumulated / (1 + work.k / gemm.half_k) if accumulated else total
+        if accumulated:
+            total = total + gemm.exposed * work.accumulated / (1 + work.k / gemm.half_k)
+        return together(total, work.launched * gemm.launch) if given(work.launched) else total
 
     def _tiles(self, work: Gemm, axes: int) -> Seconds:
         """Seconds of the waves of tiles, of the size that is done first; of kernels in an array of so many axes.
@@ -107,6 +121,9 @@ class ProductCost:
         names += ("unaligned_rate",) if np.any(work.unaligned) else ()
         by_type: tuple[str, ...] = (self._limit,)
         by_type += ("weight_gradient_rate", "accumulation_exposed", "accumulation_half_k") if work.accumulated else ()
+        if work.grouped:
+            by_type += ("grouped_rate", *(("grouped_weight_gradient_rate",) if work.accumulated else ()))
+        names += ("group_launch_us",) if work.launched else ()
         return (
             "memory_bound.elementwise",
             *(f"gemm.{n}" for n in names),
@@ -135,20 +152,17 @@ def _constants(profile: HardwareProfile, dtype: str, limit: str) -> _Constants:
         exposed=gemm.accumulation_exposed[dtype].value * ACCUMULATION_BYTES / profile.memory_bandwidth,
         half_k=_half_k(gemm, dtype),
         start=gemm.start_us.value / US_PER_S,
+        launch=launch_seconds(profile),
+        grouped=_rate(gemm.grouped_rate, dtype),
+        grouped_gradient=_rate(gemm.grouped_weight_gradient_rate, dtype),
         unaligned=most * (gemm.unaligned_rate.value if gemm.unaligned_rate else 1.0),
     )
+
+
+def _rate(rates: Mapping[str, Fraction], dtype: str) -> float:
+    return rates[dtype].value if dtype in rates else 1.0
 
 
 def _half_k(gemm: GemmCoefficients, dtype: str) -> float:
     half_k = gemm.accumulation_half_k.get(dtype)
     return half_k.value if half_k else np.inf
-
-
-def _fourth_power(seconds: Seconds) -> Seconds:
-    return np.square(np.square(seconds))
-
-
-def _fourth_root(value: Seconds) -> Seconds:
-    """By square roots, which round alike for one number and for many; a power does not."""
-    root: Seconds = np.sqrt(np.sqrt(value))
-    return root

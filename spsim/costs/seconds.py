@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spsim.inputs.hardware import HardwareProfile
+from spsim.units import US_PER_S
+
 Seconds = float | npt.NDArray[np.float64]
 """Of one kernel, or of many at once."""
 
@@ -45,6 +48,20 @@ def down(number: Any) -> Any:
 def exponential(number: Any) -> Any:
     """Of both kinds by NumPy, whose last bit is not that of `math`."""
     return np.exp(number) if isinstance(number, np.ndarray) else float(np.exp(number))
+
+
+def together(one: Seconds, other: Seconds) -> Seconds:
+    """Of two that hide each other, the longer, unless they are alike: (a^4 + b^4)^(1/4), by square roots, which round
+    alike for one number and for many; a power does not.
+    """
+    total: Seconds = np.sqrt(np.sqrt(np.square(np.square(one)) + np.square(np.square(other))))
+    return total
+
+
+def launch_seconds(profile: HardwareProfile) -> float:
+    """From one kernel of a group to the next, where they are launched one by one."""
+    known = profile.coefficients.gemm.group_launch_us
+    return known.value / US_PER_S if known else 0.0
 
 
 def _are_many(one: Any, other: Any) -> bool:

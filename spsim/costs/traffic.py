@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spsim.costs.seconds import Seconds, given
+from spsim.costs.seconds import Seconds, given, launch_seconds, together
 from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
@@ -47,6 +47,7 @@ class TrafficCost:
         self._segments = max((len(lengths) - 1 for table in by_row for lengths in table.values()), default=0)
         accesses = profile.coefficients.accesses_per_ns
         self._access = 1e-9 / accesses.value if accesses else 0.0
+        self._launch = launch_seconds(profile)
         self._cache_bytes = profile.datasheet.memory.l2_mib.value * MIB
         self._cache_bandwidth = self._coefficients.l2_bandwidth_gb_per_s.value * GB
         self._known, self._one = lru_cache(KEPT)(self._of_rows), lru_cache(KEPT)(self._at)
@@ -56,13 +57,16 @@ class TrafficCost:
         to half the cache, between the two up to the whole.
 
         Where the row length matters, start and seconds per byte are linear between the measured lengths, constant
-        beyond. Elements that are read and written one by one take the time of so many accesses at least.
+        beyond. Elements that are read and written one by one take the time of so many accesses at least. Kernels that
+        are launched one by one take no less than their launches, as products do.
         """
         memory, cache, start = self._rates(work)
         beyond = np.minimum(1.0, np.maximum(0.0, 2 * work.bytes_moved / self._cache_bytes - 1))
         traffic: Seconds = work.bytes_moved * (cache + beyond * (memory - cache))
         if given(work.accesses):
             traffic = np.maximum(traffic, work.accesses * self._access)
+        if given(work.launched):
+            traffic = together(traffic, work.launched * self._launch)
         return start + traffic
 
     def bandwidth(self, operator_class: MemoryBoundClass) -> float:
@@ -147,7 +151,8 @@ class TrafficCost:
     def coefficients_of(self, work: MemoryBound) -> tuple[str, ...]:
         """Dotted paths of the other coefficients behind a duration."""
         cached = ("l2_bandwidth_gb_per_s",) if self.class_of(work).startswith("memory_bound.") else ()
-        return (*cached, *(("accesses_per_ns",) if work.accesses else ()))
+        launched = ("gemm.group_launch_us",) if work.launched else ()
+        return (*cached, *launched, *(("accesses_per_ns",) if work.accesses else ()))
 
 
 TABLES = ("fused_rates", "row_rates", "kernel_rates")

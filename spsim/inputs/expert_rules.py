@@ -18,18 +18,17 @@ def check_experts(model: Model, plan: Plan, workload: Workload) -> None:
         return
     _check_degrees(model.experts, plan)
     _check_width(model, plan)
+    _check_kernels(model, plan, workload)
     if plan.tp > 1 and not plan.sequence_parallel:
         raise InputError(
             f"plan: tp = {plan.tp} without sequence_parallel, under which each rank would route all tokens; "
             "Megatron-Core requires it with experts: add sequence_parallel"
         )
     replicas = plan.zero_stage > 1 or plan.dp_library != "megatron" or plan.shard_group is not None
-    units = plan.recompute_method == "uniform" and plan.recompute_layers is not None and model.dense_layers > 0
     for given, what in (
         (plan.ep > 1 and replicas, "zero = 2 and 3, shard_group, or a dp_library other than megatron"),
         (plan.tp_overlap, "tp_overlap"),
         (plan.cpu_offload_layers > 0, "cpu_offload_layers"),
-        (units, "uniform units of layers of which some are dense"),
     ):
         if given:
             raise InputError(f"plan: {what} with experts: not simulated yet; leave it at its default")
@@ -61,6 +60,20 @@ def _check_degrees(experts: int, plan: Plan) -> None:
         )
 
 
+def _check_kernels(model: Model, plan: Plan, workload: Workload) -> None:
+    whole = plan.tp > 1 and plan.expert_tp != 1
+    if plan.moe_dispatcher != "alltoall" and whole:
+        raise InputError(
+            f"plan: moe_dispatcher = {plan.moe_dispatcher} with experts that {plan.tp} ranks of tp share: not "
+            "simulated yet; use expert_tp=1 or moe_dispatcher=alltoall"
+        )
+    if plan.fused_grouped_mlp and (workload.precision != "mxfp8" or model.activation != "swiglu"):
+        raise InputError(
+            f"plan: fused_grouped_mlp with precision = {workload.precision} and {model.activation}: cuDNN has the "
+            "kernel for mxfp8 and swiglu only; leave it out"
+        )
+
+
 def _check_width(model: Model, plan: Plan) -> None:
     shares = 1 if plan.expert_tp == 1 else plan.tp
     shared = "shared_ffn_hidden", model.shared_ffn_hidden, plan.tp
@@ -86,4 +99,5 @@ def expert_reasons(model: Model, plan: Plan) -> dict[str, str]:
     """Why options of experts would change nothing; empty where they do."""
     none = "" if model.experts else "without experts"
     usual = "with tp = 1" if plan.tp == 1 else "as it is tp anyhow" if plan.expert_tp == plan.tp else ""
-    return {"expert_tp": none or usual}
+    alone = none or ("with ep = 1" if plan.ep == 1 else "")
+    return {"expert_tp": none or usual, "moe_dispatcher": alone, "fused_grouped_mlp": none}

@@ -164,16 +164,19 @@ class _Rotary(Family):
         return 0
 
     @property
-    def window(self) -> int | None:
-        """That of any layer."""
-        slides = self.first_sliding < self.num_hidden_layers
-        if self.layer_types is not None:
-            slides = "sliding_attention" in self.layer_types
-        return self.sliding_window if slides and self.use_sliding_window else None
+    def turns(self) -> tuple[str, ...]:
+        """Type of attention of each layer."""
+        if self.sliding_window is None or not self.use_sliding_window:
+            return ("full_attention",)
+        first = min(self.first_sliding, self.num_hidden_layers)
+        sliding = (self.num_hidden_layers - first) * ("sliding_attention",)
+        return tuple(self.layer_types or (*first * ("full_attention",), *sliding))
 
     def fields(self) -> dict[str, Any]:
+        slides = self.sliding_window is not None
         optional = {
-            "kv_heads": self.num_key_value_heads, "head_dim": self.head_dim, "sliding_window": self.window
+            "kv_heads": self.num_key_value_heads, "head_dim": self.head_dim,
+            "sliding_window": self.sliding_window, "layer_types": self.turns if slides else None,
         }  # fmt: skip
         given = {name: value for name, value in optional.items() if value is not None}
         return {**super().fields(), "ffn_hidden": self.intermediate_size, **given}

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from spsim.errors import InputError
 from spsim.inputs.collective_curves import CollectiveCurve, CollectiveName
 from spsim.inputs.configuration import Name
+from spsim.inputs.dispatch_coefficients import DispatcherCoefficients, DispatchLibrary
 from spsim.inputs.kernel_coefficients import (
     AttentionCoefficients,
     DataType,
@@ -36,7 +37,7 @@ from spsim.inputs.kernel_coefficients import (
 from spsim.inputs.plausible import check_profile
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
 from spsim.inputs.uplinks import Uplinks
-from spsim.work import AttentionKernel, Decoding, Framework
+from spsim.work import AttentionKernel, Framework
 
 PEAK_IDENTITY_TOLERANCE = 0.01
 """Largest relative gap between a 16-bit peak and units x FLOP per clock x clock; a sparse peak is off by 2."""
@@ -184,6 +185,8 @@ class Coefficients(Table):
     """By topology level, in the place of a curve of `send_receive`: its time depends on the communicator."""
     between_nodes: dict[str, NodeCoefficients] = Field(default_factory=dict)
     """By topology level, how long NCCL's rings and trees over nodes take; without it curves of both levels say."""
+    dispatchers: dict[DispatchLibrary, DispatcherCoefficients] = Field(default_factory=dict)
+    """Libraries that send tokens to experts by kernels of their own, where the device was measured with them."""
     collective_overhead_us: Microseconds
     """Start of a collective from a framework beyond what back-to-back benchmarks see: the hand-over between
     the compute stream and the communication stream, both ways."""
@@ -254,6 +257,14 @@ class HardwareProfile(Table):
         return self
 
     @model_validator(mode="after")
+    def _dispatchers_belong_to_levels(self) -> Self:
+        levels = {level.name for level in self.datasheet.topology}
+        for name in (name for own in self.coefficients.dispatchers.values() for name in own.levels):
+            if name not in levels:
+                raise ValueError(f"dispatchers name the level {name!r}, which the topology does not have")
+        return self
+
+    @model_validator(mode="after")
     def _is_plausible(self) -> Self:
         check_profile(self)
         return self
@@ -310,30 +321,17 @@ class HardwareProfile(Table):
         kept = {name: frozenset(p for p in paths if not p.startswith("fused_rates.")) for name, paths in sets.items()}
         return self.model_copy(update={"coefficients": coefficients, **kept})
 
-    def attention_kernel(self, wanted: AttentionKernel | Framework | Decoding) -> AttentionKernel:
+    def attention_kernel(self, wanted: AttentionKernel | Framework) -> AttentionKernel:
         """A fused attention kernel by its name, or by that of the framework that picks it; `InputError` when the
         profile does not have it.
         """
         coefficients = self.coefficients
-        if wanted == "flash_decoding":
-            return self._decoding_kernel
         if wanted in coefficients.attention_picked:
             return coefficients.attention_picked[wanted].kernel
         if wanted not in coefficients.attention:
             have = ", ".join(coefficients.attention)
             raise InputError(f"attention {wanted!r}: {self.name} has no such kernel; use flash, unfused or {have}")
         return wanted
-
-    @property
-    def _decoding_kernel(self) -> AttentionKernel:
-        known = self.coefficients.attention.items()
-        found = next((name for name, own in known if own.forward.split), None)
-        if found is None:
-            raise InputError(
-                f"hardware {self.name}: no kernel of attention that divides the keys of one query among blocks has "
-                "measured times, and decode needs one; give attention.<kernel>.forward.split, as dgx-h100 has it"
-            )
-        return found
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s of a data type; `InputError` when the device does not have it."""

@@ -10,6 +10,7 @@ keep their share of its bandwidth. The same holds for the curves of a level that
   `scale` times the bus bandwidth and short ones the latency that they had.
 - Sends by channels have `scale` times the rate of the link, and that of a channel up to it: a channel is a block of an
   SM, whatever the links.
+- Rates of libraries that dispatch tokens to experts are of the links that they were measured on, and of no others.
 - Curves of more ranks than a node has are kept: they describe fewer ranks too.
 """
 
@@ -162,6 +163,10 @@ class _Heir:
         level = rest.partition(".")[0] if table in OF_LEVELS else None
         if level is not None and level not in self.levels:
             return
+        if table == "dispatchers" and ".levels." in path:
+            over = path.split(".")[3]
+            if over not in self.levels or self._differs(over):
+                return
         if level is not None and self._differs(level):
             leaf = self._carried(path, level, leaf)
         elif not self.other_device:

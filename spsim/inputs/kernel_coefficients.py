@@ -42,6 +42,12 @@ class GemmCoefficients(Table):
     """Share of the read and write of fp32 main gradients that a short product does not hide, by data type."""
     accumulation_half_k: dict[str, Quantity] = Field(default_factory=dict)
     """K at which main loops hide half of it; none where it never is."""
+    group_launch_us: Microseconds | None = None
+    """From one product of a group to the next where they are launched one by one, as of the experts of a rank."""
+    grouped_rate: dict[str, Fraction] = Field(default_factory=dict)
+    """Of kernels that multiply all matrices of a group, relative to a product, by data type; as that unless given."""
+    grouped_weight_gradient_rate: dict[str, Fraction] = Field(default_factory=dict)
+    """The same of weight gradients, relative to other grouped products."""
     unaligned_rate: Fraction | None = None
     """Share of the limit that products reach whose rows begin at no multiple of 16 bytes; all of it unless given."""
 
@@ -94,6 +100,8 @@ class AttentionPass(Table):
     """Share of a unit's rate that one of several blocks reaches alone."""
     dropout_instructions: NonNegative | None = None
     """Of the vector units, for the random number of one query and key, beside the products; none unless given."""
+    window_skipped: NonNegative | None = None
+    """1 where blocks leave out what is outside a window, as unless given, 0 where they compute and mask it."""
     split: KeySplit | None = None
     causal: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]
     full: Annotated[dict[HeadSize, AttentionTile], Field(min_length=1)]

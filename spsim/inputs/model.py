@@ -6,9 +6,12 @@ of equal shape and cost are one: LayerNorm1p and Gemma's RMSNorm, exact and appr
 part of the head.
 """
 
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from functools import cached_property, lru_cache
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +23,18 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 Activation = Literal["gelu", "squared_relu", "swiglu", "geglu"]
 Attention = Literal["flash", "unfused", AttentionKernel]
 GATED: tuple[Activation, ...] = ("swiglu", "geglu")
+AttentionType = Literal["full_attention", "sliding_attention"]
+MlpType = Literal["dense", "sparse"]
+"""Of layers, as `layer_types` and `mlp_layer_types` of Hugging Face name them."""
+
+
+class LayerType(NamedTuple):
+    """What a layer has otherwise than the model says of its layers."""
+
+    dense: bool = False
+    """Its MLP is dense, in a model whose other layers have experts."""
+    full: bool = False
+    """Its attention looks at all positions, in a model whose other layers have a window."""
 
 
 _DERIVED: Any = Field(default=None)
@@ -27,7 +42,7 @@ _DERIVED: Any = Field(default=None)
 
 
 class Model(Configuration):
-    """A decoder-only transformer; every layer is the same, but for a dense MLP in the first and experts in others."""
+    """A decoder-only transformer, whose layers may differ in having experts or a dense MLP, and a window or none."""
 
     words: ClassVar[Mapping[str, Iterable[str]]] = words.MODEL
 
@@ -45,6 +60,8 @@ class Model(Configuration):
     """Width of the MLP of a layer of experts that every token goes through beside them."""
     dense_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
     """First layers whose MLP is dense."""
+    mlp_layer_types: Annotated[tuple[MlpType, ...], Field(min_length=1)] | None = None
+    """Of the layers in turn, over again until there are as many, whether their MLP is dense or experts (`sparse`)."""
     heads: Annotated[int, Field(ge=1, le=2**16)]
     kv_heads: Annotated[int, Field(ge=1, le=2**16)] = _DERIVED
     head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
@@ -84,7 +101,13 @@ class Model(Configuration):
     attention: Attention = "flash"
     """`flash`: the fused kernel that Transformer Engine picks on the hardware; or a kernel of the profile by name."""
     sliding_window: Size | None = None
-    """Keys that a query looks back at, itself included. Sequences that are longer are refused."""
+    """Keys that a query looks back at, itself included; of layers of `sliding_attention` where `layer_types` are given.
+    Unfused attention computes all scores and masks those outside."""
+    layer_types: Annotated[tuple[AttentionType, ...], Field(min_length=1)] | None = None
+    """Of the layers in turn, over again until there are as many, whether they have the window."""
+    attention_sinks: bool = False
+    """The softmax of each head has one learned number beside its scores (gpt-oss; `softmax_type = learnable` of
+    Transformer Engine)."""
     kernels: Literal["fused", "eager", "compiled"] | None = None
     """What a norm, an activation, a rotation, a residual and unfused attention run as: a kernel each, as Megatron-Core
     and Transformer Engine have them, the single operations of torch, or what torch.compile makes of those. The
@@ -178,6 +201,18 @@ class Model(Configuration):
         return self
 
     @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        turns = _shortest(self.layer_types, self.layers) if self.layer_types else ()
+        if "sliding_attention" in turns and self.sliding_window is None:
+            raise ValueError("layer_types: sliding_attention needs sliding_window, the keys that a query looks back at")
+        if turns == ("full_attention",):
+            self.__dict__["sliding_window"] = None
+        self.__dict__["layer_types"] = turns if len(turns) > 1 else None
+        if self.sliding_window is not None and not self.causal:
+            raise ValueError(f"sliding_window = {self.sliding_window} needs causal = true; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _experts_fit(self) -> Self:
         if self.experts is None:
             given = {
@@ -185,6 +220,7 @@ class Model(Configuration):
                 "expert_ffn_hidden",
                 "shared_ffn_hidden",
                 "dense_layers",
+                "mlp_layer_types",
             } & self.model_fields_set
             if given and any(getattr(self, name) for name in given):
                 raise ValueError(
@@ -195,7 +231,7 @@ class Model(Configuration):
             raise ValueError(
                 f"experts_per_token = {self.experts_per_token} with experts = {self.experts}; give 1 to {self.experts}"
             )
-        if self.dense_layers >= self.layers:
+        if self.types.keys() == {LayerType(dense=True)} or self.dense_layers >= self.layers:
             raise ValueError(
                 f"dense_layers = {self.dense_layers} leaves none of layers = {self.layers} with experts; "
                 "use fewer, or a model without experts"
@@ -240,11 +276,20 @@ class Model(Configuration):
         """What a reader of a result must know of the model."""
         return (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
 
+    def type_of(self, layer: int) -> LayerType:
+        """Of a layer by its number, from 0."""
+        turns, kinds = self.layer_types or (), self.mlp_layer_types or ()
+        dense = layer < self.dense_layers or (bool(kinds) and kinds[layer % len(kinds)] == "dense")
+        return LayerType(dense, bool(turns) and turns[layer % len(turns)] == "full_attention")
+
     @cached_property
-    def as_dense(self) -> Self:
-        """The model whose layers are all as the first, where their MLP is dense."""
-        none = {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}
-        return type(self)(**{**self.model_dump(), **none, "dense_layers": 0})
+    def types(self) -> Mapping[LayerType, int]:
+        """How many layers are of each type, those of most traits of the model first."""
+        return dict(sorted(Counter(map(self.type_of, range(self.layers))).items()))
+
+    def of_type(self, own: LayerType) -> Model:
+        """The model whose layers are all of a type."""
+        return _of_type(self, own)
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -283,7 +328,8 @@ class Model(Configuration):
         biases = self.hidden + fc1_width + self.hidden if self.bias else 0
         biases += (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
         head_norms = 2 * self.head_dim if self.qk_norm else 0
-        return norms + attention + mlp + biases + head_norms
+        sinks = self.heads if self.attention_sinks else 0
+        return norms + attention + mlp + biases + head_norms + sinks
 
     @cached_property
     def parameters(self) -> int:
@@ -293,7 +339,22 @@ class Model(Configuration):
         head = (0 if shared else self.head_rows * self.hidden) + (self.head_rows if self.head_bias else 0)
         positions = self.max_positions * self.hidden if self.positions == "learned" else 0
         final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        layers = (self.layers - self.dense_layers) * self.layer_parameters
-        if self.dense_layers:
-            layers += self.dense_layers * self.as_dense.layer_parameters
+        layers = sum(count * self.of_type(own).layer_parameters for own, count in self.types.items())
         return embeddings + positions + layers + final_norm + head
+
+
+def _shortest(turns: tuple[AttentionType, ...], layers: int) -> tuple[AttentionType, ...]:
+    """The fewest turns that make the same layers over again."""
+    every = [turns[layer % len(turns)] for layer in range(layers)]
+    found = next(size for size in range(1, layers + 1) if every[size:] == every[: layers - size])
+    return (*every[:found],)
+
+
+@lru_cache(maxsize=256)
+def _of_type(model: Model, own: LayerType) -> Model:
+    changes: dict[str, Any] = {"dense_layers": 0, "mlp_layer_types": None, "layer_types": None}
+    if own.dense:
+        changes |= {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}
+    if own.full:
+        changes["sliding_window"] = None
+    return Model(**{**model.model_dump(), **changes})

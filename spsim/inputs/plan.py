@@ -14,6 +14,8 @@ from spsim.inputs.plan_words import label_options, plan_options
 from spsim.inputs.schedules import Library, Schedule
 
 Degree = Annotated[int, Field(ge=1, le=2**16)]
+Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
+"""Of tokens to experts, as Megatron-Core names them."""
 MESH_ORDER = "tp-ulysses-ring-dp-pp"
 """Megatron's, whose cp is ulysses and ring."""
 
@@ -39,14 +41,16 @@ class Plan(Configuration):
     ring_messages: Literal["joint", "concatenated", "separate"] = "joint"
     """K and V in one buffer (Transformer Engine), copied into one for each message (torch), or two sends in a batch."""
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
-    ring_pass: Literal["kv", "q"] = "kv"
-    """What goes round in a prefill: K and V, or Q, whose partial results are exchanged behind the last step and merged
-    (Yang et al. 2024).
-    """
     ep: Degree = 1
     """Ranks over which the experts of a layer are spread: those of tp, ulysses and ring, and replicas."""
     expert_tp: Degree | None = None
     """Ranks that share an expert (`expert_tensor_parallel_size`): `tp`, or 1; as many as tp unless given."""
+    moe_dispatcher: Dispatcher = "alltoall"
+    """Tokens exchanged by NCCL, one for each expert; all gathered by all ranks; or kernels of a library that send one
+    copy to each rank with experts of a token (`moe_token_dispatcher_type`, `moe_flex_dispatcher_backend`)."""
+    fused_grouped_mlp: bool = False
+    """Products of experts with activation and casts in their epilogues, as cuDNN has them in MXFP8
+    (`use_transformer_engine_op_fuser`)."""
     heads_k_stride: Degree | None = None
     """KV heads of a rank that `ring_kind = "all_gather"` gathers at once, behind attention of those before; all unless
     given (ring-flash-attn's form of Llama 3)."""

@@ -29,6 +29,8 @@ PLAN = {
     "cp": ("context_parallel_size", "context_parallel_degree", "context_parallel", "cp_size", "cp_degree"),
     "ep": ("expert_model_parallel_size", "expert_parallel_size", "expert_parallel_degree", "ep_size", "ep_degree"),
     "expert_tp": ("expert_tensor_parallel_size", "expert_tensor_parallel_degree", "etp"),
+    "moe_dispatcher": ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend"),
+    "fused_grouped_mlp": ("use_transformer_engine_op_fuser",),
     "pp": (
         "pipeline_model_parallel_size", "pipeline_parallel_size", "pipeline_parallel_degree", "pp_size", "pp_degree"
     ),

@@ -69,11 +69,6 @@ def all_chunks(model: Model, plan: Plan) -> tuple[Chunk, ...]:
     )
 
 
-def dense_in(model: Model, layers: range) -> int:
-    """Of some layers of a model of experts, those whose MLP is dense."""
-    return max(0, min(layers.stop, model.dense_layers) - layers.start) if model.experts else 0
-
-
 def spread(layers: int, chunks: int) -> list[int]:
     """Layers of each chunk where no layout says it."""
     if chunks > layers + 2:

@@ -220,6 +220,7 @@ def _check_recompute(model: Model, plan: Plan, workload: Workload) -> None:
             "recompute_method = 'uniform' makes units of layers; give recompute=full and their size as recompute_layers"
         )
     if layers is not None:
+        _check_units(model, plan, layers)
         most = most_layers(model, plan)
         if layers > most:
             raise _refused(f"recompute_layers = {layers}, but a chunk has {most} layers at most; use at most {most}")
@@ -229,6 +230,18 @@ def _check_recompute(model: Model, plan: Plan, workload: Workload) -> None:
             "use recompute=selective"
         )
     _check_modules(model, plan)
+
+
+def _check_units(model: Model, plan: Plan, size: int) -> None:
+    """Units of layers are made of the program of one."""
+    chunks = [chunk.layers for stage in chunks_of(model, plan) for chunk in stage] if len(model.types) > 1 else []
+    units = [own[place : place + size] for own in chunks for place in range(0, len(own), size)]
+    mixed = next((unit for unit in units if len({*map(model.type_of, unit)}) > 1), None)
+    if plan.recompute_method == "uniform" and mixed:
+        raise _refused(
+            f"recompute_layers = {size} makes a unit of layers {mixed[0]} to {mixed[-1]}, which are not alike: not "
+            "simulated; use recompute_layers=1"
+        )
 
 
 def _check_modules(model: Model, plan: Plan) -> None:

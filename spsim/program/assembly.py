@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from functools import lru_cache
 
-from spsim.inputs.model import Model
+from spsim.inputs.model import LayerType, Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import gathers_qkv
-from spsim.inputs.stages import all_chunks, dense_in
+from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
+from spsim.program.blocks.experts import fused_experts
 from spsim.program.blocks.head import head_block, head_traits, is_tied
 from spsim.program.blocks.transformer import Projections, layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
@@ -29,6 +30,7 @@ from spsim.program.quantisation import quantised, with_cast_attention
 from spsim.program.recipes import RECIPES, in_precision
 from spsim.program.recompute import LayerKind, layer_kinds, usual_kind
 from spsim.program.region import Region
+from spsim.program.routing import USUAL, Routed, Routing, routed_by, routing_of
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
 
@@ -74,7 +76,7 @@ def projections(model: Model, plan: Plan) -> Projections:
 
 def layer_key(model: Model, plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ...]:
     """What of model and plan the program of layers of a kind depends on."""
-    return layer_traits(model), projections(model, plan), compiled_by(plan, kind)
+    return layer_traits(model), projections(model, plan), routing_of(model, plan), compiled_by(plan, kind)
 
 
 def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
@@ -87,12 +89,13 @@ def layer_program(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
 def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind | None = None) -> Program:
     """The program of one layer or unit, compiled; `layer_program` keeps it."""
     kind = kind or usual_kind(plan)
-    model = model.as_dense if kind.dense else model
-    joined = projections(model, plan)
-    low = plan.fp8_dot_product_attention
-    key = (layer_traits(model), joined, low, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
-    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined, cast_attention=low))
-    region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan))
+    model = model.of_type(kind.type)
+    joined, routing, low = projections(model, plan), routing_of(model, plan), plan.fp8_dot_product_attention
+    traits = layer_traits(model), joined, routing, low
+    key = (*traits, workload.seq_len, workload.micro_batch * plan.dp, workload.precision)
+    operators = _layers.get(key, lambda: layer_operators(model, workload, plan.dp, joined, routing, cast_attention=low))
+    routed = routed_by(model, plan)
+    region = _regions.get((key, placed_by(plan)), lambda: _region(operators, plan, routed=routed))
     program = program_in(region, plan, causal=model.causal, kind=kind)
     if kind.leaves or kind.fetches:
         return offload(program, leaves=kind.leaves, fetches=kind.fetches)
@@ -101,32 +104,49 @@ def compile_layer(model: Model, plan: Plan, workload: Workload, kind: LayerKind 
     return unit_of(program_in(region, plan, causal=model.causal, kind=LayerKind()), program, kind.layers)
 
 
-def _region(operators: Sequence[Operator], plan: Plan, elsewhere: Set[str] = frozenset()) -> Region:
-    return Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere)
+def _region(
+    operators: Sequence[Operator], plan: Plan, elsewhere: Set[str] = frozenset(), routed: Routed | None = None
+) -> Region:
+    return Region(operators, split_rules(plan), mesh_of(plan), named_rules(plan), elsewhere, routed)
 
 
 def layer_operators(
-    model: Model, workload: Workload, replicas: int = 1, joined: Projections = "fused", *, cast_attention: bool = False
+    model: Model,
+    workload: Workload,
+    replicas: int = 1,
+    joined: Projections = "fused",
+    routing: Routing = USUAL,
+    *,
+    cast_attention: bool = False,
 ) -> tuple[Operator, ...]:
     """The operators of a layer, with the casts of the recipe of its precision, if that has one; of core attention only
     where asked for.
     """
-    operators = transformer_layer(model, workload, replicas, joined)
+    operators = transformer_layer(model, workload, replicas, joined, routing)
     recipe = RECIPES.get(workload.precision)
     if recipe is None:
         return operators
     operators = quantised(operators, recipe)
-    return with_cast_attention(operators, recipe) if cast_attention else operators
+    operators = with_cast_attention(operators, recipe) if cast_attention else operators
+    return fused_experts(operators) if routing.fused else operators
 
 
 def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
     """The kinds of layers in a step, and names of their blocks: `LAYER` is the first, of experts if there are any."""
-    if plan.recompute_layers is None and not plan.cpu_offload_layers and not model.dense_layers:
+    if plan.recompute_layers is None and not plan.cpu_offload_layers and len(model.types) == 1:
         return {usual_kind(plan): LAYER}
-    sizes = dict.fromkeys([(len(chunk.layers), dense_in(model, chunk.layers)) for chunk in all_chunks(model, plan)])
-    kinds = dict.fromkeys([kind for size in sizes for kind, _ in layer_kinds(plan, *size)])
-    kinds = dict.fromkeys(sorted(kinds, key=lambda kind: kind.dense))
+    chunks = dict.fromkeys([(*map(model.type_of, chunk.layers),) for chunk in all_chunks(model, plan)])
+    kinds = dict.fromkeys([kind for types in chunks for kind, _ in layer_kinds(plan, types)])
+    kinds = dict.fromkeys(sorted(kinds, key=lambda kind: kind.type))
     return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}
+
+
+def layers_of_blocks(model: Model, plan: Plan) -> dict[str, int]:
+    """Block -> how many layers of the model are of its type; those that recomputation tells apart once."""
+    names: dict[LayerType, str] = {}
+    for kind, name in kinds_of_layers(model, plan).items():
+        names.setdefault(kind.type, name)
+    return {name: model.types.get(own, model.layers) for own, name in names.items()}
 
 
 def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
@@ -139,7 +159,8 @@ def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pr
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
-    return layer_key(model, plan), *kinds_of_layers(model, plan), embedding_key(model, plan), head
+    layers = (*layers_of_blocks(model, plan).items(),) if len(model.types) > 1 else ()
+    return layer_key(model, plan), *kinds_of_layers(model, plan), *layers, embedding_key(model, plan), head
 
 
 def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:

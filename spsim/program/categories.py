@@ -43,7 +43,7 @@ def _of_instruction(step: Instruction, kept: set[int]) -> Instruction:
     return Communication(
         step.id, step.operator, step.tensor, step.axis, step.collective, step.ranks, step.message_bytes,
         step.sent_bytes, step.purpose, step.part, step.reads, writes, step.issued_after, step.step_of, step.share,
-        step.sends_before,
+        step.sends_before, step.dispatch,
     )  # fmt: skip
 
 

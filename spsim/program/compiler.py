@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from spsim.inputs.plan import Plan
 from spsim.program.casts import SCALE_BYTES, Reading
@@ -42,19 +41,16 @@ Key = tuple[str, Layout, str]
 
 
 def compile_region(
-    region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None,
-    forward_only: bool = False,
-) -> Program:  # fmt: skip
+    region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None
+) -> Program:
     """The program of a block for plans with the degrees of its mesh; ring attention is a gather here, until
     `lowerings.ring.lower_ring`.
 
     With `keep_weights` weights that the forward pass gathers stay for the backward pass, which else gathers them again
-    (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does. `forward_only`
-    there is no backward pass, and nothing is kept for one.
+    (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does.
     """
     again = recomputed([op.operator for op in region.operators], kind or usual_kind(plan))
-    compiler = _Compiler(region, plan, causal, keep_weights, again)
-    return compiler.compile_forward() if forward_only else categorise(compiler.compile(), region.resting.keys())
+    return categorise(_Compiler(region, plan, causal, keep_weights, again).compile(), region.resting.keys())
 
 
 class _Compiler:
@@ -84,32 +80,28 @@ class _Compiler:
 
     def compile(self) -> Program:
         """Forward, then backward from the gradient of the block's output."""
-        made = self.compile_forward()
-        output_gradients = tuple(map(self._gradient_from_outside, self.region.exits, made.outputs))
-        self._run_backward_pass()
-        return replace(
-            made,
-            backward_sections=(Section(tuple(self.instructions)),),
-            output_gradients=output_gradients,
-            input_gradients=tuple(self.collected[e.name] for e in self.region.entries if e.kind == "activation"),
-            saved=tuple(self.saving.kept(keep_weights=self.keep_weights)),
-            weight_sync=self.region.weight_syncs,
-        )
-
-    def compile_forward(self) -> Program:
-        """Forward alone, and nothing is kept."""
-        region, produced = self.region, self.region.produced
-        entries = tuple([self._hold(produced[entry.name], "forward") for entry in region.entries])
+        produced = self.region.produced
+        entries = tuple([self._hold(produced[entry.name], "forward") for entry in self.region.entries])
         for op in self.operators:
             self._run_forward(op, "forward")
         forward, self.instructions = Section(tuple(self.instructions)), []
-        outputs = tuple(self.values[e.name, produced[e.name].layout, "forward"] for e in region.exits)
+        outputs = tuple(self.values[e.name, produced[e.name].layout, "forward"] for e in self.region.exits)
+        output_gradients = tuple(map(self._gradient_from_outside, self.region.exits, outputs))
+        self._run_backward_pass()
         return Program(
-            (forward,), backward_sections=(), saved=(), weight_sync=(), parameters=region.parameters, inputs=entries,
-            outputs=outputs, output_gradients=(), input_gradients=(), weights=region.weight_tensors,
-            weight_bytes=region.weight_bytes, weight_casts=region.weight_casts,
-            cache_token_bytes=region.cache_token_bytes,
-        )  # fmt: skip
+            forward_sections=(forward,),
+            backward_sections=(Section(tuple(self.instructions)),),
+            input_gradients=tuple(self.collected[e.name] for e in self.region.entries if e.kind == "activation"),
+            saved=tuple(self.saving.kept(keep_weights=self.keep_weights)),
+            weight_sync=self.region.weight_syncs,
+            parameters=self.region.parameters,
+            weight_bytes=self.region.weight_bytes,
+            weight_casts=self.region.weight_casts,
+            inputs=entries,
+            outputs=outputs,
+            output_gradients=output_gradients,
+            weights=self.region.weight_tensors,
+        )
 
     # Instructions and buffers
 
@@ -119,8 +111,7 @@ class _Compiler:
 
     def _hold(self, output: PlacedOperand, generation: str, over: Buffer | None = None) -> Buffer:
         """The buffer of an output, `over` another where it is written in place."""
-        size = 0 if output.tensor.kind == "cache" else output.bytes  # a cache is there for the whole step
-        buffer = self._buffer(output.name, size, alias_of=over.root if over else None)
+        buffer = self._buffer(output.name, output.bytes, alias_of=over.root if over else None)
         self.values[output.name, output.layout, generation] = buffer
         return buffer
 
@@ -129,9 +120,14 @@ class _Compiler:
         return self.num_instructions - 1
 
     def _compute(
-        self, operator: str, kind: KernelClass, part: Part, work: tuple[Work, ...], reads: Iterable[Buffer],
+        self,
+        operator: str,
+        kind: KernelClass,
+        part: Part,
+        work: tuple[Work | None, ...],
+        reads: Iterable[Buffer],
         writes: Iterable[Buffer],
-    ) -> None:  # fmt: skip
+    ) -> None:
         read = tuple(dict.fromkeys([buffer.id for buffer in reads]))
         self.instructions.append(Compute(self._next(), operator, kind, part, work, read, tuple(writes)))
 
@@ -149,6 +145,7 @@ class _Compiler:
             Communication(
                 self._next(), operator, tensor.name, move.axis, collective, move.ranks, move.message_bytes,
                 move.sent_bytes, purpose, self.part, () if have.id == AT_REST else (have.id,), (buffer,),
+                dispatch=move.dispatch,
             )
         )  # fmt: skip
         if move.cast_bytes:
@@ -184,7 +181,7 @@ class _Compiler:
         kernels = self.region.kernels[op.name]
         work = kernels.forward(self.causal, self.plan.ring_cut)
         if not work:  # its outputs are its inputs
-            self.values |= {(o.name, o.layout, generation): b for o, b in zip(op.outputs, reads, strict=True)}
+            self.values |= {(o.name, o.layout, generation): b for o, b in zip(op.outputs, reads, strict=False)}
             return
         if isinstance(kernels, Product):
             self._prepare(op, kernels, "forward", dict(zip([o.name for o in op.activations], reads, strict=False)))
@@ -329,9 +326,13 @@ class _Compiler:
                 self.gradients[operand.name].append((operand.gradient, passed[0]))
 
     def _run_product_backward(
-        self, op: PlacedOperator, kernels: Product, gradients: list[Buffer], saved: dict[str, Buffer],
+        self,
+        op: PlacedOperator,
+        kernels: Product,
+        gradients: list[Buffer],
+        saved: dict[str, Buffer],
         weights: list[Buffer],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Data gradients first, then the weight gradient: Megatron's order, which hides communication."""
         made = dict(zip([output.name for output in op.results], gradients, strict=True))
         if op.operator.recipe:
@@ -393,8 +394,7 @@ class _Compiler:
         total, name = buffers[0], f"{tensor.name} gradient"
         for other in buffers[1:]:
             size = self.region.bytes_of(tensor.gradient, layout)
-            result = self._buffer(name, size)
+            read, total = [total, other], self._buffer(name, size)
             work = MemoryBound("elementwise", 3 * size, "add")
-            self._compute(name, "elementwise", "accumulate", (work,), [total, other], [result])
-            total = result
+            self._compute(name, "elementwise", "accumulate", (work,), read, [total])
         return total

@@ -14,6 +14,7 @@ from spsim.lazy import lazy
 from spsim.program.mesh import Axis
 from spsim.program.operators import TensorKind
 from spsim.program.placement import Collective, Layout
+from spsim.program.routing import Dispatch
 from spsim.work import Gemm, KernelClass, MemoryBound, Work
 
 LAYER = "layer"
@@ -78,6 +79,8 @@ class Communication:
     """Of the device that it holds; as much as the profile says of a collective unless given."""
     sends_before: int = 0
     """Sends of its group call before it, of its size, whose start it shares."""
+    dispatch: Dispatch | None = None
+    """Of tokens to experts by a library with kernels of its own, in place of NCCL's."""
 
     @property
     def timed_as(self) -> Collective:
@@ -179,8 +182,6 @@ class Program:
     """Of the parameters, all copies of those that products read cast."""
     weight_casts: tuple[MemoryBound, ...] = ()
     """Kernels that make these copies, once a step."""
-    cache_token_bytes: int = 0
-    """Of the cache, on one rank, for one token of one sequence."""
 
     @property
     def sections(self) -> tuple[Section, ...]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Set
 
 from spsim.lazy import lazy
-from spsim.program.cached import CachedAttention, CacheWrite
 from spsim.program.kernels import Attention, Casting, Kernels, Lookup, Product
 from spsim.program.launches import Launch, Launches
 from spsim.program.placed import PlacedOperator
@@ -56,13 +55,28 @@ class Separate(Kernels):
         )
 
 
+class InEpilogue(Kernels):
+    """What the kernel of a product does on its way: tasks that take no time, for their results need memory."""
+
+    @lazy
+    def _alone(self) -> Kernels:
+        """As it would be launched apart."""
+        return _KINDS.get(self.operator.kind, Kernels)(self.placed, self.gathered)
+
+    def forward(self, causal: bool, ring_cut: str) -> tuple[Work | None, ...]:
+        """No kernel where there would be one."""
+        return (None,) if self._alone.forward(causal, ring_cut) else ()
+
+    def backward(self, causal: bool, ring_cut: str) -> tuple[Work | None, ...]:
+        """The same."""
+        return (None,) if self._alone.backward(causal, ring_cut) else ()
+
+
 def kernels_of(placed: PlacedOperator, gathered: Set[str] = frozenset()) -> Kernels:
     """The kernels of an operator."""
-    if any(operand.tensor.kind == "cache" for operand in placed.outputs):
-        return CacheWrite(placed, gathered)
-    if placed.operator.kind == "attention" and any(operand.tensor.kind == "cache" for operand in placed.inputs):
-        return CachedAttention(placed, gathered)
     kind = Separate if placed.operator.launches else _KINDS.get(placed.operator.kind, Kernels)
+    if placed.operator.group == "epilogue":
+        kind = InEpilogue
     return kind(placed, gathered)
 
 

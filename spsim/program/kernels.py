@@ -51,11 +51,11 @@ class Kernels:
             return max([vector.elements for vector in self.vectors])
         return self._product(dim for dim in self.placed.outputs[0].subscript if dim not in ("s", "b"))
 
-    def forward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
+    def forward(self, causal: bool, ring_cut: str) -> tuple[Work | None, ...]:
         """The forward kernel: one entry, or one per position on the ring where ranks differ."""
         return self._forward
 
-    def backward(self, causal: bool, ring_cut: str) -> tuple[Work, ...]:
+    def backward(self, causal: bool, ring_cut: str) -> tuple[Work | None, ...]:
         """The backward kernel; empty where every gradient passes through."""
         return self._backward
 
@@ -166,7 +166,9 @@ class Casting(Kernels):
     @lazy
     def _casting(self) -> tuple[MemoryBound, ...]:
         elements = sum(operand.elements for operand in self.placed.inputs)
-        return tuple(casting(self.cast, elements, gathered=self._is_gathered))
+        kernels = casting(self.cast, elements, gathered=self._is_gathered)
+        group = self._product("e") if self.operator.group == "launched" else 0
+        return tuple([replace(kernel, launched=group) if group else kernel for kernel in kernels])
 
     @lazy
     def agreed(self) -> tuple[Axis, ...]:
@@ -248,7 +250,8 @@ class Product(Kernels):
         batch, k = self._product(shared), self._product(contracted)
         m = self._product(dim for dim in given if dim not in contracted and dim not in shared)
         n = sum([w.elements for w in self.matrices]) // (k * batch)
-        return Gemm(m, n, k, batch, self._traffic["forward"], dtype=self._dtype)
+        launched, grouped = batch * (self.operator.group == "launched"), int(self.operator.group == "kernel")
+        return Gemm(m, n, k, batch, self._traffic["forward"], dtype=self._dtype, launched=launched, grouped=grouped)
 
     @lazy
     def _traffic(self) -> Mapping[Reading, int]:
@@ -299,7 +302,7 @@ class Product(Kernels):
         forward, moved = self._gemm, self._traffic["dgrad"]
         m, n, k, batch = forward.m, forward.n, forward.k, forward.batch
         if self.matrices:
-            return ((self.placed.activations[0], Gemm(m, k, n, batch, moved, dtype=self._dtype)),)
+            return ((self.placed.activations[0], replace(forward, n=k, k=n, bytes_moved=moved)),)
         left, right = self.placed.activations
         return (left, Gemm(m, k, n, batch, moved)), (right, Gemm(k, n, m, batch, moved))
 
@@ -310,9 +313,8 @@ class Product(Kernels):
             return ()
         forward = self._gemm
         elements = forward.batch * forward.k * forward.n
-        product = Gemm(
-            forward.k, forward.n, forward.m, forward.batch, self._traffic["wgrad"], elements, dtype=self._dtype
-        )  # fmt: skip
+        moved = self._traffic["wgrad"]
+        product = replace(forward, m=forward.k, k=forward.m, bytes_moved=moved, accumulated=elements)
         if not self.vectors:
             return (product,)
         return product, MemoryBound("elementwise", bytes_of(self.placed.results), "bias_gradient", row=self.row)
@@ -335,14 +337,14 @@ class Attention(Kernels):
         degree = self.placed.mesh.degree("ring") if ("ring", "s") in self.placed.splits else 1
         if not causal:
             return (self.block(direction, queries, keys, 2 * queries * keys, causal=False),)
+        if window := self.operator.window:  # of ranks of a ring those whose queries all have a full one
+            return (self.block(direction, queries, keys, queries * keys, causal=True, window=window),)
         if self.operator.extents["s"] != self.operator.extents["j"]:
             return (self.block(direction, queries, keys, self._twice_last_pairs(degree), causal=True),)
         if degree == 1 or ring_cut == "zigzag":
             return (self.block(direction, queries, keys, queries * keys, causal=True),)
-        return tuple(
-            self.block(direction, queries, keys, queries * queries * (2 * rank + 1), causal=True)
-            for rank in range(degree)
-        )
+        pairs = (queries * queries * (2 * rank + 1) for rank in range(degree))
+        return tuple(self.block(direction, queries, keys, twice, causal=True) for twice in pairs)
 
     def _twice_last_pairs(self, degree: int) -> int:
         """Of queries at the last of the positions of the keys: the first of them sees all keys but those after it."""
@@ -351,11 +353,13 @@ class Attention(Kernels):
             raise self._refuse(f"a causal mask of {queries} queries on {keys} keys needs no ring and enough keys")
         return queries * (2 * keys - queries + 1)
 
-    def block(self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool) -> FlashAttention:
-        """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed."""
-        if len(self.placed.inputs) != 3 or len(self.placed.results) != 1:
+    def block(
+        self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool, window: int = 0
+    ) -> FlashAttention:
+        """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed, or what a window leaves."""
+        if len(self.placed.activations) != 3 or len(self.placed.results) != 1:
             raise self._refuse("attention takes queries, keys and values, and makes one result")
-        of_queries, of_keys, of_values = self.placed.inputs
+        of_queries, of_keys, of_values = self.placed.activations
         batch, width, value_width = self._batch, self._width(of_queries), self._width(of_values)
         heads = self._product(self._heads)
         kv_heads = of_keys.elements // (self.placed.sizes["j"] * batch * width)
@@ -367,7 +371,7 @@ class Attention(Kernels):
         return FlashAttention(
             kernel=self.operator.attention_kernel, direction=direction, batch=batch, heads=heads, kv_heads=kv_heads,
             head_dim=width, value_dim=value_width, queries=queries, keys=keys, twice_pairs=twice_pairs, causal=causal,
-            bytes_moved=math.ceil(moved), dtype=self._dtype,
+            bytes_moved=math.ceil(moved), window=window, dtype=self._dtype,
         )  # fmt: skip
 
     @lazy

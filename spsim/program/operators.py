@@ -27,19 +27,19 @@ from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Extent, Layout, Placement, factors, shard
 from spsim.program.recipes import Cast, Recipe
 from spsim.program.strategies import Rules, SplitRule
-from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Decoding, Framework, KernelClass, KernelName
+from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Framework, KernelClass, KernelName
 
 TensorKind = Literal[
     "activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp", "statistics", "loss",
-    "probabilities", "intermediate", "cache",
+    "probabilities", "intermediate",
 ]  # fmt: skip
 """`statistics` are handed to other operators as activations are, but have no gradient: what a loss knows of all logits
 of a token. A `loss` is handed to nobody: where it is made, the backward pass begins. `probabilities` are kept by it.
 An `intermediate` is what an operator of several kernels keeps of those within it; it counts as an activation.
-A `cache` holds the keys or values of all tokens so far, for the whole step and beyond.
 """
 
-HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics", "cache")
+Grouping = Literal["launched", "kernel", "epilogue"]
+HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics")
 """Kinds of inputs that come from other operators or from outside."""
 LAGGED = "s-"
 """Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
@@ -92,12 +92,17 @@ class Operator:
     input."""
     kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
-    attention_kernel: AttentionKernel | Framework | Decoding = "transformer_engine"
+    attention_kernel: AttentionKernel | Framework = "transformer_engine"
     """Which fused kernel computes core attention."""
+    window: int | None = None
+    """Keys that a query of core attention looks back at, itself included; all unless given."""
     launches: Launches | None = None
     """Its kernels, where torch runs it as several."""
     rules: str = ""
     """Name of the rules that it is split by, where those are not the ones of the block: experts."""
+    group: Grouping | None = None
+    """How what it does for each of the experts of a rank is launched: one by one, in one kernel, or in that of a
+    product; None where it is one anyway."""
     in_place: bool = False
     """Its first output is written over its first input, and the gradient of that over what is kept of the output."""
     recipe: Recipe | None = None
@@ -175,8 +180,7 @@ class Operator:
     @property
     def subscripts(self) -> str:
         """The einsum form, for people: operands of equal dimensions are named once."""
-        made = [operand for operand in self.outputs if operand.tensor.kind in ("activation", "cache")]
-        sides = (dict.fromkeys(" ".join(o.subscript) for o in side) for side in (self.inputs, made))
+        sides = (dict.fromkeys(" ".join(o.subscript) for o in side) for side in (self.inputs, self.results))
         return " -> ".join(", ".join(side) for side in sides)
 
     def split(self, rule: SplitRule) -> str | None:

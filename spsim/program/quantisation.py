@@ -63,7 +63,7 @@ def _around_attention(op: Operator, recipe: Recipe) -> Iterator[Operator]:
     names = {name: own.name for name, own in cast.items()} | {made.name: result.name}
     yield replace(
         op,
-        inputs=tuple(x._replace(tensor=cast[x.tensor.name]) for x in op.inputs),
+        inputs=tuple(x._replace(tensor=cast.get(x.tensor.name, x.tensor)) for x in op.inputs),
         outputs=tuple(o._replace(tensor=result) if o.tensor == made else o for o in op.outputs),
         saves=tuple(names.get(name, name) for name in op.saves),
         owns_gather=frozenset(names.get(name, name) for name in op.owns_gather),
@@ -91,7 +91,8 @@ def _around(op: Operator, recipe: Recipe, maker: Operator | None, known: Tensor 
     yield product
     yield Operator(
         name=f"{op.name}_gradient_cast", kind="cast", inputs=tuple(map(_plain, made)),
-        outputs=tuple(_plain(o.tensor) for o in op.outputs), cast=Cast(recipe, "gradient"),
+        outputs=tuple(_plain(o.tensor) for o in op.outputs), cast=Cast(recipe, "gradient"), rules=op.rules,
+        group=op.group,
     )  # fmt: skip
 
 
@@ -103,7 +104,8 @@ def _caster(op: Operator, casting: Tensor, recipe: Recipe, maker: Operator | Non
         return replace(maker, outputs=tuple(o._replace(tensor=casting) if o.tensor == x else o for o in maker.outputs))
     return Operator(
         name=f"{op.name}_cast", kind="cast", inputs=(_plain(x),), outputs=(_plain(casting),),
-        passthrough=frozenset({x.name}), cast=Cast(recipe, "input", of_norm, rows_only=again),
+        passthrough=frozenset({x.name}), cast=Cast(recipe, "input", of_norm, rows_only=again), rules=op.rules,
+        group=op.group,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 The facts are Transformer Engine's, as Megatron-Core uses it (their sources of August 2026); `docs/model.md` lists them.
 Everything that a recipe does not name stays in 16 bits: embedding, norms, and the tensors between operators; attention
-and the head too, unless a plan asks for them.
+and the head too, unless a plan asks for them. The router stays in the type of its scores.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Literal, cast
 from spsim.inputs.workload import Precision, Workload
 from spsim.work import OPERAND_BYTES
 
+DENSE = ("fc1", "gate", "up", "fc2")
 LINEARS = frozenset({
-    "qkv", "q", "k", "v", "q_down", "q_up", "kv_down", "kv_up", "projection", "fc1", "gate", "up", "fc2",
+    "qkv", "q", "k", "v", "q_down", "q_up", "kv_down", "kv_up", "projection", *DENSE,
+    *(f"shared_{name}" for name in DENSE), "expert_fc1", "expert_fc2",
 })  # fmt: skip
 SIXTEEN_BITS = "bf16"
 """The type of all else."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
+from spsim.inputs.model import LayerType
 from spsim.inputs.plan import Plan
 from spsim.program.operators import Operator
 
@@ -52,8 +54,7 @@ class LayerKind(NamedTuple):
     """Its activations wait in host memory between its passes."""
     fetches: bool = False
     """It copies those of the layer below back, for the next backward pass."""
-    dense: bool = False
-    """Its MLP is dense, in a model whose other layers have experts."""
+    type: LayerType = LayerType()
 
 
 def usual_kind(plan: Plan) -> LayerKind:
@@ -64,14 +65,14 @@ def usual_kind(plan: Plan) -> LayerKind:
     return LayerKind(tuple([name for name in MODULES if name in given]) if given else ())
 
 
-def layer_kinds(plan: Plan, layers: int, dense: int = 0) -> list[tuple[LayerKind, int]]:
-    """The kinds of the layers of a chunk in order, each with how many of it follow each other; the first are `dense`.
+def layer_kinds(plan: Plan, types: Sequence[LayerType]) -> list[tuple[LayerKind, int]]:
+    """The kinds of the layers of a chunk in order, each with how many of it follow each other, by their `types`.
 
     With `recompute_layers` = n the first n layers of a chunk are recomputed (block), or all in units of n layers, the
     last of which may be smaller (uniform), as Megatron-Core's `TransformerBlock` does. Where the first layers
     are offloaded, the one above them fetches the first that comes back.
     """
-    kind, own, away = usual_kind(plan), plan.recompute_layers, plan.cpu_offload_layers
+    kind, own, away, layers = usual_kind(plan), plan.recompute_layers, plan.cpu_offload_layers, len(types)
     if away:
         gone = kind._replace(leaves=True)
         found = [(gone, 1), (gone._replace(fetches=True), away - 1)]
@@ -82,14 +83,16 @@ def layer_kinds(plan: Plan, layers: int, dense: int = 0) -> list[tuple[LayerKind
         found = [(kind, min(own, layers)), (LayerKind(), layers - own)]
     else:
         found = [(kind._replace(layers=own), layers // own), (kind._replace(layers=layers % own), 1)]
-    return list(_dense_first([(kind, count) for kind, count in found if count > 0 and kind.layers > 0], dense))
+    return list(_by_type([(kind, count) for kind, count in found if count > 0 and kind.layers > 0], types))
 
 
-def _dense_first(kinds: Sequence[tuple[LayerKind, int]], dense: int) -> Iterator[tuple[LayerKind, int]]:
+def _by_type(kinds: Sequence[tuple[LayerKind, int]], types: Sequence[LayerType]) -> Iterator[tuple[LayerKind, int]]:
+    """Layers of a unit are of one type."""
+    place = 0
     for kind, count in kinds:
-        first = min(count, dense // kind.layers)
-        dense -= first * kind.layers
-        yield from ((own, n) for own, n in ((kind._replace(dense=True), first), (kind, count - first)) if n)
+        for own, alike in groupby(types[place : place + count * kind.layers : kind.layers]):
+            yield kind._replace(type=own), sum(1 for _ in alike)
+        place += count * kind.layers
 
 
 @dataclass(frozen=True, slots=True)

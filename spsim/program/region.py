@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -28,6 +28,7 @@ from spsim.program.placement import (
     sent_bytes,
 )
 from spsim.program.recipes import Recipe
+from spsim.program.routing import Dispatch, Routed
 from spsim.program.strategies import Rules
 from spsim.program.weights import weight_syncs, weight_tensors
 from spsim.work import MemoryBound
@@ -57,6 +58,13 @@ class Move:
     """
     cast_bytes: int = 0
     """Of what a rank gives in the type in which sums are made; 0 where that is the tensor's own."""
+    dispatch: Dispatch | None = None
+    """Of tokens to experts by a library with kernels of its own."""
+
+    @property
+    def to_experts(self) -> bool:
+        """An exchange behind which each rank has what its experts read."""
+        return any(placement.dim == "e" for _, placement in self.target)
 
 
 class Region:
@@ -72,15 +80,15 @@ class Region:
         mesh: Mesh,
         named: Mapping[str, Rules] = MappingProxyType({}),
         elsewhere: Set[str] = frozenset(),
-        joined: Collection[Axis] = (),
+        routed: Routed | None = None,
     ) -> None:
         """`rules` are those of the block, `named` those of operators that name theirs. Weights that another block of
-        the same rank has are `elsewhere`: counted and synchronised there. Sums and gathers along all axes that are
-        `joined` are one among all their ranks, `model`.
+        the same rank has are `elsewhere`: counted and synchronised there. Tokens are `routed` to experts by a library
+        with kernels of its own.
         """
+        self.routed = routed
         self.mesh = mesh
         self._elsewhere = elsewhere
-        self._joined = joined
         own = [named.get(op.rules, rules) for op in operators]
         self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
         self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
@@ -125,16 +133,15 @@ class Region:
             return ()
         key = (tensor.name, source, target, backward)
         if key not in self._moves:
-            steps = self._of_model(self._of_experts(redistribute(source, target, backward=backward)))
+            steps = self._of_experts(redistribute(source, target, backward=backward))
             self._moves[key] = self._with_sorting(tensor, [self._move(tensor, step) for step in steps])
         return self._moves[key]
 
     def _with_sorting(self, tensor: Tensor, moves: list[Move]) -> tuple[Move, ...]:
         """Tokens of several experts of one rank, from where they lie by the rank that they come from."""
-        dealt = any(dim.endswith("/e") for dim in tensor.dims)
+        dealt = any(dim.endswith("/e") for dim in tensor.dims) and self.routed is None
         if dealt and moves and part(tensor.sizes[tensor.dims.index("e")], self.mesh.size(self.mesh.of_experts)) > 1:
-            arrive = any(placement.dim == "e" for _, placement in moves[-1].target)
-            if moves[0].collective == "all_gather" or (arrive and moves[0].collective == "all_to_all"):
+            if moves[0].collective == "all_gather" or (moves[-1].to_experts and moves[0].collective == "all_to_all"):
                 moves[-1] = replace(moves[-1], sorts="after")
             else:
                 moves[0] = replace(moves[0], sorts="before")
@@ -150,25 +157,19 @@ class Region:
         joined = replace(own[0], axis="experts", target=own[-1].target)
         return [*steps[:at], joined, *steps[at + len(own) :]]
 
-    def _of_model(self, steps: list[Redistribution]) -> list[Redistribution]:
-        """Equal collectives along all axes along which weights are cut are one among all their ranks."""
-        axes, kinds = [step.axis for step in steps], {step.collective for step in steps}
-        alike = len(kinds) == 1 and kinds <= {"all_reduce", "all_gather"}
-        if not self._joined or {*axes} != {*self._joined} or not alike:
-            return steps
-        return [replace(steps[0], axis="model", target=steps[-1].target)]
-
     def _move(self, tensor: Tensor, step: Redistribution) -> Move:
         cast = 0
         if tensor.summed_itemsize not in (None, tensor.itemsize) and step.collective in SUMMING:
             tensor = tensor._replace(itemsize=tensor.summed_itemsize)
             cast = self.bytes_of(tensor, step.source)
         ranks, message = self.mesh.degree(step.axis), message_bytes(step, tensor, self.mesh)
-        size, collective = self.bytes_of(tensor, step.target), step.collective
-        if collective == "all_gather" and size == self.bytes_of(tensor, step.source):
-            collective = None  # heads fewer than ranks, of which these have the same
-        sent = sent_bytes(collective, message, ranks) if collective else 0
-        return Move(step.axis, collective, step.source, step.target, ranks, message, sent, size, None, cast)
+        sent = sent_bytes(step.collective, message, ranks) if step.collective else 0
+        size = self.bytes_of(tensor, step.target)
+        move = Move(step.axis, step.collective, step.source, step.target, ranks, message, sent, size, None, cast)
+        if not self.routed or step.collective != "all_to_all" or step.axis not in ("ep", "experts"):
+            return move
+        way: Literal["dispatch", "combine"] = "dispatch" if move.to_experts else "combine"
+        return replace(move, dispatch=Dispatch(*self.routed, way))
 
     def bytes_of(self, tensor: Tensor, layout: Layout) -> int:
         """Bytes of a tensor on one rank."""
@@ -212,24 +213,12 @@ class Region:
         )
 
     @property
-    def cache_token_bytes(self) -> int:
-        """Of what the block keeps of one token of one sequence, on one rank."""
-        kept = (output for op in self.operators for output in op.outputs if output.tensor.kind == "cache")
-        return sum(local_bytes(_of_one_token(own.tensor), own.layout, self.mesh) for own in kept)
-
-    @property
     def _cast_weights(self) -> Iterator[tuple[Recipe, PlacedOperand]]:
         for op in self.operators:
             kernels = self.kernels[op.name]
             if op.operator.recipe and isinstance(kernels, Product):
                 for matrix in kernels.matrices:
                     yield op.operator.recipe, matrix
-
-
-def _of_one_token(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is of one token of one sequence."""
-    sizes = zip(tensor.dims, tensor.sizes, strict=True)
-    return tensor._replace(sizes=tuple([1 if dim in ("s", "j", "b") else size for dim, size in sizes]))
 
 
 def _placed(operator: Operator, rules: Rules, mesh: Mesh) -> PlacedOperator:

@@ -75,16 +75,24 @@ class Template:
     """Structure and coefficients of the blocks of a step under one plan: a layer, and what is around it."""
 
     def __init__(
-        self, program: Program, unit: int, divisor: int = 1, *, others: Mapping[str, Program] | None = None
+        self,
+        program: Program,
+        unit: int,
+        divisor: int = 1,
+        *,
+        others: Mapping[str, Program] | None = None,
+        layers: Mapping[str, int] | None = None,
     ) -> None:
         """The program of a layer and those of `others` by the names of their blocks, compiled at
-        `every_workload(unit * divisor)`, or programs whose sizes hold for all.
+        `every_workload(unit * divisor)`, or programs whose sizes hold for all; where layers are of several types, how
+        many `layers` run each of their blocks.
 
         Raises `ArithmeticError` where a size is no polynomial of the stated form.
         """
         self.program = program
         """The structure of a layer; read its sizes from `at`."""
         self.programs: Mapping[str, Program] = {LAYER: program, **(others or {})}
+        self.layers: Mapping[str, int] = layers if layers and len(layers) > 1 else {LAYER: 1}
         self.unit = unit
         """Divides every sequence length."""
         self.divisor = divisor

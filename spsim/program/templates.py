@@ -5,14 +5,12 @@ Where programs of a `single` sequence are others (`rules.is_single`), for those.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from math import gcd
+from math import gcd, lcm
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
-from spsim.inputs.serving_rules import batch_unit, served_unit
-from spsim.inputs.workload import Precision, Workload
+from spsim.inputs.workload import Precision
 from spsim.lazy import Cache
 from spsim.program.assembly import (
     compile_embedding,
@@ -23,29 +21,31 @@ from spsim.program.assembly import (
     head_key,
     kinds_of_layers,
     layer_key,
+    layers_of_blocks,
     step_key,
 )
 from spsim.program.instructions import LAYER
 from spsim.program.recompute import LayerKind, usual_kind
-from spsim.program.serving import serving_programs
+from spsim.program.routing import routing_of
 from spsim.program.sizes import Template, every_workload
 from spsim.units import MIB
 
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
 
 
-def dealt_among(model: Model) -> int:
-    """What divides the tokens of a sequence, whatever the plan: experts over those of a token, in lowest terms."""
+def dealt_among(model: Model, plan: Plan) -> int:
+    """What divides the tokens of a sequence: experts over those of a token, or over copies of it, in lowest terms."""
     if model.experts is None or model.experts_per_token is None:
         return 1
-    return model.experts // gcd(model.experts, model.experts_per_token)
+    copies = routing_of(model, plan).copies / model.experts
+    return lcm(model.experts // gcd(model.experts, model.experts_per_token), copies.denominator)
 
 
 def layer_template(
     model: Model, plan: Plan, precision: Precision = "bf16", kind: LayerKind | None = None, *, single: bool = False
 ) -> Template:
     """The program of one layer, or of a unit of layers, for every workload of a precision."""
-    unit, kind, divisor = sequence_unit(model, plan), kind or usual_kind(plan), dealt_among(model)
+    unit, kind, divisor = sequence_unit(model, plan), kind or usual_kind(plan), dealt_among(model, plan)
     key = (layer_key(model, plan, kind), precision, single)
     every = every_workload(unit * divisor, precision, single=single)
     return _templates.get(key, lambda: Template(compile_layer(model, plan, every, kind), unit, divisor))
@@ -57,19 +57,22 @@ def layers_template(model: Model, plan: Plan, precision: Precision = "bf16", *, 
     first, *others = kinds
     if not others:
         return layer_template(model, plan, precision, first, single=single)
-    divisor = dealt_among(model)
+    divisor = dealt_among(model, plan)
     every = every_workload(unit * divisor, precision, single=single)
     programs = {kinds[kind]: compile_layer(model, plan, every, kind) for kind in others}
-    return Template(compile_layer(model, plan, every, first), unit, divisor, others=programs)
+    return Template(
+        compile_layer(model, plan, every, first), unit, divisor, others=programs, layers=layers_of_blocks(model, plan)
+    )
 
 
 def step_template(model: Model, plan: Plan, precision: Precision = "bf16", *, single: bool = False) -> Template:
     """The programs of embedding, layer and head for every workload of a precision."""
-    unit, divisor = sequence_unit(model, plan), dealt_among(model)
+    unit, divisor = sequence_unit(model, plan), dealt_among(model, plan)
 
     def compiled() -> Template:
         programs = compile_step(model, plan, every_workload(unit * divisor, precision, single=single))
-        return Template(programs.pop(LAYER), unit, divisor, others=programs)
+        layers = layers_of_blocks(model, plan)
+        return Template(programs.pop(LAYER), unit, divisor, others=programs, layers=layers)
 
     return _templates.get((*step_key(model, plan), unit, precision, single), compiled)
 
@@ -97,29 +100,3 @@ def head_template(
     return _templates.get(
         key, lambda: Template(compile_head(model, plan, every_workload(unit, precision), **options), unit)
     )
-
-
-def serving_key(model: Model, plan: Plan, workload: Workload) -> tuple[Hashable, ...]:
-    """What the programs of a step of inference depend on, but for the sizes that a template holds for all workloads."""
-    sizes = (workload.seq_len, workload.micro_batch, workload.passages) if _of_one(plan, workload) else ()
-    return model, plan, workload.phase, workload.precision, workload.cache_bytes, *sizes
-
-
-def _of_one(plan: Plan, workload: Workload) -> bool:
-    """Whether a template holds for one workload: where a prompt passes in chunks, or a batch is cut."""
-    return len(workload.passages) > 1 or batch_unit(plan, workload) > 1
-
-
-def serving_template(model: Model, plan: Plan, workload: Workload) -> Template:
-    """The programs of a step, if they can be for every workload."""
-
-    def compiled() -> Template:
-        unit, own = 1, workload
-        if not _of_one(plan, workload):
-            unit = served_unit(plan, workload)
-            every = every_workload(unit, workload.precision)
-            own = workload.model_copy(update={"seq_len": every.seq_len, "micro_batch": every.micro_batch})
-        programs = serving_programs(model, plan, own)
-        return Template(programs.pop(LAYER), unit, others=programs)
-
-    return _templates.get(serving_key(model, plan, workload), compiled)

@@ -12,6 +12,7 @@ import numpy as np
 from spsim.costs.models import cost_models
 from spsim.program.instructions import Communication
 from spsim.program.placement import Collective, sent_bytes
+from spsim.program.routing import Dispatch
 from spsim.units import GB
 
 if TYPE_CHECKING:
@@ -31,14 +32,17 @@ class Message(NamedTuple):
     sends_before: int = 0
     timed_bytes: int = 0
     """That its time follows, where they are not those of the message."""
+    dispatch: Dispatch | None = None
 
     def time(self, costs: CommCost) -> float:
         """Seconds from a framework, once all ranks are there and nothing else moves."""
         if self.sends_before:
             before = self.sends_before
             return float(costs.batched_duration(self.message_bytes, self.ranks, self.nodes, before=before))
-        duration = costs.step_duration if self.step_of else costs.duration
         size = self.timed_bytes or self.message_bytes
+        if self.dispatch:
+            return float(costs.dispatched(self.dispatch, size, self.ranks, self.nodes))
+        duration = costs.step_duration if self.step_of else costs.duration
         return float(duration(self.step_of or self.collective, size, self.ranks, self.nodes))
 
 
@@ -80,12 +84,12 @@ def calls(result: Result) -> tuple[Call, ...]:
     for message, count in _messages(result):
         counted[message._replace(sends_before=0, timed_bytes=0)][message] += count
     found = []
-    for (collective, axis, ranks, nodes, size, step_of, *_), own in counted.items():
+    for (collective, axis, ranks, nodes, size, step_of, *_, dispatch), own in counted.items():
         timed_as = step_of or collective
         times = [message.time(costs) for message in own]
         time = times[0] if len(own) == 1 else float(np.average(times, weights=[*own.values()]))
-        algorithm = costs.algorithm(timed_as, size, ranks, nodes)
-        channels = None if step_of else costs.channels(timed_as, size, ranks, nodes)
+        algorithm = dispatch.library if dispatch else costs.algorithm(timed_as, size, ranks, nodes)
+        channels = None if step_of or dispatch else costs.channels(timed_as, size, ranks, nodes)
         rate = sent_bytes(collective, size, ranks) / time / GB
         found.append(Call(collective, axis, ranks, nodes, size, own.total(), algorithm, channels, time, rate, step_of))
     return tuple(found)
@@ -96,7 +100,8 @@ def _messages(result: Result) -> Iterator[tuple[Message, int]]:
     scenario, prepared, numbers = result.scenario, result.prepared, result.numbers
     for step, (size, timed), runs in _communications(result):
         nodes = prepared.nodes((step.axis,), step.ranks, scenario.gpus_per_node)
-        yield Message(step.collective, step.axis, step.ranks, nodes, size, step.step_of, step.sends_before, timed), runs
+        kind = step.collective, step.axis, step.ranks, nodes
+        yield Message(*kind, size, step.step_of, step.sends_before, timed, step.dispatch), runs
     for sync, runs in prepared.issued(scenario.num_micro_batches).items():
         nodes = prepared.nodes(sync.axes, sync.ranks, scenario.gpus_per_node)
         yield Message(sync.collective, " × ".join(sync.axes), sync.ranks, nodes, sync.message_bytes), runs

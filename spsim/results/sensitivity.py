@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Costs = tuple[ComputeCost, CommCost]
 Costed = Step | CostedPipeline
-COMMUNICATION = ("collective", "sends", "between_nodes", "adapter_chunk")
+COMMUNICATION = ("collective", "sends", "between_nodes", "adapter_chunk", "dispatchers")
 """How coefficients of collectives begin."""
 SHARE = 0.2
 """By which coefficients are changed, down and up."""
@@ -159,7 +159,7 @@ def unmeasured_inputs(result: Result) -> tuple[str, ...]:
                 used |= {path for work in step.work if work for path in compute.coefficients_of(work)}
             elif isinstance(step, Communication):
                 nodes = nodes_of(prepared.mesh, (step.axis,), scenario.gpus_per_node, step.ranks)
-                used |= {*comm.coefficients_of(step.timed_as, nodes), "overlap_slowdown"}
+                used |= {*comm.coefficients_of(step.timed_as, nodes, step.dispatch), "overlap_slowdown"}
         for sync in segment.added.values():
             nodes = nodes_of(prepared.mesh, sync.axes, scenario.gpus_per_node, sync.ranks)
             used |= {*comm.coefficients_of(sync.collective, nodes), "overlap_slowdown"}

@@ -122,10 +122,10 @@ class Account:
 
     def _of_step(self, step: Instruction) -> Classes:
         if isinstance(step, Communication):
-            return self._of_collective((step.axis,), step.timed_as, step.ranks)
+            return () if step.dispatch else self._of_collective((step.axis,), step.timed_as, step.ranks)
         if isinstance(step, HostCopy):
             return ()
-        return (self.compute.class_of(next(work for work in step.work if work)),)
+        return tuple([self.compute.class_of(work) for work in step.work if work][:1])
 
     def _of_stages(self, outline: Outline) -> list[Classes]:
         """What stages send each other, which is of no program."""

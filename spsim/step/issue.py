@@ -34,6 +34,7 @@ from spsim.engine.recording import COMPUTE_LANE, BufferUse, TaskInfo
 from spsim.engine.tasks import Task
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import OFFLOAD, Buffer, Communication, Compute, HostCopy, Instruction, Program, Section
+from spsim.program.routing import HELD
 from spsim.step.halves import Halves, halved
 from spsim.step.segments import BlockPass, Call, Part, Segment
 
@@ -169,7 +170,8 @@ class _Issue:
                 needs |= {place[other] for other in step.issued_after if other in place}
                 if last_kernel is not None and _in_program_order(step, self.plan):
                     needs.add(last_kernel)
-                tasks.append(Task(index, step.axis, needs=(*sorted(needs), *names), slowdown=step.share))
+                held = HELD[step.dispatch.library] if step.dispatch else step.share
+                tasks.append(Task(index, step.axis, needs=(*sorted(needs), *names), slowdown=held))
                 calls[index] = Call((step.axis,), step.collective == "send_receive")
                 if _blocks(step, self.plan):
                     blocking.add(index)

@@ -6,7 +6,7 @@ itinerary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any, Self
@@ -26,7 +26,6 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import ProgramsAt
 from spsim.program.instructions import LAYER, Communication, Compute, HostCopy
 from spsim.program.mesh import Axis, mesh_of, nodes_of, world_of
-from spsim.program.placement import Collective
 from spsim.program.sizes import Index, Numbers, Template
 from spsim.step.abreast import FEWEST, Abreast
 from spsim.step.closing import Closing, StageClosings, Update, closings
@@ -102,11 +101,6 @@ class PreparedStep:
         self._endings: dict[tuple[Chunk, ...], Ending] = {}
         self.of_stages: dict[Chunk, StageClosings] = {}
         """By the blocks of a stage, where there are several."""
-
-    @property
-    def whole_step(self) -> bool:
-        """Whether it is all that its ranks run, not layers alone."""
-        return self.optimizer is not None
 
     @property
     def _passes(self) -> list[BlockPass]:
@@ -227,13 +221,14 @@ class PreparedStep:
     @lazy
     def _messages(self) -> list[tuple[Communication, int, npt.NDArray[np.intp]]]:
         """One communication of each sort, with the position of its message, and the slots of all that are alike."""
-        found: dict[tuple[Collective | Axis | int, ...], tuple[Communication, int, list[int]]] = {}
+        found: dict[tuple[Hashable, ...], tuple[Communication, int, list[int]]] = {}
         for step, index in self.communications:
             position = self.template.pacing(step, index)
             sort = (
                 step.collective,
                 step.step_of,
                 step.sends_before,
+                step.dispatch,
                 step.axis,
                 step.ranks,
                 *self.template.coefficients[position].tolist(),
@@ -314,7 +309,7 @@ class PreparedStep:
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
-        if self.whole_step:
+        if self.optimizer:
             # The ranks of a step wait for the slowest of them; layers alone are timed on a mean GPU.
             seconds[self._compute_bound] *= straggler_factor(compute.profile, self.world.ranks)
         for step, position, slots in self._messages:
@@ -323,9 +318,11 @@ class PreparedStep:
             message = int(message) if numbers.ndim == 1 else message.astype(np.int64)
             if step.sends_before:
                 seconds[slots] = comm.batched_duration(message, step.ranks, nodes, before=step.sends_before)
-                continue
-            duration = comm.step_duration if step.step_of else comm.duration
-            seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
+            elif step.dispatch:
+                seconds[slots] = comm.dispatched(step.dispatch, message, step.ranks, nodes)
+            else:
+                duration = comm.step_duration if step.step_of else comm.duration
+                seconds[slots] = duration(step.timed_as, message, step.ranks, nodes)
         for position, slots in self._host_copies:
             seconds[slots] = comm.host_copy(numbers[position])
         return seconds
@@ -338,7 +335,10 @@ class PreparedStep:
 
     @lazy
     def _runs(self) -> Floats:
-        return runs_of(self.passes, self.template.index, self.template.num_slots)
+        """Of layers, of each type as often as there are such layers."""
+        template = self.template
+        layers = ((self.blocks[name], template.indices[name], count) for name, count in template.layers.items())
+        return runs_of(layers, template.num_slots)
 
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:
         """Of all blocks of a rank."""

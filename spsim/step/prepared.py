@@ -7,7 +7,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache
-from spsim.program.assembly import kinds_of_layers, layer_key, layer_programs, programs_at, step_key
+from spsim.program.assembly import kinds_of_layers, layer_key, layer_programs, layers_of_blocks, programs_at, step_key
 from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.recipes import in_precision
 from spsim.program.templates import layers_template, step_template
@@ -22,7 +22,7 @@ def prepared_layer(
     model: Model, plan: Plan, fold: bool, precision: Precision = "bf16", *, single: bool = False
 ) -> PreparedStep:
     """The layers of a model under a plan; `fold` simulates identical ranks once, `single` as of templates."""
-    kinds = (*kinds_of_layers(model, plan),)
+    kinds = *kinds_of_layers(model, plan), *layers_of_blocks(model, plan).items()
     return _steps.get(
         (layer_key(model, plan), *kinds, precision, single, issued_by(plan), fold),
         lambda: PreparedStep(

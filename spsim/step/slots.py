@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,16 @@ def slots_in_graphs(
     return np.array(sorted(found - {0}), dtype=np.intp)
 
 
-def runs_of(passes: Mapping[Pass, BlockPass], index: Index, num_slots: int) -> npt.NDArray[np.float64]:
-    """How often a rank runs the kernel of each slot in both passes of a layer, a mean over positions on a ring."""
+def runs_of(blocks: Iterable[tuple[Mapping[Pass, BlockPass], Index, int]], num_slots: int) -> npt.NDArray[np.float64]:
+    """How often a rank runs the kernel of each slot in both passes of so many of some blocks, a mean over positions on
+    a ring.
+    """
     runs = [0.0] * num_slots
-    for part in (part for found in passes.values() for part in found.parts):
+    for part, index, count in (
+        (part, index, count) for passes, index, count in blocks for own in passes.values() for part in own.parts
+    ):
         for step in part.segment.instructions:
             slots = index.slots[step.id]
             for slot in slots if isinstance(step, Compute) else ():
-                runs[slot] += part.runs / len(slots)
+                runs[slot] += count * part.runs / len(slots)
     return np.array([0.0, *runs[1:]])

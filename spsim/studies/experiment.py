@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from spsim.errors import InputError, printable
-from spsim.studies.points import Point, Settings, points_of
+from spsim.studies.points import GivenAnew, Point, Settings, points_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+
+QUICK = 4
+"""Every so manieth point is computed where `--quick` has no selection of its own."""
+Points = Sequence[Point | Settings] | Callable[[], Iterable[Point | Settings]]
+"""A list, or a function that gives points anew each time, none of which is kept."""
+
+
+def _none(frame: pd.DataFrame) -> Any:
+    """No figures and no tables, for which no frame has to be made."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -20,12 +31,13 @@ class Experiment:
 
     name: str
     title: str
-    points: Sequence[Point | Settings]
-    quick: Sequence[Point | Settings] = ()
+    points: Points
+    """With a function such as a generator's, and neither figures nor tables, memory does not grow with their number."""
+    quick: Points = ()
     """A small selection for `--quick`; every fourth point unless given."""
-    figures: Callable[[pd.DataFrame], Mapping[str, Figure]] = lambda frame: {}
+    figures: Callable[[pd.DataFrame], Mapping[str, Figure]] = _none
     """File name -> figure, from the rows."""
-    tables: Callable[[pd.DataFrame], Iterable[Any]] = lambda frame: ()
+    tables: Callable[[pd.DataFrame], Iterable[Any]] = _none
     """What to print, from the rows: text or rich tables."""
 
     def __post_init__(self) -> None:
@@ -38,8 +50,22 @@ class Experiment:
                 raise InputError(f"Experiment: {name}: must be a function of the rows, not {getattr(self, name)!r}")
         object.__setattr__(self, "title", printable(self.title))
         for name in ("points", "quick"):
-            object.__setattr__(self, name, points_of(getattr(self, name)))
+            given = getattr(self, name)
+            object.__setattr__(self, name, GivenAnew(given) if callable(given) else points_of(given))
 
-    def selection(self, *, quick: bool) -> Sequence[Point]:
+    @property
+    def asks_for_rows(self) -> bool:
+        """Whether figures or tables are made of them."""
+        return self.figures is not _none or self.tables is not _none
+
+    def selection(self, *, quick: bool) -> Selection:
         """The points to compute."""
-        return cast("Sequence[Point]", (self.quick or self.points[::4]) if quick else self.points)
+        chosen = cast("Selection", self.quick if quick and self.quick else self.points)
+        return _thinned(chosen) if quick and not self.quick else chosen
+
+
+Selection = Sequence[Point] | GivenAnew
+
+
+def _thinned(points: Selection) -> Selection:
+    return points.thinned(QUICK) if isinstance(points, GivenAnew) else points[::QUICK]

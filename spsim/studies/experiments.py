@@ -27,10 +27,11 @@ from spsim.errors import InputError, printable
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import read_text
 from spsim.studies.cases import cases
-from spsim.studies.experiment import Experiment
+from spsim.studies.experiment import Experiment, Selection
 from spsim.studies.manifest import Manifest
 from spsim.studies.points import Point
 from spsim.studies.rowfile import RowFile
+from spsim.studies.spool import Spool
 from spsim.studies.sweeps import run_points
 from spsim.studies.tablefile import TableFormat, write_table
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 
 PACKAGE = Path(__file__).parent.parent
+SHOWN = 20
+"""Reasons that are printed."""
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -52,9 +55,10 @@ def load_experiment(path: Path) -> Experiment:
         spec.loader.exec_module(module)
         build = getattr(module, "build", None)
         experiment = build() if callable(build) else None
+        count = len(experiment.selection(quick=False)) if isinstance(experiment, Experiment) else 0
     if not isinstance(experiment, Experiment):
         raise InputError(f"{path}: must define build() that returns a spsim.Experiment")
-    if not experiment.points:
+    if not count:
         raise InputError(f"{path}: the experiment has no points; give at least one")
     if not re.fullmatch(r"[\w-]+", experiment.name):
         raise InputError(f"{path}: name = {experiment.name!r}: use letters, digits, _ and -, for it names a directory")
@@ -82,48 +86,59 @@ def _users_code(where: Path) -> Iterator[None]:
 def run_experiment(
     experiment: Experiment, directory: Path, executor: Executor | None, *, quick: bool, console: Console,
     page: Path | None = None, rows: TableFormat = "csv",
-) -> pd.DataFrame:  # fmt: skip
-    """Compute the rows, then write their table, the manifest, the figures and the page, and print the tables."""
-    manifest = Manifest(experiment, experiment.selection(quick=quick))
-    points = manifest.points
+) -> Spool:  # fmt: skip
+    """Compute the rows, then write their table, the manifest, the figures and the page, and print the tables.
+
+    A frame of all rows is made where figures, tables or a page ask for one.
+    """
+    points = experiment.selection(quick=quick)
     console.print(f"{experiment.title}: {len(points)} configurations", soft_wrap=True)
+    manifest = Manifest(experiment, directory)
     file = RowFile(directory / "rows.jsonl")
     try:
-        frame = _compute(points, manifest.keys, file, executor, console)
+        found = _compute(points, manifest, file, executor, console)
     except BrokenExecutor:
         raise InputError(
             "a worker process was ended from outside, as the system does where memory runs out; finished rows are "
             "kept, run again to go on, with fewer --jobs if it was memory"
         ) from None
     whole = directory / f"{experiment.name}.{rows}"
-    _write(frame, whole, manifest, directory / "manifest.json")
+    _write(found, whole, manifest, directory / "manifest.json")
     written = [whole.name, "manifest.json", "rows.jsonl"]
-    failed = frame[frame["error"] != ""]
-    if len(failed) < len(frame):
-        good = frame if failed.empty else frame[frame["error"] == ""]
+    if found.failed < found.count and (experiment.asks_for_rows or page):
+        frame = found.frame()
+        good = frame[frame["error"] == ""] if found.failed else frame
         figures, tables = _drawn(experiment, good, directory)
         written += _saved(figures, directory)
         for table in tables:
             console.print(table, soft_wrap=isinstance(table, str))
         if page is not None:
-            _write_page(experiment, points, good, tables, page)
-    for reason, count in failed["error"].value_counts().items():
-        console.print(f"{count} configurations failed: {printable(str(reason))}", soft_wrap=True)
+            _write_page(experiment, manifest.resolved(points), good, tables, page)
+    _tell(found, file, console)
+    console.print(f"written to {printable(str(directory))}: {', '.join(sorted(written))}", soft_wrap=True)
+    if found.failed == found.count:
+        raise InputError(f"{experiment.name}: all {found.count} configurations failed; correct their settings")
+    return found
+
+
+def _tell(found: Spool, file: RowFile, console: Console) -> None:
+    """Say what failed, and what the file has besides."""
+    for reason, count in found.failures.most_common(SHOWN):
+        console.print(f"{count} configurations failed: {printable(reason)}", soft_wrap=True)
+    if len(found.failures) > SHOWN:
+        rest = found.failed - sum(count for _, count in found.failures.most_common(SHOWN))
+        console.print(f"{rest} configurations failed for other reasons; each row has its own", soft_wrap=True)
     if file.others:
         console.print(f"rows.jsonl keeps {file.others} rows of other configurations", soft_wrap=True)
-    console.print(f"written to {printable(str(directory))}: {', '.join(sorted(written))}", soft_wrap=True)
-    if len(failed) == len(frame):
-        raise InputError(f"{experiment.name}: all {len(frame)} configurations failed; correct their settings")
-    return frame
 
 
-def _write(frame: pd.DataFrame, table: Path, manifest: Manifest, path: Path) -> None:
+def _write(rows: Spool, table: Path, manifest: Manifest, path: Path) -> None:
     """Write the table, and after it the manifest, which so vouches for it: where that is the same, and the table was
     not touched since, both stay.
     """
     untouched = table.is_file() and path.is_file() and table.stat().st_mtime_ns <= path.stat().st_mtime_ns
     if not (untouched and manifest.describes(path)):
-        write_table(frame.drop(columns="key"), table)
+        write_table(rows, table)
         manifest.write(path)
 
 
@@ -146,12 +161,13 @@ def _saved(figures: Mapping[str, Any], directory: Path) -> Iterable[str]:
 
 
 def _write_page(
-    experiment: Experiment, points: Sequence[Point], rows: pd.DataFrame, tables: Sequence[Any], page: Path
+    experiment: Experiment, points: Iterable[Point], rows: pd.DataFrame, tables: Sequence[Any], page: Path
 ) -> None:
     """The page of the rows, with the tables of the experiment."""
     from spsim.report.page import write_sweep
 
-    used = [points[int(place)].settings for place in rows.index]
+    places = {*rows.index}
+    used = [point.settings for place, point in enumerate(points) if place in places]
     named = {own: load_profile(own) if isinstance(own, str | Path) else own for own in {s["hardware"] for s in used}}
     profiles = [named[settings["hardware"]] for settings in used]
     inputs = [f"{id(profile)} {settings['model']!r}" for profile, settings in zip(profiles, used, strict=True)]
@@ -179,12 +195,21 @@ class _Rate(ProgressColumn):
 
 
 def _compute(
-    points: Sequence[Point], keys: Sequence[str], file: RowFile, executor: Executor | None, console: Console
-) -> pd.DataFrame:
+    points: Selection, manifest: Manifest, file: RowFile, executor: Executor | None, console: Console
+) -> Spool:
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(),
         TimeRemainingColumn(), console=console, transient=not console.is_terminal,
     )  # fmt: skip
     with progress:
         task = progress.add_task("simulating", total=len(points))
-        return run_points(points, keys, file, executor, lambda finished: progress.update(task, completed=finished))
+        found = run_points(
+            manifest.keyed(points), Spool(file.path.parent), file, executor,
+            lambda finished: progress.update(task, completed=finished),
+        )  # fmt: skip
+    if found.count != len(points):
+        raise InputError(
+            f"points: gave {len(points)} configurations at first and {found.count} later; return a new iterator "
+            "each time, of the same ones"
+        )
+    return found

@@ -17,14 +17,13 @@ from spsim.inputs.effects import notes_of
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Shapes
-from spsim.inputs.serving_rules import served, serving_notes
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_operators, layer_program, projections
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
-from spsim.program.serving import last_layer
-from spsim.program.strategies import named_rules, serving_rules, split_rules
+from spsim.program.routing import routing_of
+from spsim.program.strategies import named_rules, split_rules
 
 Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
 
@@ -33,6 +32,7 @@ DIMENSION_NAMES = {
     "f": "MLP width", "g": "gate", "w": "width of Q, K and V",
     "e": "experts", "k": "a token's experts", "m": "expert width", "u": "shared width",
     "q": "latent of Q", "l": "latent of K and V", "c": "head size of Q and K", "n": "not rotated", "r": "rotated",
+    "p": "a token with its probabilities",
 }  # fmt: skip
 
 
@@ -95,10 +95,6 @@ class Explanation:
 
 def applies_alone(operator: Operator) -> tuple[Applies, str]:
     """Whether an operator may run on a sequence shard without the others, and why."""
-    if any(operand.tensor.kind == "cache" for operand in operator.outputs):
-        return "yes, with position offset", "per position, at its place in the cache"
-    if any(operand.tensor.kind == "cache" for operand in operator.inputs):
-        return "no", "reads the cache at every position"
     if "s" in operator.mixes:
         return "no", "mixes positions"
     for operand in operator.inputs:
@@ -133,12 +129,9 @@ def explain(
 
     Saved bytes are compared between the plan without any sequence sharding and the plan itself; a plan
     that shards no sequence is compared with Megatron sequence parallelism on its tp axis. Raises `InputError`
-    where the plan does not fit. Of inference the operators are those of a layer for the last tokens that pass, which
-    keep nothing for a backward pass.
+    where the plan does not fit.
     """
     shapes = Shapes(model=model, plan=plan, workload=workload)
-    if shapes.workload.phase != "training":
-        return _explained_serving(shapes.model, shapes.plan, shapes.workload)
     return _explained(shapes.model, shapes.plan, shapes.workload)
 
 
@@ -147,7 +140,8 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
     without = plan.model_copy(update={"sequence_parallel": False, "ulysses": 1, "ring": 1, "ep": ep})
     shards = plan.ulysses * plan.ring > 1 or plan.sequence_parallel
     with_ = plan if shards else plan.model_copy(update={"sequence_parallel": True})
-    operators = layer_operators(model, workload, joined=projections(model, plan))
+    routing = routing_of(model, plan)
+    operators = layer_operators(model, workload, joined=projections(model, plan), routing=routing)
     program = layer_program(model, plan, workload)
     saved = [_saved_by_operator(layer_program(model, p, workload)) for p in (without, with_)]
     splits = _splits(operators, plan)
@@ -160,15 +154,6 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
         model=model.name, plan=plan.label, without=without.label, with_=with_.label, operators=rows,
         parts=_savings(rows, operators, sharded), notes=notes_of(model, plan),
     )  # fmt: skip
-
-
-def _explained_serving(model: Model, plan: Plan, workload: Workload) -> Explanation:
-    operators, program = last_layer(model, served(plan), workload)
-    rules, mesh = serving_rules(plan, workload.phase), mesh_of(plan)
-    rows = tuple(_explain_operator(op, program, dict(operator_splits(op, rules, mesh)), 0, 0) for op in operators)
-    cache = f"a token of a sequence takes {program.cache_token_bytes:,} bytes of the cache on a rank, in each layer"
-    notes = (*notes_of(model, plan), *serving_notes(model, plan, workload), cache)
-    return Explanation(model.name, plan.label, plan.label, plan.label, rows, notes=notes)
 
 
 def _splits(operators: Sequence[Operator], plan: Plan) -> dict[str, dict[Axis, str | None]]:

@@ -3,66 +3,66 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from itertools import zip_longest
 from pathlib import Path
 
-from spsim.files import whole_text
+from spsim.files import Scratch, whole_file
 from spsim.studies.experiment import Experiment
 from spsim.studies.points import Point, Register, program_fingerprint
 
+TOGETHER = 1024
+"""Lines that are handed to the system at a time."""
+
 
 class Manifest:
-    """Names the points of an experiment and the program that computes them, a point a line."""
+    """Names the points of an experiment and the program that computes them, a point a line.
 
-    def __init__(self, experiment: Experiment, points: Sequence[Point]) -> None:
-        register = Register()
-        self.keys: list[str] = []
-        """Of the points, in their order."""
-        self._points: list[str] = []
-        self.points = [register.resolved(point) for point in points]
-        """With what stood in files when the keys were made."""
-        for key, text in register.entries(self.points):
-            self.keys.append(key)
-            self._points.append(f'{{"key": "{key}", {text[1:]}')
-        self._inputs = [f'"{digest}": {text}' for digest, text in register.inputs.items()]
-        self._head = {
+    Lines are written to disk as the points are gone through, since they are as many.
+    """
+
+    def __init__(self, experiment: Experiment, directory: Path) -> None:
+        self._register = Register()
+        self._scratch = Scratch(directory)
+        head = {
             "experiment": experiment.name,
             "title": experiment.title,
             "spsim": package_version(),
             "program": program_fingerprint(),
             "packages": {package: version(package) for package in ("numpy", "pandas", "simpy", "pydantic")},
         }
+        self._head = f'{{\n {json.dumps(head)[1:-1]},\n "points": [\n'
+
+    def keyed(self, points: Iterable[Point]) -> Iterator[tuple[str, Point]]:
+        """(key, point) of each, with what stood in files when the key was made."""
+        lines: list[str] = []
+        self._scratch.append(self._head.encode())
+        for point in self.resolved(points):
+            if len(lines) == TOGETHER:
+                self._scratch.append("".join(f"{line},\n" for line in lines).encode())
+                lines.clear()
+            key, text = self._register.entry(point)
+            lines.append(f'  {{"key": "{key}", {text[1:]}')
+            yield key, point
+        inputs = [f'  "{digest}": {text}' for digest, text in self._register.inputs.items()]
+        rest = [",\n".join(lines), ' ],\n "inputs": {', ",\n".join(inputs), " }\n}\n"]
+        self._scratch.append("\n".join(rest).encode())
+
+    def resolved(self, points: Iterable[Point]) -> Iterator[Point]:
+        """Points with what stands in files, as it was when the keys were made."""
+        return map(self._register.resolved, points)
 
     def describes(self, path: Path) -> bool:
         """Whether it is what stands in a file."""
-        if not path.is_file():
+        if not path.is_file() or path.stat().st_size != self._scratch.size:
             return False
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return all(ours == theirs for ours, theirs in zip_longest(self._lines(), file))
+        with path.open("rb") as file:
+            return all(ours == file.read(len(ours)) for ours in self._scratch.blocks())
 
     def write(self, path: Path) -> None:
         """Write the JSON document."""
-        with whole_text(path) as file:
-            file.writelines(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield "{\n"
-        yield f" {json.dumps(self._head)[1:-1]},\n"
-        yield ' "points": [\n'
-        yield from _listed(self._points)
-        yield " ],\n"
-        yield ' "inputs": {\n'
-        yield from _listed(self._inputs)
-        yield " }\n"
-        yield "}\n"
-
-
-def _listed(items: Sequence[str]) -> Iterator[str]:
-    """An item a line, with commas between them."""
-    yield from (f"  {item},\n" for item in items[:-1])
-    yield from (f"  {item}\n" for item in items[-1:])
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            file.writelines(self._scratch.blocks())
 
 
 def package_version() -> str:

@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,57 @@ OWN_COLUMNS = frozenset({"key", "error", *(figure.column for figure in FIGURES i
 """Columns of a row that no label may take."""
 SHOWN = 60
 """Characters of a value in a message."""
+REMEMBERED = 1024
+"""Profiles and models that are known by identity at a time: points of a generator may each bring their own."""
 
 
 def points_of(grid: Iterable[Point | Settings]) -> list[Point]:
     """The points of a grid, in which settings stand for a point without labels; `InputError` names what is neither."""
+    return list(checked(grid))
+
+
+def checked(grid: Iterable[Point | Settings]) -> Iterator[Point]:
+    """The same one by one, so that those of a generator are never all there."""
     if isinstance(grid, str | bytes | Mapping | Point) or not isinstance(grid, Iterable):
         raise InputError(f"points: {_short(grid)}: is no list of points; give a list of spsim.Point or of settings")
-    return [_checked(item, f"points[{number}]") for number, item in enumerate(grid)]
+    return map(_checked, grid, count())
 
 
-def _checked(item: Any, where: str) -> Point:
+class GivenAnew:
+    """Points that a function gives anew whenever they are gone through, so that none of them has to be kept."""
+
+    def __init__(self, give: Callable[[], Iterable[Point | Settings]], every: int = 1) -> None:
+        self._give, self._every = give, every
+
+    def __iter__(self) -> Iterator[Point]:
+        return islice(checked(self._give()), 0, None, self._every)
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        """How many there are, which checks them all."""
+        return self._count
+
+    def thinned(self, every: int) -> GivenAnew:
+        """The first of so many, and so on."""
+        return GivenAnew(self._give, every * self._every)
+
+
+def _checked(item: Any, number: int) -> Point:
     point = Point(item) if isinstance(item, Mapping) else item
     if not (isinstance(point, Point) and isinstance(point.settings, Mapping) and isinstance(point.labels, Mapping)):
-        raise InputError(f"{where}: {_short(item)}: is no point; give spsim.Point(settings, labels), both by name")
+        what = f"points[{number}]: {_short(item)}"
+        raise InputError(f"{what}: is no point; give spsim.Point(settings, labels), both by name")
     visible = True
     for name, value in point.labels.items():
         if name in OWN_COLUMNS:
-            raise InputError(f"{where}: label {name!r}: every row has this column of its own; give it another name")
+            rule = "every row has this column of its own; give it another name"
+            raise InputError(f"points[{number}]: label {name!r}: {rule}")
         if not isinstance(name, str) or not isinstance(value, str | int | float | None):
-            raise InputError(f"{where}: label {_short(name)} = {_short(value)}: use text, numbers, true and false")
+            what = f"points[{number}]: label {_short(name)} = {_short(value)}"
+            raise InputError(f"{what}: use text, numbers, true and false")
         visible = visible and name.isprintable() and (not isinstance(value, str) or value.isprintable())
     if visible:
         return point
@@ -85,26 +118,28 @@ class Register:
         self.inputs: dict[str, str] = {}
         """Digest -> JSON of a profile or model."""
         self._references: dict[int, tuple[BaseModel, dict[str, str]]] = {}
-        """By identity of the object, which is kept so that no other takes its place."""
+        """By identity of the object, which is kept so that no other takes its place; of so many as `REMEMBERED`."""
         self._contents = {name: _Contents(load) for name, load in _LOADERS.items()}
         self._encode = json.JSONEncoder(sort_keys=True, default=self._plain).encode
+        self._begin = key_begin()
         self._program = hashlib.sha256(program_fingerprint().encode())
 
     def entries(self, points: Iterable[Point]) -> Iterator[tuple[str, str]]:
-        """(key, JSON of labels and settings) of each point.
+        """`entry` of each point."""
+        return map(self.entry, map(self.resolved, points))
 
-        The key stands for its resolved inputs and for the version of the program that computes it, with which it
-        begins.
+    def entry(self, point: Point) -> tuple[str, str]:
+        """(key, JSON of labels and settings) of a resolved point.
+
+        The key stands for its inputs and for the version of the program that computes it, with which it begins.
         """
-        program = program_fingerprint()[:PROGRAM]
-        for point in points:
-            try:
-                text = self._encode({"labels": dict(point.labels), "settings": dict(self._resolved(point.settings))})
-            except (TypeError, ValueError) as error:
-                raise InputError(f"point {dict(point.labels)}: {error}; use text, numbers, true and false") from None
-            digest = self._program.copy()
-            digest.update(text.encode())
-            yield f"{program}-{digest.hexdigest()[:16]}", text
+        try:
+            text = self._encode({"labels": point.labels, "settings": point.settings})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"point {dict(point.labels)}: {error}; use text, numbers, true and false") from None
+        digest = self._program.copy()
+        digest.update(text.encode())
+        return f"{self._begin}{digest.hexdigest()[:16]}", text
 
     def resolved(self, point: Point) -> Point:
         """The point with what stands in files now, so that what is computed is what its key says."""
@@ -116,10 +151,13 @@ class Register:
         found = {}
         for name, contents in self._contents.items():
             value = settings.get(name)
-            table = value if isinstance(value, Mapping) else {}
-            file = table.get(PRESET, value)
-            if isinstance(file, str | Path) and not isinstance(contents[str(file)], str):
-                found[name] = {**table, PRESET: contents[str(file)]} if table else contents[str(file)]
+            if type(value) is str or isinstance(value, Path):
+                if not isinstance(own := contents[str(value)], str):
+                    found[name] = own
+            elif isinstance(value, Mapping):
+                file = value.get(PRESET)
+                if isinstance(file, str | Path) and not isinstance(own := contents[str(file)], str):
+                    found[name] = {**value, PRESET: own}
         return {**settings, **found} if found else settings
 
     def _plain(self, value: Any) -> Any:
@@ -137,6 +175,8 @@ class Register:
             text = self._encode(value.model_dump(exclude_defaults=True))
             digest = hashlib.sha256(text.encode()).hexdigest()[:16]
             self.inputs[digest] = text
+            if len(self._references) == REMEMBERED:
+                self._references.clear()
             self._references[id(value)] = (value, {"input": digest})
         return self._references[id(value)][1]
 
@@ -156,14 +196,9 @@ class _Contents(dict[str, Any]):
         return self[name]
 
 
-PROGRAM = 8
-"""Digits of the program in a key."""
-
-
-def of_this_program(keys: Iterable[str]) -> list[str]:
-    """Those keys whose rows this program has computed, whatever their inputs."""
-    begin = f"{program_fingerprint()[:PROGRAM]}-"
-    return [key for key in keys if key.startswith(begin)]
+def key_begin() -> str:
+    """How the keys of all rows of this program begin."""
+    return f"{program_fingerprint()[:8]}-"
 
 
 @cache

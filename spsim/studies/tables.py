@@ -27,7 +27,7 @@ class Table:
 
     def rows(self) -> Iterator[tuple[int, Row]]:
         """(place, row), with values as Python has them."""
-        values = [_listed(column, len(self.places)) for column in self.columns.values()]
+        values = [listed(column, len(self.places)) for column in self.columns.values()]
         for place, row in zip(self.places, zip(*values, strict=True), strict=True):
             yield place, dict(zip(self.columns, row, strict=True))
 
@@ -51,13 +51,14 @@ def tables_of_rows(rows: Sequence[Row], places: Sequence[int]) -> list[Table]:
 
 def _compact(values: Sequence[Any]) -> Any:
     """Numbers of one kind as an array; equal texts as one object."""
-    kinds = set(map(type, values))
-    if kinds == {str}:
+    types = set(map(type, values))
+    if types == {str}:
         return list(map(sys.intern, values))
-    return np.array(values) if kinds in ({float}, {int}, {bool}) else list(values)
+    return np.array(values) if types in ({float}, {int}, {bool}) else list(values)
 
 
-def _listed(column: Any, count: int) -> list[Any]:
+def listed(column: Any, count: int) -> list[Any]:
+    """The values of a column, as Python has them."""
     if isinstance(column, np.ndarray):
         return column.tolist()  # type: ignore[no-any-return]
     return column if isinstance(column, list) else [column] * count
@@ -92,23 +93,26 @@ _KINDS: dict[str, type] = {"d": float, "l": int, "?": bool, "O": str}
 """Of the values of arrays; those of objects are texts."""
 
 
+def kinds(column: Any) -> set[type]:
+    """The types of the values of a column."""
+    if isinstance(column, np.ndarray):
+        return {_KINDS.get(column.dtype.char, object)}
+    return set(map(type, column)) if isinstance(column, list) else {type(column)}
+
+
 def _kind(column: Any) -> type:
     """The type that all values of a column have, `object` if there is none."""
-    if isinstance(column, np.ndarray):
-        return _KINDS.get(column.dtype.char, object)
-    if isinstance(column, list):
-        kinds = set(map(type, column))
-        return kinds.pop() if len(kinds) == 1 else object
-    return type(column)
+    found = kinds(column)
+    return found.pop() if len(found) == 1 else object
 
 
 def _joined(name: str, tables: Sequence[Table], places: Sequence[npt.NDArray[np.intp]], count: int) -> Any:
     """A column whose values are numbers of one kind, or texts; None where pandas has to find out what it is."""
     parts = [(own, table.columns[name]) for own, table in zip(places, tables, strict=True) if name in table.columns]
-    kinds = {_kind(column) for _, column in parts}
-    kind = kinds.pop()
+    each = {_kind(column) for _, column in parts}
+    kind = each.pop()
     whole = len(parts) == len(tables)
-    if kinds or kind not in (float, int, bool, str) or not (whole or kind in (float, int)):
+    if each or kind not in (float, int, bool, str) or not (whole or kind in (float, int)):
         return None
     column = np.empty(count, dtype=object if kind is str else kind) if whole else np.full(count, np.nan)
     for own, values in parts:
@@ -122,7 +126,7 @@ def _rows(tables: Sequence[Table], names: Sequence[str], count: int) -> list[Row
     for table in tables:
         for name in names:
             if name in table.columns:
-                values = _listed(table.columns[name], len(table.places))
+                values = listed(table.columns[name], len(table.places))
                 for place, value in zip(table.places, values, strict=True):
                     rows[place][name] = value
     return rows

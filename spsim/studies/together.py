@@ -40,7 +40,7 @@ def alike(grid: Grid) -> Hashable | None:
     scenario = grid.scenario
     plan = scenario.plan
     alone = scenario.perturbations.changes or scenario.network == "flows" or scenario.scope != "step"
-    alone = alone or scenario.model.experts is not None
+    alone = alone or scenario.model.experts is not None or len(scenario.model.types) > 1
     if alone or not runs_apart(plan) or is_calibrated(grid.hardware) or has_flags(grid.hardware):
         return None
     return (

@@ -55,8 +55,8 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the whole input [s b h]."""
-        return self.workload.seq_len, self.workload.micro_batch, self.model.hidden
+        """Of the whole input [s b h], of all replicas."""
+        return self.workload.seq_len, self.workload.micro_batch * self.plan.dp, self.model.hidden
 
 
 def case(plan: str, *, seq_len: int = 32, micro_batch: int = 3, **model: object) -> Case:
@@ -91,11 +91,18 @@ class Observed:
     calls: Calls
 
 
-def observe(case: Case, groups: Groups, dtype: torch.dtype = SIMULATED) -> Observed:
+def observe(
+    case: Case, groups: Groups, dtype: torch.dtype = SIMULATED, kind: type[ParallelLayer] = ParallelLayer
+) -> Observed:
     """Run a layer forward and backward under both recorders."""
-    layer = ParallelLayer(case.model, case.plan, groups, dtype=dtype)
-    x = layer.local_input(torch.ones(case.shape, dtype=dtype)).requires_grad_()
-    with record_collectives(groups) as calls:
+    layer = kind(case.model, case.plan, groups, dtype=dtype)
+    return observed(layer, layer.local_input(torch.ones(case.shape, dtype=dtype)))
+
+
+def observed(layer: ParallelLayer, x: torch.Tensor) -> Observed:
+    """The passes of a layer over the input of this rank."""
+    x.requires_grad_()
+    with record_collectives(layer.groups) as calls:
         with record_saved(layer) as saved:
             out = layer(x)
         out.backward(torch.ones_like(out))
@@ -108,9 +115,9 @@ def observe(case: Case, groups: Groups, dtype: torch.dtype = SIMULATED) -> Obser
     return Observed(dict(kept), dict(by_axis))
 
 
-def observe_here(case: Case, dtype: torch.dtype) -> Observed:
+def observe_here(case: Case, dtype: torch.dtype, kind: type[ParallelLayer] = ParallelLayer) -> Observed:
     """`observe` in a process of `Processes`."""
-    return observe(case, groups_of(case.plan), dtype)
+    return observe(case, groups_of(case.plan), dtype, kind)
 
 
 def expected_saved(case: Case, dtype: torch.dtype) -> dict[tuple[str, str], int]:

@@ -58,13 +58,9 @@ class Splits:
 
 
 class ExpertLayer(ParallelLayer):
-    """The layer of this rank. Its replica has a part of the batch; a router picks the experts of the largest logits, or
-    with `balanced` each as often.
-    """
+    """The layer of this rank, whose replica has a part of the batch. Experts have the largest logits of a token."""
 
-    def __init__(
-        self, model: Model, plan: Plan, groups: Groups, dtype: torch.dtype = torch.float32, *, balanced: bool = False
-    ) -> None:
+    def __init__(self, model: Model, plan: Plan, groups: Groups, dtype: torch.dtype = torch.float32) -> None:
         spread = groups.mesh.of_experts
         self.spread: Axis | None = None if not spread else "experts" if len(spread) > 1 else spread[0]
         self.place = 0
@@ -73,7 +69,6 @@ class ExpertLayer(ParallelLayer):
         super(ParallelLayer, self).__init__(model, plan, groups, expert_shapes(model), dtype)
         self.ep = groups.part(self.spread, groups.degree(self.spread)) if self.spread else None
         self.expert_tp = None if "tp" in plan.expert_axes else groups.group("tp")
-        self.balanced = balanced
         self.sent: list[Sent] = []
         self.rows = 0
         """That came to the experts of this rank."""
@@ -143,18 +138,8 @@ class ExpertLayer(ParallelLayer):
             return _Unpermute.apply(made, went, len(tokens)).view_as(x)
 
     def _picks(self, x: Tensor, logits: Tensor) -> Tensor:
-        k, e = self.model.experts_per_token, self.model.experts
-        if not self.balanced:
-            return logits.detach().topk(k, dim=1).indices
-        positions = self.shards.local(torch.arange(x.shape[0] * self._cut()).unsqueeze(1).expand(-1, x.shape[1]))
-        return (k * positions.flatten().unsqueeze(1) + torch.arange(k)) % e
-
-    def _cut(self) -> int:
-        """Ranks that share a sequence."""
-        parts = 1
-        for axis in self.shards.axes:
-            parts *= self.groups.degree(axis)
-        return parts
+        """Of each token k experts."""
+        return logits.detach().topk(self.model.experts_per_token, dim=1).indices
 
     def _splits(self, routing_map: Tensor) -> Splits:
         own = routing_map.sum(0)
@@ -187,6 +172,17 @@ class ExpertLayer(ParallelLayer):
         if self.expert_tp:
             x = _Scatter.apply(x.to(exact), splits.of_tp, self.expert_tp, self.sent).to(x.dtype)
         return _Exchange.apply(x, splits.got, splits.given, self.ep, self.sent)
+
+
+class BalancedLayer(ExpertLayer):
+    """Each expert is picked as often, on each rank: one after the other along the sequence."""
+
+    def _picks(self, x: Tensor, logits: Tensor) -> Tensor:
+        k, tokens = self.model.experts_per_token, x.shape[0]
+        for axis in self.shards.axes:
+            tokens *= self.groups.degree(axis)
+        positions = self.shards.local(torch.arange(tokens)).repeat_interleave(x.shape[1])
+        return (k * positions.unsqueeze(1) + torch.arange(k)) % self.model.experts
 
 
 def _swiglu(x: Tensor) -> Tensor:

@@ -33,16 +33,16 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
-def errors(case: Case) -> Errors:
+def errors(case: Case, kind: type[ParallelLayer]) -> Errors:
     """Run the layer of this rank and the whole layer on the same numbers."""
     generator = torch.Generator().manual_seed(1)
     whole, gradient = (torch.randn(case.shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    part = ParallelLayer(case.model, case.plan, groups_of(case.plan), torch.float64)
+    part = kind(case.model, case.plan, groups_of(case.plan), torch.float64)
     x = part.local_input(whole).requires_grad_()
     out = part(x)
     out.backward(part.local_input(gradient))
 
-    single = ParallelLayer(case.model, Plan(), Groups.create(Plan()), torch.float64)
+    single = kind(case.model, Plan(), Groups.create(Plan()), torch.float64)
     reference = whole.requires_grad_()
     expected = single(reference)
     expected.backward(gradient)
@@ -59,10 +59,10 @@ def errors(case: Case) -> Errors:
     )  # fmt: skip
 
 
-def check(processes: Processes, case: Case) -> None:
+def check(processes: Processes, case: Case, kind: type[ParallelLayer] = ParallelLayer) -> None:
     """Equal on all ranks; and a weight is named by `weight_sync` exactly if its gradient needs it."""
     named = {sync.weight for sync in case.program.weight_sync}
-    for rank in processes.run(errors, case):
+    for rank in processes.run(errors, case, kind):
         assert rank.output < TOLERANCE
         assert rank.input_gradient < TOLERANCE
         assert max(rank.after_sync.values()) < TOLERANCE

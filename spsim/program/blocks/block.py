@@ -10,7 +10,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.ways import Way, ways_of
 from spsim.program.launches import Launches
-from spsim.program.operators import Operand, Operator, Tensor, TensorKind, parse
+from spsim.program.operators import Grouping, Operand, Operator, Tensor, TensorKind, parse
 from spsim.program.placement import Extent, Heads, factors
 from spsim.work import FP32_BYTES, AttentionKernel, Framework, KernelClass, KernelName
 
@@ -27,7 +27,7 @@ class Sizes(dict[str, Extent]):
 class Block:
     """Collects the operators of one block."""
 
-    def __init__(self, sizes: Mapping[str, int], element_bytes: int) -> None:
+    def __init__(self, sizes: Mapping[str, Extent], element_bytes: int) -> None:
         self.sizes = Sizes(sizes)
         self.element_bytes = element_bytes
         self.operators: list[Operator] = []
@@ -66,7 +66,9 @@ class Block:
         kernel: KernelName | None = None,
         launches: Launches | None = None,
         attention_kernel: AttentionKernel | Framework = "transformer_engine",
+        window: int | None = None,
         rules: str = "",
+        group: Grouping | None = None,
         in_place: bool = False,
     ) -> None:
         """Append an operator; auxiliary outputs (masks, statistics) are read in their own dimensions."""
@@ -85,7 +87,9 @@ class Block:
                 kernel=kernel,
                 launches=launches,
                 attention_kernel=attention_kernel,
+                window=window,
                 rules=rules,
+                group=group,
                 in_place=in_place,
             )
         )
@@ -94,7 +98,7 @@ class Block:
 class ModelBlock(Block):
     """A block of a model; sizes come from the model and the workload, of a micro-batch of all replicas."""
 
-    def __init__(self, model: Model, workload: Workload, replicas: int, **sizes: int) -> None:
+    def __init__(self, model: Model, workload: Workload, replicas: int, **sizes: Extent) -> None:
         """`sizes` are those of dimensions that not all blocks have."""
         common = {
             "s": workload.seq_len, "j": workload.seq_len, "b": workload.micro_batch * replicas,

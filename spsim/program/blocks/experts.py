@@ -1,15 +1,23 @@
 """The experts of a layer: a router picks some for each token, which is sent to them and back.
 
-As Megatron-Core runs them (`MoELayer`, all-to-all dispatcher, grouped products): tokens are put in the order of their
-experts (permute), exchanged, put in the order of the local ones, and the same back. Probabilities go with the tokens
-and weigh what the activation makes, so that the sum over a token's experts needs none.
+As Megatron-Core runs them (`MoELayer`, grouped products). With an all-to-all tokens are put in the order of their
+experts (permute), exchanged, put in the order of the local ones, and the same back. With a gather every rank picks what
+its experts need from all tokens. DeepEP and HybridEP send one copy to each rank (`program.routing`), where tokens are
+permuted. Probabilities go with the tokens and weigh what the activation makes, so that the sum over a token's experts
+needs none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from spsim.inputs.model import Model
 from spsim.program.blocks.block import ModelBlock
-from spsim.program.operators import Tensor
+from spsim.program.launches import Launches
+from spsim.program.operators import Grouping, Operator, Tensor
+from spsim.program.placement import Extent
+from spsim.program.routing import Routing
 from spsim.program.strategies import EXPERTS
 from spsim.work import FP32_BYTES
 
@@ -17,42 +25,76 @@ TOKENS = "s*b*k/e"
 """Of one expert: each token has k of e."""
 ROW_ID_BYTES = 4
 """Of an int32: a permutation keeps of each token its rows, their experts, and how many they are."""
+COPIES = "s*b*o/e"
+"""The same of copies that are sent, one to each of o ranks."""
+EPILOGUE = ("expert_fc2_cast", "expert_fc1_gradient_cast")
+"""Casts between the products of experts, which a fused kernel makes on its way as it does the activation."""
+NO_KERNELS = Launches((), ())
+"""Of what a library's kernel of the exchange itself does."""
 
 
-def expert_sizes(model: Model) -> dict[str, int]:
+def expert_sizes(model: Model, routing: Routing) -> dict[str, Extent]:
     """Sizes of the dimensions that only a layer of experts has; u is the width of the shared ones."""
     if model.experts is None or model.experts_per_token is None or model.expert_ffn_hidden is None:
         return {}
     return {
-        "e": model.experts, "k": model.experts_per_token, "m": model.expert_ffn_hidden, "u": model.shared_ffn_hidden
+        "e": model.experts, "k": model.experts_per_token, "m": model.expert_ffn_hidden, "u": model.shared_ffn_hidden,
+        "o": routing.copies,
     }  # fmt: skip
 
 
-def routed_experts(block: ModelBlock, x: Tensor) -> Tensor:
+def routed_experts(block: ModelBlock, x: Tensor, routing: Routing) -> Tensor:
     """Router, dispatch, experts and combination: `s b h` of every token, summed over its experts."""
-    t, model = TOKENS, block.model
     scores, picked = (
         block.tensor(name, "s b e", itemsize=FP32_BYTES) for name in ("router_scores", "router_probabilities")
     )
     softmax = block.tensor("router_softmax", "s b e", "intermediate", itemsize=FP32_BYTES)
     routing_map = block.tensor("routing_map", "s b e", "mask", itemsize=1)
-    went = block.tensor("row_id_map", "s b", "mask", itemsize=ROW_ID_BYTES * (2 * (model.experts or 0) + 1))
-    weights = block.tensor("expert_probabilities", f"e {t}", itemsize=FP32_BYTES)
-    dealt, made = (block.tensor(name, f"e {t} h") for name in ("expert_input", "expert_out"))
-    made = made._replace(summed_itemsize=FP32_BYTES)
-    width = "g m" if model.gated_mlp else "m"
-    inner, active = block.tensor("expert_fc1_out", f"e {t} {width}"), block.tensor("expert_activation_out", f"e {t} m")
-    out = block.tensor("combined", "s b h")
     block.add("router", "gemm", "s b h, h e -> s b e", [x, block.weight("router_weight", "h e")], [scores], saves=[x])
     block.add(
         "top_k", "softmax", "s b e -> s b e", [scores], [picked, softmax, routing_map], mixes="e",
         saves=[softmax, routing_map],
     )  # fmt: skip
-    block.add("dispatch", "elementwise", f"s b h -> e {t} h", [x], [dealt, went], saves=[went])
-    block.add("dispatch_probabilities", "elementwise", f"s b e -> e {t}", [picked], [weights], mixes="e")
+    if routing.copies:
+        return _combined(block, _experts(block, *_dispatched(block, x, picked)))
+    rules, t = EXPERTS if routing.dispatcher == "allgather" else "", TOKENS
+    went = block.tensor("row_id_map", "s b", "mask", itemsize=ROW_ID_BYTES * (2 * (block.model.experts or 0) + 1))
+    weights = block.tensor("expert_probabilities", f"e {t}", itemsize=FP32_BYTES)
+    dealt, out = block.tensor("expert_input", f"e {t} h"), block.tensor("combined", "s b h")
+    block.add(
+        "dispatch", "elementwise", f"s b h -> e {t} h", [x], [dealt, went], saves=[went], rules=rules, kernel="permute"
+    )
+    if rules:
+        picked = _gathered(block, picked)
+    block.add(
+        "dispatch_probabilities", "elementwise", f"s b e -> e {t}", [picked], [weights], rules=rules,
+        mixes="" if rules else "e",
+    )  # fmt: skip
+    made = _experts(block, dealt, weights)
+    block.add("combine", "elementwise", f"e {t} h -> s b h", [made], [out], rules=rules, kernel="permute")
+    return out
+
+
+def _gathered(block: ModelBlock, picked: Tensor) -> Tensor:
+    """The choice of all tokens, of which a rank takes what its experts need."""
+    found = picked._replace(name="gathered_probabilities")
+    block.add(
+        "gather_probabilities", "elementwise", "s b e -> s b e", [picked], [found], mixes="e", passthrough=[picked],
+        launches=NO_KERNELS, rules=EXPERTS,
+    )  # fmt: skip
+    return found
+
+
+def _experts(block: ModelBlock, dealt: Tensor, weights: Tensor) -> Tensor:
+    """The grouped products of the tokens that are dealt to experts, weighted."""
+    t, model = TOKENS, block.model
+    width = "g m" if model.gated_mlp else "m"
+    inner, active = block.tensor("expert_fc1_out", f"e {t} {width}"), block.tensor("expert_activation_out", f"e {t} m")
+    made = block.tensor("expert_out", f"e {t} h")._replace(summed_itemsize=FP32_BYTES)
     block.add(
         "expert_fc1", "gemm", f"e {t} h, e h {width} -> e {t} {width}",
         [dealt, block.weight("expert_fc1_weight", f"e h {width}")], [inner], saves=[dealt], rules=EXPERTS,
+        group="launched",
     )  # fmt: skip
     block.add(
         f"expert_{model.activation}", "elementwise", f"e {t} {width}, e {t} -> e {t} m", [inner, weights], [active],
@@ -61,6 +103,49 @@ def routed_experts(block: ModelBlock, x: Tensor) -> Tensor:
     block.add(
         "expert_fc2", "gemm", f"e {t} m, e m h -> e {t} h",
         [active, block.weight("expert_fc2_weight", "e m h")], [made], saves=[active], rules=EXPERTS,
+        group="launched",
     )  # fmt: skip
-    block.add("combine", "elementwise", f"e {t} h -> s b h", [made], [out])
+    return made
+
+
+def _dispatched(block: ModelBlock, x: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and weights of the experts of a rank, of copies that carry the probabilities of all their experts."""
+    block.sizes["p"] = block.sizes["h"] + block.sizes["k"] * FP32_BYTES // block.element_bytes
+    sent, weights = (
+        block.tensor("dispatched", f"e {COPIES} p"),
+        block.tensor("expert_probabilities", f"e {TOKENS}", itemsize=FP32_BYTES),
+    )
+    dealt = block.tensor("expert_input", f"e {TOKENS} h")
+    block.add(
+        "dispatch", "elementwise", f"s b h, s b e -> e {COPIES} p", [x, picked], [sent], mixes="h e",
+        passthrough=[x, picked], launches=NO_KERNELS,
+    )  # fmt: skip
+    went = block.tensor("row_id_map", f"e {TOKENS}", "mask", itemsize=ROW_ID_BYTES)
+    block.add(
+        "permute", "elementwise", f"e {COPIES} p -> e {TOKENS} h, e {TOKENS}", [sent], [dealt, weights, went],
+        mixes="p", saves=[went], rules=EXPERTS, kernel="permute",
+    )  # fmt: skip
+    return dealt, weights
+
+
+def _combined(block: ModelBlock, made: Tensor) -> Tensor:
+    """What the experts of a rank made of a token is summed there, and then over ranks."""
+    sent, out = block.tensor("combining", f"e {COPIES} h"), block.tensor("combined", "s b h")
+    block.add(
+        "unpermute", "elementwise", f"e {TOKENS} h -> e {COPIES} h", [made], [sent], rules=EXPERTS, kernel="permute"
+    )
+    block.add(
+        "combine", "elementwise", f"e {COPIES} h -> s b h", [sent], [out], passthrough=[sent], launches=NO_KERNELS
+    )
     return out
+
+
+def fused_experts(operators: Sequence[Operator]) -> tuple[Operator, ...]:
+    """The operators of a layer whose products of experts are single kernels, with all between them in epilogues."""
+
+    def fused(op: Operator) -> Operator:
+        between = op.kind == "elementwise" and "m" in op.extents
+        own: Grouping | None = "epilogue" if between or op.name in EPILOGUE else "kernel" if op.group else None
+        return replace(op, group=own) if own else op
+
+    return tuple(map(fused, operators))

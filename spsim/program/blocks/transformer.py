@@ -20,17 +20,26 @@ from spsim.program.launches import Launches
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.placement import Extent
 from spsim.program.recompute import SHARED_OUT, SHARED_SUM
+from spsim.program.routing import USUAL, Routing
 from spsim.work import AttentionKernel, Framework, KernelClass
 
 Projections = Literal["fused", "separate", "gathered"]
 """Q, K and V as one product and gate and up as another, each as its own, or fused with Q, K and V gathered."""
 
 
-class Layer(ModelBlock):
+class _Layer(ModelBlock):
     """The operators of one layer."""
 
-    def __init__(self, model: Model, workload: Workload, replicas: int, projections: Projections = "fused") -> None:
-        super().__init__(model, workload, replicas, **expert_sizes(model), **latent_sizes(model))
+    def __init__(
+        self,
+        model: Model,
+        workload: Workload,
+        replicas: int,
+        projections: Projections = "fused",
+        routing: Routing = USUAL,
+    ) -> None:
+        super().__init__(model, workload, replicas, **expert_sizes(model, routing), **latent_sizes(model))
+        self.routing = routing
         self.projections = projections
         self.heads: dict[str, Extent] = {"q": self.sizes["a"], "k": model.kv_heads, "v": model.kv_heads}
 
@@ -90,13 +99,18 @@ class Layer(ModelBlock):
         """Core attention in one kernel; keeps q, k, v, its output and the log-sum-exp of each row."""
         context = self.tensor("context", "s b a d")
         log_sum_exp = self.tensor("log_sum_exp", "a s b", "log-sum-exp", itemsize=4)
-        c = q.dims[-1]
+        c, sinks = q.dims[-1], self.sinks()
         self.add(
-            "attention", "attention", f"s b a {c}, j b a {c}, j b a d -> s b a d", [q, k, v], [context, log_sum_exp],
+            "attention", "attention", f"s b a {c}, j b a {c}, j b a d{', a' * len(sinks)} -> s b a d",
+            [q, k, v, *sinks], [context, log_sum_exp],
             mixes=f"j d {c}", saves=[q, k, v, context, log_sum_exp], owns_gather=[k, v],
-            attention_kernel=kernel,
+            attention_kernel=kernel, window=self.model.sliding_window,
         )  # fmt: skip
         return context
+
+    def sinks(self) -> list[Tensor]:
+        """One learned number a head, if the softmax has them."""
+        return [self.weight("sinks", "a")] if self.model.attention_sinks else []
 
     def unfused_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Core attention as QK^T, scaled and masked softmax, dropout and AV, the scores in memory."""
@@ -106,8 +120,9 @@ class Layer(ModelBlock):
         self.add("qk", "gemm", f"s b a {c}, j b a {c} -> b a s j", [q, k], [scores], saves=[q, k], owns_gather=[k])
         weights = self.tensor("probabilities", "b a s j")
         kept, further = self.kept(self.ways.softmax, weights, weights)
+        sinks = self.sinks()
         self.add(
-            "softmax", "softmax", "b a s j -> b a s j", [scores], [weights, *further],
+            "softmax", "softmax", f"b a s j{', a' * len(sinks)} -> b a s j", [scores, *sinks], [weights, *further],
             mixes="j", saves=kept, kernel="masked_softmax" if self.model.causal else "softmax",
             launches=self.ways.softmax.launches,
         )  # fmt: skip
@@ -187,7 +202,7 @@ class Layer(ModelBlock):
     def experts(self, x: Tensor) -> Tensor:
         """The experts that a router picks, and those that all tokens go through, if there are any."""
         if not self.model.shared_ffn_hidden:
-            return routed_experts(self, x)
+            return routed_experts(self, x, self.routing)
         # Megatron-Core runs the shared ones before the router, to the end: no kernel, but all that is sent.
         shared, out = self.tensor("shared_out", "s b h"), self.tensor("experts_out", "s b h")
         made = self.mlp(x, "u", "shared_")
@@ -195,7 +210,7 @@ class Layer(ModelBlock):
             SHARED_OUT, "elementwise", "s b h -> s b h", [made], [shared], passthrough=[made],
             launches=Launches((), ()),
         )  # fmt: skip
-        routed = routed_experts(self, x)
+        routed = routed_experts(self, x, self.routing)
         self.add(
             SHARED_SUM, "elementwise", "s b h, s b h -> s b h", [routed, shared], [out],
             passthrough=[routed, shared], kernel="add",
@@ -242,23 +257,23 @@ layer_traits = attrgetter(
     "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as", "repeats_kv",
     "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "sliding_window", "attention_sinks",
 )  # fmt: skip
 """What of a model one layer depends on."""
 
 
 def transformer_layer(
-    model: Model, workload: Workload, replicas: int = 1, projections: Projections = "fused"
+    model: Model,
+    workload: Workload,
+    replicas: int = 1,
+    projections: Projections = "fused",
+    routing: Routing = USUAL,
 ) -> tuple[Operator, ...]:
     """The operators of one layer in forward order; the first reads the tensor `layer_input`.
 
     Sizes are those of a micro-batch of all data-parallel replicas, which the dp axis of a mesh divides again.
     """
-    return operators_of(Layer(model, workload, replicas, projections))
-
-
-def operators_of(layer: Layer) -> tuple[Operator, ...]:
-    """The operators of a layer in forward order."""
-    model = layer.model
+    layer = _Layer(model, workload, replicas, projections, routing)
     x = layer.tensor(LAYER_INPUT, "s b h")
     out = layer.self_attention(layer.norm("norm1", x))
     if layer.ways.joins_residual:
@@ -266,5 +281,5 @@ def operators_of(layer: Layer) -> tuple[Operator, ...]:
     else:
         attended = layer.residual("residual1", out, x)
         normed = layer.norm("norm2", x if model.parallel_residual else attended)
-    layer.residual("residual2", layer.experts(normed) if expert_sizes(model) else layer.mlp(normed), attended)
+    layer.residual("residual2", layer.experts(normed) if model.experts else layer.mlp(normed), attended)
     return tuple(layer.operators)
