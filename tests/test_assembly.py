@@ -67,6 +67,10 @@ OTHER_OPTIONS = {
     "cuda_graphs": "per_layer",
     "ep": 2,
     "expert_tp": 1,
+    "moe_dispatcher": "hybridep",
+    "fused_grouped_mlp": True,
+    "fp8_dot_product_attention": True,
+    "fp8_output_proj": True,
     "library": "torchtitan",
     "projections": "separate",
     "input_gradients": "each",
@@ -111,6 +115,10 @@ OTHER_TRAITS = {
 }
 
 
+TOGETHER = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
+"""Traits of which none is without the others."""
+
+
 def program(plan, layer):
     """The program of a layer, compiled anew."""
     region = Region(transformer_layer(layer, WORKLOAD, plan.dp), split_rules(plan), mesh_of(plan))
@@ -132,7 +140,7 @@ def test_plans_of_one_key_have_one_program(case, option):
 
 def test_every_option_was_tried():
     assert OTHER_OPTIONS.keys() == Plan.model_fields.keys()
-    assert {*OTHER_TRAITS, "gated_mlp"} == Model.model_fields.keys()
+    assert {*OTHER_TRAITS, *TOGETHER, "gated_mlp"} == Model.model_fields.keys()
 
 
 @pytest.mark.parametrize("trait", sorted(OTHER_TRAITS))

@@ -281,5 +281,5 @@ def transformer_layer(
     else:
         attended = layer.residual("residual1", out, x)
         normed = layer.norm("norm2", x if model.parallel_residual else attended)
-    layer.residual("residual2", layer.experts(normed) if model.experts else layer.mlp(normed), attended)
+    layer.residual("residual2", layer.experts(normed) if expert_sizes(model, routing) else layer.mlp(normed), attended)
     return tuple(layer.operators)
