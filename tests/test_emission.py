@@ -147,6 +147,7 @@ def routed_scenarios(seed):
         plan = {"sequence_parallel": True, "distributed_optimizer": source.random() < 0.5}
         plan |= {name: source.choice(values) for name, values in DEGREES["megatron"].items()}
         plan |= {"ep": source.choice((1, 2, 4, 8)), "expert_tp": source.choice((None, 1))}
+        plan["moe_dispatcher"] = source.choice(("alltoall", "allgather", "deepep", "hybridep"))
         modules = source.choice((None, "moe_act", "moe", "shared_experts+core_attn"))
         plan |= {"recompute": "selective", "recompute_modules": modules} if modules else {}
         workload = {"seq_len": 4096, "global_batch": plan["dp"] * 16}

@@ -14,6 +14,8 @@ MODEL = (
     "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --seq-length 4096 --max-position-embeddings 4096 "
     "--micro-batch-size 1 --vocab-size 51200 --bf16"
 )
+EXPERTS = "--num-experts 16 --disable-bias-linear --expert-model-parallel-size"
+OF_TWO = f"{EXPERTS} 4 --tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type alltoall"
 SLOT = "--account-for-{}-in-pipeline-split"
 
 
@@ -205,11 +207,13 @@ def test_every_key_that_is_not_read_is_listed(tmp_path):
          {"recompute": "full", "recompute_layers": 4, "dp": 8}),
         ("--cuda-graph-impl local --cuda-graph-scope full_iteration", {"cuda_graphs": "full_iteration", "dp": 8}),
         ("--cuda-graph-impl transformer_engine", {"cuda_graphs": "per_layer", "dp": 8}),
-        ("--num-experts 16 --expert-model-parallel-size 8 --disable-bias-linear", {"ep": 8, "dp": 8}),
-        (("--num-experts 16 --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 "
-         "--expert-tensor-parallel-size 1"), {"tp": 2, "sequence_parallel": True, "ep": 4, "expert_tp": 1, "dp": 4}),
-        (("--num-experts 16 --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 "
-         "--expert-tensor-parallel-size 2"), {"tp": 2, "sequence_parallel": True, "ep": 4, "dp": 4}),
+        (f"{EXPERTS} 8", {"ep": 8, "moe_dispatcher": "allgather", "dp": 8}),
+        (f"{EXPERTS} 8 --moe-token-dispatcher-type flex", {"ep": 8, "moe_dispatcher": "deepep", "dp": 8}),
+        (f"{EXPERTS} 8 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
+         {"ep": 8, "moe_dispatcher": "hybridep", "dp": 8}),
+        (f"{OF_TWO} --expert-tensor-parallel-size 1",
+         {"tp": 2, "sequence_parallel": True, "ep": 4, "expert_tp": 1, "dp": 4}),
+        (f"{OF_TWO} --expert-tensor-parallel-size 2", {"tp": 2, "sequence_parallel": True, "ep": 4, "dp": 4}),
     ],
 )  # fmt: skip
 def test_arguments_of_megatron_are_options_of_a_plan(arguments, options, tmp_path):
@@ -258,7 +262,6 @@ def test_what_experts_are_simulated_as_is_said(tmp_path):
     """Defaults of Megatron-LM that are not simulated, and arguments that are not."""
     found = launch(tmp_path, MEGATRON.format(MODEL + " --num-experts 8 --moe-expert-capacity-factor 1.5"))
     assert [note.partition(": ")[2] for note in found.notes] == [
-        "--moe-token-dispatcher-type is missing: tokens are all gathered there, and simulated as exchanged",
         "--moe-grouped-gemm is missing: products of experts are simulated as grouped",
         "--moe-permute-fusion is missing: simulated as a fused kernel",
         "--moe-router-dtype is missing: the router is simulated in fp32",

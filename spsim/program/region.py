@@ -148,14 +148,15 @@ class Region:
         return tuple(moves)
 
     def _of_experts(self, steps: list[Redistribution]) -> list[Redistribution]:
-        """Exchanges along all axes over which experts are spread are one among all their ranks."""
+        """Of one kind along all axes over which experts are spread: one among all their ranks."""
         spread = self.mesh.of_experts
-        own = [step for step in steps if step.collective == "all_to_all" and step.axis in spread]
-        if len(own) < 2 or len(own) < len(spread):
-            return steps
-        at = steps.index(own[0])
-        joined = replace(own[0], axis="experts", target=own[-1].target)
-        return [*steps[:at], joined, *steps[at + len(own) :]]
+        for collective in ("all_to_all", "reduce_scatter", "all_gather") if len(spread) > 1 else ():
+            own = [step for step in steps if step.collective == collective and step.axis in spread]
+            if len(own) == len(spread):
+                at = steps.index(own[0])
+                joined = replace(own[0], axis="experts", target=own[-1].target)
+                steps = [*steps[:at], joined, *steps[at + len(own) :]]
+        return steps
 
     def _move(self, tensor: Tensor, step: Redistribution) -> Move:
         cast = 0

@@ -1,5 +1,6 @@
-"""A layer with experts on real ranks, as Megatron-Core's `MoELayer` runs it with its all-to-all dispatcher and a router
-in fp32: permute, exchange, gather over tp, sort by expert, grouped products, and the same back.
+"""A layer with experts on real ranks, as Megatron-Core's `MoELayer` runs it with a router in fp32. Its all-to-all
+dispatcher: permute, exchange, gather over tp, sort by expert, grouped products, and the same back; and the one that
+gathers all tokens.
 
 Functions here keep what kernels of Transformer Engine keep: of top-k its softmax and its map, of a permutation where
 each row went. Sorting by `split` and `cat` keeps nothing. How many tokens go where is gathered unseen by recorders: 8
@@ -123,19 +124,43 @@ class ExpertLayer(ParallelLayer):
             logits = _Router.apply(tokens, self.weight("router"))
         with operator("top_k"):
             probabilities, routing_map = _TopK.apply(logits, self._picks(x, logits))
+        if self.plan.moe_dispatcher == "allgather":
+            return self._all_tokens(tokens, probabilities, routing_map).view_as(x)
         with operator("dispatch"):
             dealt, weights, went = _Permute.apply(tokens, probabilities, routing_map)
         with operator("expert_fc1"):
             splits = self._splits(routing_map)
             dealt, weights = self._dispatched(dealt, weights, splits)
-            inner = _grouped(dealt, splits.counts, self.weight("expert_fc1").flatten(1, 2))
-        with operator("expert_swiglu"):
-            active = _Fused.apply(_weighted_swiglu, inner, weights)
-        with operator("expert_fc2"):
-            made = _grouped(active, splits.counts, self.weight("expert_fc2"))
+        made = self._products(dealt, weights, splits.counts)
         with operator("combine"):
             made = self._returned(made, splits, weights.dtype)
             return _Unpermute.apply(made, went, len(tokens)).view_as(x)
+
+    def _all_tokens(self, x: Tensor, probabilities: Tensor, routing_map: Tensor) -> Tensor:
+        """Of all ranks, of which the experts here take theirs (`MoEAllGatherTokenDispatcher`); summed over all ranks in
+        the type of the probabilities.
+        """
+        own = slice(self.place * self._local_experts(), (self.place + 1) * self._local_experts())
+        with operator("dispatch"):
+            routing_map = start_all_gather(routing_map, self.ep).wait()[:, own].contiguous()
+            equal = [len(x)] * (self.ep.size() if self.ep else 1)
+            probabilities = _Gather.apply(probabilities, equal, self.ep, self.sent)
+            x = _Gather.apply(x, equal, self.ep, self.sent)
+            dealt, weights, went = _Permute.apply(x, probabilities[:, own], routing_map)
+        made = self._products(dealt, weights, routing_map.sum(0).tolist())
+        with operator("combine"):
+            made = _Unpermute.apply(made, went, len(x))
+            return _Scatter.apply(made.to(weights.dtype), equal, self.ep, self.sent).to(made.dtype)
+
+    def _products(self, dealt: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+        """Of the rows of each expert."""
+        self.rows = len(dealt)
+        with operator("expert_fc1"):
+            inner = _grouped(dealt, counts, self.weight("expert_fc1").flatten(1, 2))
+        with operator("expert_swiglu"):
+            active = _Fused.apply(_weighted_swiglu, inner, weights)
+        with operator("expert_fc2"):
+            return _grouped(active, counts, self.weight("expert_fc2"))
 
     def _picks(self, x: Tensor, logits: Tensor) -> Tensor:
         """Of each token k experts."""
@@ -148,7 +173,6 @@ class ExpertLayer(ParallelLayer):
             every = start_all_gather(of_ep.unsqueeze(0), self.expert_tp).wait()
         local = every.unflatten(2, (-1, self._local_experts()))[:, :, self.place]
         tp = self.groups.coordinate("tp") if self.expert_tp else 0
-        self.rows = int(local.sum())
         given = own.unflatten(0, (-1, self._local_experts())).sum(1)
         sums = (given, local[tp].sum(1), local.sum((1, 2)), local.flatten(), local.sum((0, 1)))
         return Splits(*(each.tolist() for each in sums))
@@ -346,7 +370,7 @@ def _scattered(x: Tensor, sizes: list[int], group: Any, sent: list[Sent]) -> Ten
 
 
 class _Gather(Function):
-    """Rows of all ranks of tp."""
+    """Rows of all ranks of a group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], group: Any, sent: list[Sent]) -> Tensor:
@@ -360,13 +384,14 @@ class _Gather(Function):
 
 
 class _Scatter(Function):
-    """The sum over all ranks of tp of the own rows."""
+    """The sum over all ranks of a group of the own rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], group: Any, sent: list[Sent]) -> Tensor:
         ctx.plan = (sizes, group, sent)
-        return _scattered(x, sizes, group, sent)
+        return _scattered(x, sizes, group, sent) if group else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _gathered(gradients[0], *ctx.plan), None, None, None
+        moved = _gathered(gradients[0], *ctx.plan) if ctx.plan[1] else gradients[0]
+        return moved, None, None, None

@@ -74,6 +74,22 @@ def test_loads_of_a_router(quartet: Processes, plan: str) -> None:
         assert [sent[own] for sent, own in zip(exchanges, sides, strict=True)] == of_experts(each, "all_to_all")
 
 
+@pytest.mark.parametrize("plan", ["dp=4,ep=4", "tp=2,sequence_parallel,dp=2,ep=4,expert_tp=1"])
+def test_all_tokens_on_all_ranks(quartet: Processes, plan: str) -> None:
+    """Gathered, and what experts make of them summed, with equal loads. Of gradients the order is not compared: that of
+    the tokens moves once all readers have added theirs, there at once.
+    """
+    each = case(f"{plan},moe_dispatcher=allgather", **MODELS["shared"])
+    for rank in quartet.run(observe, each, BalancedLayer):
+        for axis, calls in expected_calls(each, BF16).items():
+            found = rank.observed.calls[axis]
+            assert sorted(found) == sorted(calls)
+            forward = [[call for call in passes if call[-1] == "forward"] for passes in (found, calls)]
+            assert forward[0] == forward[1]
+        assert rank.observed.saved == expected_saved(each, BF16)
+    check(quartet, each, ExpertLayer)
+
+
 def of_experts(each: Case, collective: str) -> list[int]:
     """Messages of experts that the simulator derives, in order."""
     steps = [step for step in each.program.instructions if isinstance(step, Communication)]

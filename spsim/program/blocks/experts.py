@@ -24,7 +24,7 @@ from spsim.work import FP32_BYTES
 TOKENS = "s*b*k/e"
 """Of one expert: each token has k of e."""
 ROW_ID_BYTES = 4
-"""Of an int32: a permutation keeps of each token its rows, their experts, and how many they are."""
+"""Of an int32: a permutation keeps of each token its rows, their experts, both with room for all, and how many."""
 COPIES = "s*b*o/e"
 """The same of copies that are sent, one to each of o ranks."""
 EPILOGUE = ("expert_fc2_cast", "expert_fc1_gradient_cast")
@@ -51,38 +51,35 @@ def routed_experts(block: ModelBlock, x: Tensor, routing: Routing) -> Tensor:
     softmax = block.tensor("router_softmax", "s b e", "intermediate", itemsize=FP32_BYTES)
     routing_map = block.tensor("routing_map", "s b e", "mask", itemsize=1)
     block.add("router", "gemm", "s b h, h e -> s b e", [x, block.weight("router_weight", "h e")], [scores], saves=[x])
+    gathers = routing.dispatcher == "allgather"
+    told = [block.tensor("picked_experts", "s b e", "statistics", itemsize=1)] if gathers else []
     block.add(
-        "top_k", "softmax", "s b e -> s b e", [scores], [picked, softmax, routing_map], mixes="e",
+        "top_k", "softmax", "s b e -> s b e", [scores], [picked, softmax, routing_map, *told], mixes="e",
         saves=[softmax, routing_map],
     )  # fmt: skip
     if routing.copies:
         return _combined(block, _experts(block, *_dispatched(block, x, picked)))
-    rules, t = EXPERTS if routing.dispatcher == "allgather" else "", TOKENS
-    went = block.tensor("row_id_map", "s b", "mask", itemsize=ROW_ID_BYTES * (2 * (block.model.experts or 0) + 1))
+    rules, t = EXPERTS if gathers else "", TOKENS
+    went = [
+        block.tensor("row_id_map", "s b e", "mask", itemsize=2 * ROW_ID_BYTES),
+        block.tensor("rows_of_token", "s b", "mask", itemsize=ROW_ID_BYTES),
+    ]
     weights = block.tensor("expert_probabilities", f"e {t}", itemsize=FP32_BYTES)
     dealt, out = block.tensor("expert_input", f"e {t} h"), block.tensor("combined", "s b h")
+    out = out._replace(summed_itemsize=FP32_BYTES)
+    every = "x" if gathers else "e"  # read whole, whichever experts are here
+    of_all = f"s b {every}, " * len(told)
     block.add(
-        "dispatch", "elementwise", f"s b h -> e {t} h", [x], [dealt, went], saves=[went], rules=rules, kernel="permute"
-    )
-    if rules:
-        picked = _gathered(block, picked)
+        "dispatch_probabilities", "elementwise", f"{of_all}s b {every} -> e {t}", [*told, picked], [weights],
+        rules=rules, mixes=every,
+    )  # fmt: skip
     block.add(
-        "dispatch_probabilities", "elementwise", f"s b e -> e {t}", [picked], [weights], rules=rules,
-        mixes="" if rules else "e",
+        "dispatch", "elementwise", f"{of_all}s b h -> e {t} h", [*told, x], [dealt, *went], mixes="x" if told else "",
+        saves=went, rules=rules, kernel="permute",
     )  # fmt: skip
     made = _experts(block, dealt, weights)
     block.add("combine", "elementwise", f"e {t} h -> s b h", [made], [out], rules=rules, kernel="permute")
     return out
-
-
-def _gathered(block: ModelBlock, picked: Tensor) -> Tensor:
-    """The choice of all tokens, of which a rank takes what its experts need."""
-    found = picked._replace(name="gathered_probabilities")
-    block.add(
-        "gather_probabilities", "elementwise", "s b e -> s b e", [picked], [found], mixes="e", passthrough=[picked],
-        launches=NO_KERNELS, rules=EXPERTS,
-    )  # fmt: skip
-    return found
 
 
 def _experts(block: ModelBlock, dealt: Tensor, weights: Tensor) -> Tensor:

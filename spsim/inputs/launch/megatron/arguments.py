@@ -49,7 +49,8 @@ NO_MATTER = beginning_with(
 SWITCHES = frozenset({
     *FLAGS, "accumulate_allreduce_grads_in_fp32", "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split", "add_qkv_bias", "bf16", "disable_bias_linear", "enable_cuda_graph",
-    "external_cuda_graph", "fp16", "grad_reduce_in_bf16", "group_query_attention", "moe_grouped_gemm",
+    "external_cuda_graph", "fp16", "grad_reduce_in_bf16", "group_query_attention", "moe_enable_deepep",
+    "moe_grouped_gemm",
     "moe_pad_expert_input_to_capacity", "moe_permute_fusion", "moe_router_fusion", "multi_latent_attention",
     "no_overlap_p2p_communication",
     "overlap_grad_reduce", "overlap_param_gather", "qk_layernorm", "recompute_activations", "squared_relu", "swiglu",

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 10_000
 _USUAL = {
-    "moe_token_dispatcher_type": ("alltoall", "tokens are all gathered there, and simulated as exchanged"),
     "moe_grouped_gemm": (True, "products of experts are simulated as grouped"),
     "moe_permute_fusion": (True, "simulated as a fused kernel"),
     "moe_router_dtype": ("fp32", "the router is simulated in fp32"),
@@ -52,11 +51,22 @@ def read_experts(options: Options, draft: Draft) -> None:
         plan["ep"] = spread
     if sharing is not None and sharing != plan.get("tp", 1):
         plan["expert_tp"] = sharing
-    _read_dispatch(options)
+    _read_dispatch(options, draft)
 
 
-def _read_dispatch(options: Options) -> None:
+def _read_dispatch(options: Options, draft: Draft) -> None:
     """How tokens get to experts, and the kernels on the way."""
+    kinds = {"allgather": "allgather", "alltoall": "alltoall", "flex": None}
+    backends = {"deepep": "deepep", "hybridep": "hybridep"}
+    kind = options.choice("moe_token_dispatcher_type", kinds, "allgather")
+    if kind is None:
+        options.leave("moe_enable_deepep", (True,))
+        kind = options.choice("moe_flex_dispatcher_backend", backends, "deepep")
+    if draft.plan.get("ep", 1) > 1 and kind != "alltoall":
+        draft.plan["moe_dispatcher"] = kind
+    fused = options.items.get("use_transformer_engine_op_fuser")
+    if draft.workload.get("precision") == "mxfp8" and draft.model.get("gated_mlp") and fused is not None:
+        draft.plan["fused_grouped_mlp"] = options.flag("use_transformer_engine_op_fuser")
     if "moe_expert_capacity_factor" not in options:
         options.ignore("moe_pad_expert_input_to_capacity")
     for name, (value, text) in _USUAL.items():
@@ -122,12 +132,18 @@ def expert_arguments(model: Model, plan: Plan) -> dict[str, Any]:
         **dict(_layer_frequency(model)),
         "expert_model_parallel_size": plan.ep if plan.ep > 1 else None,
         "expert_tensor_parallel_size": plan.expert_tp if plan.expert_tp != plan.tp else None,
-        "moe_token_dispatcher_type": "alltoall",
+        **_dispatcher(plan),
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "moe_router_fusion": True,
         "moe_router_dtype": "fp32",
     }
+
+
+def _dispatcher(plan: Plan) -> dict[str, str]:
+    if plan.moe_dispatcher in ("alltoall", "allgather"):
+        return {"moe_token_dispatcher_type": plan.moe_dispatcher}
+    return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": plan.moe_dispatcher}
 
 
 def _layer_frequency(model: Model) -> Iterator[tuple[str, str]]:
