@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.costs.models import cost_models
-from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
+from spsim.costs.static_memory import StaticMemory, dummy_gradients, serving_memory, static_memory
 from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.tasks import Paces
@@ -24,18 +24,19 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.rules import is_single
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.schedules import Schedule
+from spsim.inputs.serving_rules import served
 from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Precision
 from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
 from spsim.program.blocks.optimizer import shard_ranks
-from spsim.program.recipes import program_precision
+from spsim.program.recipes import in_precision, program_precision
 from spsim.program.recompute import layer_kinds
 from spsim.program.sizes import Numbers, products
 from spsim.results import folded
 from spsim.results.added import Added
-from spsim.results.amounts import amounts_of, counted
+from spsim.results.amounts import amounts_of, counted, serving_amounts
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
@@ -53,6 +54,7 @@ from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
+from spsim.step.serving import prepared_serving, serving_chunk
 from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
@@ -75,9 +77,11 @@ def simulate(scenario: Scenario, *, fold: bool = True) -> Result:
         prepared = prepared.marked(perturbed.marks)
     chunk = _chunk(scenario)
     numbers = prepared.template.at(scenario.workload)
-    amounts = amounts_of(scenario, scenario.workload, scenario.scope)
+    own = serving_amounts(scenario) if scenario.is_served else None
+    amounts = own or amounts_of(scenario, scenario.workload, scenario.scope)
     static = static_of(scenario, prepared, chunk, numbers)
-    return assemble(scenario.scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
+    scope = scenario.workload.phase if scenario.is_served else scenario.scope
+    return assemble(scope, scenario, prepared, chunk, numbers, amounts, static, fold=fold, perturbed=perturbed)
 
 
 def side_by_side(scenario: Scenario, seeds: int) -> tuple[Lockstep, Lockstep] | tuple[StagedLockstep, StagedLockstep]:
@@ -112,7 +116,7 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     `simulate` raises.
     """
     scenario = grid.scenario
-    if scenario.plan.pp > 1 or scenario.perturbations.changes or scenario.network == "flows":
+    if scenario.plan.pp > 1 or scenario.perturbations.changes or scenario.network == "flows" or scenario.is_served:
         return None
     prepared = _prepared(scenario, True)
     if prepared.columns is None or is_calibrated(grid.hardware) or has_flags(grid.hardware):
@@ -241,11 +245,16 @@ def _placed(model: Model, plan: Plan, chunk: StageChunk) -> PlacedChunk:
 
 def _chunk(scenario: Scenario) -> Chunk:
     """What a rank runs of a micro-batch."""
+    if scenario.is_served:
+        return serving_chunk(scenario.model, scenario.workload)
     whole = scenario.scope == "step"
     return _runs(scenario.model, scenario.plan, range(scenario.model.layers), embedding=whole, loss=whole)
 
 
 def _prepared(scenario: Scenario, fold: bool) -> PreparedStep:
+    if scenario.is_served:
+        own = in_precision(scenario.workload, precision_of(scenario))
+        return prepared_serving(scenario.model, served(scenario.plan), fold, own)
     prepare = prepared_layer if scenario.scope == "layers" else prepared_step
     precision, single = precision_of(scenario), is_one_sequence(scenario)
     if scenario.scope == "step" and shard_ranks(scenario.plan) > 1:
@@ -265,6 +274,9 @@ def precision_of(scenario: Scenario | Grid) -> Precision:
 
 def static_of(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
+    if scenario.is_served:
+        kept = scenario.model.layers * prepared.template.program.cache_token_bytes
+        return serving_memory(prepared.weight_bytes(chunk), kept, plan, scenario.workload)
     parameters, spread = prepared.parameters(numbers, chunk), prepared.spread_parameters(chunk)
     found = static_memory(parameters, plan, element_bytes, prepared.weight_bytes(chunk), spread)
     if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):

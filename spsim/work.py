@@ -48,6 +48,8 @@ AttentionKernel = Literal[
 in torch."""
 Framework = Literal["transformer_engine", "torch"]
 """What picks a kernel where none is asked for: Megatron-Core through Transformer Engine, or torch by itself."""
+Decoding = Literal["flash_decoding"]
+"""Of one query whatever kernel divides its keys among thread blocks (Dao et al. 2023, flash-decoding)."""
 
 
 KERNEL_PASSES = [f"{kernel}_{direction}" for kernel in get_args(KernelName) for direction in get_args(Direction)]
@@ -117,7 +119,7 @@ class Gemm:
 class FlashAttention:
     """Attention in one kernel, scores never in memory (Dao et al. 2022)."""
 
-    kernel: AttentionKernel | Framework
+    kernel: AttentionKernel | Framework | Decoding
     """By its name, or by that of the framework that picks it."""
     direction: Direction
     batch: int

@@ -33,6 +33,7 @@ OTHER_OPTIONS = {
     "ring_messages": "separate",
     "heads_k_stride": 1,
     "ring_cut": "contiguous",
+    "ring_pass": "q",
     "uneven_heads": "by_group",
     "ulysses_few_kv_heads": "refuse",
     "ulysses_gradients": "reverse",

@@ -34,7 +34,7 @@ VALUES = {
     "gathers_position_ids": (False, True),
     "tp": (1, 2), "sequence_parallel": (False, True), "ulysses": (1, 2), "ring": (1, 2),
     "ring_kind": ("p2p", "all_gather", "gather_permute"), "ring_gradients": ("model_dtype", "fp32"),
-    "ring_messages": ("joint", "concatenated", "separate"), "ring_cut": ("zigzag", "contiguous"),
+    "ring_messages": ("joint", "concatenated", "separate"), "ring_cut": ("zigzag", "contiguous"), "ring_pass": ("kv",),
     "heads_k_stride": (None, 1), "ep": (1, 2), "expert_tp": (None, 1),
     "moe_dispatcher": ("alltoall", "hybridep"),
     "fused_grouped_mlp": (False, True), "fp8_dot_product_attention": (False, True), "fp8_output_proj": (False, True),

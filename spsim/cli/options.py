@@ -69,7 +69,7 @@ NetworkOption = Annotated[
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="fp32, bf16, fp16, fp8, fp8_delayed, mxfp8, fp8_blockwise or nvfp4.")
 ]
-PhaseOption = Annotated[str | None, typer.Option("--phase", help="training; prefill and decode are not simulated yet.")]
+PhaseOption = Annotated[str | None, typer.Option("--phase", help="training, or of inference prefill or decode.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -66,6 +66,19 @@ def _twice_pairs(tokens: Any, window: int) -> Any:
     return smaller(seen * (2 * tokens - seen + 1), tokens * tokens)
 
 
+def serving_flops(model: Model, workload: Workload, *, causal: bool = False) -> int:
+    """FLOPs of all layers in a step of inference, for one replica: tokens that pass see all in the cache, or, `causal`,
+    those up to their own.
+    """
+    total = 0
+    for passage in workload.passages:
+        flops = layer_flops(model, workload.model_copy(update={"seq_len": passage.tokens}))
+        last = passage.tokens * passage.keys
+        seen = last - passage.tokens**2 // 2 if causal and passage.tokens > 1 else last
+        total += flops.linear + flops.attention // passage.tokens**2 * seen
+    return model.layers * total
+
+
 @dataclass(frozen=True, slots=True)
 class HeadFlops:
     """FLOPs of the output layer for one micro-batch, all ranks together. It has no attention, so that both counts of

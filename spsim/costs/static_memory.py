@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.plan import Plan
+from spsim.inputs.workload import Workload
 from spsim.program.blocks.optimizer import expert_shard_ranks, parameter_state, shard_ranks
 from spsim.program.instructions import Program
 from spsim.program.mesh import Mesh
@@ -27,15 +28,18 @@ class StaticMemory:
     weights: int
     gradients: int
     optimizer: int
+    cache: int = 0
+    """Of keys and values, in inference."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.cache
 
     def by_category(self) -> dict[str, int]:
         """Bytes by the category names of the memory curve."""
-        return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        kept = {"KV cache": self.cache} if self.cache else {}
+        return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer, **kept}
 
 
 def static_memory(
@@ -69,6 +73,14 @@ def static_memory(
         copies * held(state.gradient * parameters, sharded=plan.zero_stage >= 2 and not staged),
         held(state.optimizer * parameters, sharded=plan.zero_stage >= 1),
     )
+
+
+def serving_memory(weights: int, token_bytes: int, plan: Plan, workload: Workload) -> StaticMemory:
+    """Weights of inference, and the cache of all sequences of a replica, `token_bytes` for one token: blocks of
+    `kv_block_tokens` are handed out whole (Kwon et al. 2023, arXiv:2309.06180), to each rank of a ring for its tokens.
+    """
+    block, own = workload.kv_block_tokens, -(-workload.seq_len // plan.ring)
+    return StaticMemory(weights, 0, 0, workload.micro_batch * -(-own // block) * block * token_bytes)
 
 
 def dummy_gradients(programs: Iterable[Program], weight_bytes: int) -> int:

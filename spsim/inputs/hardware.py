@@ -37,7 +37,7 @@ from spsim.inputs.kernel_coefficients import (
 from spsim.inputs.plausible import check_profile
 from spsim.inputs.quantities import Bandwidth, Fraction, Microseconds, NonNegative, Provenance, Quantity, Table
 from spsim.inputs.uplinks import Uplinks
-from spsim.work import AttentionKernel, Framework
+from spsim.work import AttentionKernel, Decoding, Framework
 
 PEAK_IDENTITY_TOLERANCE = 0.01
 """Largest relative gap between a 16-bit peak and units x FLOP per clock x clock; a sparse peak is off by 2."""
@@ -321,17 +321,30 @@ class HardwareProfile(Table):
         kept = {name: frozenset(p for p in paths if not p.startswith("fused_rates.")) for name, paths in sets.items()}
         return self.model_copy(update={"coefficients": coefficients, **kept})
 
-    def attention_kernel(self, wanted: AttentionKernel | Framework) -> AttentionKernel:
+    def attention_kernel(self, wanted: AttentionKernel | Framework | Decoding) -> AttentionKernel:
         """A fused attention kernel by its name, or by that of the framework that picks it; `InputError` when the
         profile does not have it.
         """
         coefficients = self.coefficients
+        if wanted == "flash_decoding":
+            return self._decoding_kernel
         if wanted in coefficients.attention_picked:
             return coefficients.attention_picked[wanted].kernel
         if wanted not in coefficients.attention:
             have = ", ".join(coefficients.attention)
             raise InputError(f"attention {wanted!r}: {self.name} has no such kernel; use flash, unfused or {have}")
         return wanted
+
+    @property
+    def _decoding_kernel(self) -> AttentionKernel:
+        known = self.coefficients.attention.items()
+        found = next((name for name, own in known if own.forward.split), None)
+        if found is None:
+            raise InputError(
+                f"hardware {self.name}: no kernel of attention that divides the keys of one query among blocks has "
+                "measured times, and decode needs one; give attention.<kernel>.forward.split, as dgx-h100 has it"
+            )
+        return found
 
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s of a data type; `InputError` when the device does not have it."""

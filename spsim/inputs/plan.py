@@ -41,6 +41,10 @@ class Plan(Configuration):
     ring_messages: Literal["joint", "concatenated", "separate"] = "joint"
     """K and V in one buffer (Transformer Engine), copied into one for each message (torch), or two sends in a batch."""
     ring_cut: Literal["zigzag", "contiguous"] = "zigzag"
+    ring_pass: Literal["kv", "q"] = "kv"
+    """What goes round in a prefill: K and V, or Q, whose partial results are exchanged behind the last step and merged
+    (Yang et al. 2024).
+    """
     ep: Degree = 1
     """Ranks over which the experts of a layer are spread: those of tp, ulysses and ring, and replicas."""
     expert_tp: Degree | None = None

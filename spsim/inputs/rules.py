@@ -10,14 +10,13 @@ from spsim.inputs.effects import deals_out_groups, own_kv_heads, reasons, settin
 from spsim.inputs.expert_rules import check_experts
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.serving_rules import check_serving, served, served_unit
 from spsim.inputs.step_rules import check_step, refused_count
 from spsim.inputs.workload import ROW_UNITS, Workload, Workloads
 
 if TYPE_CHECKING:
     from spsim.inputs.hardware import HardwareProfile
 
-PENDING = frozenset({"phase"})
-"""Options, or options at a value, that are not simulated yet."""
 OF_REPLICAS = frozenset({
     "zero=2", "zero=3", "dp_library", "fsdp_ends", "shard_group", "bucket_elements", "dp_overlap", "grad_dtype",
 })  # fmt: skip
@@ -30,17 +29,9 @@ MAX_DIFFERING = 256
 
 def check_shapes(model: Model, plan: Plan, workload: Workload) -> None:
     """The rules between model, plan and workload, whatever the hardware; `InputError` names the first broken."""
+    plan = plan if workload.phase == "training" else served(plan)
     for check in _CHECKS:
         check(model, plan, workload)
-
-
-def _check_phase(model: Model, plan: Plan, workload: Workload) -> None:
-    sharded = plan.ulysses * plan.ring > 1 or (plan.sequence_parallel and plan.tp > 1)
-    if workload.phase == "decode" and sharded:
-        raise InputError(
-            f"plan: {plan.label} with phase 'decode': one new token has no sequence to shard; "
-            "use tp without sequence_parallel, ulysses or ring"
-        )
 
 
 def _check_heads(model: Model, plan: Plan, workload: Workload) -> None:
@@ -148,8 +139,10 @@ def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
         "heads x head_dim / tp": model.heads * model.head_dim // plan.tp,
         **(fused if gathers_qkv(model, plan) else own),
         "ffn_hidden / tp": model.ffn_hidden // plan.tp,
-        "micro_batch x seq_len / sequence shards": workload.micro_batch * workload.seq_len // _sequence_shards(plan),
     }
+    if workload.phase != "decode":  # engines pad the few tokens of a decode
+        tokens = workload.micro_batch * workload.seq_len
+        widths["micro_batch x seq_len / sequence shards"] = tokens // _sequence_shards(plan)
     for name, width in widths.items():
         if width % unit:
             raise InputError(
@@ -208,7 +201,8 @@ def _check_window(model: Model, plan: Plan, workload: Workload) -> None:
 
 def _check_sequence(model: Model, plan: Plan, workload: Workload) -> None:
     seq_len = workload.seq_len
-    unit = sequence_unit(model, plan)
+    training = workload.phase == "training"
+    unit = sequence_unit(model, plan) if training else served_unit(plan, workload)
     if seq_len % unit:
         below, above = seq_len // unit * unit, -(-seq_len // unit) * unit
         near = f"{below} or {above}" if below else f"{above}"
@@ -232,13 +226,6 @@ def _check_batch(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
-def _check_pending(model: Model, plan: Plan, workload: Workload) -> None:
-    for owner in (workload, plan):
-        for name, value in owner.unlike({}).items():
-            if not PENDING.isdisjoint((name, f"{name}={value}")) and not reasons(model, plan).get(name):
-                raise InputError(f"{setting(name, value)}: not simulated yet; leave it at its default")
-
-
 def check_scope(model: Model, plan: Plan, scope: str) -> None:
     """The rules of what is simulated; `InputError` names the broken one. Layers alone leave the replicas of a library,
     other than those that are asked for, out.
@@ -253,9 +240,9 @@ def check_scope(model: Model, plan: Plan, scope: str) -> None:
 
 
 _CHECKS = (
-    _check_phase, check_experts, _check_heads, _check_head_slices, _check_kv_heads, _check_widths, _check_rows,
+    check_serving, check_experts, _check_heads, _check_head_slices, _check_kv_heads, _check_widths, _check_rows,
     _check_window,
-    _check_sequence, _check_batch, check_step, _check_pending,
+    _check_sequence, _check_batch, check_step,
 )  # fmt: skip
 
 

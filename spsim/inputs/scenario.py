@@ -20,6 +20,7 @@ from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.presets import load_model, model_of
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.rules import check_nodes, check_scope, check_shapes, gpus_per_node
+from spsim.inputs.serving_rules import serving_notes
 from spsim.inputs.words import unknown_key
 from spsim.inputs.workload import Workload
 
@@ -127,6 +128,11 @@ class Scenario(Shapes):
 
     @model_validator(mode="after")
     def _check_scope(self) -> Self:
+        if self.scope == "layers" and self.workload.phase != "training":
+            raise InputError(
+                f"scope = 'layers' with phase {self.workload.phase!r}: of inference the whole step is simulated; "
+                "use scope = 'step'"
+            )
         if self.scope == "layers" and self.plan.pp > 1:
             raise InputError(
                 f"scope = 'layers' with pp = {self.plan.pp}: layers alone are those of one stage; use scope = 'step'"
@@ -149,6 +155,11 @@ class Scenario(Shapes):
         """The same under other perturbations, whatever `Perturbations.of` takes; of none it is unperturbed."""
         own = {name: getattr(self, name) for name in type(self).model_fields}
         return Scenario(**{**own, "perturbations": perturbations})
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it is inference, not training."""
+        return self.workload.phase != "training"
 
     @property
     def global_batch(self) -> int:
@@ -177,6 +188,7 @@ class Scenario(Shapes):
         """Parts of the model that are left out, and settings without effect, said once."""
         return (
             *notes_of(self.model, self.plan, self.scope),
+            *serving_notes(self.model, self.plan, self.workload),
             *on_nodes(self.plan, self.plan.gpus // self.gpus_per_node),
             *unfused_softmax(self.model, self.plan, self.workload),
             *(("network = 'flows': transfers that are under way at once share links",) * (self.network == "flows")),

@@ -18,6 +18,9 @@ WORKLOAD = {
     "micro_batch": ("micro_batch_size", "mbs", "train_micro_batch_size_per_gpu", "local_batch_size"),
     "global_batch": ("global_batch_size", "gbs", "train_batch_size"),
     "precision": ("dtype", "torch_dtype"),
+    "chunk_tokens": ("chunked_prefill_size", "chunk_size"),
+    "kv_cache_dtype": ("kv_dtype",),
+    "kv_block_tokens": ("block_size",),
 }
 """Option of a workload -> its names elsewhere."""
 
@@ -57,6 +60,9 @@ PRECISIONS = {
     ),
     **dict.fromkeys(("fp4", "nvfp4blockscaling", "bf16_with_nvfp4_mixed"), "nvfp4"),
 }
+
+
+PHASES = {"train": "training"}
 
 
 def plain(word: str) -> str:

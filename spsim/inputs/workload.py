@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
@@ -35,8 +35,23 @@ def product_type(precision: str) -> str:
     return "fp8" if precision == "fp8_delayed" else precision
 
 
+Phase = Literal["training", "prefill", "decode"]
+CacheType = Literal["auto", "bf16", "fp8"]
+
+
+def _phase(value: Any) -> Any:
+    return words.PHASES.get(words.plain(value), words.plain(value)) if isinstance(value, str) else value
+
+
 def _precision(value: Any) -> Any:
     return words.PRECISIONS.get(words.plain(value), words.plain(value)) if isinstance(value, str) else value
+
+
+class Passage(NamedTuple):
+    """Tokens of a sequence that pass together, and up to which position they see it: those before are in the cache."""
+
+    tokens: int
+    keys: int
 
 
 class Workload(Configuration):
@@ -50,7 +65,16 @@ class Workload(Configuration):
     """Sequences of one micro-batch on one replica."""
     global_batch: Annotated[int, Field(ge=1, le=2**30)] | None = None
     """Sequences of a step over all replicas."""
-    phase: Literal["training", "prefill", "decode"] = "training"
+    phase: Annotated[Phase, BeforeValidator(_phase)] = "training"
+    """Of inference, forward only: `prefill` passes a prompt of `seq_len` tokens and makes the first token after it,
+    `decode` passes one token of each sequence, the last of `seq_len`, and makes the next.
+    """
+    chunk_tokens: Annotated[int, Field(ge=1, le=2**30), BeforeValidator(tokens)] | None = None
+    """Tokens of a prompt that a prefill passes at once, one chunk after another; all of them unless given."""
+    kv_cache_dtype: CacheType = "auto"
+    """In which keys and values are kept; `auto` is that of activations."""
+    kv_block_tokens: Annotated[int, Field(ge=1, le=2**16)] = 16
+    """Tokens of a block of the cache, which is handed out whole (`--block-size` of vLLM)."""
     precision: Annotated[Precision, BeforeValidator(_precision)] = "bf16"
 
     @property
@@ -62,6 +86,20 @@ class Workload(Configuration):
     def element_bytes(self) -> int:
         """Of one element of an activation or weight."""
         return ELEMENT_BYTES[self.precision]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one element of the cache of keys and values."""
+        return {"auto": self.element_bytes, "bf16": 2, "fp8": 1}[self.kv_cache_dtype]
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """The passes of a step of inference, one after another."""
+        if self.phase == "decode":
+            return (Passage(1, self.seq_len),)
+        size = self.chunk_tokens or self.seq_len
+        ends = (*range(size, self.seq_len, size), self.seq_len)
+        return tuple([Passage(end - begin, end) for begin, end in zip((0, *ends), ends, strict=False)])
 
 
 @dataclass(frozen=True, slots=True)

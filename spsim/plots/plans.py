@@ -28,7 +28,7 @@ def plot_plans(accounts: Sequence[PlanAccount]) -> Figure:
 
 def time_fall(accounts: Sequence[PlanAccount]) -> Waterfall:
     """Of the whole step, or of one layer where layers are all there is, exposed communication as one bar."""
-    whole = accounts[0].result.scope == "step"
+    whole = accounts[0].result.scope != "layers"
     title = "Time of the step" if whole else "Time of one layer, forward and backward"
     sides = [account.step if whole else account.layer for account in accounts]
     scale, unit = _time_unit(max(sum(parts.values()) for parts in sides))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from spsim.inputs.plan import Plan
 from spsim.program.casts import SCALE_BYTES, Reading
@@ -41,16 +42,19 @@ Key = tuple[str, Layout, str]
 
 
 def compile_region(
-    region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None
-) -> Program:
+    region: Region, plan: Plan, *, causal: bool, keep_weights: bool = False, kind: LayerKind | None = None,
+    forward_only: bool = False,
+) -> Program:  # fmt: skip
     """The program of a block for plans with the degrees of its mesh; ring attention is a gather here, until
     `lowerings.ring.lower_ring`.
 
     With `keep_weights` weights that the forward pass gathers stay for the backward pass, which else gathers them again
-    (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does.
+    (`reshard_after_forward` of FSDP2). `kind` says what of the block is recomputed, else the plan does. `forward_only`
+    there is no backward pass, and nothing is kept for one.
     """
     again = recomputed([op.operator for op in region.operators], kind or usual_kind(plan))
-    return categorise(_Compiler(region, plan, causal, keep_weights, again).compile(), region.resting.keys())
+    compiler = _Compiler(region, plan, causal, keep_weights, again)
+    return compiler.compile_forward() if forward_only else categorise(compiler.compile(), region.resting.keys())
 
 
 class _Compiler:
@@ -80,28 +84,32 @@ class _Compiler:
 
     def compile(self) -> Program:
         """Forward, then backward from the gradient of the block's output."""
-        produced = self.region.produced
-        entries = tuple([self._hold(produced[entry.name], "forward") for entry in self.region.entries])
-        for op in self.operators:
-            self._run_forward(op, "forward")
-        forward, self.instructions = Section(tuple(self.instructions)), []
-        outputs = tuple(self.values[e.name, produced[e.name].layout, "forward"] for e in self.region.exits)
-        output_gradients = tuple(map(self._gradient_from_outside, self.region.exits, outputs))
+        made = self.compile_forward()
+        output_gradients = tuple(map(self._gradient_from_outside, self.region.exits, made.outputs))
         self._run_backward_pass()
-        return Program(
-            forward_sections=(forward,),
+        return replace(
+            made,
             backward_sections=(Section(tuple(self.instructions)),),
+            output_gradients=output_gradients,
             input_gradients=tuple(self.collected[e.name] for e in self.region.entries if e.kind == "activation"),
             saved=tuple(self.saving.kept(keep_weights=self.keep_weights)),
             weight_sync=self.region.weight_syncs,
-            parameters=self.region.parameters,
-            weight_bytes=self.region.weight_bytes,
-            weight_casts=self.region.weight_casts,
-            inputs=entries,
-            outputs=outputs,
-            output_gradients=output_gradients,
-            weights=self.region.weight_tensors,
         )
+
+    def compile_forward(self) -> Program:
+        """Forward alone, and nothing is kept."""
+        region, produced = self.region, self.region.produced
+        entries = tuple([self._hold(produced[entry.name], "forward") for entry in region.entries])
+        for op in self.operators:
+            self._run_forward(op, "forward")
+        forward, self.instructions = Section(tuple(self.instructions)), []
+        outputs = tuple(self.values[e.name, produced[e.name].layout, "forward"] for e in region.exits)
+        return Program(
+            (forward,), backward_sections=(), saved=(), weight_sync=(), parameters=region.parameters, inputs=entries,
+            outputs=outputs, output_gradients=(), input_gradients=(), weights=region.weight_tensors,
+            weight_bytes=region.weight_bytes, weight_casts=region.weight_casts,
+            cache_token_bytes=region.cache_token_bytes,
+        )  # fmt: skip
 
     # Instructions and buffers
 
@@ -111,7 +119,8 @@ class _Compiler:
 
     def _hold(self, output: PlacedOperand, generation: str, over: Buffer | None = None) -> Buffer:
         """The buffer of an output, `over` another where it is written in place."""
-        buffer = self._buffer(output.name, output.bytes, alias_of=over.root if over else None)
+        size = 0 if output.tensor.kind == "cache" else output.bytes  # a cache is there for the whole step
+        buffer = self._buffer(output.name, size, alias_of=over.root if over else None)
         self.values[output.name, output.layout, generation] = buffer
         return buffer
 
@@ -120,14 +129,9 @@ class _Compiler:
         return self.num_instructions - 1
 
     def _compute(
-        self,
-        operator: str,
-        kind: KernelClass,
-        part: Part,
-        work: tuple[Work | None, ...],
-        reads: Iterable[Buffer],
+        self, operator: str, kind: KernelClass, part: Part, work: tuple[Work | None, ...], reads: Iterable[Buffer],
         writes: Iterable[Buffer],
-    ) -> None:
+    ) -> None:  # fmt: skip
         read = tuple(dict.fromkeys([buffer.id for buffer in reads]))
         self.instructions.append(Compute(self._next(), operator, kind, part, work, read, tuple(writes)))
 
@@ -326,13 +330,9 @@ class _Compiler:
                 self.gradients[operand.name].append((operand.gradient, passed[0]))
 
     def _run_product_backward(
-        self,
-        op: PlacedOperator,
-        kernels: Product,
-        gradients: list[Buffer],
-        saved: dict[str, Buffer],
+        self, op: PlacedOperator, kernels: Product, gradients: list[Buffer], saved: dict[str, Buffer],
         weights: list[Buffer],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Data gradients first, then the weight gradient: Megatron's order, which hides communication."""
         made = dict(zip([output.name for output in op.results], gradients, strict=True))
         if op.operator.recipe:

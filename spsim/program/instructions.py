@@ -182,6 +182,8 @@ class Program:
     """Of the parameters, all copies of those that products read cast."""
     weight_casts: tuple[MemoryBound, ...] = ()
     """Kernels that make these copies, once a step."""
+    cache_token_bytes: int = 0
+    """Of the cache, on one rank, for one token of one sequence."""
 
     @property
     def sections(self) -> tuple[Section, ...]:

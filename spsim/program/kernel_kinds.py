@@ -6,6 +6,7 @@ import math
 from collections.abc import Set
 
 from spsim.lazy import lazy
+from spsim.program.cached import CachedAttention, CacheWrite
 from spsim.program.kernels import Attention, Casting, Kernels, Lookup, Product
 from spsim.program.launches import Launch, Launches
 from spsim.program.placed import PlacedOperator
@@ -74,6 +75,10 @@ class InEpilogue(Kernels):
 
 def kernels_of(placed: PlacedOperator, gathered: Set[str] = frozenset()) -> Kernels:
     """The kernels of an operator."""
+    if any(operand.tensor.kind == "cache" for operand in placed.outputs):
+        return CacheWrite(placed, gathered)
+    if placed.operator.kind == "attention" and any(operand.tensor.kind == "cache" for operand in placed.inputs):
+        return CachedAttention(placed, gathered)
     kind = Separate if placed.operator.launches else _KINDS.get(placed.operator.kind, Kernels)
     if placed.operator.group == "epilogue":
         kind = InEpilogue

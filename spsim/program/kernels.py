@@ -357,9 +357,9 @@ class Attention(Kernels):
         self, direction: Direction, queries: int, keys: int, twice_pairs: int, *, causal: bool, window: int = 0
     ) -> FlashAttention:
         """One flash kernel of `queries` x `keys`, of which `twice_pairs` / 2 are computed, or what a window leaves."""
-        if len(self.placed.activations) != 3 or len(self.placed.results) != 1:
+        if len(self.placed.handed_over) != 3 or len(self.placed.results) != 1:
             raise self._refuse("attention takes queries, keys and values, and makes one result")
-        of_queries, of_keys, of_values = self.placed.activations
+        of_queries, of_keys, of_values = self.placed.handed_over
         batch, width, value_width = self._batch, self._width(of_queries), self._width(of_values)
         heads = self._product(self._heads)
         kv_heads = of_keys.elements // (self.placed.sizes["j"] * batch * width)

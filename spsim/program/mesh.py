@@ -12,14 +12,16 @@ from typing import Literal, cast, get_args
 from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
-Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding", "experts"]
-AXES: tuple[Axis, ...] = get_args(Axis)[:-2]
+Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding", "experts", "model"]
+AXES: tuple[Axis, ...] = get_args(Axis)[:-3]
 """Mesh axes, outer to inner unless a plan orders them otherwise: consecutive ranks differ in tp, and stages of a
 pipeline follow each other. Inside dp have axes of their own, where they are not all replicas: those that share one copy
-of what is sharded (shard), and those over which experts are spread (ep). The last two are no axes of the grid:
-`embedding` are the two ends of pp, which hold tied embeddings, `experts` all ranks over which experts are spread, where
-these lie along several axes.
+of what is sharded (shard), and those over which experts are spread (ep). The last three are no axes of the grid:
+`embedding` are the two ends of pp, which hold tied embeddings, `experts` all ranks over which experts are spread, and
+`model` those that share weights in a decode, where these lie along several axes.
 """
+MODEL: tuple[Axis, ...] = ("ring", "tp")
+"""Along which weights are cut in a decode."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Mesh:
 
     def degree(self, axis: Axis) -> int:
         """Ranks along an axis."""
-        if axis == "experts":
-            return self.size(self.of_experts)
+        if axis in ("experts", "model"):
+            return self.size(self.own([axis]))
         return min(2, self.degree("pp")) if axis == "embedding" else self.degrees.get(axis, 1)
 
     @lazy
@@ -55,7 +57,8 @@ class Mesh:
 
     def own(self, axes: Sequence[Axis]) -> list[Axis]:
         """Axes of the grid that some axes stand for."""
-        found = [own for axis in axes for own in (self.of_experts if axis == "experts" else (axis,))]
+        several: dict[Axis, tuple[Axis, ...]] = {"experts": self.of_experts, "model": MODEL}
+        found = [own for axis in axes for own in several.get(axis, (axis,))]
         return ["pp" if axis == "embedding" else axis for axis in found]
 
     @lazy
@@ -119,7 +122,7 @@ class Mesh:
 
     def steps(self, axes: Sequence[Axis]) -> list[tuple[int, int]]:
         """Distance and number of the ranks of a group along each of some axes, outer to inner."""
-        names = {*axes, *(self.of_experts if "experts" in axes else ())}
+        names = {*axes, *self.own([axis for axis in axes if axis in ("experts", "model")])}
         own = [(self.strides[axis], self.degree(axis)) for axis in self.axes if axis in names]
         if "embedding" in axes:
             own.append((self.strides["pp"] * (self.degree("pp") - 1), self.degree("embedding")))

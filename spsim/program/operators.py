@@ -27,19 +27,20 @@ from spsim.program.mesh import Axis, Mesh
 from spsim.program.placement import PARTIAL, REPLICATE, Extent, Layout, Placement, factors, shard
 from spsim.program.recipes import Cast, Recipe
 from spsim.program.strategies import Rules, SplitRule
-from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Framework, KernelClass, KernelName
+from spsim.work import MAIN_GRADIENT_BYTES, AttentionKernel, Decoding, Framework, KernelClass, KernelName
 
 TensorKind = Literal[
     "activation", "token ids", "weight", "constant", "mask", "norm statistics", "log-sum-exp", "statistics", "loss",
-    "probabilities", "intermediate",
+    "probabilities", "intermediate", "cache",
 ]  # fmt: skip
 """`statistics` are handed to other operators as activations are, but have no gradient: what a loss knows of all logits
 of a token. A `loss` is handed to nobody: where it is made, the backward pass begins. `probabilities` are kept by it.
 An `intermediate` is what an operator of several kernels keeps of those within it; it counts as an activation.
+A `cache` holds the keys or values of all tokens so far, for the whole step and beyond.
 """
 
 Grouping = Literal["launched", "kernel", "epilogue"]
-HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics")
+HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics", "cache")
 """Kinds of inputs that come from other operators or from outside."""
 LAGGED = "s-"
 """Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
@@ -92,7 +93,7 @@ class Operator:
     input."""
     kernel: KernelName | None = None
     """What a memory-bound operator computes, if a profile may know its rates."""
-    attention_kernel: AttentionKernel | Framework = "transformer_engine"
+    attention_kernel: AttentionKernel | Framework | Decoding = "transformer_engine"
     """Which fused kernel computes core attention."""
     window: int | None = None
     """Keys that a query of core attention looks back at, itself included; all unless given."""
@@ -180,7 +181,8 @@ class Operator:
     @property
     def subscripts(self) -> str:
         """The einsum form, for people: operands of equal dimensions are named once."""
-        sides = (dict.fromkeys(" ".join(o.subscript) for o in side) for side in (self.inputs, self.results))
+        made = [operand for operand in self.outputs if operand.tensor.kind in ("activation", "cache")]
+        sides = (dict.fromkeys(" ".join(o.subscript) for o in side) for side in (self.inputs, made))
         return " -> ".join(", ".join(side) for side in sides)
 
     def split(self, rule: SplitRule) -> str | None:

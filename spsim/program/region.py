@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -81,14 +81,17 @@ class Region:
         named: Mapping[str, Rules] = MappingProxyType({}),
         elsewhere: Set[str] = frozenset(),
         routed: Routed | None = None,
+        joined: Collection[Axis] = (),
     ) -> None:
         """`rules` are those of the block, `named` those of operators that name theirs. Weights that another block of
         the same rank has are `elsewhere`: counted and synchronised there. Tokens are `routed` to experts by a library
-        with kernels of its own.
+        with kernels of its own. Sums and gathers along all axes that are `joined` are one among all their ranks,
+        `model`.
         """
         self.routed = routed
         self.mesh = mesh
         self._elsewhere = elsewhere
+        self._joined = joined
         own = [named.get(op.rules, rules) for op in operators]
         self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
         self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
@@ -133,7 +136,7 @@ class Region:
             return ()
         key = (tensor.name, source, target, backward)
         if key not in self._moves:
-            steps = self._of_experts(redistribute(source, target, backward=backward))
+            steps = self._of_model(self._of_experts(redistribute(source, target, backward=backward)))
             self._moves[key] = self._with_sorting(tensor, [self._move(tensor, step) for step in steps])
         return self._moves[key]
 
@@ -158,15 +161,25 @@ class Region:
                 steps = [*steps[:at], joined, *steps[at + len(own) :]]
         return steps
 
+    def _of_model(self, steps: list[Redistribution]) -> list[Redistribution]:
+        """Equal collectives along all axes along which weights are cut are one among all their ranks."""
+        axes, kinds = [step.axis for step in steps], {step.collective for step in steps}
+        alike = len(kinds) == 1 and kinds <= {"all_reduce", "all_gather"}
+        if not self._joined or {*axes} != {*self._joined} or not alike:
+            return steps
+        return [replace(steps[0], axis="model", target=steps[-1].target)]
+
     def _move(self, tensor: Tensor, step: Redistribution) -> Move:
         cast = 0
         if tensor.summed_itemsize not in (None, tensor.itemsize) and step.collective in SUMMING:
             tensor = tensor._replace(itemsize=tensor.summed_itemsize)
             cast = self.bytes_of(tensor, step.source)
         ranks, message = self.mesh.degree(step.axis), message_bytes(step, tensor, self.mesh)
-        sent = sent_bytes(step.collective, message, ranks) if step.collective else 0
-        size = self.bytes_of(tensor, step.target)
-        move = Move(step.axis, step.collective, step.source, step.target, ranks, message, sent, size, None, cast)
+        size, collective = self.bytes_of(tensor, step.target), step.collective
+        if collective == "all_gather" and size == self.bytes_of(tensor, step.source):
+            collective = None  # heads fewer than ranks, of which these have the same
+        sent = sent_bytes(collective, message, ranks) if collective else 0
+        move = Move(step.axis, collective, step.source, step.target, ranks, message, sent, size, None, cast)
         if not self.routed or step.collective != "all_to_all" or step.axis not in ("ep", "experts"):
             return move
         way: Literal["dispatch", "combine"] = "dispatch" if move.to_experts else "combine"
@@ -214,12 +227,24 @@ class Region:
         )
 
     @property
+    def cache_token_bytes(self) -> int:
+        """Of what the block keeps of one token of one sequence, on one rank."""
+        kept = (output for op in self.operators for output in op.outputs if output.tensor.kind == "cache")
+        return sum(local_bytes(_of_one_token(own.tensor), own.layout, self.mesh) for own in kept)
+
+    @property
     def _cast_weights(self) -> Iterator[tuple[Recipe, PlacedOperand]]:
         for op in self.operators:
             kernels = self.kernels[op.name]
             if op.operator.recipe and isinstance(kernels, Product):
                 for matrix in kernels.matrices:
                     yield op.operator.recipe, matrix
+
+
+def _of_one_token(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is of one token of one sequence."""
+    sizes = zip(tensor.dims, tensor.sizes, strict=True)
+    return tensor._replace(sizes=tuple([1 if dim in ("s", "j", "b") else size for dim, size in sizes]))
 
 
 def _placed(operator: Operator, rules: Rules, mesh: Mesh) -> PlacedOperator:

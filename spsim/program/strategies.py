@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spsim.inputs.plan import Plan
+from spsim.inputs.workload import Phase
 from spsim.program.mesh import Axis
 
 
@@ -41,6 +42,35 @@ def split_rules(plan: Plan) -> dict[Axis, SplitRule]:
 
 
 WHOLE_SEQUENCE, WHOLE_VOCABULARY, EXPERTS = "whole sequence", "whole vocabulary", "experts"
+
+
+def serving_rules(plan: Plan, phase: Phase) -> dict[Axis, SplitRule]:
+    """The same of inference. In a prefill the cache lies where its tokens have passed: core attention is split by its
+    queries, which K and V go round to (pass-KV), or by its keys, to which queries go (pass-Q; Yang et al. 2024,
+    arXiv:2411.01783). One new token has no sequence to split: ulysses, and tp with sequence parallelism, split the
+    batch; ranks of a ring share the cache by its tokens and all weights as ranks of tp do (decode context parallelism
+    of vLLM; Helix parallelism, Bhatia et al. 2025, arXiv:2507.07120).
+    """
+    if phase != "decode":
+        keys = ("s", "j") if plan.ring_pass == "kv" else ("j",)
+        return {**split_rules(plan), "ring": SplitRule(("s",), keys)}
+    tp = ("a", "f", "u", "v", "b") if plan.sequence_parallel else ("a", "f", "u", "v")
+    return {
+        **split_rules(plan),
+        "ring": SplitRule(("a", "f", "u", "v"), ("j",)),
+        "ulysses": SplitRule(("b",), ("a",)),
+        "tp": SplitRule(tp, ("a",)),
+    }
+
+
+def named_serving_rules(plan: Plan, phase: Phase) -> dict[str, Rules]:
+    """Those of operators that name theirs: the last token of a prompt is picked from all that tp has, and of a logit
+    each rank reads the whole vocabulary.
+    """
+    own, whole = serving_rules(plan, phase), SplitRule((), ())
+    alone = serving_rules(plan.model_copy(update={"sequence_parallel": False}), phase)
+    by_vocabulary: list[Axis] = [axis for axis, rule in own.items() if "v" in rule.token_wise]
+    return {WHOLE_SEQUENCE: alone, WHOLE_VOCABULARY: {**own, **dict.fromkeys(by_vocabulary, whole)}}
 
 
 def named_rules(plan: Plan) -> dict[str, Rules]:

@@ -5,12 +5,14 @@ Where programs of a `single` sequence are others (`rules.is_single`), for those.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from math import gcd, lcm
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
-from spsim.inputs.workload import Precision
+from spsim.inputs.serving_rules import batch_unit, served_unit
+from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
 from spsim.program.assembly import (
     compile_embedding,
@@ -27,6 +29,7 @@ from spsim.program.assembly import (
 from spsim.program.instructions import LAYER
 from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.routing import routing_of
+from spsim.program.serving import serving_programs
 from spsim.program.sizes import Template, every_workload
 from spsim.units import MIB
 
@@ -100,3 +103,29 @@ def head_template(
     return _templates.get(
         key, lambda: Template(compile_head(model, plan, every_workload(unit, precision), **options), unit)
     )
+
+
+def serving_key(model: Model, plan: Plan, workload: Workload) -> tuple[Hashable, ...]:
+    """What the programs of a step of inference depend on, but for the sizes that a template holds for all workloads."""
+    sizes = (workload.seq_len, workload.micro_batch, workload.passages) if _of_one(plan, workload) else ()
+    return model, plan, workload.phase, workload.precision, workload.cache_bytes, *sizes
+
+
+def _of_one(plan: Plan, workload: Workload) -> bool:
+    """Whether a template holds for one workload: where a prompt passes in chunks, or a batch is cut."""
+    return len(workload.passages) > 1 or batch_unit(plan, workload) > 1
+
+
+def serving_template(model: Model, plan: Plan, workload: Workload) -> Template:
+    """The programs of a step, if they can be for every workload."""
+
+    def compiled() -> Template:
+        unit, own = 1, workload
+        if not _of_one(plan, workload):
+            unit = served_unit(plan, workload)
+            every = every_workload(unit, workload.precision)
+            own = workload.model_copy(update={"seq_len": every.seq_len, "micro_batch": every.micro_batch})
+        programs = serving_programs(model, plan, own)
+        return Template(programs.pop(LAYER), unit, others=programs)
+
+    return _templates.get(serving_key(model, plan, workload), compiled)

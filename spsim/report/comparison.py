@@ -8,6 +8,7 @@ from rich.table import Table
 
 from spsim.report.table import table
 from spsim.report.words import (
+    STEP_NAME,
     band_parts,
     collective_counts,
     far_off,
@@ -52,19 +53,25 @@ def _plan_rows(account: PlanAccount) -> Iterable[tuple[str, str]]:
     if result.attention:
         yield "attention", result.attention
     yield "layer forward", time(result.layer_forward_s)
-    yield "layer backward", time(result.layer_backward_s)
-    yield "step time", time(result.step_time_s)
+    if not result.is_served:
+        yield "layer backward", time(result.layer_backward_s)
+    yield STEP_NAME.get(result.scope, "step time"), time(result.step_time_s)
     if result.error_band is not None:
         yield "error band", band_parts(result.error_band).replace(", ", "\n")
     yield "throughput", f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU"
     yield "peak memory", f"{size(result.peak_memory_gib * GIB)}, at {result.peak_operator}"
     yield "device memory", f"{size(result.device_memory_gib * GIB)} of {result.capacity_gib:.1f} GiB"
     yield (
-        "fits" if result.scope == "step" else f"fits, {result.scope} only",
+        "fits" if result.scope == "step" or result.is_served else f"fits, {result.scope} only",
         "yes" if result.fits else f"no, from {result.out_of_memory_at} on",
     )
-    yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB"
-    for phase, counts in result.collectives_per_layer.items():
+    if result.is_served:
+        yield "KV cache", size(result.kv_cache_gib * GIB)
+        yield "largest batch that fits", str(result.largest_micro_batch)
+    else:
+        yield "kept per layer", f"{result.activation_bytes_per_layer / MIB:.1f} MiB"
+    for phase in result.prepared.passes:
+        counts = result.collectives_per_layer[phase]
         yield f"collectives, {phase}", collective_counts(counts)
     sent = result.comm_bytes_per_gpu_by_op.items()
     yield (

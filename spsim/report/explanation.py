@@ -24,16 +24,21 @@ def explanation_table(explanation: Explanation) -> Table:
         made.add_row(
             row.operator, row.subscripts, APPLIES_SHORT.get(row.applies, row.applies), row.why, _placed(row),
             f"{row.flops / 1e9:.1f}" if row.flops else "–",
-            f"{row.bytes_moved / MIB:.1f}", f"{row.saved_bytes_without / MIB:.1f} → {row.saved_bytes_with / MIB:.1f}",
+            f"{row.bytes_moved / MIB:.1f}",
+            f"{row.saved_bytes_without / MIB:.1f} → {row.saved_bytes_with / MIB:.1f}" if explanation.parts else "–",
             "\n".join(_communication(item) for item in row.communication) or "–",
         )  # fmt: skip
     made.caption = (
-        "May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. Kept for "
-        f"backward: {explanation.without} → {explanation.with_}. Dimensions: s sequence, j key positions, "
+        "May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. "
+        f"{_kept(explanation)}Dimensions: s sequence, j key positions, "
         f"b micro-batch, h hidden, a heads, d head size, f MLP width, g gate{_of_experts(explanation)}. {COLLECTIVES}"
     )
     made.caption_justify = "left"
     return made
+
+
+def _kept(explanation: Explanation) -> str:
+    return f"Kept for backward: {explanation.without} → {explanation.with_}. " if explanation.parts else ""
 
 
 def _of_experts(explanation: Explanation) -> str:

@@ -15,7 +15,6 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.plan_words import elsewhere
 from spsim.inputs.presets import PRESETS
 from spsim.inputs.profiles import load_profile, profile_names
-from spsim.inputs.rules import PENDING
 from spsim.report.table import table
 from spsim.units import GIB, MIB
 
@@ -85,6 +84,9 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ring_gradients": "dK and dV go round in the model's dtype, P - 1 trips, or in fp32, P trips",
     "ring_messages": "K and V in one buffer, copied into one for each message, or two sends in a batch",
     "ring_cut": "how a ring cuts a causal sequence: evenly in work, or in one piece a GPU",
+    "ring_pass": "in a prefill K and V go round, or Q, whose partial results are exchanged and merged (pass-Q)",
+    "fp8_dot_product_attention": "core attention in 8 bits, where products are",
+    "fp8_output_proj": "the output layer in 8 bits, where products are",
     "ep": "GPUs that experts are spread over: those of tp, ulysses and ring, and replicas",
     "expert_tp": "GPUs that share an expert: tp unless given, or 1",
     "moe_dispatcher": "tokens to experts by NCCL's all-to-all, by a gather, or by DeepEP or HybridEP",
@@ -146,7 +148,7 @@ def plan_table() -> Table:
     for name, meaning in PLAN_OPTIONS.items():
         field = Plan.model_fields[name]
         values, others = _values(field.annotation, name), ", ".join(elsewhere(name))
-        made.add_row(name, values, _shown(field.default), meaning + _pending(name), others)
+        made.add_row(name, values, _shown(field.default), meaning, others)
     made.caption = (
         "For instance tp=8,sequence_parallel,recompute=selective; a bare switch is true. Labels are plans too: TP8+SP, "
         "Ulysses 8, TP2 × Ring 4, TP8+SP × PP8×VP3 × DP4+ZeRO-1. cp is ring, or ulysses with cp_comm_type=a2a. "
@@ -154,13 +156,6 @@ def plan_table() -> Table:
     )
     made.caption_justify = "left"
     return made
-
-
-def _pending(name: str) -> str:
-    values = sorted(text.partition("=")[2] for text in PENDING if text.startswith(f"{name}="))
-    if name in PENDING or values:
-        return f" ({'' if name in PENDING else ' and '.join(values) + ' '}not simulated yet)"
-    return ""
 
 
 def _values(annotation: Any, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from spsim.report.table import table
-from spsim.report.words import band, collective_counts, far_off, figure, gpus, missed, size, time
+from spsim.report.words import STEP_NAME, band, collective_counts, far_off, figure, gpus, missed, size, time
 from spsim.results.accounts import IDLE, PEERS, STAGES
 from spsim.results.derived import FITS_SCOPE, STATIC
 from spsim.results.result import Result
@@ -29,6 +29,8 @@ SCOPE_NOTE = {
     "layers": "transformer layers only: no embedding, head, loss or optimizer step",
     "module": "passes of the module, gradients summed, optimizer",
     "passes": "passes of the module only",
+    "prefill": "from the prompt to the first token after it",
+    "decode": "from a token of each sequence to the next",
 }
 
 
@@ -53,15 +55,14 @@ def figures_table(result: Result, title: str = "") -> Table:
 def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
     counts = result.collectives_per_layer
     layers, micro_batches = result.scenario.model.layers, result.scenario.num_micro_batches
-    yield (
-        "step time",
-        time(result.step_time_s),
-        f"{layers} layers × {micro_batches} micro-batches; {SCOPE_NOTE[result.scope]}",
-    )
+    passes = f"{layers} layers × {micro_batches} micro-batches"
+    name = STEP_NAME.get(result.scope, "step time")
+    yield name, time(result.step_time_s), f"{passes}; {SCOPE_NOTE[result.scope]}"
     if result.attention:
         yield "attention", result.attention, "the kernel of core attention"
     yield "layer forward", time(result.layer_forward_s), collective_counts(counts["forward"])
-    yield "layer backward", time(result.layer_backward_s), collective_counts(counts["backward"])
+    if not result.is_served:
+        yield "layer backward", time(result.layer_backward_s), collective_counts(counts["backward"])
     yield "exposed communication", time(result.exposed_comm_s), "of the step, not hidden by any kernel"
     for reason, seconds in result.idle_s.items():
         if seconds:
@@ -69,26 +70,38 @@ def _summary_rows(result: Result) -> Iterable[tuple[str, str, str]]:
             yield name, time(seconds), f"of the step, {why}"
     if result.bubble:
         yield "bubble", f"{100 * result.bubble:.1f} %", "of the step, a mean over stages; transfers apart"
-    yield "weight synchronisation", time(result.weight_sync_s), "of the step, at its end"
+    if not result.is_served:
+        yield "weight synchronisation", time(result.weight_sync_s), "of the step, at its end"
     if result.optimizer_s:
         yield "optimizer", time(result.optimizer_s), "of the step: its kernels, and what ranks agree on"
     yield (
         "MFU",
         f"{100 * result.mfu:.1f} %",
-        f"full square; causal half {100 * result.mfu_causal:.1f} %, HFU {100 * result.hfu:.1f} %",
+        f"full square; causal half {100 * result.mfu_causal:.1f} %"
+        + ("" if result.is_served else f", HFU {100 * result.hfu:.1f} %"),
     )
     yield (
         "throughput",
-        "" if result.unknown else f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU",
+        "" if "tokens_per_s_per_gpu" in result.unknown else f"{figure(result.tokens_per_s_per_gpu)} tokens/s/GPU",
         f"{figure(result.tflops_per_gpu)} TFLOP/s/GPU",
     )
     yield "peak memory", size(result.peak_memory_gib * GIB), f"at {result.peak_operator}"
     yield "device memory", size(result.device_memory_gib * GIB), _fit(result)
+    if result.is_served:
+        yield from _cache_rows(result)
+        return
     yield (
         "kept per layer",
         f"{result.activation_bytes_per_layer / MIB:.1f} MiB",
         "activations and masks of one micro-batch",
     )
+
+
+def _cache_rows(result: Result) -> Iterable[tuple[str, str, str]]:
+    workload = result.scenario.workload
+    of = f"{workload.micro_batch} x {workload.seq_len:,} tokens, in blocks of {workload.kv_block_tokens}"
+    yield "KV cache", size(result.kv_cache_gib * GIB), of
+    yield "largest batch that fits", str(result.largest_micro_batch), "sequences of this length, of one replica"
 
 
 def waterfall_table(result: Result) -> Table:
@@ -112,7 +125,7 @@ def _fit(result: Result) -> str:
     if result.fits:
         return f"fits {result.capacity_gib:.1f} GiB reported by the driver; {FITS_SCOPE[result.scope]}"
     over = result.device_memory_gib - result.capacity_gib
-    only = "" if result.scope == "step" else f" ({result.scope} only)"
+    only = "" if result.scope == "step" or result.is_served else f" ({result.scope} only)"
     return f"does not fit {result.capacity_gib:.1f} GiB by {over:.1f} GiB, at {result.out_of_memory_at}{only}"
 
 

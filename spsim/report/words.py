@@ -18,6 +18,9 @@ FULL = 100
 COLLECTIVES = ", ".join(f"{short} {kind.replace('_', '-')}" for kind, short in COLLECTIVE_SHORT.items())
 """What the abbreviations mean, for captions."""
 
+STEP_NAME = {"prefill": "time to first token", "decode": "time per output token"}
+"""Of inference, by scope."""
+
 
 def figure(value: float) -> str:
     """Three significant digits, and no digit after the point from 100 on."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import LayerFlops, head_flops, layer_flops
+from spsim.costs.flops import LayerFlops, head_flops, layer_flops, serving_flops
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import LayerType, Model
 from spsim.inputs.scenario import Scenario
@@ -35,6 +35,16 @@ def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope:
         executed=replicas * (_executed(scenario, dict(zip(own, [flops for flops, *_ in kinds], strict=True))) + head),
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
+
+
+def serving_amounts(scenario: Scenario) -> Amounts:
+    """FLOPs of a step of inference, whose logits are those of the last token of each sequence; tokens that pass."""
+    model, workload, replicas = scenario.model, scenario.workload, scenario.plan.dp
+    one = workload.model_copy(update={"seq_len": 1})
+    head = head_flops(model, one, padded_vocab(model.head_rows, scenario.plan.tp)).forward if model.head_rows else 0
+    whole, causal = (replicas * (serving_flops(model, workload, causal=own) + head) for own in (False, True))
+    passed = sum(passage.tokens for passage in workload.passages)
+    return Amounts(model=whole, causal=causal, executed=whole, tokens=scenario.global_batch * passed)
 
 
 def _executed(scenario: Scenario | Grid, flops: Mapping[LayerType, LayerFlops]) -> int:

@@ -69,10 +69,14 @@ FITS_SCOPE = {
     "layers": "layers only: embedding, head and loss are not counted",
     "module": "a step of the module, the states of its optimizer with it",
     "passes": "passes only: optimizer states are not counted",
+    "prefill": "weights, the cache of all tokens of the prompt, and a pass",
+    "decode": "weights, the cache of all tokens so far, and a pass",
 }
 """By scope, what the memory is of that has to fit."""
 OVERLAPPING = 0.001
 """Share of the step from which on layers that overlap are spoken of."""
+SERVED = ("prefill", "decode")
+"""Scopes of inference."""
 STATIC = "weights, gradients and optimizer state"
 """What makes a peak that no task makes."""
 
@@ -166,6 +170,13 @@ class Derived:
             f"neighbouring layers overlap: {passes} times the layer time is {100 * more:.1f} % more than they take "
             "together; compare steps"
         )
+
+    # Inference
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it is inference, not training."""
+        return self.scope in SERVED
 
     # Rates
 

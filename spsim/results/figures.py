@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spsim.program.blocks.transformer import LAYER_CLASSES
+from spsim.results.derived import SERVED
 from spsim.units import MIB, MS_PER_S, PS_PER_MS
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Figure:
     of: Callable[[Any, Any], Any] = lambda value, _: value
     """The value of the column, from the figure and the number of passes of layers in a step."""
     documented: bool = True
+    served: bool = False
+    """Whether inference alone has it."""
 
 
 def _milliseconds(seconds: Any, _: Any) -> Any:
@@ -61,6 +64,8 @@ FIGURES: tuple[Figure, ...] = (
         for name in LAYER_CLASSES
     ),
     Figure("step_time_s", "step_time_ms", _milliseconds),
+    Figure("ttft_s", "ttft_ms", _milliseconds, served=True),
+    Figure("tpot_s", "tpot_ms", _milliseconds, served=True),
     Figure("weight_sync_s", "weight_sync_ms", _milliseconds),
     Figure("optimizer_s", "optimizer_ms", _milliseconds),
     Figure("bubble", "bubble"),
@@ -74,6 +79,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("peak_memory_gib", "peak_memory_gib"),
     Figure("device_memory_gib", "device_memory_gib"),
     Figure("capacity_gib", "capacity_gib"),
+    Figure("kv_cache_gib", "kv_cache_gib", served=True),
+    Figure("largest_micro_batch", "largest_micro_batch", served=True),
     Figure("fits", "fits"),
     Figure("peak_operator", "peak_operator"),
     Figure("out_of_memory_at", "out_of_memory_at", _operator),
@@ -81,6 +88,11 @@ FIGURES: tuple[Figure, ...] = (
     Figure("collectives_per_layer"),
 )
 """In the order of the columns of a row."""
+OF_TRAINING = frozenset({
+    "layer_backward_s", "weight_sync_s", "optimizer_s", "bubble", "hfu", "activation_bytes_per_layer",
+    "statistics_bytes_per_layer",
+})  # fmt: skip
+"""Figures of a backward pass and of what follows it."""
 _COLUMNS: Mapping[str, Figure] = {figure.column: figure for figure in FIGURES if figure.column}
 
 
@@ -96,7 +108,20 @@ def columns(result: Derived) -> dict[str, Any]:
     says otherwise.
     """
     instances = result.scenario.model.layers * result.scenario.num_micro_batches
-    return {name: figure.of(_value(result, figure.name), instances) for name, figure in _COLUMNS.items()}
+    own = {name: figure for name, figure in _COLUMNS.items() if not figure.served or _is_known(result, figure)}
+    return {name: figure.of(_value(result, figure.name), instances) for name, figure in own.items()}
+
+
+def _is_known(result: Derived, figure: Figure) -> bool:
+    """Whether a result has a figure of inference."""
+    return result.is_served and figure.name not in unknown_in(result.scope)
+
+
+def unknown_in(scope: str) -> frozenset[str]:
+    """Figures that results of a scope do not have."""
+    if scope not in SERVED:
+        return frozenset(figure.name for figure in FIGURES if figure.served)
+    return OF_TRAINING | {"tpot_s" if scope == "prefill" else "ttft_s"}
 
 
 def measurable(result: Derived, name: str) -> Any:

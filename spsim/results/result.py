@@ -18,10 +18,12 @@ from spsim.results import accounts, bands, metrics, tables
 from spsim.results.added import Added
 from spsim.results.bands import Band
 from spsim.results.calls import Call, calls, per_layer, remarks, sent_by_kind
-from spsim.results.derived import STATIC, Amounts, Derived, Simulated, operator_name
+from spsim.results.derived import STATIC, Amounts, Simulated, operator_name
 from spsim.results.document import brief, document
+from spsim.results.figures import unknown_in
 from spsim.results.selection import Selection, select
 from spsim.results.sensitivity import Effect, known_effects, unmeasured_in_use
+from spsim.results.served import Served
 from spsim.results.stage_peaks import running_out, stage_peaks
 from spsim.results.staged import Spot, Staged
 from spsim.results.uncertainty import Account, ErrorBand, has_flags, is_calibrated
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Result(Derived):
+class Result(Served):
     """What one simulation found; times in seconds, memory in GiB, tables as pandas frames."""
 
     scope: str
@@ -69,7 +71,8 @@ class Result(Derived):
     @property
     def unknown(self) -> frozenset[str]:
         """Figures that it does not have."""
-        return frozenset({"tokens_per_s_per_gpu"}) if self.amounts.tokens is None else frozenset()
+        of_tokens = {"tokens_per_s_per_gpu"} if self.amounts.tokens is None else set()
+        return unknown_in(self.scope) | of_tokens
 
     @lazy
     def program(self) -> Program:
@@ -140,9 +143,10 @@ class Result(Derived):
     @property
     def prior_band(self) -> Band | None:
         """How far published measurements are off, see `bands`; None where a calibration has errors of its own, and with
-        experts, of which none is measured.
+        experts and of inference, of which none is measured.
         """
-        known = not is_calibrated(self.scenario.hardware) and getattr(self.scenario.model, "experts", None) is None
+        dense = getattr(self.scenario.model, "experts", None) is None
+        known = dense and not is_calibrated(self.scenario.hardware) and not self.is_served
         return bands.of_time(self.scenario.hardware) if known else None
 
     @lazy

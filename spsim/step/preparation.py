@@ -103,6 +103,11 @@ class PreparedStep:
         """By the blocks of a stage, where there are several."""
 
     @property
+    def whole_step(self) -> bool:
+        """Whether it is all that its ranks run, not layers alone."""
+        return self.optimizer is not None
+
+    @property
     def _passes(self) -> list[BlockPass]:
         """Those of all blocks."""
         return [own for found in self.blocks.values() for own in found.values()]
@@ -309,7 +314,7 @@ class PreparedStep:
         if compute.burst and compute.power.slowdown and self._compute_bound.size:
             own, runs = self._compute_bound, self._runs
             seconds[own] *= compute.power.factor(runs[own] @ seconds[own], runs @ seconds)
-        if self.optimizer:
+        if self.whole_step:
             # The ranks of a step wait for the slowest of them; layers alone are timed on a mean GPU.
             seconds[self._compute_bound] *= straggler_factor(compute.profile, self.world.ranks)
         for step, position, slots in self._messages:

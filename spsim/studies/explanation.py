@@ -17,13 +17,15 @@ from spsim.inputs.effects import notes_of
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.scenario import Shapes
+from spsim.inputs.serving_rules import served, serving_notes
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_operators, layer_program, projections
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.program.mesh import Axis, mesh_of
 from spsim.program.operators import LAGGED, Operator, operator_splits
 from spsim.program.routing import routing_of
-from spsim.program.strategies import named_rules, split_rules
+from spsim.program.serving import last_layer
+from spsim.program.strategies import named_rules, serving_rules, split_rules
 
 Applies = Literal["yes", "yes, with position offset", "yes, with halo", "no"]
 
@@ -95,6 +97,10 @@ class Explanation:
 
 def applies_alone(operator: Operator) -> tuple[Applies, str]:
     """Whether an operator may run on a sequence shard without the others, and why."""
+    if any(operand.tensor.kind == "cache" for operand in operator.outputs):
+        return "yes, with position offset", "per position, at its place in the cache"
+    if any(operand.tensor.kind == "cache" for operand in operator.inputs):
+        return "no", "reads the cache at every position"
     if "s" in operator.mixes:
         return "no", "mixes positions"
     for operand in operator.inputs:
@@ -129,9 +135,12 @@ def explain(
 
     Saved bytes are compared between the plan without any sequence sharding and the plan itself; a plan
     that shards no sequence is compared with Megatron sequence parallelism on its tp axis. Raises `InputError`
-    where the plan does not fit.
+    where the plan does not fit. Of inference the operators are those of a layer for the last tokens that pass, which
+    keep nothing for a backward pass.
     """
     shapes = Shapes(model=model, plan=plan, workload=workload)
+    if shapes.workload.phase != "training":
+        return _explained_serving(shapes.model, shapes.plan, shapes.workload)
     return _explained(shapes.model, shapes.plan, shapes.workload)
 
 
@@ -154,6 +163,15 @@ def _explained(model: Model, plan: Plan, workload: Workload) -> Explanation:
         model=model.name, plan=plan.label, without=without.label, with_=with_.label, operators=rows,
         parts=_savings(rows, operators, sharded), notes=notes_of(model, plan),
     )  # fmt: skip
+
+
+def _explained_serving(model: Model, plan: Plan, workload: Workload) -> Explanation:
+    operators, program = last_layer(model, served(plan), workload)
+    rules, mesh = serving_rules(plan, workload.phase), mesh_of(plan)
+    rows = tuple(_explain_operator(op, program, dict(operator_splits(op, rules, mesh)), 0, 0) for op in operators)
+    cache = f"a token of a sequence takes {program.cache_token_bytes:,} bytes of the cache on a rank, in each layer"
+    notes = (*notes_of(model, plan), *serving_notes(model, plan, workload), cache)
+    return Explanation(model.name, plan.label, plan.label, plan.label, rows, notes=notes)
 
 
 def _splits(operators: Sequence[Operator], plan: Plan) -> dict[str, dict[Axis, str | None]]:

@@ -109,9 +109,10 @@ class Attention(BaseModel):
         """The kernel that the row names, else what torch picks; for one query one that splits keys, if there is any."""
         picked = profile.attention_kernel(self.kernel or PICKED)
         known = profile.coefficients.attention
-        if self.kernel is not None or self.lengths[0] > 1 or known[picked].forward.split:
+        divides = any(own.forward.split for own in known.values())
+        if self.kernel is not None or self.lengths[0] > 1 or known[picked].forward.split or not divides:
             return picked
-        return next((name for name, own in known.items() if own.forward.split), picked)
+        return profile.attention_kernel("flash_decoding")
 
     def work(self, kernel: AttentionKernel, direction: str, precision: Precision) -> FlashAttention:
         """What runs; under a mask the last query sees all keys."""

@@ -79,7 +79,8 @@ class PlanAccount:
     def passes(self) -> dict[str, Parts]:
         """Picoseconds of the passes of one layer, by part."""
         phases: tuple[Pass, ...] = ("forward", "backward")
-        return {phase: pass_time(self.result, phase) for phase in phases}
+        own = self.result.prepared.passes
+        return {phase: pass_time(self.result, phase) if phase in own else {} for phase in phases}
 
     @cached_property
     def layer(self) -> Parts:

@@ -23,17 +23,17 @@ OUTPUT = "output_layer_weight"
 """Of the output layer, unless it is the table of the embedding."""
 
 
-class _Head(ModelBlock):
+class Head(ModelBlock):
     """The operators of the head."""
 
-    def output_layer(self, x: Tensor) -> Tensor:
-        """Logits: a column-parallel linear, split by the vocabulary."""
-        out = self.tensor("logits", "s b v")
+    def output_layer(self, x: Tensor, tokens: str = "s b") -> Tensor:
+        """Logits of some tokens: a column-parallel linear, split by the vocabulary."""
+        out = self.tensor("logits", f"{tokens} v")
         weight = self.weight(TABLE if is_tied(self.model) else OUTPUT, "v h")
         bias = [self.weight("output_layer_bias", "v")] if self.model.head_bias else []
-        left = ", ".join(["s b h, v h"] + ["v"] * len(bias))
+        left = ", ".join([f"{tokens} h, v h"] + ["v"] * len(bias))
         self.add(
-            "output_layer", "gemm", f"{left} -> s b v", [x, weight, *bias], [out], saves=[x], owns_gather=[x]
+            "output_layer", "gemm", f"{left} -> {tokens} v", [x, weight, *bias], [out], saves=[x], owns_gather=[x]
         )  # fmt: skip
         return out
 
@@ -119,7 +119,7 @@ def head_block(
     activations, whatever type those of the layers are of. A head of tied embeddings reads the table of the embedding.
     Without `loss_parallel` the loss reads the logits of the whole vocabulary.
     """
-    block = _Head(model, workload, replicas, v=vocab or model.head_rows)
+    block = Head(model, workload, replicas, v=vocab or model.head_rows)
     normed = block.norm("final_norm", block.tensor("last_hidden", "s b h"))
     logits = block.output_layer(normed)
     before_loss = len(block.operators)

@@ -27,7 +27,7 @@ Projections = Literal["fused", "separate", "gathered"]
 """Q, K and V as one product and gate and up as another, each as its own, or fused with Q, K and V gathered."""
 
 
-class _Layer(ModelBlock):
+class Layer(ModelBlock):
     """The operators of one layer."""
 
     def __init__(
@@ -273,7 +273,12 @@ def transformer_layer(
 
     Sizes are those of a micro-batch of all data-parallel replicas, which the dp axis of a mesh divides again.
     """
-    layer = _Layer(model, workload, replicas, projections, routing)
+    return operators_of(Layer(model, workload, replicas, projections, routing))
+
+
+def operators_of(layer: Layer) -> tuple[Operator, ...]:
+    """The operators of a layer in forward order."""
+    model = layer.model
     x = layer.tensor(LAYER_INPUT, "s b h")
     out = layer.self_attention(layer.norm("norm1", x))
     if layer.ways.joins_residual:
@@ -281,5 +286,7 @@ def transformer_layer(
     else:
         attended = layer.residual("residual1", out, x)
         normed = layer.norm("norm2", x if model.parallel_residual else attended)
-    layer.residual("residual2", layer.experts(normed) if expert_sizes(model, routing) else layer.mlp(normed), attended)
+    layer.residual(
+        "residual2", layer.experts(normed) if expert_sizes(model, layer.routing) else layer.mlp(normed), attended
+    )
     return tuple(layer.operators)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spsim.inputs.plan import Plan
+from spsim.program.cached import CachedAttention
 from spsim.program.instructions import (
     Buffer,
     Communication,
@@ -181,6 +182,8 @@ class RingSteps:
         """The kernel of each position on the ring that has one; those of a step are equal."""
         base = compute.work[0]
         assert isinstance(base, FlashAttention)
+        if isinstance(self.kernels, CachedAttention) and self.equal:
+            return (self.kernels.step_of_ring(self.degree, step, causal=self.causal),)
         blocks = ring_blocks(base.queries, self.degree, step, causal=self.causal, cut=self.cut)
         block = next(filter(None, blocks))
         kernel = self.kernels.block(base.direction, block.queries, block.keys, block.twice_pairs, causal=block.causal)

@@ -20,12 +20,15 @@ def result_fragment(result: Result) -> str:
 
 def comparison_fragment(comparison: PlanComparison) -> str:
     """Of plans, a row each."""
-    times_of = ["step", "layer forward", "layer backward", "exposed communication"]
+    served = comparison.accounts[0].result.is_served
+    backward = [] if served else ["layer backward"]
+    times_of = ["step", "layer forward", *backward, "exposed communication"]
     columns = ["plan", *times_of, "tokens/s/GPU", "GPU memory, GiB"]
     made = table("", [*columns, "fits"], numbers=columns[1:])
     for account in comparison.accounts:
         result = account.result
-        times = (result.step_time_s, result.layer_forward_s, result.layer_backward_s, result.exposed_comm_s)
+        passes = (result.layer_forward_s, *(() if served else (result.layer_backward_s,)))
+        times = (result.step_time_s, *passes, result.exposed_comm_s)
         made.add_row(
             account.name, *map(time, times), figure(result.tokens_per_s_per_gpu), f"{result.device_memory_gib:.1f}",
             "yes" if result.fits else "no",

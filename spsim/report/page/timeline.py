@@ -187,7 +187,7 @@ def _windows(accounts: Sequence[PlanAccount], end_ms: float) -> Iterator[dict[st
     traces = {account.name: account.result.trace for account in accounts}
     forward = [trace.window_of("forward", 0, 0) for trace in traces.values()]
     yield _window("layer 0 forward", min(begin for begin, _ in forward), max(end for _, end in forward))
-    for name, trace in traces.items():
+    for name, trace in traces.items() if not accounts[0].result.is_served else ():
         yield _window(f"layer 0 backward{f', {name}' if len(accounts) > 1 else ''}", *trace.window_of("backward", 0, 0))
 
 

@@ -1,0 +1,189 @@
+"""Prefill and decode: what is sent, kept and computed, against closed forms."""
+
+import pytest
+
+from spsim import InputError, Scenario, simulate
+from spsim.program.instructions import Communication, Compute
+from spsim.program.placement import sent_bytes
+from spsim.work import FlashAttention
+
+H, KV, LAYERS, VOCAB = 4096, 1024, 32, 128256
+"""Of Llama-3-8B."""
+S, P = 8192, 8
+HALF = 2
+"""Bytes of an element."""
+
+
+def served(plan: str = "", phase: str = "prefill", hardware: str = "dgx-h100", **workload: object):
+    workload = {"seq_len": S, "phase": phase, **workload}
+    return simulate(Scenario(hardware=hardware, model="llama-3-8b", plan=plan, workload=workload))
+
+
+def sent(result) -> dict[str, int]:
+    """Bytes that a GPU sends in one layer, by kind of collective."""
+    found: dict[str, int] = {}
+    for step in result.program.forward:
+        if isinstance(step, Communication):
+            found[step.collective] = found.get(step.collective, 0) + step.sent_bytes
+    return found
+
+
+def pairs(result) -> int:
+    """Twice the query-key pairs of a head that core attention computes in a layer on one rank."""
+    works = (w for step in result.program.forward if isinstance(step, Compute) for w in step.work)
+    return sum(work.twice_pairs for work in works if isinstance(work, FlashAttention))
+
+
+# What strategies send in a layer of a prefill: Yang et al. 2024 (arXiv:2411.01783), tables 2 and 3
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ("tp=8", {"all_reduce": 2 * 2 * S * H * HALF * (P - 1) // P}),
+        (
+            "tp=8,sequence_parallel",
+            {"all_gather": 2 * S * H * HALF * (P - 1) // P, "reduce_scatter": 2 * S * H * HALF * (P - 1) // P},
+        ),
+        ("ulysses=8", {"all_to_all": S // P * (2 * H + 2 * KV) * HALF * (P - 1) // P}),
+        ("ring=8", {"send_receive": (P - 1) * S // P * 2 * KV * HALF}),
+        (
+            "ring=8,ring_pass=q",
+            {
+                "send_receive": (P - 1) * S // P * H * HALF,
+                "all_to_all": (P - 1) * S // P * (H * HALF + 32 * 4),  # with the log-sum-exp of 32 heads
+            },
+        ),
+    ],
+)
+def test_what_a_prefill_sends(plan: str, expected: dict[str, int]) -> None:
+    assert sent(served(plan)) == expected
+
+
+@pytest.mark.parametrize("plan", ["", "ulysses=8", "ring=8", "ring=8,ring_pass=q", "ring=8,ring_kind=all_gather"])
+@pytest.mark.parametrize("chunk", [None, 2048])
+def test_each_pair_is_computed_once(plan: str, chunk: int | None) -> None:
+    """Of all ranks and chunks together, by the causal mask; ranks of ulysses have other heads."""
+    result = served(plan, chunk_tokens=chunk)
+    shards = P if "ring" in plan else 1
+    size = chunk or S
+    programs = [own for name, own in result.programs.items() if name.startswith("layer")]
+    found = 0
+    for program in programs:
+        works = (w for step in program.forward if isinstance(step, Compute) for w in step.work)
+        found += shards * sum(work.twice_pairs for work in works if isinstance(work, FlashAttention))
+    # Half of the square, and for later chunks the diagonal: within a query's own key.
+    assert found == pytest.approx(S * S, abs=S if size < S else 0)
+
+
+def test_a_prompt_in_chunks_reads_the_cache_of_all_before() -> None:
+    """Pass-KV sends all that is cached with each chunk, pass-Q the queries of the chunk alone."""
+    whole, chunked = (served(["ring=8", "_batch=1"][0], chunk_tokens=c) for c in (None, 1024))
+    passes = S // 1024
+    assert chunked.comm_bytes_per_gpu_by_op["send_receive"] == sum(
+        LAYERS * (P - 1) * end * 1024 // P * 2 * KV * HALF for end in range(1, passes + 1)
+    )
+    assert whole.static.weights == chunked.static.weights
+    assert whole.kv_cache_gib == chunked.kv_cache_gib
+    queries = served("ring=8,ring_pass=q", chunk_tokens=1024)
+    assert queries.comm_bytes_per_gpu_by_op["send_receive"] == LAYERS * (P - 1) * S // P * H * HALF
+
+
+def test_a_prefill_keeps_nothing_but_its_cache() -> None:
+    result = served("tp=2")
+    assert result.static.by_category() == {
+        "weights": result.static.weights, "gradients": 0, "optimizer": 0,
+        "KV cache": LAYERS * S * 2 * KV * HALF // 2,
+    }  # fmt: skip
+    assert result.program.saved == ()
+    assert {"layer_backward_s", "optimizer_s", "tpot_s"} <= result.unknown
+    assert result.ttft_s == result.step_time_s
+
+
+def test_the_cache_is_handed_out_in_blocks() -> None:
+    for tokens, blocks in ((1, 1), (16, 1), (17, 2)):
+        own = served(phase="decode", seq_len=tokens, micro_batch=3, kv_cache_dtype="fp8")
+        assert own.static.cache == 3 * LAYERS * blocks * 16 * 2 * KV
+    odd = served("ring=2", "decode", seq_len=34, kv_block_tokens=16)
+    assert odd.static.cache == LAYERS * 2 * 16 * 2 * KV * HALF  # 17 tokens on a rank
+
+
+# One token
+
+
+def test_a_decode_sends_its_token() -> None:
+    """Two sums of [b h] over tp; over a ring gathers of Q and of new K and V, and partial results with their
+    log-sum-exp: vLLM's decode context parallelism, Helix (arXiv:2507.07120).
+    """
+    batch = 4
+    assert sent(served("tp=8", "decode", micro_batch=batch)) == {"all_reduce": 2 * 2 * batch * H * HALF * (P - 1) // P}
+    ring = sent(served("ring=8", "decode", micro_batch=batch))
+    assert ring["all_gather"] == batch * (H + 2 * KV) * HALF * (P - 1) // P
+    assert ring["all_to_all"] == batch * (H * HALF + 32 * 4) * (P - 1) // P
+    assert ring["all_reduce"] == 2 * 2 * batch * H * HALF * (P - 1) // P
+
+
+def test_ranks_of_a_ring_and_of_tp_sum_together() -> None:
+    axes = [(step.axis, step.ranks) for step in served("tp=2,ring=4", "decode").program.forward
+            if isinstance(step, Communication) and step.collective == "all_reduce"]  # fmt: skip
+    assert axes == [("model", 8)] * 2
+
+
+def test_kv_heads_on_several_ranks_are_not_gathered() -> None:
+    """Eight heads on 16 ranks: the two ranks of a ring have the same, as with vLLM's `dcp` of tp over KV heads."""
+    gathered = [step.tensor for step in served("tp=8,ring=2", "decode").program.forward
+                if isinstance(step, Communication) and step.collective == "all_gather"]  # fmt: skip
+    assert gathered == ["q_rotated"]
+
+
+@pytest.mark.parametrize(("plan", "batch"), [("ulysses=8", 8), ("tp=8,sequence_parallel", 8), ("tp=2,ulysses=4", 4)])
+def test_a_batch_is_cut_where_there_is_no_sequence(plan: str, batch: int) -> None:
+    result = served(plan, "decode", micro_batch=batch)
+    assert any("no sequence to shard" in note for note in result.notes)
+    with pytest.raises(InputError, match=f"no sequence to shard.* or a micro_batch of {batch}"):
+        served(plan, "decode", micro_batch=batch - 1)
+
+
+def test_a_decode_is_bound_by_what_it_reads() -> None:
+    """Weights and cache once for each token, at between half and all of the bandwidth."""
+    result = served(phase="decode", seq_len=65536, micro_batch=4)
+    read = result.static.total - VOCAB * H * HALF  # of the embedding a row
+    assert 0.5 < read / result.tpot_s / result.scenario.hardware.memory_bandwidth < 1.0
+
+
+def test_logits_are_of_the_last_token() -> None:
+    """Against a step whose head reads all: 2 b h v FLOPs, whatever the sequence."""
+    flops = sum(work.flops for step in served(micro_batch=2).programs["head"].forward
+                if isinstance(step, Compute) and step.operator == "output_layer" for work in step.work)  # fmt: skip
+    assert flops == 2 * 2 * H * VOCAB
+
+
+def test_the_largest_batch_fits() -> None:
+    own = served(phase="decode", seq_len=32768)
+    most = own.largest_micro_batch
+    assert served(phase="decode", seq_len=32768, micro_batch=most).fits
+    assert not served(phase="decode", seq_len=32768, micro_batch=most + 1).fits
+
+
+def test_graphs_start_kernels_earlier() -> None:
+    usual, graphs = (served("tp=8", "decode", seq_len=1024) if not own else served(
+        "tp=8,cuda_graphs=full_iteration", "decode", seq_len=1024) for own in (False, True))  # fmt: skip
+    assert graphs.tpot_s < usual.tpot_s
+
+
+@pytest.mark.parametrize("plan", ["tp=2,ring=2", "ulysses=4", "ring=4,ring_pass=q", "tp=4"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_folded_is_unfolded(plan: str, phase: str) -> None:
+    scenario = Scenario(
+        hardware="dgx-h100", model={"layers": 3, "preset": "llama-3-8b"},
+        plan=plan, workload={"seq_len": 4096, "phase": phase, "micro_batch": 4},
+    )  # fmt: skip
+    folded, unfolded = (simulate(scenario, fold=fold) for fold in (True, False))
+    assert folded.step_ps == unfolded.step_ps
+    assert folded.peak_bytes == unfolded.peak_bytes
+
+
+def test_bytes_of_a_collective_are_those_of_its_message() -> None:
+    for step in served("ring=4,tp=2", "decode").program.forward:
+        if isinstance(step, Communication):
+            assert step.sent_bytes == sent_bytes(step.collective, step.message_bytes, step.ranks)
