@@ -29,7 +29,7 @@ from spsim.inputs.stages import Chunk as StageChunk
 from spsim.inputs.stages import chunks_of
 from spsim.inputs.workload import Precision
 from spsim.lazy import Deferred
-from spsim.program.assembly import EMBEDDING, HEAD, kinds_of_layers
+from spsim.program.assembly import EMBEDDING, HEAD, MTP, kinds_of_layers
 from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.recipes import in_precision, program_precision
 from spsim.program.recompute import layer_kinds
@@ -234,6 +234,7 @@ def _runs(model: Model, plan: Plan, layers: range, *, embedding: bool, loss: boo
     """Some layers with what stands before and behind them."""
     runs = [Run(EMBEDDING, numbered=False)] if embedding else []
     runs += _layer_runs(model, plan, layers)
+    runs += [Run(MTP, numbered=False)] if loss and model.mtp_layers else []
     runs += [Run(HEAD, numbered=False)] if loss and model.head_rows else []
     return tuple(runs)
 

@@ -9,7 +9,7 @@ kernel computes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spsim.inputs.model import Model
@@ -56,6 +56,13 @@ def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = 
         pairs = workload.micro_batch * _twice_pairs(workload.seq_len, model.sliding_window)
     attention = 2 * (of_scores + of_values) * (pairs // 2 if causal and model.causal else pairs)
     return LayerFlops(2 * tokens * matrices, attention, 2 * tokens * of_mlp)
+
+
+def prediction_flops(model: Model, workload: Workload | Workloads, *, causal: bool = False) -> LayerFlops:
+    """FLOPs of multi-token prediction: its layer, as the last one, and the projection before it; its head apart."""
+    layer = layer_flops(model.of_type(model.type_of(model.layers - 1)), workload, causal=causal)
+    projection = 2 * workload.seq_len * workload.micro_batch * 2 * model.hidden**2
+    return replace(layer, linear=layer.linear + projection)
 
 
 def _twice_pairs(tokens: Any, window: int) -> Any:

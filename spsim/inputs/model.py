@@ -62,6 +62,8 @@ class Model(Configuration):
     """First layers whose MLP is dense."""
     mlp_layer_types: Annotated[tuple[MlpType, ...], Field(min_length=1)] | None = None
     """Of the layers in turn, over again until there are as many, whether their MLP is dense or experts (`sparse`)."""
+    mtp_layers: Annotated[int, Field(ge=0, le=1)] = 0
+    """Layers beside these that predict a further token, with a projection and a head (multi-token prediction)."""
     heads: Annotated[int, Field(ge=1, le=2**16)]
     kv_heads: Annotated[int, Field(ge=1, le=2**16)] = _DERIVED
     head_dim: Annotated[int, Field(ge=1, le=2**14)] = _DERIVED
@@ -239,6 +241,15 @@ class Model(Configuration):
         return self
 
     @model_validator(mode="after")
+    def _prediction_fits(self) -> Self:
+        for name, value, only in (("positions", self.positions, "rope"), ("head_rows", self.head_rows, self.vocab)):
+            if self.mtp_layers and value != only:
+                raise ValueError(
+                    f"mtp_layers = {self.mtp_layers} needs {name} = {only!r}, got {value!r}; leave one out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _activation_fits(self) -> Self:
         if (self.activation in GATED) != self.gated_mlp:
             raise ValueError(
@@ -332,6 +343,14 @@ class Model(Configuration):
         return norms + attention + mlp + biases + head_norms + sinks
 
     @cached_property
+    def prediction_parameters(self) -> int:
+        """Parameters of multi-token prediction: a layer as the last one, a projection from 2h to h, and three norms."""
+        if not self.mtp_layers:
+            return 0
+        norms = 3 * self.hidden * (2 if self.norm == "layernorm" else 1)
+        return self.of_type(self.type_of(self.layers - 1)).layer_parameters + 2 * self.hidden**2 + norms
+
+    @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model: embeddings, layers, final norm and, unless it is the embedding, the head."""
         embeddings = self.vocab * self.hidden
@@ -339,7 +358,8 @@ class Model(Configuration):
         head = (0 if shared else self.head_rows * self.hidden) + (self.head_rows if self.head_bias else 0)
         positions = self.max_positions * self.hidden if self.positions == "learned" else 0
         final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        layers = sum(count * self.of_type(own).layer_parameters for own, count in self.types.items())
+        layers = self.prediction_parameters
+        layers += sum(count * self.of_type(own).layer_parameters for own, count in self.types.items())
         return embeddings + positions + layers + final_norm + head
 
 
@@ -352,7 +372,7 @@ def _shortest(turns: tuple[AttentionType, ...], layers: int) -> tuple[AttentionT
 
 @lru_cache(maxsize=256)
 def _of_type(model: Model, own: LayerType) -> Model:
-    changes: dict[str, Any] = {"dense_layers": 0, "mlp_layer_types": None, "layer_types": None}
+    changes: dict[str, Any] = {"dense_layers": 0, "mlp_layer_types": None, "layer_types": None, "mtp_layers": 0}
     if own.dense:
         changes |= {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}
     if own.full:

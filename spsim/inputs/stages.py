@@ -32,7 +32,9 @@ class Chunk:
     """What a stage runs of the model between two messages; the final norm goes with the loss."""
 
     layers: range
-    """Numbers of its layers in the model, from 0; may be empty beside embedding or loss."""
+    """Numbers of its layers in the model, from 0; may be empty beside embedding or loss. Multi-token prediction is
+    beside the loss.
+    """
     embedding: bool
     loss: bool
 
@@ -60,7 +62,7 @@ def all_chunks(model: Model, plan: Plan) -> tuple[Chunk, ...]:
     if plan.pp_layout is None:
         counts = spread(model.layers, plan.pp * plan.virtual_pp)
     else:
-        counts = _laid_out(plan.pp_layout, model.layers, plan)
+        counts = _laid_out(plan.pp_layout, model, plan)
     ends = accumulate(counts, initial=0)
     last = len(counts) - 1
     return tuple(
@@ -88,14 +90,15 @@ def spread(layers: int, chunks: int) -> list[int]:
 # ------------------------------------------------------------ layouts in text
 
 
-def layout_text(counts: Sequence[int]) -> str:
-    """The layout of chunks with so many layers each."""
+def layout_text(counts: Sequence[int], predictions: int = 0) -> str:
+    """The layout of chunks with so many layers each, and layers of multi-token prediction in the last."""
     chunks = [f"t{count}" if count else "" for count in counts]
-    return f"E{'/'.join(chunks)}L"
+    return f"E{'/'.join(chunks)}{'m' * predictions}L"
 
 
-def _laid_out(text: str, layers: int, plan: Plan) -> list[int]:
+def _laid_out(text: str, model: Model, plan: Plan) -> list[int]:
     """Layers of each chunk of a layout, which has as many chunks and layers as there are."""
+    layers = model.layers
     where = f"plan: pp_layout = {text if len(text) <= 40 else text[:37] + '...'!r}"
     try:
         counts = layers_of_chunks(text)
@@ -107,31 +110,41 @@ def _laid_out(text: str, layers: int, plan: Plan) -> list[int]:
         raise InputError(
             f"{where}: has {len(counts)} chunks, but pp x virtual_pp = {chunks}; write {chunks}, divided by /{fit}"
         )
+    if (predictions := _written_out(_plain(text)).count("m")) != model.mtp_layers:
+        raise InputError(
+            f"{where}: has {predictions} m, but the model has mtp_layers = {model.mtp_layers}; write as many before L"
+        )
     if sum(counts) != layers:
         raise InputError(f"{where}: has {sum(counts)} layers, but the model has {layers}; write {layers} t in all")
     return counts
 
 
 def layers_of_chunks(text: str) -> list[int]:
-    """Layers of each chunk of a layout: E embedding, t layer, L loss, chunks divided by `/`, as `Et3/t4/t4/t3L`.
+    """Layers of each chunk of a layout: E embedding, t layer, m multi-token prediction, L loss, chunks divided by
+    `/`, as `Et3/t4/t4/t3L`.
 
     As Megatron-LM writes them, too (`pipeline_model_parallel_layout`): divided by `|`, with `t*3`, groups as
     `(tt|)*29`, and commas that mean nothing. `InputError` says what is none.
     """
-    plain = re.sub(r"[\s,]", "", text).replace("|", "/")
-    chunks = _written_out(plain).split("/")
+    chunks = _written_out(_plain(text)).split("/")
     last = len(chunks) - 1
     return [_layers(chunk, number, last) for number, chunk in enumerate(chunks)]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s,]", "", text).replace("|", "/")
 
 
 def _layers(chunk: str, number: int, last: int) -> int:
     if strange := re.sub("[EtmL]", "", chunk):
         raise InputError(f"{strange[0]!r} is no part of a model; write E embedding, t layer, L loss")
-    if "m" in chunk:
-        raise InputError("m, multi-token prediction, is not simulated yet; leave it out")
+    if "m" in chunk and number < last:
+        raise InputError(
+            "m, multi-token prediction, stands apart from the loss: not simulated; write it before L in the last chunk"
+        )
     if not chunk:
         raise InputError(f"chunk {number + 1} holds nothing; give it a layer, or take it out")
-    if not re.fullmatch(("E" if number == 0 else "") + "t*" + ("L" if number == last else ""), chunk):
+    if not re.fullmatch(("E" if number == 0 else "") + "t*" + ("m*L" if number == last else ""), chunk):
         raise InputError(
             f"chunk {number + 1} is {chunk[:20]!r}; begin the first with E, end the last with L, t between"
         )

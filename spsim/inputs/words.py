@@ -32,6 +32,7 @@ MODEL = {
     "experts_per_token": ("moe_router_topk", "num_experts_per_tok"),
     "expert_ffn_hidden": ("moe_ffn_hidden_size", "moe_intermediate_size"),
     "shared_ffn_hidden": ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
+    "mtp_layers": ("mtp_num_layers", "num_nextn_predict_layers"),
     "dense_layers": ("first_k_dense_replace",),
     "heads": ("num_attention_heads", "n_head", "n_heads"),
     "kv_heads": ("num_query_groups", "num_key_value_heads", "n_kv_heads"),

@@ -14,6 +14,7 @@ from spsim.lazy import Cache
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
 from spsim.program.blocks.experts import fused_experts
 from spsim.program.blocks.head import head_block, head_traits, is_tied
+from spsim.program.blocks.prediction import prediction_block
 from spsim.program.blocks.transformer import Projections, layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program, next_ids
@@ -34,7 +35,7 @@ from spsim.program.routing import USUAL, Routed, Routing, routed_by, routing_of
 from spsim.program.strategies import named_rules, split_rules
 from spsim.units import KIB, MIB
 
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, MTP, HEAD = "embedding", "mtp", "head"
 """What stands around the layers of a step."""
 ProgramsAt = Callable[[Workload], Mapping[str, Program]]
 """From a workload to the programs of its blocks."""
@@ -159,6 +160,7 @@ def layer_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Pr
 def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
     """What of model and plan the programs of a step depend on."""
     head = head_key(model, plan, **_head_options(plan)) if model.head_rows else ()
+    head += (_last_layer(model), beside_table(model, plan)) if model.mtp_layers else ()
     layers = (*layers_of_blocks(model, plan).items(),) if len(model.types) > 1 else ()
     return layer_key(model, plan), *kinds_of_layers(model, plan), *layers, embedding_key(model, plan), head
 
@@ -166,6 +168,8 @@ def step_key(model: Model, plan: Plan) -> tuple[Hashable, ...]:
 def step_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
     """The programs of a layer, of the embedding, and of the head if the model has one."""
     found = {**layer_programs(model, plan, workload), EMBEDDING: embedding_program(model, plan, workload)}
+    if model.mtp_layers:
+        found[MTP] = compile_prediction(model, plan, workload)
     if model.head_rows:
         found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
     return found
@@ -181,9 +185,35 @@ def compile_step(model: Model, plan: Plan, workload: Workload) -> dict[str, Prog
     kinds = kinds_of_layers(model, plan)
     found = {name: compile_layer(model, plan, workload, kind) for kind, name in kinds.items()}
     found[EMBEDDING] = embedding_program(model, plan, workload)
+    if model.mtp_layers:
+        found[MTP] = compile_prediction(model, plan, workload)
     if model.head_rows:
         found[HEAD] = head_program(model, plan, workload, **_head_options(plan))
     return found
+
+
+def _last_layer(model: Model) -> LayerType:
+    return model.type_of(model.layers - 1)
+
+
+def beside_table(model: Model, plan: Plan) -> bool:
+    """Whether the rank of multi-token prediction has the table of the embedding in another block, that of the embedding
+    or the head; else it has a copy.
+    """
+    return plan.pp == 1 or is_tied(model)
+
+
+def compile_prediction(model: Model, plan: Plan, workload: Workload) -> Program:
+    """The program of multi-token prediction, whose layer is as the last one and recomputed as layers are."""
+    own, low = model.of_type(_last_layer(model)), plan.fp8_dot_product_attention
+    joined, routing = projections(own, plan), routing_of(own, plan)
+    layer = layer_operators(own, workload, plan.dp, joined, routing, cast_attention=low)
+    operators = prediction_block(own, workload, plan.dp, layer, vocab=padded_vocab(model.vocab, plan.tp))
+    recipe = RECIPES.get(workload.precision)
+    operators = operators if recipe is None else quantised(operators, recipe.of_prediction)
+    elsewhere = {TABLE} if beside_table(model, plan) else frozenset()
+    region = _region(operators, plan, elsewhere, routed_by(own, plan))
+    return program_in(region, plan, causal=model.causal, kind=usual_kind(plan))
 
 
 def _head_options(plan: Plan) -> dict[str, bool]:

@@ -90,9 +90,14 @@ class Recipe:
         return self if self.columns == "apart" else replace(self, columns="same")
 
     @property
+    def of_prediction(self) -> Recipe:
+        """The same for the projection before the layer of multi-token prediction."""
+        return replace(self, operators=frozenset({"eh_proj"}))
+
+    @property
     def of_output_layer(self) -> Recipe:
         """The same for the output layer only (`fp8_output_proj` of Megatron-Core)."""
-        return replace(self, operators=frozenset({"output_layer"}))
+        return replace(self, operators=frozenset({"output_layer", "mtp_output_layer"}))
 
     @property
     def resident_bytes(self) -> Fraction:

@@ -94,7 +94,9 @@ class Region:
         self._joined = joined
         own = [named.get(op.rules, rules) for op in operators]
         self.operators = tuple([_placed(op, by, mesh) for op, by in zip(operators, own, strict=True)])
-        self.entries, self.exits = tuple(_from_outside(operators)), tuple(_to_outside(operators))
+        # What blocks hand to each other comes first.
+        self.entries = tuple(sorted(_from_outside(operators), key=lambda entry: entry.kind == "token ids"))
+        self.exits = tuple(_to_outside(operators))
         # What comes from outside is placed as any output of an operator that does not mix positions.
         sources = (Operator(entry.name, "elementwise", (), (Operand(entry, entry.dims),)) for entry in self.entries)
         outside = [_placed(source, rules, mesh) for source in sources]

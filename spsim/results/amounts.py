@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spsim.costs.flops import LayerFlops, head_flops, layer_flops, serving_flops
+from spsim.costs.flops import LayerFlops, head_flops, layer_flops, prediction_flops, serving_flops
 from spsim.inputs.grid import Grid
 from spsim.inputs.model import LayerType, Model
 from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.blocks.embedding import padded_vocab
-from spsim.program.recompute import layer_kinds
+from spsim.program.recompute import layer_kinds, usual_kind
 from spsim.results.derived import Amounts
 
 
@@ -27,12 +27,16 @@ def amounts_of(scenario: Scenario | Grid, workload: Workload | Workloads, scope:
     kinds = [(layer_flops(own[kind], workload), layer_flops(own[kind], workload, causal=True), n)
              for kind, n in model.types.items()]  # fmt: skip
     rows = padded_vocab(model.head_rows, scenario.plan.tp) if scope == "step" and model.head_rows else 0
-    head = head_flops(model, workload, rows).training()
+    head = head_flops(model, workload, rows).training() * (1 + model.mtp_layers)
+    again = head + _executed(scenario, dict(zip(own, [flops for flops, *_ in kinds], strict=True)))
+    if model.mtp_layers and scope == "step":
+        kinds.append((prediction_flops(model, workload), prediction_flops(model, workload, causal=True), 1))
+        again += kinds[-1][0].executed(usual_kind(scenario.plan).recomputed)
     replicas = scenario.plan.dp if replicas is None else replicas
     return Amounts(
         model=replicas * (sum(n * flops.training() for flops, _, n in kinds) + head),
         causal=replicas * (sum(n * flops.training() for _, flops, n in kinds) + head),
-        executed=replicas * (_executed(scenario, dict(zip(own, [flops for flops, *_ in kinds], strict=True))) + head),
+        executed=replicas * again,
         tokens=scenario.global_batch * scenario.workload.seq_len,
     )
 

@@ -16,7 +16,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.step_rules import sends
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache, lazy
-from spsim.program.assembly import EMBEDDING, HEAD, ProgramsAt, one_replica, programs_at
+from spsim.program.assembly import ProgramsAt, one_replica, programs_at
 from spsim.program.blocks.embedding import TABLE
 from spsim.program.blocks.optimizer import parameter_state, shard_ranks
 from spsim.program.instructions import Buffer
@@ -88,9 +88,9 @@ class _StageSync:
         self._template, self._plan, self._optimizer = template, plan, optimizer
         self._gradient_bytes = parameter_state(plan, ELEMENT_BYTES[optimizer.precision]).gradient
         self._groups: Groups = replica_groups(plan)
-        tied = HEAD in template.programs and any(w.name == TABLE for w in template.programs[HEAD].weights)
+        copies = {name for name, program in template.programs.items() if any(w.name == TABLE for w in program.weights)}
         own = [{run.block for run in runs} for runs in stages.kinds]
-        self._shared = tied and not any({EMBEDDING, HEAD} <= blocks for blocks in own)
+        self._shared = len(copies) > 1 and not any(copies <= blocks for blocks in own)
 
     def closings(self, number: int, runs: Chunk, chunks: Sequence[PlacedChunk]) -> StageClosings:
         """Of the stages that run what the stage `number` does."""

@@ -24,8 +24,8 @@ def padded_vocab(vocab: int, tp: int) -> int:
     return -(-vocab // unit) * unit
 
 
-class _Embedding(ModelBlock):
-    """The operators of the embedding."""
+class EmbeddingBlock(ModelBlock):
+    """The operators of an embedding."""
 
     def lookup(self, name: str, ids: Tensor, rows: str, rules: str = "") -> Tensor:
         """A row of a table for each id."""
@@ -66,7 +66,7 @@ def embedding_block(
     `vocab` are the rows of the table, the vocabulary of the model and its padding. Sizes are those of a micro-batch of
     all data-parallel replicas.
     """
-    block = _Embedding(model, workload, replicas, v=vocab or model.vocab, p=model.max_positions)
+    block = EmbeddingBlock(model, workload, replicas, v=vocab or model.vocab, p=model.max_positions)
     x = block.lookup("embedding", block.tensor("tokens", "s b", "token ids", itemsize=TOKEN_BYTES), "v")
     if model.positions == "learned":
         x = block.learned_positions(x)

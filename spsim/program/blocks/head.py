@@ -9,22 +9,50 @@ from __future__ import annotations
 
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
 from spsim.program.blocks.embedding import TABLE, TOKEN_BYTES
-from spsim.program.operators import Operator, Tensor
+from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.strategies import WHOLE_VOCABULARY
 
 LOSS_BYTES = 4
 """The loss is computed in fp32."""
+LAST_HIDDEN, PREDICTED_HIDDEN = "last_hidden", "predicted_hidden"
+"""What it reads for the next token, and for the one after it."""
+PREDICTED = "mtp_"
+"""Begins the names of what is computed for that one."""
 OUTPUT = "output_layer_weight"
 """Of the output layer, unless it is the table of the embedding."""
 
 
 class Head(ModelBlock):
     """The operators of the head."""
+
+    of = ""
+    """Begins the names of operators and tensors, but weights."""
+
+    def tensor(self, name: str, dims: str, kind: TensorKind = "activation", *given: Any, **further: Any) -> Tensor:
+        """A tensor of what is computed for a token."""
+        return super().tensor(name if kind == "weight" else f"{self.of}{name}", dims, kind, *given, **further)
+
+    def add(self, name: str, *given: Any, **further: Any) -> None:
+        """An operator of that."""
+        super().add(f"{self.of}{name}", *given, **further)
+
+    def predicted(self, x: Tensor, *, loss_fusion: bool, loss_parallel: bool) -> None:
+        """Logits and loss of a token."""
+        logits = self.output_layer(x)
+        before_loss = len(self.operators)
+        if loss_fusion:
+            self.fused_loss(logits)
+        else:
+            self.unfused_loss(self.in_fp32(logits))
+        if not loss_parallel:
+            loss = [replace(own, rules=WHOLE_VOCABULARY) for own in self.operators[before_loss:]]
+            self.operators[before_loss:] = loss
 
     def output_layer(self, x: Tensor, tokens: str = "s b") -> Tensor:
         """Logits of some tokens: a column-parallel linear, split by the vocabulary."""
@@ -95,7 +123,7 @@ class Head(ModelBlock):
         )  # fmt: skip
 
 
-head_traits = attrgetter("hidden", "norm", "head_bias", "runs_as")
+head_traits = attrgetter("hidden", "norm", "head_bias", "runs_as", "mtp_layers")
 """What of a model, beside the rows of its head and whether they are the embedding's, the head depends on."""
 
 
@@ -113,21 +141,22 @@ def head_block(
     loss_fusion: bool = False,
     loss_parallel: bool = True,
 ) -> tuple[Operator, ...]:
-    """From the output of the last layer [s b h] to the loss, in forward order.
+    """From the output of the last layer [s b h] to the loss, in forward order; of a model with multi-token prediction
+    from the two outputs of its block to two losses.
 
     `vocab` are the rows of the output layer, those of the model and its padding. Products are of the type of the
     activations, whatever type those of the layers are of. A head of tied embeddings reads the table of the embedding.
     Without `loss_parallel` the loss reads the logits of the whole vocabulary.
     """
     block = Head(model, workload, replicas, v=vocab or model.head_rows)
-    normed = block.norm("final_norm", block.tensor("last_hidden", "s b h"))
-    logits = block.output_layer(normed)
-    before_loss = len(block.operators)
-    if loss_fusion:
-        block.fused_loss(logits)
+    hidden, options = block.tensor(LAST_HIDDEN, "s b h"), {"loss_fusion": loss_fusion, "loss_parallel": loss_parallel}
+    if model.mtp_layers:
+        # Both are normalised; the loss of the further token is computed first (`process_mtp_loss` of Megatron-Core).
+        further = block.tensor(PREDICTED_HIDDEN, "s b h")
+        block.of = PREDICTED
+        block.predicted(further, **options)
+        block.of = ""
     else:
-        block.unfused_loss(block.in_fp32(logits))
-    loss = block.operators[before_loss:]
-    if not loss_parallel:
-        loss = [replace(own, rules=WHOLE_VOCABULARY) for own in loss]
-    return (*block.operators[:before_loss], *loss)
+        hidden = block.norm("final_norm", hidden)
+    block.predicted(hidden, **options)
+    return tuple(block.operators)
