@@ -96,7 +96,7 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "virtual_pp": "chunks of layers that each stage holds: above 1 the schedule is interleaved",
     "pp_schedule": "order of passes on the stages, as torch.distributed.pipelining calls them",
     "pp_group": "micro-batches that a chunk runs before the next takes over; pp unless given",
-    "pp_layout": "what each chunk holds, as Et3/t4/t4/t3L: E embedding, t layer, L loss",
+    "pp_layout": "what each chunk holds, as Et3/t4/t4/t3L: E embedding, t layer, m multi-token prediction, L loss",
     "pp_sends": "whose way to post messages between stages and wait for them",
     "pp_overlap": "messages between stages behind passes; where virtual_pp is above 1 unless given",
     "pp_warmup_flush": "and those of warm-up and cool-down, too",
