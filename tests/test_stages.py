@@ -111,7 +111,7 @@ def test_a_layout_keeps_its_capitals():
         ("Et/ttt", ["chunk 2 is 'ttt'", "end the last with L"]),
         ("EtL/ttL", ["chunk 1 is 'EtL'"]),
         ("Et/Ettt", ["chunk 2 is 'Ettt'"]),
-        ("Et/tmL", ["m, multi-token prediction, is not simulated yet"]),
+        ("Et/tmL", ["has 1 m, but the model has mtp_layers = 0"]),
         ("Et/txL", ["'x'", "E embedding, t layer, L loss"]),
         ("et/ttL", ["'e'"]),
         ("Ett//ttL", ["chunk 2 holds nothing"]),
