@@ -211,7 +211,11 @@ def test_a_contiguous_ring_is_read_on_the_rank_that_computes_longest():
 def test_words_name_the_winner_and_the_reasons():
     """Ranked by the whole step."""
     comparison = WHOLE["gpt step"]
-    lines = comparison_lines(comparison)
+    answer, *lines = comparison_lines(comparison)
+    assert answer == (
+        "Shortest step of the plans that fit: TP8+SP, recompute=selective. TP8 and TP8+SP would be shorter, but do not "
+        "fit."
+    )
     tp, tp_sp = (f"{account.result.step_time_s:.3f} s" for account in comparison.accounts[:2])
     assert lines[0].startswith(f"TP8+SP is faster than TP8: the step takes {tp_sp} instead of {tp} (−")
     assert "from 3 ratios of layers measured under plans that differ in sequence parallelism" in lines[0]
@@ -220,7 +224,7 @@ def test_words_name_the_winner_and_the_reasons():
     assert lines[1].startswith("TP8+SP needs less memory: ")
     assert "Mainly: activations −" in lines[1]
     assert lines[2].startswith("TP8, recompute=full is slower than TP8: the step takes ")
-    assert lines[-1] == "Shortest step: TP8+SP. Lowest peak of memory: TP8, recompute=full."
+    assert lines[-1] == "Lowest peak of memory: TP8, recompute=full."
 
 
 def test_a_tie_is_a_difference_below_the_band_and_has_no_winner():
@@ -231,12 +235,12 @@ def test_a_tie_is_a_difference_below_the_band_and_has_no_winner():
     assert (far["tie"], far["faster"]) == (False, "Ulysses 8")
     assert far["step_difference_percent"] > far["band"]["percent"]
     words = comparison_lines(WHOLE["llama step"])
-    assert words[0].startswith("Ring 8 and Ulysses 8 are a tie: the step takes ")
-    assert words[-1].startswith("Shortest step: TP8. ")
+    assert words[0] == "Shortest step of the plans that fit: TP8."
+    assert words[1].startswith("Ring 8 and Ulysses 8 are a tie: the step takes ")
     several = COMPARISONS["llama"]
     first, *others = several.fastest
     assert others
-    assert f"Shortest step: {first}, a tie with {others[0]}" in comparison_lines(several)[-1]
+    assert f"Shortest step of the plans that fit: {first}, a tie with {others[0]}" in comparison_lines(several)[0]
 
 
 def test_a_whole_step_names_what_is_around_its_layers():

@@ -9,6 +9,7 @@ import pytest
 import spsim
 from spsim import InputError
 from spsim.cli import main
+from spsim.report.comparison import comparison_lines
 from spsim.report.page.assumptions import assumption_tables
 from spsim.report.page.stacks import memory_chart, time_chart
 from spsim.report.page.timeline import timeline_chart
@@ -125,6 +126,16 @@ def test_what_does_not_fit_is_not_the_answer():
     assert verdict(only)[1] == (
         f"TP8 does not fit in the memory of a GPU: {tp.device_memory_gib:.1f} of {tp.capacity_gib:.1f} GiB."
     )
+
+
+def test_the_terminal_too_answers_of_plans_that_fit_and_says_which_shorter_one_does_not():
+    """TP alone has the shorter step and does not fit; where neither fits nothing stands before."""
+    found = compared("tp=8", "tp=8,sequence_parallel,recompute=full", seq_len=262144)
+    assert found.fastest == (found.accounts[1].name,)
+    assert comparison_lines(found)[0] == f"Only {found.accounts[1].name} fits. TP8 would be shorter, but does not fit."
+    none = compared("tp=8", "tp=8,sequence_parallel", seq_len=262144)
+    assert none.fastest[0] == "TP8"
+    assert comparison_lines(none)[0].startswith("TP8+SP ")
 
 
 def test_one_plan_has_its_step_and_room(three):
@@ -334,3 +345,41 @@ def test_a_page_of_many_fits_its_size(tmp_path):
 def test_a_report_needs_a_path_of_a_file(three, tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         three.to_html(tmp_path / "no" / "page.html")
+
+
+# ------------------------------------------------------------ steps under perturbations
+
+SLOW = """
+[[perturbations]]
+ranks = [1]
+factor = 1.5
+"""
+JITTER = """
+[[perturbations]]
+distribution = "lognormal"
+spread = 0.1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "seeds"), [(SLOW, 1), (SLOW + JITTER, 12)])
+def test_a_page_of_perturbed_steps_says_what_they_cost_and_who_is_to_blame(text, seeds, tmp_path, capsys):
+    """Its figures are those of the document."""
+    file, page = tmp_path / "slow.toml", tmp_path / "page.html"
+    file.write_text(text)
+    given = [*ARGUMENTS, "--set", "model.layers=2", "--perturb", str(file), "--report", str(page), "--json"]
+    assert status_of(["run", *given, *(["--seeds", str(seeds)] if seeds > 1 else [])]) == 0
+    found = json.loads(capsys.readouterr().out)["perturbed"]
+    written = page.read_text(encoding="utf-8")
+    answer = Elements(written).texts["p"][1]
+    assert f"{found['after_ms']['mean_ms']:.3f} ms" in answer
+    assert f"{found['before_ms']:.3f} ms" in answer
+    assert ("of 12 seeds" in answer.lower()) == (seeds > 1)
+    bars = {trace["name"]: trace for chart in charts_of(written) for trace in chart["data"]}
+    if seeds > 1:
+        assert f"{found['after_ms']['p95_ms']:.3f} ms" in answer
+        assert sum(bars["seeds"]["y"]) == seeds
+    blame, _ = (own for chart in charts_of(written) for own in chart["data"] if own["name"] == "lost time")
+    shares = [own["lost_ms"] for own in found["blame"]["by_rank"]]
+    assert blame["x"] == pytest.approx(shares[: len(blame["x"])], abs=1e-5)
+    assert blame["customdata"][0].startswith("rank 1, ")

@@ -121,16 +121,38 @@ def _cells(side: Sequence[dict[str, int]], name: str | None, unit: int, digits: 
 def comparison_lines(comparison: PlanComparison) -> list[str]:
     """Which plan is faster and which smaller, by how much, and the main reasons."""
     accounts = comparison.accounts
-    lines = [line for pair in comparison.differences for line in (_time_line(pair), _memory_line(pair))]
+    lines = [*_answer(comparison)]
+    lines += [line for pair in comparison.differences for line in (_time_line(pair), _memory_line(pair))]
     if len({account.result.scenario.plan.gpus for account in accounts}) > 1:
         lines.append("The plans use different numbers of GPUs: compare the throughput per GPU, not times.")
     lines += [f"{a.name} does not fit in the device memory." for a in accounts if not a.result.fits]
     lines += [f"{a.name}: {a.result.overlap}." for a in accounts if a.result.overlap]
     if len(accounts) > 2:
-        first, *tied = comparison.fastest
-        tie = f", a tie with {listed(tied)}" if tied else ""
-        lines.append(f"Shortest step: {first}{tie}. Lowest peak of memory: {listed(_smallest(accounts))}.")
+        fit = len({account.result.fits for account in accounts}) == 1
+        shortest = f"Shortest step: {_shortest(comparison)}. " if fit else ""
+        lines.append(f"{shortest}Lowest peak of memory: {listed(_smallest(accounts))}.")
     return [*lines, *_trust_lines(comparison)]
+
+
+def _answer(comparison: PlanComparison) -> Iterable[str]:
+    """Where some plans do not fit, which of those that do has the shortest step, and which would have a shorter one."""
+    steps = {account.name: account.result.step_ps for account in comparison.accounts if account.result.fits}
+    if len(steps) in (0, len(comparison.accounts)):
+        return
+    others = [account for account in comparison.accounts if not account.result.fits]
+    shorter = [account.name for account in others if account.result.step_ps < min(steps.values())]
+    more = (
+        f" {listed(shorter)} would be shorter, but {'do' if len(shorter) > 1 else 'does'} not fit." if shorter else ""
+    )
+    if len(steps) == 1:
+        yield f"Only {next(iter(steps))} fits.{more}"
+    else:
+        yield f"Shortest step of the plans that fit: {_shortest(comparison)}.{more}"
+
+
+def _shortest(comparison: PlanComparison) -> str:
+    first, *tied = comparison.fastest
+    return f"{first}, a tie with {listed(tied)}" if tied else first
 
 
 def _smallest(accounts: Sequence[PlanAccount]) -> list[str]:

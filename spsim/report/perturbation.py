@@ -54,7 +54,7 @@ def blame_tables(found: PerturbedSteps) -> Iterator[Table]:
         return
     made = table(f"lost time by rank{_cut(found.by_rank)}", ["rank", "of it", "time"], numbers=["of it", "time"])
     for own in found.by_rank[:MOST_ROWS]:
-        made.add_row(_named(own), f"{100 * own.share:.1f} %", time(own.lost_s))
+        made.add_row(named(own), f"{100 * own.share:.1f} %", time(own.lost_s))
     yield made
     made = table(
         f"lost time by operator{_cut(found.by_operator)}",
@@ -70,7 +70,8 @@ def _cut(shares: Sequence[Share]) -> str:
     return f", {MOST_ROWS} of {len(shares)}" if len(shares) > MOST_ROWS else ""
 
 
-def _named(share: Share) -> str:
+def named(share: Share) -> str:
+    """Which rank it is, and how many are alike."""
     return f"{share.rank}" if share.ranks == 1 else f"{share.rank} and {(share.ranks or 1) - 1} alike"
 
 

@@ -142,8 +142,9 @@ class PlanComparison:
 
     @property
     def fastest(self) -> tuple[str, ...]:
-        """The plan with the shortest step, and those that tie with it."""
-        first, *others = sorted(self.accounts, key=lambda account: account.result.step_ps)
+        """The plan with the shortest step of those that fit, or of all where none does, and those that tie with it."""
+        fitting = [account for account in self.accounts if account.result.fits]
+        first, *others = sorted(fitting or self.accounts, key=lambda account: account.result.step_ps)
         return (first.name, *(other.name for other in others if Difference(first, other).tie))
 
     @cached_property

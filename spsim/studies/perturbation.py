@@ -157,6 +157,12 @@ class PerturbedSteps:
 
         plots.save(plots.plot_perturbed(self), Path(path))
 
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that a browser opens without a network: what is lost, over seeds, and who is to blame."""
+        from spsim.report.page import write_perturbed
+
+        write_perturbed(self, Path(path))
+
 
 def _rows(shares: Sequence[Share]) -> Iterator[dict[str, Any]]:
     for share in shares[:MOST_ROWS]:

@@ -109,8 +109,8 @@ def command(
     if library is not None:
         _emit(scenario, library, more=as_json or out is not None or page is not None)
         return
-    if _is_perturbed(scenario, seeds, page):
-        _run_perturbed(scenario, seeds or 1, out, as_json=as_json)
+    if _is_perturbed(scenario, seeds):
+        _run_perturbed(scenario, seeds or 1, out, page, as_json=as_json)
         return
     result = simulate(scenario)
     selection, written = _written(result, out, ranks, layers, trace_format)
@@ -135,20 +135,18 @@ def _check_out(out: Path | None, ranks: str | None, layers: str | None, trace_fo
         raise InputError("run: --ranks, --layers and --trace-format choose what --out writes; give --out too")
 
 
-def _is_perturbed(scenario: Scenario, seeds: int | None, page: Path | None) -> bool:
+def _is_perturbed(scenario: Scenario, seeds: int | None) -> bool:
     """Whether it is; `InputError` where that does not fit what is asked for."""
     if not scenario.perturbations.perturbations:
         if seeds is not None:
             raise InputError("run: --seeds are of perturbations; give them with --perturb, or in the case file")
         return False
-    if page is not None:
-        raise InputError("run: --report shows a step without perturbations; leave them or --report out")
     if seeds is not None and seeds < 1:
         raise InputError(f"run: --seeds {seeds} is no number from 1 on")
     return True
 
 
-def _run_perturbed(scenario: Scenario, seeds: int, out: Path | None, *, as_json: bool) -> None:
+def _run_perturbed(scenario: Scenario, seeds: int, out: Path | None, page: Path | None, *, as_json: bool) -> None:
     """The step with and without perturbations, and who is to blame."""
     from spsim.report import perturbation
     from spsim.studies.perturbation import perturb
@@ -162,6 +160,8 @@ def _run_perturbed(scenario: Scenario, seeds: int, out: Path | None, *, as_json:
             found.frame().to_csv(directory / "seeds.csv", index=False)
             (directory / "result.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
             written = file_names(directory)
+    if page is not None:
+        found.to_html(page)
     if as_json:
         print_json(document)
         return
@@ -171,6 +171,7 @@ def _run_perturbed(scenario: Scenario, seeds: int, out: Path | None, *, as_json:
     for line in perturbation.notes(found):
         console.print(line, soft_wrap=True)
     print_written(console, out, written)
+    print_report(console, page)
 
 
 def _print_result(result: Result, out: Path | None, written: list[str], selection: Selection | None) -> None:
