@@ -192,7 +192,7 @@ def with_batch(plan: str, global_batch: int) -> list[str]:
         (with_plan("pp=4,recompute=full,recompute_layers=13"), ["recompute_layers = 13", "12 layers", "at most 12"]),
         (with_plan("recompute=full,recompute_method=uniform"), ["'uniform'", "recompute_layers"]),
         (with_plan("recompute=full,recompute_modules=mlp"), ["recompute_modules", "recompute=selective"]),
-        (with_plan("recompute=selective,recompute_modules=mlp+attn"), ["'attn'", "core_attn, layernorm, mlp"]),
+        (with_plan("recompute=selective,recompute_modules=mlp+attn"), ["'attn'", "core_attn, layernorm, mla_up"]),
         (with_plan("recompute=selective,recompute_modules=mlp+mlp"), ["'mlp+mlp'", "twice"]),
         (with_plan("recompute=selective,recompute_modules=moe_act"), ["moe_act", "has no experts"]),
         (with_plan("tp=8,tp_overlap"), ["tp_overlap", "add sequence_parallel"]),

@@ -252,6 +252,21 @@ def test_models_that_cannot_be(fields, words):
         Model(**{**base, **fields})
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"expert_ffn_hidden": 100, "shared_ffn_hidden": 0}, "do not divide expert_ffn_hidden / expert_tp = 100"),
+        ({"shared_ffn_hidden": 200}, "do not divide shared_ffn_hidden / tp = 200"),
+        ({"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "kv_heads": 32, "qk_norm": False,
+          "head_dim": 48}, r"do not divide kv_lora_rank \+ qk_rope_head_dim = 80"),
+    ],
+)  # fmt: skip
+def test_blocks_of_a_cast_are_whole(fields, words):
+    """32 of a row and of a column of what a product reads."""
+    with pytest.raises(InputError, match=words):
+        step("dp=2", {**SMALL, **fields}, hardware="dgx-b200", precision="mxfp8")
+
+
 def test_recomputing_experts_keeps_less():
     """`moe_act` of Megatron-Core keeps no result of the activation; `moe` nothing of the layer but what it reads."""
     peaks = [

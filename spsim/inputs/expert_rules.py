@@ -74,6 +74,17 @@ def _check_kernels(model: Model, plan: Plan, workload: Workload) -> None:
         )
 
 
+def mlp_widths(model: Model, plan: Plan) -> dict[str, int]:
+    """Of the MLPs of a model on a rank, by what they are divided from; those that it has."""
+    dense = model.experts is None or any(own.dense for own in model.types)
+    widths = {
+        "ffn_hidden / tp": model.ffn_hidden // plan.tp if dense else 0,
+        "shared_ffn_hidden / tp": model.shared_ffn_hidden // plan.tp,
+        "expert_ffn_hidden / expert_tp": (model.expert_ffn_hidden or 0) // (plan.expert_tp or plan.tp),
+    }
+    return {name: width for name, width in widths.items() if width}
+
+
 def _check_width(model: Model, plan: Plan) -> None:
     shares = 1 if plan.expert_tp == 1 else plan.tp
     shared = "shared_ffn_hidden", model.shared_ffn_hidden, plan.tp

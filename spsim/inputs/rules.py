@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spsim.errors import InputError
 from spsim.inputs.effects import deals_out_groups, own_kv_heads, reasons, setting
-from spsim.inputs.expert_rules import check_experts
+from spsim.inputs.expert_rules import check_experts, mlp_widths
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.serving_rules import check_serving, served, served_unit
@@ -130,15 +130,13 @@ def _check_widths(model: Model, plan: Plan, workload: Workload) -> None:
 def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
     """What the products of a rank read is cast in whole blocks, along rows and columns."""
     unit = ROW_UNITS.get(workload.precision, 1)
-    latents = {"q_lora_rank": model.q_lora_rank or unit, "kv_lora_rank": model.kv_lora_rank or unit}
     fused = {"(heads + 2 x kv_heads) x head_dim / tp": qkv_width(model) // plan.tp}
     own = {"kv_heads x head_dim / tp": max(1, model.kv_heads // plan.tp) * model.head_dim}
     widths = {
         "hidden": model.hidden,
-        **latents,
+        **(_latent_widths(model, plan) if model.kv_lora_rank else fused if gathers_qkv(model, plan) else own),
         "heads x head_dim / tp": model.heads * model.head_dim // plan.tp,
-        **(fused if gathers_qkv(model, plan) else own),
-        "ffn_hidden / tp": model.ffn_hidden // plan.tp,
+        **mlp_widths(model, plan),
     }
     if workload.phase != "decode":  # engines pad the few tokens of a decode
         tokens = workload.micro_batch * workload.seq_len
@@ -149,6 +147,18 @@ def _check_rows(model: Model, plan: Plan, workload: Workload) -> None:
                 f"workload: precision = {workload.precision!r} casts blocks of {unit}, which do not divide "
                 f"{name} = {width}; use bf16 or sizes that are multiples of {unit}"
             )
+
+
+def _latent_widths(model: Model, plan: Plan) -> dict[str, int]:
+    """Of the products of latent attention on a rank, but those of q."""
+    kv, rope = model.kv_lora_rank or 0, model.qk_rope_head_dim or 0
+    up = {"qk_nope_head_dim": model.qk_nope_head_dim or 0, "v_head_dim": model.v_head_dim}
+    return {
+        **({"q_lora_rank": model.q_lora_rank} if model.q_lora_rank else {}),
+        "kv_lora_rank": kv,
+        "kv_lora_rank + qk_rope_head_dim": kv + rope,
+        **{f"heads x {name} / tp": model.heads * width // plan.tp for name, width in up.items()},
+    }
 
 
 def _sequence_shards(plan: Plan) -> int:
