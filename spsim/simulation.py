@@ -11,7 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.costs.models import cost_models
-from spsim.costs.static_memory import StaticMemory, dummy_gradients, serving_memory, static_memory
+from spsim.costs.static_memory import (
+    StaticMemory,
+    dummy_gradients,
+    outside_tensors,
+    serving_memory,
+    static_memory,
+)
 from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.tasks import Paces
@@ -142,8 +148,9 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
     static = static_of(scenario, prepared, chunk, known)
     number = counted(grid.model, grid.workload, grid.num_micro_batches * grid.plan.dp)
     return ResultColumns(
-        scenario.scope, grid, prepared, numbers, amounts_of(grid, number, scenario.scope), step, static
-    )
+        scenario.scope, grid, prepared, numbers, amounts_of(grid, number, scenario.scope), step, static,
+        outside_tensors(grid.hardware, prepared.mesh),
+    )  # fmt: skip
 
 
 def one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ import pytest
 from spsim import Point, sweep
 from spsim.inputs.plan import parse_plan
 from spsim.step.closing import _closing
-from spsim.step.columns.closing import ends_of
+from spsim.step.columns.closing import ends_of, parts_of
 from spsim.step.gradients import Sync
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.exchange import Exchange
@@ -134,6 +134,22 @@ def test_waits_for_transfers_are_those_of_the_gaps(stages, chunks, rounds):
         assert transfer.tolist() == gaps_of(timeline).totals(stages)[0]
 
 
+@pytest.mark.parametrize(("stages", "chunks", "rounds"), [(2, 1, 1), (4, 1, 16), (2, 2, 2), (4, 2, 16), (3, 3, 16)])
+def test_many_steps_at_once_are_those_of_the_clock(stages, chunks, rounds):
+    """Of a short step and what a round adds: whoever is not steady at once is said to be so."""
+    clock = Clock("1f1b", stages, chunks, rounds * stages, None, EXCHANGES[min(chunks, 2)])
+    every = steps(stages, chunks, rounds)
+    durations = np.array([np.concatenate([*own, [0]]) for own in every]).T
+    short = clock.structure.steps.short(durations)
+    more = np.full(len(every), clock.more_rounds)
+    found = short.longer(np.arange(len(every)), more)
+    assert short.steady.mean() > 0.8
+    for column in np.flatnonzero(short.steady | (more == 0)).tolist():
+        finished, transfer = clock.totals(*every[column])
+        assert found.finished[:, column].tolist() == finished.tolist()
+        assert found.transfer[:, column].tolist() == transfer.tolist()
+
+
 def test_steps_that_wait_in_the_same_way_are_summed_up(monkeypatch):
     clock = Clock("1f1b", 4, 1, 68)
     passes, messages = steps(4, 1, 17)[0]
@@ -150,7 +166,7 @@ def test_stages_close_a_step_when_those_that_they_meet_have_come():
     sums, tied_sums = _closing("weight_sync", "weight_sync", ("sum",)), _closing("tied", "weight_sync", ("sum", tied))
     update = _closing("optimizer", "optimizer", ("norm kernel", norm, "adam"))
     kinds = [[(tied_sums, [5, 7]), (update, [1, 2, 30])], [(sums, [4]), (update, [1, 2, 20])]]
-    found = ends_of(kinds, (0, 1, 0), np.array([[100, 100], [110, 300], [90, 100]]))
+    found = ends_of([parts_of(times) for times in kinds], (0, 1, 0), np.array([[100, 100], [110, 300], [90, 100]]))
     # Tied sums start at 105 and end at 112 in both; the norm starts when stage 1 comes to it: at 115, and at 305.
     assert found.end.tolist() == [115 + 2 + 30, 305 + 2 + 30]
     assert found.weight_sync.tolist() == [22, 12]  # stage 2 waits for stage 0, from 90 on

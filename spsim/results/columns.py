@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from spsim.costs.static_memory import StaticMemory, outside_tensors
+from spsim.costs.static_memory import StaticMemory
 from spsim.lazy import lazy
-from spsim.program.mesh import mesh_of
 from spsim.program.operators import TensorKind
 from spsim.results.derived import STATIC, Amounts, Derived, operator_name
 from spsim.step.columns.fill import Floats
@@ -31,14 +30,16 @@ class ResultColumns(Derived):
     amounts: Amounts
     step: StepColumns
     static: StaticMemory
+    outside: Any
+    """Bytes that are not the tensors'."""
 
     error_band: ClassVar[None] = None
     flagged: ClassVar[tuple[str, ...]] = ()
     """Profiles that a calibration wrote are simulated one workload at a time."""
 
-    @lazy
-    def _outside(self) -> int:
-        return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
+    @property
+    def _outside(self) -> Any:
+        return self.outside
 
     @property
     def exact(self) -> Points:
@@ -94,7 +95,7 @@ class ResultColumns(Derived):
         short: Points = np.logical_not(self.fits)
         if not short.any():
             return np.full(short.shape, None)
-        room = np.full(short.shape, float(self.limit - self.static.total))
+        room: Any = np.broadcast_to(self.limit - self.static.total, short.shape).astype(np.float64)
         by_task = short & (room >= 0)
         names = self._names(self.step.memory.first_above(room, by_task), by_task)
         return np.where(short, names, None)

@@ -1,35 +1,37 @@
-"""What the simulation of a step of several pipeline stages found for many workloads at once, as `ResultColumns`."""
+"""What the simulation of steps of several pipeline stages found for many plans and workloads, as `ResultColumns`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spsim.costs.static_memory import outside_tensors
 from spsim.lazy import lazy
-from spsim.program.mesh import mesh_of
 from spsim.results.derived import STATIC, Derived, operator_name
+from spsim.step.columns.chunks import ChunkPasses
+from spsim.step.columns.fill import Floats, Places
 from spsim.step.columns.replay import Points
 from spsim.step.columns.stages import StagedColumns
-from spsim.step.columns.walk import Spots
 
 
 @dataclass(frozen=True)
 class StagedResultColumns(Derived):
-    """One value of each figure for each workload, or one for all."""
+    """One value of each figure for each step, or one for all."""
 
     scenario: Any
     step: StagedColumns
+    outside: Any
+    """Bytes of each step that are not the tensors'."""
 
-    @lazy
-    def _outside(self) -> int:
-        return outside_tensors(self.scenario.hardware, mesh_of(self.scenario.plan))
+    @property
+    def _outside(self) -> Any:
+        return self.outside
 
     @property
     def exact(self) -> Points:
-        """Workloads whose figures are, to the bit, those of `simulate`; it has to find those of others."""
+        """Steps whose figures are, to the bit, those of `simulate`; it has to find those of others."""
         return self.step.exact
 
     @property
@@ -76,41 +78,55 @@ class StagedResultColumns(Derived):
     def peak_operator(self) -> Any:
         """The operators whose allocations make the peaks."""
         found = self.step.fullest
-        spots: dict[int, Spots] = {}
-        names = []
-        columns = zip(
-            self.step.columns.tolist(), found.level, found.sort.tolist(), found.stage, found.chunk, strict=True
-        )
-        for workload, level, sort, stage, chunk in columns:
-            if sort not in spots:
-                spots[sort] = self.step.memories[sort].fullest()
-            names.append(self._name(spots[sort], workload, stage, chunk) if level > 0 else STATIC)
-        return np.array(names, dtype=object)
+        names = np.full(len(self.step.plan_of), STATIC, dtype=object)
+        for passes, at in self._by_passes(np.flatnonzero(found.level > 0)):
+            rows = self._rows(passes, found.stage[at], found.chunk[at])
+            spots = passes.fullest(found.place[at], rows, self.step.workloads[at])
+            names[at] = self._names(passes, spots, found.stage[at], found.chunk[at])
+        return names
 
     @lazy
     def out_of_memory_at(self) -> Any:
         """The operators at which memory runs out; None where it does not."""
-        names = np.full(len(self.step.columns), None)
-        for column in np.flatnonzero(np.logical_not(self.fits)).tolist():
-            names[column] = self._out_of_memory_at(column)
+        step = self.step
+        names = np.full(len(step.plan_of), None)
+        short = np.flatnonzero(np.logical_not(self.fits))
+        kinds = np.array(step.stages.kind_of)[step.fullest.stage[short]]
+        room: Floats = self.limit[short] - step.statics[kinds, short]  # type: ignore[index]
+        names[short[room < 0]] = STATIC
+        short, room = short[room >= 0], room[room >= 0]
+        if not len(short):
+            return names
+        chunks, places, left = step.first_above(short, room)
+        for passes, at in self._by_passes(short):
+            own = np.searchsorted(short, at)
+            stages = step.fullest.stage[at]
+            rows = self._rows(passes, stages, chunks[own])
+            spots = passes.first_above(places[own], rows, step.workloads[at], left[own])
+            names[at] = self._names(passes, spots, stages, chunks[own])
         return names
 
-    def _out_of_memory_at(self, column: int) -> str | None:
-        step = self.step
-        stage, workload = int(step.fullest.stage[column]), int(step.columns[column])
-        room = self.limit - float(step.statics[step.stages.kind_of[stage]])
-        if room < 0:
-            return STATIC
-        found = step.first_above(column, stage, room)
-        if found is None:
-            return None
-        chunk, sort, left = found
-        memory = step.memories[sort]
-        asked = np.arange(len(memory.highest)) == workload
-        return self._name(memory.first_above(np.full(len(asked), left), asked), workload, stage, chunk)
+    def _by_passes(self, steps: Places) -> Iterator[tuple[ChunkPasses, Places]]:
+        """Some steps by the blocks that they have."""
+        plans = self.step.plan_of[steps]
+        keys = np.array([id(plan.passes) for plan in self.step.plans])[plans]
+        for key in dict.fromkeys(keys.tolist()):
+            own = keys == key
+            yield self.step.plans[plans[own.argmax()]].passes, steps[own]
 
-    def _name(self, spots: Spots, workload: int, stage: int, chunk: int) -> str:
-        """What a task of a chunk is called."""
-        layer = int(spots.layer[workload])
-        label = self.step.ran.block.labels[int(spots.leaf[workload])][int(spots.task[workload])]
-        return operator_name(label, layer + self.step.stages[stage][chunk].first if layer >= 0 else None)
+    def _rows(self, passes: ChunkPasses, stages: Places, chunks: Places) -> Places:
+        """Where chunks of stages stand among those of some blocks."""
+        rows = np.array([passes.rows[chunk] for chunk in self.step.stages.chunk_kinds], dtype=np.intp)
+        return rows[self.step.stages.kinds_of_chunks[stages, chunks]]
+
+    def _names(self, passes: ChunkPasses, spots: Any, stages: Places, chunks: Places) -> list[str]:
+        """What tasks of chunks are called."""
+        known: dict[tuple[int, ...], str] = {}
+        found = []
+        for leaf, layer, task, stage, chunk in zip(*(own.tolist() for own in (*spots, stages, chunks)), strict=True):
+            number = layer + self.step.stages[stage][chunk].first if layer >= 0 else -1
+            key = leaf, task, number
+            if key not in known:
+                known[key] = operator_name(passes.ran.block.labels[leaf][task], number if layer >= 0 else None)
+            found.append(known[key])
+        return found

@@ -1,65 +1,82 @@
-"""A step of several pipeline stages for many workloads at once, with the times that a profile gives it."""
+"""Steps of several pipeline stages for many plans and workloads at once, with the times that a profile gives them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from spsim.costs.collectives import CommCost
 from spsim.inputs.plan import Plan
+from spsim.inputs.schedules import Schedule
 from spsim.program.mesh import world_of
-from spsim.step.columns.fill import Floats, Places
-from spsim.step.columns.stages import StagedColumns
-from spsim.step.columns.step import RanPasses
+from spsim.step.columns.fill import Floats
+from spsim.step.columns.replay import Times
 from spsim.step.costed_pipeline import boundary_position, exchange_of, nodes_between
-from spsim.step.ending import Times
 from spsim.step.pipeline.clock import Clock
-from spsim.step.pipeline.orders import Numbers
+from spsim.step.pipeline.exchange import Exchange
+from spsim.step.pipeline.messages import Stages as Messages
 from spsim.step.preparation import PreparedStep
-from spsim.step.stages import Stages
 from spsim.units import picoseconds
 
 
-class Sends(NamedTuple):
-    """What messages between stages take."""
+class Pipelining(NamedTuple):
+    """How stages follow each other: what a clock reads of a plan."""
 
-    prepared: PreparedStep
-    numbers: Floats
-    """Of the different workloads."""
-    comm: CommCost
-    gpus_per_node: int
+    schedule: Schedule
+    stages: int
+    chunks: int
+    group: int | None
+    exchange: Exchange
 
-    def times(self, plan: Plan) -> Numbers:
-        """Picoseconds of a message of each different workload, within a node and between two."""
-        nodes = {*nodes_between(world_of(plan), self.gpus_per_node).values()}
-        found = np.zeros((2, self.numbers.shape[1]), np.int64)
-        for row, message in enumerate(self.numbers[boundary_position(self.prepared)].tolist()):
-            for number in nodes:
-                found[number - 1, row] = picoseconds(self.comm.duration("send_receive", int(message), 2, number))
+    @classmethod
+    def of(cls, plan: Plan) -> Pipelining:
+        """That of a plan."""
+        return cls(plan.pp_schedule, plan.pp, plan.virtual_pp, plan.pp_group, exchange_of(plan))
+
+    @property
+    def clock_of(self) -> Callable[[int], Clock]:
+        """The clock of a number of micro-batches."""
+
+        @cache
+        def clock(micro_batches: int) -> Clock:
+            return Clock(self.schedule, self.stages, self.chunks, micro_batches, self.group, self.exchange)
+
+        return clock
+
+
+class Sends:
+    """What messages between stages take for the different workloads of some blocks."""
+
+    def __init__(self, prepared: PreparedStep, numbers: Floats, comm: CommCost) -> None:
+        self._messages: list[int] = [*map(int, numbers[boundary_position(prepared)].tolist())]
+        self._comm = comm
+        self._known: dict[tuple[int, int], int] = {}
+
+    def times(self, nodes: frozenset[int]) -> Times:
+        """Picoseconds of a message of each workload, within a node and between two, as far as they are asked for."""
+        found = np.zeros((2, len(self._messages)), np.int64)
+        for number in nodes:
+            found[number - 1] = [self._time(message, number) for message in self._messages]
         return found
 
+    def _time(self, message: int, nodes: int) -> int:
+        key = message, nodes
+        if key not in self._known:
+            self._known[key] = picoseconds(self._comm.duration("send_receive", message, 2, nodes))
+        return self._known[key]
 
-def staged_columns(
-    ran: RanPasses,
-    columns: Places,
-    stages: Stages,
-    plan: Plan,
-    micro_batches: Numbers,
-    closings: Sequence[Times],
-    statics: Floats,
-    sends: Sends,
-) -> StagedColumns:
-    """The workloads of one plan, which are `columns` of the different ones that ran."""
-    exchange = exchange_of(plan)
-    clocks = [
-        Clock(plan.pp_schedule, plan.pp, plan.virtual_pp, number, plan.pp_group, exchange)
-        for number in micro_batches.tolist()
-    ]
-    times, nodes = sends.times(plan), nodes_between(world_of(plan), sends.gpus_per_node)
-    message_ps = [
-        times[[nodes[sender, receiver] - 1 for sender, receiver, _ in clock.lanes], column]
-        for clock, column in zip(clocks, columns.tolist(), strict=True)
-    ]
-    return StagedColumns(ran, columns, stages, clocks, message_ps, micro_batches, closings, statics)
+
+def nodes_of_lanes(plan: Plan, gpus_per_node: int) -> tuple[int, ...]:
+    """Of each lane of a plan's clock: 0 where its messages stay within a node, 1 where they do not."""
+    nodes = nodes_between(world_of(plan), gpus_per_node)
+    lanes = _lanes(plan.pp_schedule, plan.pp, plan.virtual_pp)
+    return tuple([nodes[way] - 1 for way in lanes])
+
+
+@lru_cache(maxsize=256)
+def _lanes(schedule: Schedule, stages: int, chunks: int) -> tuple[tuple[int, int], ...]:
+    """Sender and receiver of each lane."""
+    return tuple([lane[:2] for lane in Messages(schedule, stages, chunks).lanes])

@@ -24,10 +24,12 @@ from spsim.simulation import simulate_many
 from spsim.studies.points import Labels, Point
 from spsim.studies.rows import Row, failed, measures, row
 from spsim.studies.tables import Table, tables_of_rows
-from spsim.studies.together import alike, come_again, simulate_together
+from spsim.studies.together import OF_ALL, alike, come_again, simulate_together
 
 MANY = 256
-"""Workloads that are computed at once: their numbers stay in a cache."""
+"""Workloads of a plan that are computed at once: their numbers stay in a cache."""
+MOST = 4096
+"""Workloads of many plans: what is made for stages is made for all of them."""
 SIZES = ("seq_len", "micro_batch", "global_batch")
 
 
@@ -38,7 +40,7 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
     sorting = _Sorting(points)
     tables: list[Table] = []
     alone = sorting.alone.places
-    together: dict[tuple[Hashable, tuple[str, ...]], list[_Placed]] = defaultdict(list)
+    together: dict[Hashable, dict[Hashable, list[_Placed]]] = defaultdict(lambda: defaultdict(list))
     for family in sorting.families.values():
         placed = _checked(points, family, alone, tables)
         if placed is None:
@@ -47,13 +49,16 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
         if key is None:
             tables += _apart(points, placed, alone)
         else:
-            together[key, tuple(points[family.places[0]].labels)].append(placed)
-    for (key, _), own in together.items():
-        if come_again(key) or len(own) > 1 or len(own[0].places) > 1:
-            for some in _parts(own):
-                tables += _together(points, some, alone)
-        else:
-            alone += own[0].places.tolist()
+            together[key[:OF_ALL], tuple(points[family.places[0]].labels)][key].append(placed)
+    for of_model in together.values():
+        several = []
+        for passes, own in of_model.items():
+            if come_again(passes) or len(own) > 1 or len(own[0].places) > 1:
+                several.append(own)
+            else:
+                alone += own[0].places.tolist()
+        for some in _parts(several):
+            tables += _together(points, some, alone)
     return tables + tables_of_rows([row(points[place]) for place in alone], alone)
 
 
@@ -191,26 +196,31 @@ def _apart(points: Sequence[Point], placed: _Placed, alone: list[int]) -> Iterat
         yield from _at_once(points, part.places, partial(simulate_many, part.grid), alone)
 
 
-def _parts(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:
-    """Plans in groups of not too many workloads."""
-    found: list[_Placed] = []
+def _parts(every: Sequence[Sequence[_Placed]]) -> Iterator[list[list[_Placed]]]:
+    """Plans, those in a row that are alike, in groups of not too many workloads."""
+    found: list[list[_Placed]] = []
     count = 0
-    for own in placed:
-        for first in range(0, len(own.places), MANY):
-            part = own.part(slice(first, first + MANY))
-            if count + len(part.places) > MANY:
-                yield found
-                found, count = [], 0
-            found.append(part)
-            count += len(part.places)
+    for own in every:
+        for new, placed in enumerate(own):
+            for first in range(0, len(placed.places), MOST):
+                part = placed.part(slice(first, first + MOST))
+                if found and count + len(part.places) > MOST:
+                    yield found
+                    found, count = [], 0
+                if not found or not new:
+                    found.append([])
+                    new = True
+                found[-1].append(part)
+                count += len(part.places)
     if found:
         yield found
 
 
-def _together(points: Sequence[Point], placed: Sequence[_Placed], alone: list[int]) -> Iterator[Table]:
-    """The rows of plans whose passes are the same."""
-    places = np.concatenate([own.places for own in placed])
-    yield from _at_once(points, places, partial(simulate_together, [own.grid for own in placed]), alone)
+def _together(points: Sequence[Point], every: Sequence[Sequence[_Placed]], alone: list[int]) -> Iterator[Table]:
+    """The rows of plans of one model, of which those in a row have the same passes."""
+    places = np.concatenate([placed.places for own in every for placed in own])
+    simulated = partial(simulate_together, [[placed.grid for placed in own] for own in every])
+    yield from _at_once(points, places, simulated, alone)
 
 
 def _valid(sizes: Sequence[tuple[Any, ...]]) -> npt.NDArray[np.bool_]:

@@ -1,41 +1,40 @@
-"""Plans whose passes are alike, simulated together: a space of plans as a search enumerates it."""
+"""Plans of one model, simulated together: a space of plans as a search enumerates it."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import count, pairwise
-from typing import Any, NamedTuple
+from itertools import accumulate, count
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from spsim.costs.models import cost_models
+from spsim.costs.static_memory import StaticMemory, outside_tensors
 from spsim.inputs.grid import Grid
 from spsim.inputs.workload import Workloads
 from spsim.lazy import Cache
-from spsim.program.sizes import Numbers, products
+from spsim.program.mesh import mesh_of
+from spsim.program.sizes import products
 from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts
-from spsim.results.joined import JoinedColumns
+from spsim.results.joined import Blocks, JoinedColumns, Part
 from spsim.results.staged_columns import StagedResultColumns
 from spsim.results.uncertainty import has_flags, is_calibrated
-from spsim.simulation import (
-    is_one_sequence,
-    one_if_alike,
-    precision_of,
-    stages_of,
-    static_of,
-)
+from spsim.simulation import is_one_sequence, precision_of, stages_of, static_of
 from spsim.step.apart import Costs, closing_times, one_stage, prepared_passes, runs_apart
-from spsim.step.columns.step import RanPasses, StepColumns
-from spsim.step.costed_columns import Sends, staged_columns
-from spsim.step.preparation import PreparedStep
+from spsim.step.columns.chunks import ChunkPasses
+from spsim.step.columns.closing import parts_of
+from spsim.step.columns.fill import Places
+from spsim.step.columns.stages import PlanColumns, StagedColumns
+from spsim.step.columns.step import StepColumns
+from spsim.step.costed_columns import Pipelining, Sends, nodes_of_lanes
+from spsim.step.stages import Stages
 
 
-def alike(grid: Grid) -> Hashable | None:
+def alike(grid: Grid) -> tuple[Hashable, ...] | None:
     """Equal of grids whose passes are the same, so that `simulate_together` takes them; None where it does not."""
     scenario = grid.scenario
     plan = scenario.plan
@@ -47,10 +46,15 @@ def alike(grid: Grid) -> Hashable | None:
     return (
         id(grid.hardware),
         scenario.model,
-        one_stage(scenario.model, plan),
         precision_of(scenario),
+        one_stage(scenario.model, plan),
+        is_one_sequence(scenario),
         grid.gpus_per_node,
     )
+
+
+OF_ALL = 3
+"""Parts of what is `alike` of which all that is simulated together has the same."""
 
 
 def come_again(key: Hashable) -> bool:
@@ -61,70 +65,138 @@ def come_again(key: Hashable) -> bool:
 _asked: Cache[Iterator[int]] = Cache(4096, lambda _: 1)
 
 
-def simulate_together(grids: Sequence[Grid]) -> JoinedColumns | None:
-    """Simulate the workloads of plans that are `alike` at once, whatever their stages and replicas: passes are worked
-    out once for each different workload. None, and `exact`, as of `simulate_many`.
+def simulate_together(every: Sequence[Sequence[Grid]]) -> JoinedColumns | None:
+    """Simulate the workloads of plans of one model at once: those in a row are `alike`, whatever their stages and
+    replicas, and their passes are worked out once for each different workload. None, and `exact`, as of
+    `simulate_many`.
     """
-    first, model = grids[0].scenario, grids[0].model
-    prepared = prepared_passes(model, one_stage(model, first.plan), precision_of(first), single=is_one_sequence(first))
-    if prepared.columns is None:
+    own = [_Alike(grids) for grids in every]
+    if any(one.prepared.columns is None for one in own):
         return None
-    sizes = np.concatenate([np.stack([grid.workload.seq_len, grid.workload.micro_batch]) for grid in grids], axis=1)
-    different, columns = np.unique(sizes, axis=1, return_inverse=True)
-    columns = np.asarray(columns).reshape(-1)
-    basis = prepared.template.basis(*different)
-    compute, comm = cost_models(first.hardware, first.workload.precision)
-    with np.errstate(over="ignore", invalid="ignore"):
-        numbers = products(prepared.columns.coefficients, basis)
-        times = prepared.durations_of_many(numbers, compute, comm, gpus_per_node=first.gpus_per_node)
-        ran = prepared.columns.ran(times, basis, first.hardware.coefficients.overlap_slowdown.value)
-    together = Together(
-        prepared, ran, numbers, prepared.template.at(first.workload), Costs(compute, comm, first.gpus_per_node)
-    )
-    ends = np.cumsum([0, *(len(grid.global_batch) for grid in grids)])
-    parts = [_part(together, grid, columns[own[0] : own[1]]) for grid, own in zip(grids, pairwise(ends), strict=True)]
-    every = Workloads(sizes[0], sizes[1], first.workload.precision)
-    micro_batches = np.concatenate([grid.num_micro_batches for grid in grids])
-    replicas = np.repeat([grid.plan.dp for grid in grids], np.diff(ends))
-    amounts = amounts_of(first, counted(first.model, every, replicas * micro_batches), "step", replicas)
-    tokens: Any = np.concatenate([grid.global_batch * grid.workload.seq_len for grid in grids])
-    amounts = replace(amounts, tokens=tokens)
-    return JoinedColumns("step", grids, parts, amounts, prepared.template, numbers[:, columns])
+    first = [0, *accumulate(len(one.columns) for one in own)]
+    parts: list[Part] = []
+    staged: dict[tuple[Stages, Pipelining], list[tuple[_Alike, int, int]]] = defaultdict(list)
+    for one, start in zip(own, first, strict=False):
+        alone = []
+        for number, grid in enumerate(one.grids):
+            if grid.plan.pp > 1:
+                staged[one.stages[number], Pipelining.of(grid.plan)].append((one, number, start))
+            else:
+                alone.append(number)
+        if alone:
+            parts.append(Part(one.places(alone, start), one.of_one_stage(alone)))
+    for (stages, pipelining), plans in staged.items():
+        step = StagedColumns(stages, [one.of_stages(number) for one, number, _ in plans], pipelining.clock_of)
+        places = np.concatenate([one.places([number], start) for one, number, start in plans])
+        outside = np.repeat([one.outside(number) for one, number, _ in plans], step.lengths)
+        parts.append(Part(places, StagedResultColumns(every[0][0], step, outside)))
+    return JoinedColumns("step", every, parts, [one.blocks for one in own])
 
 
-class Together(NamedTuple):
-    """What plans share that are simulated together."""
+class _Alike:
+    """Plans whose passes are the same."""
 
-    prepared: PreparedStep
-    ran: RanPasses
-    numbers: npt.NDArray[np.float64]
-    """Of the different workloads."""
-    known: Numbers
-    """Those that no workload changes can be read from it."""
-    costs: Costs
+    def __init__(self, grids: Sequence[Grid]) -> None:
+        self.grids = grids
+        first = grids[0].scenario
+        self.prepared = prepared_passes(
+            first.model, one_stage(first.model, first.plan), precision_of(first), single=is_one_sequence(first)
+        )
+        self.ends = [0, *accumulate(len(grid.global_batch) for grid in grids)]
+        self.sizes = np.concatenate([np.stack([grid.workload.seq_len, grid.workload.micro_batch]) for grid in grids], 1)
+        different, columns = np.unique(self.sizes, axis=1, return_inverse=True)
+        self.columns: Places = np.asarray(columns).reshape(-1)
+        """Which of the different workloads each is."""
+        compute, comm = cost_models(first.hardware, first.workload.precision)
+        self.costs = Costs(compute, comm, first.gpus_per_node)
+        self.known = self.prepared.template.at(first.workload)
+        """Numbers that no workload changes can be read from it."""
+        self.stages = [stages_of(grid.model, *_staging(grid)) for grid in grids]
+        if self.prepared.columns is not None:
+            self._run(different)
 
+    def _run(self, different: Any) -> None:
+        prepared, first = self.prepared, self.grids[0]
+        assert prepared.columns is not None
+        basis = prepared.template.basis(*different)
+        compute, comm, per_node = self.costs
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.numbers = products(prepared.columns.coefficients, basis)
+            times = prepared.durations_of_many(self.numbers, compute, comm, gpus_per_node=per_node)
+            self.ran = prepared.columns.ran(times, basis, first.hardware.coefficients.overlap_slowdown.value)
+        chunks = dict.fromkeys(chunk for stages in self.stages for chunk in stages.chunk_kinds)
+        self.passes = ChunkPasses(self.ran, [*chunks])
+        self.sends = Sends(prepared, self.numbers, comm)
 
-def _part(together: Together, grid: Grid, columns: npt.NDArray[np.intp]) -> ResultColumns | StagedResultColumns:
-    """The workloads of one plan, which are some of the different ones."""
-    scenario, prepared, costs = grid.scenario, together.prepared, together.costs
-    plan = scenario.plan
-    stages = stages_of(scenario.model, plan.pp, plan.virtual_pp, plan.pp_schedule, plan.pp_layout)
-    closings = closing_times(together.known, plan, precision_of(scenario), stages, costs)
-    statics = [static_of(scenario, prepared, runs, together.known) for runs in stages.kinds]
-    if plan.pp > 1:
-        step = staged_columns(
-            together.ran, columns, stages, plan, grid.num_micro_batches, closings,
-            np.array([float(own.total) for own in statics]),
-            Sends(prepared, together.numbers, costs.comm, grid.gpus_per_node),
+    def places(self, numbers: Sequence[int], start: int) -> Places:
+        """Of the workloads of some plans among all, of which those of these plans begin at `start`."""
+        return np.concatenate([np.arange(start + self.ends[n], start + self.ends[n + 1]) for n in numbers])
+
+    def outside(self, number: int) -> int:
+        """Bytes of a plan that are not the tensors'."""
+        return outside_tensors(self.grids[number].hardware, mesh_of(self.grids[number].plan))
+
+    def of_stages(self, number: int) -> PlanColumns:
+        """A plan of several stages."""
+        grid, stages = self.grids[number], self.stages[number]
+        nodes = nodes_of_lanes(grid.plan, grid.gpus_per_node)
+        return PlanColumns(
+            self.passes, self.columns[self.ends[number] : self.ends[number + 1]], grid.num_micro_batches,
+            self.sends.times(frozenset(node + 1 for node in nodes)), nodes,
+            [parts_of(times) for times in self._closings(number)],
+            [self._static(number, kind).total for kind in range(len(stages.kinds))],
         )  # fmt: skip
-        return StagedResultColumns(grid, step)
-    spent = Counter[str]()
-    for made, times in closings[0]:
-        spent[made.segment.phase] += sum(times)
-    micro_batches = one_if_alike(grid.num_micro_batches)
-    ran = together.ran.at(columns)
-    own = StepColumns(ran, tuple(stages.kinds[0]), micro_batches, spent["weight_sync"], spent["optimizer"])
-    return ResultColumns("step", grid, prepared, together.numbers[:, columns], NO_AMOUNTS, own, statics[0])
+
+    def _closings(self, number: int) -> Any:
+        grid = self.grids[number]
+        return closing_times(self.known, grid.plan, precision_of(grid.scenario), self.stages[number], self.costs)
+
+    def _static(self, number: int, kind: int) -> StaticMemory:
+        return static_of(self.grids[number].scenario, self.prepared, self.stages[number].kinds[kind], self.known)
+
+    def of_one_stage(self, numbers: Sequence[int]) -> ResultColumns:
+        """Plans of one stage, as one."""
+        grids = [self.grids[number] for number in numbers]
+        lengths = [len(grid.global_batch) for grid in grids]
+        spent: list[Counter[str]] = []
+        for number in numbers:
+            spent.append(Counter())
+            for made, times in self._closings(number)[0]:
+                spent[-1][made.segment.phase] += sum(times)
+        columns = self.columns[self.places(numbers, 0)]
+        step = StepColumns(
+            self.ran.at(columns), tuple(self.stages[numbers[0]].kinds[0]),
+            np.concatenate([grid.num_micro_batches for grid in grids]),
+            np.repeat([own["weight_sync"] for own in spent], lengths),
+            np.repeat([own["optimizer"] for own in spent], lengths),
+        )  # fmt: skip
+        statics = [self._static(number, 0) for number in numbers]
+
+        def held(name: str) -> Any:
+            return np.repeat([getattr(own, name) for own in statics], lengths)
+
+        static = StaticMemory(held("weights"), held("gradients"), held("optimizer"))
+        return ResultColumns(
+            "step", grids[0], self.prepared, self.numbers[:, columns], NO_AMOUNTS, step, static,
+            np.repeat([self.outside(number) for number in numbers], lengths),
+        )  # fmt: skip
+
+    @property
+    def blocks(self) -> Blocks:
+        """What a result of all plans reads of their blocks."""
+        every = Workloads(self.sizes[0], self.sizes[1], self.grids[0].workload.precision)
+        micro_batches = np.concatenate([grid.num_micro_batches for grid in self.grids])
+        replicas = np.repeat([grid.plan.dp for grid in self.grids], np.diff(self.ends))
+        first = self.grids[0].scenario
+        amounts = amounts_of(first, counted(first.model, every, replicas * micro_batches), "step", replicas)
+        tokens: Any = np.concatenate([grid.global_batch * grid.workload.seq_len for grid in self.grids])
+        return Blocks(replace(amounts, tokens=tokens), self.prepared.template, self.numbers, self.columns)
+
+
+def _staging(grid: Grid) -> tuple[Any, ...]:
+    """What stages know of a plan."""
+    plan = grid.plan
+    return plan.pp, plan.virtual_pp, plan.pp_schedule, plan.pp_layout
 
 
 NO_AMOUNTS = Amounts(0, 0, 0, None)

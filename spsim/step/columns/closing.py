@@ -6,7 +6,7 @@ stages, begins when the last of them has come to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 from spsim.step.columns.replay import Times
 from spsim.step.ending import Times as ClosingTimes
+
+Number = int | Times
+"""Picoseconds, of all workloads or of each."""
 
 
 class Ends(NamedTuple):
@@ -27,12 +30,12 @@ class Ends(NamedTuple):
     """Of the stage that comes to it last."""
 
 
-def ends_of(kinds: Sequence[ClosingTimes], kind_of: Sequence[int], finished_ps: Times) -> Ends:
-    """Of stages of some kinds, with the times of what closes each, which have run their passes by then: a row for each
-    stage, a column for each workload.
+def ends_of(kinds: Sequence[Sequence[Part]], kind_of: Sequence[int], finished_ps: Times) -> Ends:
+    """Of stages of some kinds, with what closes each, which have run their passes by then: a row for each stage, a
+    column for each workload.
     """
     own = np.array(kind_of)
-    rows = [_Row(times, np.flatnonzero(own == kind), finished_ps) for kind, times in enumerate(kinds)]
+    rows = [_Row(parts, np.flatnonzero(own == kind), finished_ps) for kind, parts in enumerate(kinds)]
     while any(row.left for row in rows):
         for row in rows:
             row.go_on()
@@ -59,12 +62,12 @@ def _optimizer(rows: Sequence[_Row], shape: tuple[int, ...]) -> Times:
 class _Row:
     """The stages of one kind on their way through what closes a step."""
 
-    def __init__(self, times: ClosingTimes, stages: npt.NDArray[np.intp], finished_ps: Times) -> None:
+    def __init__(self, parts: Sequence[Part], stages: npt.NDArray[np.intp], finished_ps: Times) -> None:
         self.stages = stages
         self.cursor = finished_ps[stages]
         self.lengths = {phase: np.zeros_like(self.cursor) for phase in ("weight_sync", "optimizer")}
         self.optimizer_begins: Times | None = None
-        self._parts = [*_parts(times)]
+        self._parts = parts
         self._place = 0
         self._begin: Times | None = None
         """Of the segment that is under way."""
@@ -100,27 +103,44 @@ class _Row:
                 self.optimizer_begins = begin
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Tasks of a segment one after another."""
 
     phase: str
-    ps: int
     meets: str | None
     ends: bool
     """Whether it is the last of its segment."""
+    ps: Number
 
 
-def _parts(times: ClosingTimes) -> list[_Part]:
+Closings = Sequence[Sequence[Part]]
+"""What closes the step on stages of each kind."""
+
+
+def parts_of(times: ClosingTimes) -> list[Part]:
     """Tasks between meetings as one."""
-    found: list[_Part] = []
+    found: list[Part] = []
     for made, own in times:
         done = 0
         phase = made.segment.phase
         for place, axis in made.meetings:
             if place > done:
-                found.append(_Part(phase, sum(own[done:place]), None, ends=False))
-            found.append(_Part(phase, own[place], axis, ends=place + 1 == len(own)))
+                found.append(Part(phase, None, ends=False, ps=sum(own[done:place])))
+            found.append(Part(phase, axis, ends=place + 1 == len(own), ps=own[place]))
             done = place + 1
         if done < len(own):
-            found.append(_Part(phase, sum(own[done:]), None, ends=True))
+            found.append(Part(phase, None, ends=True, ps=sum(own[done:])))
     return found
+
+
+def order_of(closings: Closings) -> Hashable:
+    """Equal of plans that close a step by the same tasks, whatever they take."""
+    return tuple([tuple([part[:-1] for part in own]) for own in closings])
+
+
+def joined(every: Sequence[Closings], lengths: Sequence[int]) -> Closings:
+    """Those of several plans of one order, each of so many workloads."""
+    return [
+        [parts[0]._replace(ps=np.repeat([part.ps for part in parts], lengths)) for parts in zip(*kinds, strict=True)]
+        for kinds in zip(*every, strict=True)
+    ]

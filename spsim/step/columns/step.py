@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -129,17 +130,6 @@ class RanPasses:
         nodes, sums = self.block.micro_batch(chunk)
         return Memory([Branch(nodes, micro_batches)], self.fills, sums @ self.basis)
 
-    def memory_of_pass(self, chunk: tuple[Run, ...], phase: Pass) -> Memory:
-        """Of one pass of some blocks, kept for the next plan that has it."""
-        if (chunk, phase) not in self._memories:
-            nodes, sums = self.block.micro_batch(chunk, phase)
-            self._memories[chunk, phase] = Memory(nodes, self.fills, sums @ self.basis)
-        return self._memories[chunk, phase]
-
-    @lazy
-    def _memories(self) -> dict[tuple[tuple[Run, ...], Pass], Memory]:
-        return {}
-
     def at(self, columns: Places) -> RanPasses:
         """Of some workloads, each perhaps several times."""
         if np.array_equal(columns, np.arange(len(self.holds))):
@@ -157,9 +147,11 @@ class StepColumns:
     ran: RanPasses
     chunk: tuple[Run, ...]
     micro_batches: Runs
-    weight_sync: int
-    """Synchronisation of weight gradients after the last micro-batch, and the gather of weights."""
-    optimizer: int
+    weight_sync: Any
+    """Synchronisation of weight gradients after the last micro-batch, and the gather of weights: a number, or one for
+    each workload.
+    """
+    optimizer: Any
 
     @lazy
     def memory(self) -> Memory:
@@ -187,7 +179,8 @@ class StepColumns:
     @lazy
     def end(self) -> Floats:
         """All blocks and micro-batches, and what follows them."""
-        return self._passes + self.weight_sync + self.optimizer
+        end: Floats = self._passes + self.weight_sync + self.optimizer
+        return end
 
     @lazy
     def compute(self) -> Mapping[str, Floats]:

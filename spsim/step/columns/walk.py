@@ -25,7 +25,7 @@ class Leaf(NamedTuple):
 
     number: int
     runs: Runs
-    layer: int = NO_LAYER
+    layer: int | Places = NO_LAYER
     brings: int | None = None
     """Which sum of bytes comes from outside, as of a visit,"""
     drops: int | None = None
@@ -98,7 +98,7 @@ class Memory:
         self.fills = fills
         self.sums = sums
         self._levels, self.total = self._of(nodes)
-        self._by_level: Floats = np.array([level.highest for level in self._levels])
+        self._by_level: Floats = np.array(np.broadcast_arrays(*[level.highest for level in self._levels]))
         self.highest: Floats = self._by_level.max(axis=0)
         """The fullest level over what is there all the time; `total` is what is there after all."""
 
@@ -131,12 +131,12 @@ class Memory:
         shape = self.highest.shape
         found = Spots(*(np.zeros(shape, dtype=np.intp) for _ in range(3)))
         first = self._by_level.argmax(axis=0)
-        for place in set(first.tolist()):
+        for place in set(first.ravel().tolist()):
             leaf, _, layer = self._levels[place]
             here = first == place
             found.leaf[here] = leaf
             found.layer[here] = np.broadcast_to(layer, shape)[here]
-            found.task[here] = self.fills[leaf].fullest[here]
+            found.task[here] = np.broadcast_to(self.fills[leaf].fullest, shape)[here]
         return found
 
     def first_above(self, room: Floats, asked: Points) -> Spots:
@@ -167,5 +167,6 @@ class Memory:
         if isinstance(node, Branch):
             self._first_above(node.body, room, asked, found)
             return
-        found.leaf[asked], found.layer[asked] = node.number, node.layer
+        found.leaf[asked] = node.number
+        found.layer[asked] = np.broadcast_to(node.layer, asked.shape)[asked]
         found.task[asked] = self.fills[node.number].first_above(room)[asked]

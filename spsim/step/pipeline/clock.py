@@ -12,6 +12,7 @@ from spsim.lazy import Cache, lazy
 from spsim.step.pipeline.exchange import Exchange, score
 from spsim.step.pipeline.graph import Classes, Graph, Part, PassClass
 from spsim.step.pipeline.in_flight import Fullest, fullest
+from spsim.step.pipeline.many import Steps
 from spsim.step.pipeline.messages import Lane
 from spsim.step.pipeline.orders import Numbers, Passes
 from spsim.step.pipeline.regions import MOST_DURATIONS, Learner, Region, Regions, alike
@@ -66,6 +67,11 @@ class Structure:
     def folded(self) -> Folded | None:
         return folded(self.graph, self.round_passes)
 
+    @lazy
+    def steps(self) -> Steps:
+        """Many at once, of two rounds of its steady state, if it has one."""
+        return Steps(self.graph, self.whole, self.folded)
+
 
 _KEPT: Cache[Structure] = Cache(1 << 28, lambda made: 16 * made.graph.tails.nbytes)
 
@@ -106,6 +112,16 @@ class Clock:
     @property
     def _graph(self) -> Graph:
         return self._structure.graph
+
+    @property
+    def structure(self) -> Structure:
+        """The same object for all numbers of micro-batches whose rounds alone differ."""
+        return self._structure
+
+    @property
+    def more_rounds(self) -> int:
+        """Rounds of the steady state that its graph does not have."""
+        return self._rounds - ROUNDS if self._folded else 0
 
     @property
     def classes(self) -> tuple[PassClass, ...]:

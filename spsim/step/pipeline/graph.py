@@ -74,6 +74,10 @@ class Messages:
     """Nodes at which the sender and, in a second row, the receiver posts them."""
     nodes: Numbers
     """Their ends, where the one before on the lane may hold them up; else 0."""
+    posted: Numbers
+    """Passes of its rank before either side posts them, in a row for each side,"""
+    waited: Numbers
+    """and before it has waited for them; more than there are where it never does."""
 
 
 class Graph:
@@ -96,7 +100,7 @@ class Graph:
         """Node of each pass, those of a rank in order."""
         self.finished: Numbers = made.finished
         """The last node of each rank."""
-        self.messages = Messages(made.lanes, made.posts, made.travelling)
+        self.messages = Messages(made.lanes, made.posts, made.travelling, made.posted, made.waited)
         self.positions: Numbers = made.positions
         """Place in its rank's row of the pass that a node ends or follows; of a message, of the later post."""
         self.ranks: Numbers = made.ranks
@@ -197,7 +201,8 @@ class _Nodes:
         self.passes: Numbers = count[runs]
         self.finished: Numbers = count[np.append(first[1:], len(count)) - 1]
         passed = np.cumsum(runs)
-        self.positions: Numbers = np.append(-1, (passed - (passed - runs)[first][rank])[ends] - 1)
+        passed -= (passed - runs)[first][rank]
+        self.positions: Numbers = np.append(-1, passed[ends] - 1)
         none = len(classes.names) + len(score.stages.lanes)
         self.own: Numbers = np.full(len(self.ranks), none)
         self.own[self.passes] = classes.of_passes
@@ -212,6 +217,10 @@ class _Nodes:
         self.posts[sides[posts] * 1, message[posts]] = before[posts]
         waited = np.full_like(self.posts, never)
         waited[sides[waits] * 1, message[waits]] = earlier[waits] + 1
+        self.posted: Numbers = np.full_like(self.posts, never)
+        self.waited: Numbers = np.full_like(self.posts, never)
+        self.posted[sides[posts] * 1, message[posts]] = passed[posts]
+        self.waited[sides[waits] * 1, message[waits]] = passed[waits]
         if (self.posts == never).any():
             self._refuse(score.stages.lanes, never)
         self.held_up, self.travelling = self._travelling(waited)
