@@ -62,21 +62,37 @@ def megatron_buckets(
     None. `sharded` is for the distributed optimizer over so many ranks: each weight begins at a multiple of 64
     elements, a bucket ends at one of lcm(ranks, 128), and a weight shared with another stage is alone.
     """
-    alignment, unit = (MEGATRON_ALIGNMENT, math.lcm(ranks, 128)) if sharded else (1, 1)
     buckets: list[Bucket] = []
     own: list[Parameter] = []
     end = 0
     for parameter in reversed(parameters):
         alone = parameter.shared and sharded
         if alone and own:
-            buckets.append(Bucket(tuple(own), _multiple(end, unit)))
+            buckets.append(Bucket(tuple(own), padded(end, ranks, sharded=sharded)))
             own, end = [], 0
         own.append(parameter)
-        end = _multiple(end, alignment) + parameter.elements
+        end = _appended(end, parameter, sharded=sharded)
         if alone or (limit is not None and end >= limit):
-            buckets.append(Bucket(tuple(own), _multiple(end, unit)))
+            buckets.append(Bucket(tuple(own), padded(end, ranks, sharded=sharded)))
             own, end = [], 0
-    return (*buckets, Bucket(tuple(own), _multiple(end, unit))) if own else tuple(buckets)
+    return (*buckets, Bucket(tuple(own), padded(end, ranks, sharded=sharded))) if own else tuple(buckets)
+
+
+def unpadded(parameters: Iterable[Parameter], *, sharded: bool) -> int:
+    """Elements of one of these buckets up to the end of the last weight that is put into it."""
+    end = 0
+    for parameter in parameters:
+        end = _appended(end, parameter, sharded=sharded)
+    return end
+
+
+def _appended(end: int, parameter: Parameter, *, sharded: bool) -> int:
+    return _multiple(end, MEGATRON_ALIGNMENT if sharded else 1) + parameter.elements
+
+
+def padded(elements: int, ranks: int, *, sharded: bool) -> int:
+    """Elements of one of these buckets with what fills it up for its ranks."""
+    return _multiple(elements, math.lcm(ranks, 128)) if sharded else elements
 
 
 def ddp_buckets(

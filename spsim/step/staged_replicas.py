@@ -76,21 +76,26 @@ def closings_of_stages(
     template: Template, plan: Plan, optimizer: Optimizer, stages: Stages
 ) -> dict[Chunk, StageClosings]:
     """What closes a step on the stages of each kind, by what they run."""
-    made = _StageSync(template, plan, optimizer, stages)
+    made = StageSync(template, plan, optimizer, stages)
     firsts = [stages.kind_of.index(kind) for kind in range(len(stages.kinds))]
     return {runs: made.closings(first, runs, stages[first]) for runs, first in zip(stages.kinds, firsts, strict=True)}
 
 
-class _StageSync:
+def shares_embedding(template: Template, stages: Stages) -> bool:
+    """Whether two stages hold the same table."""
+    copies = {name for name, program in template.programs.items() if any(w.name == TABLE for w in program.weights)}
+    own = [{run.block for run in runs} for runs in stages.kinds]
+    return len(copies) > 1 and not any(copies <= blocks for blocks in own)
+
+
+class StageSync:
     """How a library synchronises the weights of stages."""
 
     def __init__(self, template: Template, plan: Plan, optimizer: Optimizer, stages: Stages) -> None:
         self._template, self._plan, self._optimizer = template, plan, optimizer
         self._gradient_bytes = parameter_state(plan, ELEMENT_BYTES[optimizer.precision]).gradient
         self._groups: Groups = replica_groups(plan)
-        copies = {name for name, program in template.programs.items() if any(w.name == TABLE for w in program.weights)}
-        own = [{run.block for run in runs} for runs in stages.kinds]
-        self._shared = len(copies) > 1 and not any(copies <= blocks for blocks in own)
+        self._shared = shares_embedding(template, stages)
 
     def closings(self, number: int, runs: Chunk, chunks: Sequence[PlacedChunk]) -> StageClosings:
         """Of the stages that run what the stage `number` does."""
@@ -115,9 +120,19 @@ class _StageSync:
             self._meeting(gathers) if ahead else (),
         )
 
+    def buckets(self, number: int, chunks: Sequence[PlacedChunk]) -> tuple[list[Message], list[Message]]:
+        """The messages that close the step where none runs behind passes: of gradients, and of updated weights."""
+        syncs = [self._synchronisation(number, place, chunk.runs) for place, chunk in enumerate(chunks)]
+        reduced = [message for sync in syncs[::-1] for own in sync.reductions for message in own.messages]
+        gathered = [message for sync in syncs for message in sync.after_update]
+        return self._meet(reduced), self._meet(gathered)
+
+    def _meet(self, messages: Sequence[Message]) -> list[Message]:
+        return [message for message in messages if meets(message, self._groups)]
+
     def _meeting(self, messages: Sequence[Sequence[Message]]) -> tuple[int, ...]:
         """How many of the messages of each chunk have ranks to meet; empty where none has."""
-        counts = [sum(meets(message, self._groups) for message in own) for own in messages]
+        counts = [len(self._meet(own)) for own in messages]
         return tuple(counts) if any(counts) else ()
 
     def _synchronisation(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:

@@ -15,18 +15,21 @@ from spsim.costs.static_memory import StaticMemory, outside_tensors
 from spsim.inputs.grid import Grid
 from spsim.inputs.workload import Workloads
 from spsim.lazy import Cache
+from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.mesh import mesh_of
 from spsim.program.sizes import products
 from spsim.results.amounts import amounts_of, counted
 from spsim.results.columns import ResultColumns
 from spsim.results.derived import Amounts
-from spsim.results.joined import Blocks, JoinedColumns, Part
+from spsim.results.joined import Blocks, JoinedColumns
+from spsim.results.joined import Part as Columns
 from spsim.results.staged_columns import StagedResultColumns
 from spsim.results.uncertainty import has_flags, is_calibrated
 from spsim.simulation import is_one_sequence, precision_of, stages_of, static_of
 from spsim.step.apart import Costs, closing_times, one_stage, prepared_passes, runs_apart
 from spsim.step.columns.chunks import ChunkPasses
-from spsim.step.columns.closing import parts_of
+from spsim.step.columns.closing import Part, parts_of
+from spsim.step.columns.endings import Endings
 from spsim.step.columns.fill import Places
 from spsim.step.columns.stages import PlanColumns, StagedColumns
 from spsim.step.columns.step import StepColumns
@@ -73,8 +76,13 @@ def simulate_together(every: Sequence[Sequence[Grid]]) -> JoinedColumns | None:
     own = [_Alike(grids) for grids in every]
     if any(one.prepared.columns is None for one in own):
         return None
+    compute, comm, _ = own[0].costs
+    endings = Endings(compute, comm, precision_of(every[0][0]))
+    for one in own:
+        one.ask(endings)
+    endings.price()
     first = [0, *accumulate(len(one.columns) for one in own)]
-    parts: list[Part] = []
+    parts: list[Columns] = []
     staged: dict[tuple[Stages, Pipelining], list[tuple[_Alike, int, int]]] = defaultdict(list)
     for one, start in zip(own, first, strict=False):
         alone = []
@@ -84,12 +92,12 @@ def simulate_together(every: Sequence[Sequence[Grid]]) -> JoinedColumns | None:
             else:
                 alone.append(number)
         if alone:
-            parts.append(Part(one.places(alone, start), one.of_one_stage(alone)))
+            parts.append(Columns(one.places(alone, start), one.of_one_stage(alone)))
     for (stages, pipelining), plans in staged.items():
         step = StagedColumns(stages, [one.of_stages(number) for one, number, _ in plans], pipelining.clock_of)
         places = np.concatenate([one.places([number], start) for one, number, start in plans])
         outside = np.repeat([one.outside(number) for one, number, _ in plans], step.lengths)
-        parts.append(Part(places, StagedResultColumns(every[0][0], step, outside)))
+        parts.append(Columns(places, StagedResultColumns(every[0][0], step, outside)))
     return JoinedColumns("step", every, parts, [one.blocks for one in own])
 
 
@@ -143,13 +151,29 @@ class _Alike:
         return PlanColumns(
             self.passes, self.columns[self.ends[number] : self.ends[number + 1]], grid.num_micro_batches,
             self.sends.times(frozenset(node + 1 for node in nodes)), nodes,
-            [parts_of(times) for times in self._closings(number)],
+            self._closings(number),
             [self._static(number, kind).total for kind in range(len(stages.kinds))],
         )  # fmt: skip
 
-    def _closings(self, number: int) -> Any:
-        grid = self.grids[number]
-        return closing_times(self.known, grid.plan, precision_of(grid.scenario), self.stages[number], self.costs)
+    def ask(self, endings: Endings) -> None:
+        """What closes the steps of all plans."""
+        every = zip(self.grids, self.stages, strict=True)
+        self._asked = [
+            endings.ask(self.known, grid.plan, stages, grid.gpus_per_node) if self._has_stages(grid) else None
+            for grid, stages in every
+        ]
+
+    @staticmethod
+    def _has_stages(grid: Grid) -> bool:
+        """Whether a step is closed as those of stages, or of ranks that share weights."""
+        return grid.plan.pp > 1 or shard_ranks(grid.plan) > 1
+
+    def _closings(self, number: int) -> list[list[Part]]:
+        asked, grid = self._asked[number], self.grids[number]
+        if asked is not None:
+            return [own.parts for own in asked]
+        times = closing_times(self.known, grid.plan, precision_of(grid.scenario), self.stages[number], self.costs)
+        return [parts_of(own) for own in times]
 
     def _static(self, number: int, kind: int) -> StaticMemory:
         return static_of(self.grids[number].scenario, self.prepared, self.stages[number].kinds[kind], self.known)
@@ -161,8 +185,8 @@ class _Alike:
         spent: list[Counter[str]] = []
         for number in numbers:
             spent.append(Counter())
-            for made, times in self._closings(number)[0]:
-                spent[-1][made.segment.phase] += sum(times)
+            for part in self._closings(number)[0]:
+                spent[-1][part.phase] += part.ps
         columns = self.columns[self.places(numbers, 0)]
         step = StepColumns(
             self.ran.at(columns), tuple(self.stages[numbers[0]].kinds[0]),
