@@ -78,11 +78,17 @@ def megatron_buckets(
     return (*buckets, Bucket(tuple(own), padded(end, ranks, sharded=sharded))) if own else tuple(buckets)
 
 
-def unpadded(parameters: Iterable[Parameter], *, sharded: bool) -> int:
-    """Elements of one of these buckets up to the end of the last weight that is put into it."""
+def unpadded(parameters: Iterable[Parameter], times: Sequence[int], *, sharded: bool) -> int:
+    """Elements of one of these buckets up to the end of the last weight that is put into it, where each block comes so
+    many times in a row.
+    """
+    alignment = MEGATRON_ALIGNMENT if sharded else 1
     end = 0
-    for parameter in parameters:
-        end = _appended(end, parameter, sharded=sharded)
+    for block, own in groupby(parameters, key=lambda p: p.block):
+        size = 0
+        for parameter in own:
+            size = _appended(size, parameter, sharded=sharded)
+        end = _multiple(end, alignment) + (times[block] - 1) * _multiple(size, alignment) + size
     return end
 
 

@@ -29,7 +29,7 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.program.blocks.optimizer import expert_shard_ranks, shard_ranks
 from spsim.program.instructions import Program
-from spsim.program.placement import Collective
+from spsim.program.placement import Collective, Extent
 from spsim.step.buckets import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
@@ -116,11 +116,9 @@ class _Weights:
 
     def gather(self, bucket: Bucket) -> Message:
         """Of weights: of 8 bits and fewer as they rest in Megatron, padded as the others of a bucket."""
-        own, itemsize = bucket.parameters, Fraction(self.itemsize)
+        own, size = bucket.parameters, self.itemsize
         if self.plan.dp_library == "megatron":
-            known = sum(p.elements * self.itemsize if p.bytes is None else p.bytes for p in own)
-            itemsize = Fraction(known, sum(p.elements for p in own))
-        size = itemsize.numerator if itemsize.denominator == 1 else itemsize
+            return Message(PARAMETERS, "all_gather", bucket.elements, itemsize_at_rest(own, size), parameters=own)
         return Message(PARAMETERS, "all_gather", bucket.elements, size, parameters=own)
 
     def reduce(self, bucket: Bucket, collective: Collective, itemsize: int) -> Message:
@@ -139,6 +137,17 @@ class _Weights:
     def norm_of_stages(self, group: Group = "stages") -> tuple[Message, ...]:
         """The norm of a stage's gradients is summed over stages, where there are several."""
         return (self.scalar(NORM, group=group),) if self.plan.pp > 1 else ()
+
+
+def itemsize_at_rest(parameters: Sequence[Parameter], itemsize: int, times: Sequence[int] | None = None) -> Extent:
+    """Bytes of an element of some weights, of which a block has so many or is so often; of an `itemsize` unless they
+    rest in another type.
+    """
+    often = [1 if times is None else times[p.block] for p in parameters]
+    every = [*zip(parameters, often, strict=True)]
+    known = sum(n * (p.elements * itemsize if p.bytes is None else p.bytes) for p, n in every)
+    found = Fraction(known, sum(n * p.elements for p, n in every))
+    return found.numerator if found.denominator == 1 else found
 
 
 def parameters_of(programs: Iterable[Program]) -> tuple[Parameter, ...]:

@@ -120,12 +120,18 @@ class StageSync:
             self._meeting(gathers) if ahead else (),
         )
 
-    def buckets(self, number: int, chunks: Sequence[PlacedChunk]) -> tuple[list[Message], list[Message]]:
-        """The messages that close the step where none runs behind passes: of gradients, and of updated weights."""
-        syncs = [self._synchronisation(number, place, chunk.runs) for place, chunk in enumerate(chunks)]
-        reduced = [message for sync in syncs[::-1] for own in sync.reductions for message in own.messages]
-        gathered = [message for sync in syncs for message in sync.after_update]
-        return self._meet(reduced), self._meet(gathered)
+    def buckets(
+        self, number: int, chunks: Sequence[PlacedChunk]
+    ) -> tuple[list[tuple[int, Message]], list[tuple[int, Message]]]:
+        """The messages that close the step where none runs behind passes, with the chunk that each is of: of gradients,
+        and of updated weights.
+        """
+        syncs = [(place, self._synchronisation(number, place, chunk.runs)) for place, chunk in enumerate(chunks)]
+        reduced = [(place, sync.reductions) for place, sync in syncs[::-1]]
+        return (
+            [(place, own) for place, rows in reduced for row in rows for own in self._meet(row.messages)],
+            [(place, own) for place, sync in syncs for own in self._meet(sync.after_update)],
+        )
 
     def _meet(self, messages: Sequence[Message]) -> list[Message]:
         return [message for message in messages if meets(message, self._groups)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, count
@@ -182,9 +182,9 @@ class _Alike:
         """Plans of one stage, as one."""
         grids = [self.grids[number] for number in numbers]
         lengths = [len(grid.global_batch) for grid in grids]
-        spent: list[Counter[str]] = []
+        spent: list[dict[str, Any]] = []
         for number in numbers:
-            spent.append(Counter())
+            spent.append(defaultdict(int))
             for part in self._closings(number)[0]:
                 spent[-1][part.phase] += part.ps
         columns = self.columns[self.places(numbers, 0)]

@@ -8,29 +8,29 @@ does; all else is the same. What takes time is priced for all plans together, eq
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.inputs.plan import Plan
-from spsim.inputs.workload import Precision
+from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache
 from spsim.program.blocks.optimizer import expert_shard_ranks, shard_ranks
 from spsim.program.mesh import Axis, Mesh, nodes_of, world_of
-from spsim.program.placement import Collective
-from spsim.program.sizes import Numbers
+from spsim.program.placement import Collective, Extent
+from spsim.program.sizes import Numbers, Template
 from spsim.step.buckets import padded, unpadded
 from spsim.step.closing import PARAMETER_GATHER, Closing, Optimizer, weight_casts
 from spsim.step.columns.closing import Part, parts_of
-from spsim.step.columns.fill import Floats
 from spsim.step.ending import Ending, spread_parameters
 from spsim.step.gradients import Sync
+from spsim.step.itinerary import Chunk
 from spsim.step.messages import Message
+from spsim.step.replicas import itemsize_at_rest
 from spsim.step.staged_replicas import StageSync, shares_embedding, weight_numbers
 from spsim.step.stages import Stages
 from spsim.units import PS_PER_S, picoseconds
@@ -48,11 +48,11 @@ class _Bucket:
     collective: Collective
     elements: int
     """Without it."""
-    itemsize: int | Fraction
+    itemsize: Extent
     sharded: bool
     spread: bool
     """Whether it is of experts that are spread over ranks."""
-    count: int = 1
+    times: int = 1
 
     def message(self, plan: Plan) -> int:
         """Its bytes."""
@@ -69,7 +69,7 @@ class _Send(NamedTuple):
     """All along the axes unless given."""
     size: int
     """Bytes of a message,"""
-    count: int
+    times: int
     """of so many."""
 
 
@@ -141,7 +141,7 @@ class Endings:
         own = task.ranks if isinstance(task, _Send) else None
         ranks = world.size(task.axes) if own is None else own
         known = self._sends.setdefault(
-            (task.collective, ranks, _nodes(world, task.axes, ranks, per_node), task.count), {}
+            (task.collective, ranks, _nodes(world, task.axes, ranks, per_node), task.times), {}
         )
         size = task.message(plan) if isinstance(task, _Bucket) else task.size
         known.setdefault(size, 0)
@@ -157,7 +157,7 @@ class Endings:
             own.update(zip([*own], _ps(count * seconds), strict=True))
 
 
-def _ps(seconds: Floats) -> list[int]:
+def _ps(seconds: Any) -> list[int]:
     found: list[int] = np.rint(np.asarray(seconds) * PS_PER_S).astype(np.int64).tolist()
     return found
 
@@ -170,24 +170,25 @@ def _nodes(world: Mesh, axes: tuple[Axis, ...], ranks: int, per_node: int) -> in
 
 _known_nodes: Cache[int] = Cache(KEPT, lambda _: 1)
 _forms: Cache[_Form] = Cache(KEPT, lambda _: 1)
+_closed: Cache[_Closed] = Cache(KEPT, lambda _: 1)
 
 
 def _form_of(numbers: Numbers, plan: Plan, optimizer: Optimizer, stages: Stages, kind: int, world: Mesh) -> _Form:
     """That of a kind of stages of a plan, kept for plans whose groups lie along the same axes."""
     names, number = weight_numbers(numbers.template), stages.kind_of.index(kind)
-    weights = tuple(
-        [tuple([(names[run.block], run.count, run.numbered) for run in chunk.runs]) for chunk in stages[number]]
-    )
+    chunks = [chunk.runs for chunk in stages[number]]
+    weights = tuple([tuple([(names[run.block], run.numbered) for run in runs]) for runs in chunks])
+    counts = tuple([tuple([run.count for run in runs]) for runs in chunks])
     parameters = sum(run.count * numbers.parameters(run.block) for run in stages.kinds[kind])
-    key = (
-        weights,
-        parameters,
-        _options(plan),
-        optimizer.precision,
-        world.axes,
-        shares_embedding(numbers.template, stages),
-    )
-    return _forms.get(key, lambda: _made(numbers, plan, optimizer, stages, kind, parameters))
+    shared = shares_embedding(numbers.template, stages)
+    key = weights, _options(plan), optimizer.precision, world.axes, shared
+    return _forms.get(
+        (key, counts, parameters),
+        lambda: _made(
+            _closed.get(key, lambda: _closed_by(numbers.template, plan, optimizer, stages, number)),
+            numbers, plan, optimizer, chunks, parameters,
+        ),
+    )  # fmt: skip
 
 
 def _options(plan: Plan) -> Hashable:
@@ -198,32 +199,58 @@ def _options(plan: Plan) -> Hashable:
     )  # fmt: skip
 
 
-def _made(numbers: Numbers, plan: Plan, optimizer: Optimizer, stages: Stages, kind: int, parameters: int) -> _Form:
-    template, runs, number = numbers.template, stages.kinds[kind], stages.kind_of.index(kind)
+class _Closed(NamedTuple):
+    """What closes the step on a stage, whatever the number of its layers."""
+
+    closings: Sequence[Closing]
+    reduced: Sequence[tuple[int, Message]]
+    """Messages of gradients with the chunk that each is of,"""
+    gathered: Sequence[tuple[int, Message]]
+    """and of updated weights; of one layer where there are several in a row."""
+
+
+def _closed_by(template: Template, plan: Plan, optimizer: Optimizer, stages: Stages, number: int) -> _Closed:
+    chunks = [chunk._replace(runs=[replace(run, count=1) for run in chunk.runs]) for chunk in stages[number]]
     sync = StageSync(template, plan, optimizer, stages)
-    closings = sync.closings(number, runs, stages[number]).closings
-    reduced, gathered = sync.buckets(number, stages[number])
-    calls = Ending(template, optimizer, [(runs, closings)]).calls(numbers)[0]
+    closings = sync.closings(number, tuple(run for chunk in chunks for run in chunk.runs), chunks).closings
+    return _Closed(closings, *sync.buckets(number, chunks))
+
+
+def _made(
+    closed: _Closed, numbers: Numbers, plan: Plan, optimizer: Optimizer, chunks: Sequence[Chunk], parameters: int
+) -> _Form:
+    """With so many layers as the chunks of a stage have."""
+    template, runs = numbers.template, [run for chunk in chunks for run in chunk]
+    calls = Ending(template, optimizer, [(runs, closed.closings)]).calls(numbers)[0]
     casts = weight_casts([(run.count, cast) for run in runs for cast in template.programs[run.block].weight_casts])
     kernels: dict[str, int | MemoryBound] = {name: place for place, name in enumerate(optimizer.names)}
     kernels |= {cast.name: cast.work for cast in casts}
     tasks = []
-    for closing in closings:
-        buckets = iter(gathered if closing.segment.name == PARAMETER_GATHER else reduced)
-        syncs = closing.segment.phase == "weight_sync"
-        tasks.append([
-            kernels[step] if isinstance(step, str) else _sent(step, next(buckets, None) if syncs else None, plan, calls)
-            for step in closing.steps
-        ])  # fmt: skip
+    for closing in closed.closings:
+        gathers = closing.segment.name == PARAMETER_GATHER
+        buckets = iter(closed.gathered if gathers else closed.reduced if closing.segment.phase == "weight_sync" else ())
+        own: list[_Task] = []
+        for step in closing.steps:
+            if isinstance(step, str):
+                own.append(kernels[step])
+                continue
+            chunk, message = next(buckets, (0, None))
+            if message is None:
+                own.append(
+                    _Send(step.axes, step.collective, step.ranks if step.axes == ("tp",) else None, *calls[step])
+                )
+            else:
+                own.append(_bucket(step, message, plan, optimizer, [run.count for run in chunks[chunk]]))
+        tasks.append(own)
     spread = sum(spread_parameters(template.programs[run.block]) * run.count for run in runs)
-    return _Form(parameters, spread, closings, tasks)
+    return _Form(parameters, spread, closed.closings, tasks)
 
 
-def _sent(sync: Sync, bucket: Message | None, plan: Plan, calls: Mapping[Sync, tuple[int, int]]) -> _Bucket | _Send:
-    """A collective, of a bucket or not."""
-    if bucket is None:
-        along = sync.axes == ("tp",)
-        return _Send(sync.axes, sync.collective, sync.ranks if along else None, *calls[sync])
+def _bucket(sync: Sync, message: Message, plan: Plan, optimizer: Optimizer, times: Sequence[int]) -> _Bucket:
+    """Of blocks that are there so many times."""
     sharded = plan.zero_stage > 0
-    elements = unpadded(bucket.parameters, sharded=sharded)
-    return _Bucket(sync.axes, sync.collective, elements, bucket.itemsize, sharded, bucket.group == "experts")
+    itemsize = message.itemsize
+    if sync.collective == "all_gather":
+        itemsize = itemsize_at_rest(message.parameters, ELEMENT_BYTES[optimizer.precision], times)
+    elements = unpadded(message.parameters, times, sharded=sharded)
+    return _Bucket(sync.axes, sync.collective, elements, itemsize, sharded, message.group == "experts")
