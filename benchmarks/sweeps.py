@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from itertools import count, islice, product
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,6 +31,8 @@ from spsim.studies.experiments import run_experiment
 
 HARDWARE, MODELS = ("dgx-a100-80gb", "dgx-h100"), ("gpt-22b", "llama-3-8b")
 PLANS = ("tp=8", "tp=8,sequence_parallel", "ulysses=8", "tp=2,sequence_parallel,ulysses=4")
+LONGEST, MICRO_BATCHES = 2**18, 16
+"""Of a sequence and a micro-batch: a million points."""
 FILE = """
 import sys
 sys.path.insert(0, {here!r})
@@ -42,12 +44,13 @@ def build():
 
 
 def points(*, objects: bool) -> Iterator[spsim.Point]:
-    """Longer and longer sequences."""
+    """Longer and longer sequences, then larger micro-batches of the same."""
     hardware = [spsim.load_profile(name) if objects else name for name in HARDWARE]
     models = [spsim.load_model(name) if objects else name for name in MODELS]
-    for seq_len in count(64, 64):
+    for micro_batch, seq_len in product(range(1, MICRO_BATCHES + 1), range(64, LONGEST + 1, 64)):
+        workload = {"seq_len": seq_len, "micro_batch": micro_batch}
         for plan, profile, model in product(PLANS, hardware, models):
-            settings = {"hardware": profile, "model": model, "plan": plan, "workload": {"seq_len": seq_len}}
+            settings = {"hardware": profile, "model": model, "plan": plan, "workload": workload}
             yield spsim.Point(settings, {"strategy": plan, "seq_len": seq_len})
 
 

@@ -244,6 +244,32 @@ def test_stages_in_lockstep_end_as_those_written_out(plan):
     assert unperturbed.run().max() == simulate(own.perturbed(())).step_ps
 
 
+OF_RANKS = {**JITTER, "each": "rank", "seed": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp=2,dp=2", "ring=2,ring_cut=contiguous,dp=2", "tp=2,pp=2,dp=2"])
+@pytest.mark.parametrize("way", ["windows", "flows"])
+def test_ranks_are_drawn_alike_for_the_engine_and_in_lockstep(plan, way):
+    """One seed after another, slow for the whole step by a window, or on a network where nothing is shared; windows
+    count work by the picosecond, each of some kernels may round.
+    """
+    whole = {**SLOW, "from_s": 0, "to_s": 1e3}
+    given = [OF_RANKS, whole if way == "windows" else SLOW]
+    own = step(plan) if way == "windows" else step(plan).model_copy(update={"network": "flows"})
+    found, expected = perturb(own, given, seeds=3), perturb(step(plan), [OF_RANKS, SLOW], seeds=3)
+    assert found.step_s == pytest.approx(expected.step_s, rel=1e-6)
+    assert len({*found.step_s}) == 3
+    assert not found.beyond
+
+
+@pytest.mark.parametrize("network", ["closed_form", "flows"])
+def test_kernels_are_not_drawn_beside_windows_or_flows(network):
+    given = [JITTER, SLOW if network == "flows" else {**SLOW, "from_s": 1e-4}]
+    with pytest.raises(InputError, match='each = "rank"'):
+        perturb(step("tp=2").model_copy(update={"network": network}), given, seeds=2)
+
+
 def test_a_seed_is_drawn_alike_whatever_else_is(monkeypatch):
     own = step("tp=2,dp=2")
     whole = perturb(own, JITTER, seeds=6)

@@ -29,13 +29,14 @@ class Draws:
 
     def __call__(self, number: int, plan: Plan) -> Factors:
         """Of the kernels of a visit, by kernel, rank and seed."""
-        ranks = self._whole_step(number // VISITS)
+        ranks = self.whole_step(number // VISITS)
         found = np.broadcast_to(ranks, (len(plan.kernels), *ranks.shape[1:]))
         for own in self.of_kernels:
             found = found * self._drawn(own, number, len(plan.kernels))
         return found
 
-    def _whole_step(self, stage: int) -> Factors:
+    def whole_step(self, stage: int) -> Factors:
+        """Of all kernels of the ranks of a stage."""
         if stage not in self._known:
             own = [self._drawn(jitter, WHOLE_STEP + stage, 1) for jitter in self.of_ranks]
             self._known[stage] = np.prod([np.ones((1, *self.shape, len(self.seeds))), *own], axis=0)

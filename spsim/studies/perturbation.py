@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from spsim.errors import InputError
+from spsim.inputs.perturbations import SlowRanks
 from spsim.inputs.scenario import Scenario
 from spsim.lazy import lazy
+from spsim.program.mesh import mesh_of
 from spsim.results.result import Result
 from spsim.simulation import side_by_side, simulate
 from spsim.step.blame import Blame, Culprit, blame
@@ -29,6 +31,8 @@ from spsim.units import MIB, MS_PER_S, seconds
 if TYPE_CHECKING:
     import pandas as pd
 
+LEAST = 1e-9
+"""In place of a drawn factor of 0: kernels take no time."""
 AT_ONCE = 128 * MIB
 """Of arrays that a walk of many seeds keeps."""
 MOST_SEEDS = 100_000
@@ -180,7 +184,12 @@ def perturb(scenario: Scenario, perturbations: Any = None, *, seeds: int = 1) ->
     before = simulate(scenario.perturbed(()))
     if not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
         raise InputError(f"perturb: seeds = {seeds!r} is no number from 1 to {MOST_SEEDS:,}")
-    step_ps, beyond = _of_seeds(own, seeds) if own.perturbations.jitters else _certain(own)
+    if not own.perturbations.jitters:
+        step_ps, beyond = _certain(own)
+    elif own.perturbations.windows or own.network == "flows":
+        step_ps, beyond = [*_one_by_one(own, seeds)], Counter()
+    else:
+        step_ps, beyond = _of_seeds(own, seeds)
     return PerturbedSteps(own, before, [*map(seconds, step_ps)], beyond)
 
 
@@ -189,6 +198,23 @@ def _certain(scenario: Scenario) -> tuple[list[int], Beyond]:
     with suppress(InputError):
         return _of_seeds(scenario, 1)
     return [simulate(scenario).step_ps], Counter()
+
+
+def _one_by_one(scenario: Scenario, seeds: int) -> Iterator[int]:
+    """The step of each seed where what is drawn is of ranks: to the engine each is a slow rank of its own."""
+    own = scenario.perturbations
+    if any(jitter.each == "kernel" and jitter.changes for jitter in own.jitters):
+        raise InputError(
+            "perturbations: jitter of each kernel is not simulated with from_s and to_s, nor with network = 'flows'; "
+            'leave one of them out, or draw it with each = "rank"'
+        )
+    unlike, stages = Ranks(mesh_of(scenario.plan), "each"), scenario.plan.pp
+    draws = Draws(own.jitters, unlike.shape, range(seeds))
+    ranks = [unlike.on_stage(stage, rank) for stage in range(stages) for rank in unlike.in_rows]
+    factors = np.concatenate([draws.whole_step(stage).reshape(-1, seeds) for stage in range(stages)])
+    for drawn in factors.T.tolist():
+        slow = [SlowRanks(ranks=(rank,), factor=max(factor, LEAST)) for rank, factor in zip(ranks, drawn, strict=True)]
+        yield simulate(scenario.perturbed((*own.slow_ranks, *own.slow_links, *slow))).step_ps
 
 
 def _of_seeds(scenario: Scenario, seeds: int) -> tuple[list[int], Beyond]:
