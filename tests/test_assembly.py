@@ -69,6 +69,8 @@ OTHER_OPTIONS = {
     "ep": 2,
     "expert_tp": 1,
     "moe_dispatcher": "hybridep",
+    "moe_a2a_overlap": True,
+    "delay_wgrad": True,
     "fused_grouped_mlp": True,
     "fp8_dot_product_attention": True,
     "fp8_output_proj": True,
@@ -116,8 +118,17 @@ OTHER_TRAITS = {
 }
 
 
-TOGETHER = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
-"""Traits of which none is without the others."""
+TOGETHER = {
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "layer_types",
+    "mlp_layer_types",
+    "attention_sinks",
+}
+"""Traits that are not alone, or have tests of their own."""
 
 
 def program(plan, layer):

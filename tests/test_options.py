@@ -37,6 +37,7 @@ VALUES = {
     "ring_messages": ("joint", "concatenated", "separate"), "ring_cut": ("zigzag", "contiguous"), "ring_pass": ("kv",),
     "heads_k_stride": (None, 1), "ep": (1, 2), "expert_tp": (None, 1),
     "moe_dispatcher": ("alltoall", "hybridep"),
+    "moe_a2a_overlap": (False, True), "delay_wgrad": (False, True),
     "fused_grouped_mlp": (False, True), "fp8_dot_product_attention": (False, True), "fp8_output_proj": (False, True),
     "pp": (1, 2), "virtual_pp": (1, 2),
     "mesh_order": ("tp-ulysses-ring-dp-pp", "pp-dp-ring-ulysses-tp"),

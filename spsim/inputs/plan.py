@@ -16,6 +16,10 @@ from spsim.inputs.schedules import Library, Schedule
 Degree = Annotated[int, Field(ge=1, le=2**16)]
 Dispatcher = Literal["alltoall", "allgather", "deepep", "hybridep"]
 """Of tokens to experts, as Megatron-Core names them."""
+WHOLE_GRAPHS = ("none", "per_layer", "full_iteration")
+GRAPH_MODULES = ("attn", "mlp", "moe_router", "moe_preprocess")
+"""Of a layer, that CUDA graphs may hold: up to the first residual; a dense MLP; norm and router of experts; and what
+Megatron-Core does between that and the exchange, of which there is no kernel here."""
 MESH_ORDER = "tp-ulysses-ring-dp-pp"
 """Megatron's, whose cp is ulysses and ring."""
 
@@ -52,6 +56,10 @@ class Plan(Configuration):
     moe_dispatcher: Dispatcher = "alltoall"
     """Tokens exchanged by NCCL, one for each expert; all gathered by all ranks; or kernels of a library that send one
     copy to each rank with experts of a token (`moe_token_dispatcher_type`, `moe_flex_dispatcher_backend`)."""
+    moe_a2a_overlap: bool = False
+    """Exchanges with experts behind passes of another micro-batch (`overlap_moe_expert_parallel_comm`)."""
+    delay_wgrad: bool = False
+    """Weight gradients behind the exchange that follows, where that is so (`delay_wgrad_compute`)."""
     fused_grouped_mlp: bool = False
     """Products of experts with activation and casts in their epilogues, as cuDNN has them in MXFP8
     (`use_transformer_engine_op_fuser`)."""
@@ -121,7 +129,8 @@ class Plan(Configuration):
     """Core attention in 8 bits, too, under a recipe of 8 bits; its result and gradients of activations stay in 16."""
     fp8_output_proj: bool = False
     """The output layer in 8 bits, too, under mxfp8."""
-    cuda_graphs: Literal["none", "per_layer", "full_iteration"] = "none"
+    cuda_graphs: str = "none"
+    """`per_layer`, `full_iteration`, or modules of a layer, such as `attn+moe_router` (`cuda_graph_scope`)."""
     tp_backward_overlap: bool = True
     """Megatron's default: gradient communication behind the weight gradient, re-gather behind the data gradient."""
     tp_overlap: bool = False
@@ -170,6 +179,16 @@ class Plan(Configuration):
         if sorted(value.split("-")) != sorted(MESH_ORDER.split("-")):
             raise ValueError(f"{value!r} does not name each axis once; write the axes of {MESH_ORDER} in another order")
         return value
+
+    @field_validator("cuda_graphs")
+    @classmethod
+    def _names_what_graphs_hold(cls, value: str) -> str:
+        modules = value.removeprefix("te:").split("+")
+        if value not in WHOLE_GRAPHS and (unknown := [name for name in modules if name not in GRAPH_MODULES]):
+            raise ValueError(
+                f"{unknown[0]!r} is none of {', '.join((*WHOLE_GRAPHS, *GRAPH_MODULES))}; use one, or modules with +"
+            )
+        return "+".join(modules)
 
     @classmethod
     def example(cls) -> str:

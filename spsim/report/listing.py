@@ -90,6 +90,8 @@ PLAN_OPTIONS: Mapping[str, str] = {
     "ep": "GPUs that experts are spread over: those of tp, ulysses and ring, and replicas",
     "expert_tp": "GPUs that share an expert: tp unless given, or 1",
     "moe_dispatcher": "tokens to experts by NCCL's all-to-all, by a gather, or by DeepEP or HybridEP",
+    "moe_a2a_overlap": "exchanges with experts behind passes of another micro-batch",
+    "delay_wgrad": "weight gradients behind the exchange that follows, with moe_a2a_overlap",
     "fused_grouped_mlp": "products of experts with activation and casts in their epilogues (MXFP8)",
     "heads_k_stride": "KV heads that ring_kind=all_gather gathers at once, behind attention of those before",
     "pp": "pipeline stages",

@@ -31,6 +31,7 @@ def costed_step(
             *costs,
             gpus_per_node=gpus_per_node,
             chunk=chunk,
+            micro_batches=micro_batches,
         ),
         prepared.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,

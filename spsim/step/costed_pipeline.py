@@ -129,7 +129,9 @@ def costed_pipeline(
     step = Step(
         (),
         prepared.programs,
-        prepared.durations(numbers, compute, comm, gpus_per_node=gpus_per_node, chunk=None),
+        prepared.durations(
+            numbers, compute, comm, gpus_per_node=gpus_per_node, chunk=None, micro_batches=micro_batches
+        ),
         prepared.sizes(numbers),
         hardware.coefficients.overlap_slowdown.value,
         prepared.abreast,

@@ -6,7 +6,7 @@ itinerary.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any, Self
@@ -35,12 +35,13 @@ from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import Ending, Times, spread_parameters
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
+from spsim.step.hidden import Hidden, hidden_by
 from spsim.step.issue import block_passes, halved_passes
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Marks, Ranks, groups_of
 from spsim.step.rows import Rows
 from spsim.step.segments import BlockPass, Segment
-from spsim.step.slots import runs_of, slots_in_graphs
+from spsim.step.slots import runs_of, slots_in_graphs, sorted_messages
 from spsim.step.stages import Passes
 from spsim.units import KIB, PS_PER_S
 from spsim.work import MAIN_GRADIENT_BYTES, FlashAttention, MemoryBound
@@ -75,6 +76,12 @@ class PreparedStep:
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
         self.optimizer = optimizer
+        hides, delayed = hidden_by(plan)
+        self._hidden = (
+            Hidden(self.blocks, template.indices, plan.pp, delayed=delayed, waits=plan.cuda_graphs != "full_iteration")
+            if hides
+            else None
+        )
         self._in_graphs = slots_in_graphs(plan.cuda_graphs, self.blocks, template.indices)
         self.closings = closings(template.programs, plan, self.world, gradient_bytes, optimizer)
         programs = template.programs.items() if has_halves(plan) else ()
@@ -152,7 +159,12 @@ class PreparedStep:
         """Prepared for many workloads at once, if one rank stands for all, `covered` covers its passes and no size is
         rounded.
         """
-        if self.ranks.simulated != "one" or self.template.divisor > 1 or not all(map(covered, self._passes)):
+        if (
+            self.ranks.simulated != "one"
+            or self.template.divisor > 1
+            or self._hidden
+            or not all(map(covered, self._passes))
+        ):
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
         coefficients = self.template.coefficients.astype(np.float64)
@@ -225,21 +237,7 @@ class PreparedStep:
 
     @lazy
     def _messages(self) -> list[tuple[Communication, int, npt.NDArray[np.intp]]]:
-        """One communication of each sort, with the position of its message, and the slots of all that are alike."""
-        found: dict[tuple[Hashable, ...], tuple[Communication, int, list[int]]] = {}
-        for step, index in self.communications:
-            position = self.template.pacing(step, index)
-            sort = (
-                step.collective,
-                step.step_of,
-                step.sends_before,
-                step.dispatch,
-                step.axis,
-                step.ranks,
-                *self.template.coefficients[position].tolist(),
-            )
-            found.setdefault(sort, (step, position, []))[2].extend(index.slots[step.id])
-        return [(step, position, np.array(slots, dtype=np.intp)) for step, position, slots in found.values()]
+        return sorted_messages(self.communications, self.template)
 
     @lazy
     def _host_copies(self) -> list[tuple[int, npt.NDArray[np.intp]]]:
@@ -275,11 +273,15 @@ class PreparedStep:
         *,
         gpus_per_node: int,
         chunk: Chunk | None,
+        micro_batches: int = 1,
     ) -> dict[str, Mapping[int, list[int]]]:
         """Picoseconds of each task, by segment and simulated rank; of what follows the last micro-batch too, where a
-        rank runs a `chunk`.
+        rank runs a `chunk`. Exchanges that passes of other micro-batches hide are as long as what is left of them.
         """
-        ps = np.rint(self._seconds(numbers.values, compute, comm, gpus_per_node) * PS_PER_S)
+        seconds = self._seconds(numbers.values, compute, comm, gpus_per_node)
+        if self._hidden:
+            self._hidden.leave(seconds, compute.profile.coefficients.overlap_slowdown.value, micro_batches)
+        ps = np.rint(seconds * PS_PER_S)
         ps = (
             ps.astype(np.int64) if np.maximum.reduce(ps) < 2**62 else np.array([int(time) for time in ps], dtype=object)
         )

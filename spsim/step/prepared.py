@@ -12,6 +12,7 @@ from spsim.program.blocks.optimizer import parameter_state
 from spsim.program.recipes import in_precision
 from spsim.program.templates import layers_template, step_template
 from spsim.step.closing import Optimizer
+from spsim.step.hidden import hidden_by
 from spsim.step.preparation import PreparedStep, has_halves
 from spsim.units import MIB
 
@@ -55,5 +56,5 @@ def prepared_step(
 
 def issued_by(plan: Plan) -> tuple[bool | int | str, ...]:
     """What of a plan says in which order its program is issued, and by what; among how many ranks, with the stages."""
-    overlap, sharded = plan.tp_backward_overlap, plan.zero_stage > 0
-    return plan.norm_gradients, overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp, plan.mesh_order
+    overlap, sharded = (plan.tp_backward_overlap, *hidden_by(plan)), plan.zero_stage > 0
+    return plan.norm_gradients, *overlap, sharded, plan.cuda_graphs, has_halves(plan), plan.pp, plan.mesh_order

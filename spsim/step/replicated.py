@@ -27,6 +27,7 @@ from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import syncs_of
 from spsim.step.gradients import Sync, sums_beside
 from spsim.step.groups import Groups, replica_groups
+from spsim.step.hidden import hidden_by
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Runs, Visit
 from spsim.step.messages import Synchronisation
 from spsim.step.patterns import in_loops
@@ -149,10 +150,18 @@ class ReplicatedStep(PreparedStep):
         }
 
     def durations(
-        self, numbers: Numbers, compute: ComputeCost, comm: CommCost, *, gpus_per_node: int, chunk: Chunk | None
+        self,
+        numbers: Numbers,
+        compute: ComputeCost,
+        comm: CommCost,
+        *,
+        gpus_per_node: int,
+        chunk: Chunk | None,
+        micro_batches: int = 1,
     ) -> dict[str, Mapping[int, list[int]]]:
         """Picoseconds of each task, by segment and simulated rank."""
-        found = super().durations(numbers, compute, comm, gpus_per_node=gpus_per_node, chunk=chunk)
+        given = {"gpus_per_node": gpus_per_node, "micro_batches": micro_batches}
+        found = super().durations(numbers, compute, comm, chunk=chunk, **given)
         for segment in self.segments:
             if not segment.added:
                 continue
@@ -191,7 +200,7 @@ def replicated_step(
     options = (
         plan.dp_library, plan.zero, plan.zero_stage, plan.bucket_elements, plan.dp_overlap, plan.grad_dtype,
         plan.moment_dtype, plan.precision_aware_optimizer, plan.tp_backward_overlap, plan.cuda_graphs,
-        plan.norm_gradients, plan.fsdp_ends, plan.mesh_order,
+        plan.norm_gradients, plan.fsdp_ends, plan.mesh_order, *hidden_by(plan),
     )  # fmt: skip
     key = (*step_key(model, plan), sequence_unit(model, plan), precision, single, fold, tuple(chunk), options)
     return _steps.get(

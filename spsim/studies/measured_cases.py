@@ -17,7 +17,8 @@ from spsim.errors import InputError, first_problem
 from spsim.inputs.configuration import Name
 from spsim.inputs.csvrows import csv_rows
 from spsim.inputs.model import Model
-from spsim.inputs.plan import Plan
+from spsim.inputs.plan import Dispatcher, Plan
+from spsim.inputs.presets import load_model
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import measured_cases, read_text
 from spsim.inputs.scenario import Scenario
@@ -45,7 +46,7 @@ NVIDIA's NeMo, with which its MLPerf submissions ran, reduces gradients in 16 bi
 recipes of Megatron-Bridge do so too, close buckets at 128 Mi elements and take Transformer Engine's cross-entropy
 (`training/comm_overlap.py` and `scripts/performance/utils/overrides.py`, v0.3.0). SimuMax's launcher of Megatron-LM at
 that commit does the latter, too (its `docs/b200`, where `_cef` means so). Megatron-LM of 2022 had no
-`overlap_p2p_communication`.
+`overlap_p2p_communication`. Where Megatron-Bridge overlaps exchanges with experts it delays weight gradients, too.
 
 `fp8` had delayed scaling: Transformer Engine knew no other before 2.2 of April 2025, and NeMo kept it as the default.
 Until 2024 `ub_tp_comm_overlap_cfg` has `pipeline` for projection and fc2 in 8 bits too (NVIDIA's recipes for
@@ -99,6 +100,13 @@ class MeasuredCase(BaseModel):
     head_dim: int | None = None
     sliding_window: int = 0
     experts: int = 0
+    experts_per_token: int = 0
+    token_drop: bool = False
+    expert_parallel: int | None = None
+    expert_tensor_parallel: int | None = None
+    moe_dispatcher: Dispatcher = "alltoall"
+    moe_a2a_overlap: bool = False
+    fused_grouped_mlp: bool = False
     mla: bool = False
     mtp: bool = False
     fp8_attention: bool = False
@@ -144,7 +152,7 @@ class MeasuredCase(BaseModel):
             raise InputError(f"gpus = {self.gpus} is not the product of the degrees, {plan.gpus}; correct one")
         return {
             "hardware": self.hardware,
-            "model": Model(**self._model()),
+            "model": self._named() if self.experts else Model(**self._model()),
             "plan": plan,
             "workload": Workload(**{**self._given(Workload), "precision": self._precision()}),
             "scope": self.scope,
@@ -156,6 +164,14 @@ class MeasuredCase(BaseModel):
         known = self.attention == "flash" and kernel in load_profile(self.hardware).coefficients.attention
         attention = {"attention": kernel} if known else {}
         return {**self._given(Model, "sliding_window", "experts"), **window, **attention, "name": self.model}
+
+    def _named(self) -> Model:
+        """A model of experts is the preset of its name, for rows do not say all of it."""
+        found = load_model(self.model.lower().replace(" ", "-"))
+        for name in _OF_EXPERTS:
+            if getattr(found, name) != getattr(self, name):
+                raise InputError(f"{name} = {getattr(self, name)} of {self.model}, which has {getattr(found, name)}")
+        return found
 
     @property
     def _usual(self) -> Mapping[str, Any]:
@@ -174,6 +190,9 @@ class MeasuredCase(BaseModel):
         options["dp_overlap"] = gradients if gradients == parameters else "gradients" if gradients else "parameters"
         options["tp_overlap"] = self.tp_overlap or self.userbuffers
         options |= {"fp8_dot_product_attention": self.fp8_attention, "fp8_output_proj": self.fp8_lm_head}
+        if self.experts:
+            options |= {"ep": self.expert_parallel or 1, "delay_wgrad": self.moe_a2a_overlap}
+            options["expert_tp"] = self.expert_tensor_parallel if self.tp > 1 else None
         if self.grad_reduce_dtype:
             options["grad_dtype"] = self.grad_reduce_dtype
         if self.fsdp:
@@ -188,11 +207,14 @@ class MeasuredCase(BaseModel):
 
 
 _ABSENT = {
-    "experts": "how recipes dispatch experts is",
-    "mla": "latent attention is",
+    "token_drop": "tokens that are dropped and padded are",
     "mtp": "multi-token prediction is",
 }
 """Column -> what models and recipes of spsim do not have."""
+
+
+_OF_EXPERTS = ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "experts", "experts_per_token")
+"""Dimensions that a row of a model with experts shares with it."""
 
 
 def _optimizer(text: str) -> dict[str, Any]:
