@@ -164,3 +164,71 @@ def test_explain_shows_no_kernel_where_the_library_has_it():
 def test_what_cannot_be_is_one_line(hardware, plan, precision, words):
     with pytest.raises(InputError, match=words):
         step(plan, hardware, precision=precision)
+
+
+# ------------------------------------------------------------ behind passes of another micro-batch
+
+
+def test_what_is_left_of_an_exchange():
+    """The longer of what kernels of the other micro-batch do not hide and of what they lose, in all passes but the
+    first forward and the last backward one.
+    """
+    plan = "dp=8,ep=8,moe_dispatcher=hybridep,cuda_graphs=full_iteration"
+    apart, beside = step(plan, global_batch=64), step(f"{plan},moe_a2a_overlap", global_batch=64)
+    micro_batches, share = 8, 32 / 148
+    program = layer("dp=8,ep=8,moe_dispatcher=hybridep", precision="mxfp8")
+    (to, back), (down, up) = (
+        [s.operator for s in steps if isinstance(s, Communication)] for steps in (program.forward, program.backward)
+    )
+    frame = {(row["operator"], row["part"]): row for row in apart.operator_rows}
+
+    def sent(operator, part):
+        row = frame[f"all_to_all for {operator}", part]
+        return row["time_ms"] / row["calls"] / 1e3
+
+    parts = {
+        (phase, inside): sum(
+            frame[s.operator, s.part]["time_ms"] / frame[s.operator, s.part]["calls"] / 1e3
+            for s in steps
+            if isinstance(s, Compute) and any(s.work) and (s.operator in INSIDE) == inside
+        )
+        for phase, steps in (("forward", program.forward), ("backward", program.backward))
+        for inside in (True, False)
+    }
+    pairs = [
+        (sent(to, "forward"), parts["backward", True]), (sent(back, "forward"), parts["backward", False]),
+        (sent(down, "backward"), parts["forward", False]), (sent(up, "backward"), parts["forward", True]),
+    ]  # fmt: skip
+    saved = sum(c - max(c - k, share * c) for c, k in pairs)
+    expected = SMALL["layers"] * (micro_batches - 1) * saved
+    assert apart.step_time_s - beside.step_time_s == pytest.approx(expected, rel=1e-3)
+
+
+INSIDE = {"expert_fc1", "expert_fc1_cast", "expert_fc1_gradient_cast", "expert_swiglu", "expert_fc2", "expert_fc2_cast",
+          "expert_fc2_gradient_cast", "permute", "unpermute"}  # fmt: skip
+"""Kernels between the exchanges."""
+
+
+def test_the_host_waits_for_counts_of_tokens_unless_all_is_one_graph():
+    """Then tokens on their way to experts have nothing beside them; delayed weight gradients hide no less."""
+    plan = "dp=8,ep=8,moe_dispatcher=hybridep"
+    apart, eager, graph, late = (
+        step(f"{plan}{more}", global_batch=64).step_time_s
+        for more in (
+            "", ",moe_a2a_overlap", ",moe_a2a_overlap,cuda_graphs=full_iteration",
+            ",moe_a2a_overlap,delay_wgrad,cuda_graphs=full_iteration",
+        )
+    )  # fmt: skip
+    assert apart > eager > graph >= late
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("dp=8,ep=8,moe_a2a_overlap,recompute=full", "recomputation of experts"),
+        ("dp=4,ep=4,pp=2,moe_a2a_overlap", "pp = 2 of one chunk each"),
+    ],
+)
+def test_passes_that_have_none_beside_them(plan, words):
+    with pytest.raises(InputError, match=words):
+        step(plan)

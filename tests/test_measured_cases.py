@@ -69,6 +69,17 @@ def test_columns_are_options(changes, options):
     assert {name: getattr(plan, name) for name in options} == options
 
 
+def test_a_row_of_experts():
+    """Qwen3 235B on 256 GB300, experts over 32 of them, in its last form."""
+    found = case(case_id="bridge_2608_gb300_qwen3_235b_a22b_mxfp8")
+    plan = plan_of(found)
+    assert (plan.ep, plan.pp, plan.virtual_pp, plan.moe_dispatcher) == (32, 4, 12, "hybridep")
+    assert all((plan.moe_a2a_overlap, plan.delay_wgrad, plan.fused_grouped_mlp, plan.fp8_dot_product_attention))
+    assert found.settings()["model"].qk_norm
+    older = plan_of(case(case_id="bridge_2604_gb300_qwen3_235b_a22b_mxfp8"))
+    assert (older.cuda_graphs, older.moe_a2a_overlap) == ("attn+moe_router+moe_preprocess", False)
+
+
 @pytest.mark.parametrize(
     ("software", "model", "hardware", "attention", "precision"),
     [
@@ -119,11 +130,11 @@ def test_a_row_that_cannot_be_simulated_is_skipped_and_its_file_is_not(changes, 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"experts": "128"}, "how recipes dispatch experts is not simulated yet"),
-        ({"mla": "yes"}, "latent attention is not simulated yet"),
-        ({"mtp": "yes"}, "multi-token prediction is not simulated yet"),
+        ({"experts": "128"}, "experts = 128 of Llama3 70B, which has None"),
+        ({"experts": "64", "model": "Qwen3 30B-A3B"}, "layers = 80 of Qwen3 30B-A3B, which has 48"),
+        ({"token_drop": "1"}, "tokens that are dropped and padded are not simulated yet"),
         ({"fp8_lm_head": "1"}, "fp8_output_proj with precision = 'fp8'"),
-        ({"cuda_graphs": "te:attn+moe_router"}, "cuda_graphs"),
+        ({"cuda_graphs": "te:attn+everything"}, "'everything' is none of none, per_layer"),
     ],
 )
 def test_parts_that_are_not_simulated_have_a_reason(changes, reason):

@@ -1,6 +1,7 @@
 """Predictions against published measurements, with the limits that the README states."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from statistics import mean
@@ -86,15 +87,16 @@ def test_no_case_is_known_by_name_in_the_package() -> None:
 
     labels = {case.case_id for case in load_cases()} | {case.family for case in load_cases()}
     for _, path in modules():
-        assert not [label for label in labels if label in path.read_text()], path
+        words = {*re.findall(r"\w+", path.read_text())}
+        assert not labels & words, path
 
 
 def test_rows_that_cannot_be_predicted_have_a_reason(validation: Validation) -> None:
     for case in validation.cases:
         assert (case.predicted is None) == (case.skipped is not None)
     assert all(c.skipped is None for c in validation.cases if c.metric.startswith("layer_"))
-    experts = {c.skipped for c in validation.cases if c.family == "bridge_moe"}
-    assert experts == {"how recipes dispatch experts is not simulated yet"}
+    dropped = Counter(c.skipped for c in validation.cases if c.family == "bridge_moe" and c.skipped)
+    assert dropped["tokens that are dropped and padded are not simulated yet"] == 8
 
 
 def test_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +123,7 @@ def test_json_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     [
         ("kort22_t4", 2.5, 5), ("kort22_t5", 2, 4), ("dgxc", 5, 9.5), ("mlperf", 5.2, 9.5),
         ("simumax", 2.5, 4.5), ("simumax_memory", 0.5, 1), ("bridge_dense", 4.7, 9.5),
+        ("bridge_moe", 12, 25),
     ],
 )  # fmt: skip
 def test_families_stay_within_what_they_are_off(

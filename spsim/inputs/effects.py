@@ -19,7 +19,7 @@ OF_THE_STEP = ("loss_fusion", "loss_parallel", "fp8_output_proj")
 def notes_of(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> tuple[str, ...]:
     """What a reader of a result should know of its model and plan, said once."""
     of_plan = (*of_library(model, plan, scope), *of_no_library(model, plan), *of_ring(plan), *of_heads(model, plan))
-    return (*model.notes, *expert_notes(model), *of_plan, *of_modules(model), *without_effect(model, plan, scope))
+    return (*model.notes, *expert_notes(model, plan), *of_plan, *of_modules(model), *without_effect(model, plan, scope))
 
 
 def without_effect(model: Model, plan: Plan, scope: Literal["step", "layers"] = "step") -> Iterator[str]:

@@ -146,22 +146,32 @@ def off_by(ratio: float) -> float:
     return 100 * (exp(abs(log(ratio))) - 1)
 
 
-def of_time(hardware: HardwareProfile) -> Band:
-    """The band of a time, from measurements on the machine, on those joined in the same way, or on any."""
+EXPERTS = "experts"
+"""Family of times of models with experts; others have none."""
+
+
+def of_time(hardware: HardwareProfile, *, experts: bool = False) -> Band:
+    """The band of a time, from measurements on the machine, on those joined in the same way, or on any; of models with
+    experts from those of such.
+    """
+    family = EXPERTS if experts else ""
     machines = {
         hardware.name: f"on {hardware.name}",
         link(hardware): f"on GPUs joined by a {link(hardware).replace('_', ' ')}",
         ANY: "on any machine",
     }
-    found = ((table().get(("time", machine, "", 0)), where) for machine, where in machines.items())
+    found = ((table().get(("time", machine, family, 0)), where) for machine, where in machines.items())
     entry, where = next((entry, where) for entry, where in found if entry)
-    return Band(entry.p90, f"times of {entry.what} measured {where}", entry.rows)
+    return Band(entry.p90, f"times of {entry.what}{' with experts' if experts else ''} measured {where}", entry.rows)
 
 
 def of_pair(hardware: HardwareProfile, one: Plan, other: Plan) -> Band:
     """The band of the ratio between two plans: of all that they differ in together, as errors of independent causes,
-    but not below what measurements can tell; of times where there are no pairs.
+    but not below what measurements can tell; of times where there are no pairs, as there are none of plans that spread
+    experts.
     """
+    if one.ep > 1 or other.ep > 1:
+        return of_time(hardware, experts=True)
     families = pair_families(one, other)
     entries = [table().get(("ratio", link(hardware), family, 0)) for family in families]
     known = [entry for entry in entries if entry]

@@ -142,12 +142,12 @@ class Result(Served):
 
     @property
     def prior_band(self) -> Band | None:
-        """How far published measurements are off, see `bands`; None where a calibration has errors of its own, and with
-        experts and of inference, of which none is measured.
+        """How far published measurements are off, see `bands`; None where a calibration has errors of its own, and
+        of inference, of which none is measured.
         """
-        dense = getattr(self.scenario.model, "experts", None) is None
-        known = dense and not is_calibrated(self.scenario.hardware) and not self.is_served
-        return bands.of_time(self.scenario.hardware) if known else None
+        known = not is_calibrated(self.scenario.hardware) and not self.is_served
+        experts = getattr(self.scenario.model, "experts", None) is not None
+        return bands.of_time(self.scenario.hardware, experts=experts) if known else None
 
     @lazy
     def far_off(self) -> tuple[Band, ...]:

@@ -163,7 +163,12 @@ class MeasuredCase(BaseModel):
         kernel = self._usual.get("attention")
         known = self.attention == "flash" and kernel in load_profile(self.hardware).coefficients.attention
         attention = {"attention": kernel} if known else {}
-        return {**self._given(Model, "sliding_window", "experts"), **window, **attention, "name": self.model}
+        return {
+            **self._given(Model, "sliding_window", "experts", "experts_per_token"),
+            **window,
+            **attention,
+            "name": self.model,
+        }
 
     def _named(self) -> Model:
         """A model of experts is the preset of its name, for rows do not say all of it."""
@@ -208,7 +213,6 @@ class MeasuredCase(BaseModel):
 
 _ABSENT = {
     "token_drop": "tokens that are dropped and padded are",
-    "mtp": "multi-token prediction is",
 }
 """Column -> what models and recipes of spsim do not have."""
 
