@@ -10,7 +10,8 @@ the one before it run layer by layer on one stream of kernels, the exchanges of 
 | combination, backward: its gradient goes to experts | all but the experts, forward |
 | dispatch, backward: its gradient comes back | experts, forward |
 
-With `delay_wgrad_compute` products for the weights of experts run last, so that they stand beside either exchange of
+Unless one graph holds the iteration, the host waits for counts of tokens before it launches a dispatch of the forward
+pass, which then has nothing beside it. With `delay_wgrad_compute` products for the weights of experts run last, so that they stand beside either exchange of
 tokens that the first and the last line have. Kernels beside an exchange lose the share of the device that it holds: of
 an exchange of c seconds beside kernels of k it is left over what they do not hide, or what they lose, max(c - k, share
 x c). A pass that has no other beside it, the first forward and the last backward pass of each of the stages that fill
@@ -61,7 +62,9 @@ class Hidden:
         delayed: bool,
         waits: bool = False,
     ) -> None:
-        """`delayed` where weight gradients run behind what is sent next."""
+        """`delayed` where weight gradients run behind what is sent next; `waits` where the host launches the way to experts
+        only when it knows how many tokens go, behind all that was launched before.
+        """
         self._stages = stages
         self._own = [found for name, own in blocks.items() for found in _of_layer(own, indices[name], delayed, waits)]
 
@@ -80,6 +83,13 @@ def hidden_by(plan: Plan) -> tuple[bool, bool]:
     """Whether exchanges with experts run beside passes of another micro-batch, and weight gradients behind them."""
     hides = plan.moe_a2a_overlap and plan.ep > 1
     return hides, hides and plan.delay_wgrad
+
+
+def hidden(plan: Plan, blocks: Mapping[str, Mapping[Pass, BlockPass]], indices: Mapping[str, Index]) -> Hidden | None:
+    """What a plan hides of exchanges, if it does."""
+    hides, delayed = hidden_by(plan)
+    waits = plan.cuda_graphs != "full_iteration"
+    return Hidden(blocks, indices, plan.pp, delayed=delayed, waits=waits) if hides else None
 
 
 class _Pass(NamedTuple):

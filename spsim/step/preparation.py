@@ -35,7 +35,7 @@ from spsim.step.columns.step import BlockColumns
 from spsim.step.ending import Ending, Times, spread_parameters
 from spsim.step.gradients import Sync
 from spsim.step.halves import Halves
-from spsim.step.hidden import Hidden, hidden_by
+from spsim.step.hidden import hidden
 from spsim.step.issue import block_passes, halved_passes
 from spsim.step.itinerary import Blocks, Chunk, Item, Loop, Run, Runs, Visit, accumulation
 from spsim.step.ranks import Groups, Marks, Ranks, groups_of
@@ -76,12 +76,7 @@ class PreparedStep:
         self.mesh, self.world = mesh_of(plan), world_of(plan)
         self.blocks = {name: block_passes(program, plan, name) for name, program in template.programs.items()}
         self.optimizer = optimizer
-        hides, delayed = hidden_by(plan)
-        self._hidden = (
-            Hidden(self.blocks, template.indices, plan.pp, delayed=delayed, waits=plan.cuda_graphs != "full_iteration")
-            if hides
-            else None
-        )
+        self._hidden = hidden(plan, self.blocks, template.indices)
         self._in_graphs = slots_in_graphs(plan.cuda_graphs, self.blocks, template.indices)
         self.closings = closings(template.programs, plan, self.world, gradient_bytes, optimizer)
         programs = template.programs.items() if has_halves(plan) else ()
@@ -159,12 +154,8 @@ class PreparedStep:
         """Prepared for many workloads at once, if one rank stands for all, `covered` covers its passes and no size is
         rounded.
         """
-        if (
-            self.ranks.simulated != "one"
-            or self.template.divisor > 1
-            or self._hidden
-            or not all(map(covered, self._passes))
-        ):
+        apart = self.ranks.simulated != "one" or self.template.divisor > 1 or self._hidden is not None
+        if apart or not all(map(covered, self._passes)):
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
         coefficients = self.template.coefficients.astype(np.float64)
