@@ -1,12 +1,18 @@
 """Prefill and decode: what is sent, kept and computed, against closed forms."""
 
+import csv
+from pathlib import Path
+
 import pytest
 
-from spsim import InputError, Scenario, simulate
+from spsim import InputError, Scenario, explain, plan_search, simulate
+from spsim.inputs.profiles import load_profile
 from spsim.program.instructions import Communication, Compute
 from spsim.program.placement import sent_bytes
+from spsim.studies.microbenchmarks import measured_kernels, summary
 from spsim.work import FlashAttention
 
+DATA = Path(__file__).parents[1] / "experiments/data"
 H, KV, LAYERS, VOCAB = 4096, 1024, 32, 128256
 """Of Llama-3-8B."""
 S, P = 8192, 8
@@ -187,3 +193,58 @@ def test_bytes_of_a_collective_are_those_of_its_message() -> None:
     for step in served("ring=4,tp=2", "decode").program.forward:
         if isinstance(step, Communication):
             assert step.sent_bytes == sent_bytes(step.collective, step.message_bytes, step.ranks)
+
+
+# Measured on one H100 SXM
+
+
+@pytest.mark.parametrize("name", ["h100_small_products", "h100_decode_attention"])
+def test_kernels_of_inference_are_met(name: str) -> None:
+    """Products of few rows, which take the time of reading weights, and one query against a cache."""
+    (errors,) = summary(measured_kernels(DATA / f"{name}.csv", load_profile("dgx-h100"), "bf16")).values()
+    assert errors.rows >= 3
+    assert errors.mean_percent < 8
+
+
+def test_prefills_of_an_eager_model_are_met() -> None:
+    """Eight layers of Llama-3-8B as transformers runs them, logits of the last token: no number was fitted on them."""
+    for row in csv.DictReader((DATA / "h100_prefill.csv").open()):
+        workload = {"phase": "prefill", "seq_len": int(row["seq_len"]), "micro_batch": int(row["batch"])}
+        found = simulate(
+            Scenario(
+                hardware="dgx-h100", model={"preset": "llama-3-8b", "layers": 8}, plan={"library": "transformers"},
+                workload=workload,
+            )
+        )  # fmt: skip
+        assert 1e3 * found.ttft_s == pytest.approx(float(row["time_ms"]), rel=0.08)
+
+
+# What commands say
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_search_finds_the_fastest_of_all_plans(phase: str) -> None:
+    model, batch = {"preset": "llama-3-8b", "layers": 2}, 4
+    workload = {"seq_len": 4096, "global_batch": batch, "phase": phase}
+    found = plan_search(hardware="dgx-h100", model=model, gpus=4, workload=workload, best=1)
+    times = {}
+    degrees = [(tp, ulysses, ring) for tp in (1, 2, 4) for ulysses in (1, 2, 4) for ring in (1, 2, 4)]
+    for tp, ulysses, ring in (own for own in degrees if 4 % (own[0] * own[1] * own[2]) == 0):
+        dp = 4 // (tp * ulysses * ring)
+        for further in ("", ",sequence_parallel", ",ring_pass=q"):
+            plan = f"tp={tp},ulysses={ulysses},ring={ring},dp={dp}{further}"
+            own = {"seq_len": 4096, "micro_batch": batch // dp, "phase": phase}
+            try:
+                times[plan] = simulate(Scenario(hardware="dgx-h100", model=model, plan=plan, workload=own)).step_ps
+            except InputError:
+                continue
+    assert found.best[0].step_s == pytest.approx(min(times.values()) / 1e12)
+
+
+def test_an_explanation_says_where_the_cache_lies() -> None:
+    found = explain("llama-3-8b", "tp=2,ring=4", {"seq_len": S, "phase": "decode"})
+    placed = {own.operator: own.placed for own in found.operators}
+    assert placed["attention"] == {"ring": "j", "tp": "a"}
+    assert placed["fc1"] == {"ring": "f", "tp": "f"}
+    assert any(f"{2 * KV * HALF // 2:,} bytes of the cache" in note for note in found.notes)

@@ -974,3 +974,22 @@ def test_without_torch_there_is_a_clear_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip().splitlines()[-1].endswith('which is not installed; install "spsim[calibrate]"')
     assert "InputError" in done.stderr
+
+
+def test_forward_only_is_the_forward_pass_and_keeps_nothing():
+    """Of a module in evaluation mode, as under `torch.no_grad`; on one GPU and under plans."""
+    module = Llama(512, 8, 8, 1024, rope=True).to(torch.bfloat16).eval()
+    x = torch.empty(2, 256, 512, dtype=torch.bfloat16, requires_grad=True)
+    trained, served = (trace_module(module, x, forward_only=own) for own in (False, True))
+    assert served.flops == (trained.flops.forward, 0)
+    assert served.saved_bytes == 0
+    for plan in ("", "tp=2,sequence_parallel", "ulysses=2", "ring=2"):
+        both, alone = (own.simulate(H100, plan, optimizer="none") for own in (trained, served))
+        assert alone.step_time_s == pytest.approx(both.forward_s, rel=0.01)
+        assert alone.peak_memory_gib < both.peak_memory_gib
+        assert alone.collectives_per_layer["forward"] == both.collectives_per_layer["forward"]
+        assert alone.backward_s == 0
+
+
+def test_forward_only_needs_nothing_that_has_a_gradient():
+    assert trace_module(nn.ReLU(), torch.ones(4), forward_only=True).simulate(H100).step_time_s > 0

@@ -288,11 +288,13 @@ def _program_around(
     return program_in(_region(operators, plan, elsewhere), around_layers(plan), causal=causal)
 
 
-def program_in(region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None) -> Program:
+def program_in(
+    region: Region, plan: Plan, *, causal: bool, kind: LayerKind | None = None, forward_only: bool = False
+) -> Program:
     """The program of a region, messages of tp lowered to chunks where the plan overlaps them, and ring attention to its
     steps unless it gathers before attention; `kind` says what of the region is recomputed, else the plan does.
     """
-    program = compile_region(region, plan, causal=causal, kind=kind)
+    program = compile_region(region, plan, causal=causal, kind=kind, forward_only=forward_only)
     if plan.gathers_position_ids and plan.ulysses > 1:
         program = gather_position_ids(program, region)
     if plan.tp_overlap and plan.tp > 1:

@@ -192,7 +192,7 @@ class Rank:
         return x.transpose(0, 1) if self.decodes else x
 
     def to_heads(self, x: Tensor, heads: int) -> Tensor:
-        """From a part of the tokens to a part of the heads over ulysses; over a ring of a decode to all of so many heads
+        """From a part of the tokens to a part of the heads over ulysses; over a ring of a decode to all of `heads`
         that tp leaves.
         """
         if self.decodes and self.plan.ring > 1:

@@ -19,6 +19,7 @@ from spsim.cli.options import (
     Library,
     MicroBatchOption,
     ModelOption,
+    PhaseOption,
     PlanOption,
     PrecisionOption,
     ReportOption,
@@ -93,6 +94,7 @@ def command(
     micro_batch: MicroBatchOption = None,
     global_batch: GlobalBatchOption = None,
     precision: PrecisionOption = None,
+    phase: PhaseOption = None,
     changes: SetOption = None,
     longest: MaxOption = None,
     tokens: BudgetOption = None,
@@ -118,6 +120,7 @@ def command(
     given = Given.of(
         "plan", None, plan, changes, hardware=hardware, model=model,
         seq_len=seq_len, micro_batch=micro_batch, global_batch=global_batch, precision=precision,
+        phase=phase,
     )  # fmt: skip
     if gpus is None:
         raise InputError("plan: --gpus is missing; give the number of GPUs")

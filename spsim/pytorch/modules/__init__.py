@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["trace_module"]
 
 
-def trace_module(module: Any, example_inputs: Any, *, device: Literal["cuda", "cpu"] = "cuda") -> TracedModule:
+def trace_module(
+    module: Any, example_inputs: Any, *, device: Literal["cuda", "cpu"] = "cuda", forward_only: bool = False
+) -> TracedModule:
     """Trace a `torch.nn.Module`: the operators of one forward and backward pass, without a GPU and without memory.
+    `forward_only` there is no backward pass, as under `torch.no_grad()`: inference, of which nothing is kept.
 
     `example_inputs` is a tensor, a tuple of positional arguments or a dictionary of keyword arguments; only
     shapes and dtypes matter, and which of them require a gradient, so that tensors and modules on the `meta`
@@ -45,4 +48,4 @@ def trace_module(module: Any, example_inputs: Any, *, device: Literal["cuda", "c
         kwargs = example_inputs
     else:
         args = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    return TracedModule(record(module, args, kwargs, cuda=device == "cuda"))
+    return TracedModule(record(module, args, kwargs, cuda=device == "cuda", forward_only=forward_only))

@@ -42,8 +42,10 @@ SAME_DTYPE = {
 """Operators whose operands must have one dtype, which kernels check and fake tensors may not."""
 
 
-def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, cuda: bool) -> Tape:
-    """The calls of one forward and backward pass; `cuda` takes the kernels of a CUDA device.
+def record(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, cuda: bool, forward_only: bool = False
+) -> Tape:
+    """The calls of one forward and backward pass, or `forward_only`; `cuda` takes the kernels of a CUDA device.
 
     Raises `InputError` where values decide what runs, and where the module itself fails on these inputs.
     """
@@ -54,7 +56,7 @@ def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             stack.enter_context(cuda_kernels())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         try:
-            return _run(recorder, module, name, args, kwargs)
+            return _run(recorder, module, name, args, kwargs, forward_only)
         except InputError:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -70,7 +72,10 @@ def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             ) from error
 
 
-def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
+def _run(
+    recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    forward_only: bool,
+) -> Tape:  # fmt: skip
     state = {key: _fake(value) for key, value in (*module.named_parameters(), *module.named_buffers())}
     given = {id(leaf): leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}
     fakes = {key: _fake(leaf) for key, leaf in given.items()}
@@ -81,13 +86,17 @@ def _run(recorder: _Recorder, module: nn.Module, name: str, args: tuple[Any, ...
     known = [recorder.value(leaf) for leaf in inputs]
 
     def passes(own: nn.Module) -> tuple[list[Tensor], list[Tensor], Any]:
-        with recorder.watching(), torch.enable_grad():
+        with recorder.watching(), torch.set_grad_enabled(not forward_only):
             found = own(*args, **kwargs)
         leaves = [leaf for leaf in tree_flatten(found)[0] if isinstance(leaf, Tensor)]
+        if forward_only:
+            _check_elements(name, inputs, leaves)
+            return leaves, [], [None] * len(wanted)
         outputs = [leaf for leaf in leaves if leaf.requires_grad]
         if not outputs:
             raise InputError(
-                f"{name}: no output needs a gradient; give the module parameters or inputs that require one"
+                f"{name}: no output needs a gradient; give the module parameters or inputs that require one, or trace "
+                "it with forward_only=True"
             )
         _check_elements(name, inputs, outputs)
         roots = _roots(outputs)

@@ -64,16 +64,17 @@ class _Program:
         for index, call in enumerate(tape.backward):
             kept = tape.saved.get(call.node, ()) if call.node is not None and last.get(call.node) == index else ()
             backward += self._steps(call, kept)
-        if not forward or not backward:
+        if not forward or (tape.output_gradients and not backward):
             raise InputError(f"{tape.name}: launches no kernel in a pass; there is nothing to simulate")
         gradients = [value for value in tape.input_gradients if value is not None]
         return categorise(
             Program(
-                forward_sections=(Section(tuple(forward)),), backward_sections=(Section(tuple(backward)),),
+                forward_sections=(Section(tuple(forward)),),
+                backward_sections=(Section(tuple(backward)),) if backward else (),
                 saved=tuple(saved(tape)), weight_sync=(), parameters=tape.trainable,
                 inputs=(self.input,), outputs=(self._first(tape.outputs, self.input),),
-                output_gradients=(self.output_gradient,),
-                input_gradients=(self._first(gradients, self.output_gradient),),
+                output_gradients=(self.output_gradient,) if backward else (),
+                input_gradients=(self._first(gradients, self.output_gradient),) if backward else (),
             )
         )  # fmt: skip
 

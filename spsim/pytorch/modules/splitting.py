@@ -19,6 +19,14 @@ from spsim.pytorch.modules.gradients import with_gradients
 from spsim.work import Gemm
 
 
+def split_forward(operators: Sequence[Operator], plan: Plan, *, causal: bool) -> Program:
+    """The program of one rank, forward only. Raises `InputError` where a dimension does not divide."""
+    _check_divisibility(operators, plan, causal)
+    region = Region(operators, split_rules(plan), mesh_of(plan))
+    program = program_in(region, plan, causal=causal, forward_only=True)
+    return replace(program, forward_sections=tuple(map(_sections_as_torch, program.forward_sections)))
+
+
 def split_program(operators: Sequence[Operator], plan: Plan, *, causal: bool, input_gradient: bool) -> Program:
     """The program of one rank. torch writes a weight gradient in the dtype of the weight, so that nothing is
     accumulated in fp32; without `input_gradient` the kernels that only lead to it are left out.

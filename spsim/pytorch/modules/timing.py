@@ -133,7 +133,7 @@ def simulate_program(
     held = tape.parameter_bytes if plan.gpus == 1 else itemsize * program.parameters
     static = StaticMemory(held, sum(written) if gradients == "kept" else 0, sum(states))
     weights = _weights(program, tape, plan)
-    if gradients == "kept":
+    if gradients == "kept" and written:
         program = added(program)
     template = Template(program, 1)
     prepared = PreparedStep(

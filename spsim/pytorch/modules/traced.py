@@ -24,7 +24,7 @@ from spsim.pytorch.modules.graph import Graph
 from spsim.pytorch.modules.optimizers import OPTIMIZERS, OptimizerName
 from spsim.pytorch.modules.reading import read_graph
 from spsim.pytorch.modules.single import single_gpu_program
-from spsim.pytorch.modules.splitting import split_program
+from spsim.pytorch.modules.splitting import split_forward, split_program
 from spsim.pytorch.modules.tape import Call, Tape
 from spsim.pytorch.modules.timing import TracedResult, simulate_program
 
@@ -105,6 +105,8 @@ class TracedModule:
     def _compile(self, plan: Plan) -> Program:
         if plan.gpus == 1 and plan.recompute == "none":
             return single_gpu_program(self.tape)
+        if not self.tape.output_gradients:
+            return split_forward(self.named_operators, plan, causal=self._graph.causal)
         wanted = any(gradient is not None for gradient in self.tape.input_gradients)
         return split_program(self.named_operators, plan, causal=self._graph.causal, input_gradient=wanted)
 
@@ -129,7 +131,7 @@ class TracedModule:
         optimizer: OptimizerName = "adamw",
     ) -> TracedResult:
         """A training step of the module on a hardware profile under a plan: both passes, sums of gradients that ranks
-        share, and the optimizer.
+        share, and the optimizer; of a module that was traced `forward_only` that pass.
 
         `gradients` of weights exist from when the backward pass writes them ("set_to_none", as after torch's
         `zero_grad`), or are there all along, added to, and cleared by a kernel ("kept"). The `optimizer` is torch's

@@ -68,6 +68,9 @@ def candidates(hardware: Given, families: Iterable[Family], executor: Executor |
     """Every plan and size of some families."""
     groups: dict[Plan, list[Family]] = defaultdict(list)
     for family in families:
+        if family.scenario.is_served:  # few, and simulated all: no bound of inference is known
+            yield from (Candidate(family, *size, 0.0, 0.0) for size in _sizes(family))
+            continue
         groups[of_blocks(family.plan)].append(family)
     jobs = [_job(plan, own) for plan, own in groups.items()]
     for job, blocks, own in zip(jobs, _priced(hardware, jobs, executor), groups.values(), strict=True):

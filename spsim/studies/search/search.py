@@ -53,6 +53,11 @@ def plan_search(
     for name, count in {"best": best, **({} if tokens is None else {"tokens": tokens})}.items():
         check_count(name, count)
     space = _space(hardware, model, gpus, workload, plan, values or {})
+    if longest and space.is_served:
+        raise InputError(
+            f"plan: the longest sequence of phase {space.workload.phase!r} is not searched yet; compare plans at a "
+            "seq_len, which say the largest_micro_batch"
+        )
     room = capacity(space.hardware) / GIB
     if longest:
         length = longest_length(space, hardware, room, executor)

@@ -12,6 +12,9 @@ What the user's plan names is fixed. Of the rest:
 | micro_batch | powers of two | up to `LARGEST_MICRO_BATCH` |
 | recompute | none, selective, full | |
 | how states are sharded | what the library has, see `STATES` | where there are ranks to shard over |
+| ring_pass | kv and q | in a prefill over a ring |
+
+Of inference there are neither stages, recomputation nor states, and each replica passes its share of the batch at once.
 
 A plan that breaks a rule of a `Scenario` is none.
 """
@@ -155,11 +158,26 @@ class Space:
                 self.refused[str(error)] += 1
 
     def _family(self, plan: Plan, every: Workloads) -> Family:
+        if self.is_served:
+            return self._served(plan)
         keeps = keeps_sizes(self.model, plan, every, self.workload.global_batch)
         kept = Workloads(every.seq_len[keeps], every.micro_batch[keeps], every.precision)
         one = kept if keeps.any() else every
         workload = sized(self.workload, int(one.seq_len[0]), int(one.micro_batch[0]))
         return Family(Scenario(hardware=self.hardware, model=self.model, plan=plan, workload=workload), kept)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether plans are of inference."""
+        return self.workload.phase != "training"
+
+    def _served(self, plan: Plan) -> Family:
+        """With the only size of workload that serves the batch."""
+        batch = self.workload.global_batch or 1
+        workload = sized(self.workload, self.workload.seq_len, max(1, batch // plan.dp))
+        scenario = Scenario(hardware=self.hardware, model=self.model, plan=plan, workload=workload)
+        seq_len, micro_batch = (np.array([size], dtype=np.int64) for size in (workload.seq_len, workload.micro_batch))
+        return Family(scenario, Workloads(seq_len, micro_batch, workload.precision))
 
     # Options
 
@@ -176,13 +194,15 @@ class Space:
                 state: states[:1] if alone else states,
                 **further,
             }
+            if self.is_served:
+                choices = {"sequence_parallel": choices["sequence_parallel"], **self._passes(degrees), **further}
             for chosen in product(*choices.values()):
                 yield {**self.fixed, **degrees, **dict(zip(choices, chosen, strict=True))}
 
     def _degrees(self) -> Iterator[Options]:
         """Degrees whose product is the number of GPUs, and chunks of a stage."""
         divisors = [n for n in range(1, self.gpus + 1) if self.gpus % n == 0]
-        of = {name: self._of(name, divisors) for name in DEGREES}
+        of = {name: self._of(name, [1] if name == "pp" and self.is_served else divisors) for name in DEGREES}
         rings = self._of("ring", [n for n in divisors if n <= WIDEST_RING])
         within = None if self._is_asked("tp", "ulysses") else self.hardware.gpus_per_node
         for tp, ulysses, ring, pp in product(of["tp"], of["ulysses"], rings, of["pp"]):
@@ -191,6 +211,11 @@ class Space:
                 continue
             for chunks in self._chunks(pp):
                 yield {"tp": tp, "ulysses": ulysses, "ring": ring, "pp": pp, "virtual_pp": chunks, "dp": dp}
+
+    def _passes(self, degrees: Options) -> dict[str, Sequence[Any]]:
+        """What goes round a ring of a prefill, unless it is searched anyhow."""
+        turns = self.workload.phase == "prefill" and degrees["ring"] > 1
+        return {"ring_pass": self._of("ring_pass", ("kv", "q"))} if turns else {}
 
     def _chunks(self, pp: int) -> Sequence[int]:
         """How many chunks a stage may have: such as make all chunks alike, unless others are asked for."""
