@@ -86,7 +86,7 @@ def smaller(one: Any, other: Any) -> Any:
     return (one + other - abs(one - other)) // 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Gemm:
     """`batch` products of an m x k by a k x n matrix."""
 
@@ -115,7 +115,7 @@ class Gemm:
         return 2 * self.m * self.n * self.k * self.batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class FlashAttention:
     """Attention in one kernel, scores never in memory (Dao et al. 2022)."""
 
@@ -165,7 +165,7 @@ class FlashAttention:
         return of_keys * self.head_dim + of_values * self.value_dim
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class MemoryBound:
     """A kernel that takes the time of its memory traffic."""
 

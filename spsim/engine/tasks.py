@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from spsim.engine.contention import Held, rate_beside
+from spsim.lazy import lazy
 
 Need = int | str
 """A task of the same rank, or the name of something that ended before the run."""
@@ -126,27 +126,27 @@ class RankProgram:
             self.ids, self.names = like.ids, like.names
         self._like = like
 
-    @cached_property
+    @lazy
     def kernels(self) -> list[list[Run]]:
         """Runs of kernels of each lane, in order."""
         return [runs for runs in self._lanes if not runs[0].meetings]
 
-    @cached_property
+    @lazy
     def communications(self) -> list[list[Run]]:
         """Communications of each lane, in order."""
         return [runs for runs in self._lanes if runs[0].meetings]
 
-    @cached_property
+    @lazy
     def alone(self) -> bool:
         """Whether no communication meets another rank, and all kernels are on one lane."""
         return len(self.kernels) < 2 and all(run.parties < 2 for runs in self.communications for run in runs)
 
-    @cached_property
+    @lazy
     def lanes(self) -> tuple[str, ...]:
         """Of kernels and communications."""
         return tuple(runs[0].lane for runs in self._lanes)
 
-    @cached_property
+    @lazy
     def in_turn(self) -> list[Run] | None:
         """All runs in an order in which each comes behind what it waits for, communications as soon as they can; None
         where they wait for each other.
@@ -166,12 +166,12 @@ class RankProgram:
                 lane += 1
         return found if len(found) == sum(map(len, lanes)) else None
 
-    @cached_property
+    @lazy
     def rates(self) -> set[int | None]:
         """Rates of kernels beside communications."""
         return {run.rate for runs in self.communications for run in runs}
 
-    @cached_property
+    @lazy
     def _lanes(self) -> list[list[Run]]:
         """Lanes of kernels and of communications: one that has both is two that wait for each other."""
         if self._like is not None:

@@ -25,7 +25,7 @@ Category = Literal["activations", "communication buffers", "temporary", "gradien
 """What memory is for; gradients of weights stay after the pass that writes them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Buffer:
     """Memory of one tensor on one rank, from the step that writes it to its last reader."""
 
@@ -42,7 +42,7 @@ class Buffer:
         return self.id if self.alias_of is None else self.alias_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Compute:
     """A kernel. `work` has one entry, or one per position on the ring; None where that rank has nothing to do."""
 
@@ -55,7 +55,7 @@ class Compute:
     writes: tuple[Buffer, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Communication:
     """A collective, or one exchange of a ring, for the operator that needs it."""
 
@@ -92,7 +92,7 @@ OFFLOAD = "offload"
 """Purpose of copies between the device and its host."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class HostCopy:
     """A copy between the device and the memory of its host: away in the forward pass, back in the backward pass."""
 
@@ -107,7 +107,7 @@ class HostCopy:
 Instruction = Compute | Communication | HostCopy
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Saved:
     """What the forward pass keeps for the backward pass."""
 
@@ -118,7 +118,7 @@ class Saved:
     operator: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class WeightSync:
     """Weights of one operator whose gradients are partial sums over a group of ranks."""
 
@@ -145,7 +145,7 @@ class Weights(NamedTuple):
     """Of experts that are spread over ranks."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Section:
     """Instructions in a row that run `count` times, such as the equal steps of a ring."""
 

@@ -16,6 +16,7 @@ width, g gate and up projection, e experts, k experts of a token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -42,6 +43,7 @@ A `cache` holds the keys or values of all tokens so far, for the whole step and 
 Grouping = Literal["launched", "kernel", "epilogue"]
 HANDED_OVER: tuple[TensorKind, ...] = ("activation", "token ids", "statistics", "cache")
 """Kinds of inputs that come from other operators or from outside."""
+Subscripts = tuple[tuple[str, ...], ...]
 LAGGED = "s-"
 """Begins the subscript of positions up to a lag behind the own one; the rest names the dimension of the lag."""
 
@@ -147,9 +149,8 @@ class Operator:
     @lazy
     def contracted(self) -> frozenset[str]:
         """Dimensions on the left and not on the right, along which the operator is linear."""
-        left = {dim for operand in self.inputs for dim in operand.subscript if not dim.startswith(LAGGED)}
-        right = _with_factors({dim for operand in self.outputs for dim in operand.subscript})
-        return frozenset([dim for dim in left - right - self.mixes if right.isdisjoint(factors(dim))])
+        sides = (tuple([operand.subscript for operand in side]) for side in (self.inputs, self.outputs))
+        return _contracted(*sides, self.mixes)
 
     @lazy
     def activations(self) -> tuple[Operand, ...]:
@@ -187,17 +188,31 @@ class Operator:
 
     def split(self, rule: SplitRule) -> str | None:
         """The dimension along which a rule splits this operator: the first that it has and does not mix."""
-        candidates = rule.position_mixing if self.mixes_positions else rule.token_wise
-        return next((dim for dim in candidates if dim in self.along), None)
+        for dim in rule.position_mixing if self.mixes_positions else rule.token_wise:
+            if dim in self.along:
+                return dim
+        return None
 
     @lazy
-    def along(self) -> dict[str, list[str]]:
+    def along(self) -> Mapping[str, list[str]]:
         """Dimension that it may be split along -> its dimensions that are cut then: that one, and products of it."""
-        found = {dim: [dim] for dim in self.extents}
-        for dim in self.extents:
-            for own in factors(dim) if "*" in dim else ():
-                found.setdefault(own, []).append(dim)
-        return {own: cut for own, cut in found.items() if self.mixes.isdisjoint(cut)}
+        return _along(tuple(self.extents), self.mixes)
+
+
+@lru_cache(maxsize=1024)
+def _contracted(inputs: Subscripts, outputs: Subscripts, mixes: frozenset[str]) -> frozenset[str]:
+    left = {dim for subscript in inputs for dim in subscript if not dim.startswith(LAGGED)}
+    right = _with_factors({dim for subscript in outputs for dim in subscript})
+    return frozenset([dim for dim in left - right - mixes if right.isdisjoint(factors(dim))])
+
+
+@lru_cache(maxsize=1024)
+def _along(dims: tuple[str, ...], mixes: frozenset[str]) -> Mapping[str, list[str]]:
+    found = {dim: [dim] for dim in dims}
+    for dim in dims:
+        for own in factors(dim) if "*" in dim else ():
+            found.setdefault(own, []).append(dim)
+    return {own: cut for own, cut in found.items() if mixes.isdisjoint(cut)}
 
 
 def _with_factors(dims: set[str]) -> set[str]:
@@ -230,10 +245,7 @@ def layouts(dims: tuple[str, ...], subscript: tuple[str, ...], splits: Splits) -
 
 def operator_splits(operator: Operator, rules: Rules, mesh: Mesh) -> Splits:
     """The dimension an operator is split along on each axis of the mesh."""
-    return tuple((axis, operator.split(rules[axis])) for axis in mesh.axes)
-
-
-Subscripts = tuple[tuple[str, ...], ...]
+    return tuple([(axis, operator.split(rules[axis])) for axis in mesh.axes])
 
 
 @lru_cache(maxsize=1024)

@@ -122,7 +122,7 @@ def local_bytes(tensor: Sized, layout: Layout, mesh: Mesh) -> int:
     return math.ceil(local_elements(tensor, layout, mesh) * tensor.itemsize)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Redistribution:
     """One step from one layout to the next, along one axis."""
 
@@ -145,7 +145,8 @@ _GROWTH = {("partial", "shard"): -1, ("replicate", "shard"): -1, ("shard", "repl
 """Where a rank holds less afterwards, and where more."""
 
 
-def redistribute(source: Layout, target: Layout, *, backward: bool = False) -> list[Redistribution]:
+@lru_cache(maxsize=1024)
+def redistribute(source: Layout, target: Layout, *, backward: bool = False) -> tuple[Redistribution, ...]:
     """Steps from `source` to `target`, so that no step moves more than it must: what makes the tensor smaller first,
     what makes it larger last. Of equal ones the innermost axis first, in the backward pass the outermost.
     """
@@ -159,7 +160,7 @@ def redistribute(source: Layout, target: Layout, *, backward: bool = False) -> l
         before = tuple(reached)
         reached[index] = target[index]
         steps.append(Redistribution(source[index][0], _COLLECTIVES[kinds[index]], before, tuple(reached)))
-    return steps
+    return tuple(steps)
 
 
 def message_bytes(step: Redistribution, tensor: Sized, mesh: Mesh) -> int:

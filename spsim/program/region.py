@@ -37,7 +37,7 @@ SUMMING: tuple[Collective, ...] = ("all_reduce", "reduce_scatter", "all_gather")
 """Collectives that sum, and those of their gradients."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Move:
     """One step of a tensor from one layout to the next, along one axis."""
 
@@ -152,7 +152,7 @@ class Region:
                 moves[0] = replace(moves[0], sorts="before")
         return tuple(moves)
 
-    def _of_experts(self, steps: list[Redistribution]) -> list[Redistribution]:
+    def _of_experts(self, steps: Sequence[Redistribution]) -> Sequence[Redistribution]:
         """Of one kind along all axes over which experts are spread: one among all their ranks."""
         spread = self.mesh.of_experts
         for collective in ("all_to_all", "reduce_scatter", "all_gather") if len(spread) > 1 else ():
@@ -163,7 +163,7 @@ class Region:
                 steps = [*steps[:at], joined, *steps[at + len(own) :]]
         return steps
 
-    def _of_model(self, steps: list[Redistribution]) -> list[Redistribution]:
+    def _of_model(self, steps: Sequence[Redistribution]) -> Sequence[Redistribution]:
         """Equal collectives along all axes along which weights are cut are one among all their ranks."""
         axes, kinds = [step.axis for step in steps], {step.collective for step in steps}
         alike = len(kinds) == 1 and kinds <= {"all_reduce", "all_gather"}

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from spsim.inputs.workload import Precision, Workload
+from spsim.lazy import lazy
 from spsim.program.instructions import LAYER, Communication, Compute, Program
 from spsim.units import KIB
 from spsim.work import MemoryBound, Work
@@ -138,7 +138,7 @@ class Template:
         slots = sum(len(index.slots) for index in self.indices.values())
         return KIB * slots + 256 * self.num_slots + self.coefficients.nbytes
 
-    @cached_property
+    @lazy
     def _total(self) -> float:
         """Of all coefficients, so that sums of numbers are exact, too."""
         return float(self.coefficients.astype(np.float64).sum())

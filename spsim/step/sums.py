@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,26 +78,34 @@ def _tasks_of(item: Item) -> int:
     return len(item.segment.tasks) if isinstance(item, Visit) else int(item.runs) * _tasks(item.body)
 
 
-def _between(items: Sequence[Item], begin: int, end: int) -> Counter[str]:
+def _between(items: Sequence[Item], begin: int, end: int) -> dict[str, int]:
     """How often each segment runs from one task to another."""
-    found = _before(items, end)
-    found.subtract(_before(items, begin))
-    return +found
+    found: dict[str, int] = {}
+    _add(found, items, begin, end, 1)
+    return found
 
 
-def _before(items: Sequence[Item], task: int) -> Counter[str]:
-    """How often each segment has run before a task."""
-    found: Counter[str] = Counter()
+def _add(found: dict[str, int], items: Sequence[Item], begin: int, end: int, times: int) -> None:
+    """So many times what runs from one task of some items to another."""
+    first = 0
     for item in items:
         tasks = _tasks_of(item)
-        if task <= 0:
-            break
-        if isinstance(item, Visit):
-            found[item.segment.name] += 1
-        else:
-            runs, rest = divmod(min(task, tasks), _tasks(item.body))
-            for name, count in _before(item.body, _tasks(item.body)).items():
-                found[name] += runs * count
-            found.update(_before(item.body, rest))
-        task -= tasks
-    return found
+        own = max(begin - first, 0), min(end - first, tasks)
+        if own[0] < own[1]:
+            if isinstance(item, Visit):
+                found[item.segment.name] = found.get(item.segment.name, 0) + times
+            else:
+                _add_runs(found, item.body, tasks // int(item.runs), own, times)
+        first += tasks
+
+
+def _add_runs(found: dict[str, int], body: Sequence[Item], tasks: int, own: tuple[int, int], times: int) -> None:
+    """The same of a loop whose runs have so many tasks each."""
+    (first, begin), (last, end) = (divmod(task, tasks) for task in own)
+    if first == last:
+        _add(found, body, begin, end, times)
+        return
+    _add(found, body, begin, tasks, times)
+    if last > first + 1:
+        _add(found, body, 0, tasks, times * (last - first - 1))
+    _add(found, body, 0, end, times)

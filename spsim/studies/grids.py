@@ -37,6 +37,8 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
     """The rows of all points: the only place where sweeps compute, here or in a worker. Those that break a rule have
     their reason in `error` and no numbers.
     """
+    if len(points) == 1:
+        return tables_of_rows([row(points[0])], [0])
     sorting = _Sorting(points)
     tables: list[Table] = []
     alone = sorting.alone.places
