@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from spsim.engine.lives import COLUMNS, ENDED, MANY, POSTED, STARTED, Fullest, Integers, Lives, fullest_of
 from spsim.lazy import lazy
 
 T = TypeVar("T")
@@ -37,8 +37,6 @@ class Span(NamedTuple):
 
 Moments = tuple[int, int, int]
 """When a task was posted, started and ended, as of a span."""
-Integers = npt.NDArray[Any]
-"""64 bits each, or Python's own where that is too few."""
 Ran = Sequence[Moments] | Integers
 """Moments of tasks in order, as an array a row for each."""
 _NOTHING: Integers = np.zeros(0, dtype=np.int64)
@@ -139,27 +137,6 @@ class BufferUse(NamedTuple):
     """Read by a later pass."""
 
 
-POSTED, STARTED, ENDED = COLUMNS = range(3)
-"""Columns of an array of moments."""
-
-
-class _Lives(NamedTuple):
-    """What frees and what allocates each buffer of a pass: two rows, and a column for each buffer."""
-
-    places: Integers
-    """Where it is in a flat array of moments: the end of the last task of each lane that reads a buffer, or of the one
-    that writes it; when the one that writes it is posted.
-    """
-    buffers: Integers
-    """Which buffer it is, of both rows in turn."""
-    signs: Integers
-    """-1 where it is freed and 1 where it is allocated in this pass, 0 where it outlives it or was there before."""
-    crossing: Integers
-    """Which buffers are there before the segment or after it."""
-    writers: Integers
-    """Task that writes each buffer."""
-
-
 @dataclass(frozen=True, eq=False)
 class Outline:
     """What all recordings of a pass have in common: the lane of each task, what it is, and the buffers."""
@@ -191,7 +168,7 @@ class Outline:
         return next((task for task in reversed(range(len(self.lanes))) if self.lanes[task] == COMPUTE_LANE), None)
 
     @lazy
-    def lives(self) -> _Lives:
+    def lives(self) -> Lives:
         """What frees and what allocates each buffer."""
         count = len(self.buffers)
         writers = [use.writer or 0 for use in self.buffers]
@@ -200,7 +177,7 @@ class Outline:
         freed_by = [[tasks[turn] if turn < len(tasks) else tasks[-1] for tasks in readers] for turn in range(most)]
         freed = np.array([not use.outlives for use in self.buffers], dtype=bool)
         written = np.array([use.writer is not None for use in self.buffers], dtype=bool)
-        return _Lives(
+        return Lives(
             len(COLUMNS) * np.array([[tasks, writers] for tasks in freed_by], dtype=np.intp)
             + np.array([[ENDED], [POSTED]]),
             np.arange(2 * count) % max(count, 1),
@@ -212,16 +189,6 @@ class Outline:
     def _last_of_lanes(self, tasks: Sequence[int]) -> Sequence[int]:
         """Of some tasks the last of each lane."""
         return tasks if len(tasks) == 1 else [*{self.lanes[task]: task for task in sorted(tasks)}.values()]
-
-
-class Fullest(NamedTuple):
-    """The highest running sum of the memory changes of a pass on a rank, and the sum of all."""
-
-    bytes: int
-    time_ps: int
-    task: int
-    """Whose allocation reaches it."""
-    total: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +241,7 @@ class Recording:
     @lazy
     def ends(self) -> dict[int, int]:
         """When the last task of each rank ends."""
-        return {rank: max(times[:, ENDED].tolist()) for rank, times in self.times.items()}
+        return dict(zip(self.times, self.together[..., ENDED].max(axis=1).tolist(), strict=True))
 
     def kernels_end(self, rank: int) -> int:
         """When the kernels of a rank have ended, those before it included."""
@@ -286,16 +253,27 @@ class Recording:
         return max([self.ends[rank], *(flight.end_ps for flight in self.flights.get(rank, ()))])
 
     @lazy
+    def together(self) -> Integers:
+        """The moments of all ranks, one after another."""
+        return np.stack([*self.times.values()])
+
+    @lazy
     def compute(self) -> dict[int, list[int]]:
         """Picoseconds of the kernels of each rank, by the classes of the outline."""
         _, kernels = self.outline.classes
-        return {rank: (kernels @ (times[:, ENDED] - times[:, STARTED])).tolist() for rank, times in self.times.items()}
+        times = self.together
+        return dict(zip(self.times, ((times[..., ENDED] - times[..., STARTED]) @ kernels.T).tolist(), strict=True))
+
+    @lazy
+    def late(self) -> list[int]:
+        """Ranks of which a communication waits for a peer."""
+        waits = (self.together[..., STARTED] != self.together[..., POSTED]).any(axis=1)
+        return [rank for rank, own in zip(self.times, waits.tolist(), strict=True) if own]
 
     @lazy
     def window(self) -> tuple[int, int]:
         """When the first task is posted and when the last ends, over ranks."""
-        begin: int = min(min(times[:, POSTED].tolist()) for times in self.times.values())
-        return begin, max(self.ends.values())
+        return int(self.together[..., POSTED].min()), max(self.ends.values())
 
     @property
     def memory(self) -> Sequence[MemoryChange]:
@@ -353,6 +331,9 @@ class Recording:
 
         What an outermost layer brings is there from its first task on; what it drops goes with its last.
         """
+        if len(self.times) >= MANY and not self.left and not self.until and self.outline.buffers:
+            found = fullest_of(self.together, self.outline.lives, self.sizes)
+            return dict(zip(self.times, found, strict=True))
         return {rank: self._fullest(rank) for rank in self.times}
 
     def _fullest(self, rank: int) -> Fullest:

@@ -25,8 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spsim.engine.lives import ENDED, POSTED, STARTED, Integers
 from spsim.engine.pieces import Pass, Piece
-from spsim.engine.recording import COMPUTE_LANE, ENDED, POSTED, STARTED, Integers, Recording
+from spsim.engine.recording import COMPUTE_LANE, Recording
 from spsim.engine.trace import Trace, Wait
 
 RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
@@ -101,27 +102,47 @@ def of_piece(recording: Recording, rank: int) -> Account:
     return account(activities, recording.begins.get(rank, 0), recording.kernels_end(rank))
 
 
-def levels(recording: Recording, rank: int) -> list[int]:
-    """Picoseconds of the same by what the rank does: those of `KERNEL`, `TRANSFER`, `PEER` and `STAGE`."""
-    begin, end = recording.begins.get(rank, 0), recording.kernels_end(rank)
-    lanes, times = recording.outline.lanes, recording.times[rank]
-    flights = recording.flights.get(rank, ())
-    if flights:
-        lanes = [*lanes, *(flight.lane for flight in flights)]
-        times = np.concatenate([times, [flight[1:4] for flight in flights]])
+def levels(recording: Recording, ranks: Sequence[int]) -> dict[int, list[int]]:
+    """Picoseconds of the same by what each of some ranks does: those of `KERNEL`, `TRANSFER`, `PEER` and `STAGE`."""
+    own = [(rank, recording.times[rank]) for rank in ranks]
+    if own and not recording.flights:
+        return _levels(recording, recording.outline.lanes, own)
+    found: dict[int, list[int]] = {}
+    for rank, times in own:
+        flights = recording.flights.get(rank, ())
+        moments = np.concatenate([times, [flight[1:4] for flight in flights]]) if flights else times
+        lanes = [*recording.outline.lanes, *(flight.lane for flight in flights)]
+        found |= _levels(recording, lanes, [(rank, moments)])
+    return found
+
+
+def _levels(recording: Recording, lanes: Sequence[str], own: Sequence[tuple[int, Integers]]) -> dict[int, list[int]]:
+    """Of some ranks at once, whose moments on some lanes are given."""
     at = {lane: KERNEL if lane.startswith(COMPUTE_LANE) else _waits_at(lane) for lane in {*lanes}}
-    does = np.array([at[lane] for lane in lanes])
-    works, waits = times[:, [STARTED, ENDED]], times[:, [POSTED, STARTED]]
-    spans = [works[does == KERNEL], works[does != KERNEL], waits[does == PEER], waits[does == STAGE]]
-    covered = [_covered(np.concatenate(spans[: level + 1]), begin, end) for level in (KERNEL, TRANSFER, PEER, STAGE)]
-    return [own - before for own, before in zip(covered, (0, *covered), strict=False)]
+    does, times = np.array([at[lane] for lane in lanes]), np.stack([moments for _, moments in own])
+    works, waits = times[..., [STARTED, ENDED]], times[..., [POSTED, STARTED]]
+    spans = [works[:, does == KERNEL], works[:, does != KERNEL], waits[:, does == PEER], waits[:, does == STAGE]]
+    begin, end = np.array(
+        [(recording.begins.get(rank, 0), recording.kernels_end(rank)) for rank, _ in own], dtype=times.dtype
+    ).T[..., None]
+    covered = [_covered(spans[0], begin, end)]
+    for level in (TRANSFER, PEER, STAGE):
+        more = spans[level].size
+        covered.append(_covered(np.concatenate(spans[: level + 1], axis=1), begin, end) if more else covered[-1])
+    found = np.diff(np.array(covered), axis=0, prepend=0)
+    return {rank: row for (rank, _), row in zip(own, found.T.tolist(), strict=True)}
 
 
-def _covered(spans: Integers, begin: int, end: int) -> int:
-    """How much of a time lies in any of some spans."""
-    begins, ends = np.minimum(np.maximum(spans[spans[:, 0].argsort()], begin), end).T
-    begins[1:] = np.maximum(begins[1:], np.maximum.accumulate(ends)[:-1])
-    return int(np.maximum(ends - begins, 0).sum())
+def _covered(spans: Integers, begin: Integers, end: Integers) -> Integers:
+    """How much of a time lies in any of some spans, of each of some ranks."""
+    begins, ends = spans[..., 0], spans[..., 1]
+    if (begins[:, 1:] < begins[:, :-1]).any():
+        order = begins.argsort(axis=1, kind="stable")  # lanes are in order each
+        begins, ends = (np.take_along_axis(edge, order, axis=1) for edge in (begins, ends))
+    begins, ends = (np.minimum(np.maximum(edge, begin), end) for edge in (begins, ends))
+    begins[:, 1:] = np.maximum(begins[:, 1:], np.maximum.accumulate(ends, axis=1)[:, :-1])
+    found: Integers = np.maximum(ends - begins, 0).sum(axis=1)
+    return found
 
 
 def of_step(trace: Trace) -> Account:

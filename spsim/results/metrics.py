@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 from typing import NamedTuple
 
 from spsim.engine.pieces import Node, Pass, Repeat, Stretch
-from spsim.engine.recording import POSTED, STARTED, MemoryChange, Recording
+from spsim.engine.recording import MemoryChange, Recording
 from spsim.engine.trace import Trace, Wait
 from spsim.results import accounts, measured
 
@@ -49,15 +49,13 @@ class Idle(NamedTuple):
 
 def idle(trace: Trace) -> dict[int, Idle]:
     """What the kernels of each simulated rank wait for in passes: weight synchronisation apart, and the optimizer."""
-    found = {}
-    for rank in trace.copies:
-        total = Idle()
-        for recording, (phase, count) in trace.recordings.items():
-            if phase in ("forward", "backward") and rank in recording.times:
-                total = total.plus(_idle(recording, rank), count)
-        for wait in (wait for wait in trace.waits if wait.rank == rank):
-            total = total.plus(_waiting(wait), 1)
-        found[rank] = total
+    found = dict.fromkeys(trace.copies, Idle())
+    for recording, (phase, count) in trace.recordings.items():
+        if phase in ("forward", "backward"):
+            for rank, own in _idle(recording).items():
+                found[rank] = found[rank].plus(own, count)
+    for wait in trace.waits:
+        found[wait.rank] = found[wait.rank].plus(_waiting(wait), 1)
     return found
 
 
@@ -70,18 +68,19 @@ def exposed_communication(trace: Trace) -> dict[int, int]:
     return {rank: own.communication for rank, own in idle(trace).items()}
 
 
-def _idle(recording: Recording, rank: int) -> Idle:
-    """Of one piece. Where nothing waits for a peer and nothing was under way before, a kernel that waits does so for a
-    transfer: it was posted when what it reads was there, or when the transfer before it ended.
+def _idle(recording: Recording) -> dict[int, Idle]:
+    """Of the ranks of one piece. Where nothing waits for a peer and nothing was under way before, a kernel that waits
+    does so for a transfer: it was posted when what it reads was there, or when the transfer before it ended.
     """
-    times = recording.times[rank]
-    length = recording.kernels_end(rank) - recording.begins.get(rank, 0) - sum(recording.compute[rank])
-    if not length:
-        return Idle()
-    if not recording.begins and times[:, STARTED].tolist() == times[:, POSTED].tolist():
-        return Idle(communication=length)
-    _, transfer, peer, stage = accounts.levels(recording, rank)
-    return Idle(transfer, peer, stage, length - transfer - peer - stage)
+    found = {
+        rank: Idle(recording.kernels_end(rank) - recording.begins.get(rank, 0) - sum(kernels))
+        for rank, kernels in recording.compute.items()
+    }
+    late = [rank for rank in (recording.times if recording.begins else recording.late) if found[rank].communication]
+    for rank, (_, transfer, peer, stage) in accounts.levels(recording, late).items():
+        length = found[rank].communication
+        found[rank] = Idle(transfer, peer, stage, length - transfer - peer - stage)
+    return found
 
 
 def _waiting(wait: Wait) -> Idle:

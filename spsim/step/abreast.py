@@ -8,6 +8,7 @@ has posted it. So a segment that finds all lanes free is worked through task by 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import gcd
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.engine.contention import PPM, rate_beside
-from spsim.engine.recording import COMPUTE_LANE, Integers
+from spsim.engine.lives import Integers
+from spsim.engine.recording import COMPUTE_LANE
 from spsim.engine.tasks import Key, RankProgram
 from spsim.step.columns.order import MOST_TASKS, Order
 from spsim.step.segments import Segment
@@ -77,33 +79,43 @@ class Abreast:
         free = np.array(starts, dtype=np.int64)
         for task, waits, holds in self.turns:
             peers = self.peers.get(task)
-            begin = np.maximum.reduce([free, *(ended[other] for other in waits)])
+            begin = free
+            for other in waits:
+                begin = np.maximum(begin, ended[other])
             posted[task] = begin
             started[task] = begin if peers is None else begin[peers].max(axis=0)
             if holds and slow < whole:
-                ended[task] = slowed(begin, lengths[task], posted[[*holds]], ended[[*holds]], whole, slow)
+                ended[task] = slowed(begin, lengths[task], [(posted[h], ended[h]) for h in holds], whole, slow)
             else:
                 ended[task] = started[task] + lengths[task]
         return dict(zip(durations, moments.transpose(2, 1, 0).copy(), strict=True))
 
 
-def slowed(begin: Times, length: Times, posted: Times, ended: Times, whole: int, slow: int) -> Times:
+def slowed(begin: Times, length: Times, holds: Sequence[tuple[Times, Times]], whole: int, slow: int) -> Times:
     """The first picosecond in which kernels are done that do `whole` parts of their work in each, `slow` ones while a
     communication holds the device.
     """
-    order = posted.argsort(axis=0)
-    posted, ended = np.take_along_axis(posted, order, axis=0), np.take_along_axis(ended, order, axis=0)
-    posted[1:] = np.maximum(posted[1:], np.maximum.accumulate(ended)[:-1])  # of those that overlap each only the rest
-    alone = begin + length
+    alone = end = begin + length
     owed = np.zeros_like(begin)
     """Parts that were lost."""
-    end = alone
-    for since, until in zip(posted, ended, strict=True):
-        held = np.maximum(begin, since)
+    reached = begin
+    for since, until in _in_order(holds):
+        held = np.maximum(reached, since)
         left = (alone - held) * whole + owed
         owed = owed + np.maximum(until - held, 0) * (whole - slow)
         end = np.maximum(end, np.minimum(held - -left // slow, alone - -owed // whole))
+        reached = np.maximum(reached, until)
     return end
+
+
+def _in_order(holds: Sequence[tuple[Times, Times]]) -> Sequence[tuple[Times, Times]]:
+    """On each rank in the order in which they begin."""
+    if all((one <= other).all() for (one, _), (other, _) in pairwise(holds)):
+        return holds
+    posted, ended = np.array([since for since, _ in holds]), np.array([until for _, until in holds])
+    order = posted.argsort(axis=0)
+    pairs = (np.take_along_axis(own, order, axis=0) for own in (posted, ended))
+    return [*zip(*pairs, strict=True)]
 
 
 def _covered(segment: Segment, programs: Mapping[int, RankProgram]) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from spsim.engine.lives import ENDED, POSTED
 from spsim.engine.pieces import Node, Repeat
-from spsim.engine.recording import ENDED, POSTED, Flight
+from spsim.engine.recording import Flight
 from spsim.step.itinerary import Loop, segments_of
 from spsim.step.lanes import Busy, State
 

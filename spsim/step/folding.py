@@ -20,8 +20,9 @@ from functools import partial
 from typing import NamedTuple
 
 from spsim.engine.engine import run
+from spsim.engine.lives import Integers
 from spsim.engine.pieces import Move, Node, Repeat, Stretch
-from spsim.engine.recording import Integers, Ran, Recording
+from spsim.engine.recording import Ran, Recording
 from spsim.engine.tasks import RankProgram
 from spsim.lazy import Deferred, lazy
 from spsim.step.abreast import Abreast

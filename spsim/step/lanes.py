@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from spsim.engine.recording import ENDED, Flight, Integers, Left, Ran, Recording, columns
+from spsim.engine.lives import ENDED, Integers
+from spsim.engine.recording import Flight, Left, Ran, Recording, columns
 from spsim.engine.tasks import Hold, Start
 from spsim.step.segments import Segment
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spsim.engine.recording import COLUMNS, Integers
+from spsim.engine.lives import COLUMNS, Integers
 from spsim.lazy import lazy
 from spsim.step.itinerary import Item, Loop, Visit, segments_of
 from spsim.step.segments import Segment

@@ -209,12 +209,12 @@ class Beginnings:
 
 def worked(begin: Times, length: Times, holds: Sequence[Hold]) -> Times:
     """When kernels end that begin then and take so long by themselves, beside what holds the device."""
-    posted, ended = np.stack([hold.posted for hold in holds]), np.stack([hold.ended for hold in holds])
+    spans = [(hold.posted, hold.ended) for hold in holds]
     if len({hold.rate for hold in holds}) == 1:
         common = gcd(holds[0].rate, PPM)
-        return slowed(begin, length, posted, ended, PPM // common, holds[0].rate // common)
+        return slowed(begin, length, spans, PPM // common, holds[0].rate // common)
     now, left, end = begin, length * PPM, np.full_like(begin, -1)
-    for until in np.sort(np.concatenate([posted, ended]), axis=0):
+    for until in np.sort(np.concatenate(spans), axis=0):
         rate = np.full_like(begin, PPM)
         for hold in holds:
             rate = np.where((hold.posted <= now) & (now < hold.ended), np.minimum(rate, hold.rate), rate)

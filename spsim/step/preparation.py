@@ -17,8 +17,9 @@ import numpy.typing as npt
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.power import straggler_factor
+from spsim.engine.lives import Integers
 from spsim.engine.pieces import Pass
-from spsim.engine.recording import Integers, Outline
+from spsim.engine.recording import Outline
 from spsim.engine.tasks import RankProgram
 from spsim.inputs.plan import Plan
 from spsim.inputs.schedules import HALVED

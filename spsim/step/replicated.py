@@ -10,7 +10,7 @@ import numpy as np
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
-from spsim.engine.recording import Integers
+from spsim.engine.lives import Integers
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 
-from spsim.engine.recording import Integers, Ran, columns
+from spsim.engine.lives import Integers
+from spsim.engine.recording import Ran, columns
 from spsim.lazy import lazy
 from spsim.step.itinerary import Item, Visit, segments_of
 from spsim.step.lanes import end_alone

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spsim.engine.lives import ENDED, STARTED, Integers
 from spsim.engine.pieces import Move, Node, Pass, Repeat, Stretch
-from spsim.engine.recording import ENDED, STARTED, Integers, Recording
+from spsim.engine.recording import Recording
 from spsim.engine.trace import Trace
 from spsim.step.itinerary import Item, Visit, segments_of
 from spsim.step.segments import Segment

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from spsim.engine.engine import run
+from spsim.engine.lives import Integers
 from spsim.engine.pieces import Node, Stretch
-from spsim.engine.recording import Flight, Integers, Moments, Recording, columns
+from spsim.engine.recording import Flight, Moments, Recording, columns
 from spsim.engine.tasks import Meeting, Paces, RankProgram, Task
 from spsim.step.chain import Chain
 from spsim.step.folding import Step, Walked

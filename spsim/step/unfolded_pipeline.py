@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from spsim.engine.engine import run
+from spsim.engine.lives import ENDED
 from spsim.engine.pieces import Node, Stretch
-from spsim.engine.recording import ENDED, Flight, Moments, Recording, columns
+from spsim.engine.recording import Flight, Moments, Recording, columns
 from spsim.engine.tasks import Meeting, RankProgram, Task
 from spsim.engine.trace import Wait
 from spsim.step.folding import Step
