@@ -11,11 +11,11 @@ the one before it run layer by layer on one stream of kernels, the exchanges of 
 | dispatch, backward: its gradient comes back | experts, forward |
 
 Unless one graph holds the iteration, the host waits for counts of tokens before it launches a dispatch of the forward
-pass, which then has nothing beside it. With `delay_wgrad_compute` products for the weights of experts run last, so that they stand beside either exchange of
-tokens that the first and the last line have. Kernels beside an exchange lose the share of the device that it holds: of
-an exchange of c seconds beside kernels of k it is left over what they do not hide, or what they lose, max(c - k, share
-x c). A pass that has no other beside it, the first forward and the last backward pass of each of the stages that fill
-and drain, has all of it.
+pass, which then has nothing beside it. With `delay_wgrad_compute` products for the weights of experts run last, so that
+they stand beside either exchange of the first and the last line. Kernels beside an exchange lose the share of the
+device that it holds: of an exchange of c seconds beside kernels of k is left what they do not hide, or what they lose,
+max(c - k, share x c). A pass that has no other beside it, the first forward and the last backward pass of each of the
+stages that fill and drain, has all of it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Hidden:
         delayed: bool,
         waits: bool = False,
     ) -> None:
-        """`delayed` where weight gradients run behind what is sent next; `waits` where the host launches the way to experts
-        only when it knows how many tokens go, behind all that was launched before.
+        """`delayed` where weight gradients run behind what is sent next; `waits` where the host launches the way to
+        experts only when it knows how many tokens go, behind all that was launched before.
         """
         self._stages = stages
         self._own = [found for name, own in blocks.items() for found in _of_layer(own, indices[name], delayed, waits)]
