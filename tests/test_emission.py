@@ -142,6 +142,15 @@ def routed_scenarios(seed):
     source = random.Random(seed)
     while True:
         model = {**ROUTED, "shared_ffn_hidden": source.choice((0, 512)), "dense_layers": source.choice((0, 1, 3))}
+        if source.random() < 0.3:
+            turns = ((1, 0), (1, 1, 0, 1), (0, 1))[source.randrange(3)]
+            model |= {"dense_layers": 0, "mlp_layer_types": [("sparse", "dense")[turn] for turn in turns]}
+        if source.random() < 0.5:
+            turns = ((1, 0), (1, 1, 1, 0), (0, 1, 1), (1,))[source.randrange(4)]
+            model |= {"sliding_window": 1024, "attention_sinks": source.random() < 0.5}
+            model["layer_types"] = [("full_attention", "sliding_attention")[turn] for turn in turns]
+        if source.random() < 0.2:
+            model["mtp_layers"] = 1
         if source.random() < 0.4:
             model = {**model, **LATENT, "q_lora_rank": source.choice((None, 192)), "kv_heads": 16}
         plan = {"sequence_parallel": True, "distributed_optimizer": source.random() < 0.5}
@@ -158,7 +167,7 @@ def routed_scenarios(seed):
 
 
 @pytest.mark.slow
-def test_experts_and_latents_come_back(tmp_path):
+def test_layers_that_differ_come_back(tmp_path):
     seen = set()
     for scenario, _ in zip(routed_scenarios(seed=3), range(40), strict=False):
         emission = emit(scenario, "megatron")

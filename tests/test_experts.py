@@ -73,6 +73,15 @@ def test_dense_layers_come_first():
     assert model.parameters == 2 * dense + 4 * routed + embedding
 
 
+def test_layers_of_each_sort_are_said_in_one_way():
+    """Lists, as files have them, of whatever length: their shortest form, and what only the first are as a number."""
+    base = {name: value for name, value in SMALL.items() if name != "dense_layers"}
+    said = [{"dense_layers": 2}, {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4}]
+    assert len({Model(**base, **own) for own in said}) == 1
+    turns = Model(**base, mlp_layer_types=["sparse", "dense"] * 3, sliding_window=8, layer_types=["full_attention"] * 2)
+    assert (turns.dense_layers, turns.mlp_layer_types, turns.layer_types) == (0, ("sparse", "dense"), None)
+
+
 # ------------------------------------------------------------ what a layer sends
 
 

@@ -109,12 +109,12 @@ READ = frozenset({
     "tensor-model-parallel-size", "tp-comm-overlap", "untie-embeddings-and-output-weights",
     "use-distributed-optimizer", "use-flash-attn", "use-megatron-fsdp", "use-precision-aware-optimizer",
     "use-rotary-position-embeddings", "use-torch-fsdp2", "use-tp-pp-dp-mapping", "vocab-size", "window-size",
-    "num-experts", "expert-model-parallel-size", "multi-latent-attention", "mtp-num-layers",
+    "num-experts", "expert-model-parallel-size", "multi-latent-attention", "mtp-num-layers", "softmax-type",
     "hybrid-override-pattern", "is-hybrid-model",
 })  # fmt: skip
 """Arguments of Megatron-LM that say something of a scenario, or refuse it."""
 OF_OTHER_MODELS = (
-    "moe-", "q-lora", "kv-lora", "qk-head", "qk-pos", "v-head", "rope-type", "rotary-scaling", "mscale",
+    "moe-", "window-attn", "q-lora", "kv-lora", "qk-head", "qk-pos", "v-head", "rope-type", "rotary-scaling", "mscale",
     "expert-tensor-parallel-size",
 )  # fmt: skip
 """Beginnings of those that say nothing of a dense model with attention from hidden states."""
@@ -245,6 +245,14 @@ def test_arguments_of_megatron_are_options_of_a_plan(arguments, options, tmp_pat
             "experts_per_token": 4, "expert_ffn_hidden": 1408, "shared_ffn_hidden": 2816, "dense_layers": 3
         }),
         ("--num-experts 16 --moe-layer-freq \"'([1]*16)*2'\"", {"dense_layers": 0}),  # as quoted twice
+        ("--num-experts 16 --moe-layer-freq 2", {"dense_layers": 0, "mlp_layer_types": ("sparse", "dense")}),
+        ("--window-size 127,0 --window-attn-skip-freq 2 --softmax-type learnable", {
+            "sliding_window": 128, "layer_types": ("sliding_attention", "full_attention"), "attention_sinks": True,
+        }),
+        ("--window-size 127,0 --window-attn-skip-freq [0]*4+[1]*28", {
+            "layer_types": 4 * ("full_attention",) + 28 * ("sliding_attention",),
+        }),
+        ("--use-rotary-position-embeddings --mtp-num-layers 1", {"mtp_layers": 1}),
         (("--multi-latent-attention --kv-lora-rank 512 --q-lora-rank 1536 --qk-layernorm --kv-channels 7 "
          "--use-rotary-position-embeddings"), {
             "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,9 @@ GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 AttentionType = Literal["full_attention", "sliding_attention"]
 MlpType = Literal["dense", "sparse"]
 """Of layers, as `layer_types` and `mlp_layer_types` of Hugging Face name them."""
+
+
+T = TypeVar("T")
 
 
 class LayerType(NamedTuple):
@@ -60,7 +63,7 @@ class Model(Configuration):
     """Width of the MLP of a layer of experts that every token goes through beside them."""
     dense_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
     """First layers whose MLP is dense."""
-    mlp_layer_types: Annotated[tuple[MlpType, ...], Field(min_length=1)] | None = None
+    mlp_layer_types: Annotated[tuple[MlpType, ...], Field(min_length=1, strict=False)] | None = None
     """Of the layers in turn, over again until there are as many, whether their MLP is dense or experts (`sparse`)."""
     mtp_layers: Annotated[int, Field(ge=0, le=1)] = 0
     """Layers beside these that predict a further token, with a projection and a head (multi-token prediction)."""
@@ -105,7 +108,7 @@ class Model(Configuration):
     sliding_window: Size | None = None
     """Keys that a query looks back at, itself included; of layers of `sliding_attention` where `layer_types` are given.
     Unfused attention computes all scores and masks those outside."""
-    layer_types: Annotated[tuple[AttentionType, ...], Field(min_length=1)] | None = None
+    layer_types: Annotated[tuple[AttentionType, ...], Field(min_length=1, strict=False)] | None = None
     """Of the layers in turn, over again until there are as many, whether they have the window."""
     attention_sinks: bool = False
     """The softmax of each head has one learned number beside its scores (gpt-oss; `softmax_type = learnable` of
@@ -238,6 +241,12 @@ class Model(Configuration):
                 f"dense_layers = {self.dense_layers} leaves none of layers = {self.layers} with experts; "
                 "use fewer, or a model without experts"
             )
+        dense = [self.type_of(layer).dense for layer in range(self.layers)]
+        first = dense.index(False)
+        turns: tuple[MlpType, ...] = (*("dense" if own else "sparse" for own in dense),)
+        only_first = not any(dense[first:])
+        self.__dict__["dense_layers"] = first if only_first else 0
+        self.__dict__["mlp_layer_types"] = None if only_first else _shortest(turns, self.layers)
         return self
 
     @model_validator(mode="after")
@@ -363,7 +372,7 @@ class Model(Configuration):
         return embeddings + positions + layers + final_norm + head
 
 
-def _shortest(turns: tuple[AttentionType, ...], layers: int) -> tuple[AttentionType, ...]:
+def _shortest(turns: tuple[T, ...], layers: int) -> tuple[T, ...]:
     """The fewest turns that make the same layers over again."""
     every = [turns[layer % len(turns)] for layer in range(layers)]
     found = next(size for size in range(1, layers + 1) if every[size:] == every[: layers - size])

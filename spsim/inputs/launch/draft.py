@@ -83,4 +83,4 @@ def _changes(fields: Mapping[str, Any], preset: Model) -> dict[str, Any]:
 def stages_as(draft: Draft, counts: Sequence[int]) -> None:
     """Chunks with so many layers each: a layout, unless they are spread like that anyhow."""
     if list(counts) != spread(sum(counts), len(counts)):
-        draft.plan["pp_layout"] = layout_text(counts)
+        draft.plan["pp_layout"] = layout_text(counts, draft.model.get("mtp_layers", 0))

@@ -59,7 +59,7 @@ SWITCHES = frozenset({
     "use_tp_pp_dp_mapping",
 })  # fmt: skip
 """Arguments with nothing behind their name."""
-OTHER_MODELS = ("mtp_num_layers", "hybrid_override_pattern", "is_hybrid_model")
+OTHER_MODELS = ("hybrid_override_pattern", "is_hybrid_model")
 """What makes the model another one than spsim has."""
 
 RECIPES = {

@@ -6,18 +6,16 @@ token unless said otherwise; they are split over tp as all else is.
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from spsim.inputs.launch.draft import Draft
+from spsim.inputs.launch.megatron.patterns import layers_of, list_of
 from spsim.inputs.launch.options import Options
 
 if TYPE_CHECKING:
     from spsim.inputs.model import Model
     from spsim.inputs.plan import Plan
 
-MOST_LAYERS = 10_000
 _USUAL = {
     "moe_grouped_gemm": (True, "products of experts are simulated as grouped"),
     "moe_permute_fusion": (True, "simulated as a fused kernel"),
@@ -45,8 +43,9 @@ def read_experts(options: Options, draft: Draft) -> None:
         width = options.number(name, None)
         if width is not None:
             model[field] = width
-    if (first := _dense_layers(options, model.get("layers"))) > 0:
-        model["dense_layers"] = first
+    sparse = layers_of(options, "moe_layer_freq", model.get("layers"), lambda layer, every: layer % every == 0)
+    if not all(sparse):
+        model["mlp_layer_types"] = ["sparse" if own else "dense" for own in sparse]
     if spread > 1:
         plan["ep"] = spread
     if sharing is not None and sharing != plan.get("tp", 1):
@@ -76,60 +75,17 @@ def _read_dispatch(options: Options, draft: Draft) -> None:
     options.leave("moe_router_fusion", (True,))
 
 
-def _dense_layers(options: Options, layers: int | None) -> int:
-    """First layers without experts; all others must have them."""
-    name = "moe_layer_freq"
-    value = options.take(name, 1)
-    pattern = value if isinstance(value, int) else _pattern(str(value))
-    if isinstance(pattern, int) and pattern > 0 and layers is not None:
-        pattern = [int(layer % pattern == 0) for layer in range(layers)]
-    if not isinstance(pattern, list) or not {*pattern} <= {0, 1} or (layers is not None and len(pattern) != layers):
-        if name not in options or layers is None:
-            return 0
-        raise options.wrong(name, f"a number, or a list such as [0]*1+[1]*{layers - 1} of {layers} layers")
-    first = pattern.index(1) if 1 in pattern else len(pattern)
-    if 0 in pattern[first:]:
-        raise options.refuse(name, "dense layers behind layers with experts are not simulated yet")
-    return first
-
-
-def _pattern(text: str) -> Any:
-    """The value of a sum and product of lists and numbers; None of anything else."""
-    try:
-        return _value(ast.parse(text.strip("'\" "), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return None
-
-
-def _value(node: ast.expr) -> Any:
-    match node:
-        case ast.Constant(int(number)) if 0 <= number <= MOST_LAYERS:
-            return number
-        case ast.List(elements) if len(elements) <= MOST_LAYERS:
-            return [_value(element) for element in elements]
-        case ast.BinOp(left, ast.Add(), right):
-            found = _value(left) + _value(right)
-        case ast.BinOp(left, ast.Mult(), right):
-            one, other = _value(left), _value(right)
-            count, size = (len(own) if isinstance(own, list) else own for own in (one, other))
-            if count * size > MOST_LAYERS:
-                raise ValueError
-            found = one * other
-        case _:
-            raise ValueError
-    return found
-
-
 def expert_arguments(model: Model, plan: Plan) -> dict[str, Any]:
     """Names and values; none for a dense model."""
     if model.experts is None:
         return {}
+    sparse = [not model.type_of(layer).dense for layer in range(model.layers)]
     return {
         "num_experts": model.experts,
         "moe_router_topk": model.experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_hidden,
         "moe_shared_expert_intermediate_size": model.shared_ffn_hidden or None,
-        **dict(_layer_frequency(model)),
+        "moe_layer_freq": None if all(sparse) else list_of(sparse),
         "expert_model_parallel_size": plan.ep if plan.ep > 1 else None,
         "expert_tensor_parallel_size": plan.expert_tp if plan.expert_tp != plan.tp else None,
         **_dispatcher(plan),
@@ -144,8 +100,3 @@ def _dispatcher(plan: Plan) -> dict[str, str]:
     if plan.moe_dispatcher in ("alltoall", "allgather"):
         return {"moe_token_dispatcher_type": plan.moe_dispatcher}
     return {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": plan.moe_dispatcher}
-
-
-def _layer_frequency(model: Model) -> Iterator[tuple[str, str]]:
-    if model.dense_layers:
-        yield "moe_layer_freq", f"[0]*{model.dense_layers}+[1]*{model.layers - model.dense_layers}"

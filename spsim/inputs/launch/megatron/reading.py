@@ -24,6 +24,7 @@ from spsim.inputs.launch.megatron.arguments import (
 )
 from spsim.inputs.launch.megatron.experts import read_experts
 from spsim.inputs.launch.megatron.latent import read_latents
+from spsim.inputs.launch.megatron.windows import read_windows
 from spsim.inputs.launch.options import Options
 from spsim.inputs.stages import layers_of_chunks
 from spsim.inputs.words import PRECISIONS
@@ -33,7 +34,7 @@ def read(options: Options) -> Draft:
     """The settings that arguments say; `InputError` names the first that is none."""
     for name in OTHER_MODELS:
         if name in options:
-            raise options.refuse(name, "hybrid models and layers of further tokens are not read from files yet")
+            raise options.refuse(name, "hybrid models are not read from files yet")
     draft = Draft()
     draft.read(options, NUMBERS, int)
     draft.read(options, FLAGS, bool)
@@ -81,8 +82,9 @@ def _read_model(options: Options, draft: Draft) -> None:
         options.say("attention_backend", "which version is not said; simulated as what Transformer Engine picks")
     options.leave("use_flash_attn", (True,))
     _read_dropout(options, model)
-    if "window_size" in options:
-        model["sliding_window"] = _window(options)
+    read_windows(options, draft)
+    if predictions := options.number("mtp_num_layers", 0, least=0):
+        model["mtp_layers"] = predictions
     _read_vocabulary(options, draft)
 
 
@@ -94,14 +96,6 @@ def _read_dropout(options: Options, model: dict[str, Any]) -> None:
     model["dropout"] = float(rates["hidden_dropout"])
     if "attention_dropout" in options and model["attention"] == "unfused" and len({*rates.values()}) > 1:
         options.say("attention_dropout", "there is one rate here, that of --hidden-dropout")
-
-
-def _window(options: Options) -> int:
-    """Keys that a query looks back at, itself included, of `left,right`."""
-    parts = str(options.take("window_size")).strip("()").replace(" ", "").split(",")
-    if len(parts) != 2 or not parts[0].isdecimal() or parts[1] not in ("0", "-1"):
-        raise options.wrong("window_size", "keys to the left and 0, as 4095,0")
-    return int(parts[0]) + 1
 
 
 def _read_vocabulary(options: Options, draft: Draft) -> None:

@@ -17,6 +17,7 @@ from spsim.inputs.launch.megatron.arguments import (
 )
 from spsim.inputs.launch.megatron.experts import expert_arguments
 from spsim.inputs.launch.megatron.latent import latent_arguments
+from spsim.inputs.launch.megatron.windows import window_arguments
 from spsim.inputs.stages import all_chunks, layout_text, spread
 
 if TYPE_CHECKING:
@@ -90,11 +91,12 @@ def _model(model: Model, scenario: Scenario) -> dict[str, Any]:
         "qk_layernorm": model.qk_norm,
         "untie_embeddings_and_output_weights": not model.tied_embeddings,
         "attention_backend": backend,
-        "window_size": None if model.sliding_window is None else f"{model.sliding_window - 1},0",
         "hidden_dropout": model.dropout,
         "attention_dropout": model.dropout,
         "vocab_size": model.vocab,
         "padded_vocab_size": model.vocab,
+        **window_arguments(model),
+        "mtp_num_layers": model.mtp_layers or None,
         **latent_arguments(model),
         **expert_arguments(model, scenario.plan),
     }
@@ -164,7 +166,7 @@ def _chunks(plan: Plan, model: Model) -> dict[str, Any]:
     usual = counts == spread(model.layers, len(counts)) and (model.layers + 2) % len(counts) == 0
     if usual:
         return {**batched, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
-    layout = layout_text(counts).replace("/", "|").replace("t", "t*")
+    layout = layout_text(counts, model.mtp_layers).replace("/", "|").replace("t", "t*")
     return {**batched, "num_virtual_stages_per_pipeline_rank": None, "pipeline_model_parallel_layout": layout}
 
 
