@@ -15,7 +15,8 @@ MODEL = (
     "--micro-batch-size 1 --vocab-size 51200 --bf16"
 )
 EXPERTS = "--num-experts 16 --disable-bias-linear --expert-model-parallel-size"
-OF_TWO = f"{EXPERTS} 4 --tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type alltoall"
+EXCHANGED = "--moe-token-dispatcher-type alltoall"
+OF_TWO = f"{EXPERTS} 4 --tensor-model-parallel-size 2 --sequence-parallel {EXCHANGED}"
 SLOT = "--account-for-{}-in-pipeline-split"
 
 
@@ -109,7 +110,8 @@ READ = frozenset({
     "tensor-model-parallel-size", "tp-comm-overlap", "untie-embeddings-and-output-weights",
     "use-distributed-optimizer", "use-flash-attn", "use-megatron-fsdp", "use-precision-aware-optimizer",
     "use-rotary-position-embeddings", "use-torch-fsdp2", "use-tp-pp-dp-mapping", "vocab-size", "window-size",
-    "num-experts", "expert-model-parallel-size", "multi-latent-attention", "mtp-num-layers", "softmax-type",
+    "delay-wgrad-compute", "num-experts", "overlap-moe-expert-parallel-comm", "expert-model-parallel-size",
+    "multi-latent-attention", "mtp-num-layers", "softmax-type",
     "hybrid-override-pattern", "is-hybrid-model",
 })  # fmt: skip
 """Arguments of Megatron-LM that say something of a scenario, or refuse it."""
@@ -207,6 +209,9 @@ def test_every_key_that_is_not_read_is_listed(tmp_path):
          {"recompute": "full", "recompute_layers": 4, "dp": 8}),
         ("--cuda-graph-impl local --cuda-graph-scope full_iteration", {"cuda_graphs": "full_iteration", "dp": 8}),
         ("--cuda-graph-impl transformer_engine", {"cuda_graphs": "per_layer", "dp": 8}),
+        ("--cuda-graph-impl transformer_engine --cuda-graph-scope attn mlp", {"cuda_graphs": "attn+mlp", "dp": 8}),
+        (f"{EXPERTS} 8 {EXCHANGED} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
+         {"ep": 8, "moe_a2a_overlap": True, "delay_wgrad": True, "dp": 8}),
         (f"{EXPERTS} 8", {"ep": 8, "moe_dispatcher": "allgather", "dp": 8}),
         (f"{EXPERTS} 8 --moe-token-dispatcher-type flex", {"ep": 8, "moe_dispatcher": "deepep", "dp": 8}),
         (f"{EXPERTS} 8 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",

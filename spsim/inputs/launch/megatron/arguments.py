@@ -18,6 +18,7 @@ NUMBERS = settings_named((
 FLAGS = settings_named((
     "sequence_parallel", "overlap_p2p_communication_warmup_flush", "use_distributed_optimizer",
     "use_precision_aware_optimizer", "cross_entropy_loss_fusion", "tp_comm_overlap",
+    "overlap_moe_expert_parallel_comm", "delay_wgrad_compute",
 ))  # fmt: skip
 NO_MATTER = beginning_with(
     "adam", "adlr", "allow_ambiguous", "app_tag", "apply_layernorm_1p", "apply_query_key", "apply_wd", "async_save",

@@ -26,6 +26,7 @@ from spsim.inputs.launch.megatron.experts import read_experts
 from spsim.inputs.launch.megatron.latent import read_latents
 from spsim.inputs.launch.megatron.windows import read_windows
 from spsim.inputs.launch.options import Options
+from spsim.inputs.plan import GRAPH_MODULES
 from spsim.inputs.stages import layers_of_chunks
 from spsim.inputs.words import PRECISIONS
 
@@ -284,7 +285,11 @@ def _read_host(options: Options, draft: Draft) -> None:
     impl = options.choice("cuda_graph_impl", {"none": False, "local": True, "transformer_engine": True}, graphs)
     scope = options.take("cuda_graph_scope", [])
     scope = scope if isinstance(scope, list) else [scope]
-    if impl:
-        draft.plan["cuda_graphs"] = "full_iteration" if "full_iteration" in scope else "per_layer"
-        if {*scope} - {"full", "full_iteration"}:
-            options.say("cuda_graph_scope", "whole layers are in graphs here")
+    if not impl:
+        return
+    if scope and {*scope} <= {*GRAPH_MODULES}:
+        draft.plan["cuda_graphs"] = "+".join(scope)
+        return
+    draft.plan["cuda_graphs"] = "full_iteration" if "full_iteration" in scope else "per_layer"
+    if {*scope} - {"full", "full_iteration"}:
+        options.say("cuda_graph_scope", "whole layers are in graphs here")

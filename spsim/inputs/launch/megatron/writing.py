@@ -206,4 +206,7 @@ def _graphs(plan: Plan) -> dict[str, Any]:
         return {
             "cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration", "no_check_for_nan_in_loss_and_grad": True
         }  # fmt: skip
-    return {"cuda_graph_impl": "transformer_engine" if plan.cuda_graphs == "per_layer" else None}
+    if plan.cuda_graphs == "none":
+        return {}
+    modules = None if plan.cuda_graphs == "per_layer" else plan.cuda_graphs.split("+")
+    return {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": modules}
