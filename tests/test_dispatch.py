@@ -10,6 +10,7 @@ from spsim import Model, Scenario, explain, simulate
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
 from spsim.errors import InputError
+from spsim.inputs.expert_loads import drawn_load
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.profiles import load_profile
 from spsim.inputs.resources import data_directory
@@ -232,3 +233,41 @@ def test_the_host_waits_for_counts_of_tokens_unless_all_is_one_graph():
 def test_passes_that_have_none_beside_them(plan, words):
     with pytest.raises(InputError, match=words):
         step(plan)
+
+
+# ------------------------------------------------------------ loads
+
+
+def test_the_rank_with_the_most_tokens_paces_the_others():
+    """Half as many again: as much more is sent, multiplied and kept of experts, and nothing more of all else."""
+    even, uneven = (layer(f"dp=16,ep=16,expert_imbalance={load}") for load in (1.0, 1.5))
+    sent = [exchanged(program)[0].message_bytes for program in (even, uneven)]
+    assert sent[1] == 1.5 * sent[0]
+    work = [{s.operator: s.work[0] for s in program.forward if isinstance(s, Compute)} for program in (even, uneven)]
+    assert work[1]["expert_fc1"].m == 1.5 * work[0]["expert_fc1"].m
+    assert work[1]["qkv"] == work[0]["qkv"]
+    kept = [sum(s.bytes for s in program.saved if "expert" in s.tensor) for program in (even, uneven)]
+    assert kept[1] == 1.5 * kept[0]
+
+
+def test_a_capacity_pads_to_it_whatever_is_picked():
+    padded, uneven = (
+        layer(f"dp=16,ep=16,{plan}")
+        for plan in ("moe_capacity_factor=1.5,expert_concentration=1", "expert_imbalance=1.5")
+    )
+    assert exchanged(padded)[0].message_bytes == exchanged(uneven)[0].message_bytes
+
+
+def test_loads_are_drawn_by_seed():
+    """Of two experts with evenly drawn shares the larger has 3/4 in the mean, 1.5 times the half; even loads have 1."""
+    assert drawn_load(2, 2, 20_000, 1.0, 0) == pytest.approx(1.5, rel=5e-3)
+    assert drawn_load(64, 8, 10, 1e6, 0) == pytest.approx(1, abs=1e-2)
+    one, again, other = (drawn_load(64, 8, 24, 1.0, seed) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_uneven_loads_cost_time_and_memory_and_say_so():
+    even, uneven = (step(f"dp=8,ep=8{more}") for more in ("", ",expert_concentration=1"))
+    assert uneven.step_time_s > even.step_time_s
+    assert uneven.peak_bytes > even.peak_bytes
+    assert any("times the mean, and paces the others" in note for note in uneven.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from spsim.errors import InputError
+from spsim.inputs.expert_loads import load_of
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload
@@ -112,11 +113,25 @@ def _check_width(model: Model, plan: Plan) -> None:
 
 def expert_notes(model: Model, plan: Plan) -> tuple[str, ...]:
     """What is not modelled of experts, and what that means."""
-    if model.experts is None or plan.cuda_graphs == "full_iteration":
+    if model.experts is None:
         return ()
-    waits = "what the host takes to start kernels of experts one after another, and its wait for counts of tokens, are "
-    taken = "not simulated: published steps in 8 bits without cuda_graphs=full_iteration take up to a third longer"
-    return (waits + taken,)
+    found, load = [], load_of(model, plan)
+    if plan.moe_capacity_factor is not None:
+        found.append(f"each expert has {load:g} times the mean of tokens, dropped or padded to that")
+    elif load > 1:
+        found.append(f"the rank whose experts have the most tokens has {load:.3g} times the mean, and paces the others")
+    if plan.cuda_graphs != "full_iteration":
+        waits = "what the host takes to start kernels of experts one after another, and its wait for counts of tokens, "
+        taken = "are not simulated: published steps in 8 bits without full_iteration take up to a third longer"
+        found.append(waits + taken)
+    return tuple(found)
+
+
+def _of_loads(plan: Plan, alone: str) -> dict[str, str]:
+    even = alone or ("" if plan.moe_capacity_factor is None else "with moe_capacity_factor")
+    drawn = even or ("without expert_concentration" if plan.expert_concentration is None else "")
+    given = even or ("" if plan.expert_concentration is None else "with expert_concentration")
+    return {"expert_imbalance": given, "expert_concentration": even, "routing_seed": drawn}
 
 
 def expert_reasons(model: Model, plan: Plan) -> dict[str, str]:
@@ -125,6 +140,11 @@ def expert_reasons(model: Model, plan: Plan) -> dict[str, str]:
     usual = "with tp = 1" if plan.tp == 1 else "as it is tp anyhow" if plan.expert_tp == plan.tp else ""
     alone = none or ("with ep = 1" if plan.ep == 1 else "")
     return {
-        "expert_tp": none or usual, "moe_dispatcher": alone, "fused_grouped_mlp": none,
-        "moe_a2a_overlap": alone, "delay_wgrad": alone or ("" if plan.moe_a2a_overlap else "without moe_a2a_overlap"),
-    }  # fmt: skip
+        "expert_tp": none or usual,
+        "moe_dispatcher": alone,
+        "fused_grouped_mlp": none,
+        "moe_capacity_factor": none,
+        **_of_loads(plan, alone),
+        "moe_a2a_overlap": alone,
+        "delay_wgrad": alone or ("" if plan.moe_a2a_overlap else "without moe_a2a_overlap"),
+    }

@@ -56,6 +56,16 @@ class Plan(Configuration):
     moe_dispatcher: Dispatcher = "alltoall"
     """Tokens exchanged by NCCL, one for each expert; all gathered by all ranks; or kernels of a library that send one
     copy to each rank with experts of a token (`moe_token_dispatcher_type`, `moe_flex_dispatcher_backend`)."""
+    moe_capacity_factor: Annotated[float, Field(ge=0.125, le=64)] | None = None
+    """Of the mean tokens of an expert: each has so many, dropped or padded, whatever a router picks
+    (`moe_expert_capacity_factor` with `moe_pad_expert_input_to_capacity`); none dropped unless given."""
+    expert_imbalance: Annotated[float, Field(ge=1, le=64)] = 1.0
+    """Tokens of the rank whose experts have the most, over the mean; balanced unless given."""
+    expert_concentration: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
+    """In place of that, of a Dirichlet distribution of which each layer draws how popular its experts are: evenly the
+    more the larger it is."""
+    routing_seed: Annotated[int, Field(ge=0, le=2**31)] = 0
+    """Of these draws."""
     moe_a2a_overlap: bool = False
     """Exchanges with experts behind passes of another micro-batch (`overlap_moe_expert_parallel_comm`)."""
     delay_wgrad: bool = False

@@ -30,6 +30,7 @@ PLAN = {
     "ep": ("expert_model_parallel_size", "expert_parallel_size", "expert_parallel_degree", "ep_size", "ep_degree"),
     "expert_tp": ("expert_tensor_parallel_size", "expert_tensor_parallel_degree", "etp"),
     "moe_dispatcher": ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend"),
+    "moe_capacity_factor": ("moe_expert_capacity_factor",),
     "moe_a2a_overlap": ("overlap_moe_expert_parallel_comm",),
     "delay_wgrad": ("delay_wgrad_compute",),
     "fused_grouped_mlp": ("use_transformer_engine_op_fuser",),

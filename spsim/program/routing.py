@@ -11,13 +11,14 @@ from math import comb
 from typing import Literal, NamedTuple
 
 from spsim.inputs.dispatch_coefficients import DispatchLibrary
+from spsim.inputs.expert_loads import load_of
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Dispatcher, Plan
 
 LIBRARIES: tuple[DispatchLibrary, ...] = ("deepep", "hybridep")
 """Dispatchers with kernels of their own; the others are collectives of NCCL."""
 COPY_PARTS = 64
-"""Of one copy: mean copies of a token are rounded to that, for sizes of a program have a common divisor."""
+"""Of one: mean copies of a token, and loads, are rounded to that, for sizes of a program have a common divisor."""
 
 
 class Routing(NamedTuple):
@@ -26,6 +27,8 @@ class Routing(NamedTuple):
     dispatcher: Dispatcher = "alltoall"
     copies: Fraction = Fraction(0)
     """Of a token, to ranks with any of its experts; 0 where each expert gets its own."""
+    load: Fraction = Fraction(1)
+    """Tokens of the experts of the rank with the most, over the mean: it paces the others."""
     fused: bool = False
     """Products with the activation and casts between them in their epilogues."""
 
@@ -46,10 +49,14 @@ def routing_of(model: Model, plan: Plan) -> Routing:
     if model.experts is None or model.experts_per_token is None:
         return USUAL
     copies, dispatcher = Fraction(0), plan.moe_dispatcher if plan.ep > 1 else "alltoall"
+    load = _rounded(load_of(model, plan))
     if dispatcher in LIBRARIES:
-        mean = distinct_groups(model.experts, model.experts_per_token, plan.ep)
-        copies = Fraction(round(mean * COPY_PARTS), COPY_PARTS)
-    return Routing(dispatcher, copies, plan.fused_grouped_mlp)
+        copies = _rounded(distinct_groups(model.experts, model.experts_per_token, plan.ep)) * load
+    return Routing(dispatcher, copies, load, plan.fused_grouped_mlp)
+
+
+def _rounded(number: float | Fraction) -> Fraction:
+    return Fraction(round(number * COPY_PARTS), COPY_PARTS)
 
 
 class Routed(NamedTuple):

@@ -6,7 +6,7 @@ Where programs of a `single` sequence are others (`rules.is_single`), for those.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from math import gcd, lcm
+from math import lcm
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
@@ -40,8 +40,9 @@ def dealt_among(model: Model, plan: Plan) -> int:
     """What divides the tokens of a sequence: experts over those of a token, or over copies of it, in lowest terms."""
     if model.experts is None or model.experts_per_token is None:
         return 1
-    copies = routing_of(model, plan).copies / model.experts
-    return lcm(model.experts // gcd(model.experts, model.experts_per_token), copies.denominator)
+    routing = routing_of(model, plan)
+    tokens, copies = (own / model.experts for own in (model.experts_per_token * routing.load, routing.copies))
+    return lcm(tokens.denominator, copies.denominator)
 
 
 def layer_template(

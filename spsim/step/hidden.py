@@ -10,12 +10,12 @@ the one before it run layer by layer on one stream of kernels, the exchanges of 
 | combination, backward: its gradient goes to experts | all but the experts, forward |
 | dispatch, backward: its gradient comes back | experts, forward |
 
-Unless one graph holds the iteration, the host waits for counts of tokens before it launches a dispatch of the forward
-pass, which then has nothing beside it. With `delay_wgrad_compute` products for the weights of experts run last, so that
-they stand beside either exchange of the first and the last line. Kernels beside an exchange lose the share of the
-device that it holds: of an exchange of c seconds beside kernels of k is left what they do not hide, or what they lose,
-max(c - k, share x c). A pass that has no other beside it, the first forward and the last backward pass of each of the
-stages that fill and drain, has all of it.
+Unless one graph holds the iteration, or experts are padded to a capacity, the host waits for counts of tokens before
+it launches a dispatch of the forward pass, which then has nothing beside it. With `delay_wgrad_compute` products for
+the weights of experts run last, so that they stand beside either exchange of the first and the last line. Kernels
+beside an exchange lose the share of the device that it holds: of an exchange of c seconds beside kernels of k is left
+what they do not hide, or what they lose, max(c - k, share x c). A pass that has no other beside it, the first forward
+and the last backward pass of each of the stages that fill and drain, has all of it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def hidden_by(plan: Plan) -> tuple[bool, bool]:
 def hidden(plan: Plan, blocks: Mapping[str, Mapping[Pass, BlockPass]], indices: Mapping[str, Index]) -> Hidden | None:
     """What a plan hides of exchanges, if it does."""
     hides, delayed = hidden_by(plan)
-    waits = plan.cuda_graphs != "full_iteration"
+    waits = plan.cuda_graphs != "full_iteration" and plan.moe_capacity_factor is None
     return Hidden(blocks, indices, plan.pp, delayed=delayed, waits=waits) if hides else None
 
 

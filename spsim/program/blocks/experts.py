@@ -38,8 +38,8 @@ def expert_sizes(model: Model, routing: Routing) -> dict[str, Extent]:
     if model.experts is None or model.experts_per_token is None or model.expert_ffn_hidden is None:
         return {}
     return {
-        "e": model.experts, "k": model.experts_per_token, "m": model.expert_ffn_hidden, "u": model.shared_ffn_hidden,
-        "o": routing.copies,
+        "e": model.experts, "k": model.experts_per_token * routing.load, "m": model.expert_ffn_hidden,
+        "u": model.shared_ffn_hidden, "o": routing.copies,
     }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _experts(block: ModelBlock, dealt: Tensor, weights: Tensor) -> Tensor:
 
 def _dispatched(block: ModelBlock, x: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens and weights of the experts of a rank, of copies that carry the probabilities of all their experts."""
-    block.sizes["p"] = block.sizes["h"] + block.sizes["k"] * FP32_BYTES // block.element_bytes
+    block.sizes["p"] = block.sizes["h"] + (block.model.experts_per_token or 0) * FP32_BYTES // block.element_bytes
     sent, weights = (
         block.tensor("dispatched", f"e {COPIES} p"),
         block.tensor("expert_probabilities", f"e {TOKENS}", itemsize=FP32_BYTES),
