@@ -131,6 +131,7 @@ TOGETHER = {
     "layer_types",
     "mlp_layer_types",
     "attention_sinks",
+    "mtp_layers",
 }
 """Traits that are not alone, or have tests of their own."""
 
@@ -174,7 +175,8 @@ def test_models_of_one_key_have_one_layer(trait):
         else {}
     )
     one = model(**routed)
-    other = one.model_copy(update={trait: OTHER_TRAITS[trait]})
+    both = {"v_head_dim": OTHER_TRAITS[trait]} if trait == "head_dim" else {}
+    other = one.model_copy(update={trait: OTHER_TRAITS[trait], **both})
     same = layer_traits(one) == layer_traits(other)
     assert same == (transformer_layer(one, WORKLOAD) == transformer_layer(other, WORKLOAD)) or trait == "causal"
 
