@@ -25,16 +25,24 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A sibling to write to, which becomes `path` once it is complete; `InputError` if that cannot be."""
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        temporary.touch(exist_ok=False)  # anew: a link that stands in its place is not followed
-        yield temporary
-        temporary.replace(path)
+        with _written(path):
+            temporary.touch(exist_ok=False)  # anew: a link that stands in its place is not followed
+            yield temporary
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """`InputError` where something cannot be written."""
+    try:
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "give a file in an existing directory that you may write to"
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}; {remedy}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager
@@ -54,15 +62,19 @@ class Scratch:
     """A file without a name, on the disk of a directory, which ends with the process."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        """`InputError` where the directory cannot be written to."""
+        self._directory = directory
+        with _written(directory):
+            self._file = TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
         self.size = 0
 
     def append(self, data: bytes) -> None:
-        """Write all of it."""
+        """Write all of it; `InputError` where that fails."""
         self.size += len(data)
         left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
+        with _written(self._directory):
+            while left:
+                left = left[self._file.write(left) :]
 
     def read(self, start: int, size: int) -> bytes:
         """So many bytes, fewer at the end."""

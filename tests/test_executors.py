@@ -11,6 +11,7 @@ import pytest
 
 import spsim
 from spsim.cli import main
+from spsim.cli.workers import workers
 from spsim.errors import InputError
 from spsim.studies import sweeps
 from tests.sweeping import wait_for_rows
@@ -185,3 +186,8 @@ def test_a_search_on_a_cluster_finds_the_same(cluster, capsys):
         assert stop.value.code == 0
         found.append(capsys.readouterr().out)
     assert found[0] == found[1]
+
+
+def test_more_processes_than_a_machine_takes_are_one_line():
+    with pytest.raises(InputError, match=r"--jobs 100000: each is a process"), workers(100_000):
+        pytest.fail("nothing starts")

@@ -1,6 +1,7 @@
 """Sweeps that are longer than memory: parts of them in order on disk, and nothing that grows but where rows stand."""
 
 import io
+import os
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,11 +124,26 @@ def test_labels_of_several_types_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("rows.txt", "end the name in .csv or .parquet"), ("none/rows.csv", "is no directory")]
+    ("name", "words"),
+    [
+        ("rows.txt", r"ends in .csv or .parquet"),
+        ("none/rows.csv", "is no directory"),
+        ("there.csv", "is a directory"),
+    ],
 )
 def test_where_no_rows_can_go_is_one_line(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "there.csv").mkdir()
     with pytest.raises(spsim.InputError, match=words):
-        spsim.sweep(GRID, to=tmp_path / name)
+        spsim.sweep((pytest.fail("nothing is computed before") for _ in GRID), to=tmp_path / name)
+
+
+@pytest.mark.parametrize("what", ["directory", "pipe", "device"])
+def test_rows_that_are_no_file_are_one_line(what: str, tmp_path: Path) -> None:
+    """Nothing waits for a pipe, or reads a device without end."""
+    path = tmp_path / "rows.jsonl"
+    {"directory": path.mkdir, "pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero")}[what]()
+    with pytest.raises(spsim.InputError, match="a directory" if what == "directory" else "no regular file"):
+        run(experiment(), tmp_path)
 
 
 # ------------------------------------------------------------ points of a function

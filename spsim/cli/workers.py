@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -20,6 +21,9 @@ ExecutorOption = Annotated[
 SchedulerOption = Annotated[
     str | None, typer.Option("--scheduler", metavar="ADDRESS", help="Of the dask scheduler, such as tcp://head:8786.")
 ]
+
+MOST_A_CORE = 16
+"""Processes: more than one wait for each other, and each takes some 100 MiB."""
 
 
 def check_workers(executor: str, scheduler: str | None, jobs: int | None) -> None:
@@ -40,6 +44,9 @@ def workers(jobs: int, scheduler: str | None = None) -> Iterator[Executor | None
     if jobs == 1:
         yield None
         return
+    most = MOST_A_CORE * (os.cpu_count() or 1)
+    if jobs > most:
+        raise InputError(f"--jobs {jobs}: each is a process, and of this machine's cores {most} are plenty; give fewer")
     with ProcessPoolExecutor(jobs, initializer=_start_worker) as pool:
         yield pool
 

@@ -52,10 +52,9 @@ class RowFile:
         The file has nothing but rows of this program then, each once, so that what is added begins on a line of its
         own. Rows of points that are not wanted now stay: they may be of a larger selection.
         """
-        if self.path.is_dir():
-            raise InputError(
-                f"{self.path}: is a directory, expected the rows of a sweep; remove it or give another --out"
-            )
+        if self.path.exists() and not self.path.is_file():
+            what = "a directory" if self.path.is_dir() else "no regular file"
+            raise InputError(f"{self.path}: is {what}, expected the rows of a sweep; remove it or give another --out")
         with self.path.open("a+b") as file:
             self._index, lines = _indexed(file)
             if lines > len(self._index):

@@ -56,18 +56,22 @@ def sweep(
     grid may be a generator.
     """
     if to is not None:
-        _sweep_to(Path(to), checked(grid), executor)
+        _sweep_to(to, checked(grid), executor)
         return None
     points = points_of(grid)
     chunks = [tables_of_points(points)] if executor is None else (own for _, own in tables_of([points], executor))
     return frame([table for tables in chunks for table in tables], range(len(points)))
 
 
-def _sweep_to(path: Path, points: Iterable[Point], executor: Executor | None) -> None:
-    if path.suffix not in (".csv", ".parquet"):
-        raise InputError(f"{path}: rows are written as CSV or Parquet; end the name in .csv or .parquet")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: {str(path.parent)!r} is no directory; make it, or give another file")
+def _sweep_to(to: str | Path, points: Iterable[Point], executor: Executor | None) -> None:
+    if not isinstance(to, str | Path) or Path(to).suffix not in (".csv", ".parquet"):
+        raise InputError(
+            f"to = {str(to)!r}: rows are written as CSV or Parquet; give a name that ends in .csv or .parquet"
+        )
+    path = Path(to)
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = f"{path.parent} is no directory" if not path.is_dir() else "is a directory"
+        raise InputError(f"to = {str(to)!r}: {wrong}; give a file in a directory that is there")
     if path.suffix == ".parquet":
         check_format("parquet", str(path))
     keyed = zip(map(str, count()), points, strict=False)
