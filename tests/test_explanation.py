@@ -8,6 +8,7 @@ from spsim.inputs.presets import PRESETS, load_model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.operators import Operand, Operator, Tensor
+from spsim.report.explanation import explanation_table
 from spsim.studies.explanation import applies_alone
 
 WORKLOAD = Workload(seq_len=2048, micro_batch=4)
@@ -154,3 +155,10 @@ def test_what_does_not_fit_is_one_line(model: str, plan: object, workload: objec
         explain(model, plan, workload)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("model", "named"), [("llama-3-8b", "jf"), ("qwen3-30b-a3b", "jekm")])
+def test_the_legend_names_the_dimensions_of_the_layer(model: str, named: str) -> None:
+    caption = str(explanation_table(explain(load_model(model), parse_plan("tp=2,sequence_parallel"), WORKLOAD)).caption)
+    legend = caption.partition("Dimensions: ")[2].partition(".")[0].split(", ")
+    assert [item[0] for item in legend if item[0] in "jfemkuql"] == [*named]

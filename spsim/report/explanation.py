@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.table import Table
 
 from spsim.program.placement import COLLECTIVE_SHORT
 from spsim.report.table import table
 from spsim.report.words import COLLECTIVES
-from spsim.studies.explanation import Explanation, InsertedCommunication, OperatorExplanation
+from spsim.studies.explanation import DIMENSION_NAMES, Explanation, InsertedCommunication, OperatorExplanation
 from spsim.units import MIB
 
 
@@ -30,8 +32,7 @@ def explanation_table(explanation: Explanation) -> Table:
         )  # fmt: skip
     made.caption = (
         "May it run on a sequence shard (offset: given its position)? GFLOP and MiB moved: one rank, forward. "
-        f"{_kept(explanation)}Dimensions: s sequence, j key positions, "
-        f"b micro-batch, h hidden, a heads, d head size, f MLP width, g gate{_of_experts(explanation)}. {COLLECTIVES}"
+        f"{_kept(explanation)}Dimensions: {_dimensions(explanation)}. {COLLECTIVES}"
     )
     made.caption_justify = "left"
     return made
@@ -41,9 +42,10 @@ def _kept(explanation: Explanation) -> str:
     return f"Kept for backward: {explanation.without} → {explanation.with_}. " if explanation.parts else ""
 
 
-def _of_experts(explanation: Explanation) -> str:
-    routed = any("s*b*k/e" in operator.subscripts for operator in explanation.operators)
-    return ", e experts, k those of a token, m their width, u that of shared ones" if routed else ""
+def _dimensions(explanation: Explanation) -> str:
+    """Those of its operators."""
+    used = {letter for row in explanation.operators for letter in re.findall(r"\b[a-z]\b", row.subscripts)}
+    return ", ".join(f"{dim} {name}" for dim, name in DIMENSION_NAMES.items() if dim in used)
 
 
 APPLIES_SHORT = {"yes, with position offset": "offset"}

@@ -34,7 +34,7 @@ DIMENSION_NAMES = {
     "f": "MLP width", "g": "gate", "w": "width of Q, K and V",
     "e": "experts", "k": "a token's experts", "m": "expert width", "u": "shared width",
     "q": "latent of Q", "l": "latent of K and V", "c": "head size of Q and K", "n": "not rotated", "r": "rotated",
-    "p": "a token with its probabilities", "x": "all experts",
+    "p": "a token with its probabilities", "x": "all experts", "o": "ranks with experts of a token",
 }  # fmt: skip
 
 

@@ -47,7 +47,9 @@ def text(scenario: Scenario) -> str:
         "# Data, tokenizer, learning rate and checkpoints are to be added.",
     ]
     sharded = "use_torch_fsdp2" in given or "use_megatron_fsdp" in given
-    if not sharded and scenario.plan.tp * scenario.plan.ring * scenario.plan.ulysses > 1:
+    if scenario.plan.moe_a2a_overlap:
+        lines += ["export CUDA_DEVICE_MAX_CONNECTIONS=32"]
+    elif not sharded and scenario.plan.tp * scenario.plan.ring * scenario.plan.ulysses > 1:
         lines += ["export CUDA_DEVICE_MAX_CONNECTIONS=1"]
     launch = f"torchrun --nnodes {scenario.plan.gpus // per_node} --nproc-per-node {per_node} pretrain_gpt.py"
     return "\n".join([*lines, "", " \\\n".join([launch, *_wrapped(given)])]) + "\n"
