@@ -157,6 +157,7 @@ def routed_scenarios(seed):
         plan |= {name: source.choice(values) for name, values in DEGREES["megatron"].items()}
         plan |= {"ep": source.choice((1, 2, 4, 8)), "expert_tp": source.choice((None, 1))}
         plan |= {"moe_a2a_overlap": source.random() < 0.3, "delay_wgrad": source.random() < 0.3}
+        plan["moe_capacity_factor"] = source.choice((None, None, 1.25))
         plan["cuda_graphs"] = source.choice(("none", "none", "attn+moe_router", "per_layer"))
         plan["moe_dispatcher"] = source.choice(("alltoall", "allgather", "deepep", "hybridep"))
         modules = source.choice((None, "moe_act", "moe", "shared_experts+core_attn"))

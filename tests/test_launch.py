@@ -210,6 +210,8 @@ def test_every_key_that_is_not_read_is_listed(tmp_path):
         ("--cuda-graph-impl local --cuda-graph-scope full_iteration", {"cuda_graphs": "full_iteration", "dp": 8}),
         ("--cuda-graph-impl transformer_engine", {"cuda_graphs": "per_layer", "dp": 8}),
         ("--cuda-graph-impl transformer_engine --cuda-graph-scope attn mlp", {"cuda_graphs": "attn+mlp", "dp": 8}),
+        (f"{EXPERTS} 8 {EXCHANGED} --moe-expert-capacity-factor 2 --moe-pad-expert-input-to-capacity",
+         {"ep": 8, "moe_capacity_factor": 2.0, "dp": 8}),
         (f"{EXPERTS} 8 {EXCHANGED} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
          {"ep": 8, "moe_a2a_overlap": True, "delay_wgrad": True, "dp": 8}),
         (f"{EXPERTS} 8", {"ep": 8, "moe_dispatcher": "allgather", "dp": 8}),

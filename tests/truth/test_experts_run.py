@@ -74,6 +74,23 @@ def test_loads_of_a_router(quartet: Processes, plan: str) -> None:
         assert [sent[own] for sent, own in zip(exchanges, sides, strict=True)] == of_experts(each, "all_to_all")
 
 
+@pytest.mark.parametrize(("plan", "sequences"), [(PLANS[0], 1), (PLANS[1], 2), ("dp=4,ep=4", 1)])
+def test_the_rank_with_the_most(quartet: Processes, plan: str, sequences: int) -> None:
+    """Of a plan that says how much it has; that is told in 64ths of the mean, here of 64 rows."""
+    each = case(plan, micro_batch=sequences, **ROUTED)
+    fullest = max(quartet.run(observe, each, ExpertLayer), key=lambda rank: rank.rows)
+    told = case(f"{plan},expert_imbalance={fullest.rows / 64}", micro_batch=sequences, **ROUTED)
+    assert fullest.rows > 64
+    assert fullest.observed.saved == expected_saved(told, BF16)
+    split_over_tp = any(sent[0] == "all_gather" for sent in fullest.sent)
+    kinds = {"all_gather": (GOT, GOT, GOT), "reduce_scatter": (GIVEN, GIVEN, GIVEN)}
+    if not split_over_tp:  # else each rank of tp gets a part, which are not alike
+        kinds = {"all_to_all": (GOT, GOT, GIVEN, GOT, GIVEN, GIVEN)}
+    for kind, sides in kinds.items():
+        sent = [sent for sent in fullest.sent if sent[0] == kind]
+        assert [own[side] for own, side in zip(sent, sides, strict=True)] == of_experts(told, kind)
+
+
 @pytest.mark.parametrize("plan", ["dp=4,ep=4", "tp=2,sequence_parallel,dp=2,ep=4,expert_tp=1"])
 def test_all_tokens_on_all_ranks(quartet: Processes, plan: str) -> None:
     """Gathered, and what experts make of them summed, with equal loads. Of gradients the order is not compared: that of

@@ -68,6 +68,12 @@ def _read_dispatch(options: Options, draft: Draft) -> None:
         draft.plan["fused_grouped_mlp"] = options.flag("use_transformer_engine_op_fuser")
     if "moe_expert_capacity_factor" not in options:
         options.ignore("moe_pad_expert_input_to_capacity")
+    elif options.flag("moe_pad_expert_input_to_capacity"):
+        factor = options.take("moe_expert_capacity_factor")
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise options.wrong("moe_expert_capacity_factor", "a number such as 1.5")
+        if factor > 0:
+            draft.plan["moe_capacity_factor"] = float(factor)
     for name, (value, text) in _USUAL.items():
         if name not in options:
             options.aside.append(f"{options.where}: --{name.replace('_', '-')} is missing: {text}")
@@ -89,6 +95,8 @@ def expert_arguments(model: Model, plan: Plan) -> dict[str, Any]:
         "expert_model_parallel_size": plan.ep if plan.ep > 1 else None,
         "expert_tensor_parallel_size": plan.expert_tp if plan.expert_tp != plan.tp else None,
         **_dispatcher(plan),
+        "moe_expert_capacity_factor": plan.moe_capacity_factor,
+        "moe_pad_expert_input_to_capacity": plan.moe_capacity_factor is not None,
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "moe_router_fusion": True,
