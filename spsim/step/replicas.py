@@ -143,6 +143,8 @@ def itemsize_at_rest(parameters: Sequence[Parameter], itemsize: int, times: Sequ
     """Bytes of an element of some weights, of which a block has so many or is so often; of an `itemsize` unless they
     rest in another type.
     """
+    if all(p.bytes is None for p in parameters):
+        return itemsize
     often = [1 if times is None else times[p.block] for p in parameters]
     every = [*zip(parameters, often, strict=True)]
     known = sum(n * (p.elements * itemsize if p.bytes is None else p.bytes) for p, n in every)

@@ -120,17 +120,18 @@ class StageSync:
             self._meeting(gathers) if ahead else (),
         )
 
-    def buckets(
-        self, number: int, chunks: Sequence[PlacedChunk]
-    ) -> tuple[list[tuple[int, Message]], list[tuple[int, Message]]]:
-        """The messages that close the step where none runs behind passes, with the chunk that each is of: of gradients,
-        and of updated weights.
+    def messages(
+        self, number: int, runs: Chunk, chunks: Sequence[PlacedChunk]
+    ) -> tuple[list[tuple[int, Message]], list[tuple[int, Message]], list[Message]]:
+        """Those that close the step where none runs behind passes: buckets of gradients and of updated weights, with
+        the chunk that each is of, and what is agreed on in between.
         """
         syncs = [(place, self._synchronisation(number, place, chunk.runs)) for place, chunk in enumerate(chunks)]
         reduced = [(place, sync.reductions) for place, sync in syncs[::-1]]
         return (
             [(place, own) for place, rows in reduced for row in rows for own in self._meet(row.messages)],
             [(place, own) for place, sync in syncs for own in self._meet(sync.after_update)],
+            self._meet(self._synchronisation(number, 0, runs).before_update),
         )
 
     def _meet(self, messages: Sequence[Message]) -> list[Message]:

@@ -8,7 +8,7 @@ does; all else is the same. What takes time is priced for all plans together, eq
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,16 +20,16 @@ from spsim.inputs.plan import Plan
 from spsim.inputs.workload import ELEMENT_BYTES, Precision
 from spsim.lazy import Cache
 from spsim.program.blocks.optimizer import expert_shard_ranks, shard_ranks
-from spsim.program.mesh import Axis, Mesh, nodes_of, world_of
+from spsim.program.mesh import nodes_of, world_of
 from spsim.program.placement import Collective, Extent
 from spsim.program.sizes import Numbers, Template
 from spsim.step.buckets import padded, unpadded
 from spsim.step.closing import PARAMETER_GATHER, Closing, Optimizer, weight_casts
 from spsim.step.columns.closing import Part, parts_of
 from spsim.step.ending import Ending, spread_parameters
-from spsim.step.gradients import Sync
+from spsim.step.groups import replica_groups
 from spsim.step.itinerary import Chunk
-from spsim.step.messages import Message
+from spsim.step.messages import Group, Message
 from spsim.step.replicas import itemsize_at_rest
 from spsim.step.staged_replicas import StageSync, shares_embedding, weight_numbers
 from spsim.step.stages import Stages
@@ -37,40 +37,41 @@ from spsim.units import PS_PER_S, picoseconds
 from spsim.work import MemoryBound
 
 KEPT = 4096
-"""Of what closes a step on stages of one kind, and of groups over nodes."""
+"""Of what closes a step on stages of one kind, and of groups of plans."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
     """A message of gradients or weights, whose padding hangs on its ranks."""
 
-    axes: tuple[Axis, ...]
+    group: Group
     collective: Collective
     elements: int
     """Without it."""
     itemsize: Extent
     sharded: bool
-    spread: bool
-    """Whether it is of experts that are spread over ranks."""
     times: int = 1
 
-    def message(self, plan: Plan) -> int:
-        """Its bytes."""
-        ranks = expert_shard_ranks(plan) if self.spread else shard_ranks(plan)
+    def size(self, plan: Plan) -> int:
+        """Bytes of it."""
+        ranks = expert_shard_ranks(plan) if self.group == "experts" else shard_ranks(plan)
         return math.ceil(padded(self.elements, ranks, sharded=self.sharded) * self.itemsize)
 
 
 class _Send(NamedTuple):
     """Another collective, over weights or of what ranks agree on."""
 
-    axes: tuple[Axis, ...]
+    group: Group | int
+    """Or so many neighbours of tp."""
     collective: Collective
-    ranks: int | None
-    """All along the axes unless given."""
-    size: int
-    """Bytes of a message,"""
+    bytes: int
+    """Of a message,"""
     times: int
     """of so many."""
+
+    def size(self, plan: Plan) -> int:
+        """Bytes of a message."""
+        return self.bytes
 
 
 _Task = int | MemoryBound | _Bucket | _Send
@@ -114,37 +115,31 @@ class Endings:
         """By collective, ranks, nodes and number of messages: picoseconds of each size."""
         self._kernels: dict[int, int] = {}
         """Of the optimizer."""
+        self._kinds: dict[tuple[Template, Stages], list[_Kind]] = {}
 
     def ask(self, numbers: Numbers, plan: Plan, stages: Stages, gpus_per_node: int) -> list[Asked]:
         """What closes the step of a plan of several stages, or whose ranks share weights: for each kind of stages."""
         optimizer = Optimizer(plan, self._precision)
-        world = world_of(plan)
-        return [
-            self._asked(_form_of(numbers, plan, optimizer, stages, kind, world), plan, optimizer, world, gpus_per_node)
-            for kind in range(len(stages.kinds))
-        ]
+        groups = _groups_of(plan, gpus_per_node)
+        key = numbers.template, stages
+        if key not in self._kinds:
+            self._kinds[key] = [*_kinds_of(numbers, stages)]
+        asked = []
+        for kind in self._kinds[key]:
+            form = _form_of(kind, numbers, plan, optimizer, stages, groups)
+            sizes = optimizer.sizes(form.parameters, form.spread)
+            self._kernels.update(dict.fromkeys(sizes, 0))
+            asked.append(Asked(form, [[self._key(task, plan, sizes, groups) for task in own] for own in form.tasks]))
+        return asked
 
-    def _asked(self, form: _Form, plan: Plan, optimizer: Optimizer, world: Mesh, per_node: int) -> Asked:
-        sizes = optimizer.sizes(form.parameters, form.spread)
-        self._kernels.update(dict.fromkeys(sizes, 0))
-
-        def key(task: _Task) -> Key:
-            if isinstance(task, int):
-                return self._kernels, sizes[task]
-            if isinstance(task, MemoryBound):
-                return {0: picoseconds(float(self._compute.duration(task)))}, 0
-            return self._sent(task, plan, world, per_node)
-
-        return Asked(form, [[key(task) for task in own] for own in form.tasks])
-
-    def _sent(self, task: _Bucket | _Send, plan: Plan, world: Mesh, per_node: int) -> Key:
-        own = task.ranks if isinstance(task, _Send) else None
-        ranks = world.size(task.axes) if own is None else own
-        known = self._sends.setdefault(
-            (task.collective, ranks, _nodes(world, task.axes, ranks, per_node), task.times), {}
-        )
-        size = task.message(plan) if isinstance(task, _Bucket) else task.size
-        known.setdefault(size, 0)
+    def _key(self, task: _Task, plan: Plan, sizes: Sequence[int], groups: _Groups) -> Key:
+        if isinstance(task, int):
+            return self._kernels, sizes[task]
+        if isinstance(task, MemoryBound):
+            return {0: picoseconds(float(self._compute.duration(task)))}, 0
+        known = self._sends.setdefault((task.collective, *groups.members(task.group), task.times), {})
+        size = task.size(plan)
+        known[size] = 0
         return known, size
 
     def price(self) -> None:
@@ -152,9 +147,9 @@ class Endings:
         sizes = np.array([*self._kernels], dtype=np.float64)
         seconds = self._compute.duration(MemoryBound("optimizer", sizes))  # type: ignore[arg-type]
         self._kernels.update(zip([*self._kernels], _ps(seconds), strict=True))
-        for (collective, ranks, nodes, count), own in self._sends.items():
+        for (collective, ranks, nodes, times), own in self._sends.items():
             seconds = self._comm.duration(collective, np.array([*own], dtype=np.int64), ranks, nodes)
-            own.update(zip([*own], _ps(count * seconds), strict=True))
+            own.update(zip([*own], _ps(times * seconds), strict=True))
 
 
 def _ps(seconds: Any) -> list[int]:
@@ -162,33 +157,72 @@ def _ps(seconds: Any) -> list[int]:
     return found
 
 
-def _nodes(world: Mesh, axes: tuple[Axis, ...], ranks: int, per_node: int) -> int:
-    """Nodes that so many neighbours along some axes span."""
-    key = tuple(world.steps(world.axes)), world.axes, world.expert_axes, axes, ranks, per_node
-    return _known_nodes.get(key, lambda: nodes_of(world, axes, per_node, ranks))
+class _Groups:
+    """Who takes part in messages of each group of a plan."""
+
+    def __init__(self, plan: Plan, gpus_per_node: int) -> None:
+        self._world, self._gpus_per_node = world_of(plan), gpus_per_node
+        self._groups = replica_groups(plan)
+        self._members: dict[Group | int, tuple[int, int]] = {}
+        self.meeting = tuple([group for group, members in self._groups.items() if members.ranks > 1])
+        """Those of more than one rank."""
+
+    def members(self, group: Group | int) -> tuple[int, int]:
+        """Ranks of a group, or of so many neighbours of tp, and the nodes that they span."""
+        if group not in self._members:
+            axes, ranks = (("tp",), group) if isinstance(group, int) else self._groups[group]
+            self._members[group] = ranks, nodes_of(self._world, axes, self._gpus_per_node, ranks)
+        return self._members[group]
 
 
-_known_nodes: Cache[int] = Cache(KEPT, lambda _: 1)
+_groups: Cache[_Groups] = Cache(KEPT, lambda _: 1)
+
+
+def _groups_of(plan: Plan, gpus_per_node: int) -> _Groups:
+    key = (
+        plan.pp, plan.dp, plan.shard_group, plan.ring, plan.ulysses, plan.tp, plan.ep, plan.expert_tp, plan.mesh_order,
+        gpus_per_node,
+    )  # fmt: skip
+    return _groups.get(key, lambda: _Groups(plan, gpus_per_node))
+
+
+class _Kind(NamedTuple):
+    """Stages that run the same."""
+
+    number: int
+    """The first of them."""
+    weights: Hashable
+    """Of the blocks of each chunk,"""
+    counts: tuple[tuple[int, ...], ...]
+    """and how many of each there are."""
+    parameters: int
+
+
+def _kinds_of(numbers: Numbers, stages: Stages) -> Iterator[_Kind]:
+    names = weight_numbers(numbers.template)
+    shared = shares_embedding(numbers.template, stages)
+    for kind, runs in enumerate(stages.kinds):
+        number = stages.kind_of.index(kind)
+        chunks = [chunk.runs for chunk in stages[number]]
+        weights = tuple([tuple([(names[run.block], run.numbered) for run in own]) for own in chunks])
+        counts = tuple([tuple([run.count for run in own]) for own in chunks])
+        parameters = sum(run.count * numbers.parameters(run.block) for run in runs)
+        yield _Kind(number, (weights, shared), counts, parameters)
+
+
 _forms: Cache[_Form] = Cache(KEPT, lambda _: 1)
 _closed: Cache[_Closed] = Cache(KEPT, lambda _: 1)
 
 
-def _form_of(numbers: Numbers, plan: Plan, optimizer: Optimizer, stages: Stages, kind: int, world: Mesh) -> _Form:
-    """That of a kind of stages of a plan, kept for plans whose groups lie along the same axes."""
-    names, number = weight_numbers(numbers.template), stages.kind_of.index(kind)
-    chunks = [chunk.runs for chunk in stages[number]]
-    weights = tuple([tuple([(names[run.block], run.numbered) for run in runs]) for runs in chunks])
-    counts = tuple([tuple([run.count for run in runs]) for runs in chunks])
-    parameters = sum(run.count * numbers.parameters(run.block) for run in stages.kinds[kind])
-    shared = shares_embedding(numbers.template, stages)
-    key = weights, _options(plan), optimizer.precision, world.axes, shared
-    return _forms.get(
-        (key, counts, parameters),
-        lambda: _made(
-            _closed.get(key, lambda: _closed_by(numbers.template, plan, optimizer, stages, number)),
-            numbers, plan, optimizer, chunks, parameters,
-        ),
-    )  # fmt: skip
+def _form_of(kind: _Kind, numbers: Numbers, plan: Plan, optimizer: Optimizer, stages: Stages, groups: _Groups) -> _Form:
+    """That of a kind of stages of a plan, kept for plans that have ranks to meet in the same groups."""
+    key = kind.weights, _options(plan), optimizer.precision, groups.meeting
+
+    def made() -> _Form:
+        closed = _closed.get(key, lambda: _closed_by(numbers.template, plan, optimizer, stages, kind.number))
+        return _made(closed, numbers, plan, optimizer, [chunk.runs for chunk in stages[kind.number]], kind.parameters)
+
+    return _forms.get((key, kind.counts, kind.parameters), made)
 
 
 def _options(plan: Plan) -> Hashable:
@@ -203,17 +237,20 @@ class _Closed(NamedTuple):
     """What closes the step on a stage, whatever the number of its layers."""
 
     closings: Sequence[Closing]
-    reduced: Sequence[tuple[int, Message]]
-    """Messages of gradients with the chunk that each is of,"""
-    gathered: Sequence[tuple[int, Message]]
-    """and of updated weights; of one layer where there are several in a row."""
+    messages: Sequence[Sequence[tuple[int, Message]]]
+    """Of each closing, those that are no sums over tp, with the chunk of which they are buckets, or below 0."""
 
 
 def _closed_by(template: Template, plan: Plan, optimizer: Optimizer, stages: Stages, number: int) -> _Closed:
     chunks = [chunk._replace(runs=[replace(run, count=1) for run in chunk.runs]) for chunk in stages[number]]
+    runs = tuple(run for chunk in chunks for run in chunk.runs)
     sync = StageSync(template, plan, optimizer, stages)
-    closings = sync.closings(number, tuple(run for chunk in chunks for run in chunk.runs), chunks).closings
-    return _Closed(closings, *sync.buckets(number, chunks))
+    closings = sync.closings(number, runs, chunks).closings
+    reduced, gathered, agreed = sync.messages(number, runs, chunks)
+    shared = [(-1, message) for message in agreed if message.group == "embedding"]
+    numbers = [(-1, message) for message in agreed if message.group != "embedding"]
+    own = {"weight_sync": [*reduced, *shared], "optimizer": numbers, PARAMETER_GATHER: gathered}
+    return _Closed(closings, [own.get(closing.segment.name, ()) for closing in closings])
 
 
 def _made(
@@ -225,32 +262,31 @@ def _made(
     casts = weight_casts([(run.count, cast) for run in runs for cast in template.programs[run.block].weight_casts])
     kernels: dict[str, int | MemoryBound] = {name: place for place, name in enumerate(optimizer.names)}
     kernels |= {cast.name: cast.work for cast in casts}
+    counts = [[run.count for run in chunk] for chunk in chunks]
     tasks = []
-    for closing in closed.closings:
-        gathers = closing.segment.name == PARAMETER_GATHER
-        buckets = iter(closed.gathered if gathers else closed.reduced if closing.segment.phase == "weight_sync" else ())
+    for closing, messages in zip(closed.closings, closed.messages, strict=True):
         own: list[_Task] = []
+        left = iter(messages)
         for step in closing.steps:
             if isinstance(step, str):
                 own.append(kernels[step])
-                continue
-            chunk, message = next(buckets, (0, None))
-            if message is None:
-                own.append(
-                    _Send(step.axes, step.collective, step.ranks if step.axes == ("tp",) else None, *calls[step])
-                )
+            elif step.weights:
+                own.append(_Send(step.ranks, step.collective, *calls[step]))
             else:
-                own.append(_bucket(step, message, plan, optimizer, [run.count for run in chunks[chunk]]))
+                chunk, message = next(left)
+                own.append(_sent(message, plan, optimizer, counts[chunk] if chunk >= 0 else None))
         tasks.append(own)
     spread = sum(spread_parameters(template.programs[run.block]) * run.count for run in runs)
     return _Form(parameters, spread, closed.closings, tasks)
 
 
-def _bucket(sync: Sync, message: Message, plan: Plan, optimizer: Optimizer, times: Sequence[int]) -> _Bucket:
-    """Of blocks that are there so many times."""
-    sharded = plan.zero_stage > 0
-    itemsize = message.itemsize
-    if sync.collective == "all_gather":
+def _sent(message: Message, plan: Plan, optimizer: Optimizer, times: Sequence[int] | None) -> _Bucket | _Send:
+    """A message, or a bucket of blocks that are there so many times."""
+    if times is None:
+        return _Send(message.group, message.collective, message.message_bytes, 1)
+    sharded, itemsize = plan.zero_stage > 0, message.itemsize
+    if message.collective == "all_gather":
         itemsize = itemsize_at_rest(message.parameters, ELEMENT_BYTES[optimizer.precision], times)
-    elements = unpadded(message.parameters, times, sharded=sharded)
-    return _Bucket(sync.axes, sync.collective, elements, itemsize, sharded, message.group == "experts")
+    return _Bucket(
+        message.group, message.collective, unpadded(message.parameters, times, sharded=sharded), itemsize, sharded
+    )
