@@ -8,16 +8,9 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
-import numpy.typing as npt
 
 from spsim.costs.models import cost_models
-from spsim.costs.static_memory import (
-    StaticMemory,
-    dummy_gradients,
-    outside_tensors,
-    serving_memory,
-    static_memory,
-)
+from spsim.costs.static_memory import StaticMemory, dummy_gradients, outside_tensors, serving_memory, static_memory
 from spsim.engine.pieces import Node, Piece
 from spsim.engine.recording import TaskInfo
 from spsim.engine.tasks import Paces
@@ -48,6 +41,7 @@ from spsim.results.derived import Amounts, Simulated
 from spsim.results.result import Result
 from spsim.results.staged import OfStages, Staged
 from spsim.results.uncertainty import has_flags, is_calibrated
+from spsim.step.columns.step import one_if_alike
 from spsim.step.costed import costed_step
 from spsim.step.costed_pipeline import CostedPipeline, costed_pipeline
 from spsim.step.folding import Walked, fold_step
@@ -151,11 +145,6 @@ def simulate_many(grid: Grid) -> ResultColumns | None:
         scenario.scope, grid, prepared, numbers, amounts_of(grid, number, scenario.scope), step, static,
         outside_tensors(grid.hardware, prepared.mesh),
     )  # fmt: skip
-
-
-def one_if_alike(numbers: npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
-    """The micro-batches of all workloads, as most grids have them."""
-    return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
 
 
 def _simulate_stages(scenario: Scenario, fold: bool, perturbed: Perturbed | None) -> Result:

@@ -50,8 +50,13 @@ def points(base: str, *, seq_len: int = 2048, **changes: object) -> list[dict[st
     ],
 )
 def test_rows_are_those_of_each_plan_alone(monkeypatch, tied, base, layers):
-    every = points(base, layers=layers, tied_embeddings=tied)
-    some = Random(base).sample(every, 12)
+    compare(monkeypatch, base, 12, layers=layers, tied_embeddings=tied)
+
+
+def compare(monkeypatch, base: str, number: int, **changes: object) -> None:
+    """So many rows with those of plans one by one, to the bit; no row of the sweep is found so."""
+    every = points(base, **changes)
+    some = Random(base).sample(every, number)
     alone = {id(own): row(Point(own)) for own in some}
     monkeypatch.setattr(grids, "row", lambda point: pytest.fail(f"one by one: {point.settings['plan']}"))
     found = sweep(every)
@@ -60,6 +65,25 @@ def test_rows_are_those_of_each_plan_alone(monkeypatch, tied, base, layers):
         if id(own) in alone:
             known = found.iloc[place].to_dict()
             assert known == {name: alone[id(own)][name] for name in known}
+
+
+OTHERS = {
+    "experts": ({"experts": 8, "experts_per_token": 2, "expert_ffn_hidden": 256}, "tp=2,sequence_parallel,ep=2"),
+    "experts over tp": ({"experts": 8, "experts_per_token": 2}, "tp=2,sequence_parallel,ep=4,expert_tp=1"),
+    "dense layers": ({"experts": 8, "experts_per_token": 2, "shared_ffn_hidden": 256, "dense_layers": 3}, "ep=2"),
+    "windows": (
+        {"sliding_window": 512, "layer_types": ("sliding_attention", "full_attention")}, "tp=2,recompute=selective",
+    ),
+    "tied, uneven": ({"layers": 10, "tied_embeddings": True}, "tp=2,recompute=selective"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_other_models_are_those_of_each_plan_alone(monkeypatch, name):
+    """Experts, whose groups lie inside those of replicas; layers of several types; ends that share a table."""
+    changes, base = OTHERS[name]
+    compare(monkeypatch, base, 8, **{"layers": 8, "tied_embeddings": False, **changes})
 
 
 def test_what_does_not_fit_is_named_as_alone():

@@ -101,10 +101,11 @@ class Template:
         self.index = self.indices[LAYER]
         self.num_slots = reader.num_slots
         places = reader.places()
-        compiled = _coefficients(reader.positions)
-        self.groups = tuple(reader.groups(places, compiled))
-        self.coefficients = compiled if divisor == 1 else _undivided(compiled, divisor)
-        """Of 1, x, x^2, b, xb and x^2b where x = s / unit, times the square of the divisor."""
+        self.compiled = _coefficients(reader.positions)
+        """Of 1, x, x^2, b, xb and x^2b where x = s / (unit divisor)."""
+        self.groups = tuple(reader.groups(places, self.compiled))
+        self.coefficients = self.compiled if divisor == 1 else _undivided(self.compiled, divisor)
+        """The same where x = s / unit, times the square of the divisor."""
 
     def at(self, workload: Workload) -> Numbers:
         """The sizes of the program for a workload."""
@@ -115,9 +116,11 @@ class Template:
         return Numbers(self, values if self.divisor == 1 else -(-values // self.divisor**2))
 
     def basis(self, seq_len: npt.NDArray[np.int64], micro_batch: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """The monomials of many workloads, a column for each: its product with the coefficients is their sizes."""
+        """The monomials of many workloads whose tokens the divisor divides, a column for each: its product with the
+        `compiled` coefficients is their sizes.
+        """
         found = np.empty((MONOMIALS, len(seq_len)))
-        x, b = (seq_len // self.unit).astype(np.float64), micro_batch.astype(np.float64)
+        x, b = (seq_len // (self.unit * self.divisor)).astype(np.float64), micro_batch.astype(np.float64)
         for row, monomial in zip(found, _monomials(x, b), strict=True):
             row[:] = monomial
         return found

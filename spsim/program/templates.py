@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from math import lcm
 
+import numpy as np
+import numpy.typing as npt
+
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
@@ -30,7 +33,7 @@ from spsim.program.instructions import LAYER
 from spsim.program.recompute import LayerKind, usual_kind
 from spsim.program.routing import routing_of
 from spsim.program.serving import serving_programs
-from spsim.program.sizes import Template, every_workload
+from spsim.program.sizes import Template, Vector, every_workload
 from spsim.units import MIB
 
 _templates: Cache[Template] = Cache(64 * MIB, lambda template: template.nbytes)
@@ -43,6 +46,12 @@ def dealt_among(model: Model, plan: Plan) -> int:
     routing = routing_of(model, plan)
     tokens, copies = (own / model.experts for own in (model.experts_per_token * routing.load, routing.copies))
     return lcm(tokens.denominator, copies.denominator)
+
+
+def are_whole(model: Model, plan: Plan, seq_len: Vector) -> npt.NDArray[np.bool_]:
+    """For which sequences no size is rounded, since the tokens of each are dealt out evenly."""
+    found: npt.NDArray[np.bool_] = seq_len % (sequence_unit(model, plan) * dealt_among(model, plan)) == 0
+    return found
 
 
 def layer_template(

@@ -152,14 +152,14 @@ class PreparedStep:
 
     @lazy
     def columns(self) -> BlockColumns | None:
-        """Prepared for many workloads at once, if one rank stands for all, `covered` covers its passes and no size is
-        rounded.
+        """Prepared for many workloads at once whose sizes are not rounded, if one rank stands for all and `covered`
+        covers its passes.
         """
-        apart = self.ranks.simulated != "one" or self.template.divisor > 1 or self._hidden is not None
+        apart = self.ranks.simulated != "one" or self._hidden is not None
         if apart or not all(map(covered, self._passes)):
             return None
         slots = {name: own for name, by_rank in self._slots.items() for own in by_rank.values()}
-        coefficients = self.template.coefficients.astype(np.float64)
+        coefficients = self.template.compiled.astype(np.float64)
         return BlockColumns(self.blocks, slots, self._buffer_positions, coefficients)
 
     @lazy

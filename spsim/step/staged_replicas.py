@@ -22,6 +22,7 @@ from spsim.program.blocks.optimizer import parameter_state, shard_ranks
 from spsim.program.instructions import Buffer
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
+from spsim.step.buckets import Parameter
 from spsim.step.closing import Optimizer, StageClosings, replica_closings
 from spsim.step.gradients import gradient_syncs, sums_beside
 from spsim.step.groups import Groups, meets, replica_groups
@@ -144,10 +145,22 @@ class StageSync:
 
     def _synchronisation(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
         """Of the blocks of a chunk, kept: many plans have the same weights."""
-        numbers = weight_numbers(self._template)
-        weights = tuple([(numbers[run.block], run.count, run.numbered) for run in runs])
-        key = weights, self._options, self._shared, (stage, chunk) == (0, 0)
+        key = self._weights(runs), self._options, self._shared, (stage, chunk) == (0, 0)
         return _known.get(key, lambda: self._found(stage, chunk, runs))
+
+    def _parameters(self, runs: Chunk) -> tuple[Parameter, ...]:
+        """Of the blocks of a chunk, kept for other plans."""
+
+        def found() -> tuple[Parameter, ...]:
+            own = parameters_of(self._template.programs[run.block] for run in runs for _ in range(run.count))
+            return tuple([p._replace(shared=True) if self._shared and p.name == TABLE else p for p in own])
+
+        return _parameters.get((self._weights(runs), self._shared), found)
+
+    def _weights(self, runs: Chunk) -> tuple[object, ...]:
+        """What stands for those of a chunk."""
+        numbers = weight_numbers(self._template)
+        return tuple([(numbers[run.block], run.count, run.numbered) for run in runs])
 
     @lazy
     def _options(self) -> tuple[object, ...]:
@@ -160,13 +173,12 @@ class StageSync:
         )  # fmt: skip
 
     def _found(self, stage: int, chunk: int, runs: Chunk) -> Synchronisation:
-        own = parameters_of(self._template.programs[run.block] for run in runs for _ in range(run.count))
-        parameters = [p._replace(shared=True) if self._shared and p.name == TABLE else p for p in own]
         return synchronisation(
-            parameters, self._plan, self._optimizer.precision, stage=stage, chunk=chunk, root=root_of(runs)
+            self._parameters(runs), self._plan, self._optimizer.precision, stage=stage, chunk=chunk, root=root_of(runs)
         )
 
 
+_parameters: Cache[tuple[Parameter, ...]] = Cache(16 * MIB, lambda own: KIB * len(own) // 8)
 _known: Cache[Synchronisation] = Cache(16 * MIB, lambda made: KIB * len(made.reductions))
 _numbers: Cache[object] = Cache(1024, lambda _: 1)
 

@@ -42,7 +42,6 @@ def alike(grid: Grid) -> tuple[Hashable, ...] | None:
     scenario = grid.scenario
     plan = scenario.plan
     alone = scenario.perturbations.changes or scenario.network == "flows" or scenario.scope != "step"
-    alone = alone or scenario.model.experts is not None or len(scenario.model.types) > 1
     alone = alone or scenario.model.mtp_layers > 0
     if alone or not runs_apart(plan) or is_calibrated(grid.hardware) or has_flags(grid.hardware):
         return None

@@ -50,12 +50,15 @@ def ends_of(kinds: Sequence[Sequence[Part]], kind_of: Sequence[int], finished_ps
 
 
 def _optimizer(rows: Sequence[_Row], shape: tuple[int, ...]) -> Times:
-    """Of the first of the stages that come to it last."""
-    begins, lengths = np.full(shape, -1), np.zeros(shape, np.int64)
+    """Of the stage that comes to it last; of several the one that takes longer, or the first."""
+    begins, ends = np.full((2, *shape), -1)
+    lengths = np.zeros(shape, np.int64)
     for row in rows:
-        if row.optimizer_begins is not None:
-            begins[row.stages], lengths[row.stages] = row.optimizer_begins, row.lengths["optimizer"]
-    found: Times = lengths[begins.argmax(axis=0), np.arange(shape[1])]
+        if row.optimizer is not None:
+            begins[row.stages], ends[row.stages] = row.optimizer
+            lengths[row.stages] = row.lengths["optimizer"]
+    last = np.where(begins == begins.max(axis=0), ends, -2).argmax(axis=0)
+    found: Times = lengths[last, np.arange(shape[1])]
     return found
 
 
@@ -66,7 +69,8 @@ class _Row:
         self.stages = stages
         self.cursor = finished_ps[stages]
         self.lengths = {phase: np.zeros_like(self.cursor) for phase in ("weight_sync", "optimizer")}
-        self.optimizer_begins: Times | None = None
+        self.optimizer: tuple[Times, Times] | None = None
+        """When it begins, and when its first segment ends."""
         self._parts = parts
         self._place = 0
         self._begin: Times | None = None
@@ -99,8 +103,8 @@ class _Row:
         self._begin = None if part.ends else begin
         if part.ends:
             self.lengths[part.phase] += self.cursor - begin
-            if part.phase == "optimizer" and self.optimizer_begins is None:
-                self.optimizer_begins = begin
+            if part.phase == "optimizer" and self.optimizer is None:
+                self.optimizer = begin, self.cursor
 
 
 class Part(NamedTuple):

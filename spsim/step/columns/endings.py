@@ -27,7 +27,7 @@ from spsim.step.buckets import padded, unpadded
 from spsim.step.closing import PARAMETER_GATHER, Closing, Optimizer, weight_casts
 from spsim.step.columns.closing import Part, parts_of
 from spsim.step.ending import Ending, spread_parameters
-from spsim.step.groups import replica_groups
+from spsim.step.groups import Members, replica_groups
 from spsim.step.itinerary import Chunk
 from spsim.step.messages import Group, Message
 from spsim.step.replicas import itemsize_at_rest
@@ -170,7 +170,7 @@ class _Groups:
     def members(self, group: Group | int) -> tuple[int, int]:
         """Ranks of a group, or of so many neighbours of tp, and the nodes that they span."""
         if group not in self._members:
-            axes, ranks = (("tp",), group) if isinstance(group, int) else self._groups[group]
+            axes, ranks = Members(("tp",), group) if isinstance(group, int) else self._groups[group]
             self._members[group] = ranks, nodes_of(self._world, axes, self._gpus_per_node, ranks)
         return self._members[group]
 

@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from spsim.lazy import lazy
-from spsim.program.instructions import LAYER
 from spsim.step.columns.chunks import PASSES, ChunkPasses
 from spsim.step.columns.clocked import Asked, totals
 from spsim.step.columns.closing import Closings, Ends, ends_of, joined, order_of
 from spsim.step.columns.fill import Floats, Places
 from spsim.step.columns.replay import Points, Times
-from spsim.step.columns.step import EXACT
+from spsim.step.columns.step import EXACT, first_layer
 from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.in_flight import Fullest
 from spsim.step.pipeline.many import Totals
@@ -166,9 +165,10 @@ class StagedColumns:
 
     @lazy
     def phases(self) -> dict[str, Floats]:
-        """Of one layer and micro-batch."""
+        """Of the first layer and of one micro-batch."""
+        layer = first_layer(chunk.runs for chunks in self.stages for chunk in chunks)
         return {
-            phase: np.concatenate([plan.passes.ran.lengths[LAYER, phase][plan.columns] for plan in self.plans])
+            phase: np.concatenate([plan.passes.ran.lengths[layer, phase][plan.columns] for plan in self.plans])
             for phase in PASSES
         }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from spsim.engine.pieces import Pass
 from spsim.lazy import lazy
@@ -140,6 +141,16 @@ class RanPasses:
         return RanPasses(self.block, self.holds[columns], lengths, kernels, fills, self.basis[:, columns])
 
 
+def one_if_alike(numbers: npt.NDArray[np.int64]) -> Runs:
+    """The micro-batches of all workloads, as most grids have them."""
+    return int(numbers[0]) if (numbers == numbers[0]).all() else numbers
+
+
+def first_layer(chunks: Iterable[Sequence[Run]]) -> str:
+    """The block of the first layer of some chunks; such as all layers are, where these have none."""
+    return next((run.block for chunk in chunks for run in chunk if run.numbered), LAYER)
+
+
 @dataclass(frozen=True)
 class StepColumns:
     """What a step came to; times in picoseconds."""
@@ -169,8 +180,9 @@ class StepColumns:
 
     @property
     def phases(self) -> Mapping[Pass, Floats]:
-        """Of each pass of one layer and micro-batch."""
-        return {phase: length for (block, phase), length in self.ran.lengths.items() if block == LAYER}
+        """Of each pass of the first layer and of one micro-batch."""
+        layer = first_layer([self.chunk])
+        return {phase: length for (block, phase), length in self.ran.lengths.items() if block == layer}
 
     @lazy
     def _passes(self) -> Floats:
