@@ -26,6 +26,7 @@ from spsim.program.sizes import Numbers, Template
 from spsim.program.templates import step_template
 from spsim.step.closing import Optimizer, StageClosings, closings
 from spsim.step.ending import Ending, Times
+from spsim.step.hidden import hidden_by
 from spsim.step.itinerary import Chunk
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import issued_by
@@ -46,7 +47,8 @@ def runs_apart(plan: Plan) -> bool:
     sends_behind = plan.dp_library != "megatron" or plan.dp_overlap or plan.zero_stage > 1 or plan.shard_group
     of_layers = plan.recompute_layers or plan.cpu_offload_layers
     staged = plan.pp > 1 and (plan.pp_schedule in HALVED or keeps_outputs(plan))
-    return not (sends_behind or of_layers or staged) and plan.mesh_order == MESH_ORDER
+    hides, _ = hidden_by(plan)
+    return not (sends_behind or of_layers or staged or hides) and plan.mesh_order == MESH_ORDER
 
 
 def one_stage(model: Model, plan: Plan) -> Plan:

@@ -222,11 +222,19 @@ def _parts(every: Sequence[Sequence[_Placed]]) -> Iterator[list[list[_Placed]]]:
 
 
 def _together(points: Sequence[Point], every: Sequence[Sequence[_Placed]], alone: list[int]) -> Iterator[Table]:
-    """The rows of plans of one model, of which those in a row have the same passes."""
+    """The rows of plans of one model, of which those in a row have the same passes; row by row where some of them
+    cannot be computed so.
+    """
     places = np.concatenate([placed.places for own in every for placed in own])
     simulated = partial(simulate_together, [[placed.grid for placed in own] for own in every])
+    left: list[int] = []
     with _without_collections():
-        found = [*_at_once(points, places, simulated, alone)]
+        found = [*_at_once(points, places, simulated, left)]
+    if len(every) > 1 and len(left) == len(places):
+        for own in every:
+            yield from _together(points, [own], alone)
+        return
+    alone += left
     yield from found
 
 
