@@ -20,9 +20,9 @@ KernelClass = Literal["gemm", "attention"] | MemoryBoundClass
 """Which coefficients time a kernel; the kind of an operator is the class of its kernels."""
 KERNEL_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", *get_args(MemoryBoundClass))
 KernelName = Literal[
-    "layer_norm", "rms_norm", "softmax", "masked_softmax", "dropout", "gelu", "bias_gelu", "squared_relu", "swiglu",
-    "geglu", "rope", "bias_dropout_add", "bias_add", "bias_gradient", "add", "copy", "embedding", "cross_entropy",
-    "adam",
+    "layer_norm", "rms_norm", "softmax", "masked_softmax", "dropout", "gelu", "bias_gelu", "relu", "squared_relu",
+    "swiglu", "geglu", "rope", "bias_dropout_add", "bias_add", "bias_gradient", "add", "copy", "embedding",
+    "cross_entropy", "adam",
     "permute",
     "amax", "quantize", "quantize_columnwise", "quantize_both", "transpose", "swizzle_scales",
 ]  # fmt: skip

@@ -266,7 +266,7 @@ def test_a_plan_under_two_libraries_is_compared(capsys):
         ("run --model gpt-2", {"gpt-22b"}),
         ("compare --hardware dgx-h", {"dgx-h100", "dgx-h200"}),
         ("explain --plan tp=8,ring_k", {f"tp=8,ring_kind={kind}" for kind in ("p2p", "all_gather", "gather_permute")}),
-        ("run --set model.atte", {"model.attention="}),
+        ("run --set model.qk_nope", {"model.qk_nope_head_dim="}),
         ("list ", {"hardware", "models", "plans", "libraries"}),
         ("explain --library torch", {"torchtitan", "torch"}),
     ],

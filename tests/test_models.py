@@ -12,8 +12,10 @@ import pytest
 
 from spsim.errors import InputError
 from spsim.inputs.model import Model
+from spsim.inputs.plan import parse_plan
 from spsim.inputs.presets import PRESETS, load_model
 from spsim.inputs.workload import Workload
+from spsim.program.assembly import layer_program
 from spsim.program.blocks.transformer import transformer_layer
 from spsim.program.instructions import Communication, Compute, Program
 from spsim.work import MemoryBound
@@ -104,7 +106,7 @@ def test_unknown_model_lists_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "gated", "words"),
-    [("swiglu", False, "exclude"), ("geglu", False, "exclude"), ("gelu", True, "exclude"), ("relu", False, "'relu'")],
+    [("swiglu", False, "exclude"), ("geglu", False, "exclude"), ("gelu", True, "exclude"), ("silu", False, "'silu'")],
 )
 def test_an_activation_that_does_not_fit_is_refused(activation: str, gated: bool, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
@@ -338,3 +340,39 @@ def test_traffic_of_the_traits() -> None:
             assert found == [("forward", forward // T + 2 * x.d), ("backward", backward // T)]
         assert traffic(x.program(plan, **QKV_BIAS), "qkv") == [("wgrad", 6 * x.S // T)]
         assert traffic(x.program(plan, gated_mlp=True), "qkv") == []
+
+
+BIASED = {
+    "hidden": 256,
+    "ffn_hidden": 512,
+    "heads": 8,
+    "layers": 2,
+    "vocab": 1000,
+    "gated_mlp": True,
+    "max_positions": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "traits",
+    [
+        {"norms": "post", "qk_norm": True, "qk_norm_over": "heads"},
+        {"norms": "both", "qk_norm": True},
+        {"norm": "layernorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True},
+        {"norm": "layernorm", "parallel_residual": True, "shared_norm": True, "mlp_bias": True},
+        {"bias": True, "mlp_bias": False},
+        {"gated_mlp": False, "activation": "relu"},
+        {"bias": True, "experts": 8, "experts_per_token": 2},
+        {"bias": True, "experts": 8, "experts_per_token": 2, "shared_ffn_hidden": 128},
+        {"bias": True, "experts": 8, "experts_per_token": 2, "expert_ffn_hidden": 128, "attention_sinks": True},
+    ],
+)
+@pytest.mark.parametrize("plan", ["", "tp=2,sequence_parallel"])
+def test_a_layer_has_the_parameters_that_its_traits_say(traits: dict[str, Any], plan: str) -> None:
+    """The weights of its operators are those of the formula, each of tp's two ranks having half or all of them."""
+    found = Model(**{**BIASED, **traits})
+    held = layer_program(found, parse_plan(plan), Workload(seq_len=64)).parameters
+    if not plan:
+        assert held == found.layer_parameters
+    else:
+        assert found.layer_parameters / 2 < held < found.layer_parameters

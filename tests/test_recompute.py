@@ -18,7 +18,7 @@ from spsim.inputs.rules import sequence_unit
 from spsim.inputs.step_rules import MODULES as NAMES
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
-from spsim.program.blocks.transformer import _Layer
+from spsim.program.blocks.transformer import Layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import Communication, Compute
 from spsim.program.mesh import Mesh
@@ -99,7 +99,7 @@ def test_hardware_flops_count_what_runs_again():
 
 def sublayer():
     """Norm, MLP and residual, without biases or dropout: 8 tokens of 16, MLP of 32."""
-    layer = _Layer(model(hidden=16, heads=2, ffn_hidden=32, bias=False), Workload(seq_len=8), 1, "fused")
+    layer = Layer(model(hidden=16, heads=2, ffn_hidden=32, bias=False), Workload(seq_len=8), 1, "fused")
     x = layer.tensor("layer_input", "s b h")
     layer.residual("residual2", layer.mlp(layer.norm("norm2", x)), x)
     return layer.operators

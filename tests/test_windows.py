@@ -6,8 +6,8 @@ import io
 import numpy as np
 import pytest
 
-from spsim import Model, Scenario, simulate
-from spsim.costs.flops import layer_flops
+from spsim import Model, Scenario, load_model, simulate
+from spsim.costs.flops import head_flops, layer_flops
 from spsim.costs.kernels import ComputeCost
 from spsim.errors import InputError
 from spsim.inputs.grid import Grid
@@ -183,3 +183,17 @@ def test_sinks_are_a_number_a_head(plan, held):
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         Model(**{**DENSE, **changes})
+
+
+def test_flops_of_gpt_oss_are_as_published():
+    """32.63 GFLOP a token of 4096 (NVIDIA-NeMo/Megatron-Bridge at 067f987d, docs/performance-summary.md from 26.06 on):
+    three matrices of an expert, windows counted; the router is not.
+    """
+    model = load_model("gpt-oss-120b")
+    workload = Workload(seq_len=4096)
+    layers = sum(
+        count * layer_flops(model.of_type(own), workload, causal=True).training() for own, count in model.types.items()
+    )
+    found = (layers + head_flops(model, workload).training()) / 4096 / 1e9
+    assert found == pytest.approx(32.63, rel=0.005)
+    assert found - 6 * 36 * 2880 * 128 / 1e9 == pytest.approx(32.63, abs=0.005)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spsim.inputs.model import Model
+from spsim.inputs.parameters import of_projections
 from spsim.inputs.workload import Workload, Workloads
 from spsim.work import smaller
 
@@ -50,7 +51,7 @@ def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = 
         width = model.experts_per_token * model.expert_ffn_hidden + model.shared_ffn_hidden
         router = model.hidden * model.experts
     of_mlp = model.hidden * width * (3 if model.gated_mlp else 2) + router
-    matrices = model.attention_matrices + of_mlp
+    matrices = of_projections(model) + of_mlp
     pairs = tokens * workload.seq_len
     if model.sliding_window is not None:
         pairs = workload.micro_batch * _twice_pairs(workload.seq_len, model.sliding_window)

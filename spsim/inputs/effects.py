@@ -279,7 +279,7 @@ def _nothing_earlier(model: Model, plan: Plan) -> str:
     if plan.recompute == "none":
         return "with recompute = 'none'"
     over_tp = plan.tp > 1 and plan.sequence_parallel
-    of_layer = plan.recompute == "full" and not model.dropout and (over_tp or model.bias)
+    of_layer = plan.recompute == "full" and not model.dropout and (over_tp or model.mlp_bias)
     of_modules = {"mlp": over_tp, "core_attn": plan.ulysses > 1}
     runs = of_layer or any(of_modules.get(name, False) for name in plan.recomputed_modules)
     return "" if runs else "as nothing runs before what is recomputed is read"

@@ -60,18 +60,6 @@ class Family(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_biases(self) -> Self:
-        _, output, mlp = self.biases
-        if output != mlp:
-            raise ValueError(
-                f"{self.bias_key} is {str(output).lower()} where the MLP's is {str(mlp).lower()}: "
-                "biases in one of the two are not simulated yet; make them equal"
-            )
-        return self
-
-    bias_key: ClassVar[str] = "attention_bias"
-
     @property
     def biases(self) -> tuple[bool, bool, bool]:
         """Whether q, k and v, the projection of attention's output, and the MLP have biases."""
@@ -84,49 +72,11 @@ class Family(BaseModel):
             "layers": self.num_hidden_layers, "hidden": self.hidden_size, "heads": self.num_attention_heads,
             "vocab": self.vocab_size, "dropout": self.dropout, "causal": self.is_causal,
             "tied_embeddings": self.tie_word_embeddings, "activation": self.activations[self.hidden_act],
-            "qkv_bias": self.biases[0], "bias": self.biases[2], **positions, **self.traits,
+            "qkv_bias": self.biases[0], "bias": self.biases[1], "mlp_bias": self.biases[2], **positions, **self.traits,
         }  # fmt: skip
 
 
-class _GPT2(Family):
-    num_hidden_layers: Count = Field(validation_alias=AliasChoices("n_layer", "num_hidden_layers"))
-    hidden_size: Count = Field(validation_alias=AliasChoices("n_embd", "hidden_size"))
-    num_attention_heads: Count = Field(validation_alias=AliasChoices("n_head", "num_attention_heads"))
-    max_position_embeddings: Count = Field(validation_alias=AliasChoices("n_positions", "max_position_embeddings"))
-    intermediate_size: Count | None = Field(None, alias="n_inner")
-    hidden_act: str = Field("gelu_new", alias="activation_function")
-    tie_word_embeddings: bool = True
-    dropout: Annotated[float, Field(ge=0, lt=1, alias="resid_pdrop")] = 0.1
-
-    def fields(self) -> dict[str, Any]:
-        return {**super().fields(), "ffn_hidden": self.intermediate_size or 4 * self.hidden_size}
-
-
-class _GPTBigCode(_GPT2):
-    multi_query: bool = True
-
-    def fields(self) -> dict[str, Any]:
-        return {**super().fields(), "kv_heads": 1 if self.multi_query else self.num_attention_heads}
-
-
-class _GPTNeoX(Family):
-    traits: ClassVar[Mapping[str, Any]] = {"positions": "rope"}
-
-    intermediate_size: Count
-    dropout: Annotated[float, Field(ge=0, lt=1, alias="hidden_dropout")] = 0.0
-    use_parallel_residual: bool = True
-    attention_bias: bool = True
-
-    @property
-    def biases(self) -> tuple[bool, bool, bool]:
-        return self.attention_bias, self.attention_bias, True
-
-    def fields(self) -> dict[str, Any]:
-        own = {"ffn_hidden": self.intermediate_size, "parallel_residual": self.use_parallel_residual}
-        return {**super().fields(), **own}
-
-
-class _Rotary(Family):
+class Rotary(Family):
     """Keys of the decoders after Llama: grouped-query attention, rotary positions, perhaps a sliding window."""
 
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True}
@@ -139,12 +89,13 @@ class _Rotary(Family):
     sliding_window: Count | None = None
     use_sliding_window: bool = True
     layer_types: list[str] | None = None
+    further_types: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
         if self.layer_types is None:
             return self
-        others = set(self.layer_types) - {"full_attention", "sliding_attention"}
+        others = set(self.layer_types) - {"full_attention", "sliding_attention", *self.further_types}
         if others:
             raise ValueError(f"layer_types: {min(others)!r} is not simulated yet; use 'full_attention'")
         if len(self.layer_types) != self.num_hidden_layers:
@@ -182,7 +133,7 @@ class _Rotary(Family):
         return {**super().fields(), "ffn_hidden": self.intermediate_size, **given}
 
 
-def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None, vocab: int) -> dict[str, int]:
+def sizes_of(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None, vocab: int) -> dict[str, int]:
     """Without KV heads where the code takes as many as heads."""
     sizes = {
         "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -191,24 +142,24 @@ def _sizes(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int | None,
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-class Mistral(_Rotary):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 14336, 32, 32, 8, 32000)
+class Mistral(Rotary):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 14336, 32, 32, 8, 32000)
     num_key_value_heads: Count | None
     sliding_window: Count | None = 4096
 
 
-class _Ministral3(_Rotary):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 14336, 34, 32, 8, 131072)
+class _Ministral3(Rotary):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 14336, 34, 32, 8, 131072)
     num_key_value_heads: Count | None
     head_dim: Count | None = 128
 
 
-class _Phi3(_Rotary):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(3072, 8192, 32, 32, None, 32064)
+class _Phi3(Rotary):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(3072, 8192, 32, 32, None, 32064)
 
 
-class _Qwen2(_Rotary):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 22016, 32, 32, 32, 151936)
+class _Qwen2(Rotary):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 22016, 32, 32, 32, 151936)
     num_key_value_heads: Count | None
     use_sliding_window: bool = False
     sliding_window: Count | None = 4096
@@ -224,14 +175,14 @@ class _Qwen2(_Rotary):
 
 
 class _Qwen2VL(_Qwen2):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(8192, 29568, 80, 64, 8, 152064)
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(8192, 29568, 80, 64, 8, 152064)
     max_window_layers: Annotated[int, Field(ge=0)] = 80
 
 
-class _Llama(_Rotary):
+class Llama(Rotary):
     """Granite too: its multipliers of embeddings, residuals and logits move nothing and cost next to nothing."""
 
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 11008, 32, 32, None, 32000)
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 11008, 32, 32, None, 32000)
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -240,27 +191,27 @@ class _Llama(_Rotary):
         return self.attention_bias, self.attention_bias, self.mlp_bias
 
 
-class _LlamaLike(_Llama):
+class _LlamaLike(Llama):
     """Code beside the weights."""
 
     sizes: ClassVar[Mapping[str, int]] = {}
 
 
-class _Exaone(_Llama):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 14336, 32, 32, 8, 102400)
+class _Exaone(Llama):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 14336, 32, 32, 8, 102400)
     num_hidden_layers: Count = Field(validation_alias=AliasChoices("num_layers", "num_hidden_layers"))
     hidden_act: str = Field("silu", validation_alias=AliasChoices("activation_function", "hidden_act"))
 
 
-class _HunYuan(_Llama):
+class _HunYuan(Llama):
     """Its norms of q and k stand behind the rotation, at the same cost."""
 
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qk_norm": True}
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 11008, 32, 32, None, 290943)
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 11008, 32, 32, None, 290943)
 
 
-class _Glm(_Llama):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 13696, 40, 32, 2, 151552)
+class _Glm(Llama):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 13696, 40, 32, 2, 151552)
     head_dim: Count | None = 128
     attention_bias: bool = True
 
@@ -269,13 +220,12 @@ class _Glm(_Llama):
         return self.attention_bias, False, False
 
 
-class _SeedOss(_Llama):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 27648, 64, 80, 8, 155136)
+class _SeedOss(Llama):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 27648, 64, 80, 8, 155136)
     num_key_value_heads: Count | None
     head_dim: Count | None = 128
     attention_bias: bool = True
     attention_out_bias: bool = False
-    bias_key: ClassVar[str] = "attention_out_bias"
     dropout: Annotated[float, Field(ge=0, lt=1, alias="residual_dropout")] = 0.1
 
     @property
@@ -283,17 +233,16 @@ class _SeedOss(_Llama):
         return self.attention_bias, self.attention_out_bias, self.mlp_bias
 
 
-class _InternLM2(_Rotary):
+class _InternLM2(Rotary):
     bias: bool = True
     """Of attention."""
-    bias_key: ClassVar[str] = "bias"
 
     @property
     def biases(self) -> tuple[bool, bool, bool]:
         return self.bias, self.bias, False
 
 
-class _InternLM3(_Rotary):
+class _InternLM3(Rotary):
     qkv_bias: bool = Field(False, validation_alias=AliasChoices("qkv_bias", "attention_bias"))
     bias: bool = Field(False, validation_alias=AliasChoices("bias", "mlp_bias"))
     head_dim: Count | None = 128
@@ -303,7 +252,7 @@ class _InternLM3(_Rotary):
         return self.qkv_bias, self.bias, self.bias
 
 
-class _Ernie(_Rotary):
+class _Ernie(Rotary):
     use_bias: bool = False
     head_dim: Count | None = 128
     tie_word_embeddings: bool = True
@@ -313,9 +262,9 @@ class _Ernie(_Rotary):
         return self.use_bias, self.use_bias, self.use_bias
 
 
-class Qwen3(_Llama):
+class Qwen3(Llama):
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "qk_norm": True}
-    sizes: ClassVar[Mapping[str, int]] = _sizes(4096, 22016, 32, 32, 32, 151936)
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 22016, 32, 32, 32, 151936)
     num_key_value_heads: Count | None
     head_dim: Count | None = 128
     use_sliding_window: bool = False
@@ -327,15 +276,77 @@ class Qwen3(_Llama):
         return self.max_window_layers
 
 
-class _Gemma(_Llama):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(3072, 24576, 28, 16, 16, 256000)
+class _Gemma(Llama):
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(3072, 24576, 28, 16, 16, 256000)
     num_key_value_heads: Count | None
     head_dim: Count | None = 256
     hidden_act: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True
 
 
-class _StableLM(_Rotary):
+class _Gemma2(_Gemma):
+    """Caps of scores and logits move nothing and cost next to nothing."""
+
+    traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "norms": "both"}
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(2304, 9216, 26, 8, 4, 256000)
+    hidden_act: str = Field("gelu_pytorch_tanh", validation_alias=AliasChoices("hidden_activation", "hidden_act"))
+    sliding_window: Count | None = 4096
+    sliding_window_pattern: Count = Field(
+        2, validation_alias=AliasChoices("sliding_window_pattern", "_sliding_window_pattern")
+    )
+    use_bidirectional_attention: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_direction(self) -> Self:
+        if self.use_bidirectional_attention:
+            raise ValueError("use_bidirectional_attention: windows to both sides are not simulated; use a causal model")
+        return self
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """See `Rotary`: all but the last of so many layers have the window."""
+        usual = (self.sliding_window_pattern - 1) * ("sliding_attention",) + ("full_attention",)
+        return super().turns if self.layer_types else usual
+
+
+class _Gemma3(_Gemma2):
+    traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "norms": "both", "qk_norm": True}
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(2304, 9216, 26, 8, 4, 262208)
+    sliding_window_pattern: Count = Field(
+        6, validation_alias=AliasChoices("sliding_window_pattern", "_sliding_window_pattern")
+    )
+
+
+class _Glm4(_Glm):
+    traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "norms": "both"}
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 13696, 40, 32, 2, 151552)
+
+
+class _Olmo2(Llama):
+    """Its norms of q and k are over all heads together."""
+
+    traits: ClassVar[Mapping[str, Any]] = {
+        "gated_mlp": True, "norms": "post", "qk_norm": True, "qk_norm_over": "heads"
+    }  # fmt: skip
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 11008, 32, 32, None, 50304)
+
+
+class _Cohere(Llama):
+    traits: ClassVar[Mapping[str, Any]] = {
+        "gated_mlp": True, "norm": "layernorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True,
+    }  # fmt: skip
+    sizes: ClassVar[Mapping[str, int]] = sizes_of(8192, 22528, 40, 64, None, 256000)
+    tie_word_embeddings: bool = True
+    use_qk_norm: bool = False
+
+    @model_validator(mode="after")
+    def _check_head_norms(self) -> Self:
+        if self.use_qk_norm:
+            raise ValueError("use_qk_norm: a weight of its own for each head is not simulated; use a model without it")
+        return self
+
+
+class _StableLM(Rotary):
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "norm": "layernorm"}
 
     dropout: Annotated[float, Field(ge=0, lt=1, alias="hidden_dropout")] = 0.0
@@ -355,41 +366,14 @@ class _StableLM(_Rotary):
         return self.use_qkv_bias, False, False
 
 
-class _Plain(_Rotary):
-    """Rotary positions and grouped queries with an MLP without gate."""
-
-    traits: ClassVar[Mapping[str, Any]] = {"positions": "rope"}
-    activations: ClassVar[Mapping[str, str]] = PLAIN_ACTIVATIONS
-
-
-class _StarCoder2(_Plain):
-    hidden_act: str = "gelu_pytorch_tanh"
-    dropout: Annotated[float, Field(ge=0, lt=1, alias="residual_dropout")] = 0.0
-    use_bias: bool = True
-    tie_word_embeddings: bool = True
-
-    @property
-    def biases(self) -> tuple[bool, bool, bool]:
-        return self.use_bias, self.use_bias, self.use_bias
-
-
-class _Nemotron(_Plain, _Llama):
-    sizes: ClassVar[Mapping[str, int]] = _sizes(6144, 24576, 32, 48, None, 256000)
-    hidden_act: str = "relu2"
-
-
-class _Arcee(_Nemotron):
-    traits: ClassVar[Mapping[str, Any]] = {"positions": "rope", "norm": "rmsnorm"}
-    sizes: ClassVar[Mapping[str, int]] = _sizes(2560, 18432, 32, 32, None, 32000)
-
-
-FAMILIES: dict[str, type[Family]] = {
-    "aquila": _LlamaLike, "arcee": _Arcee, "ernie4_5": _Ernie, "exaone": _Exaone, "gemma": _Gemma, "glm": _Glm,
-    "gpt2": _GPT2, "gpt_bigcode": _GPTBigCode, "gpt_neox": _GPTNeoX, "granite": _Llama,
+OF_LLAMA: dict[str, type[Family]] = {
+    "aquila": _LlamaLike, "ernie4_5": _Ernie, "exaone": _Exaone, "cohere": _Cohere,
+    "gemma": _Gemma, "gemma2": _Gemma2, "gemma3_text": _Gemma3, "glm": _Glm, "glm4": _Glm4, "granite": Llama,
     "hunyuan_v1_dense": _HunYuan, "internlm": _InternLM2, "internlm2": _InternLM2, "internlm3": _InternLM3,
-    "llama": _Llama, "minicpm": _LlamaLike, "ministral": Mistral, "ministral3": _Ministral3, "mistral": Mistral,
-    "nemotron": _Nemotron, "phi3": _Phi3, "qwen2": _Qwen2, "qwen2_vl": _Qwen2VL, "qwen2_vl_text": _Qwen2VL,
+    "llama": Llama, "minicpm": _LlamaLike, "ministral": Mistral, "ministral3": _Ministral3, "mistral": Mistral,
+    "olmo2": _Olmo2, "phi3": _Phi3, "qwen2": _Qwen2, "qwen2_vl": _Qwen2VL,
+    "qwen2_vl_text": _Qwen2VL,
     "qwen2_5_vl": _Qwen2VL, "qwen2_5_vl_text": _Qwen2VL, "qwen3": Qwen3, "qwen3_vl_text": Qwen3,
-    "seed_oss": _SeedOss, "stablelm": _StableLM, "starcoder2": _StarCoder2, "xverse": _LlamaLike, "Yi": _LlamaLike,
+    "seed_oss": _SeedOss, "stablelm": _StableLM, "xverse": _LlamaLike, "Yi": _LlamaLike,
 }  # fmt: skip
 """By `model_type`."""

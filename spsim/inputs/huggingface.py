@@ -12,23 +12,23 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spsim.errors import InputError, first_problem
-from spsim.inputs.expert_families import EVERY_FAMILY, OF_EXPERTS
+from spsim.inputs.expert_families import EVERY_FAMILY, OF_EXPERTS, OF_LATENTS
 from spsim.inputs.families import Count, Family
 from spsim.inputs.resources import parse_json, read_text
 
 T = TypeVar("T", bound=BaseModel)
 
-EXPERTS = "mixture of experts"
+EXPERTS, LATENTS = "mixture of experts", "latent attention"
 NOT_SIMULATED = {
     EXPERTS: ("num_experts", "num_local_experts", "n_routed_experts", "moe_"),
-    "latent attention": ("kv_lora_rank", "q_lora_rank"),
+    LATENTS: ("kv_lora_rank", "q_lora_rank"),
     "cross attention": ("add_cross_attention", "is_encoder_decoder"),
-    "quantised weights": ("quantization_config",),
 }
 """Part of a model -> beginnings of the keys that bring it."""
 
-_LOCAL_AND_GLOBAL = "layers with local and with global attention, and norms after attention and MLP"
-NOT_SIMULATED_FAMILIES = dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _LOCAL_AND_GLOBAL)
+NOT_SIMULATED_FAMILIES = {"bloom": "positions as biases of scores, and a norm of the embedding,"}
+STORED = ("fp8", "mxfp4")
+"""Types that weights of a checkpoint are stored in, which says nothing of how the model is trained."""
 
 LANGUAGE = ("text_config", "llm_config", "language_config")
 """Keys under which multimodal files have their language model."""
@@ -106,9 +106,12 @@ def _refuse_family(config: Mapping[str, Any], where: str) -> None:
 
 def _not_simulated(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(part, key) of what the family cannot express; a key of 0, false or null asks for nothing."""
-    routed = config.get("model_type") in (*OF_EXPERTS,)
+    family, quantised = config.get("model_type"), config.get("quantization_config")
+    if quantised and not (isinstance(quantised, dict) and quantised.get("quant_method") in STORED):
+        yield "quantised weights", "quantization_config"
+    known = {EXPERTS: family in (*OF_EXPERTS,), LATENTS: family in OF_LATENTS}
     for part, beginnings in NOT_SIMULATED.items():
-        if part == EXPERTS and routed:
+        if known.get(part):
             continue
         key = next((key for key, value in config.items() if value and key.startswith(beginnings)), None)
         if key is not None:

@@ -15,14 +15,14 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from spsim.inputs import words
+from spsim.inputs import parameters, words
 from spsim.inputs.configuration import Configuration, Name
+from spsim.inputs.traits import check_traits
 from spsim.work import AttentionKernel, Framework
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
-Activation = Literal["gelu", "squared_relu", "swiglu", "geglu"]
+Activation = Literal["gelu", "relu", "squared_relu", "swiglu", "geglu"]
 Attention = Literal["flash", "unfused", AttentionKernel]
-GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 AttentionType = Literal["full_attention", "sliding_attention"]
 MlpType = Literal["dense", "sparse"]
 """Of layers, as `layer_types` and `mlp_layer_types` of Hugging Face name them."""
@@ -86,17 +86,27 @@ class Model(Configuration):
     gated_mlp: bool = False
     activation: Activation = _DERIVED
     norm: Literal["layernorm", "rmsnorm"] = _DERIVED
+    norm_bias: bool = _DERIVED
+    """Of LayerNorm; there is one unless given."""
+    norms: Literal["pre", "post", "both"] = "pre"
+    """Of what attention and MLP read, of what they make before it is added (OLMo 2), or both (Gemma 2, GLM-4)."""
     positions: Literal["learned", "rope", "none"] = _DERIVED
     max_positions: Size = 2048
     """Rows of the learned position table."""
     bias: bool = _DERIVED
-    """Of every linear, q, k and v apart if `qkv_bias` says so."""
+    """Of every linear, q, k and v apart if `qkv_bias` says so, the MLP if `mlp_bias` does."""
     qkv_bias: bool = _DERIVED
     """Of the q, k and v projections (Qwen2); as the others unless given."""
+    mlp_bias: bool = _DERIVED
+    """Of the linears of the MLP, of experts and their router; as the others unless given."""
     qk_norm: bool = False
     """RMSNorm over the head size of q and k, before the rotation (Qwen3)."""
+    qk_norm_over: Literal["head", "heads"] = "head"
+    """Each head by itself, or all heads of q or of k together, with a weight for each number (OLMo 2)."""
     parallel_residual: bool = False
     """Attention and MLP read the same input through a norm each: x + attention + MLP (GPT-NeoX)."""
+    shared_norm: bool = False
+    """Of a parallel residual there is one norm for both (GPT-J, Falcon 7B, Cohere)."""
     tied_embeddings: bool = _DERIVED
     """The output head is the embedding."""
     head_rows: Annotated[int, Field(ge=0, le=2**24)] = _DERIVED
@@ -110,6 +120,8 @@ class Model(Configuration):
     Unfused attention computes all scores and masks those outside."""
     layer_types: Annotated[tuple[AttentionType, ...], Field(min_length=1, strict=False)] | None = None
     """Of the layers in turn, over again until there are as many, whether they have the window."""
+    attention_chunk_size: Size | None = None
+    """Keys of a query are those of its chunk of so many positions. Sequences that are longer are refused."""
     attention_sinks: bool = False
     """The softmax of each head has one learned number beside its scores (gpt-oss; `softmax_type = learnable` of
     Transformer Engine)."""
@@ -155,6 +167,8 @@ class Model(Configuration):
         filled.setdefault("positions", "rope" if gated else "learned")
         filled.setdefault("bias", not gated)
         filled.setdefault("qkv_bias", filled["bias"])
+        filled.setdefault("mlp_bias", filled["bias"])
+        filled.setdefault("norm_bias", filled["norm"] == "layernorm")
         filled.setdefault("tied_embeddings", not gated)
         hidden, heads = filled.get("hidden"), filled.get("heads")
         for name, source in (("kv_heads", "heads"), ("head_rows", "vocab")):
@@ -175,37 +189,6 @@ class Model(Configuration):
         return filled
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
-        if self.kv_heads > self.heads or self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}; change one")
-        return self
-
-    @model_validator(mode="after")
-    def _latents_fit(self) -> Self:
-        if self.kv_lora_rank is None:
-            own = {name: getattr(self, name) for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")}
-            if given := [name for name, value in own.items() if value is not None]:
-                raise ValueError(f"{given[0]} = {own[given[0]]} needs kv_lora_rank, the latent of k and v; give both")
-            if self.v_head_dim != self.head_dim:
-                raise ValueError(
-                    f"v_head_dim = {self.v_head_dim} is not head_dim = {self.head_dim}: only heads of latent attention "
-                    "have two widths; leave it out, or give kv_lora_rank"
-                )
-            return self
-        if self.head_dim != (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0):
-            raise ValueError(
-                f"head_dim = {self.head_dim} is not qk_nope_head_dim + qk_rope_head_dim = {self.qk_nope_head_dim} + "
-                f"{self.qk_rope_head_dim}; leave it out"
-            )
-        for name, value, only in (
-            ("kv_heads", self.kv_heads, self.heads), ("qk_norm", self.qk_norm, False),
-            ("qkv_bias", self.qkv_bias, False), ("positions", self.positions, "rope"),
-        ):  # fmt: skip
-            if value != only:
-                raise ValueError(f"{name} = {value!r} with kv_lora_rank: latent attention has {only!r}; leave it out")
-        return self
-
-    @model_validator(mode="after")
     def _windows_fit(self) -> Self:
         turns = _shortest(self.layer_types, self.layers) if self.layer_types else ()
         if "sliding_attention" in turns and self.sliding_window is None:
@@ -213,57 +196,18 @@ class Model(Configuration):
         if turns == ("full_attention",):
             self.__dict__["sliding_window"] = None
         self.__dict__["layer_types"] = turns if len(turns) > 1 else None
-        if self.sliding_window is not None and not self.causal:
-            raise ValueError(f"sliding_window = {self.sliding_window} needs causal = true; leave it out")
         return self
 
     @model_validator(mode="after")
-    def _experts_fit(self) -> Self:
-        if self.experts is None:
-            given = {
-                "experts_per_token",
-                "expert_ffn_hidden",
-                "shared_ffn_hidden",
-                "dense_layers",
-                "mlp_layer_types",
-            } & self.model_fields_set
-            if given and any(getattr(self, name) for name in given):
-                raise ValueError(
-                    f"{min(given)} = {getattr(self, min(given))} needs experts; give how many, or leave it out"
-                )
-            return self
-        if self.experts_per_token is None or self.experts_per_token > self.experts:
-            raise ValueError(
-                f"experts_per_token = {self.experts_per_token} with experts = {self.experts}; give 1 to {self.experts}"
-            )
-        if self.types.keys() == {LayerType(dense=True)} or self.dense_layers >= self.layers:
-            raise ValueError(
-                f"dense_layers = {self.dense_layers} leaves none of layers = {self.layers} with experts; "
-                "use fewer, or a model without experts"
-            )
-        dense = [self.type_of(layer).dense for layer in range(self.layers)]
-        first = dense.index(False)
-        turns: tuple[MlpType, ...] = (*("dense" if own else "sparse" for own in dense),)
-        only_first = not any(dense[first:])
-        self.__dict__["dense_layers"] = first if only_first else 0
-        self.__dict__["mlp_layer_types"] = None if only_first else _shortest(turns, self.layers)
-        return self
-
-    @model_validator(mode="after")
-    def _prediction_fits(self) -> Self:
-        for name, value, only in (("positions", self.positions, "rope"), ("head_rows", self.head_rows, self.vocab)):
-            if self.mtp_layers and value != only:
-                raise ValueError(
-                    f"mtp_layers = {self.mtp_layers} needs {name} = {only!r}, got {value!r}; leave one out"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _activation_fits(self) -> Self:
-        if (self.activation in GATED) != self.gated_mlp:
-            raise ValueError(
-                f"activation {self.activation!r} and gated_mlp = {self.gated_mlp} exclude each other; change one"
-            )
+    def _traits_fit(self) -> Self:
+        check_traits(self)
+        if self.experts is not None:
+            dense = [self.type_of(layer).dense for layer in range(self.layers)]
+            first = dense.index(False)
+            turns: tuple[MlpType, ...] = (*("dense" if own else "sparse" for own in dense),)
+            only_first = not any(dense[first:])
+            self.__dict__["dense_layers"] = first if only_first else 0
+            self.__dict__["mlp_layer_types"] = None if only_first else _shortest(turns, self.layers)
         return self
 
     def as_in(self, modules: Mapping[str, Any]) -> Self:
@@ -311,65 +255,30 @@ class Model(Configuration):
         """The model whose layers are all of a type."""
         return _of_type(self, own)
 
-    @cached_property
-    def expert_parameters(self) -> int:
-        """Parameters of all experts of a layer."""
-        if self.experts is None or self.expert_ffn_hidden is None:
-            return 0
-        return self.experts * self.hidden * self.expert_ffn_hidden * (3 if self.gated_mlp else 2)
-
     @property
     def latents(self) -> tuple[int, ...]:
         """Widths of the latents of attention, each of which has a norm."""
         return tuple([width for width in (self.q_lora_rank, self.kv_lora_rank) if width is not None])
 
     @cached_property
-    def attention_matrices(self) -> int:
-        """Parameters of the projections of attention, biases apart."""
-        out = self.heads * self.v_head_dim * self.hidden
-        of_q = self.heads * self.head_dim
-        if self.kv_lora_rank is None:
-            return self.hidden * (of_q + 2 * self.kv_heads * self.head_dim) + out
-        nope, rope = self.qk_nope_head_dim or 0, self.qk_rope_head_dim or 0
-        down = self.hidden * (sum(self.latents) + rope)
-        up = (self.q_lora_rank or self.hidden) * of_q
-        return down + up + self.kv_lora_rank * self.heads * (nope + self.v_head_dim) + out
-
-    @cached_property
     def layer_parameters(self) -> int:
         """Parameters of one transformer layer, of experts if the model has any."""
-        of_norm = 2 if self.norm == "layernorm" else 1
-        norms = 2 * self.hidden * of_norm + sum(self.latents) * of_norm
-        attention = self.attention_matrices
-        width = self.ffn_hidden if self.experts is None else self.shared_ffn_hidden
-        mlp = self.hidden * width * (3 if self.gated_mlp else 2)
-        mlp += self.expert_parameters + (self.experts or 0) * self.hidden
-        fc1_width = self.ffn_hidden * (2 if self.gated_mlp else 1)
-        biases = self.hidden + fc1_width + self.hidden if self.bias else 0
-        biases += (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
-        head_norms = 2 * self.head_dim if self.qk_norm else 0
-        sinks = self.heads if self.attention_sinks else 0
-        return norms + attention + mlp + biases + head_norms + sinks
+        return parameters.of_layer(self)
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of a layer."""
+        return parameters.of_experts(self)
 
     @cached_property
     def prediction_parameters(self) -> int:
-        """Parameters of multi-token prediction: a layer as the last one, a projection from 2h to h, and three norms."""
-        if not self.mtp_layers:
-            return 0
-        norms = 3 * self.hidden * (2 if self.norm == "layernorm" else 1)
-        return self.of_type(self.type_of(self.layers - 1)).layer_parameters + 2 * self.hidden**2 + norms
+        """Parameters of multi-token prediction."""
+        return parameters.of_prediction(self)
 
     @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model: embeddings, layers, final norm and, unless it is the embedding, the head."""
-        embeddings = self.vocab * self.hidden
-        shared = self.tied_embeddings and self.head_rows == self.vocab
-        head = (0 if shared else self.head_rows * self.hidden) + (self.head_rows if self.head_bias else 0)
-        positions = self.max_positions * self.hidden if self.positions == "learned" else 0
-        final_norm = self.hidden * (2 if self.norm == "layernorm" else 1)
-        layers = self.prediction_parameters
-        layers += sum(count * self.of_type(own).layer_parameters for own, count in self.types.items())
-        return embeddings + positions + layers + final_norm + head
+        return parameters.of_model(self)
 
 
 def _shortest(turns: tuple[T, ...], layers: int) -> tuple[T, ...]:

@@ -31,11 +31,27 @@ def _nemotron(name: str, layers: int, hidden: int, heads: int) -> Model:
     )  # fmt: skip
 
 
+_QWEN3_MOE: dict[str, Any] = {"qk_norm": True, "head_dim": 128, "experts": 128, "experts_per_token": 8}
+_DEEPSEEK_V3: dict[str, Any] = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "experts": 256, "experts_per_token": 8, "expert_ffn_hidden": 2048, "shared_ffn_hidden": 2048, "dense_layers": 3,
+}  # fmt: skip
+_GPT_OSS: dict[str, Any] = {
+    "head_dim": 64, "bias": True, "attention_sinks": True, "sliding_window": 128,
+    "layer_types": ("sliding_attention", "full_attention"), "experts": 128, "experts_per_token": 4,
+}  # fmt: skip
+_GEMMA_3: dict[str, Any] = {
+    "head_dim": 128, "qk_norm": True, "norms": "both", "activation": "geglu", "tied_embeddings": True,
+    "sliding_window": 1024, "layer_types": (*5 * ("sliding_attention",), "full_attention"),
+}  # fmt: skip
+
 # GPT: Korthikanti et al. 2022 (arXiv:2205.05198), Table 3. Llama: Touvron et al. 2023 (arXiv:2307.09288); Llama
 # Team 2024 (arXiv:2407.21783), Table 3. Mistral 7B: Jiang et al. 2023 (arXiv:2310.06825), Table 1, without its
 # sliding window, as of v0.2. Qwen2.5: Qwen Team 2024 (arXiv:2412.15115) and config.json of Qwen/Qwen2.5-32B; Qwen3:
 # Qwen Team 2025 (arXiv:2505.09388), Tables 1 and 2, and config.json of Qwen/Qwen3-8B. Mixtral 8x7B: Jiang et al. 2024
-# (arXiv:2401.04088), Table 1.
+# (arXiv:2401.04088), Table 1. DeepSeek-V3: DeepSeek-AI 2024 (arXiv:2412.19437), section 4.2, without the layer of
+# multi-token prediction. gpt-oss: OpenAI 2025 (arXiv:2508.10925) and config.json of openai/gpt-oss-120b. Gemma 3: Gemma
+# Team 2025 (arXiv:2503.19786) and config.json of google/gemma-3-27b-it, the language model.
 # Nemotron-4: Parmar et al. 2024 (arXiv:2402.16819), section 2; Adler et al. 2024 (arXiv:2406.11704), Table 1.
 PRESETS: dict[str, Model] = {
     model.name: model
@@ -54,34 +70,11 @@ PRESETS: dict[str, Model] = {
         _llama("qwen2.5-32b", 64, 5120, 27648, 40, 8, 152064, qkv_bias=True),
         _llama("qwen3-8b", 36, 4096, 12288, 32, 8, 151936, qk_norm=True),
         _llama("mixtral-8x7b", 32, 4096, 14336, 32, 8, 32000, experts=8, experts_per_token=2),
-        _llama(
-            "qwen3-30b-a3b",
-            48,
-            2048,
-            6144,
-            32,
-            4,
-            151936,
-            qk_norm=True,
-            head_dim=128,
-            experts=128,
-            experts_per_token=8,
-            expert_ffn_hidden=768,
-        ),
-        _llama(
-            "qwen3-235b-a22b",
-            94,
-            4096,
-            12288,
-            64,
-            4,
-            151936,
-            qk_norm=True,
-            head_dim=128,
-            experts=128,
-            experts_per_token=8,
-            expert_ffn_hidden=1536,
-        ),
+        _llama("qwen3-30b-a3b", 48, 2048, 6144, 32, 4, 151936, **_QWEN3_MOE, expert_ffn_hidden=768),
+        _llama("qwen3-235b-a22b", 94, 4096, 12288, 64, 4, 151936, **_QWEN3_MOE, expert_ffn_hidden=1536),
+        _llama("deepseek-v3", 61, 7168, 18432, 128, 128, 129280, **_DEEPSEEK_V3),
+        _llama("gpt-oss-120b", 36, 2880, 2880, 64, 8, 201088, **_GPT_OSS),
+        _llama("gemma-3-27b", 62, 5376, 21504, 32, 16, 262208, **_GEMMA_3),
         _nemotron("nemotron-4-15b", 32, 6144, 48),
         _nemotron("nemotron-4-340b", 96, 18432, 96),
     )

@@ -189,6 +189,8 @@ def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: An
     whole &= tokens % ROW_UNITS.get(workloads.precision, 1) == 0
     if model.sliding_window is not None and _sends_blocks(plan):
         whole &= workloads.seq_len <= model.sliding_window
+    if model.attention_chunk_size is not None:
+        whole &= workloads.seq_len <= model.attention_chunk_size
     count = global_batch // unit
     if plan.pp > 1:
         whole &= [refused_count(plan, number) is None for number in count.tolist()]
@@ -201,7 +203,12 @@ def _sends_blocks(plan: Plan) -> bool:
 
 
 def _check_window(model: Model, plan: Plan, workload: Workload) -> None:
-    window = model.sliding_window
+    window, chunk = model.sliding_window, model.attention_chunk_size
+    if chunk is not None and workload.seq_len > chunk:
+        raise InputError(
+            f"workload: seq_len = {workload.seq_len} is above attention_chunk_size = {chunk} of the model: chunks are "
+            f"not simulated; use at most {chunk}"
+        )
     if window is not None and workload.seq_len > window and _sends_blocks(plan):
         raise InputError(
             f"plan: ring = {plan.ring} with sliding_window = {window} of the model and seq_len = {workload.seq_len}: "

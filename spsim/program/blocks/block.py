@@ -132,8 +132,8 @@ class ModelBlock(Block):
 
     def norm_parts(self, name: str, over: str = "h") -> tuple[list[Tensor], Tensor, Tensor, KernelName]:
         """Weights of a norm, what it makes, its statistics, and its kernel."""
-        layernorm = self.model.norm == "layernorm"
-        weights = [self.weight(f"{name}_weight", over)] + ([self.weight(f"{name}_bias", over)] if layernorm else [])
+        layernorm, own = self.model.norm == "layernorm", ("weight", "bias") if self.model.norm_bias else ("weight",)
+        weights = [self.weight(f"{name}_{part}", over) for part in own]
         statistics = self.tensor(f"{name}_statistics", "s b", "norm statistics", itemsize=8 if layernorm else 4)
         return weights, self.tensor(f"{name}_out", f"s b {over}"), statistics, "layer_norm" if layernorm else "rms_norm"
 

@@ -50,7 +50,12 @@ def routed_experts(block: ModelBlock, x: Tensor, routing: Routing) -> Tensor:
     )
     softmax = block.tensor("router_softmax", "s b e", "intermediate", itemsize=FP32_BYTES)
     routing_map = block.tensor("routing_map", "s b e", "mask", itemsize=1)
-    block.add("router", "gemm", "s b h, h e -> s b e", [x, block.weight("router_weight", "h e")], [scores], saves=[x])
+    biased = block.model.mlp_bias
+    added = [block.weight("router_bias", "e")] if biased else []
+    block.add(
+        "router", "gemm", f"s b h, h e{', e' * biased} -> s b e", [x, block.weight("router_weight", "h e"), *added],
+        [scores], saves=[x],
+    )  # fmt: skip
     gathers = routing.dispatcher == "allgather"
     told = [block.tensor("picked_experts", "s b e", "statistics", itemsize=1)] if gathers else []
     block.add(
@@ -93,13 +98,18 @@ def _experts(block: ModelBlock, dealt: Tensor, weights: Tensor) -> Tensor:
         [dealt, block.weight("expert_fc1_weight", f"e h {width}")], [inner], saves=[dealt], rules=EXPERTS,
         group="launched",
     )  # fmt: skip
+    biased = model.mlp_bias
+    biases = [
+        block.weight(f"expert_{name}_bias", f"e {dims}") for name, dims in (("fc1", width), ("fc2", "h")) if biased
+    ]
     block.add(
-        f"expert_{model.activation}", "elementwise", f"e {t} {width}, e {t} -> e {t} m", [inner, weights], [active],
+        f"expert_{model.activation}", "elementwise", f"e {t} {width}, e {t}{f', e {width}' * biased} -> e {t} m",
+        [inner, weights, *biases[:1]], [active],
         mixes="g" if model.gated_mlp else "", saves=[inner, weights], kernel=model.activation, rules=EXPERTS,
     )  # fmt: skip
     block.add(
-        "expert_fc2", "gemm", f"e {t} m, e m h -> e {t} h",
-        [active, block.weight("expert_fc2_weight", "e m h")], [made], saves=[active], rules=EXPERTS,
+        "expert_fc2", "gemm", f"e {t} m, e m h{', e h' * biased} -> e {t} h",
+        [active, block.weight("expert_fc2_weight", "e m h"), *biases[1:]], [made], saves=[active], rules=EXPERTS,
         group="launched",
     )  # fmt: skip
     return made

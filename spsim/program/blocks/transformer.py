@@ -85,13 +85,18 @@ class Layer(ModelBlock):
         return q, k, v
 
     def head_norm(self, name: str, x: Tensor) -> Tensor:
-        """RMSNorm of each head of q or k (Qwen Team 2025, arXiv:2505.09388, section 2): one weight of [d] for all."""
-        out = self.tensor(f"{x.name}_normed", "s b a d", heads=x.sizes[2])
-        statistics = self.tensor(f"{name}_statistics", "s b a", "norm statistics", itemsize=4, heads=x.sizes[2])
+        """RMSNorm of each head of q or k (Qwen Team 2025, arXiv:2505.09388, section 2): one weight of [d] for all. Or
+        of all heads together, which tp cannot split.
+        """
+        heads, together = x.sizes[2], self.model.qk_norm_over == "heads"
+        out = self.tensor(f"{x.name}_normed", "s b a d", heads=heads)
+        rows, normed = ("s b", "a d") if together else ("s b a", "d")
+        statistics = self.tensor(f"{name}_statistics", rows, "norm statistics", itemsize=4, heads=heads)
+        weight = self.weight(f"{name}_weight", normed, heads=heads)
         kept, further = self.kept(self.ways.head_norm, out, x)
         self.add(
-            name, "norm", "s b a d, d -> s b a d", [x, self.weight(f"{name}_weight", "d")], [out, statistics, *further],
-            mixes="d", saves=[*kept, statistics], kernel="rms_norm", launches=self.ways.head_norm.launches,
+            name, "norm", f"s b a d, {normed} -> s b a d", [x, weight], [out, statistics, *further],
+            mixes=normed, saves=[*kept, statistics], kernel="rms_norm", launches=self.ways.head_norm.launches,
         )  # fmt: skip
         return out
 
@@ -184,7 +189,8 @@ class Layer(ModelBlock):
 
     def residual_parts(self, name: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """A bias if there is one, the sum, and the mask of dropout if there is one."""
-        bias = [self.weight(f"{name}_bias", "h")] if self.model.bias else []
+        biased = self.model.mlp_bias and self.model.experts is None if name == "residual2" else self.model.bias
+        bias = [self.weight(f"{name}_bias", "h")] if biased else []
         mask = [self.tensor(f"{name}_mask", "s b h", "mask", itemsize=1)] if self.model.dropout else []
         return bias, self.tensor(f"{name}_out", "s b h"), mask
 
@@ -228,11 +234,11 @@ class Layer(ModelBlock):
         for name, made in zip(names, hidden, strict=True):
             weight = self.weight(f"{name}_weight", f"h {width}")
             self.add(name, "gemm", f"s b h, h {width} -> s b {width}", [x, weight], [made], saves=[x], owns_gather=[x])
-        bias = [self.weight(f"{name}_bias", width) for name in names if self.model.bias]
+        bias = [self.weight(f"{name}_bias", width) for name in names if self.model.mlp_bias]
         left = ", ".join(" ".join(read.dims) for read in (*hidden, *bias))
         active = self.tensor(f"{of}activation_out", f"s b {f}")
         way = self.ways.activation_of_two if len(hidden) > 1 else self.ways.activation
-        kept, further = self.kept(way, active, *hidden)
+        kept, further = self.kept(way, active, *([active] if self.model.activation == "relu" else hidden))
         self.add(
             f"{of}{self.model.activation}", "elementwise", f"{left} -> s b {f}", [*hidden, *bias], [active, *further],
             mixes="g" if "g" in width else "", saves=kept,
@@ -240,9 +246,11 @@ class Layer(ModelBlock):
             launches=way.launches,
         )  # fmt: skip
         out = self.tensor(f"{of}fc2_out", "s b h")
+        # Of a dense MLP the residual adds it.
+        added = [self.weight(f"{of}fc2_bias", "h")] if of and self.model.mlp_bias else []
         self.add(
-            f"{of}fc2", "gemm", f"s b {f}, {f} h -> s b h", [active, self.weight(f"{of}fc2_weight", f"{f} h")], [out],
-            saves=[active], owns_gather=[active],
+            f"{of}fc2", "gemm", f"s b {f}, {f} h{', h' * len(added)} -> s b h",
+            [active, self.weight(f"{of}fc2_weight", f"{f} h"), *added], [out], saves=[active], owns_gather=[active],
         )  # fmt: skip
         return out
 
@@ -253,8 +261,9 @@ LAYER_CLASSES: tuple[KernelClass, ...] = ("gemm", "attention", "norm", "softmax"
 
 
 layer_traits = attrgetter(
-    "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "positions", "bias",
-    "qkv_bias", "qk_norm", "parallel_residual", "attention", "causal", "dropout", "runs_as", "repeats_kv",
+    "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "gated_mlp", "activation", "norm", "norm_bias", "norms",
+    "positions", "bias", "qkv_bias", "mlp_bias", "qk_norm", "qk_norm_over", "parallel_residual", "shared_norm",
+    "attention", "causal", "dropout", "runs_as", "repeats_kv",
     "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
     "sliding_window", "attention_sinks",
@@ -280,13 +289,17 @@ def operators_of(layer: Layer) -> tuple[Operator, ...]:
     """The operators of a layer in forward order."""
     model = layer.model
     x = layer.tensor(LAYER_INPUT, "s b h")
-    out = layer.self_attention(layer.norm("norm1", x))
+    before, behind = model.norms != "post", model.norms != "pre"
+    given = layer.norm("norm1", x) if before else x
+    out = layer.self_attention(given)
+    if behind:
+        out = layer.norm("post_norm1", out)
     if layer.ways.joins_residual:
-        attended, normed = layer.residual_and_norm(out, x)
+        attended, read = layer.residual_and_norm(out, x)
     else:
         attended = layer.residual("residual1", out, x)
-        normed = layer.norm("norm2", x if model.parallel_residual else attended)
-    layer.residual(
-        "residual2", layer.experts(normed) if expert_sizes(model, layer.routing) else layer.mlp(normed), attended
-    )
+        read = x if model.parallel_residual else attended
+        read = given if model.shared_norm else layer.norm("norm2", read) if before else read
+    made = layer.experts(read) if expert_sizes(model, layer.routing) else layer.mlp(read)
+    layer.residual("residual2", layer.norm("post_norm2", made) if behind else made, attended)
     return tuple(layer.operators)

@@ -56,7 +56,7 @@ def ways_of(model: Model, element_bytes: int) -> Ways:
     if model.kernels == "eager":
         found = _eager(model, fp32=element_bytes == FP32_BYTES)
     elif model.kernels == "compiled":
-        found = Ways(softmax=_COMPILED_SOFTMAX, joins_residual=not model.parallel_residual)
+        found = Ways(softmax=_COMPILED_SOFTMAX, joins_residual=not model.parallel_residual and model.norms == "pre")
     return found._replace(repetition=_REPETITION) if model.repeats_kv else found
 
 
@@ -138,7 +138,9 @@ views of [b s a d]."""
 def _activation(model: Model, *, joined: bool = True) -> Way:
     if model.gated_mlp:
         return _gated(model, joined=joined)
-    bias = (SUM_TO_VECTOR,) if model.bias else ()
+    bias = (SUM_TO_VECTOR,) if model.mlp_bias else ()
+    if model.activation == "relu":
+        return Way(Launches((UNARY,), (BINARY, *bias)))
     if model.activation == "squared_relu":
         # relu keeps its result, which is what the square keeps, too.
         backward = (UNARY, UNARY, BINARY, BINARY, *bias)
@@ -156,7 +158,7 @@ def _gated(model: Model, *, joined: bool) -> Way:
     product = Launch(narrow=3, accesses=3 * accessed)
     of_gate = product._replace(kernel=gate.kernel, gradient=True)
     ends = (Launch(narrow=4, accesses=6),) if joined else ()
-    biases = 2 * (SUM_TO_VECTOR,) if model.bias else ()
+    biases = 2 * (SUM_TO_VECTOR,) if model.mlp_bias else ()
     if model.glu_offset is False:
         return Way(Launches((gate, product), (BINARY, product, of_gate, *ends, *biases)), beside=(Kept("gate"),))
     shifted = Launch(narrow=2, accesses=2 * accessed, kernel="add")
