@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spsim import Model, Scenario, explain, load_model, plan_search, simulate
+from spsim import Model, Scenario, explain, load_model, simulate
 from spsim.errors import InputError
 from spsim.inputs.model import LayerType
 from spsim.inputs.plan import parse_plan
@@ -291,11 +291,6 @@ def test_explain_shows_where_experts_lie():
     rows = {row.operator: row for row in found.operators}
     assert (rows["router"].placed["ulysses"], rows["expert_fc1"].placed["ulysses"]) == ("s", "e")
     assert [c.collective for c in rows["combine"].communication if c.part == "forward"] == ["all_to_all"]
-
-
-def test_no_plan_of_experts_is_searched_yet():
-    with pytest.raises(InputError, match="not searched yet"):
-        plan_search(hardware="dgx-h100", model="mixtral-8x7b", gpus=8, workload={"seq_len": 4096, "global_batch": 8})
 
 
 def test_times_with_experts_have_bands_of_their_own():

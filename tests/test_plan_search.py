@@ -419,3 +419,31 @@ def test_blocks_of_one_sequence_and_of_several():
         alone = blocks_of(hardware, model(), plan, Workloads(length[own], batch[own], "bf16"))
         for name in ("passes_ps", "saved_bytes", "beyond_bytes"):
             assert (getattr(found, name)[:, own] == getattr(alone, name)).all()
+
+
+# ------------------------------------------------------------ experts
+
+ROUTED = {"preset": "mixtral-8x7b", "layers": 4, "dense_layers": 1, "experts": 8, "name": "routed"}
+OF_EXPERTS = {"tp": [1, 2], "ulysses": [1, 2], "ring": [1], "pp": [1, 2], "virtual_pp": [1, 2], "micro_batch": [1, 2]}
+
+
+def test_experts_are_spread_over_what_their_rules_allow():
+    """Over ulysses, tp where they are whole, and some of dp; with tp always the sequence too."""
+    own = space(8, model=ROUTED, workload={"seq_len": 4096, "global_batch": 16}, values=OF_EXPERTS)
+    plans = [family.plan for family in own.families()]
+    spread = {(plan.tp, plan.ulysses, plan.dp, plan.ep, plan.expert_tp) for plan in plans if plan.pp == 1}
+    assert {(2, 1, 4, 8, 1), (2, 1, 4, 4, None), (1, 2, 4, 8, None), (1, 1, 8, 1, None)} <= spread
+    assert all(plan.sequence_parallel for plan in plans if plan.tp > 1)
+    assert not own.refused
+
+
+@pytest.mark.slow
+def test_the_best_plans_of_experts_are_found():
+    work = {"seq_len": 4096, "global_batch": 16}
+    every, rows, steps = exhaustive(space(8, model=ROUTED, workload=work, values=OF_EXPERTS))
+    search = plan_search(hardware=H100, model=ROUTED, gpus=8, workload=work, values=OF_EXPERTS, best=3)
+    times = sorted(row["step_time_ms"] for row in search.rows.values() if fits(row))
+    assert times[:3] == [step for step, _ in steps[:3]]
+    for candidate, row in zip(every, rows, strict=True):
+        assert candidate.step_s * 1e3 <= row["step_time_ms"] * (1 + 1e-9)
+        assert candidate.memory_gib <= row["device_memory_gib"] * (1 + 1e-9)

@@ -55,10 +55,14 @@ def bounds_of(family: Family, blocks: Blocks) -> Bounds:
 
 @lru_cache(maxsize=256)
 def _counts(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout: str | None) -> Numbers:
-    """How many of each of `BLOCKS` each chunk of each stage has."""
-    plan = Plan(pp=pp, virtual_pp=virtual_pp, pp_schedule=schedule, pp_layout=layout)
+    """How many of each of `BLOCKS` each chunk of each stage has; of layers those whose block it is, others left out."""
+    plan, own = Plan(pp=pp, virtual_pp=virtual_pp, pp_schedule=schedule, pp_layout=layout), min(model.types)
+
+    def alike(layers: range) -> int:
+        return sum(model.type_of(layer) == own for layer in layers) if len(model.types) > 1 else len(layers)
+
     return np.array(
-        [[[chunk.embedding, len(chunk.layers), chunk.loss] for chunk in stage] for stage in chunks_of(model, plan)],
+        [[[chunk.embedding, alike(chunk.layers), chunk.loss] for chunk in stage] for stage in chunks_of(model, plan)],
         dtype=np.float64,
     )
 

@@ -80,10 +80,6 @@ def _space(
         if not isinstance(table, Mapping | Workload):
             raise InputError(f"plan: {name} = {table!r} is no table; write for instance {example}")
     found = model if isinstance(model, Model) else model_of(model) if isinstance(model, Mapping) else load_model(model)
-    if found.experts is not None:
-        raise InputError(
-            f"plan: {found.name} has experts, over whose plans is not searched yet; use compare or a sweep"
-        )
     return Space(
         hardware if isinstance(hardware, HardwareProfile) else load_profile(hardware),
         found,

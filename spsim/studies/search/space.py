@@ -9,6 +9,7 @@ What the user's plan names is fixed. Of the rest:
 | ring | divisors of the GPUs | up to `WIDEST_RING` |
 | pp, virtual_pp | into equal chunks, embedding and loss a layer each or not | up to `MOST_CHUNKS` of a stage |
 | dp | what is left of the GPUs | |
+| ep, expert_tp | of a model with experts, what spreads them over tp (1), ulysses and ring and some of dp | |
 | micro_batch | powers of two | up to `LARGEST_MICRO_BATCH` |
 | recompute | none, selective, full | |
 | how states are sharded | what the library has, see `STATES` | where there are ranks to shard over |
@@ -55,6 +56,8 @@ STATES: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 MICRO_BATCH = "micro_batch"
 """The one setting of a workload that is searched."""
 DEGREES = ("tp", "ulysses", "ring", "pp", "dp")
+SPREAD = ("ep", "expert_tp")
+"""Options that say where experts lie, searched together."""
 Options = dict[str, Any]
 
 
@@ -184,7 +187,7 @@ class Space:
     def _options(self) -> Iterator[Options]:
         """Options of every plan, none twice."""
         state, states = self._states
-        named = (*DEGREES, "virtual_pp", "sequence_parallel", "recompute", state, MICRO_BATCH)
+        named = (*DEGREES, *SPREAD, "virtual_pp", "sequence_parallel", "recompute", state, MICRO_BATCH)
         further = {name: values for name, values in self.values.items() if name not in named}
         for degrees in self._degrees():
             alone = degrees["dp"] * degrees["ulysses"] * degrees["ring"] == 1
@@ -196,8 +199,21 @@ class Space:
             }
             if self.is_served:
                 choices = {"sequence_parallel": choices["sequence_parallel"], **self._passes(degrees), **further}
-            for chosen in product(*choices.values()):
-                yield {**self.fixed, **degrees, **dict(zip(choices, chosen, strict=True))}
+            for spread, *chosen in product(self._spread(degrees), *choices.values()):
+                yield {**self.fixed, **degrees, **spread, **dict(zip(choices, chosen, strict=True))}
+
+    def _spread(self, degrees: Options) -> Sequence[Options]:
+        """Over how many ranks experts may be spread, and whether ranks of tp are among them."""
+        if self.model.experts is None:
+            return [{}]
+        found = []
+        for expert_tp in self._of("expert_tp", (None, 1) if degrees["tp"] > 1 else (None,)):
+            within = degrees["ulysses"] * degrees["ring"] * (degrees["tp"] if expert_tp == 1 else 1)
+            spread = [within * n for n in range(1, degrees["dp"] + 1) if degrees["dp"] % n == 0]
+            usual = [ep for ep in spread if ep > 1 and self.model.experts % ep == 0]
+            alone = [] if expert_tp == 1 and degrees["tp"] > 1 else [1]
+            found += [{"ep": ep, "expert_tp": expert_tp} for ep in self._of("ep", [*alone, *usual])]
+        return found
 
     def _degrees(self) -> Iterator[Options]:
         """Degrees whose product is the number of GPUs, and chunks of a stage."""
@@ -229,8 +245,9 @@ class Space:
         return even or ([1] if self._is_asked("pp") else [])
 
     def _sequence_parallel(self, tp: int) -> Sequence[bool]:
-        """Without tp it has no effect."""
-        return self._of("sequence_parallel", (False, True) if tp > 1 else (self._usual.sequence_parallel,))
+        """Without tp it has no effect; with experts it is needed."""
+        usual = (True,) if self.model.experts else (False, True)
+        return self._of("sequence_parallel", usual if tp > 1 else (self._usual.sequence_parallel,))
 
     @cached_property
     def _states(self) -> tuple[str, Sequence[Any]]:
