@@ -37,6 +37,15 @@ def result(plan="", *, fold=True, **settings):
     return simulate(scenario(plan, **settings), fold=fold)
 
 
+def figures(found):
+    """The document of a result without the plan, the engine, and the effects of assumed numbers: the step walked again
+    twice for each of them, which hangs on durations alone, that what else is compared has.
+    """
+    vars(found)["assumed_effects"] = None
+    own = ("plan", "engine", "assumed_effects")
+    return {key: value for key, value in found.to_json().items() if key not in own}
+
+
 def program(plan="", *, seq_len=256, micro_batch=1, **model_changes):
     """The compiled layer of a small scenario, after the checks of `Scenario`."""
     checked = scenario(plan, seq_len=seq_len, micro_batch=micro_batch, **model_changes)

@@ -1,7 +1,8 @@
 """How many examples the fuzz suite tries: a few beside the other tests, many where `-m fuzz` asks for it. Which tests
-share a process.
+share a process, and how often it looks for garbage.
 """
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,16 @@ def pytest_configure(config):
 
 REAL = Path(__file__).parent / "truth"
 """Tests of real torch: the processes that they share are started once."""
+
+
+gc.set_threshold(20_000, 20, 20)
+"""Objects of a process with thousands of tests and torch, each time walked in vain, are a tenth of what tests take."""
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

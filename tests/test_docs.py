@@ -17,7 +17,7 @@ from spsim.cli.app import COMMANDS, EXPERIMENT
 from spsim.studies.measured_cases import load_cases
 from tests.cases import published
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.docs, pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -1,12 +1,15 @@
 """No option of a plan is ignored in silence: it changes the result, or a note or an error says why it does not."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import pandas as pd
 import pytest
 
-from spsim import Scenario, simulate
+from spsim import Result, Scenario, simulate
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan, parse_plan
-from tests.cases import model, scenario
+from tests.cases import figures, model, scenario
 
 pytestmark = pytest.mark.slow
 
@@ -59,25 +62,37 @@ WHOLE = (
     "ulysses=2,dp=2,zero=1", "dp=2,zero=3", "pp=2,virtual_pp=2", "pp=4,pp_sends=torch", "tp=2,pp=2,dp=2,recompute=full",
 )  # fmt: skip
 """Plans whose options are tried in a whole step."""
+FRAMES = ("spans", "memory_curve")
 
 
 def outcome(plan, traits, scope="layers", global_batch=None):
-    """What a plan gives: its notes, its figures, and the result; nothing where it is refused."""
+    """What a plan gives; nothing where it is refused."""
     workload = {"seq_len": 512, "global_batch": global_batch}
     try:
         case = Scenario(hardware="dgx-h100", model=model(**traits), plan=plan, workload=workload, scope=scope)
     except InputError:
         return None
-    found = simulate(case)
-    document = {key: value for key, value in found.to_json().items() if key not in ("plan", "notes")}
-    return case.notes, document, found
+    return Outcome(case.notes, simulate(case))
+
+
+@dataclass
+class Outcome:
+    """What a plan gives."""
+
+    notes: tuple[str, ...]
+    result: Result
+
+    @cached_property
+    def figures(self):
+        """All but the notes."""
+        return {key: value for key, value in figures(self.result).items() if key != "notes"}
 
 
 def alike(one, other):
-    """Whether two outcomes have the same figures, spans and memory."""
-    return one[1] == other[1] and all(
-        pd.DataFrame.equals(getattr(one[2], frame), getattr(other[2], frame)) for frame in ("spans", "memory_curve")
-    )
+    """Whether two outcomes have the same figures, spans and memory; the first of them differ in most that do not."""
+    first = [(found.result.step_time_s, found.result.device_memory_gib) for found in (one, other)]
+    frames = (pd.DataFrame.equals(getattr(one.result, name), getattr(other.result, name)) for name in FRAMES)
+    return first[0] == first[1] and one.figures == other.figures and all(frames)
 
 
 def test_every_option_is_tried():
@@ -117,9 +132,11 @@ def check_options(plan, tried):
             if there is None:
                 continue
             if alike(here, there):
-                assert here[0] != there[0], f"{name} = {value} is ignored"
+                assert here.notes != there.notes, f"{name} = {value} is ignored"
             else:
-                assert name not in [note.split()[0] for note in here[0] + there[0]], f"{name} = {value} has an effect"
+                assert name not in [note.split()[0] for note in here.notes + there.notes], (
+                    f"{name} = {value} has an effect"
+                )
 
 
 @pytest.mark.parametrize(

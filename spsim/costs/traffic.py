@@ -6,6 +6,7 @@ of the memory bandwidth by operator class; faster while the tensors fit the last
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from spsim.errors import InputError
 from spsim.inputs.hardware import HardwareProfile
 from spsim.inputs.kernel_coefficients import KernelRates
 from spsim.inputs.quantities import Fraction
+from spsim.lazy import lazy
 from spsim.units import GB, MIB, US_PER_S
 from spsim.work import CAST_TYPES, KernelName, MemoryBound, MemoryBoundClass, each
 
@@ -50,7 +52,14 @@ class TrafficCost:
         self._launch = launch_seconds(profile)
         self._cache_bytes = profile.datasheet.memory.l2_mib.value * MIB
         self._cache_bandwidth = self._coefficients.l2_bandwidth_gb_per_s.value * GB
-        self._known, self._one = lru_cache(KEPT)(self._of_rows), lru_cache(KEPT)(self._at)
+
+    @lazy
+    def _known(self) -> Callable[..., _Traffic]:
+        return lru_cache(KEPT)(self._of_rows)
+
+    @lazy
+    def _one(self) -> Callable[..., tuple[float, ...]]:
+        return lru_cache(KEPT)(self._at)
 
     def time(self, work: MemoryBound) -> Seconds:
         """Start + bytes over the kernel's own rate, or its class's share of the bandwidth; at the rate of the cache up

@@ -5,7 +5,7 @@ Replaced values are not validated one by one, since a fit tries many; the profil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spsim.inputs.hardware import HardwareProfile, Leaf, leaves
@@ -56,6 +56,20 @@ def without_laws(profile: HardwareProfile, level: str, collective: Collective) -
     law = "sends" if collective == "send_receive" else "between_nodes"
     kept = {name: table for name, table in getattr(profile.coefficients, law).items() if name != level}
     return profile.model_copy(update={"coefficients": profile.coefficients.model_copy(update={law: kept})})
+
+
+class Trial:
+    """A profile whose numbers at some paths are set again and again; no other profile shares those coefficients."""
+
+    def __init__(self, profile: HardwareProfile, paths: Sequence[str]) -> None:
+        self._leaves = {path: leaf_at(profile, path).model_copy() for path in paths}
+        self.profile = with_leaves(profile, self._leaves)
+
+    def at(self, values: Mapping[str, float]) -> HardwareProfile:
+        """The profile with these numbers, unchecked, until the next ones."""
+        for path, value in values.items():
+            self._leaves[path].__dict__["value"] = value
+        return self.profile
 
 
 def with_values(profile: HardwareProfile, values: Mapping[str, float]) -> HardwareProfile:

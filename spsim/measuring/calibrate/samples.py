@@ -134,12 +134,14 @@ class Batch:
             constants = (getattr(sample.work, f.name) for f in fields(sample.work) if f.name in CONSTANT)
             where.setdefault((sample.dtype, type(sample.work), *constants), []).append(index)
         self.groups = [(samples[at[0]].dtype, _stack([samples[i].work for i in at]), at) for at in where.values()]
+        self.dtypes = {dtype for dtype, _, _ in self.groups}
 
     def times(self, profile: HardwareProfile) -> Seconds:
         """Seconds of each sample on a profile: measured one by one, in bursts."""
         found = np.empty(len(self.samples))
+        costs = {dtype: ComputeCost(profile, dtype, burst=True) for dtype in self.dtypes}
         for dtype, work, at in self.groups:
-            found[at] = ComputeCost(profile, dtype, burst=True).duration(work)
+            found[at] = costs[dtype].duration(work)
         return found
 
 

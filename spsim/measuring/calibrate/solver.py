@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from spsim.inputs.hardware import HardwareProfile
-from spsim.measuring.calibrate.coefficients import leaf_at, with_values
+from spsim.measuring.calibrate.coefficients import Trial, leaf_at, with_values
 from spsim.measuring.calibrate.samples import Batch, Sample, Seconds
 
 OUTLIER = 0.1
@@ -69,8 +69,10 @@ def refine(batch: Batch, profile: HardwareProfile, parameters: Sequence[Paramete
     def values(inner: npt.NDArray[np.float64]) -> dict[str, float]:
         return {p.path: p.outer(x) for p, x in zip(parameters, inner, strict=True)}
 
+    trial = Trial(profile, [p.path for p in parameters])
+
     def residuals(inner: npt.NDArray[np.float64]) -> Seconds:
-        logs: Seconds = np.log(batch.times(with_values(profile, values(inner))) / batch.seconds)
+        logs: Seconds = np.log(batch.times(trial.at(values(inner))) / batch.seconds)
         return logs
 
     start = _inside(parameters, [leaf_at(profile, p.path).value for p in parameters])
