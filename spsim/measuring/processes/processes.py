@@ -53,7 +53,8 @@ class Processes:
             raise
 
     def _start(self, rank: int, main: Callable[..., None], arguments: tuple[object, ...]) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])  # loaded once for all ranks, on no device yet
         mine, theirs = context.Pipe()
         process = context.Process(target=_run, args=(self._log(rank), main, theirs, *arguments), daemon=True)
         process.start()
