@@ -134,7 +134,8 @@ def serving_template(model: Model, plan: Plan, workload: Workload) -> Template:
         if not _of_one(plan, workload):
             unit = served_unit(plan, workload)
             every = every_workload(unit, workload.precision)
-            own = workload.model_copy(update={"seq_len": every.seq_len, "micro_batch": every.micro_batch})
+            sizes = {"seq_len": every.seq_len, "micro_batch": every.micro_batch, "chunk_tokens": None}
+            own = workload.model_copy(update=sizes)
         programs = serving_programs(model, plan, own)
         return Template(programs.pop(LAYER), unit, others=programs)
 
