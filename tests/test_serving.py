@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from spsim import InputError, Scenario, explain, plan_search, simulate
+from spsim.inputs.launch.emission import emit
 from spsim.inputs.profiles import load_profile
 from spsim.program.instructions import Communication, Compute
 from spsim.program.placement import sent_bytes
@@ -248,3 +249,13 @@ def test_an_explanation_says_where_the_cache_lies() -> None:
     assert placed["attention"] == {"ring": "j", "tp": "a"}
     assert placed["fc1"] == {"ring": "f", "tp": "f"}
     assert any(f"{2 * KV * HALF // 2:,} bytes of the cache" in note for note in found.notes)
+
+
+def test_what_is_written_for_training_is_no_inference() -> None:
+    scenario = Scenario(hardware="dgx-h100", model="llama-3-8b", workload={"seq_len": S, "phase": "prefill"})
+    with pytest.raises(InputError, match="prefill is inference"):
+        emit(scenario, "megatron")
+
+
+def test_a_chunk_that_holds_the_prompt_is_the_prompt() -> None:
+    assert served(chunk_tokens=2 * S).step_ps == served().step_ps

@@ -49,6 +49,10 @@ def emit(scenario: Scenario, library: str) -> Emission:
         raise InputError(
             f"--emit {library!r}: is no library that a plan is written for; use one of {', '.join(EMITTED)}"
         )
+    if scenario.is_served:
+        raise InputError(
+            f"--emit {library!r}: a {scenario.workload.phase} is inference, and what is written trains; leave phase out"
+        )
     plain = scenario.model_copy(update={"plan": _active(scenario.model, scenario.plan)})
     if library == "transformers":
         draft, options = transformers.drafted(plain)
