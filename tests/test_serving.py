@@ -259,3 +259,19 @@ def test_what_is_written_for_training_is_no_inference() -> None:
 
 def test_a_chunk_that_holds_the_prompt_is_the_prompt() -> None:
     assert served(chunk_tokens=2 * S).step_ps == served().step_ps
+
+
+def test_experts_of_a_prefill_get_their_tokens() -> None:
+    """Copies of the own tokens, dealt out evenly, go to three of four ranks and come back."""
+    plan = "ring=4,ep=4"
+    scenario = Scenario(
+        hardware="dgx-h100", model="qwen3-30b-a3b", plan=plan, workload={"seq_len": S, "phase": "prefill"}
+    )  # fmt: skip
+    result = simulate(scenario)
+    per_token, hidden = scenario.model.experts_per_token, scenario.model.hidden
+    copies = S // 4 * per_token * hidden * HALF
+    exchanged = [own.sent_bytes for own in result.program.forward
+                 if isinstance(own, Communication) and own.collective == "all_to_all"]  # fmt: skip
+    assert exchanged.count(copies * 3 // 4) == 2
+    with pytest.raises(InputError, match="experts = 128 with phase 'decode'"):
+        Scenario(hardware="dgx-h100", model="qwen3-30b-a3b", plan=plan, workload={"seq_len": S, "phase": "decode"})

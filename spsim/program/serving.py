@@ -23,6 +23,7 @@ from spsim.program.operators import Operator
 from spsim.program.quantisation import quantised
 from spsim.program.recipes import RECIPES
 from spsim.program.region import Region
+from spsim.program.routing import routed_by, routing_of
 from spsim.program.strategies import named_serving_rules, serving_rules
 
 
@@ -57,7 +58,7 @@ def last_layer(model: Model, plan: Plan, workload: Workload) -> tuple[tuple[Oper
 def _layer(model: Model, plan: Plan, workload: Workload, passage: Passage) -> tuple[Operator, ...]:
     """With the casts of the recipe of its precision, if that has one."""
     operators, recipe = (
-        cached_layer(model, workload, passage, plan.dp, plan.projections),
+        cached_layer(model, workload, passage, plan.dp, plan.projections, routing_of(model, plan)),
         RECIPES.get(workload.precision),
     )
     return operators if recipe is None else quantised(operators, recipe)
@@ -73,7 +74,7 @@ def _program(
 ) -> Program:
     rules, named = serving_rules(plan, workload.phase), named_serving_rules(plan, workload.phase)
     joined = MODEL if workload.phase == "decode" and plan.tp > 1 and plan.ring > 1 else ()
-    region = Region(operators, rules, mesh_of(plan), named, elsewhere, joined=joined)
+    region = Region(operators, rules, mesh_of(plan), named, elsewhere, routed_by(model, plan), joined)
     program = compile_region(region, plan, causal=model.causal, forward_only=True)
     for kernels in region.kernels.values():
         if isinstance(kernels, Attention) and plan.ring > 1:

@@ -70,7 +70,17 @@ def named_serving_rules(plan: Plan, phase: Phase) -> dict[str, Rules]:
     own, whole = serving_rules(plan, phase), SplitRule((), ())
     alone = serving_rules(plan.model_copy(update={"sequence_parallel": False}), phase)
     by_vocabulary: list[Axis] = [axis for axis, rule in own.items() if "v" in rule.token_wise]
-    return {WHOLE_SEQUENCE: alone, WHOLE_VOCABULARY: {**own, **dict.fromkeys(by_vocabulary, whole)}}
+    return {
+        EXPERTS: {**own, **_of_experts(plan)},
+        WHOLE_SEQUENCE: alone,
+        WHOLE_VOCABULARY: {**own, **dict.fromkeys(by_vocabulary, whole)},
+    }
+
+
+def _of_experts(plan: Plan) -> dict[Axis, SplitRule]:
+    """Of experts that are spread over ranks, or split along their width over tp."""
+    spread: dict[Axis, SplitRule] = dict.fromkeys(("ep", *plan.expert_axes), SplitRule(("e",), ("e",)))
+    return {"tp": SplitRule(("m",), ("m",)), **spread}
 
 
 def named_rules(plan: Plan) -> dict[str, Rules]:
@@ -78,9 +88,8 @@ def named_rules(plan: Plan) -> dict[str, Rules]:
     sequence over tp. On the whole vocabulary, too: a loss that reads gathered logits. Experts are spread over the ranks
     of ep, or split along their width over tp; their tokens come from wherever they lie.
     """
-    spread: dict[Axis, SplitRule] = dict.fromkeys(("ep", *plan.expert_axes), SplitRule(("e",), ("e",)))
     return {
-        EXPERTS: {**split_rules(plan), "tp": SplitRule(("m",), ("m",)), **spread},
+        EXPERTS: {**split_rules(plan), **_of_experts(plan)},
         WHOLE_SEQUENCE: split_rules(plan.model_copy(update={"sequence_parallel": False})),
         WHOLE_VOCABULARY: {**split_rules(plan), "tp": SplitRule((), ())},
     }

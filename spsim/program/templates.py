@@ -117,13 +117,15 @@ def head_template(
 
 def serving_key(model: Model, plan: Plan, workload: Workload) -> tuple[Hashable, ...]:
     """What the programs of a step of inference depend on, but for the sizes that a template holds for all workloads."""
-    sizes = (workload.seq_len, workload.micro_batch, workload.passages) if _of_one(plan, workload) else ()
+    sizes = (workload.seq_len, workload.micro_batch, workload.passages) if _of_one(model, plan, workload) else ()
     return model, plan, workload.phase, workload.precision, workload.cache_bytes, *sizes
 
 
-def _of_one(plan: Plan, workload: Workload) -> bool:
-    """Whether a template holds for one workload: where a prompt passes in chunks, or a batch is cut."""
-    return len(workload.passages) > 1 or batch_unit(plan, workload) > 1
+def _of_one(model: Model, plan: Plan, workload: Workload) -> bool:
+    """Whether a template holds for one workload: where a prompt passes in chunks, a batch is cut, or tokens are dealt
+    out to experts.
+    """
+    return model.experts is not None or len(workload.passages) > 1 or batch_unit(plan, workload) > 1
 
 
 def serving_template(model: Model, plan: Plan, workload: Workload) -> Template:
@@ -131,7 +133,7 @@ def serving_template(model: Model, plan: Plan, workload: Workload) -> Template:
 
     def compiled() -> Template:
         unit, own = 1, workload
-        if not _of_one(plan, workload):
+        if not _of_one(model, plan, workload):
             unit = served_unit(plan, workload)
             every = every_workload(unit, workload.precision)
             sizes = {"seq_len": every.seq_len, "micro_batch": every.micro_batch, "chunk_tokens": None}

@@ -13,6 +13,7 @@ from spsim.program.blocks.embedding import TOKEN_BYTES
 from spsim.program.blocks.head import Head
 from spsim.program.blocks.transformer import Layer, Projections, operators_of
 from spsim.program.operators import Operator, Tensor
+from spsim.program.routing import USUAL, Routing
 from spsim.program.strategies import WHOLE_SEQUENCE, WHOLE_VOCABULARY
 from spsim.work import AttentionKernel, Framework
 
@@ -21,9 +22,10 @@ class _CachedLayer(Layer):
     """A layer whose core attention reads keys and values from the cache."""
 
     def __init__(
-        self, model: Model, workload: Workload, passage: Passage, replicas: int, projections: Projections
-    ) -> None:
-        super().__init__(model, workload, replicas, projections)
+        self, model: Model, workload: Workload, passage: Passage, replicas: int, projections: Projections,
+        routing: Routing,
+    ) -> None:  # fmt: skip
+        super().__init__(model, workload, replicas, projections, routing)
         self.sizes |= {"s": passage.tokens, "j": passage.keys}
         self.decodes = workload.phase == "decode"
         self.cache_bytes = workload.cache_bytes
@@ -54,10 +56,15 @@ class _CachedLayer(Layer):
 
 
 def cached_layer(
-    model: Model, workload: Workload, passage: Passage, replicas: int = 1, projections: Projections = "fused"
+    model: Model,
+    workload: Workload,
+    passage: Passage,
+    replicas: int = 1,
+    projections: Projections = "fused",
+    routing: Routing = USUAL,
 ) -> tuple[Operator, ...]:
     """The operators of one layer for some tokens of each sequence, as `transformer_layer`."""
-    return operators_of(_CachedLayer(model, workload, passage, replicas, projections))
+    return operators_of(_CachedLayer(model, workload, passage, replicas, projections, routing))
 
 
 def next_token(
