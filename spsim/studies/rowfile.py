@@ -130,7 +130,7 @@ def _lines(table: Table) -> Iterator[str]:
         text = _escaped(column) if single else "%s"
         fields.append(f"{_escaped(name)}: {text}")
         if not single:
-            varying.append(_texts(column))
+            varying.append(_texts(table, name))
     template = "{" + ", ".join(fields) + "}\n"
     return (template % values for values in zip(*varying, strict=True))
 
@@ -139,8 +139,11 @@ def _escaped(value: Any) -> str:
     return json.dumps(value).replace("%", "%%")
 
 
-def _texts(column: Any) -> list[str]:
+def _texts(table: Table, name: str) -> list[str]:
     """JSON of each value."""
+    column = table.columns[name]
+    if isinstance(column, np.ndarray) and column.dtype.char == "d" and np.isfinite(column).all():
+        return table.digits(name)
     values = column.tolist() if isinstance(column, np.ndarray) else column
     kinds = set(map(type, values))
     if kinds == {str}:

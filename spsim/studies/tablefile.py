@@ -14,7 +14,7 @@ import numpy as np
 from spsim.errors import InputError
 from spsim.files import whole_file, whole_text
 from spsim.studies.spool import Part, Spool
-from spsim.studies.tables import Table, listed
+from spsim.studies.tables import Table, kinds, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,21 +63,22 @@ def _write_csv(parts: Iterable[Part], columns: Iterable[str], path: Path) -> Non
 def _lines(table: Table, names: Sequence[str]) -> Iterator[tuple[int, str]]:
     """(place, line) of each row; what a row does not have is empty."""
     count = len(table.places)
-    texts = [_texts(table.columns[name], count) if name in table.columns else repeat("", count) for name in names]
+    texts = [_texts(table, name, count) if name in table.columns else repeat("", count) for name in names]
     return zip(table.places, map(",".join, zip(*texts, strict=True)), strict=True)
 
 
-def _texts(column: Any, count: int) -> Iterable[str]:
+def _texts(table: Table, name: str, count: int) -> Iterable[str]:
     """The text of each value; numbers are as Python writes them, whole ones also beside rows that have none."""
+    column = table.columns[name]
     if not isinstance(column, list | np.ndarray):
         return repeat(_text(column), count)
+    types = kinds(column)
+    if types == {float}:
+        return ["" if text == "nan" else text for text in table.digits(name)]
     values = listed(column, count)
-    types = set(map(type, values))
     if types == {str}:
         known = {value: _text(value) for value in set(values)}
         return [known[value] for value in values]
-    if types == {float}:
-        return ["" if text == "nan" else text for text in map(repr, values)]
     return map(str, values) if types == {int} else map(_text, values)
 
 

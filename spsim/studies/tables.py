@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,14 @@ class Table:
     places: Sequence[int]
     """Of the rows among all."""
     columns: Row
+    _digits: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Of columns of floats, a line each."""
+
+    def digits(self, name: str) -> list[str]:
+        """A column of floats as Python writes them: worked out once, since that takes most of the time of a row."""
+        if name not in self._digits:
+            self._digits[name] = "\n".join(map(repr, listed(self.columns[name], len(self.places))))
+        return self._digits[name].split("\n")
 
     def rows(self) -> Iterator[tuple[int, Row]]:
         """(place, row), with values as Python has them."""
