@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,17 +60,23 @@ def imports(tree: ast.AST) -> Iterator[str]:
                 yield node.module
 
 
-def names_imported(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def names_imported(path: Path) -> list[tuple[str, bool]]:
     """(dotted name, whether at the top level of the module) of each import."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     top = {
         name
         for node in tree.body
         for name in imports(node)
         if not isinstance(node, ast.If | ast.FunctionDef | ast.ClassDef)
     }
-    for name in set(imports(tree)):
-        yield name, name in top
+    return [(name, name in top) for name in set(imports(tree))]
 
 
 def test_every_module_has_its_place() -> None:
@@ -118,7 +125,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def _modules_imported(path: Path, known: set[str]) -> Iterator[str]:
     """Modules of the package that a file imports as it is loaded."""
-    for node in ast.parse(path.read_text()).body:
+    for node in tree_of(path).body:
         if isinstance(node, ast.ImportFrom) and node.module:
             found = {f"{node.module}.{alias.name}" for alias in node.names} & known
             yield from found or {node.module} & known
@@ -133,22 +140,21 @@ def test_the_package_reads_as_its_architecture() -> None:
     """At most nine modules beside the folders, and every folder says in a sentence what is in it."""
     assert len(list(PACKAGE.glob("*.py"))) <= 9
     for path in PACKAGE.rglob("__init__.py"):
-        assert ast.get_docstring(ast.parse(path.read_text())), path
+        assert ast.get_docstring(tree_of(path)), path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "absent"),
+    ("names", "absent"),
     [
-        ("__main__", ("numpy", "pandas", "pydantic", "typer")),  # it must answer interrupts before they are there
-        ("simulation", ("pandas", *HEAVY)),
-        ("studies.comparison", ("pandas", *HEAVY)),
-        ("studies.sweeps", ("pandas", *HEAVY)),
-        *((f"cli.commands.{name}", HEAVY) for name in (*COMMANDS, EXPERIMENT)),
+        (("__main__",), ("numpy", "pandas", "pydantic", "typer")),  # it must answer interrupts before they are there
+        (("simulation", "studies.comparison", "studies.sweeps"), ("pandas", *HEAVY)),
+        (tuple(f"cli.commands.{name}" for name in (*COMMANDS, EXPERIMENT)), HEAVY),
     ],
 )
-def test_imports_are_light(module: str, absent: tuple[str, ...]) -> None:
-    assert not _loaded_by(f"import spsim.{module}") & {*absent}
+def test_imports_are_light(names: tuple[str, ...], absent: tuple[str, ...]) -> None:
+    """Of all together, and so of each."""
+    assert not _loaded_by(f"import {', '.join(f'spsim.{name}' for name in names)}") & {*absent}
 
 
 @pytest.mark.slow
@@ -182,9 +188,8 @@ def test_no_function_shares_its_name_with_a_module() -> None:
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
 def test_sizes(name: str, path: Path) -> None:
     """Files of at most 400 lines, functions of at most 50."""
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400
-    for node in ast.walk(ast.parse(text)):
+    assert len(path.read_text().splitlines()) <= 400
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 50, f"{path.name}: {node.name} is too long"
 

@@ -86,8 +86,20 @@ def timed_rows(rows, profile, *, noise=0.0, outliers=0.0, seed=1):
     return found
 
 
-def measurements(profile, *, collectives=False, on=GPU, quick=False, **disturbance):
+FEW = ("layer_norm", "rms_norm", "softmax", "dropout", "gelu", "bias_dropout_add", "add", "copy")
+"""Memory-bound kernels of four classes, of which most tests ask; each is fitted by itself, at a cost."""
+DIRECTIONS = ("_forward", "_backward")
+
+
+def kernel_rows(on=GPU, *, quick=False, kernels=FEW):
+    """Rows of a catalogue of one device; of the memory-bound kernels only some, or all for None."""
+    wanted = None if kernels is None else {f"{name}{ending}" for name in kernels for ending in ("", *DIRECTIONS)}
     rows = compute_rows(on, quick=quick)
+    return [row for row in rows if row.kind != "memory_bound" or wanted is None or row.name in wanted]
+
+
+def measurements(profile, *, collectives=False, on=GPU, quick=False, kernels=FEW, **disturbance):
+    rows = kernel_rows(on, quick=quick, kernels=kernels)
     return timed_rows([*rows, *(collective_rows(on, quick=quick) if collectives else ())], profile, **disturbance)
 
 
@@ -102,7 +114,7 @@ def truth():
 
 @pytest.fixture(scope="module")
 def fitted(truth):
-    return fit_profile(measurements(truth, noise=0.03, outliers=0.03), H100, "mine")
+    return fit_profile(measurements(truth, kernels=None, noise=0.03, outliers=0.03), H100, "mine")
 
 
 # ------------------------------------------------------------ recovery
@@ -120,7 +132,7 @@ def test_coefficients_come_back_from_noisy_rows(fitted, path):
 
 def test_times_come_back_closer_than_coefficients(fitted, truth):
     """Terms that trade against each other still make the same time, on every shape of the catalogue."""
-    rows = measurements(truth)
+    rows = measurements(truth, kernels=None)
     for samples_of in SAMPLES.values():
         batch = Batch(samples_of([r for r in rows if r.kind != "collective"]))
         errors = np.abs(batch.times(fitted.profile) / batch.seconds - 1)
@@ -543,7 +555,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, capsys):
         Measurement(kind="environment", name="device", text="NVIDIA H100 80GB HBM3"),
         Measurement(kind="environment", name="cuda", text="12.8"),
     ]
-    append_measurements(raw, rows + timed_rows(compute_rows(GPU, quick=True)[::3], H100, noise=0.02))
+    append_measurements(raw, rows + timed_rows(kernel_rows(quick=True)[::3], H100, noise=0.02))
     texts = []
     for name in ("one", "two"):
         directory = tmp_path / name

@@ -1,6 +1,8 @@
 """Shipped hardware profiles keep their promises, and the schema refuses what a user may get wrong."""
 
+import pickle
 from copy import deepcopy
+from functools import cache
 from math import nan
 
 import pytest
@@ -17,8 +19,14 @@ BLOCKS = ("datasheet", "calibrated", "assumed", "inherited")
 
 def tables(name):
     """A fresh copy of a shipped profile's TOML tables, with those of its base."""
+    return pickle.loads(pickled_tables(name))
+
+
+@cache
+def pickled_tables(name):
+    """Read once."""
     data = read_toml(profiles_directory() / f"{name}.toml")
-    return with_base(data, load_profile(data["base"]), name) if "base" in data else data
+    return pickle.dumps(with_base(data, load_profile(data["base"]), name) if "base" in data else data)
 
 
 def changed(name, path, value):
@@ -606,7 +614,6 @@ def test_numbers_are_no_texts_and_no_switches(name):
         refusal(changed(name, path, True))
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_kernel_coefficients_in_another_unit_are_refused():
     """Of every third kernel: shares and rates a thousandth, starts and sizes a thousandfold."""
