@@ -57,7 +57,7 @@ each_plan = pytest.mark.parametrize("name", PLANS)
 def drawn_texts(figure):
     """(text, box) of what a renderer draws; labels of ticks outside the limits are not drawn."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    figure.draw_without_rendering()
     hidden = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
