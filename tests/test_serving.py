@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from spsim import InputError, Scenario, explain, plan_search, simulate
+from spsim.costs.kernels import ComputeCost
 from spsim.inputs.launch.emission import emit
 from spsim.inputs.profiles import load_profile
 from spsim.program.instructions import Communication, Compute
 from spsim.program.placement import sent_bytes
-from spsim.studies.microbenchmarks import measured_kernels, summary
+from spsim.studies.microbenchmarks import Attention, measured_kernels, summary
 from spsim.work import FlashAttention
 
 DATA = Path(__file__).parents[1] / "experiments/data"
@@ -275,3 +276,13 @@ def test_experts_of_a_prefill_get_their_tokens() -> None:
     assert exchanged.count(copies * 3 // 4) == 2
     with pytest.raises(InputError, match="experts = 128 with phase 'decode'"):
         Scenario(hardware="dgx-h100", model="qwen3-30b-a3b", plan=plan, workload={"seq_len": S, "phase": "decode"})
+
+
+@pytest.mark.parametrize("batch", [16, 32, 256])
+def test_heads_that_share_keys_read_them_once(batch: int) -> None:
+    """Of one query four heads of Q for each of K take what one takes, whether keys are divided among blocks or not."""
+    cost = ComputeCost(load_profile("dgx-h100"), "bf16", burst=True)
+    rows = [Attention(batch=batch, heads=heads, kv_heads=8, head_dim=128, keys=4096, time_us=1) for heads in (8, 32)]
+    few, many = (cost.duration(row.work("flash_attention_2", "forward", "bf16")) for row in rows)
+    assert few == pytest.approx(many, rel=0.03)
+    assert rows[1].work("flash_attention_2", "forward", "bf16").bytes_moved / many > 1.9e12

@@ -108,10 +108,11 @@ class AttentionCost:
 
     def _blocks(self, work: FlashAttention, own: _Constants) -> Seconds:
         """Seconds from the start of the first block to the end of the last."""
-        rows = pick(own.backward, work.keys, work.queries)
+        grouped, queries = _grouped(work)
+        rows = pick(own.backward, work.keys, queries)
         others = pick(own.backward, work.queries, work.keys)
         per_head = up(rows / own.rows)
-        heads = work.batch * work.heads
+        heads = work.batch * grouped
         blocks = heads * per_head
         if not own.any_causal:
             return self._in_waves(own, blocks, own.token * others)
@@ -156,13 +157,7 @@ class AttentionCost:
 
     def _with_split(self, work: FlashAttention, own: _Constants, plain: Seconds) -> Seconds:
         """The time of a kernel that divides keys among blocks where few queries leave units without one."""
-        heads: Seconds = work.heads
-        rows: Seconds = work.queries
-        grouped = work.queries == 1
-        if some(grouped):
-            # All heads of queries that share keys are rows of one block where there is one query.
-            heads = pick(grouped, work.kv_heads, work.heads)
-            rows = pick(grouped, work.heads / work.kv_heads, work.queries)
+        heads, rows = _grouped(work)
         blocks = work.batch * heads * up(rows / SPLIT_ROWS)
         if not some(own.splits & (blocks < FILLED * own.slots)):
             return plain
@@ -271,6 +266,16 @@ class AttentionCost:
     @property
     def _picked(self) -> Any:
         return self._profile.coefficients.attention_picked
+
+
+def _grouped(work: FlashAttention) -> tuple[Seconds, Seconds]:
+    """Heads of a sequence and their rows: of one query all heads that share keys are rows of one block
+    (`seqlenq_ngroups_swapped` of FlashAttention-2).
+    """
+    one = work.queries == 1
+    if not some(one):
+        return work.heads, work.queries
+    return pick(one, work.kv_heads, work.heads), pick(one, work.heads / work.kv_heads, work.queries)
 
 
 def _as_key(size: Any) -> Any:
