@@ -73,6 +73,15 @@ def test_dense_layers_come_first():
     assert model.parameters == 2 * dense + 4 * routed + embedding
 
 
+@pytest.mark.parametrize("config", [QWEN3_FILE, {"model_type": "gemma3_text", "_sliding_window_pattern": 10**12}])
+def test_no_configuration_takes_for_ever(config, tmp_path):
+    """As many layers as no model has are refused before they are written out."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config, "num_hidden_layers": 10**12}))
+    with pytest.raises(InputError, match="should be less than or equal to 10000"):
+        load_model(path)
+
+
 def test_layers_of_each_sort_are_said_in_one_way():
     """Lists, as files have them, of whatever length: their shortest form, and what only the first are as a number."""
     base = {name: value for name, value in SMALL.items() if name != "dense_layers"}

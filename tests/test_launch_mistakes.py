@@ -50,6 +50,7 @@ def run(tmp_path, capsys, name, text, *options):
         ("a.sh", SCRIPT + " --sequence-parallel yes", "--sequence-parallel yes: expected true or false"),
         ("a.sh", SCRIPT + " --is-hybrid-model", "--is-hybrid-model: hybrid models are not read"),
         ("a.sh", SCRIPT + " --expert-model-parallel-size 2", "--expert-model-parallel-size 2: expected 1 without"),
+        ("a.sh", SCRIPT + " --num-experts 8 --moe-layer-freq 1 --num-layers 99999999999", "model: layers: Input"),
         ("a.sh", SCRIPT + " --mtp-num-layers 2", "model: mtp_layers: Input should be less than or equal to 1, got 2"),
         ("a.sh", SCRIPT + " --num-experts 8 --moe-layer-freq '[1]*9'", "[1]*9: expected a number, or a list such as"),
         ("a.sh", SCRIPT + " --num-experts 8 --moe-layer-freq 'open(1)'", "open(1): expected a number, or a list such"),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
+LayerCount = Annotated[int, Field(ge=1, le=10_000)]
 
 _GELU = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh")
 GATED_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", **dict.fromkeys(_GELU, "geglu")}
@@ -28,7 +29,7 @@ class Family(BaseModel):
     sizes: ClassVar[Mapping[str, int]] = {}
     """Of the family's first model: a table inside a multimodal file leaves out what is equal to them."""
 
-    num_hidden_layers: Count
+    num_hidden_layers: LayerCount
     hidden_size: Count
     num_attention_heads: Count
     vocab_size: Count
@@ -199,7 +200,7 @@ class _LlamaLike(Llama):
 
 class _Exaone(Llama):
     sizes: ClassVar[Mapping[str, int]] = sizes_of(4096, 14336, 32, 32, 8, 102400)
-    num_hidden_layers: Count = Field(validation_alias=AliasChoices("num_layers", "num_hidden_layers"))
+    num_hidden_layers: LayerCount = Field(validation_alias=AliasChoices("num_layers", "num_hidden_layers"))
     hidden_act: str = Field("silu", validation_alias=AliasChoices("activation_function", "hidden_act"))
 
 
@@ -291,7 +292,7 @@ class _Gemma2(_Gemma):
     sizes: ClassVar[Mapping[str, int]] = sizes_of(2304, 9216, 26, 8, 4, 256000)
     hidden_act: str = Field("gelu_pytorch_tanh", validation_alias=AliasChoices("hidden_activation", "hidden_act"))
     sliding_window: Count | None = 4096
-    sliding_window_pattern: Count = Field(
+    sliding_window_pattern: LayerCount = Field(
         2, validation_alias=AliasChoices("sliding_window_pattern", "_sliding_window_pattern")
     )
     use_bidirectional_attention: bool | None = None
@@ -312,7 +313,7 @@ class _Gemma2(_Gemma):
 class _Gemma3(_Gemma2):
     traits: ClassVar[Mapping[str, Any]] = {"gated_mlp": True, "norms": "both", "qk_norm": True}
     sizes: ClassVar[Mapping[str, int]] = sizes_of(2304, 9216, 26, 8, 4, 262208)
-    sliding_window_pattern: Count = Field(
+    sliding_window_pattern: LayerCount = Field(
         6, validation_alias=AliasChoices("sliding_window_pattern", "_sliding_window_pattern")
     )
 

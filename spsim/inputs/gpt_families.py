@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
-from spsim.inputs.families import PLAIN_ACTIVATIONS, Count, Family, Llama, Rotary, sizes_of
+from spsim.inputs.families import PLAIN_ACTIVATIONS, Count, Family, LayerCount, Llama, Rotary, sizes_of
 
 
 class _GPT2(Family):
-    num_hidden_layers: Count = Field(validation_alias=AliasChoices("n_layer", "num_hidden_layers"))
+    num_hidden_layers: LayerCount = Field(validation_alias=AliasChoices("n_layer", "num_hidden_layers"))
     hidden_size: Count = Field(validation_alias=AliasChoices("n_embd", "hidden_size"))
     num_attention_heads: Count = Field(validation_alias=AliasChoices("n_head", "num_attention_heads"))
     max_position_embeddings: Count = Field(validation_alias=AliasChoices("n_positions", "max_position_embeddings"))
@@ -100,7 +100,7 @@ class _OPT(Family):
 class _Falcon(Family):
     traits: ClassVar[Mapping[str, Any]] = {"positions": "rope"}
 
-    num_hidden_layers: Count = Field(validation_alias=AliasChoices("num_hidden_layers", "n_layer"))
+    num_hidden_layers: LayerCount = Field(validation_alias=AliasChoices("num_hidden_layers", "n_layer"))
     num_attention_heads: Count = Field(validation_alias=AliasChoices("num_attention_heads", "n_head"))
     num_kv_heads: Count | None = None
     ffn_hidden_size: Count | None = None

@@ -15,12 +15,12 @@ MOST_LAYERS = 10_000
 
 
 def layers_of(options: Options, name: str, layers: int | None, of_number: Callable[[int, int], bool]) -> list[bool]:
-    """Whether each layer is of the sort, all where nothing is said; `of_number` tells it of a layer, from 0, and a
-    number. None where the layers are not known.
+    """Whether each layer is of the sort, all where nothing is said, or of no model how many layers; `of_number` tells
+    it of a layer, from 0, and a number.
     """
     value = options.take(name)
-    if layers is None or value is None:
-        return [True] * (layers or 0)
+    if value is None or layers is None or layers > MOST_LAYERS:
+        return [True]
     found = value if isinstance(value, int) else _evaluated(str(value))
     if isinstance(found, int) and not isinstance(found, bool) and found > 0:
         return [of_number(layer, found) for layer in range(layers)]
