@@ -142,6 +142,10 @@ class FlashAttention:
     """Data type of its operands, where that is another than the block's."""
     window: int = 0
     """Keys that a query looks back at, itself included; 0 where all before it."""
+    documents: int = 0
+    """Of the keys, within each of which queries stay; 0 where there is one."""
+    longest: int = 0
+    """Keys of the longest of them."""
 
     @property
     def flops(self) -> int:

@@ -112,6 +112,10 @@ class AttentionCost:
         rows = pick(own.backward, work.keys, queries)
         others = pick(own.backward, work.queries, work.keys)
         per_head = up(rows / own.rows)
+        if some(work.documents > 0):
+            # The last block of a document is half full in the mean.
+            per_head = per_head + work.documents / 2
+            others = pick(work.documents > 0, work.longest, others)
         heads = work.batch * grouped
         blocks = heads * per_head
         if not own.any_causal:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spsim.inputs.documents import Documents
 from spsim.inputs.model import Model
 from spsim.inputs.parameters import of_projections
 from spsim.inputs.workload import Workload, Workloads
@@ -53,7 +54,12 @@ def layer_flops(model: Model, workload: Workload | Workloads, *, causal: bool = 
     of_mlp = model.hidden * width * (3 if model.gated_mlp else 2) + router
     matrices = of_projections(model) + of_mlp
     pairs = tokens * workload.seq_len
-    if model.sliding_window is not None:
+    if model.documents is not None:
+        pairs = (
+            workload.micro_batch
+            * Documents(model.documents, model.sliding_window).of_queries(range(sum(model.documents))).twice_pairs
+        )
+    elif model.sliding_window is not None:
         pairs = workload.micro_batch * _twice_pairs(workload.seq_len, model.sliding_window)
     attention = 2 * (of_scores + of_values) * (pairs // 2 if causal and model.causal else pairs)
     return LayerFlops(2 * tokens * matrices, attention, 2 * tokens * of_mlp)

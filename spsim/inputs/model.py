@@ -139,6 +139,8 @@ class Model(Configuration):
     do; unless given where kernels are eager."""
     causal: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    documents: tuple[int, ...] | None = Field(default=None, exclude=True, repr=False)
+    """Those of the workload, where sequences are packed of several."""
     left_out: Name = ""
     """Parts of a larger model that are not simulated, such as its vision tower; results say so in a note."""
 
@@ -209,6 +211,10 @@ class Model(Configuration):
             self.__dict__["dense_layers"] = first if only_first else 0
             self.__dict__["mlp_layer_types"] = None if only_first else _shortest(turns, self.layers)
         return self
+
+    def masked(self, documents: tuple[int, ...] | None) -> Self:
+        """With attention that stays within documents."""
+        return self if documents is None else self.model_copy(update={"documents": documents})
 
     def as_in(self, modules: Mapping[str, Any]) -> Self:
         """With modules that run as a library's do, where the model does not say how."""
@@ -291,6 +297,7 @@ def _shortest(turns: tuple[T, ...], layers: int) -> tuple[T, ...]:
 @lru_cache(maxsize=256)
 def _of_type(model: Model, own: LayerType) -> Model:
     changes: dict[str, Any] = {"dense_layers": 0, "mlp_layer_types": None, "layer_types": None, "mtp_layers": 0}
+    changes["documents"] = model.documents
     if own.dense:
         changes |= {"experts": None, "experts_per_token": None, "expert_ffn_hidden": None, "shared_ffn_hidden": 0}
     if own.full:

@@ -191,6 +191,8 @@ def keeps_sizes(model: Model, plan: Plan, workloads: Workloads, global_batch: An
         whole &= workloads.seq_len <= model.sliding_window
     if model.attention_chunk_size is not None:
         whole &= workloads.seq_len <= model.attention_chunk_size
+    if model.documents is not None:
+        whole &= workloads.seq_len == sum(model.documents)
     count = global_batch // unit
     if plan.pp > 1:
         whole &= [refused_count(plan, number) is None for number in count.tolist()]
@@ -213,6 +215,18 @@ def _check_window(model: Model, plan: Plan, workload: Workload) -> None:
         raise InputError(
             f"plan: ring = {plan.ring} with sliding_window = {window} of the model and seq_len = {workload.seq_len}: "
             "Transformer Engine sends no blocks of keys round under a window; use ring_kind=all_gather or ulysses"
+        )
+
+
+def _check_documents(model: Model, plan: Plan, workload: Workload) -> None:
+    if workload.documents is None:
+        return
+    if not model.causal:
+        raise InputError(f"workload: documents with {model.name}, which is not causal: not simulated; leave them out")
+    if plan.ring > MAX_DIFFERING:
+        raise InputError(
+            f"plan: ring = {plan.ring} with documents: every rank sees something else, and at most {MAX_DIFFERING} are "
+            "simulated; use a smaller ring"
         )
 
 
@@ -258,7 +272,7 @@ def check_scope(model: Model, plan: Plan, scope: str) -> None:
 
 _CHECKS = (
     check_serving, check_experts, _check_heads, _check_head_slices, _check_kv_heads, _check_widths, _check_rows,
-    _check_window,
+    _check_window, _check_documents,
     _check_sequence, _check_batch, check_step,
 )  # fmt: skip
 

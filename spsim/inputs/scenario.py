@@ -69,7 +69,8 @@ class Shapes(Configuration):
     @model_validator(mode="after")
     def _with_modules(self) -> Self:
         """The modules of a model run as those of the plan's library, unless it says how."""
-        self.__dict__["model"] = self.model.as_in(module_defaults(self.plan.library))
+        model = self.model.as_in(module_defaults(self.plan.library))
+        self.__dict__["model"] = model.masked(self.workload.documents)
         return self
 
     @model_validator(mode="after")
@@ -180,8 +181,9 @@ class Scenario(Shapes):
     def summary(self) -> tuple[str, ...]:
         """Sequence, micro-batch, nodes where they are several, ring cut and recomputation, for subtitles."""
         sizes = (f"sequence {self.workload.seq_len:,}", f"micro-batch {self.workload.micro_batch}")
-        nodes = self.plan.gpus // self.gpus_per_node
-        return (*sizes, *([f"{nodes} nodes"] if nodes > 1 else []), *self.plan.summary)
+        nodes, documents = self.plan.gpus // self.gpus_per_node, self.workload.documents
+        packed = (f"{len(documents)} document{'s' * (len(documents) > 1)} each",) if documents else ()
+        return (*sizes, *packed, *([f"{nodes} nodes"] if nodes > 1 else []), *self.plan.summary)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from spsim.inputs import words
 from spsim.inputs.configuration import Configuration
+from spsim.inputs.documents import MOST, lengths_of
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp8_delayed", "mxfp8", "fp8_blockwise", "nvfp4"]
 """From `fp8` on recipes: products of a layer in 8 or 4 bits, all else in bf16; see `program.recipes`."""
@@ -47,6 +48,11 @@ def _precision(value: Any) -> Any:
     return words.PRECISIONS.get(words.plain(value), words.plain(value)) if isinstance(value, str) else value
 
 
+Lengths = Annotated[
+    tuple[Annotated[int, Field(ge=1, strict=True)], ...], Field(min_length=1, max_length=MOST, strict=False)
+]
+
+
 class Passage(NamedTuple):
     """Tokens of a sequence that pass together, and up to which position they see it: those before are in the cache."""
 
@@ -65,6 +71,9 @@ class Workload(Configuration):
     """Sequences of one micro-batch on one replica."""
     global_batch: Annotated[int, Field(ge=1, le=2**30)] | None = None
     """Sequences of a step over all replicas."""
+    documents: Lengths | None = None
+    """Lengths in tokens of the documents that each sequence is packed of, each of which sees itself alone; a table such
+    as `{mean = 2048, seed = 0}` draws them. One document unless given."""
     phase: Annotated[Phase, BeforeValidator(_phase)] = "training"
     """Of inference, forward only: `prefill` passes a prompt of `seq_len` tokens and makes the first token after it,
     `decode` passes one token of each sequence, the last of `seq_len`, and makes the next.
@@ -76,6 +85,25 @@ class Workload(Configuration):
     kv_block_tokens: Annotated[int, Field(ge=1, le=2**16)] = 16
     """Tokens of a block of the cache, which is handed out whole (`--block-size` of vLLM)."""
     precision: Annotated[Precision, BeforeValidator(_precision)] = "bf16"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _draw_documents(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "documents" not in data:
+            return data
+        return {**data, "documents": lengths_of(data["documents"], tokens(data.get("seq_len")))}
+
+    @model_validator(mode="after")
+    def _documents_fill(self) -> Self:
+        if self.documents is None:
+            return self
+        if sum(self.documents) != self.seq_len:
+            raise ValueError(
+                f"documents have {sum(self.documents)} tokens in all, but seq_len = {self.seq_len}; make them equal"
+            )
+        if self.phase != "training":
+            raise ValueError(f"documents with phase = {self.phase!r}: packed sequences are trained on; leave one out")
+        return self
 
     @property
     def product_type(self) -> str:

@@ -11,6 +11,7 @@ from spsim.inputs.rules import gathers_qkv
 from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Precision, Workload
 from spsim.lazy import Cache
+from spsim.program.attention import Attention
 from spsim.program.blocks.embedding import TABLE, embedding_block, embedding_traits, padded_vocab
 from spsim.program.blocks.experts import fused_experts
 from spsim.program.blocks.head import head_block, head_traits, is_tied
@@ -18,7 +19,6 @@ from spsim.program.blocks.prediction import prediction_block
 from spsim.program.blocks.transformer import Projections, layer_traits, transformer_layer
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program, next_ids
-from spsim.program.kernels import Attention
 from spsim.program.lowerings.chunks import lower_chunks
 from spsim.program.lowerings.head_slices import lower_heads
 from spsim.program.lowerings.offload import offload

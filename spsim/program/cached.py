@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from spsim.lazy import lazy
-from spsim.program.kernels import Attention, Kernels
+from spsim.program.attention import Attention
+from spsim.program.kernels import Kernels
 from spsim.work import Direction, FlashAttention, MemoryBound, Work
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Set
 
 from spsim.lazy import lazy
+from spsim.program.attention import Attention
 from spsim.program.cached import CachedAttention, CacheWrite
-from spsim.program.kernels import Attention, Casting, Kernels, Lookup, Product
+from spsim.program.kernels import Casting, Kernels, Lookup, Product
 from spsim.program.launches import Launch, Launches
 from spsim.program.placed import PlacedOperator
 from spsim.work import FP32_BYTES, MemoryBound, Work

@@ -99,6 +99,8 @@ class Operator:
     """Which fused kernel computes core attention."""
     window: int | None = None
     """Keys that a query of core attention looks back at, itself included; all unless given."""
+    documents: tuple[int, ...] | None = None
+    """Of the sequence, within each of which core attention stays."""
     launches: Launches | None = None
     """Its kernels, where torch runs it as several."""
     rules: str = ""

@@ -8,12 +8,12 @@ from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Passage, Workload
 from spsim.program.assembly import EMBEDDING, HEAD
+from spsim.program.attention import Attention
 from spsim.program.blocks.embedding import TABLE, embedding_block, padded_vocab
 from spsim.program.blocks.head import is_tied
 from spsim.program.blocks.serving import cached_layer, next_token
 from spsim.program.compiler import compile_region
 from spsim.program.instructions import LAYER, Program
-from spsim.program.kernels import Attention
 from spsim.program.lowerings.head_slices import lower_heads
 from spsim.program.lowerings.partial import merge_partial_results
 from spsim.program.lowerings.ring import lower_ring

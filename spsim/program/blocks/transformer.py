@@ -109,7 +109,7 @@ class Layer(ModelBlock):
             "attention", "attention", f"s b a {c}, j b a {c}, j b a d{', a' * len(sinks)} -> s b a d",
             [q, k, v, *sinks], [context, log_sum_exp],
             mixes=f"j d {c}", saves=[q, k, v, context, log_sum_exp], owns_gather=[k, v],
-            attention_kernel=kernel, window=self.model.sliding_window,
+            attention_kernel=kernel, window=self.model.sliding_window, documents=self.model.documents,
         )  # fmt: skip
         return context
 
@@ -266,7 +266,7 @@ layer_traits = attrgetter(
     "attention", "causal", "dropout", "runs_as", "repeats_kv",
     "experts", "experts_per_token", "expert_ffn_hidden", "shared_ffn_hidden",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "sliding_window", "attention_sinks",
+    "sliding_window", "attention_sinks", "documents",
 )  # fmt: skip
 """What of a model one layer depends on."""
 

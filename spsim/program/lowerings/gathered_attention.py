@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from spsim.inputs.plan import Plan
+from spsim.program.attention import Attention
 from spsim.program.instructions import Buffer, Communication, Compute, Instruction, Program, Section
-from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring_steps import Message, RingSteps
 from spsim.program.mesh import Mesh
 

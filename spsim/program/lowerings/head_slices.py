@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from spsim.errors import InputError
 from spsim.inputs.plan import Plan
+from spsim.program.attention import Attention
 from spsim.program.instructions import Buffer, Communication, Compute, Part, Program, Purpose
-from spsim.program.kernels import Attention
 from spsim.program.lowerings.gathered_attention import GatheredAttention
 from spsim.program.lowerings.ring_steps import Message
 from spsim.program.mesh import Mesh

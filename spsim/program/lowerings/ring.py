@@ -10,8 +10,8 @@ ones unless a causal mask meets a contiguous cut, are one section that repeats i
 from __future__ import annotations
 
 from spsim.inputs.plan import Plan
+from spsim.program.attention import Attention
 from spsim.program.instructions import Buffer, Communication, Compute, Part, Program, Purpose
-from spsim.program.kernels import Attention
 from spsim.program.lowerings.gathered_attention import GatheredAttention
 from spsim.program.lowerings.ring_gradients import Fp32Gradients, ModelDtypeGradients, RingGradients
 from spsim.program.lowerings.ring_steps import Message

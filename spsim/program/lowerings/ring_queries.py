@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from spsim.inputs.plan import Plan
+from spsim.program.attention import Attention
 from spsim.program.instructions import Buffer, Communication, Compute, Program, Section
-from spsim.program.kernels import Attention
 from spsim.program.lowerings.ring import WRITTEN_OUT
 from spsim.program.lowerings.ring_steps import Message, RingSteps
 from spsim.program.mesh import Mesh

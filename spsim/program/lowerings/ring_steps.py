@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from spsim.inputs.documents import Documents, parts_of
 from spsim.inputs.plan import Plan
+from spsim.program.attention import Attention
 from spsim.program.cached import CachedAttention
 from spsim.program.instructions import (
     Buffer,
@@ -20,7 +22,6 @@ from spsim.program.instructions import (
     Section,
     next_ids,
 )
-from spsim.program.kernels import Attention
 from spsim.program.mesh import Mesh
 from spsim.program.placement import Collective, sent_bytes
 from spsim.work import FlashAttention, MemoryBound, Work
@@ -71,7 +72,7 @@ class RingSteps:
         self.cut = plan.ring_cut
         self.concatenates = plan.ring_messages == "concatenated"
         self.causal = causal
-        self.equal = not causal or plan.ring_cut == "zigzag"
+        self.equal = (not causal or plan.ring_cut == "zigzag") and attention.documents is None
         self.written_out = written_out
         self.kernels = attention
         self.itemsize = math.ceil(attention.placed.inputs[1].tensor.itemsize)
@@ -184,7 +185,16 @@ class RingSteps:
         assert isinstance(base, FlashAttention)
         if isinstance(self.kernels, CachedAttention) and self.equal:
             return (self.kernels.step_of_ring(self.degree, step, causal=self.causal),)
+        if self.kernels.documents is not None:
+            return tuple([self._of_documents(base, self.kernels.documents, step, rank) for rank in range(self.degree)])
         blocks = ring_blocks(base.queries, self.degree, step, causal=self.causal, cut=self.cut)
         block = next(filter(None, blocks))
         kernel = self.kernels.block(base.direction, block.queries, block.keys, block.twice_pairs, causal=block.causal)
         return tuple([kernel if own else None for own in blocks])
+
+    def _of_documents(self, base: FlashAttention, documents: Documents, step: int, rank: int) -> FlashAttention | None:
+        """The kernel of a position on the keys of the one that many before it; none where nothing is seen of them."""
+        places = rank, (rank - step) % self.degree
+        own, other = (parts_of(documents.tokens, self.degree, place, self.cut) for place in places)
+        seen = documents.between(own, other)
+        return self.kernels.within(base.direction, base.queries, base.queries, seen) if seen.twice_pairs else None
