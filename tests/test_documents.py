@@ -124,3 +124,9 @@ def test_what_does_not_fit_is_refused(workload, model, message):
 
 def test_plans_without_rings_fold_as_without_documents():
     assert len(step([1024] * 16, "tp=2,dp=2").statics) == 1
+
+
+def test_a_model_that_was_simulated_with_documents_is_as_before():
+    packed = step([8192, 8192])
+    assert step(None, model=packed.scenario.model).step_ps == step(None).step_ps
+    assert "documents" not in packed.scenario.model.model_dump()

@@ -213,8 +213,8 @@ class Model(Configuration):
         return self
 
     def masked(self, documents: tuple[int, ...] | None) -> Self:
-        """With attention that stays within documents."""
-        return self if documents is None else self.model_copy(update={"documents": documents})
+        """With attention that stays within documents, or within none."""
+        return self if documents == self.documents else self.model_copy(update={"documents": documents})
 
     def as_in(self, modules: Mapping[str, Any]) -> Self:
         """With modules that run as a library's do, where the model does not say how."""

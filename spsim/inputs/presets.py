@@ -137,7 +137,7 @@ def _given(model: Model) -> dict[str, Any]:
     fields = model.model_dump()
     for name, field in Model.model_fields.items():
         without = {key: value for key, value in fields.items() if key != name}
-        if field.default is None and Model.filled(without).get(name) == fields[name]:
+        if field.default is None and Model.filled(without).get(name) == fields.get(name):
             fields = without
     return fields
 
