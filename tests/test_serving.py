@@ -1,6 +1,7 @@
 """Prefill and decode: what is sent, kept and computed, against closed forms."""
 
 import csv
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -286,3 +287,15 @@ def test_heads_that_share_keys_read_them_once(batch: int) -> None:
     few, many = (cost.duration(row.work("flash_attention_2", "forward", "bf16")) for row in rows)
     assert few == pytest.approx(many, rel=0.03)
     assert rows[1].work("flash_attention_2", "forward", "bf16").bytes_moved / many > 1.9e12
+
+
+def test_chunks_pass_one_after_another() -> None:
+    """Each reads more of the cache than the one before; their layers are told apart, and all is written out."""
+    result = served("ring=4", chunk_tokens=1024)
+    windows = [result.trace.window_of("forward", 0, chunk) for chunk in range(S // 1024)]
+    assert all(before[1] < after[0] for before, after in pairwise(windows))
+    lengths = [end - begin for begin, end in windows]
+    assert lengths == sorted(lengths)
+    assert result.layer_forward_s * 1e12 == pytest.approx(lengths[0])
+    assert result.select().whole_step
+    assert {"kv_cache_gib", "weights_gib"} <= {*result.memory_curve.columns}

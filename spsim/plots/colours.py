@@ -35,6 +35,7 @@ PARTS = {**COLOURS, RECOMPUTATION: "#777777", SLOWED: "#F7B6BD", SYNC: "#DDAA33"
 """Of the parts of an account of time."""
 CATEGORIES = {
     "weights": "#4477AA",
+    "KV cache": "#44AA99",
     "gradients": "#66CCEE",
     "optimizer": "#BBBBBB",
     "activations": "#CCBB44",

@@ -46,12 +46,15 @@ def plot_memory(result: Result, *, rank: int | None = None, title: str | None = 
     rank = result.peak.rank if rank is None else rank
     alone = _alone(result, rank)
     settled = _settled(alone)
-    sizes = {name: settled[_column(name)] for name in CATEGORIES}
+    sizes = {name: settled[_column(name)] for name in CATEGORIES if _column(name) in settled}
+    if result.is_served:
+        sizes = {name: size for name, size in sizes.items() if size.any()}
     peak = int(settled["total_gib"].argmax())
     labels = [f"{name}  {size.iloc[peak]:.2f} GiB" for name, size in sizes.items()]
     figure, axes = _figure(alone.step_time_s * MS_PER_S, labels)
     areas = axes.stackplot(
-        settled["time_ms"], *sizes.values(), labels=labels, colors=list(CATEGORIES.values()), step="post", linewidth=0
+        settled["time_ms"], *sizes.values(), labels=labels, colors=[CATEGORIES[name] for name in sizes], step="post",
+        linewidth=0,
     )  # fmt: skip
     low = _limits(axes, alone.peak_memory_gib, _usable(alone), alone.capacity_gib)
     _mark_peak(axes, alone)
@@ -107,7 +110,7 @@ def _settled(result: Result) -> pd.DataFrame:
 
 
 def _column(category: str) -> str:
-    return f"{category.replace(' ', '_')}_gib"
+    return f"{category.lower().replace(' ', '_')}_gib"
 
 
 def _usable(result: Result) -> float:

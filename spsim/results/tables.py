@@ -82,7 +82,7 @@ def _rank_memory(
     times, operators, sizes = zip(*rows, strict=True)
     frame = pd.DataFrame({"rank": rank, "time_us": [time / PS_PER_US for time in times], "operator": operators})
     for category, size in static.items():
-        frame[f"{category}_gib"] = size / GIB
+        frame[f"{category.lower().replace(' ', '_')}_gib"] = size / GIB
     for category, column in zip(CATEGORIES, np.array(sizes).T, strict=True):
         frame[f"{category.replace(' ', '_')}_gib"] = (static.get(category, 0) + column) / GIB
     frame["total_gib"] = frame.filter(like="_gib").sum(axis=1)

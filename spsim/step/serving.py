@@ -33,8 +33,9 @@ class PreparedServing(PreparedStep):
         """The passes of the blocks, each from its embedding on."""
         body: list[Loop] = []
         starts = [place for place, run in enumerate(chunk) if run.block.startswith(EMBEDDING)]
-        for start, end in zip(starts, (*starts[1:], len(chunk)), strict=True):
-            body += chunk_pass(self.blocks, chunk[start:end], FORWARD)
+        for place, (start, end) in enumerate(zip(starts, (*starts[1:], len(chunk)), strict=True)):
+            # Chunks of a prompt are numbered as micro-batches: they are what passes one after another.
+            body += chunk_pass(self.blocks, chunk[start:end], FORWARD, micro_batch=place)
         return (Loop(tuple(body), micro_batches, micro_batches=1),)
 
     def parameters(self, numbers: Numbers, chunk: Chunk) -> int:

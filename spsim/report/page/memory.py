@@ -42,6 +42,7 @@ def _chart(name: str, result: Result, end_ms: float, most_gib: float, *, last: b
             "hovertemplate": f"{category}: %{{y:.2f}} GiB<extra></extra>",
         }
         for category, colour in CATEGORIES.items()
+        if category in sizes
     ]  # fmt: skip
     limit = result.limit / GIB
     line = {
