@@ -31,7 +31,7 @@ from spsim.lazy import Deferred
 from spsim.program.assembly import EMBEDDING, HEAD, MTP, kinds_of_layers
 from spsim.program.blocks.optimizer import shard_ranks
 from spsim.program.recipes import in_precision, program_precision
-from spsim.program.recompute import layer_kinds
+from spsim.program.recompute import kinds_of
 from spsim.program.sizes import Numbers, products
 from spsim.results import folded
 from spsim.results.added import Added
@@ -222,10 +222,10 @@ def stages_of(model: Model, pp: int, virtual_pp: int, schedule: Schedule, layout
 def _layer_runs(model: Model, plan: Plan, layers: range) -> list[Run]:
     """Some layers of a chunk, by kind."""
     names = kinds_of_layers(model, plan)
-    kinds = layer_kinds(plan, [*map(model.type_of, layers)])
-    return [Run(names[kind], count, layers=kind.layers) for kind, count in kinds]
+    return [Run(names[kind], count, layers=kind.layers) for kind, count in kinds_of(model, plan, layers)]
 
 
+@lru_cache(maxsize=256)
 def _runs(model: Model, plan: Plan, layers: range, *, embedding: bool, loss: bool) -> tuple[Run, ...]:
     """Some layers with what stands before and behind them."""
     runs = [Run(EMBEDDING, numbered=False)] if embedding else []

@@ -253,9 +253,14 @@ class Model(Configuration):
         return LayerType(dense, bool(turns) and turns[layer % len(turns)] == "full_attention")
 
     @cached_property
+    def each_type(self) -> tuple[LayerType, ...]:
+        """Of all layers in order."""
+        return tuple(map(self.type_of, range(self.layers)))
+
+    @cached_property
     def types(self) -> Mapping[LayerType, int]:
         """How many layers are of each type, those of most traits of the model first."""
-        return dict(sorted(Counter(map(self.type_of, range(self.layers))).items()))
+        return dict(sorted(Counter(self.each_type).items()))
 
     def of_type(self, own: LayerType) -> Model:
         """The model whose layers are all of a type."""

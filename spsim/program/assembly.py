@@ -136,7 +136,7 @@ def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
     """The kinds of layers in a step, and names of their blocks: `LAYER` is the first, of experts if there are any."""
     if plan.recompute_layers is None and not plan.cpu_offload_layers and len(model.types) == 1:
         return {usual_kind(plan): LAYER}
-    chunks = dict.fromkeys([(*map(model.type_of, chunk.layers),) for chunk in all_chunks(model, plan)])
+    chunks = dict.fromkeys([model.each_type[own.layers.start : own.layers.stop] for own in all_chunks(model, plan)])
     kinds = dict.fromkeys([kind for types in chunks for kind, _ in layer_kinds(plan, types)])
     kinds = dict.fromkeys(sorted(kinds, key=lambda kind: kind.type))
     return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from spsim.inputs.model import LayerType
+from spsim.inputs.model import LayerType, Model
 from spsim.inputs.plan import Plan
 from spsim.program.operators import Operator
 
@@ -63,6 +64,12 @@ def usual_kind(plan: Plan) -> LayerKind:
         return LayerKind(("layer",))
     given = plan.recomputed_modules
     return LayerKind(tuple([name for name in MODULES if name in given]) if given else ())
+
+
+@lru_cache(maxsize=1024)
+def kinds_of(model: Model, plan: Plan, layers: range) -> Sequence[tuple[LayerKind, int]]:
+    """Some layers of a model in a row by kind."""
+    return layer_kinds(plan, model.each_type[layers.start : layers.stop])
 
 
 def layer_kinds(plan: Plan, types: Sequence[LayerType]) -> list[tuple[LayerKind, int]]:

@@ -16,7 +16,7 @@ from spsim.inputs.scenario import Scenario
 from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Workload, Workloads
 from spsim.program.blocks.embedding import padded_vocab
-from spsim.program.recompute import layer_kinds, usual_kind
+from spsim.program.recompute import kinds_of, usual_kind
 from spsim.results.derived import Amounts
 
 
@@ -58,7 +58,7 @@ def _executed(scenario: Scenario | Grid, flops: Mapping[LayerType, LayerFlops]) 
     return sum(
         count * kind.layers * flops[kind.type].executed(kind.recomputed)
         for layers in chunks
-        for kind, count in layer_kinds(plan, [*map(model.type_of, layers)])
+        for kind, count in kinds_of(model, plan, layers)
     )
 
 
