@@ -35,6 +35,13 @@ class Configuration(BaseModel):
         except ValidationError as error:
             raise first_problem(error, kind.called()) from None
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, perhaps with other settings; what was worked out of the settings does not come with it."""
+        found = super().model_copy(update=update, deep=deep)
+        for name in found.__dict__.keys() - type(self).model_fields.keys():
+            del found.__dict__[name]
+        return found
+
     @classmethod
     def called(cls) -> str:
         """What messages call it."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -210,19 +210,19 @@ class Plan(Configuration):
         """Megatron's and others' words too; see `plan_words`."""
         return super().own_words(plan_options(settings, cls.model_fields.keys()))
 
-    @property
+    @cached_property
     def gpus(self) -> int:
         """Product of the degrees."""
         return self.tp * self.ulysses * self.ring * self.pp * self.dp
 
-    @property
+    @cached_property
     def expert_axes(self) -> tuple[Literal["ring", "ulysses", "tp"], ...]:
         """Axes besides replicas over which experts are spread, if they are."""
         if self.ep == 1:
             return ()
         return ("ring", "ulysses") if self.expert_tp in (None, self.tp) else ("ring", "ulysses", "tp")
 
-    @property
+    @cached_property
     def expert_replicas(self) -> int:
         """Of all replicas, those over which experts are spread."""
         within = self.ulysses * self.ring * (self.tp if "tp" in self.expert_axes else 1)
@@ -238,23 +238,23 @@ class Plan(Configuration):
         """Whether dK and dV go round in fp32."""
         return self.ring_gradients == "fp32" or self.ring_kind == "gather_permute"
 
-    @property
+    @cached_property
     def zero_stage(self) -> int:
         """ZeRO stage; the distributed optimizer is stage 1."""
         return max(self.zero, int(self.distributed_optimizer))
 
-    @property
+    @cached_property
     def recomputed_modules(self) -> tuple[str, ...]:
         """Modules of a layer that a selective recomputation runs again, by Megatron-LM's names."""
         given = self.recompute_modules or "core_attn"
         return tuple(re.split(r"[+,\s]+", given)) if self.recompute == "selective" else ()
 
-    @property
+    @cached_property
     def differing(self) -> dict[str, Any]:
         """Options that are not those of its library."""
         return self.unlike(library_defaults(self.library, self.pp))
 
-    @property
+    @cached_property
     def text(self) -> str:
         """The plan as the command line writes it: what differs from one GPU without options of its library."""
         return plan_text(self.differing)

@@ -65,17 +65,15 @@ def _check_head_slices(model: Model, plan: Plan, workload: Workload) -> None:
 
 def _check_even_heads(model: Model, plan: Plan) -> None:
     degree = plan.tp * plan.ulysses
-    by_group = plan.model_copy(update={"uneven_heads": "by_group"})
-    dealt = ", or uneven_heads=by_group, as DeepSpeed has it" if deals_out_groups(model, by_group) else ""
     if model.heads % degree:
         raise InputError(
             f"plan: tp x ulysses = {degree} does not divide heads = {model.heads}; "
-            f"use a divisor of it, such as {math.gcd(model.heads, degree)}{dealt}"
+            f"use a divisor of it, such as {math.gcd(model.heads, degree)}{_dealt(model, plan)}"
         )
     if model.kv_heads % degree and degree % model.kv_heads:
         raise InputError(
             f"plan: tp x ulysses = {degree} neither divides kv_heads = {model.kv_heads} nor is a multiple of it; "
-            f"use {model.kv_heads} or a divisor of it{dealt}"
+            f"use {model.kv_heads} or a divisor of it{_dealt(model, plan)}"
         )
     if plan.ulysses_few_kv_heads == "refuse" and not reasons(model, plan)["ulysses_few_kv_heads"]:
         own = model.kv_heads // plan.tp
@@ -84,6 +82,11 @@ def _check_even_heads(model: Model, plan: Plan) -> None:
             f"'refuse', as library = {plan.library!r} does; use ulysses_few_kv_heads=replicate, a head on each rank, "
             f"or ulysses={own}"
         )
+
+
+def _dealt(model: Model, plan: Plan) -> str:
+    by_group = plan.model_copy(update={"uneven_heads": "by_group"})
+    return ", or uneven_heads=by_group, as DeepSpeed has it" if deals_out_groups(model, by_group) else ""
 
 
 def _check_kv_heads(model: Model, plan: Plan, workload: Workload) -> None:

@@ -49,7 +49,8 @@ def _refused(owner: str, text: str) -> InputError:
 
 
 def _check_training(plan: Plan, workload: Workload) -> None:
-    for name in (name for name in OF_INFERENCE if name in workload.differing):
+    differing = workload.differing
+    for name in (name for name in OF_INFERENCE if name in differing):
         raise _refused(
             "workload", f"{name} = {getattr(workload, name)!r} is of inference; set phase = 'prefill' or leave it out"
         )

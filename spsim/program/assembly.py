@@ -75,6 +75,7 @@ def projections(model: Model, plan: Plan) -> Projections:
     return "gathered" if gathers_qkv(model, plan) else plan.projections
 
 
+@lru_cache(maxsize=256)
 def layer_key(model: Model, plan: Plan, kind: LayerKind | None = None) -> tuple[Hashable, ...]:
     """What of model and plan the program of layers of a kind depends on."""
     return layer_traits(model), projections(model, plan), routing_of(model, plan), compiled_by(plan, kind)
@@ -132,7 +133,8 @@ def layer_operators(
     return fused_experts(operators) if routing.fused else operators
 
 
-def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
+@lru_cache(maxsize=256)
+def kinds_of_layers(model: Model, plan: Plan) -> Mapping[LayerKind, str]:
     """The kinds of layers in a step, and names of their blocks: `LAYER` is the first, of experts if there are any."""
     if plan.recompute_layers is None and not plan.cpu_offload_layers and len(model.types) == 1:
         return {usual_kind(plan): LAYER}
@@ -142,7 +144,8 @@ def kinds_of_layers(model: Model, plan: Plan) -> dict[LayerKind, str]:
     return {kind: f"{LAYER} {place}" if place else LAYER for place, kind in enumerate(kinds)}
 
 
-def layers_of_blocks(model: Model, plan: Plan) -> dict[str, int]:
+@lru_cache(maxsize=256)
+def layers_of_blocks(model: Model, plan: Plan) -> Mapping[str, int]:
     """Block -> how many layers of the model are of its type; those that recomputation tells apart once."""
     names: dict[LayerType, str] = {}
     for kind, name in kinds_of_layers(model, plan).items():

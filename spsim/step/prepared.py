@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.rules import sequence_unit
@@ -54,6 +56,7 @@ def prepared_step(
     )
 
 
+@lru_cache(maxsize=256)
 def issued_by(plan: Plan) -> tuple[bool | int | str, ...]:
     """What of a plan says in which order its program is issued, and by what; among how many ranks, with the stages."""
     overlap, sharded = (plan.tp_backward_overlap, *hidden_by(plan)), plan.zero_stage > 0
