@@ -41,6 +41,13 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
     """
     if len(points) == 1:
         return tables_of_rows([row(points[0])], [0])
+    with _without_collections():
+        tables, alone = _of_families(points)
+    return tables + tables_of_rows([row(points[place]) for place in alone], alone)
+
+
+def _of_families(points: Sequence[Point]) -> tuple[list[Table], list[int]]:
+    """The rows that are computed with others, and the places of all others."""
     sorting = _Sorting(points)
     tables: list[Table] = []
     alone = sorting.alone.places
@@ -63,7 +70,7 @@ def tables_of_points(points: Sequence[Point]) -> list[Table]:
                 alone += own[0].places.tolist()
         for some in _parts(several):
             tables += _together(points, some, alone)
-    return tables + tables_of_rows([row(points[place]) for place in alone], alone)
+    return tables, alone
 
 
 def by_family(points: Iterable[Point]) -> list[int]:
@@ -228,8 +235,7 @@ def _together(points: Sequence[Point], every: Sequence[Sequence[_Placed]], alone
     places = np.concatenate([placed.places for own in every for placed in own])
     simulated = partial(simulate_together, [[placed.grid for placed in own] for own in every])
     left: list[int] = []
-    with _without_collections():
-        found = [*_at_once(points, places, simulated, left)]
+    found = [*_at_once(points, places, simulated, left)]
     if len(every) > 1 and len(left) == len(places):
         for own in every:
             yield from _together(points, [own], alone)
