@@ -36,7 +36,9 @@ import spsim
 from spsim.report.table import table
 
 GPUS, LAYERS, SEQ_LEN = 64, 96, 2048
-BATCHES = (64, 128, 256, 512)
+BATCHES = (64, 128, 256, 512, 1024, 2048)
+MICRO_BATCHES, CHUNKS = (1, 2, 4, 8), range(1, 9)
+"""As many as a search for a plan has."""
 
 
 class Configuration(NamedTuple):
@@ -65,11 +67,11 @@ class Configuration(NamedTuple):
 def space() -> Iterator[Configuration]:
     """All that the degrees divide; interleaved schedules need as many micro-batches as stages."""
     recomputed = ("none", "selective", "full")
-    for tp, pp, chunks in product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 2, 3)):
+    for tp, pp, chunks in product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32), CHUNKS):
         if GPUS % (tp * pp) or LAYERS % (pp * chunks) or (chunks > 1 and pp == 1):
             continue
         dp = GPUS // (tp * pp)
-        for micro_batch, batch, recompute in product((1, 2, 4), BATCHES, recomputed):
+        for micro_batch, batch, recompute in product(MICRO_BATCHES, BATCHES, recomputed):
             number, rest = divmod(batch, dp * micro_batch)
             if rest or (chunks > 1 and number % pp):
                 continue

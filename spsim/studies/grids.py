@@ -30,7 +30,7 @@ from spsim.studies.together import OF_ALL, alike, come_again, simulate_together
 
 MANY = 256
 """Workloads of a plan that are computed at once: their numbers stay in a cache."""
-MOST = 4096
+MOST = 16384
 """Workloads of many plans: what is made for stages is made for all of them."""
 SIZES = ("seq_len", "micro_batch", "global_batch")
 
