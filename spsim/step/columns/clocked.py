@@ -13,6 +13,10 @@ from spsim.step.pipeline.many import Totals
 from spsim.step.pipeline.orders import Numbers
 
 
+FEW = 2
+"""Steps that are looked up, or gone through, one by one."""
+
+
 class Asked(NamedTuple):
     """The steps of some plans."""
 
@@ -73,8 +77,8 @@ def _of_structure(asked: Asked, clocks: list[Clock]) -> Totals:
     left = np.arange(len(clocks))
     rounds = np.array([own.more_rounds for own in clocks])
     found = Totals(*np.empty((2, clock.stages, len(clocks)), np.int64))
-    if clock.structure.steps.are_covered:
-        different, like = asked.different
+    different, like = asked.different
+    if len(different) > FEW and clock.structure.steps.are_covered:
         passes, messages = asked.of(different).durations(clock)
         short = clock.structure.steps.short(np.concatenate([passes, messages, np.zeros_like(messages[:1])]))
         found = short.longer(like, rounds)
