@@ -7,11 +7,13 @@ what it takes, however many stages and replicas there are; how passes follow eac
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 from spsim.costs.collectives import CommCost
 from spsim.costs.kernels import ComputeCost
+from spsim.costs.static_memory import StaticMemory, dummy_gradients, static_memory
 from spsim.inputs.model import Model
 from spsim.inputs.plan import MESH_ORDER, Plan
 from spsim.inputs.rules import sequence_unit
@@ -74,6 +76,32 @@ def prepared_passes(model: Model, plan: Plan, precision: Precision, *, single: b
             optimizer=Optimizer(plan, precision),
         ),
     )
+
+
+class Weights(NamedTuple):
+    """Of the blocks of a stage."""
+
+    parameters: int
+    spread: int
+    """Of these, those of experts that are spread over ranks."""
+    bytes: int
+    dummies: int
+    """Bytes of what stands for their gradients (`dummy_gradients`)."""
+    element_bytes: int
+
+    def under(self, plan: Plan) -> StaticMemory:
+        """What a rank holds for the whole step."""
+        found = static_memory(self.parameters, plan, self.element_bytes, self.bytes, self.spread)
+        return replace(found, gradients=found.gradients + self.dummies)
+
+
+def weights_of(prepared: PreparedStep, runs: Chunk, numbers: Numbers, element_bytes: int) -> Weights:
+    """Those of a stage that runs some blocks."""
+    dummies = dummy_gradients((prepared.template.programs[run.block] for run in runs), element_bytes)
+    return Weights(
+        prepared.parameters(numbers, runs), prepared.spread_parameters(runs), prepared.weight_bytes(runs), dummies,
+        element_bytes,
+    )  # fmt: skip
 
 
 class Costs(NamedTuple):

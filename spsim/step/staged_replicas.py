@@ -19,7 +19,7 @@ from spsim.lazy import Cache, lazy
 from spsim.program.assembly import ProgramsAt, one_replica, programs_at
 from spsim.program.blocks.embedding import TABLE
 from spsim.program.blocks.optimizer import parameter_state, shard_ranks
-from spsim.program.instructions import Buffer
+from spsim.program.instructions import Buffer, Program
 from spsim.program.sizes import Template
 from spsim.program.templates import step_template
 from spsim.step.buckets import Parameter
@@ -185,11 +185,15 @@ _numbers: Cache[object] = Cache(1024, lambda _: 1)
 
 @lru_cache(maxsize=256)
 def weight_numbers(template: Template) -> Mapping[str, object]:
-    """What stands for the weights of each block, the same for equal ones: a key of them all takes long to compare."""
-    return {
-        name: _numbers.get((own.weights, own.weight_sync, own.weight_casts), object)
-        for name, own in template.programs.items()
-    }
+    """What stands for the weights of each block and the sums over tp of their gradients, the same for equal ones: a key
+    of them all takes long to compare.
+    """
+
+    def number(own: Program) -> object:
+        sums = tuple([(at, sync) for at, sync in enumerate(own.weight_sync) if sync.axes == ("tp",)])
+        return _numbers.get((own.weights, sums, own.weight_casts), object)
+
+    return {name: number(own) for name, own in template.programs.items()}
 
 
 def keeps_outputs(plan: Plan) -> bool:

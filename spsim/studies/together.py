@@ -25,8 +25,8 @@ from spsim.results.joined import Blocks, JoinedColumns
 from spsim.results.joined import Part as Columns
 from spsim.results.staged_columns import StagedResultColumns
 from spsim.results.uncertainty import has_flags, is_calibrated
-from spsim.simulation import is_one_sequence, precision_of, stages_of, static_of
-from spsim.step.apart import Costs, closing_times, one_stage, prepared_passes, runs_apart
+from spsim.simulation import is_one_sequence, precision_of, stages_of
+from spsim.step.apart import Costs, Weights, closing_times, one_stage, prepared_passes, runs_apart, weights_of
 from spsim.step.columns.chunks import ChunkPasses
 from spsim.step.columns.closing import Part, parts_of
 from spsim.step.columns.endings import Endings
@@ -34,6 +34,7 @@ from spsim.step.columns.fill import Places
 from spsim.step.columns.stages import PlanColumns, StagedColumns
 from spsim.step.columns.step import StepColumns
 from spsim.step.costed_columns import Pipelining, Sends, nodes_of_lanes
+from spsim.step.itinerary import Chunk
 from spsim.step.stages import Stages
 
 
@@ -118,6 +119,8 @@ class _Alike:
         self.costs = Costs(compute, comm, first.gpus_per_node)
         self.known = self.prepared.template.at(first.workload)
         """Numbers that no workload changes can be read from it."""
+        self._weights: dict[Chunk, Weights] = {}
+        """Of the blocks of stages."""
         self.stages = [stages_of(grid.model, *_staging(grid)) for grid in grids]
         if self.prepared.columns is not None:
             self._run(different)
@@ -175,7 +178,10 @@ class _Alike:
         return [parts_of(own) for own in times]
 
     def _static(self, number: int, kind: int) -> StaticMemory:
-        return static_of(self.grids[number].scenario, self.prepared, self.stages[number].kinds[kind], self.known)
+        runs, grid = self.stages[number].kinds[kind], self.grids[number]
+        if runs not in self._weights:
+            self._weights[runs] = weights_of(self.prepared, runs, self.known, grid.scenario.workload.element_bytes)
+        return self._weights[runs].under(grid.plan)
 
     def of_one_stage(self, numbers: Sequence[int]) -> ResultColumns:
         """Plans of one stage, as one."""

@@ -12,7 +12,6 @@ from spsim.step.pipeline.clock import Clock
 from spsim.step.pipeline.many import Totals
 from spsim.step.pipeline.orders import Numbers
 
-
 FEW = 2
 """Steps that are looked up, or gone through, one by one."""
 
