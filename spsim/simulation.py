@@ -54,7 +54,7 @@ from spsim.step.perturbed import Latencies, Perturbed, perturbed_ranks
 from spsim.step.preparation import PreparedStep
 from spsim.step.prepared import prepared_layer, prepared_step
 from spsim.step.replicated import replicated_step
-from spsim.step.serving import prepared_serving, serving_chunk
+from spsim.step.serving import caches, prepared_serving, serving_chunk
 from spsim.step.sharing import Sharing
 from spsim.step.staged_replicas import staged_step
 from spsim.step.stages import PlacedChunk, Stages
@@ -272,8 +272,7 @@ def precision_of(scenario: Scenario | Grid) -> Precision:
 def static_of(scenario: Scenario, prepared: PreparedStep, chunk: Chunk, numbers: Numbers) -> StaticMemory:
     plan, element_bytes = scenario.plan, scenario.workload.element_bytes
     if scenario.is_served:
-        kept = scenario.model.layers * prepared.template.program.cache_token_bytes
-        return serving_memory(prepared.weight_bytes(chunk), kept, plan, scenario.workload)
+        return serving_memory(prepared.weight_bytes(chunk), caches(scenario.model, prepared), plan, scenario.workload)
     parameters, spread = prepared.parameters(numbers, chunk), prepared.spread_parameters(chunk)
     found = static_memory(parameters, plan, element_bytes, prepared.weight_bytes(chunk), spread)
     if scenario.scope == "layers" or (plan.dp_library != "megatron" and plan.copies > 1):

@@ -9,6 +9,7 @@ import pytest
 from spsim import InputError, Scenario, explain, plan_search, simulate
 from spsim.costs.kernels import ComputeCost
 from spsim.inputs.launch.emission import emit
+from spsim.inputs.presets import load_model
 from spsim.inputs.profiles import load_profile
 from spsim.program.instructions import Communication, Compute
 from spsim.program.placement import sent_bytes
@@ -299,3 +300,21 @@ def test_chunks_pass_one_after_another() -> None:
     assert result.layer_forward_s * 1e12 == pytest.approx(lengths[0])
     assert result.select().whole_step
     assert {"kv_cache_gib", "weights_gib"} <= {*result.memory_curve.columns}
+
+
+def test_a_window_keeps_and_reads_its_tokens_alone() -> None:
+    """Five of six layers of Gemma 3 look back at 1,024 tokens, as vLLM keeps them."""
+    model, window = load_model("gemma-3-27b"), 1024
+    full = sum(count for kind, count in model.types.items() if kind.full)
+    own = simulate(Scenario(hardware="dgx-h100", model=model, workload={"seq_len": S, "phase": "decode"}))
+    token = 2 * model.kv_heads * model.head_dim * HALF
+    assert own.static.cache == token * (full * S + (model.layers - full) * window)
+    keys = {work.keys for program in own.programs.values() for step in program.forward if isinstance(step, Compute)
+            for work in step.work if isinstance(work, FlashAttention)}  # fmt: skip
+    assert keys == {S, window}
+    prompt = Scenario(hardware="dgx-h100", model=model, workload={"seq_len": S, "phase": "prefill"})
+    windowless = prompt.model.model_copy(update={"sliding_window": None, "layer_types": None})
+    longer = simulate(Scenario(hardware="dgx-h100", model=windowless, workload=prompt.workload))
+    assert simulate(prompt).ttft_s < longer.ttft_s
+    with pytest.raises(InputError, match="ring = 2 with phase 'decode' under sliding_window = 1024"):
+        Scenario(hardware="dgx-h100", model=model, plan="ring=2", workload={"seq_len": S, "phase": "decode"})

@@ -82,15 +82,18 @@ def _twice_pairs(tokens: Any, window: int) -> Any:
 
 def serving_flops(model: Model, workload: Workload, *, causal: bool = False) -> int:
     """FLOPs of all layers in a step of inference, for one replica: tokens that pass see all in the cache, or, `causal`,
-    those up to their own.
+    those up to their own; under a window what it leaves.
     """
     total = 0
-    for passage in workload.passages:
-        flops = layer_flops(model, workload.model_copy(update={"seq_len": passage.tokens}))
-        last = passage.tokens * passage.keys
-        seen = last - passage.tokens**2 // 2 if causal and passage.tokens > 1 else last
-        total += flops.linear + flops.attention // passage.tokens**2 * seen
-    return model.layers * total
+    for kind, layers in model.types.items():
+        own = model.of_type(kind)
+        for tokens, keys in workload.passages:
+            flops = layer_flops(own, workload.model_copy(update={"seq_len": tokens}), causal=causal)
+            before = keys - tokens if own.sliding_window is None else min(keys, own.sliding_window) - 1
+            widths = 2 * own.heads * (own.head_dim + own.v_head_dim)
+            past = 0 if own.sliding_window and tokens == keys else workload.micro_batch * tokens * before
+            total += layers * (flops.forward + widths * past)
+    return total
 
 
 @dataclass(frozen=True, slots=True)

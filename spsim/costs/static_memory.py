@@ -75,12 +75,18 @@ def static_memory(
     )
 
 
-def serving_memory(weights: int, token_bytes: int, plan: Plan, workload: Workload) -> StaticMemory:
-    """Weights of inference, and the cache of all sequences of a replica, `token_bytes` for one token: blocks of
-    `kv_block_tokens` are handed out whole (Kwon et al. 2023, arXiv:2309.06180), to each rank of a ring for its tokens.
+def serving_memory(
+    weights: int, caches: Iterable[tuple[int, int | None]], plan: Plan, workload: Workload
+) -> StaticMemory:
+    """Weights of inference, and the cache of all sequences of a replica, so many bytes for one token, of all tokens or
+    of a window: blocks of `kv_block_tokens` are handed out whole (Kwon et al. 2023, arXiv:2309.06180), to each rank of
+    a ring for its tokens.
     """
-    block, own = workload.kv_block_tokens, -(-workload.seq_len // plan.ring)
-    return StaticMemory(weights, 0, 0, workload.micro_batch * -(-own // block) * block * token_bytes)
+    block, total = workload.kv_block_tokens, 0
+    for token_bytes, window in caches:
+        own = -(-min(workload.seq_len, window or workload.seq_len) // plan.ring)
+        total += -(-own // block) * block * token_bytes
+    return StaticMemory(weights, 0, 0, workload.micro_batch * total)
 
 
 def dummy_gradients(programs: Iterable[Program], weight_bytes: int) -> int:

@@ -77,14 +77,13 @@ def _check_model(model: Model, plan: Plan, workload: Workload) -> None:
             f"tp = {plan.tp} with experts {where}: experts that ranks of tp share are summed behind the combination, "
             "which is not simulated yet; use expert_tp=1 with ep, or ulysses or ring",
         )
-    if len(model.types) > 1 or model.attention_sinks:
-        what = "attention sinks" if model.attention_sinks else "layers of several types"
-        raise _refused("model", f"{what} {where}: not simulated yet; use another model")
     window = model.sliding_window
-    if window is not None and window < workload.seq_len:
+    if window is not None and window < workload.seq_len and (plan.ring > 1 or workload.chunk_tokens):
+        name = "chunk_tokens" if workload.chunk_tokens else f"ring = {plan.ring}"
         raise _refused(
-            "model",
-            f"sliding_window = {window} {where} of {workload.seq_len} tokens: not simulated yet; use at most {window}",
+            "plan",
+            f"{name} {where} under sliding_window = {window} of the model, shorter than {workload.seq_len} tokens: not "
+            "simulated yet; leave it out",
         )
     if model.kv_lora_rank is not None:
         raise _refused("model", f"kv_lora_rank = {model.kv_lora_rank} {where}: not simulated yet; use another model")
@@ -189,6 +188,8 @@ def serving_notes(model: Model, plan: Plan, workload: Workload) -> Iterator[str]
     """What a reader of a result should know of inference."""
     if workload.phase == "training":
         return
+    if model.mtp_layers:
+        yield f"mtp_layers = {model.mtp_layers} train the model, and make no token here"
     if model.dropout:
         yield f"dropout = {model.dropout} is off in inference"
     if workload.phase == "decode" and plan.ring > 1:

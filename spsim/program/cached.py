@@ -38,7 +38,7 @@ class CachedAttention(Attention):
     def over_gathered_keys(self, direction: Direction, causal: bool, ring_cut: str) -> tuple[FlashAttention, ...]:
         """A rank's queries on the keys that it reads; of a prompt whose every token passes, as in training."""
         new, every = (math.ceil(self.operator.extents[dim]) for dim in "sj")
-        if new == every and ("ring", "s") in self.placed.splits:
+        if new == every and (self.operator.window or ("ring", "s") in self.placed.splits):
             return super().over_gathered_keys(direction, causal, ring_cut)
         queries, keys = self._product("s"), self._product("j")
         pairs = twice_pairs(new, every) if causal else 2 * new * every

@@ -27,9 +27,9 @@ from spsim.program.routing import routed_by, routing_of
 from spsim.program.strategies import named_serving_rules, serving_rules
 
 
-def block_of(name: str, passage: int) -> str:
-    """The name of a block of one of several passes."""
-    return f"{name} {passage}" if passage else name
+def block_of(name: str, passage: int, kind: int = 0) -> str:
+    """The name of a block of one of several passes, and of layers of one of several types."""
+    return name + (f"/{kind}" if kind else "") + (f" {passage}" if passage else "")
 
 
 def serving_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, Program]:
@@ -37,8 +37,8 @@ def serving_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, 
     vocab = padded_vocab(model.vocab, _table_ranks(plan, workload))
     made: dict[str, Program] = {}
     for place, passage in enumerate(workload.passages):
-        layer = _layer(model, plan, workload, passage)
-        made[block_of(LAYER, place)] = _program(layer, model, plan, workload)
+        for kind, own in enumerate(map(model.of_type, model.types)):
+            made[block_of(LAYER, place, kind)] = _program(_layer(own, plan, workload, passage), own, plan, workload)
         passing = workload.model_copy(update={"seq_len": passage.tokens})
         table = embedding_block(model, passing, plan.dp, vocab=vocab)
         made[block_of(EMBEDDING, place)] = _program(table, model, plan, workload)
@@ -50,7 +50,8 @@ def serving_programs(model: Model, plan: Plan, workload: Workload) -> dict[str, 
 
 
 def last_layer(model: Model, plan: Plan, workload: Workload) -> tuple[tuple[Operator, ...], Program]:
-    """The operators of a layer for the last tokens that pass, and their program."""
+    """The operators of a layer of the first type for the last tokens that pass, and their program."""
+    model = model.of_type(next(iter(model.types)))
     operators = _layer(model, plan, workload, workload.passages[-1])
     return operators, _program(operators, model, plan, workload)
 

@@ -122,10 +122,11 @@ def serving_key(model: Model, plan: Plan, workload: Workload) -> tuple[Hashable,
 
 
 def _of_one(model: Model, plan: Plan, workload: Workload) -> bool:
-    """Whether a template holds for one workload: where a prompt passes in chunks, a batch is cut, or tokens are dealt
-    out to experts.
+    """Whether a template holds for one workload: where a prompt passes in chunks, a batch is cut, tokens are
+    dealt out to experts, or a window ends what is seen.
     """
-    return model.experts is not None or len(workload.passages) > 1 or batch_unit(plan, workload) > 1
+    unlike = model.experts is not None or model.sliding_window is not None
+    return unlike or len(workload.passages) > 1 or batch_unit(plan, workload) > 1
 
 
 def serving_template(model: Model, plan: Plan, workload: Workload) -> Template:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from spsim.engine.pieces import Pass
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
@@ -49,15 +51,25 @@ class PreparedServing(PreparedStep):
 
 def _once(chunk: Chunk) -> Chunk:
     """The blocks of one pass, which all share their weights."""
-    return [run for run in chunk if run.block in (EMBEDDING, LAYER, HEAD)]
+    return [run for run in chunk if " " not in run.block]
 
 
 def serving_chunk(model: Model, workload: Workload) -> Chunk:
     """What a rank runs of a step."""
     found: list[Run] = []
+    kinds = {own: kind for kind, own in enumerate(model.types)}
+    alike = [(kinds[own], sum(1 for _ in some)) for own, some in groupby(map(model.type_of, range(model.layers)))]
     for place, _ in enumerate(workload.passages):
-        found += [Run(block_of(EMBEDDING, place), numbered=False), Run(block_of(LAYER, place), model.layers)]
+        found.append(Run(block_of(EMBEDDING, place), numbered=False))
+        found += [Run(block_of(LAYER, place, kind), count) for kind, count in alike]
     return (*found, *([Run(HEAD, numbered=False)] if model.head_rows else []))
+
+
+def caches(model: Model, step: PreparedStep) -> list[tuple[int, int | None]]:
+    """Bytes of a token of a sequence on a rank, of the layers of each type together, and the window that keeps it."""
+    types = enumerate(model.types.items())
+    own = [(block_of(LAYER, 0, kind), count, model.of_type(type_).sliding_window) for kind, (type_, count) in types]
+    return [(count * step.template.programs[name].cache_token_bytes, window) for name, count, window in own]
 
 
 def prepared_serving(model: Model, plan: Plan, fold: bool, workload: Workload) -> PreparedServing:

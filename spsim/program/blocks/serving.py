@@ -18,6 +18,12 @@ from spsim.program.strategies import WHOLE_SEQUENCE, WHOLE_VOCABULARY
 from spsim.work import AttentionKernel, Framework
 
 
+def seen(model: Model, passage: Passage) -> int:
+    """Keys that are read: of one token those in its window."""
+    window = model.sliding_window
+    return passage.keys if window is None or passage.tokens > 1 else min(window, passage.keys)
+
+
 class _CachedLayer(Layer):
     """A layer whose core attention reads keys and values from the cache."""
 
@@ -26,7 +32,7 @@ class _CachedLayer(Layer):
         routing: Routing,
     ) -> None:  # fmt: skip
         super().__init__(model, workload, replicas, projections, routing)
-        self.sizes |= {"s": passage.tokens, "j": passage.keys}
+        self.sizes |= {"s": passage.tokens, "j": seen(model, passage)}
         self.decodes = workload.phase == "decode"
         self.cache_bytes = workload.cache_bytes
 
