@@ -376,3 +376,13 @@ def test_a_layer_has_the_parameters_that_its_traits_say(traits: dict[str, Any], 
         assert held == found.layer_parameters
     else:
         assert found.layer_parameters / 2 < held < found.layer_parameters
+
+
+@pytest.mark.parametrize("traits", [{"norms": "both"}, {"sliding_window": 32}, {"experts": 4, "experts_per_token": 2}])
+def test_real_layers_are_of_models_that_they_know(traits: dict[str, Any]) -> None:
+    """Where weights or the mask are others, nothing is run in their place."""
+    pytest.importorskip("torch")
+    from spsim.pytorch.layers import Groups, ParallelLayer
+
+    with pytest.raises(InputError, match="real layers are those of dense GPT and Llama models"):
+        ParallelLayer(Model(**{**BIASED, **traits}), parse_plan(""), Groups.create(parse_plan("")))

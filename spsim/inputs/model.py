@@ -244,7 +244,16 @@ class Model(Configuration):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of a result must know of the model."""
-        return (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
+        alone = (f"of {self.name} the language model alone: {self.left_out} is left out",) if self.left_out else ()
+        kinds = ", ".join(f"{count} {self._words_of(own)}" for own, count in self.types.items())
+        return (*alone, f"layers of {self.name} differ: {kinds}") if len(self.types) > 1 else alone
+
+    def _words_of(self, own: LayerType) -> str:
+        """What sets a type of layers apart."""
+        mlp = "with a dense MLP" if own.dense else "with experts"
+        attention = "full attention" if own.full else f"a window of {self.sliding_window} keys"
+        differs = [any(kind.dense for kind in self.types), any(kind.full for kind in self.types)]
+        return " and ".join([text for text, apart in zip((mlp, f"with {attention}"), differs, strict=True) if apart])
 
     def type_of(self, layer: int) -> LayerType:
         """Of a layer by its number, from 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spsim.errors import InputError
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.pytorch.layers import elementwise, flash, unfused
@@ -39,7 +41,13 @@ class ParallelLayer(ParallelBlock):
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
-        super().__init__(model, plan, groups, weight_shapes(model), dtype, device, seed)
+        shapes = weight_shapes(model)
+        own = sum(math.prod(shape.sizes) for shape in shapes.values())
+        if own != model.layer_parameters or model.sliding_window or model.documents:
+            raise InputError(
+                f"model {model.name}: real layers are those of dense GPT and Llama models; use one of these"
+            )
+        super().__init__(model, plan, groups, shapes, dtype, device, seed)
 
     # The layer
 
