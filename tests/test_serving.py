@@ -318,3 +318,19 @@ def test_a_window_keeps_and_reads_its_tokens_alone() -> None:
     assert simulate(prompt).ttft_s < longer.ttft_s
     with pytest.raises(InputError, match="ring = 2 with phase 'decode' under sliding_window = 1024"):
         Scenario(hardware="dgx-h100", model=model, plan="ring=2", workload={"seq_len": S, "phase": "decode"})
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "token_bytes"),
+    [
+        ("deepseek-v3", "ulysses=8,ep=8", 70_272),
+        ({"preset": "llama-3-8b", "layers": 80, "hidden": 8192, "heads": 64, "ffn_hidden": 29568}, "", 327_680),
+        ({"preset": "llama-3-8b", "layers": 126, "hidden": 16384, "heads": 128, "ffn_hidden": 53248}, "", 516_096),
+    ],
+)
+def test_the_cache_of_a_token_is_as_published(model: object, plan: str, token_bytes: int) -> None:
+    """DeepSeek-V3, Qwen2.5-72B and Llama 3.1 405B in DeepSeek-AI 2025 (arXiv:2505.09343, table 1); ranks that share
+    heads of latent attention have each the whole latents.
+    """
+    scenario = Scenario(hardware="dgx-h100", model=model, plan=plan, workload={"seq_len": S, "phase": "prefill"})
+    assert simulate(scenario).static.cache == token_bytes * S

@@ -86,11 +86,26 @@ def _check_model(model: Model, plan: Plan, workload: Workload) -> None:
             "simulated yet; leave it out",
         )
     if model.kv_lora_rank is not None:
-        raise _refused("model", f"kv_lora_rank = {model.kv_lora_rank} {where}: not simulated yet; use another model")
+        _check_latents(model, plan, workload)
     if model.attention == "unfused":
         raise _refused("model", f"attention = 'unfused' {where}: a cache is read by fused kernels; use flash")
     if not model.causal:
         raise _refused("model", f"causal = false {where}: what is kept is for later tokens; use a causal model")
+
+
+def _check_latents(model: Model, plan: Plan, workload: Workload) -> None:
+    """A prompt that passes at once attends to keys and values, all else to latents, by kernels of their own."""
+    for given, what in (
+        (workload.phase == "decode", "phase 'decode'"),
+        (workload.chunk_tokens is not None, "chunk_tokens"),
+        (plan.ring_pass == "q" and plan.ring > 1, "ring_pass = 'q'"),
+    ):
+        if given:
+            raise _refused(
+                "model",
+                f"kv_lora_rank = {model.kv_lora_rank} with {what}, which reads latents from the cache: not simulated "
+                "yet; use a prefill at once, or another model",
+            )
 
 
 def _check_one_batch(model: Model, plan: Plan, workload: Workload) -> None:

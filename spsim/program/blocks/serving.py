@@ -40,6 +40,9 @@ class _CachedLayer(Layer):
         """Core attention to the cache. Ranks that have other keys make partial results, which are merged: a sum over
         j, weighted by the log-sum-exp of each (Dao et al. 2023, flash-decoding).
         """
+        if self.model.kv_lora_rank is not None:
+            self.cache_latents()
+            return super().fused_attention(kernel, q, k, v)
         context = super().fused_attention(kernel, q, *self.cached(k, v))
         (*_, last) = self.operators
         picked = "flash_decoding" if self.decodes and kernel == "transformer_engine" else kernel
@@ -55,6 +58,15 @@ class _CachedLayer(Layer):
         sides = (", ".join([own] * len(new)) for own in (read, "j b a d"))
         self.add("kv_cache", "elementwise", " -> ".join(sides), new, kept, mixes=mixes)
         return kept
+
+    def cache_latents(self) -> None:
+        """Of latent attention the latent of keys and values behind its norm, and the rotated part of k, once for all
+        heads (`concat_and_cache_mla` of vLLM); a prefill attends to the keys and values that it has made of them.
+        """
+        made = {operand.tensor.dims[2:]: operand.tensor for op in self.operators for operand in op.results}
+        new = [made["l",], made["r",]]
+        kept = [self.tensor(f"{own.name}_cache", f"j b {own.dims[2]}", "cache", self.cache_bytes) for own in new]
+        self.add("kv_cache", "elementwise", "j b l, j b r -> j b l, j b r", new, kept)
 
     def cache(self, new: Tensor) -> Tensor:
         """Of keys or of values."""
