@@ -62,7 +62,7 @@ class Device(ABC):
     def random(self, *shape: int, dtype: str = "fp32") -> torch.Tensor:
         """A tensor of random numbers with mean 0 and variance 1."""
         count = int(torch.Size(shape).numel())
-        filled = self._block.to(self.type_of(dtype)).repeat(-(-count // RANDOM_BLOCK))
+        filled = self._block[:count].to(self.type_of(dtype)).repeat(-(-count // RANDOM_BLOCK))
         return filled[:count].view(shape)
 
     @property
