@@ -7,8 +7,9 @@ it: run it again when costs or profiles change. `spsim.results.bands` reads it, 
 
 - **ratio**: all pairs of plans of one table, or of one family of `validate`, that differ in one way. Of layers, since
   no published steps of one model differ so; attention alone, which says less of a step, stands where no layers do.
-- **time**: whole training steps, of dense models and of those with experts, on each machine, on machines joined in one
-  way, and on any; where there are none, layers, and where there are none of these either, attention alone.
+- **time**: whole training steps, of dense models and of those with experts, with biases or without, on each machine,
+  on machines joined in one way, and on any; where there are none, layers, and where there are none of these either,
+  attention alone.
 - **part**: collectives by machine, how the group lies, and size, on the fabric that the profile describes; attention by
   machine, how it is split, and head size.
 
@@ -52,8 +53,8 @@ class Measured(NamedTuple):
     measured: float
     predicted: float
     head_dim: int = 0
-    experts: bool = False
-    """Of a model with experts."""
+    family: str = ""
+    """Of times, by the model."""
 
 
 class Error(NamedTuple):
@@ -73,9 +74,10 @@ def steps() -> Iterator[Measured]:
     cases = [case for case in load_cases() if case.metric == "step_time_s"]
     for case, found in zip(cases, validate(cases).cases, strict=True):
         if found.predicted is not None and not found.fitted:
-            plan = case.scenario().plan
+            scenario = case.scenario()
             times = case.measured, found.predicted
-            yield Measured(case.family, case.hardware, plan, "steps", *times, experts=case.experts > 0)
+            family = bands.family_of(scenario.model)
+            yield Measured(case.family, case.hardware, scenario.plan, "steps", *times, family=family)
 
 
 def layers() -> Iterator[Measured]:
@@ -122,8 +124,7 @@ def time_errors(rows: Iterable[Measured]) -> Iterator[Error]:
     """On the machine, on those joined in the same way, and on any."""
     for row in rows:
         for machine in (row.hardware, bands.link(load_profile(row.hardware)), bands.ANY):
-            family = bands.EXPERTS if row.experts else ""
-            yield Error("time", row.what, machine, family, 0, bands.off_by(row.predicted / row.measured), row.table)
+            yield Error("time", row.what, machine, row.family, 0, bands.off_by(row.predicted / row.measured), row.table)
 
 
 def attention_errors(rows: Iterable[Measured]) -> Iterator[Error]:

@@ -147,14 +147,21 @@ def off_by(ratio: float) -> float:
 
 
 EXPERTS = "experts"
-"""Family of times of models with experts; others have none."""
+BIASED_EXPERTS = "experts with biases"
+"""Families of times of models with experts; others have none."""
 
 
-def of_time(hardware: HardwareProfile, *, experts: bool = False) -> Band:
+def family_of(model: object) -> str:
+    """The family of a model's times."""
+    if getattr(model, "experts", None) is None:
+        return ""
+    return BIASED_EXPERTS if getattr(model, "mlp_bias", False) else EXPERTS
+
+
+def of_time(hardware: HardwareProfile, family: str = "") -> Band:
     """The band of a time, from measurements on the machine, on those joined in the same way, or on any; of models with
     experts from those of such.
     """
-    family = EXPERTS if experts else ""
     machines = {
         hardware.name: f"on {hardware.name}",
         link(hardware): f"on GPUs joined by a {link(hardware).replace('_', ' ')}",
@@ -162,7 +169,7 @@ def of_time(hardware: HardwareProfile, *, experts: bool = False) -> Band:
     }
     found = ((table().get(("time", machine, family, 0)), where) for machine, where in machines.items())
     entry, where = next((entry, where) for entry, where in found if entry)
-    return Band(entry.p90, f"times of {entry.what}{' with experts' if experts else ''} measured {where}", entry.rows)
+    return Band(entry.p90, f"times of {entry.what}{f' with {family}' if family else ''} measured {where}", entry.rows)
 
 
 def of_pair(hardware: HardwareProfile, one: Plan, other: Plan) -> Band:
@@ -171,7 +178,7 @@ def of_pair(hardware: HardwareProfile, one: Plan, other: Plan) -> Band:
     experts.
     """
     if one.ep > 1 or other.ep > 1:
-        return of_time(hardware, experts=True)
+        return of_time(hardware, EXPERTS)
     families = pair_families(one, other)
     entries = [table().get(("ratio", link(hardware), family, 0)) for family in families]
     known = [entry for entry in entries if entry]

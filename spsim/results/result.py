@@ -146,8 +146,7 @@ class Result(Served):
         of inference, of which none is measured.
         """
         known = not is_calibrated(self.scenario.hardware) and not self.is_served
-        experts = getattr(self.scenario.model, "experts", None) is not None
-        return bands.of_time(self.scenario.hardware, experts=experts) if known else None
+        return bands.of_time(self.scenario.hardware, bands.family_of(self.scenario.model)) if known else None
 
     @lazy
     def far_off(self) -> tuple[Band, ...]:

@@ -176,7 +176,7 @@ class MeasuredCase(BaseModel):
         for name in _OF_EXPERTS:
             if getattr(found, name) != getattr(self, name):
                 raise InputError(f"{name} = {getattr(self, name)} of {self.model}, which has {getattr(found, name)}")
-        return found
+        return found.model_copy(update={"mtp_layers": 1}) if self.mtp else found
 
     @property
     def _usual(self) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from spsim.inputs.model import Model
 from spsim.program.blocks.block import ModelBlock
-from spsim.program.launches import Launches
+from spsim.program.launches import Launch, Launches
 from spsim.program.operators import Grouping, Operator, Tensor
 from spsim.program.placement import Extent
 from spsim.program.routing import Routing
@@ -27,8 +27,19 @@ ROW_ID_BYTES = 4
 """Of an int32: a permutation keeps of each token its rows, their experts, both with room for all, and how many."""
 COPIES = "s*b*o/e"
 """The same of copies that are sent, one to each of o ranks."""
-EPILOGUE = ("expert_fc2_cast", "expert_fc1_gradient_cast")
-"""Casts between the products of experts, which a fused kernel makes on its way as it does the activation."""
+EPILOGUE = ("expert_fc2_cast", "expert_fc1_gradient_cast", "expert_fc2_bias")
+"""Between and after the products of experts, what a fused kernel makes on its way as it does the activation."""
+WEIGHTED_BIAS = Launches(
+    (Launch(wide=1), Launch(narrow=1, wide=2), Launch(wide=2), Launch(narrow=1, wide=1)),
+    (
+        Launch(narrow=1, wide=1), Launch(narrow=1, wide=1), Launch(narrow=2), Launch(wide=2), Launch(wide=1),
+        Launch(wide=2), Launch(wide=1),
+    ),
+)  # fmt: skip
+"""The bias of the last product by the probability of a token, added in fp32 (`TEGroupedMLP._apply_bias`): the product
+of both, the sum, its concatenation over experts and cast; of gradients two casts and a concatenation, and a product and
+a sum each for bias and probability.
+"""
 NO_KERNELS = Launches((), ())
 """Of what a library's kernel of the exchange itself does."""
 
@@ -99,19 +110,24 @@ def _experts(block: ModelBlock, dealt: Tensor, weights: Tensor) -> Tensor:
         group="launched",
     )  # fmt: skip
     biased = model.mlp_bias
-    biases = [
-        block.weight(f"expert_{name}_bias", f"e {dims}") for name, dims in (("fc1", width), ("fc2", "h")) if biased
-    ]
+    biases = [block.weight("expert_fc1_bias", f"e {width}")] if biased else []
     block.add(
         f"expert_{model.activation}", "elementwise", f"e {t} {width}, e {t}{f', e {width}' * biased} -> e {t} m",
-        [inner, weights, *biases[:1]], [active],
+        [inner, weights, *biases], [active],
         mixes="g" if model.gated_mlp else "", saves=[inner, weights], kernel=model.activation, rules=EXPERTS,
     )  # fmt: skip
+    product = made._replace(name="expert_fc2_out") if biased else made
     block.add(
-        "expert_fc2", "gemm", f"e {t} m, e m h{', e h' * biased} -> e {t} h",
-        [active, block.weight("expert_fc2_weight", "e m h"), *biases[1:]], [made], saves=[active], rules=EXPERTS,
-        group="launched",
+        "expert_fc2", "gemm", f"e {t} m, e m h -> e {t} h",
+        [active, block.weight("expert_fc2_weight", "e m h")], [product],
+        saves=[active], rules=EXPERTS, group="launched",
     )  # fmt: skip
+    if biased:
+        bias = block.weight("expert_fc2_bias", "e h")
+        block.add(
+            "expert_fc2_bias", "elementwise", f"e {t} h, e {t}, e h -> e {t} h", [product, weights, bias], [made],
+            saves=[weights], rules=EXPERTS, launches=WEIGHTED_BIAS,
+        )  # fmt: skip
     return made
 
 
