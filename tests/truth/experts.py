@@ -23,6 +23,7 @@ from spsim.program.mesh import Axis
 from spsim.pytorch.layers import Groups, ParallelLayer, operator
 from spsim.pytorch.layers.collectives import reduce, start_all_gather, start_reduce_scatter
 from spsim.pytorch.layers.elementwise import _Fused
+from spsim.pytorch.layers.layer import _recomputed
 from spsim.pytorch.layers.linears import column_parallel
 from spsim.pytorch.layers.weights import WeightShape, weight_shapes
 
@@ -207,6 +208,13 @@ class BalancedLayer(ExpertLayer):
             tokens *= self.groups.degree(axis)
         positions = self.shards.local(torch.arange(tokens)).repeat_interleave(x.shape[1])
         return (k * positions.unsqueeze(1) + torch.arange(k)) % self.model.experts
+
+
+class RecomputedLayer(BalancedLayer):
+    """All between the norm and the residual runs again in the backward pass (`recompute_modules` with `moe`)."""
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return _recomputed(super()._mlp)(x)
 
 
 def _swiglu(x: Tensor) -> Tensor:

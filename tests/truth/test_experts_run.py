@@ -5,6 +5,7 @@ into dispatch, and what comes out of combine, is what the simulator says, rank f
 sum over all ranks is. What is kept of that is in proportion to the rows of a rank.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,7 +14,7 @@ import torch
 
 from spsim.program.instructions import Communication
 from tests.truth.cases import Case, Observed, case, expected_calls, expected_saved, observed
-from tests.truth.experts import BalancedLayer, ExpertLayer, Sent
+from tests.truth.experts import BalancedLayer, ExpertLayer, RecomputedLayer, Sent
 from tests.truth.processes import Processes, groups_of
 from tests.truth.test_gradients import check
 
@@ -72,6 +73,23 @@ def test_loads_of_a_router(quartet: Processes, plan: str) -> None:
     for rank in ranks:
         exchanges = [sent for sent in rank.sent if sent[0] == "all_to_all"]
         assert [sent[own] for sent, own in zip(exchanges, sides, strict=True)] == of_experts(each, "all_to_all")
+
+
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_all_of_the_experts_again(quartet: Processes, plan: str) -> None:
+    """In the backward pass, from what their router reads, with all that is sent for them."""
+    each = case(f"{plan},recompute=selective,recompute_modules=core_attn+moe", **MODELS["shared"])
+    kept = _by_category(expected_saved(each, BF16))
+    for rank in quartet.run(observe, each, RecomputedLayer):
+        assert rank.observed.calls == expected_calls(each, BF16)
+        assert _by_category(rank.observed.saved) == kept
+
+
+def _by_category(saved: dict[tuple[str, str], int]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for (_, category), size in saved.items():
+        found[category] += size
+    return found
 
 
 @pytest.mark.parametrize(("plan", "sequences"), [(PLANS[0], 1), (PLANS[1], 2), ("dp=4,ep=4", 1)])
