@@ -1,6 +1,7 @@
 """Prefill and decode: what is sent, kept and computed, against closed forms."""
 
 import csv
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -276,8 +277,21 @@ def test_experts_of_a_prefill_get_their_tokens() -> None:
     exchanged = [own.sent_bytes for own in result.program.forward
                  if isinstance(own, Communication) and own.collective == "all_to_all"]  # fmt: skip
     assert exchanged.count(copies * 3 // 4) == 2
-    with pytest.raises(InputError, match="experts = 128 with phase 'decode'"):
-        Scenario(hardware="dgx-h100", model="qwen3-30b-a3b", plan=plan, workload={"seq_len": S, "phase": "decode"})
+
+
+@pytest.mark.parametrize(("batch", "plan", "read"), [(1, "", 8), (8, "", 51.6), (1, "dp=8,ep=8", 51.6 / 8)])
+def test_experts_without_a_token_are_not_read(batch: int, plan: str, read: float) -> None:
+    """Of 128 experts each token picks 8: of n tokens 128 (1 - (1 - 8 / 128)^n) are picked by one at least, so many on a
+    rank of those that share them.
+    """
+    workload = {"seq_len": 4096, "micro_batch": batch, "phase": "decode"}
+    result = simulate(Scenario(hardware="dgx-h100", model="qwen3-30b-a3b", plan=plan, workload=workload))
+    model = result.scenario.model
+    (work,) = (own for step in result.program.forward if isinstance(step, Compute) and step.operator == "expert_fc1"
+               for own in step.work)  # fmt: skip
+    assert work.batch == math.ceil(read)
+    assert work.bytes_moved == pytest.approx(read * 2 * model.hidden * model.expert_ffn_hidden * HALF, rel=0.03)
+    assert result.static.weights > 0.1 * model.layers * model.expert_parameters * HALF
 
 
 @pytest.mark.parametrize("batch", [16, 32, 256])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from spsim.lazy import lazy
 from spsim.program.attention import Attention
-from spsim.program.kernels import Kernels
-from spsim.work import Direction, FlashAttention, MemoryBound, Work
+from spsim.program.kernels import Kernels, Product, bytes_of
+from spsim.work import Direction, FlashAttention, Gemm, MemoryBound, Work
 
 
 class CacheWrite(Kernels):
@@ -25,6 +26,23 @@ class CacheWrite(Kernels):
     def row(self) -> int:
         """Of a copy none."""
         return 0
+
+
+class FewTokens(Product):
+    """A product of experts of which only some get a token: weights of the others are not read."""
+
+    def _linear(self) -> Gemm:
+        """Of those that do, each with its mean of tokens."""
+        share = self.operator.served_experts
+        assert share is not None
+        every, (activation,) = super()._linear(), self.placed.activations
+        tokens = activation.elements / (every.batch * share * every.k)
+        unread = (1 - share) * bytes_of(self.placed.weights)
+        batch = math.ceil(every.batch * share)
+        return replace(
+            every, m=math.ceil(tokens), batch=batch,
+            bytes_moved=every.bytes_moved - math.floor(unread),
+        )  # fmt: skip
 
 
 class CachedAttention(Attention):

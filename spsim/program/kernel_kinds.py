@@ -7,7 +7,7 @@ from collections.abc import Set
 
 from spsim.lazy import lazy
 from spsim.program.attention import Attention
-from spsim.program.cached import CachedAttention, CacheWrite
+from spsim.program.cached import CachedAttention, CacheWrite, FewTokens
 from spsim.program.kernels import Casting, Kernels, Lookup, Product
 from spsim.program.launches import Launch, Launches
 from spsim.program.placed import PlacedOperator
@@ -80,6 +80,8 @@ def kernels_of(placed: PlacedOperator, gathered: Set[str] = frozenset()) -> Kern
         return CacheWrite(placed, gathered)
     if placed.operator.kind == "attention" and any(operand.tensor.kind == "cache" for operand in placed.inputs):
         return CachedAttention(placed, gathered)
+    if placed.operator.served_experts is not None:
+        return FewTokens(placed, gathered)
     kind = Separate if placed.operator.launches else _KINDS.get(placed.operator.kind, Kernels)
     if placed.operator.group == "epilogue":
         kind = InEpilogue

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -101,6 +102,8 @@ class Operator:
     """Keys that a query of core attention looks back at, itself included; all unless given."""
     documents: tuple[int, ...] | None = None
     """Of the sequence, within each of which core attention stays."""
+    served_experts: Fraction | None = None
+    """Share of experts that get a token at all, where there are few; all unless given."""
     launches: Launches | None = None
     """Its kernels, where torch runs it as several."""
     rules: str = ""

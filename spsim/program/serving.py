@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from fractions import Fraction
 
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
+from spsim.inputs.serving_rules import batch_unit
 from spsim.inputs.workload import Passage, Workload
 from spsim.program.assembly import EMBEDDING, HEAD
 from spsim.program.attention import Attention
@@ -58,11 +60,16 @@ def last_layer(model: Model, plan: Plan, workload: Workload) -> tuple[tuple[Oper
 
 def _layer(model: Model, plan: Plan, workload: Workload, passage: Passage) -> tuple[Operator, ...]:
     """With the casts of the recipe of its precision, if that has one."""
-    operators, recipe = (
-        cached_layer(model, workload, passage, plan.dp, plan.projections, routing_of(model, plan)),
-        RECIPES.get(workload.precision),
-    )
+    routing, tokens = routing_of(model, plan), _tokens(plan, workload)
+    operators = cached_layer(model, workload, passage, plan.dp, plan.projections, routing, tokens)
+    recipe = RECIPES.get(workload.precision)
     return operators if recipe is None else quantised(operators, recipe)
+
+
+def _tokens(plan: Plan, workload: Workload) -> Fraction:
+    """That one copy of all experts is given at a time, of a decode: of ranks with tokens of their own `ep` share it."""
+    ranks = plan.dp * batch_unit(plan, workload)
+    return Fraction(workload.micro_batch * plan.dp * min(plan.ep, ranks), ranks)
 
 
 def _table_ranks(plan: Plan, workload: Workload) -> int:

@@ -5,7 +5,9 @@ Some tokens of each sequence pass, the last of those that its cache holds then: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 from spsim.inputs.model import Model
 from spsim.inputs.workload import Passage, Workload
@@ -14,8 +16,11 @@ from spsim.program.blocks.head import Head
 from spsim.program.blocks.transformer import Layer, Projections, operators_of
 from spsim.program.operators import Operator, Tensor
 from spsim.program.routing import USUAL, Routing
-from spsim.program.strategies import WHOLE_SEQUENCE, WHOLE_VOCABULARY
+from spsim.program.strategies import EXPERTS, WHOLE_SEQUENCE, WHOLE_VOCABULARY
 from spsim.work import AttentionKernel, Framework
+
+PARTS = 2**16
+"""Of a share of experts, which is rounded so that sizes are small fractions."""
 
 
 def seen(model: Model, passage: Passage) -> int:
@@ -80,9 +85,22 @@ def cached_layer(
     replicas: int = 1,
     projections: Projections = "fused",
     routing: Routing = USUAL,
+    tokens: Fraction = Fraction(1),
 ) -> tuple[Operator, ...]:
-    """The operators of one layer for some tokens of each sequence, as `transformer_layer`."""
-    return operators_of(_CachedLayer(model, workload, passage, replicas, projections, routing))
+    """The operators of one layer for some tokens of each sequence, as `transformer_layer`; so many `tokens` at a time
+    are dealt out to all experts, of a decode.
+    """
+    made = operators_of(_CachedLayer(model, workload, passage, replicas, projections, routing))
+    if model.experts is None or model.experts_per_token is None:
+        return made
+    # Engines have one kernel for the products of all experts (`fused_moe` of vLLM).
+    made = tuple([replace(op, group="kernel") if op.group == "launched" else op for op in made])
+    if workload.phase != "decode":
+        return made
+    none = (1 - Fraction(model.experts_per_token, model.experts)) ** math.ceil(tokens)
+    share = 1 - Fraction(round(none * PARTS), PARTS)
+    served = (replace(op, served_experts=share) if op.rules == EXPERTS and op.kind == "gemm" else op for op in made)
+    return tuple(served)
 
 
 def next_token(
