@@ -14,6 +14,7 @@ from spsim import Scenario, simulate
 from spsim.costs.kernels import ComputeCost
 from spsim.costs.key_split import splits
 from spsim.errors import InputError
+from spsim.inputs.documents import Documents, drawn
 from spsim.inputs.profiles import load_profile, parse_profile, profile_names
 from spsim.inputs.resources import profiles_directory, read_toml
 from spsim.measuring.calibrate.attention_fit import fit_attention
@@ -128,6 +129,31 @@ def test_causal_attention_is_as_long_as_blocks_started_one_by_one(direction):
             errors.append(time / started_one_by_one(direction, heads, per_head) - 1)
     assert np.mean(np.abs(errors)) < 0.025
     assert np.percentile(np.abs(errors), 95) < 0.08
+
+
+def documents_started_one_by_one(direction, heads, lengths):
+    """The same of documents in a row: each has blocks of 128 rows, the last of which may hold fewer."""
+    free = [0.0] * UNITS
+    for _ in range(heads):
+        for length in lengths:
+            tiles = range(1, ceil(length / 128) + 1)
+            for seen in tiles if direction == "forward" else reversed(tiles):
+                heapq.heapreplace(free, free[0] + 2 * US + 128 * seen * TOKEN[direction])
+    return max(free)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_attention_within_documents_is_as_long_as_blocks_started_one_by_one(direction):
+    """A few long ones and many short ones."""
+    cost, errors = ComputeCost(blocks_only(), "bf16"), []
+    for mean, heads, seed in product((512, 2048, 8192), (8, 16, 32), (0, 1, 2)):
+        lengths = drawn(32768, mean, seed)
+        seen = Documents(lengths).of_queries(range(32768))
+        work = attention("cudnn", direction, heads=heads, queries=32768, causal=True)
+        work = replace(work, twice_pairs=seen.twice_pairs, documents=seen.documents, longest=seen.longest)
+        errors.append(float(cost.duration(work)) / documents_started_one_by_one(direction, heads, lengths) - 1)
+    assert np.mean(np.abs(errors)) < 0.025
+    assert np.max(np.abs(errors)) < 0.08
 
 
 # ------------------------------------------------------------ keys divided among blocks

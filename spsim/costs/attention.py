@@ -112,7 +112,8 @@ class AttentionCost:
         rows = pick(own.backward, work.keys, queries)
         others = pick(own.backward, work.queries, work.keys)
         per_head = up(rows / own.rows)
-        if some(work.documents > 0):
+        packed = some(work.documents > 0)
+        if packed:
             # The last block of a document is half full in the mean.
             per_head = per_head + work.documents / 2
             others = pick(work.documents > 0, work.longest, others)
@@ -124,9 +125,17 @@ class AttentionCost:
         # belongs to keys that all queries see.
         mean = smaller(others, work.twice_pairs / (2 * rows) + own.half_tokens)
         last = smaller(others, mean + larger(0.0, smaller(rows, others) - own.tokens) / 2)
+        if packed:
+            # Of n tokens of a document, r a block and t a tile: n^2 / 2r + n - r / 12 + t / 2, if n is any number.
+            tokens = work.twice_pairs / (2 * own.rows) + rows
+            tokens = tokens + work.documents * (own.half_tokens - own.rows / 12)
+            mean = pick(work.documents > 0, tokens / per_head, mean)
+            last = pick(work.documents > 0, others, last)
         loop = own.token * pick(own.backward, others, last)
         block = own.block + loop
-        spread = blocks * (own.block + own.token * mean) / own.slots + _imbalance(own, per_head, heads) * block
+        parts = larger(1, work.documents)
+        over = _imbalance(own, per_head / parts, heads * parts) * block
+        spread = blocks * (own.block + own.token * mean) / own.slots + over
         masked: Seconds = pick(blocks <= own.slots, own.block + self._alone(own, loop, blocks), larger(block, spread))
         if some(work.window > 0):
             # Tokens that a block computes are those of its own rows and of whole tiles behind them, or before.
