@@ -76,9 +76,9 @@ class InEpilogue(Kernels):
 
 def kernels_of(placed: PlacedOperator, gathered: Set[str] = frozenset()) -> Kernels:
     """The kernels of an operator."""
-    if any(operand.tensor.kind == "cache" for operand in placed.outputs):
+    if placed.outputs[0].tensor.kind == "cache":
         return CacheWrite(placed, gathered)
-    if placed.operator.kind == "attention" and any(operand.tensor.kind == "cache" for operand in placed.inputs):
+    if placed.operator.kind == "attention" and placed.inputs[1].tensor.kind == "cache":
         return CachedAttention(placed, gathered)
     if placed.operator.served_experts is not None:
         return FewTokens(placed, gathered)
