@@ -18,6 +18,7 @@ from spsim.inputs.workload import Workload
 from spsim.program.assembly import layer_program
 from spsim.program.instructions import Communication, Compute
 from spsim.program.routing import Dispatch, distinct_groups
+from spsim.results.accounts import of_step
 from spsim.units import GB
 from spsim.work import Gemm
 
@@ -271,3 +272,16 @@ def test_uneven_loads_cost_time_and_memory_and_say_so():
     assert uneven.step_time_s > even.step_time_s
     assert uneven.peak_bytes > even.peak_bytes
     assert any("times the mean, and paces the others" in note for note in uneven.notes)
+
+
+def test_exchanges_with_experts_are_parts_of_a_step_of_their_own():
+    """Beside those of Ulysses, of the same kind."""
+    workload = Workload(seq_len=4096, global_batch=8)
+    case = Scenario(model=Model(**SMALL), plan="dp=2,ulysses=4,ep=8", workload=workload, hardware="dgx-h100")
+    parts = of_step(simulate(case).trace).parts
+    assert parts["exposed all-to-all"] > 0
+    assert parts["exposed all-to-all with experts"] > 0
+    alone = of_step(
+        simulate(case.model_copy(update={"plan": parse_plan("dp=8,ep=8"), "workload": workload})).trace
+    ).parts
+    assert "exposed all-to-all" not in alone

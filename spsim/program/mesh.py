@@ -13,6 +13,8 @@ from spsim.inputs.plan import Plan
 from spsim.lazy import lazy
 
 Axis = Literal["pp", "dp", "shard", "ep", "ring", "ulysses", "tp", "embedding", "experts", "model"]
+EXPERT_AXES: tuple[Axis, ...] = ("ep", "experts")
+"""Between the ranks that experts are spread over."""
 AXES: tuple[Axis, ...] = get_args(Axis)[:-3]
 """Mesh axes, outer to inner unless a plan orders them otherwise: consecutive ranks differ in tp, and stages of a
 pipeline follow each other. Inside dp have axes of their own, where they are not all replicas: those that share one copy

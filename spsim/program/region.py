@@ -13,7 +13,7 @@ from spsim.program.casts import casting_weights
 from spsim.program.instructions import Weights, WeightSync
 from spsim.program.kernel_kinds import kernels_of
 from spsim.program.kernels import Product, gradient_name
-from spsim.program.mesh import Axis, Mesh
+from spsim.program.mesh import EXPERT_AXES, Axis, Mesh
 from spsim.program.operators import Operand, Operator, Tensor, operator_splits
 from spsim.program.placed import PlacedOperand, PlacedOperator
 from spsim.program.placement import (
@@ -182,7 +182,7 @@ class Region:
             collective = None  # heads fewer than ranks, of which these have the same
         sent = sent_bytes(collective, message, ranks) if collective else 0
         move = Move(step.axis, collective, step.source, step.target, ranks, message, sent, size, None, cast)
-        if not self.routed or step.collective != "all_to_all" or step.axis not in ("ep", "experts"):
+        if not self.routed or step.collective != "all_to_all" or step.axis not in EXPERT_AXES:
             return move
         way: Literal["dispatch", "combine"] = "dispatch" if move.to_experts else "combine"
         return replace(move, dispatch=Dispatch(*self.routed, way))

@@ -5,6 +5,7 @@
 | a kernel runs | the class of its operator, or `recomputation` |
 | ... while communication is posted | what it loses of that time: `slowed by communication`; the rest as above |
 | no kernel runs, a collective transfers | `exposed <kind>`, or `exposed several kinds` at once |
+| ... and it takes tokens to experts or back | `exposed <kind> with experts` |
 | ... and it synchronises weight gradients | `weight synchronisation` |
 | neither, a communication waits for a rank of the same stage | `waiting for peers` |
 | ... or for one of another stage | `waiting for another stage` |
@@ -29,6 +30,7 @@ from spsim.engine.lives import ENDED, POSTED, STARTED, Integers
 from spsim.engine.pieces import Pass, Piece
 from spsim.engine.recording import COMPUTE_LANE, Recording
 from spsim.engine.trace import Trace, Wait
+from spsim.program.mesh import EXPERT_AXES
 
 RECOMPUTATION, SLOWED, SYNC = "recomputation", "slowed by communication", "weight synchronisation"
 SEVERAL = "exposed several kinds"
@@ -232,7 +234,8 @@ def _communication(
     lane: str, posted: int, start: int, end: int, kind: str, slowdown: float | None
 ) -> Iterator[Activity]:
     share = USUAL if slowdown is None else slowdown
-    yield Activity(start, end, TRANSFER, SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}", share)
+    part = SYNC if kind == "weight_sync" else f"exposed {kind.replace('_', '-')}"
+    yield Activity(start, end, TRANSFER, f"{part} with experts" if lane in EXPERT_AXES else part, share)
     if posted < start:
         yield Activity(posted, start, _waits_at(lane), waits_on(lane), share)
 

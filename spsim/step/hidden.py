@@ -29,13 +29,13 @@ import numpy.typing as npt
 from spsim.engine.pieces import Pass
 from spsim.inputs.plan import Plan
 from spsim.program.instructions import Communication, Compute, Instruction
+from spsim.program.mesh import EXPERT_AXES
 from spsim.program.routing import HELD
 from spsim.program.sizes import Index
 from spsim.step.segments import BlockPass
 from spsim.work import Gemm
 
 PHASES: tuple[Pass, ...] = ("forward", "backward")
-EXPERT_AXES = ("ep", "experts")
 
 Slots = npt.NDArray[np.intp]
 
