@@ -4,7 +4,6 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spsim import Plan
+from spsim.program.mesh import mesh_of
 from spsim.pytorch.layers import Groups
 
 TIMEOUT_S = 30
+MODULES = [f"{__package__}.{path.stem}" for path in Path(__file__).parent.glob("*.py") if path.stem != "conftest"]
+"""Whose functions run on ranks."""
 
 
 def _join(rank: int, ranks: int, store: str) -> None:
@@ -26,10 +28,15 @@ def _join(rank: int, ranks: int, store: str) -> None:
     )
 
 
-@lru_cache
+GROUPS: dict[str, Groups] = {}
+
+
 def groups_of(plan: Plan) -> Groups:
-    """The groups of a plan in a process of `Processes`, made once."""
-    return Groups.create(plan)
+    """The groups of a plan in a process of `Processes`, made once for all plans that lay out ranks alike."""
+    layout = repr(mesh_of(plan))
+    if layout not in GROUPS:
+        GROUPS[layout] = Groups.create(plan)
+    return GROUPS[layout]
 
 
 class Processes:
@@ -37,7 +44,7 @@ class Processes:
 
     def __init__(self, ranks: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # torch is imported once for all
+        context.set_forkserver_preload(MODULES)  # torch, and what runs on ranks, is imported once for all
         store = str(folder / "store")
         self._workers = [context.Pool(1, _join, (rank, ranks, store)) for rank in range(ranks)]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spsim.program.instructions import Communication
+from spsim.pytorch.layers import ParallelLayer
 from spsim.pytorch.layers.flash import block_backward, block_forward
 from tests.truth.cases import MODELS, case, expected_calls, expected_saved, observe_here
 from tests.truth.processes import Processes
@@ -37,7 +38,7 @@ def test_what_is_sent_and_kept(quartet: Processes, plan: str, model: str) -> Non
 
 @pytest.mark.parametrize("plan", PLANS[:6])
 def test_results_are_those_of_one_process(quartet: Processes, plan: str) -> None:
-    for rank in quartet.run(errors, case(plan, **MODELS["llama"])):
+    for rank in quartet.run(errors, case(plan, **MODELS["llama"]), ParallelLayer):
         assert max(rank.output, rank.input_gradient, *rank.after_sync.values()) < TOLERANCE
 
 
