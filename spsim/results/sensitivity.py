@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from spsim.costs.collectives import CommCost
@@ -164,7 +165,12 @@ def unmeasured_inputs(result: Result) -> tuple[str, ...]:
             nodes = nodes_of(prepared.mesh, sync.axes, scenario.gpus_per_node, sync.ranks)
             used |= {*comm.coefficients_of(sync.collective, nodes), "overlap_slowdown"}
     unmeasured = hardware.assumed | hardware.inherited
-    return tuple(sorted(p for p in unmeasured if any(p == u or p.startswith(f"{u}.") for u in used)))
+    return tuple(sorted(path for path in unmeasured if not used.isdisjoint(accumulate(path.split("."), _below))))
+
+
+def _below(table: str, name: str) -> str:
+    """The dotted path of what has a name in a table."""
+    return f"{table}.{name}"
 
 
 def unmeasured_in_use(result: Result, *, inherited: bool) -> tuple[str, ...]:
