@@ -21,7 +21,7 @@ from tests.truth.test_gradients import check
 ROUTED = {
     "gated_mlp": True, "ffn_hidden": 96, "kv_heads": 2, "experts": 8, "experts_per_token": 2, "expert_ffn_hidden": 48,
 }  # fmt: skip
-MODELS = {"routed": ROUTED, "shared": {**ROUTED, "shared_ffn_hidden": 32}}
+SHARED = {**ROUTED, "shared_ffn_hidden": 32}
 PLANS = (
     "tp=2,sequence_parallel,dp=2,ep=2", "tp=2,sequence_parallel,dp=2,ep=4,expert_tp=1", "dp=4,ep=2",
     "ulysses=2,dp=2,ep=4", "tp=2,sequence_parallel,dp=2",
@@ -47,11 +47,10 @@ def observe(each: Case, kind: type[ExpertLayer]) -> Routed:
     return Routed(observed(layer, layer.local_input(numbers)), layer.sent, layer.rows)
 
 
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_equal_loads(quartet: Processes, plan: str, model: str) -> None:
+def test_equal_loads(quartet: Processes, plan: str) -> None:
     """Collectives in order and kept bytes, of each rank."""
-    each = case(plan, **MODELS[model])
+    each = case(plan, **SHARED)
     for rank in quartet.run(observe, each, BalancedLayer):
         assert rank.observed.calls == expected_calls(each, BF16)
         assert rank.observed.saved == expected_saved(each, BF16)
@@ -78,7 +77,7 @@ def test_loads_of_a_router(quartet: Processes, plan: str) -> None:
 @pytest.mark.parametrize("plan", PLANS[:3])
 def test_all_of_the_experts_again(quartet: Processes, plan: str) -> None:
     """In the backward pass, from what their router reads, with all that is sent for them."""
-    each = case(f"{plan},recompute=selective,recompute_modules=core_attn+moe", **MODELS["shared"])
+    each = case(f"{plan},recompute=selective,recompute_modules=core_attn+moe", **SHARED)
     kept = _by_category(expected_saved(each, BF16))
     for rank in quartet.run(observe, each, RecomputedLayer):
         assert rank.observed.calls == expected_calls(each, BF16)
@@ -114,7 +113,7 @@ def test_all_tokens_on_all_ranks(quartet: Processes, plan: str) -> None:
     """Gathered, and what experts make of them summed, with equal loads. Of gradients the order is not compared: that of
     the tokens moves once all readers have added theirs, there at once.
     """
-    each = case(f"{plan},moe_dispatcher=allgather", **MODELS["shared"])
+    each = case(f"{plan},moe_dispatcher=allgather", **SHARED)
     for rank in quartet.run(observe, each, BalancedLayer):
         for axis, calls in expected_calls(each, BF16).items():
             found = rank.observed.calls[axis]
@@ -134,4 +133,4 @@ def of_experts(each: Case, collective: str) -> list[int]:
 @pytest.mark.parametrize("plan", PLANS)
 def test_gradients(quartet: Processes, plan: str) -> None:
     """With the loads of a router."""
-    check(quartet, case(plan, **MODELS["shared"]), ExpertLayer)
+    check(quartet, case(plan, **SHARED), ExpertLayer)
