@@ -165,7 +165,8 @@ def unmeasured_inputs(result: Result) -> tuple[str, ...]:
             nodes = nodes_of(prepared.mesh, sync.axes, scenario.gpus_per_node, sync.ranks)
             used |= {*comm.coefficients_of(sync.collective, nodes), "overlap_slowdown"}
     unmeasured = hardware.assumed | hardware.inherited
-    return tuple(sorted(path for path in unmeasured if not used.isdisjoint(accumulate(path.split("."), _below))))
+    above = {path: {*accumulate(path.split("."), _below)} for path in unmeasured}
+    return tuple(sorted(path for path, tables in above.items() if not used.isdisjoint(tables)))
 
 
 def _below(table: str, name: str) -> str:
