@@ -13,7 +13,7 @@ import numpy as np
 
 from spsim.engine.lives import COLUMNS, Integers
 from spsim.lazy import lazy
-from spsim.step.itinerary import Item, Loop, Visit, segments_of
+from spsim.step.itinerary import Item, Visit, segments_of
 from spsim.step.segments import Segment
 
 
@@ -23,9 +23,6 @@ class Place(NamedTuple):
     segment: str
     layer: int | None
     task: int = 0
-
-
-_NOWHERE = Place("", None)
 
 
 class Level(NamedTuple):
@@ -117,7 +114,7 @@ class Filled:
     def _above(self, items: Sequence[Item], room: int) -> tuple[Place | None, int]:
         """The same of some items, and how much room there is behind them."""
         for item in items:
-            runs, (highest, left, _) = _of_run(item, self._of_segments, self.sizes)
+            runs, highest, left, _ = _of_run(item, self._of_segments, self.sizes)
             if item.brings:
                 room -= _bytes(self.sizes[_first(item).name], item.brings)
             run = max(0, (room - highest) // left + 1) if left > 0 else 0
@@ -148,34 +145,40 @@ def _level(
     sizes: Mapping[str, Sequence[int] | Integers],
 ) -> Level:
     """Of runs that keep something the last is the fullest, otherwise the first."""
-    base, top, where = 0, None, _NOWHERE
+    if not items:
+        return Level(0, 0, Place("", None))
+    base, top, where, inside, run = 0, None, items[0], None, 0
     for item in items:
-        runs, (highest, left, inner) = _of_run(item, found, sizes)
+        runs, highest, left, inner = _of_run(item, found, sizes)
         if item.brings:
             base += _bytes(sizes[_first(item).name], item.brings)
-        over = base + highest + ((runs - 1) * left if left > 0 else 0)
+        last = runs - 1 if left > 0 else 0
+        over = base + highest + last * left
         if top is None or over > top:
-            top, where = over, inner if isinstance(item, Visit) else _in_run(inner, item, runs - 1 if left > 0 else 0)
+            top, where, inside, run = over, item, inner, last
         base += runs * left
         if item.drops:
             base -= _bytes(sizes[_last(item).name], item.drops)
-    return Level(top or 0, base, where)
+    return Level(top or 0, base, _in_run(inside, where, run))
 
 
 def _of_run(
     item: Item,
     found: Mapping[str, tuple[int, int]],
     sizes: Mapping[str, Sequence[int] | Integers],
-) -> tuple[int, Level]:
-    """How often an item runs, and how full memory is in the first run."""
+) -> tuple[int, int, int, Place | None]:
+    """How often an item runs, and how full memory is in the first run, where of a loop."""
     if isinstance(item, Visit):
-        return 1, Level(*found[item.segment.name], Place(item.segment.name, item.layer))
-    return int(item.runs), _level(item.body, found, sizes)
+        return 1, *found[item.segment.name], None
+    return int(item.runs), *_level(item.body, found, sizes)
 
 
-def _in_run(place: Place, loop: Loop, run: int) -> Place:
-    layer = place.layer
-    return place if layer is None or not run else place._replace(layer=layer + run * loop.layers)
+def _in_run(place: Place | None, item: Item, run: int) -> Place:
+    """A place of the first run of a loop in another; a visit is one itself."""
+    if isinstance(item, Visit):
+        return Place(item.segment.name, item.layer)
+    assert place is not None
+    return place if place.layer is None or not run else place._replace(layer=place.layer + run * item.layers)
 
 
 def _bytes(sizes: Sequence[int] | Integers, buffers: Sequence[int]) -> int:
