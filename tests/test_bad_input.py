@@ -147,7 +147,7 @@ def with_batch(plan: str, global_batch: int) -> list[str]:
         (with_plan("pp=2,pp_layout=Et12/t12/t12/t12L"), ["has 4 chunks", "virtual_pp=2"]),
         (with_plan("pp=2,pp_layout=Et24/t24"), ["chunk 2", "end the last with L"]),
         (with_plan("pp=3,pp_layout=Et24//t24L"), ["chunk 2 holds nothing"]),
-        (with_plan("pp=2,pp_layout=Et24/t24mL"), ["multi-token prediction", "not simulated yet"]),
+        (with_plan("pp=2,pp_layout=Et24/t24mL"), ["mtp_layers = 0", "write as many"]),
         # orders and micro-batches
         (with_batch("pp=4,virtual_pp=2", 6), ["PP4×VP2 with 6 micro-batches", "leave 2", "stages divide"]),
         (with_plan("pp=4,virtual_pp=2"), ["1 micro-batches", "group of 4"]),

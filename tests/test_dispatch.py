@@ -285,3 +285,22 @@ def test_exchanges_with_experts_are_parts_of_a_step_of_their_own():
         simulate(case.model_copy(update={"plan": parse_plan("dp=8,ep=8"), "workload": workload})).trace
     ).parts
     assert "exposed all-to-all" not in alone
+
+
+def test_what_tp_overlap_hides_is_around_other_products():
+    """Of attention and of shared experts; what goes to experts that are spread over tp stays as it is."""
+    plan = "dp=4,tp=2,sequence_parallel,ep=8,expert_tp=1"
+    usual, hidden = (layer(f"{plan}{more}", shared_ffn_hidden=512) for more in ("", ",tp_overlap"))
+
+    def kernels(program, experts):
+        steps = [step for step in program.instructions if isinstance(step, Compute)]
+        return [(step.operator, step.work) for step in steps if ("expert_" in step.operator) == experts]
+
+    def messages(program, axis):
+        return [step.message_bytes for step in exchanged(program) if (step.axis == axis)]
+
+    assert kernels(usual, True) == kernels(hidden, True)
+    assert len(kernels(usual, False)) < len(kernels(hidden, False))
+    for axis in ("ep", "experts"):
+        assert messages(usual, axis) == messages(hidden, axis)
+    assert len(messages(usual, "tp")) < len(messages(hidden, "tp"))

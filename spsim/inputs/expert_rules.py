@@ -28,7 +28,6 @@ def check_experts(model: Model, plan: Plan, workload: Workload) -> None:
     replicas = plan.zero_stage > 1 or plan.dp_library != "megatron" or plan.shard_group is not None
     for given, what in (
         (plan.ep > 1 and replicas, "zero = 2 and 3, shard_group, or a dp_library other than megatron"),
-        (plan.tp_overlap, "tp_overlap"),
         (plan.cpu_offload_layers > 0, "cpu_offload_layers"),
     ):
         if given:
@@ -67,6 +66,11 @@ def _check_kernels(model: Model, plan: Plan, workload: Workload) -> None:
         raise InputError(
             f"plan: moe_dispatcher = {plan.moe_dispatcher} with experts that {plan.tp} ranks of tp share: not "
             "simulated yet; use expert_tp=1 or moe_dispatcher=alltoall"
+        )
+    if plan.tp_overlap and whole:
+        raise InputError(
+            f"plan: tp_overlap with experts that {plan.tp} ranks of tp share: not simulated yet; use expert_tp=1, "
+            "which spreads them over tp, or leave it out"
         )
     if plan.moe_a2a_overlap and plan.ep > 1:
         _check_overlap(plan)
@@ -123,7 +127,8 @@ def expert_notes(model: Model, plan: Plan) -> tuple[str, ...]:
     if plan.cuda_graphs != "full_iteration":
         waits = "what the host takes to start kernels of experts one after another, and its wait for counts of tokens, "
         taken = "are not simulated: published steps in 8 bits without full_iteration take up to a third longer"
-        found.append(waits + taken)
+        biased = ", those of experts with biases, in 16 bits too, up to two thirds" if model.mlp_bias else ""
+        found.append(waits + taken + biased)
     return tuple(found)
 
 
