@@ -92,12 +92,7 @@ def _run(
         if forward_only:
             _check_elements(name, inputs, leaves)
             return leaves, [], [None] * len(wanted)
-        outputs = [leaf for leaf in leaves if leaf.requires_grad]
-        if not outputs:
-            raise InputError(
-                f"{name}: no output needs a gradient; give the module parameters or inputs that require one, or trace "
-                "it with forward_only=True"
-            )
+        outputs = _differentiable(name, leaves)
         _check_elements(name, inputs, outputs)
         roots = _roots(outputs)
         seeds = [torch.empty_like(leaf) for leaf in roots]
@@ -128,6 +123,17 @@ def _run(
         input_gradients=tuple(None if g is None else recorder.value(g) for g in held),
         parameter_gradients=frozenset(recorder.storage(g) for g in of_parameters),
     )
+
+
+def _differentiable(name: str, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs that need a gradient."""
+    outputs = [leaf for leaf in leaves if leaf.requires_grad]
+    if not outputs:
+        raise InputError(
+            f"{name}: no output needs a gradient; give the module parameters or inputs that require one, or trace "
+            "it with forward_only=True"
+        )
+    return outputs
 
 
 def _check_elements(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
