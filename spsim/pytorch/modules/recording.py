@@ -105,7 +105,6 @@ def _run(
     outputs, seeds, gradients = torch.func.functional_call(_Passes(module), whole, (passes,))
     by_input = dict(zip(map(id, wanted), gradients, strict=True))
     of_parameters = [gradient for gradient in gradients[len(wanted) - len(parameters) :] if gradient is not None]
-    held = [by_input.get(id(leaf)) for leaf in inputs]
     return Tape(
         name=name,
         calls=recorder.calls,
@@ -120,7 +119,7 @@ def _run(
         inputs=tuple(known),
         outputs=tuple(recorder.value(leaf) for leaf in outputs),
         output_gradients=tuple(map(recorder.value, seeds)),
-        input_gradients=tuple(None if g is None else recorder.value(g) for g in held),
+        input_gradients=tuple(None if g is None else recorder.value(g) for g in map(by_input.get, map(id, inputs))),
         parameter_gradients=frozenset(recorder.storage(g) for g in of_parameters),
     )
 
