@@ -30,15 +30,15 @@ COPIES = "s*b*o/e"
 EPILOGUE = ("expert_fc2_cast", "expert_fc1_gradient_cast", "expert_fc2_bias")
 """Between and after the products of experts, what a fused kernel makes on its way as it does the activation."""
 WEIGHTED_BIAS = Launches(
-    (Launch(wide=1), Launch(narrow=1, wide=2), Launch(wide=2), Launch(narrow=1, wide=1)),
+    (Launch(wide=1, accesses=3), Launch(narrow=1, wide=2), Launch(wide=2), Launch(narrow=1, wide=1)),
     (
-        Launch(narrow=1, wide=1), Launch(narrow=1, wide=1), Launch(narrow=2), Launch(wide=2), Launch(wide=1),
-        Launch(wide=2), Launch(wide=1),
+        Launch(narrow=1, wide=1), Launch(narrow=1, wide=1), Launch(narrow=2), Launch(wide=2, accesses=3),
+        Launch(wide=1), Launch(wide=2, accesses=3), Launch(wide=1),
     ),
 )  # fmt: skip
 """The bias of the last product by the probability of a token, added in fp32 (`TEGroupedMLP._apply_bias`): the product
 of both, the sum, its concatenation over experts and cast; of gradients two casts and a concatenation, and a product and
-a sum each for bias and probability.
+a sum each for bias and probability. Products broadcast what they multiply by.
 """
 NO_KERNELS = Launches((), ())
 """Of what a library's kernel of the exchange itself does."""
