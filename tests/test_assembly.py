@@ -119,6 +119,12 @@ OTHER_TRAITS = {
     "shared_ffn_hidden": 64,
     "dense_layers": 1,
     "repeat_kv": True,
+    "norm_bias": False,
+    "norms": "both",
+    "mlp_bias": False,
+    "shared_norm": True,
+    "attention_chunk_size": 64,
+    "documents": (32, 32),
 }
 
 
@@ -132,6 +138,7 @@ TOGETHER = {
     "mlp_layer_types",
     "attention_sinks",
     "mtp_layers",
+    "qk_norm_over",
 }
 """Traits that are not alone, or have tests of their own."""
 
