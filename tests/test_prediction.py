@@ -4,11 +4,13 @@ import pytest
 
 from spsim import Model, Scenario, simulate
 from spsim.errors import InputError
+from spsim.inputs.grid import Grid
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.stages import all_chunks
 from spsim.inputs.workload import Workload
 from spsim.program.assembly import HEAD, MTP, compile_step
 from spsim.program.instructions import Communication, Compute
+from spsim.simulation import simulate_many
 
 SMALL = {
     "layers": 4, "hidden": 1024, "ffn_hidden": 4096, "heads": 16, "kv_heads": 4, "gated_mlp": True, "vocab": 32000,
@@ -47,7 +49,7 @@ def test_its_layer_stands_between_the_final_norm_and_two_heads():
     assert own[:8] == [
         "final_norm", "embedding", "embedding_copy", "enorm", "hnorm", "join", "eh_proj", "norm1"
     ]  # fmt: skip
-    assert own[-3:] == ["residual2", "mtp_final_norm", "concatenate"]
+    assert own[-4:] == ["residual2", "mtp_final_norm", "predicted_hidden_copy", "last_hidden_copy"]
     head = operators(found[HEAD])
     assert head[0] == "mtp_output_layer"
     assert head[len(head) // 2 :] == [name.removeprefix("mtp_") for name in head[: len(head) // 2]]
@@ -126,3 +128,11 @@ def test_it_stands_before_the_loss():
 def test_what_does_not_fit_is_refused(changes, plan, message):
     with pytest.raises(InputError, match=message):
         Scenario(hardware="dgx-h100", model={**SMALL, **changes}, plan=plan, workload={"seq_len": TOKENS})
+
+
+@pytest.mark.parametrize("plan", ["tp=4", "tp=2,sequence_parallel,recompute=full"])
+def test_many_workloads_at_once(plan):
+    """The next block waits for the sums of gradients that the head ends with."""
+    scenario = Scenario(hardware="dgx-h100", model=SMALL, plan=plan, workload={"seq_len": TOKENS, "global_batch": 2})
+    found = simulate_many(Grid.of(scenario, [(TOKENS, 1, 2), (2 * TOKENS, 1, 2)]))
+    assert int(found.step_ps[0]) == simulate(scenario).step_ps

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from spsim import Scenario, simulate
 from spsim.inputs.grid import Grid
-from spsim.inputs.model import LayerType
+from spsim.inputs.model import LayerType, Model
 from spsim.inputs.plan import Plan, parse_plan
 from spsim.inputs.rules import sequence_unit
 from spsim.inputs.step_rules import MODULES as NAMES
@@ -445,3 +445,16 @@ def test_torch_stops_at_what_the_backward_pass_reads(early):
     with Products() as products:
         out.sum().backward()
     assert products.count == 2 - early
+
+
+def test_a_norm_that_attention_and_mlp_share_is_made_again_before_both():
+    """The MLP is the last that reads it, and the first to run backward."""
+    shared = Model(
+        layers=2, hidden=512, ffn_hidden=1024, heads=8, vocab=1000, gated_mlp=True, parallel_residual=True,
+        shared_norm=True,
+    )  # fmt: skip
+    plan = parse_plan("recompute=selective,recompute_modules=layernorm")
+    steps = [s for s in layer_program(shared, plan, Workload(seq_len=64)).backward if isinstance(s, Compute)]
+    again = next(place for place, step in enumerate(steps) if step.part == "recompute")
+    assert steps[again].operator == "norm1"
+    assert again < next(place for place, step in enumerate(steps) if (step.operator, step.part) == ("fc1", "wgrad"))

@@ -126,7 +126,7 @@ def recomputed(operators: Sequence[Operator], kind: LayerKind) -> tuple[Recomput
             discards = module in DISCARDED
             last = own[-1]
             if discards:
-                last = _end_of_core(operators, end) if module == "mla_up_proj" else _end_of_sublayer(operators, end)
+                last = _end_of_core(operators, end) if module == "mla_up_proj" else _end_of_readers(operators, end, own)
             found.append((-first if discards else len(operators), Recomputed(names, discards, names | {last.name})))
     return tuple(own for _, own in sorted(found, key=lambda item: item[0]))
 
@@ -152,6 +152,14 @@ def _runs(operators: Sequence[Operator], inside: Callable[[Operator], bool]) -> 
             run, made = None, set()
     if run:
         yield run
+
+
+def _end_of_readers(operators: Sequence[Operator], place: int, own: Sequence[Operator]) -> Operator:
+    """The end of the sublayer behind a place, or of a later one that reads what some operators make, too."""
+    made = {output.tensor.name for op in own for output in op.outputs}
+    last = _end_of_sublayer(operators, place)
+    read = [at for at, op in enumerate(operators) if not made.isdisjoint(x.tensor.name for x in op.handed_over)]
+    return _end_of_sublayer(operators, read[-1]) if read and read[-1] > operators.index(last) else last
 
 
 def _end_of_sublayer(operators: Sequence[Operator], place: int) -> Operator:

@@ -15,6 +15,7 @@ from spsim.inputs.model import Model
 from spsim.inputs.workload import Workload
 from spsim.program.blocks.block import ModelBlock
 from spsim.program.blocks.embedding import TABLE, TOKEN_BYTES
+from spsim.program.launches import Launch, Launches
 from spsim.program.operators import Operator, Tensor, TensorKind
 from spsim.program.strategies import WHOLE_VOCABULARY
 
@@ -26,6 +27,9 @@ PREDICTED = "mtp_"
 """Begins the names of what is computed for that one."""
 OUTPUT = "output_layer_weight"
 """Of the output layer, unless it is the table of the embedding."""
+
+
+_COPY = Launch(narrow=2, kernel="copy")
 
 
 class Head(ModelBlock):
@@ -41,6 +45,12 @@ class Head(ModelBlock):
     def add(self, name: str, *given: Any, **further: Any) -> None:
         """An operator of that."""
         super().add(f"{self.of}{name}", *given, **further)
+
+    def part(self, x: Tensor) -> Tensor:
+        """A view of what comes in one tensor (torch.chunk), of whose parts the gradients are put together."""
+        out = self.tensor(f"{x.name}_part", "s b h")
+        self.add(f"{x.name}_part", "elementwise", "s b h -> s b h", [x], [out], launches=Launches((), (_COPY,)))
+        return out
 
     def predicted(self, x: Tensor, *, loss_fusion: bool, loss_parallel: bool) -> None:
         """Logits and loss of a token."""
@@ -152,7 +162,7 @@ def head_block(
     hidden, options = block.tensor(LAST_HIDDEN, "s b h"), {"loss_fusion": loss_fusion, "loss_parallel": loss_parallel}
     if model.mtp_layers:
         # Both are normalised; the loss of the further token is computed first (`process_mtp_loss` of Megatron-Core).
-        further = block.tensor(PREDICTED_HIDDEN, "s b h")
+        further, hidden = block.part(block.tensor(PREDICTED_HIDDEN, "s b h")), block.part(hidden)
         block.of = PREDICTED
         block.predicted(further, **options)
         block.of = ""

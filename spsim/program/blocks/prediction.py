@@ -40,8 +40,11 @@ def prediction_block(
     before, block.operators = block.operators, []
     inner = [_reading(op, given) for op in layer]
     made = block.norm("mtp_final_norm", inner[-1].results[0].tensor)
-    outs = [block.tensor(name, "s b h") for name in (PREDICTED_HIDDEN, LAST_HIDDEN)]
-    block.add("concatenate", "elementwise", "s b h, s b h -> s b h, s b h", [made, hidden], outs, kernel="copy")
+    for name, own in ((PREDICTED_HIDDEN, made), (LAST_HIDDEN, hidden)):  # torch.cat, whose gradients are views
+        block.add(
+            f"{name}_copy", "elementwise", "s b h -> s b h", [own], [block.tensor(name, "s b h")], passthrough=[own],
+            kernel="copy",
+        )  # fmt: skip
     return (*before, *inner, *block.operators)
 
 
