@@ -135,19 +135,47 @@ class Part:
         Raises:
             DeadlockError: nodes wait for themselves.
         """
+        if times_ps.ndim > 1:
+            return self._ends_of_many(inputs_ps, times_ps)
         order = self._order
         along = times_ps[order.times]
         own = times_ps[order.own]
-        found = np.empty((len(order.places), *times_ps.shape[1:]), np.int64)
+        found = np.empty(len(order.places), np.int64)
         found[: len(inputs_ps)] = inputs_ps
         nodes = found[len(inputs_ps) :]
         for start, stop, first, last in order.levels:
-            values = found.take(order.tails[first:last], axis=0)
+            values = found.take(order.tails[first:last])
             values += along[first:last]
             into = nodes[start:stop]
-            np.maximum.reduceat(values, order.firsts[start:stop], axis=0, out=into)
+            np.maximum.reduceat(values, order.firsts[start:stop], out=into)
             into += own[start:stop]
         return found[order.places]
+
+    def _ends_of_many(self, inputs_ps: Numbers, times_ps: Numbers) -> Numbers:
+        """The same of columns, where rows of the edges that are the first, the second, … of their heads are quicker."""
+        order = self._order
+        own = times_ps[order.own]
+        found = np.empty((len(order.places), times_ps.shape[1]), np.int64)
+        found[: len(inputs_ps)] = inputs_ps
+        nodes = found[len(inputs_ps) :]
+        for (start, stop, *_), (tails, times) in zip(order.levels, self._in_rows, strict=True):
+            values = found.take(tails, axis=0)
+            values += times_ps.take(times, axis=0)
+            into = nodes[start:stop]
+            np.maximum.reduce(values, axis=0, out=into)
+            into += own[start:stop]
+        return found[order.places]
+
+    @lazy
+    def _in_rows(self) -> list[tuple[Numbers, Numbers]]:
+        """Tails and times of the edges of each level: a column for each head, whose last edge fills it up."""
+        order, found = self._order, []
+        for start, stop, first, last in order.levels:
+            firsts = order.firsts[start:stop]
+            counts = np.diff(firsts, append=last - first)
+            at = first + firsts + np.minimum(np.arange(counts.max())[:, None], counts - 1)
+            found.append((order.tails[at], order.times[at]))
+        return found
 
     @lazy
     def _order(self) -> _Order:
