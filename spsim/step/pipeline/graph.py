@@ -169,13 +169,19 @@ class Part:
     @lazy
     def _in_rows(self) -> list[tuple[Numbers, Numbers]]:
         """Tails and times of the edges of each level: a column for each head, whose last edge fills it up."""
-        order, found = self._order, []
-        for start, stop, first, last in order.levels:
-            firsts = order.firsts[start:stop]
-            counts = np.diff(firsts, append=last - first)
-            at = first + firsts + np.minimum(np.arange(counts.max())[:, None], counts - 1)
-            found.append((order.tails[at], order.times[at]))
-        return found
+        order = self._order
+        starts, stops, firsts, _ = np.array(order.levels).reshape(-1, 4).T
+        nodes = stops - starts
+        edges = order.firsts + np.repeat(firsts, nodes)
+        counts = np.diff(np.append(edges, len(order.tails)))
+        sizes = nodes * (np.maximum.reduceat(counts, starts) if len(starts) else nodes)
+        level, ends = np.repeat(np.arange(len(nodes)), sizes), np.cumsum(sizes)
+        row, column = np.divmod(np.arange(len(level)) - (ends - sizes)[level], nodes[level])
+        column += starts[level]
+        at = edges[column] + np.minimum(row, counts[column] - 1)
+        tails, times = order.tails[at], order.times[at]
+        parts = zip((ends - sizes).tolist(), ends.tolist(), nodes.tolist(), strict=True)
+        return [(tails[at:end].reshape(-1, n), times[at:end].reshape(-1, n)) for at, end, n in parts]
 
     @lazy
     def _order(self) -> _Order:
