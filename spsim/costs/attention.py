@@ -133,7 +133,7 @@ class AttentionCost:
             last = pick(work.documents > 0, others, last)
         loop = own.token * pick(own.backward, others, last)
         block = own.block + loop
-        parts = larger(1, work.documents)
+        parts = larger(1, work.documents) if packed else 1
         over = _imbalance(own, per_head / parts, heads * parts) * block
         spread = blocks * (own.block + own.token * mean) / own.slots + over
         masked: Seconds = pick(blocks <= own.slots, own.block + self._alone(own, loop, blocks), larger(block, spread))
