@@ -155,6 +155,22 @@ def test_a_batch_is_cut_where_there_is_no_sequence(plan: str, batch: int) -> Non
         served(plan, "decode", micro_batch=batch - 1)
 
 
+@pytest.mark.parametrize(("phase", "picked"), [("prefill", True), ("decode", False)])
+def test_the_last_token_is_picked_of_one_too(phase: str, picked: bool) -> None:
+    """Of a prompt of one token as of any; a decode picks none."""
+    assert ("last_token" in {row["operator"] for row in served(phase=phase, seq_len=1).operator_rows}) == picked
+
+
+def test_what_is_there_all_the_time_is_no_optimizer() -> None:
+    assert served(phase="decode", micro_batch=1024).out_of_memory_at == "weights and KV cache"
+
+
+@pytest.mark.parametrize("plan", ["fp8_dot_product_attention", "fp8_output_proj"])
+def test_casts_of_training_are_not_passed_over(plan: str) -> None:
+    with pytest.raises(InputError, match=f"{plan} with phase 'prefill': not simulated yet"):
+        served(plan, hardware="dgx-b200", precision="mxfp8")
+
+
 def test_a_decode_is_bound_by_what_it_reads() -> None:
     """Weights and cache once for each token, at between half and all of the bandwidth."""
     result = served(phase="decode", seq_len=65536, micro_batch=4)

@@ -16,7 +16,14 @@ def load_of(model: Model, plan: Plan) -> float:
         return 1.0
     if plan.expert_concentration is None:
         return plan.expert_imbalance
-    return drawn_load(model.experts, plan.ep, model.layers, plan.expert_concentration, plan.routing_seed)
+    drawn = drawn_load(model.experts, plan.ep, model.layers, plan.expert_concentration, plan.routing_seed)
+    return min(drawn, largest_load(model, plan))
+
+
+def largest_load(model: Model, plan: Plan) -> float:
+    """Of a rank to whose experts each token is sent, one copy to each: to all k, or to all that it has."""
+    experts, picked = model.experts or 1, model.experts_per_token or 1
+    return plan.ep * min(picked, experts // plan.ep) / picked
 
 
 @lru_cache

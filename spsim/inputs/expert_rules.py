@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from spsim.errors import InputError
-from spsim.inputs.expert_loads import load_of
+from spsim.inputs.expert_loads import largest_load, load_of
 from spsim.inputs.model import Model
 from spsim.inputs.plan import Plan
 from spsim.inputs.workload import Workload
@@ -18,6 +18,7 @@ def check_experts(model: Model, plan: Plan, workload: Workload) -> None:
             raise InputError(f"plan: ep = {plan.ep} with {model.name}, which has no experts; use ep=1")
         return
     _check_degrees(model.experts, plan)
+    _check_load(model, plan)
     _check_width(model, plan)
     _check_kernels(model, plan, workload)
     if plan.tp > 1 and not plan.sequence_parallel:
@@ -57,6 +58,16 @@ def _check_degrees(experts: int, plan: Plan) -> None:
         raise InputError(
             f"plan: ep = {plan.ep} is not {spread} of dp = {plan.dp}, over which experts are spread; use another ep "
             f"or dp{over_tp}"
+        )
+
+
+def _check_load(model: Model, plan: Plan) -> None:
+    """A token has one copy for each of its experts, so that no rank has more than all tokens send it."""
+    most = largest_load(model, plan)
+    if plan.ep > 1 and plan.expert_imbalance > most:
+        raise InputError(
+            f"plan: expert_imbalance = {plan.expert_imbalance:g} with ep = {plan.ep}: where all tokens go to one rank "
+            f"it has {most:g} times the mean, as each goes to {model.experts_per_token} experts; use at most that"
         )
 
 

@@ -20,7 +20,7 @@ OF_TRAINING = frozenset({
     "pp_deallocate", "virtual_pp",
 })  # fmt: skip
 """Options of a plan that concern gradients, the optimizer, or what is kept for a backward pass."""
-NOT_YET = ("pp", "tp_overlap")
+NOT_YET = ("pp", "tp_overlap", "fp8_dot_product_attention", "fp8_output_proj")
 """Options that inference may have, and that are not simulated of it."""
 OF_INFERENCE = ("chunk_tokens", "kv_cache_dtype", "kv_block_tokens")
 """Of a workload."""

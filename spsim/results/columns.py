@@ -10,7 +10,7 @@ import numpy as np
 from spsim.costs.static_memory import StaticMemory
 from spsim.lazy import lazy
 from spsim.program.operators import TensorKind
-from spsim.results.derived import STATIC, Amounts, Derived, operator_name
+from spsim.results.derived import Amounts, Derived, operator_name
 from spsim.step.columns.fill import Floats
 from spsim.step.columns.replay import Points
 from spsim.step.columns.step import EXACT, StepColumns
@@ -103,12 +103,12 @@ class ResultColumns(Derived):
     def _names(self, spots: Spots, by_task: Points) -> Any:
         """What tasks are called; where it is by none, what is there all the time."""
         if not by_task.any():
-            return np.full(by_task.shape, STATIC, dtype=object)
+            return np.full(by_task.shape, self.always, dtype=object)
         places = [*zip(*(column.tolist() for column in spots), strict=True)]
         names = {place: self._name(*place) for place in set(places)}
         found = np.array([*map(names.__getitem__, places)], dtype=object)
         if not by_task.all():
-            found[~by_task] = STATIC
+            found[~by_task] = self.always
         return found
 
     def _name(self, leaf: int, layer: int, task: int) -> str:

@@ -79,6 +79,8 @@ SERVED = ("prefill", "decode")
 """Scopes of inference."""
 STATIC = "weights, gradients and optimizer state"
 """What makes a peak that no task makes."""
+SERVED_STATIC = "weights and KV cache"
+"""The same of inference."""
 
 
 def operator_name(label: TaskInfo, layer: int | None) -> str:
@@ -105,6 +107,11 @@ class Derived:
     compute_ps: Mapping[str, int]
     """Of the compute lane of the first rank, by operator class."""
     peak_bytes: int
+
+    @property
+    def always(self) -> str:
+        """What is there all the time, and makes a peak that no task makes."""
+        return SERVED_STATIC if self.scope in SERVED else STATIC
 
     @property
     def nodes(self) -> int:

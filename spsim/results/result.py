@@ -18,7 +18,7 @@ from spsim.results import accounts, bands, metrics, tables
 from spsim.results.added import Added
 from spsim.results.bands import Band
 from spsim.results.calls import Call, calls, per_layer, remarks, sent_by_kind
-from spsim.results.derived import STATIC, Amounts, Simulated, operator_name
+from spsim.results.derived import Amounts, Simulated, operator_name
 from spsim.results.document import brief, document
 from spsim.results.figures import unknown_in
 from spsim.results.selection import Selection, select
@@ -255,12 +255,12 @@ class Result(Served):
     @property
     def peak_operator(self) -> str:
         """The operator whose allocation makes the peak."""
-        return (self.spot.operator or STATIC) if self.spot else self.task_name(self.peak.task)
+        return (self.spot.operator or self.always) if self.spot else self.task_name(self.peak.task)
 
     def task_name(self, task: int | None) -> str:
         """The operator of a task of the trace; of none, what is there all the time."""
         if task is None:
-            return STATIC
+            return self.always
         piece = self.trace.piece_of(task)
         return operator_name(piece.recording.outline.labels[task - piece.first_task], piece.layer)
 

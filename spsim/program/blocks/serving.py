@@ -114,7 +114,7 @@ def next_token(
     block = Head(model, workload.model_copy(update={"seq_len": passage.tokens}), replicas, v=vocab)
     x = block.norm("final_norm", block.tensor("last_hidden", "s b h"))
     tokens = "s b"
-    if passage.tokens > 1:
+    if workload.phase == "prefill":
         tokens, last = "b", block.tensor("last_positions", "b", "token ids", itemsize=TOKEN_BYTES)
         picked = block.tensor("last_token", "b h")
         block.add("last_token", "embedding", "b, s b h -> b h", [last, x], [picked], rules=WHOLE_SEQUENCE)
