@@ -112,6 +112,7 @@ def test_a_sweep_draws_for_each_length():
         ({"documents": [100, 200]}, {}, "documents have 300 tokens in all, but seq_len = 4096"),
         ({"documents": {"mean": 0}}, {}, "a mean of at least 1 and a seed"),
         ({"documents": {"means": 7}}, {}, "give lengths, or a mean"),
+        ({"documents": 4}, {}, "documents = 4: give lengths, or a mean"),
         ({"documents": [4096], "phase": "prefill"}, {}, "packed sequences are trained on"),
         ({"documents": [4096]}, {"causal": False}, "is not causal"),
         ({"documents": []}, {}, "documents"),

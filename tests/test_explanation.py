@@ -1,8 +1,12 @@
 """The operator table: what sequence parallelism applies to, and what it saves."""
 
+from io import StringIO
+
 import pytest
+from rich.console import Console
 
 from spsim import InputError, explain
+from spsim.cli.outputs import MIN_WIDTH
 from spsim.inputs.plan import parse_plan
 from spsim.inputs.presets import PRESETS, load_model
 from spsim.inputs.workload import Workload
@@ -166,3 +170,12 @@ def test_the_legend_names_the_dimensions_of_the_layer(model: str, named: str) ->
     caption = str(explanation_table(explain(load_model(model), parse_plan("tp=2,sequence_parallel"), WORKLOAD)).caption)
     legend = caption.partition("Dimensions: ")[2].partition(".")[0].split(", ")
     assert [item[0] for item in legend if item[0] in "jfemkuql"] == [*named]
+
+
+def test_the_longest_names_leave_room_for_the_reasons_and_what_is_sent() -> None:
+    """Of latent attention and experts, as wide as tables are where no terminal says how wide it is."""
+    explanation = explain(load_model("deepseek-v3"), parse_plan("dp=8,ep=8"), WORKLOAD)
+    console = Console(width=MIN_WIDTH, record=True, file=StringIO())
+    console.print(explanation_table(explanation))
+    text = console.export_text()
+    assert "bwd A2A ep of gradient" in text and "per position; mixes" in text and "…" not in text

@@ -24,7 +24,9 @@ def drawn(seq_len: int, mean: float, seed: int = 0) -> tuple[int, ...]:
 
 
 def lengths_of(value: Any, seq_len: Any) -> Any:
-    """Lengths as given, or drawn by `mean` and `seed` of a table; `ValueError` says what is wrong with a table."""
+    """Lengths as given, or drawn by `mean` and `seed` of a table; `ValueError` says what is wrong with it."""
+    if value is not None and not isinstance(value, Mapping | list | tuple):
+        raise ValueError(f"documents = {value!r}: give lengths, or a mean and a seed")
     if not isinstance(value, Mapping) or not isinstance(seq_len, int):
         return value
     mean, seed = value.get("mean"), value.get("seed", 0)

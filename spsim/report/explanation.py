@@ -20,8 +20,9 @@ def explanation_table(explanation: Explanation) -> Table:
         ["operator", "dimensions", "may it?", "why", "placed", "GFLOP", "MiB", "kept, MiB", "communication"],
         numbers=["GFLOP", "MiB", "kept, MiB"],
     )
-    for column in (0, 1, 2, 4, 8):
+    for column in (0, 2, 4, 8):
         made.columns[column].no_wrap = True
+    made.columns[3].min_width = 20
     for row in explanation.operators:
         made.add_row(
             row.operator, row.subscripts, APPLIES_SHORT.get(row.applies, row.applies), row.why, _placed(row),
