@@ -171,6 +171,14 @@ def test_casts_of_training_are_not_passed_over(plan: str) -> None:
         served(plan, hardware="dgx-b200", precision="mxfp8")
 
 
+@pytest.mark.parametrize(("hardware", "precision", "size"), [("dgx-h100", "fp8", 1), ("dgx-b200", "mxfp8", 33 / 32)])
+def test_weights_of_eight_bits_rest_once(hardware: str, precision: str, size: float) -> None:
+    """Linears in the type alone, neither transposed nor in 16 bits; both tables, of words and of the head, in 16."""
+    result = served(hardware=hardware, precision=precision)
+    linears = LAYERS * (2 * H * H + 2 * H * KV + 3 * H * 14336)
+    assert result.static.weights == pytest.approx(size * linears + 2 * VOCAB * H * HALF, rel=1e-3)
+
+
 def test_a_decode_is_bound_by_what_it_reads() -> None:
     """Weights and cache once for each token, at between half and all of the bandwidth."""
     result = served(phase="decode", seq_len=65536, micro_batch=4)

@@ -90,6 +90,11 @@ class Recipe:
         return self if self.columns == "apart" else replace(self, columns="same")
 
     @property
+    def forward_only(self) -> Recipe:
+        """The same without a backward pass: nothing is read along columns, and weights rest in the type alone."""
+        return replace(self, columns="same", weights_in_type=True, keeps_16_bits=False)
+
+    @property
     def of_prediction(self) -> Recipe:
         """The same for the projection before the layer of multi-token prediction."""
         return replace(self, operators=frozenset({"eh_proj"}))

@@ -63,7 +63,7 @@ def _layer(model: Model, plan: Plan, workload: Workload, passage: Passage) -> tu
     routing, tokens = routing_of(model, plan), _tokens(plan, workload)
     operators = cached_layer(model, workload, passage, plan.dp, plan.projections, routing, tokens)
     recipe = RECIPES.get(workload.precision)
-    return operators if recipe is None else quantised(operators, recipe)
+    return operators if recipe is None else quantised(operators, recipe.forward_only)
 
 
 def _tokens(plan: Plan, workload: Workload) -> Fraction:
