@@ -161,6 +161,15 @@ def test_the_last_token_is_picked_of_one_too(phase: str, picked: bool) -> None:
     assert ("last_token" in {row["operator"] for row in served(phase=phase, seq_len=1).operator_rows}) == picked
 
 
+def test_a_last_chunk_of_one_token_is_refused() -> None:
+    with pytest.raises(InputError, match="chunk_tokens = 32 leaves a last chunk of one token"):
+        served(seq_len=33, chunk_tokens=32)
+
+
+def test_figures_say_what_phase_they_are_of() -> None:
+    assert served(phase="decode").scenario.summary[:2] == ("decode", "sequence 8,192")
+
+
 def test_what_is_there_all_the_time_is_no_optimizer() -> None:
     assert served(phase="decode", micro_batch=1024).out_of_memory_at == "weights and KV cache"
 

@@ -179,8 +179,9 @@ class Scenario(Shapes):
 
     @cached_property
     def summary(self) -> tuple[str, ...]:
-        """Sequence, micro-batch, nodes where they are several, ring cut and recomputation, for subtitles."""
-        sizes = (f"sequence {self.workload.seq_len:,}", f"micro-batch {self.workload.micro_batch}")
+        """Phase of inference, sequence, micro-batch, nodes if several, ring cut and recomputation, for subtitles."""
+        phase = () if self.workload.phase == "training" else (self.workload.phase,)
+        sizes = (*phase, f"sequence {self.workload.seq_len:,}", f"micro-batch {self.workload.micro_batch}")
         nodes, documents = self.plan.gpus // self.gpus_per_node, self.workload.documents
         packed = (f"{len(documents)} document{'s' * (len(documents) > 1)} each",) if documents else ()
         return (*sizes, *packed, *([f"{nodes} nodes"] if nodes > 1 else []), *self.plan.summary)

@@ -142,6 +142,12 @@ def _check_chunks(model: Model, plan: Plan, workload: Workload) -> None:
                 f"chunk_tokens = {size}: {name} of {tokens} tokens is not divisible by {unit}, the product of the "
                 f"sequence shards (x 2 for a zigzag ring); use multiples of {unit}",
             )
+    if len(workload.passages) > 1 and workload.passages[-1].tokens == 1:
+        raise _refused(
+            "workload",
+            f"chunk_tokens = {size} leaves a last chunk of one token, which a kernel of decode would pass: not "
+            "simulated yet; use another",
+        )
     if len(workload.passages) > MAX_CHUNKS:
         raise _refused("workload", f"chunk_tokens = {size} makes over {MAX_CHUNKS} chunks; use a larger one")
 
