@@ -159,6 +159,14 @@ class Model(Configuration):
             raise ValueError(f"hidden {hidden} is not divisible by heads {heads}; change one or give head_dim")
         return filled
 
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        """What is no default and does not follow from the rest."""
+        shown = self.differing
+        others = ({name: value for name, value in shown.items() if name != own} for own in shown)
+        return [
+            item for item, rest in zip(shown.items(), others, strict=True) if self.filled(rest).get(item[0]) != item[1]
+        ]
+
     @staticmethod
     def filled(data: Mapping[str, Any]) -> dict[str, Any]:
         """With the traits that follow from others: the family from `gated_mlp`, sizes from `hidden` and `heads`."""
