@@ -201,8 +201,9 @@ def _costed_stages(
     )  # fmt: skip
 
     def of_stages(own: Perturbed | None) -> PerturbedStages | None:
-        latencies = (compute, Latencies(scenario.hardware))
-        return PerturbedStages(own, prepared, priced(latencies).timed) if own else None
+        if own is None:
+            return None
+        return PerturbedStages(own, prepared, priced((compute, Latencies(scenario.hardware))).timed)
 
     return priced((compute, comm)), of_stages
 
