@@ -38,6 +38,7 @@ def caches():
 def forget():
     for cache in caches():
         cache._kept.clear()
+        cache.bytes = 0
 
 
 def test_something_is_remembered():
