@@ -244,6 +244,7 @@ def test_without_experts_options_of_them_have_no_effect():
         ("tp=4,sequence_parallel,ep=2,dp=2,expert_tp=1", "ep = 2 is not tp = 4 times a divisor of dp"),
         ("tp=4,sequence_parallel,dp=2,ep=2,expert_tp=2", "expert_tp = 2 with tp = 4"),
         ("dp=8,ep=8,zero=3", "not simulated yet"),
+        ("dp=8,ep=8,moe_capacity_factor=17", "each expert has room for all tokens; use at most that"),
         ("dp=8,ep=8,expert_imbalance=8.5", "where all tokens go to one rank it has 8 times the mean"),
         ("tp=4,sequence_parallel,dp=2,expert_tp=1", "experts that are whole on each rank of tp are not simulated yet"),
         ("dp=2,recompute=selective,recompute_modules=moe+mla_up_proj", "has no latent attention"),

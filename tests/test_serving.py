@@ -227,6 +227,22 @@ def test_folded_is_unfolded(plan: str, phase: str) -> None:
     assert folded.peak_bytes == unfolded.peak_bytes
 
 
+def test_what_goes_round_a_ring_has_no_effect_on_a_decode() -> None:
+    """Ranks of a ring share the cache, and exchange partial results only."""
+    plain, other = (
+        simulate(
+            Scenario(
+                hardware="dgx-h100", model="llama-3-8b", plan=f"ring=4{more}",
+                workload={"seq_len": 4096, "phase": "decode", "micro_batch": 4},
+            )
+        )
+        for more in ("", ",ring_pass=q,ring_cut=contiguous")
+    )  # fmt: skip
+    assert plain.step_ps == other.step_ps
+    assert sum("has no effect with phase 'decode'" in note for note in other.notes) == 2
+    assert not any("no effect" in note for note in plain.notes)
+
+
 def test_bytes_of_a_collective_are_those_of_its_message() -> None:
     for step in served("ring=4,tp=2", "decode").program.forward:
         if isinstance(step, Communication):

@@ -135,7 +135,7 @@ def _of_layers(model: Model, plan: Plan) -> dict[str, str]:
     whole_sequence = "" if plan.tp > 1 and plan.sequence_parallel else "without sequence_parallel over tp"
     return {
         "sequence_parallel": one_rank,
-        "ring_kind": "without ring" if plan.ring == 1 else "",
+        **dict.fromkeys(("ring_kind", "ring_pass"), "without ring" if plan.ring == 1 else ""),
         **_of_ring_messages(plan),
         "heads_k_stride": _of_head_slices(model, plan),
         "ring_cut": ring_cut,

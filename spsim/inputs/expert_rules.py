@@ -69,6 +69,14 @@ def _check_load(model: Model, plan: Plan) -> None:
             f"plan: expert_imbalance = {plan.expert_imbalance:g} with ep = {plan.ep}: where all tokens go to one rank "
             f"it has {most:g} times the mean, as each goes to {model.experts_per_token} experts; use at most that"
         )
+    if plan.moe_capacity_factor is None or model.experts is None or model.experts_per_token is None:
+        return
+    all_tokens = model.experts / model.experts_per_token
+    if plan.moe_capacity_factor > all_tokens:
+        raise InputError(
+            f"plan: moe_capacity_factor = {plan.moe_capacity_factor:g}: at experts / experts_per_token = "
+            f"{all_tokens:g} each expert has room for all tokens; use at most that"
+        )
 
 
 def _check_kernels(model: Model, plan: Plan, workload: Workload) -> None:

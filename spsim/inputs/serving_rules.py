@@ -217,6 +217,8 @@ def serving_notes(model: Model, plan: Plan, workload: Workload) -> Iterator[str]
             f"ring = {plan.ring} with phase 'decode': ranks share the cache by its tokens, and weights as ranks of tp; "
             "partial results of attention are exchanged and merged"
         )
+        for name in [name for name in ("ring_pass", "ring_kind", "ring_cut") if name in plan.differing]:
+            yield f"{_setting(name, getattr(plan, name))} has no effect with phase 'decode': nothing goes round a ring"
     if batch_unit(plan, workload) > 1:
         yield f"{plan.label} with phase 'decode': one new token has no sequence to shard; the batch is cut instead"
 
