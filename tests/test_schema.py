@@ -86,7 +86,7 @@ def test_cases_of_the_pages_are_valid(page):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid_as_a_file(name):
-    fields = PRESETS[name].model_dump(exclude_none=True)
+    fields = PRESETS[name].model_dump(mode="json", exclude_none=True)
     for data in (fields, {"model": fields}, {"preset": name, "layers": 3}):
         assert errors("model", data) == []
         assert errors("case", {**CASE, "model": data.get("model", data)}) == []
