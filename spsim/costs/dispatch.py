@@ -7,7 +7,7 @@ goes to a node once, whatever ranks of it have its experts, and the adapter is w
 
 from __future__ import annotations
 
-from itertools import pairwise
+import numpy as np
 
 from spsim.costs.curves import Number
 from spsim.errors import InputError
@@ -45,7 +45,4 @@ def coefficients_of(profile: HardwareProfile, dispatch: Dispatch, nodes: int) ->
 def _rate(rates: Rates, ranks: int) -> float:
     """GB/s among so many ranks."""
     known = sorted((int(number), rate.value) for number, rate in rates.items())
-    for (fewer, slower), (more, faster) in pairwise(known):
-        if fewer <= ranks <= more:
-            return slower + (faster - slower) * (ranks - fewer) / (more - fewer)
-    return known[0][1] if ranks < known[0][0] else known[-1][1]
+    return float(np.interp(ranks, [number for number, _ in known], [rate for _, rate in known]))
